@@ -1,0 +1,125 @@
+"""The sizes of a distributed Mixture-of-Experts layer: the one vocabulary that every other module uses.
+
+A config is a frozen value without I/O. It is validated when it is made, so code that receives one need not check again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+ACTIVATIONS = ("identity", "relu", "gelu", "silu")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+def element_dtype(name: str) -> np.dtype[Any]:
+    """NumPy dtype of a `MoEConfig.dtype` name; bfloat16 comes from ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Sizes and rules of one layer.
+
+    Tokens are data parallel: every rank holds up to `num_tokens` rows of `hidden` elements. Experts are blocked:
+    expert `e` lives on rank `e // num_experts_per_rank`.
+
+    Args:
+        num_ranks: ranks of expert parallelism; must divide `num_experts`.
+        num_tokens: the most tokens one rank may bring to a call.
+        hidden: row length of tokens and results.
+        ffn: row length between the two matrix products of an expert.
+        num_experts: experts over all ranks.
+        num_topk: experts that each token is sent to.
+        gated: two up projections, `act(gate) * up`, instead of one.
+        activation: one of `ACTIVATIONS`; gelu is the exact one (erf).
+        dtype: element type of tokens, expert weights and results, one of `DTYPES`. Sums are float32, for float64 float64.
+        capacity: rows that one source rank may send to one expert; None means no limit (dropless).
+        renormalize: divide the chosen probabilities by their sum.
+        tile_m, tile_m_min: tallest and shortest row tile; heights double from the one to the other.
+        tile_n: columns of a tile.
+        token_block: tokens per gate task and per combine task.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+    """
+
+    num_ranks: int
+    num_tokens: int
+    hidden: int
+    ffn: int
+    num_experts: int
+    num_topk: int
+    gated: bool = False
+    activation: str = "gelu"
+    dtype: str = "float32"
+    capacity: int | None = None
+    renormalize: bool = True
+    tile_m: int = 128
+    tile_m_min: int = 16
+    tile_n: int = 128
+    token_block: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk", "tile_m", "tile_m_min", "tile_n", "token_block"):
+            self._check_size(name, getattr(self, name))
+        for name in ("gated", "renormalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_choice("activation", ACTIVATIONS)
+        self._check_choice("dtype", DTYPES)
+        self._check_relations()
+
+    @staticmethod
+    def _check_size(name: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{name} must be in [1, 2**31 - 1], got {value}")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+    def _check_relations(self) -> None:
+        if self.num_experts % self.num_ranks:
+            raise ValueError(f"num_experts must be a multiple of num_ranks={self.num_ranks}, got {self.num_experts}")
+        if self.num_topk > self.num_experts:
+            raise ValueError(f"num_topk must be in [1, num_experts={self.num_experts}], got {self.num_topk}")
+        if self.capacity is not None:
+            self._check_size("capacity", self.capacity)
+            if self.capacity > self.num_tokens:
+                raise ValueError(f"capacity must be in [1, num_tokens={self.num_tokens}] or None, got {self.capacity}")
+        ratio = self.tile_m // self.tile_m_min
+        if self.tile_m_min * ratio != self.tile_m or ratio & (ratio - 1):
+            raise ValueError(f"tile_m must be tile_m_min={self.tile_m_min} times a power of two, got {self.tile_m}")
+
+    @property
+    def num_experts_per_rank(self) -> int:
+        return self.num_experts // self.num_ranks
+
+    @property
+    def slots(self) -> int:
+        """Rows that a packet (one source, one expert) can hold."""
+        return self.num_tokens if self.capacity is None else self.capacity
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Element type of tokens, expert weights and results."""
+        return element_dtype(self.dtype)
+
+    @property
+    def accumulator(self) -> np.dtype[Any]:
+        """Type of sums, logits and routing weights."""
+        return np.dtype(np.float64 if self.dtype == "float64" else np.float32)
+
+    def owner(self, expert: int) -> int:
+        """Rank on which a global expert index lives."""
+        return expert // self.num_experts_per_rank

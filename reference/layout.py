@@ -1,0 +1,157 @@
+"""The symmetric layout L: what lies where in the segment that every rank allocates, and who may write it.
+
+A segment has the same shape on every rank (FlashMoE, section 3):
+
+    dispatch      [num_ranks, num_experts_per_rank, slots, hidden]   rows in: [source, expert here, slot]
+    result        [num_ranks, num_experts_per_rank, slots, hidden]   rows back: [owner, expert there, slot]
+    dispatch_flag [num_ranks, num_experts_per_rank]                  8-byte words: (epoch << 32) | number of rows
+    result_flag   [num_experts, row_blocks]                          8-byte words: (epoch << 32) | number of rows
+    control       [CONTROL_WORDS]                                    8-byte words: abort word and error record
+
+Peers store straight into the region where the reader wants the rows, so there is no outgoing staging: the original's
+stage index is always 1 and is left out. A transport that needs staging would add a region, not an index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .config import MoEConfig
+
+ALIGNMENT = 128
+FLAG_BYTES = 8
+CONTROL_WORDS = 32
+DISPATCH, RESULT = 0, 1
+
+
+class Write(NamedTuple):
+    """One row stored into a peer's segment: `writer` stores slot `slot` of `segment`'s region `round`.
+
+    `peer` and `expert` are the region's first two indices: the source and its expert here (round DISPATCH), or the owner
+    and its expert there (round RESULT).
+    """
+
+    writer: int
+    segment: int
+    round: int
+    peer: int
+    expert: int
+    slot: int
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def tile_height(num_rows: int, shortest: int, tallest: int) -> int:
+    """Rows per tile for a packet of `num_rows` rows: the shortest that holds them all, else the tallest.
+
+    Heights double from `shortest` to `tallest`. A tall tile reuses each weight more often; a short one pads less. A packet
+    that fits one tile reads its weights once whatever the height, so the shortest costs nothing.
+    """
+    height = shortest
+    while height < num_rows and height < tallest:
+        height *= 2
+    return height
+
+
+def num_row_blocks(num_rows: int, shortest: int, tallest: int) -> int:
+    """Row tiles of a packet of `num_rows` rows."""
+    height = tile_height(num_rows, shortest, tallest)
+    return (num_rows + height - 1) // height
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offsets in bytes of the regions of one rank's segment, and their element counts."""
+
+    config: MoEConfig
+
+    @property
+    def row_blocks(self) -> int:
+        """Most row tiles that one packet can have."""
+        c = self.config
+        return num_row_blocks(c.slots, c.tile_m_min, c.tile_m)
+
+    @property
+    def region_elements(self) -> int:
+        """Elements of the dispatch region, and of the result region."""
+        c = self.config
+        return c.num_ranks * c.num_experts_per_rank * c.slots * c.hidden
+
+    @property
+    def region_bytes(self) -> int:
+        return _aligned(self.region_elements * self.config.numpy_dtype.itemsize)
+
+    @property
+    def dispatch(self) -> int:
+        return 0
+
+    @property
+    def result(self) -> int:
+        return self.region_bytes
+
+    @property
+    def dispatch_flag(self) -> int:
+        return 2 * self.region_bytes
+
+    @property
+    def result_flag(self) -> int:
+        return self.dispatch_flag + _aligned(self.num_dispatch_flags * FLAG_BYTES)
+
+    @property
+    def control(self) -> int:
+        return self.result_flag + _aligned(self.num_result_flags * FLAG_BYTES)
+
+    @property
+    def num_dispatch_flags(self) -> int:
+        return self.config.num_experts
+
+    @property
+    def num_result_flags(self) -> int:
+        return self.config.num_experts * self.row_blocks
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of one rank's segment."""
+        return self.control + _aligned(CONTROL_WORDS * FLAG_BYTES)
+
+    def row(self, peer: int, expert: int, slot: int) -> int:
+        """Row index in either region of `[peer, expert, slot]`; times `hidden` gives its first element."""
+        c = self.config
+        return (peer * c.num_experts_per_rank + expert) * c.slots + slot
+
+    def offset(self, write: Write) -> tuple[int, int]:
+        """Where a write lands: (segment, byte offset of its row)."""
+        c = self.config
+        region = self.dispatch if write.round == DISPATCH else self.result
+        row_bytes = c.hidden * c.numpy_dtype.itemsize
+        return write.segment, region + self.row(write.peer, write.expert, write.slot) * row_bytes
+
+    def is_valid(self, write: Write) -> bool:
+        """The theorem's premises for one write: indices in range, and the region's peer index is the writer."""
+        c = self.config
+        in_range = (
+            0 <= write.segment < c.num_ranks
+            and 0 <= write.expert < c.num_experts_per_rank
+            and 0 <= write.slot < c.slots
+            and write.round in (DISPATCH, RESULT)
+        )
+        return in_range and write.peer == write.writer
+
+
+def write_conflicts(layout: Layout, writes: Iterable[Write]) -> list[tuple[Write, Write]]:
+    """Pairs of writes of one epoch that touch the same row.
+
+    The theorem (FlashMoE, section 3): if every write `is_valid` and no writer uses a slot twice for one (segment, round,
+    expert), the list is empty. It looks only at addresses, so it does not assume what it checks.
+    """
+    seen: dict[tuple[int, int], Write] = {}
+    conflicts = []
+    for write in writes:
+        first = seen.setdefault(layout.offset(write), write)
+        if first is not write:
+            conflicts.append((first, write))
+    return conflicts
