@@ -1,0 +1,65 @@
+"""What a distributed Mixture-of-Experts layer means, in NumPy: sizes, routing, packets, layout, tiles, the oracle.
+
+Importing it needs NumPy only; bfloat16 needs ml_dtypes, and .safetensors files need safetensors, where they are used.
+"""
+
+from .config import ACTIVATIONS, DTYPES, MoEConfig, element_dtype
+from .experts import activation, expert_ffn
+from .layer import moe_layer
+from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
+from .packets import Packets, make_packets
+from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
+from .presets import load_preset, preset_names, read_preset
+from .routers import Routing, check_routing, external_routing, route, softmax_topk
+from .tiled_layer import TiledLayer
+from .tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, Task, task_graph, tiles_n0, tiles_n1
+from .tolerance import max_rel_error, tolerance
+from .weights import Weights
+from .workloads import WORKLOAD_NAMES, Workload, make_workload
+
+__all__ = [
+    "ACTIVATIONS",
+    "COMBINE",
+    "DISPATCH",
+    "DTYPES",
+    "GATE",
+    "GEMM0",
+    "GEMM1",
+    "KIND_NAMES",
+    "WORKLOAD_NAMES",
+    "Layout",
+    "MoEConfig",
+    "Packets",
+    "Plan",
+    "Routing",
+    "Task",
+    "TiledLayer",
+    "Weights",
+    "Workload",
+    "Write",
+    "activation",
+    "check_routing",
+    "element_dtype",
+    "expert_ffn",
+    "external_routing",
+    "hidden_rows",
+    "load_preset",
+    "make_packets",
+    "make_plan",
+    "make_workload",
+    "max_rel_error",
+    "max_row_blocks",
+    "max_tasks",
+    "moe_layer",
+    "num_row_blocks",
+    "preset_names",
+    "read_preset",
+    "route",
+    "softmax_topk",
+    "task_graph",
+    "tile_height",
+    "tiles_n0",
+    "tiles_n1",
+    "tolerance",
+    "write_conflicts",
+]

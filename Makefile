@@ -1,0 +1,54 @@
+# make run | test | lint | smoke | clean. Everything is installed into .venv and nothing outside this folder is changed.
+PYTHON ?= python3
+PRESET ?= laptop-text
+RANKS ?= 8
+WORKLOAD ?= text
+
+PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
+
+.PHONY: help run test lint smoke clean
+
+help:
+	@echo "make run    one MoE layer on $(RANKS) ranks of this machine (PRESET=$(PRESET) RANKS=$(RANKS) WORKLOAD=$(WORKLOAD))"
+	@echo "make test   all tests            make lint    ruff and mypy"
+	@echo "make smoke  every experiment, small              make clean   remove what make made"
+
+run: .venv/for-run
+	@mkdir -p out
+	.venv/bin/flashmoe run --preset $(PRESET) --ranks $(RANKS) --workload $(WORKLOAD) \
+	    --trace out/trace.json --plot out/timeline.png --json out/run.json
+
+test: .venv/for-dev
+	.venv/bin/python -m pytest
+
+lint: .venv/for-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+smoke: .venv/for-dev
+	@set -e; for script in experiments/[0-9]*.py; do \
+	    [ -e "$$script" ] || { echo "no experiments yet"; break; }; \
+	    echo "$$script --smoke"; .venv/bin/python "$$script" --smoke; \
+	done
+
+clean:
+	rm -rf .venv out build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamps make an install happen once, and again when the requirements change.
+.venv/for-run: .venv/made setup.cfg pyproject.toml
+	$(PIP) install --editable '.[mpi,plots]'
+	@touch $@
+
+.venv/for-dev: .venv/made setup.cfg pyproject.toml
+	$(PIP) install --editable '.[dev]'
+	@touch $@ .venv/for-run
+
+.venv/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: $$($(PYTHON) --version 2>&1)."; \
+	    echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv --clear .venv || { \
+	    rm -rf .venv; echo "No virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@touch $@

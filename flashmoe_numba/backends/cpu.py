@@ -1,0 +1,53 @@
+"""Blocks as operating-system threads that run the compiled kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from reference import MoEConfig
+
+from ..device.compilation import compile_for
+from ..kernel import persistent
+from ..tile_gemm import Scratch
+from ..tile_gemm.cpu import MICRO_ROWS, ROW_STRIDE, panel_width
+
+
+class CpuBackend:
+    """One thread per block; threads are kept between calls."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._threads = ThreadPoolExecutor(num_blocks, thread_name_prefix="flashmoe")
+
+    def panel_width(self, config: MoEConfig) -> int:
+        return panel_width(config.accumulator)
+
+    def make_scratch(self, config: MoEConfig) -> Scratch:
+        """Room for the tallest tile and the widest panels, and for one row of a combine."""
+        rows = -(-max(config.tile_m, config.token_block) // MICRO_ROWS) * MICRO_ROWS
+        width = self.panel_width(config)
+        columns = (1 + config.gated) * (-(-config.tile_n // width) * width)
+        sums = max(rows * columns, config.hidden)
+        return Scratch(np.empty(rows * ROW_STRIDE, config.accumulator), np.empty(sums, config.accumulator))
+
+    def prepare(self, arguments: tuple[Any, ...]) -> None:
+        """Compile the kernel for arguments of these types, or load it from the disk."""
+        compile_for(persistent, arguments)
+
+    def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:
+        """Run all blocks to their end. `stop` makes them leave early; it is called if this thread is interrupted."""
+        futures = [self._threads.submit(persistent, *arguments) for _, arguments in blocks]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop()
+            for future in futures:
+                future.exception()
+            raise
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)

@@ -1,0 +1,53 @@
+"""Blocks as fibers that interpret the kernel's source, interleaved by a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from reference import MoEConfig
+
+from ..device.compilation import interpreted
+from ..device.fibers import Scheduler
+from ..tile_gemm import Scratch
+from ..tile_gemm.stub import INTERPRETED_PANEL_WIDTH
+
+
+class FiberBackend:
+    """Every call runs under a scheduler with the next seed.
+
+    Args:
+        seed: of the first call.
+        lanes: threads per block.
+        preempt: probability of a switch at an atomic access.
+    """
+
+    def __init__(self, num_blocks: int, seed: int = 0, lanes: int = 2, preempt: float = 0.3) -> None:
+        self.seed, self.lanes, self.preempt = seed, lanes, preempt
+
+    def panel_width(self, config: MoEConfig) -> int:
+        return INTERPRETED_PANEL_WIDTH
+
+    def make_scratch(self, config: MoEConfig) -> Scratch:
+        return Scratch(np.empty(0, config.accumulator), np.empty(config.hidden, config.accumulator))
+
+    def prepare(self, arguments: tuple[Any, ...]) -> None:
+        """Nothing to compile."""
+
+    def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:
+        """Run all blocks to their end.
+
+        Raises:
+            Deadlock: nobody can go on; names where every thread waits.
+        """
+        scheduler = Scheduler(self.seed, self.preempt)
+        self.seed += 1
+        kernel = interpreted("flashmoe_numba.kernel").persistent
+        for name, arguments in blocks:
+            scheduler.add_block(name, kernel, arguments, self.lanes)
+        scheduler.run()
+
+    def close(self) -> None:
+        """Nothing to give back."""

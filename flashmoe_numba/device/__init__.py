@@ -1,0 +1,37 @@
+"""The device vocabulary and its meanings: interpreted (fibers.py) and compiled for CPUs (cpu.py)."""
+
+from .compilation import jit
+from .vocabulary import (
+    array_at,
+    block_sync,
+    cas,
+    copy_row,
+    fetch_add,
+    lane,
+    lanes,
+    ld_acquire,
+    ld_relaxed,
+    load,
+    now,
+    pause,
+    st_release,
+    store,
+)
+
+__all__ = [
+    "array_at",
+    "block_sync",
+    "cas",
+    "copy_row",
+    "fetch_add",
+    "jit",
+    "lane",
+    "lanes",
+    "ld_acquire",
+    "ld_relaxed",
+    "load",
+    "now",
+    "pause",
+    "st_release",
+    "store",
+]

@@ -1,0 +1,142 @@
+"""How kernel functions are compiled, and how the same source is loaded uncompiled for the interpreted target.
+
+Numba's disk cache notices a change in the file of the cached function only. Kernel code is spread over files and its
+meaning over overloads, so the cache here is stamped with a hash of all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent.parent
+_interpreting = False
+
+
+def jit(function=None, *, entry=False):
+    """Compile a kernel function on its first call; inside `interpreted`, leave it as it is.
+
+    Only an `entry` can be called from Python when compiled: the wrappers for that take longer to compile than the code.
+    """
+    if function is None:
+        return lambda function: jit(function, entry=entry)
+    if _interpreting:
+        return function
+    from numba import njit
+
+    from . import cpu  # noqa: F401  registers the overloads
+
+    return njit(nogil=True, error_model="numpy", no_cpython_wrapper=not entry, no_cfunc_wrapper=True)(function)
+
+
+def interpreted(package: str) -> ModuleType:
+    """The package loaded a second time with `jit` switched off, its relative imports included."""
+    twin = f"{package}_interpreted"
+    if twin not in sys.modules:
+        folder = importlib.import_module(package).__path__[0]
+        spec = importlib.util.spec_from_file_location(
+            twin, Path(folder) / "__init__.py", submodule_search_locations=[folder]
+        )
+        assert spec and spec.loader
+        module = sys.modules[twin] = importlib.util.module_from_spec(spec)
+        try:
+            with _interpretation():
+                spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[twin]
+            raise
+    return sys.modules[twin]
+
+
+@contextlib.contextmanager
+def _interpretation() -> Iterator[None]:
+    global _interpreting
+    _interpreting = True
+    try:
+        yield
+    finally:
+        _interpreting = False
+
+
+@cache
+def source_hash() -> str:
+    """Hash of every source file that compiled code can depend on."""
+    digest = hashlib.sha256()
+    for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.parent.joinpath("reference").glob("*.py")]):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $FLASHMOE_CACHE_DIR, else flashmoe-numba in the user's cache folder."""
+    explicit = os.environ.get("FLASHMOE_CACHE_DIR")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmoe-numba"
+
+
+def compile_for(dispatcher: Any, arguments: tuple[Any, ...]) -> None:
+    """Compile a kernel for arguments of these types, or load it from the disk cache.
+
+    A cache folder that cannot be written costs a warning and the compilation.
+    """
+    from numba import typeof
+
+    signature = tuple(typeof(argument) for argument in arguments)
+    if signature in dispatcher.overloads:
+        return
+    try:
+        dispatcher._cache = _disk_cache(dispatcher.py_func, signature)
+        dispatcher.compile(signature)
+    except OSError as error:
+        from numba.core.caching import NullCache
+
+        warnings.warn(f"compiled kernels are not kept: {cache_folder()} cannot be used ({error})", stacklevel=2)
+        dispatcher._cache = NullCache()
+        dispatcher.compile(signature)
+
+
+def _disk_cache(function: Any, signature: tuple[Any, ...]) -> Any:
+    """A cache with files of its own for one signature on one kind of machine.
+
+    Numba numbers the files of a function in an index that concurrent writers overwrite, so that two of them may end up
+    with one name. Here every writer of a name writes the same code.
+    """
+    from llvmlite import binding
+    from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+
+    machine = binding.get_host_cpu_name() + binding.get_host_cpu_features().flatten()
+    name = hashlib.sha256(f"{source_hash()} {signature} {machine}".encode()).hexdigest()[:24]
+
+    class Locator(_CacheLocator):
+        @classmethod
+        def from_function(cls, py_func: Any, py_file: str) -> Any:
+            return cls()
+
+        def get_cache_path(self) -> str:
+            return str(cache_folder())
+
+        def get_source_stamp(self) -> str:
+            return name
+
+        def get_disambiguator(self) -> str:
+            return name
+
+    class Files(CompileResultCacheImpl):
+        _locator_classes = [Locator]
+
+    class KernelCache(FunctionCache):
+        _impl_class = Files
+
+    Locator().ensure_cache_path()
+    return KernelCache(function)

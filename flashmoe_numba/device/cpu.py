@@ -1,0 +1,228 @@
+"""The vocabulary compiled for CPUs: a block is one OS thread with one lane, atomics are LLVM atomics.
+
+Importing this module registers the overloads. A poll backs off in three steps (spin, yield, sleep), because there may be
+many more blocks than cores.
+"""
+
+from __future__ import annotations
+
+import time
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+from numba.np.arrayobj import make_array, populate_array
+
+from . import vocabulary as verbs
+
+SPINS, YIELDS = 64, 128
+SHORTEST_SLEEP_US, LONGEST_SLEEP_US = 20, 500
+
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+
+
+def element_pointer(context, builder, array_type, array, index):
+    """LLVM pointer to `array[index]` of a C-contiguous array."""
+    return builder.gep(make_array(array_type)(context, builder, array).data, [index])
+
+
+def _word_intrinsic(num_values, returns_word, emit):
+    """Intrinsic `f(words, i, *values)` on one array element; `emit(builder, pointer, bytes, values)` makes its code."""
+
+    def signature(words):
+        return (words.dtype if returns_word else types.void)(words, types.intp, *[words.dtype] * num_values)
+
+    def codegen(context, builder, sig, args):
+        pointer = element_pointer(context, builder, sig.args[0], args[0], args[1])
+        result = emit(builder, pointer, sig.args[0].dtype.bitwidth // 8, args[2:])
+        return result if returns_word else context.get_dummy_value()
+
+    if num_values == 0:
+        return intrinsic(lambda typing, words, i: (signature(words), codegen))
+    if num_values == 1:
+        return intrinsic(lambda typing, words, i, value: (signature(words), codegen))
+    return intrinsic(lambda typing, words, i, expected, value: (signature(words), codegen))
+
+
+_ld_acquire = _word_intrinsic(0, True, lambda b, p, size, v: b.load_atomic(p, "acquire", size))
+_ld_relaxed = _word_intrinsic(0, True, lambda b, p, size, v: b.load_atomic(p, "monotonic", size))
+_st_release = _word_intrinsic(1, False, lambda b, p, size, v: b.store_atomic(v[0], p, "release", size))
+_fetch_add = _word_intrinsic(1, True, lambda b, p, size, v: b.atomic_rmw("add", p, v[0], "acq_rel"))
+_cas = _word_intrinsic(2, True, lambda b, p, size, v: b.extract_value(b.cmpxchg(p, *v, "acq_rel", "acquire"), 0))
+
+
+@intrinsic
+def get(typing, array, i):
+    """`array[i]` without Numba's wrap-around of negative indices, which keeps loops from being vectorised."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(element_pointer(context, builder, sig.args[0], args[0], args[1]))
+
+    return array.dtype(array, types.intp), codegen
+
+
+@intrinsic
+def put(typing, array, i, value):
+    """`array[i] = value`, likewise; the value has the element type."""
+
+    def codegen(context, builder, sig, args):
+        builder.store(args[2], element_pointer(context, builder, sig.args[0], args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, array.dtype), codegen
+
+
+@intrinsic
+def _spin(typing):
+    def codegen(context, builder, sig, args):
+        if context.target_data and "x86_64" in builder.module.triple:
+            pause = builder.module.declare_intrinsic("llvm.x86.sse2.pause", fnty=ir.FunctionType(ir.VoidType(), []))
+            builder.call(pause, [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _monotonic_ns(typing):
+    i64 = ir.IntType(64)
+
+    def codegen(context, builder, sig, args):
+        timespec = ir.LiteralStructType([i64, i64])
+        slot = builder.alloca(timespec)
+        signature = ir.FunctionType(ir.IntType(32), [ir.IntType(32), timespec.as_pointer()])
+        name = "clock_gettime"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
+        builder.call(function, [ir.Constant(ir.IntType(32), time.CLOCK_MONOTONIC), slot])
+        value = builder.load(slot)
+        seconds = builder.mul(builder.extract_value(value, 0), ir.Constant(i64, 1_000_000_000))
+        return builder.add(seconds, builder.extract_value(value, 1))
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def _array_at(typing, address, num_elements, like):
+    array_type = types.Array(like.dtype, 1, "C")
+
+    def codegen(context, builder, sig, args):
+        array = make_array(array_type)(context, builder)
+        item = context.get_constant(types.intp, array_type.dtype.bitwidth // 8)
+        data = builder.inttoptr(args[0], array.data.type)
+        populate_array(array, data, [args[1]], [item], item, None)
+        return array._getvalue()
+
+    return array_type(types.uint64, types.intp, like), codegen
+
+
+def half_to_float(builder, bits):
+    """float16 bits -> float (LLVM values, scalar or vector)."""
+    half, single = ir.HalfType(), ir.FloatType()
+    if isinstance(bits.type, ir.VectorType):
+        half, single = ir.VectorType(half, bits.type.count), ir.VectorType(single, bits.type.count)
+    return builder.fpext(builder.bitcast(bits, half), single)
+
+
+def bfloat_to_float(builder, bits):
+    """bfloat16 bits -> float (LLVM values, scalar or vector)."""
+    word, single, shift = ir.IntType(32), ir.FloatType(), 16
+    if isinstance(bits.type, ir.VectorType):
+        count = bits.type.count
+        word, single, shift = ir.VectorType(word, count), ir.VectorType(single, count), [16] * count
+    return builder.bitcast(builder.shl(builder.zext(bits, word), ir.Constant(word, shift)), single)
+
+
+@intrinsic
+def _from_half(typing, bits):
+    return types.float32(types.uint16), lambda context, builder, sig, args: half_to_float(builder, args[0])
+
+
+@intrinsic
+def _from_bfloat(typing, bits):
+    return types.float32(types.int16), lambda context, builder, sig, args: bfloat_to_float(builder, args[0])
+
+
+@intrinsic
+def _to_half(typing, value):
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def _to_bfloat(typing, value):
+    i32 = ir.IntType(32)
+
+    def constant(value):
+        return ir.Constant(i32, value)
+
+    def codegen(context, builder, sig, args):
+        bits = builder.bitcast(args[0], i32)
+        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(constant(0x7FFF), odd)), constant(16))
+        quiet_nan = builder.or_(builder.lshr(bits, constant(16)), constant(0x40))  # rounding a NaN could make an infinity
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(is_nan, quiet_nan, rounded), ir.IntType(16))
+
+    return types.int16(types.float32), codegen
+
+
+def _meaning(stub):
+    return overload(stub, target="cpu", inline="never", jit_options={"nogil": True, "error_model": "numpy"})
+
+
+_meaning(verbs.lane)(lambda: lambda: 0)
+_meaning(verbs.lanes)(lambda: lambda: 1)
+_meaning(verbs.block_sync)(lambda: lambda: None)
+_meaning(verbs.ld_acquire)(lambda words, i: lambda words, i: _ld_acquire(words, i))
+_meaning(verbs.ld_relaxed)(lambda words, i: lambda words, i: _ld_relaxed(words, i))
+_meaning(verbs.st_release)(lambda words, i, value: lambda words, i, value: _st_release(words, i, value))
+_meaning(verbs.fetch_add)(lambda words, i, value: lambda words, i, value: _fetch_add(words, i, value))
+_meaning(verbs.cas)(lambda words, i, expected, value: lambda words, i, expected, value: _cas(words, i, expected, value))
+_meaning(verbs.now)(lambda: lambda: _monotonic_ns())
+_meaning(verbs.array_at)(
+    lambda address, num_elements, like: lambda address, num_elements, like: _array_at(address, num_elements, like)
+)
+
+
+@_meaning(verbs.pause)
+def _pause(attempt):
+    def meaning(attempt):
+        if attempt < SPINS:
+            _spin()
+        elif attempt < SPINS + YIELDS:
+            _sched_yield()
+        else:
+            _usleep(types.uint32(min(SHORTEST_SLEEP_US * (attempt - SPINS - YIELDS + 1), LONGEST_SLEEP_US)))
+        return attempt + 1
+
+    return meaning
+
+
+@_meaning(verbs.load)
+def _load(array, i):
+    if array.dtype == types.uint16:
+        return lambda array, i: _from_half(get(array, i))
+    if array.dtype == types.int16:
+        return lambda array, i: _from_bfloat(get(array, i))
+    return lambda array, i: get(array, i)
+
+
+@_meaning(verbs.store)
+def _store(array, i, value):
+    if array.dtype == types.uint16:
+        return lambda array, i, value: put(array, i, _to_half(value))
+    if array.dtype == types.int16:
+        return lambda array, i, value: put(array, i, _to_bfloat(value))
+    return lambda array, i, value: put(array, i, value)
+
+
+@_meaning(verbs.copy_row)
+def _copy_row(target, target_at, source, source_at, num_elements):
+    def meaning(target, target_at, source, source_at, num_elements):
+        for c in range(num_elements):
+            put(target, target_at + c, get(source, source_at + c))
+
+    return meaning

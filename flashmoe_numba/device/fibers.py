@@ -1,0 +1,170 @@
+"""The interpreted target: every thread of every block of every rank is a fiber under one deterministic scheduler.
+
+A fiber (a greenlet) gives way only at a verb of the vocabulary: with probability `preempt` at an atomic access, always
+while it polls, and at block barriers. Which fiber runs next is drawn from the seed, so a run is replayed by its seed.
+
+When every live fiber polls and nothing has been written for a whole round, no one can ever go on: `Deadlock` names each
+fiber, its place in the source and what it waits for. Plain accesses take effect at once here (sequential consistency).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from greenlet import getcurrent, greenlet
+
+QUIET_ROUNDS = 50
+LIBRARY_FILES = ("vocabulary.py", "fibers.py")
+
+
+class Deadlock(RuntimeError):
+    """No fiber can go on: each polls for something that nobody is left to write."""
+
+
+class Block:
+    """Fibers that share a barrier."""
+
+    def __init__(self, name: str, lanes: int) -> None:
+        self.name = name
+        self.live = lanes
+        self.waiting: list[Fiber] = []
+
+
+class Fiber(greenlet):
+    """One thread of a block."""
+
+    def __init__(self, scheduler: Scheduler, block: Block, lane: int, lanes: int, body: Callable[[], object]) -> None:
+        super().__init__(self._run, scheduler.hub)
+        self.scheduler, self.block, self.lane, self.lanes, self.body = scheduler, block, lane, lanes, body
+        self.polling = False
+
+    def _run(self) -> None:
+        self.body()
+        self.block.live -= 1
+        self.scheduler.open_barrier_if_full(self.block)
+
+    def place(self) -> str:
+        """Where this fiber stands in the kernel's source."""
+        frame = self.gr_frame
+        while frame and frame.f_code.co_filename.endswith(LIBRARY_FILES):
+            frame = frame.f_back
+        where = f"{frame.f_code.co_name}:{frame.f_lineno}" if frame else "not started"
+        return f"{self.block.name} lane {self.lane} at {where}"
+
+
+class Scheduler:
+    """Runs fibers to the end, interleaved by a seed.
+
+    Args:
+        seed: decides every switch.
+        preempt: probability of a switch at an atomic access.
+        max_switches: gives up with a RuntimeError beyond this (a livelock).
+    """
+
+    def __init__(self, seed: int = 0, preempt: float = 0.3, max_switches: int = 50_000_000) -> None:
+        self.random = random.Random(seed)
+        self.probability = preempt
+        self.max_switches = max_switches
+        self.ready: list[Fiber] = []
+        self.live = 0
+        self.switches = 0
+        self.writes = 0
+        self.hub = getcurrent()
+
+    def add_block(self, name: str, kernel: Callable[..., object], args: Sequence[Any], lanes: int = 1) -> None:
+        block = Block(name, lanes)
+        self.live += lanes
+        self.ready += [Fiber(self, block, lane, lanes, lambda: kernel(*args)) for lane in range(lanes)]
+
+    def run(self) -> None:
+        """Run until every fiber has returned.
+
+        Raises:
+            Deadlock: naming every fiber and where it stands.
+        """
+        self.hub = getcurrent()
+        quiet, seen = 0, -1
+        while self.ready:
+            fiber = self._draw()
+            fiber.polling = False
+            fiber.parent = self.hub
+            fiber.switch()
+            self.switches += 1
+            if fiber.dead:
+                self.live -= 1
+            quiet = quiet + 1 if fiber.polling and self.writes == seen and not fiber.dead else 0
+            seen = self.writes
+            if quiet > QUIET_ROUNDS * (len(self.ready) + 1):
+                raise Deadlock(self._report("every live thread polls and nobody writes"))
+            if self.switches > self.max_switches:
+                raise RuntimeError(self._report(f"still running after {self.switches} switches"))
+        if self.live:
+            raise Deadlock(f"{self.live} threads wait in a block barrier that never fills")
+
+    def _draw(self) -> Fiber:
+        i = int(self.random.random() * len(self.ready))
+        self.ready[i], self.ready[-1] = self.ready[-1], self.ready[i]
+        return self.ready.pop()
+
+    def open_barrier_if_full(self, block: Block) -> None:
+        if block.waiting and len(block.waiting) == block.live:
+            self.ready += block.waiting
+            block.waiting = []
+
+    def _report(self, why: str) -> str:
+        return "\n  ".join([why, *(fiber.place() for fiber in self.ready)])
+
+
+def current() -> Fiber:
+    """The running fiber."""
+    return getcurrent()  # type: ignore[return-value]
+
+
+def preempt() -> None:
+    """Maybe let another fiber run."""
+    fiber = current()
+    if fiber.scheduler.random.random() < fiber.scheduler.probability:
+        fiber.scheduler.ready.append(fiber)
+        fiber.scheduler.hub.switch()
+
+
+def idle() -> None:
+    """Let another fiber run, because this one found nothing to do."""
+    fiber = current()
+    fiber.polling = True
+    fiber.scheduler.ready.append(fiber)
+    fiber.scheduler.hub.switch()
+
+
+def note_progress() -> None:
+    """Something was written that a polling fiber may wait for."""
+    current().scheduler.writes += 1
+
+
+def block_barrier() -> None:
+    fiber = current()
+    if fiber.lanes == 1:
+        return
+    fiber.block.waiting.append(fiber)
+    fiber.scheduler.open_barrier_if_full(fiber.block)
+    fiber.scheduler.hub.switch()
+
+
+def clock() -> int:
+    return current().scheduler.switches
+
+
+def memory_view(address: int, num_elements: int, dtype: np.dtype[Any]) -> np.ndarray:
+    buffer = (ctypes.c_char * (int(num_elements) * dtype.itemsize)).from_address(int(address))
+    return np.frombuffer(buffer, dtype)
+
+
+def bfloat16_bits(value: float) -> np.int16:
+    """The bfloat16 nearest to a float32, as bits."""
+    import ml_dtypes
+
+    return np.float32(value).astype(ml_dtypes.bfloat16).view(np.int16)

@@ -1,0 +1,115 @@
+"""The device vocabulary: every verb that kernel code may use, besides arithmetic and array indexing.
+
+A verb is a Python function. Its body is the *interpreted* meaning (fibers.py); compiled meanings are overloads that the
+target's module registers (cpu.py). Kernel code imports the verbs by name and nothing else, so one source serves all.
+
+Arrays are C-contiguous and one-dimensional, indexed in elements. 16-bit floats are stored as integers, because no
+compiled CPU target has them: `uint16` holds float16 bits and `int16` holds bfloat16 bits; `load` and `store` convert.
+
+Memory model: plain accesses are ordered only by `block_sync` inside a block, and by a release that an acquire has read
+between blocks and ranks. `fetch_add` and `cas` are both acquire and release. All atomics have system scope, and work on
+int64 words.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import fibers
+
+
+def lane() -> int:
+    """Index of this thread in its block, in [0, lanes())."""
+    return fibers.current().lane
+
+
+def lanes() -> int:
+    """Threads in this block."""
+    return fibers.current().lanes
+
+
+def block_sync() -> None:
+    """Barrier of the block's threads; orders their plain accesses."""
+    fibers.block_barrier()
+
+
+def ld_acquire(words, i):
+    """Load word `i`; what its releaser wrote before is visible after."""
+    fibers.preempt()
+    return words[i]
+
+
+def ld_relaxed(words, i):
+    """Load word `i` atomically, ordering nothing else: the cheap poll."""
+    fibers.preempt()
+    return words[i]
+
+
+def st_release(words, i, value) -> None:
+    """Store word `i` after everything this block did before (with `block_sync` in between) is visible."""
+    fibers.preempt()
+    words[i] = value
+    fibers.note_progress()
+
+
+def fetch_add(words, i, value):
+    """Add to word `i`; returns what it held."""
+    fibers.preempt()
+    old = words[i]
+    words[i] = old + value
+    fibers.note_progress()
+    return old
+
+
+def cas(words, i, expected, value):
+    """Replace word `i` by `value` if it holds `expected`; returns what it held."""
+    fibers.preempt()
+    old = words[i]
+    if old == expected:
+        words[i] = value
+        fibers.note_progress()
+    return old
+
+
+def pause(attempt):
+    """Give way while polling. `attempt` counts the polls since the last success; returns it plus one."""
+    fibers.idle()
+    return attempt + 1
+
+
+def now() -> int:
+    """Nanoseconds of a monotonic clock that all ranks of a machine share; on fibers, switches so far."""
+    return fibers.clock()
+
+
+def array_at(address, num_elements, like):
+    """View of raw memory, such as a peer's segment, with the element type of `like`."""
+    return fibers.memory_view(address, num_elements, like.dtype)
+
+
+def load(array, i):
+    """Element `i` as float32, or float64 for a float64 array."""
+    value = array[i]
+    if array.dtype == np.uint16:
+        return np.float32(np.uint16(value).view(np.float16))
+    if array.dtype == np.int16:
+        return np.uint32(int(value) << 16 & 0xFFFFFFFF).view(np.float32)
+    return value
+
+
+def store(array, i, value) -> None:
+    """Round `value` to the element type (to nearest, ties to even) and store it."""
+    if array.dtype == np.uint16:
+        with np.errstate(over="ignore"):
+            array[i] = np.float16(value).view(np.uint16)
+    elif array.dtype == np.int16:
+        array[i] = fibers.bfloat16_bits(value)
+    else:
+        array[i] = value
+
+
+def copy_row(target, target_at, source, source_at, num_elements) -> None:
+    """Copy a row with all lanes of the block."""
+    fiber = fibers.current()
+    for c in range(fiber.lane, num_elements, fiber.lanes):
+        target[target_at + c] = source[source_at + c]

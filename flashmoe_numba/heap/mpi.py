@@ -1,0 +1,104 @@
+"""Ranks as processes of one machine: a segment is a rank's part of an MPI shared window.
+
+MPI is used to set up and to take down, never in a call. Its own collectives wait without a limit, so the ones here
+poll a non-blocking request until a deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHARED_MEMORY = Path("/dev/shm")
+SETUP_DEADLINE_S = 600.0  # a rank may compile the kernel meanwhile
+CLOSE_DEADLINE_S = 60.0
+
+
+class MpiHeap:
+    """Segments of all ranks of `comm`, zeroed. Memory is taken as it is touched.
+
+    Args:
+        comm: an mpi4py communicator whose ranks share one machine.
+        num_bytes: size of a segment, the same on every rank.
+
+    Raises:
+        ValueError: ranks on several machines, or not enough shared memory.
+    """
+
+    def __init__(self, comm: Any, num_bytes: int) -> None:
+        from mpi4py import MPI
+
+        self._comm = comm.Dup()  # its messages cannot meet the caller's
+        self.num_ranks = comm.size
+        self.rank_indices = range(comm.rank, comm.rank + 1)
+        local = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        num_local = local.size
+        local.Free()
+        self.agree(self._shortage(num_local, num_bytes))
+        self._window = MPI.Win.Allocate_shared(num_bytes, 1, comm=self._comm)
+        views = [self._window.Shared_query(rank_idx)[0] for rank_idx in range(self.num_ranks)]
+        self.segments = [np.frombuffer(view, np.uint8)[:num_bytes] for view in views]
+        self.barrier()
+
+    def _shortage(self, num_local: int, num_bytes: int) -> ValueError | None:
+        """MPI would hand out more than there is, and the process would die at the first touch of a missing page."""
+        if num_local != self.num_ranks:
+            return ValueError(f"comm must lie on one machine, but only {num_local} of {self.num_ranks} ranks share this one")
+        if self._comm.rank == 0 and SHARED_MEMORY.is_dir():
+            status = os.statvfs(SHARED_MEMORY)
+            needed, free = num_bytes * self.num_ranks, status.f_bavail * status.f_frsize
+            if needed > free:
+                return ValueError(
+                    f"the segments of {self.num_ranks} ranks need {needed / 2**20:.0f} MiB of shared memory, but "
+                    f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB left: use fewer tokens, a capacity, or a larger {SHARED_MEMORY}"
+                )
+        return None
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank brings an error: its own, or a RuntimeError that quotes the first."""
+        message = f"rank {self._comm.rank}: {error}" if error is not None else ""
+        messages = self._gather(message)
+        if error is not None:
+            raise error
+        failed = [text for text in messages if text]
+        if failed:
+            raise RuntimeError(f"another rank could not start: {failed[0]}")
+
+    def _gather(self, text: str) -> list[str]:
+        """Everybody's text, cut to 500 bytes."""
+        mine = np.zeros(500, np.uint8)
+        data = np.frombuffer(text.encode()[:500], np.uint8)
+        mine[: data.size] = data
+        everybody = np.empty((self.num_ranks, mine.size), np.uint8)
+        _wait(self._comm.Iallgather(mine, everybody), SETUP_DEADLINE_S)
+        return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in everybody]
+
+    def barrier(self) -> None:
+        """Wait for all ranks.
+
+        Raises:
+            TimeoutError: some rank did not come.
+        """
+        _wait(self._comm.Ibarrier(), SETUP_DEADLINE_S)
+
+    def close(self, *, orderly: bool) -> None:
+        """Give the window back, which takes all ranks; after a failure leave it to the end of the process."""
+        if orderly and self.segments:
+            _wait(self._comm.Ibarrier(), CLOSE_DEADLINE_S)
+            self.segments = []
+            self._window.Free()
+            self._comm.Free()
+        self.segments = []
+
+
+def _wait(request: Any, deadline_s: float) -> None:
+    start, nap = time.monotonic(), 1e-5
+    while not request.Test():
+        if time.monotonic() - start > deadline_s:
+            raise TimeoutError(f"not all ranks came to a collective of the layer within {deadline_s:g} s")
+        time.sleep(nap)
+        nap = min(2 * nap, 0.01)

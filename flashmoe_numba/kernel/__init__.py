@@ -1,0 +1,5 @@
+"""The persistent kernel, as plain functions over the device vocabulary."""
+
+from .persistent import persistent
+
+__all__ = ["persistent"]

@@ -1,0 +1,169 @@
+"""The gate: logits, softmax and top-k of a token block, then the slots of all pairs in token order.
+
+A GATE task handles one token block and sorts its pairs by expert. The block that finishes last adds up the counts of
+all token blocks, which gives every pair its slot without an atomic: routing, drops and slots depend on the tokens alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+from flashmoe_numba.device import block_sync, fetch_add, jit, lane, lanes, st_release
+from flashmoe_numba.tile_gemm import tile_gemm
+from reference import layout
+from reference.tiles import COMBINE, DISPATCH
+
+from .queue import GATE_OPEN, GATES_DONE, counter, fill, push, reserve
+
+tile_height = jit(layout.tile_height)
+
+IS_LAST = 1  # word of the block's box
+
+
+@jit
+def num_row_blocks(num_rows, shortest, tallest):
+    """As in reference/layout.py, whose own calls a function that is not compiled."""
+    height = tile_height(num_rows, shortest, tallest)
+    return (num_rows + height - 1) // height
+
+
+@jit
+def num_token_blocks(p):
+    return (p.num_tokens + p.token_block - 1) // p.token_block
+
+
+@jit
+def num_gate_tasks(p):
+    """A rank without tokens still runs one, which tells every peer so."""
+    return max(num_token_blocks(p), 1)
+
+
+@jit
+def gate(p, tokens, experts, queue, scratch, box, token_block):
+    first = token_block * p.token_block
+    rows = min(p.token_block, p.num_tokens - first)
+    if rows > 0 and not p.routed:
+        compute_logits(p, tokens, experts, scratch, first, rows)
+        block_sync()
+        for token in range(first + lane(), first + rows, lanes()):
+            choose_experts(p, tokens, token)
+    block_sync()
+    sort_pairs(p, tokens, token_block, first * p.num_topk, rows * p.num_topk)
+    block_sync()
+    if lane() == 0:
+        done = fetch_add(queue.counters, counter(p, GATES_DONE), 1) + 1
+        box[IS_LAST] = done == num_gate_tasks(p)
+    block_sync()
+    if box[IS_LAST]:
+        open_gate(p, tokens, queue)
+
+
+@jit
+def compute_logits(p, tokens, experts, scratch, first, rows):
+    """logits[first:first + rows] = x @ router.T"""
+    for n in range((p.num_experts + p.tile_experts - 1) // p.tile_experts):
+        column = n * p.tile_experts
+        tile_gemm(
+            tokens.logits, first * p.num_experts + column, p.num_experts,
+            tokens.x, first * p.hidden, p.hidden, rows, p.hidden,
+            experts.router, n * p.router_tile_elements, min(p.tile_experts, p.num_experts - column),
+            experts.router_bias, column, p.tile_experts, 0, False, scratch,
+        )  # fmt: skip
+
+
+@jit
+def choose_experts(p, tokens, token):
+    """Softmax over all experts, greedy top-k on the logits, ties to the lowest index; spends the token's logits.
+
+    A row with a NaN or an infinity chooses experts 0..k-1 with NaN weights, so that it spoils its own result only.
+    """
+    at = token * p.num_experts
+    highest = tokens.logits[at]
+    for e in range(p.num_experts):
+        if tokens.logits[at + e] > highest:
+            highest = tokens.logits[at + e]
+    total = highest - highest
+    for e in range(p.num_experts):
+        total += math.exp(tokens.logits[at + e] - highest)
+    chosen = total - total
+    for j in range(token * p.num_topk, (token + 1) * p.num_topk):
+        best = best_expert(p, tokens, at) if total == total else j - token * p.num_topk
+        tokens.topk_idx[j] = best
+        tokens.topk_weights[j] = math.exp(tokens.logits[at + best] - highest) / total
+        tokens.logits[at + best] = math.nan  # taken
+        chosen += tokens.topk_weights[j]
+    if p.renormalize:
+        for j in range(token * p.num_topk, (token + 1) * p.num_topk):
+            tokens.topk_weights[j] = tokens.topk_weights[j] / chosen
+
+
+@jit
+def best_expert(p, tokens, at):
+    """The expert of the largest logit that is not NaN."""
+    best = -1
+    for e in range(p.num_experts):
+        logit = tokens.logits[at + e]
+        if logit == logit and (best < 0 or logit > tokens.logits[at + best]):
+            best = e
+    return best
+
+
+@jit
+def sort_pairs(p, tokens, token_block, first, num_pairs):
+    """counts, starts, place and order of one token block. A lane owns the experts with index lane modulo lanes."""
+    at = token_block * p.num_experts
+    for e in range(lane(), p.num_experts, lanes()):
+        tokens.counts[at + e] = 0
+    for pair in range(first, first + num_pairs):
+        e = tokens.topk_idx[pair]
+        if e % lanes() == lane():
+            tokens.place[pair] = tokens.counts[at + e]
+            tokens.counts[at + e] += 1
+    block_sync()
+    if lane() == 0:
+        start = 0
+        for e in range(p.num_experts):
+            tokens.starts[at + e] = start
+            start += tokens.counts[at + e]
+    block_sync()
+    for pair in range(first + lane(), first + num_pairs, lanes()):
+        tokens.order[first + tokens.starts[at + tokens.topk_idx[pair]] + tokens.place[pair]] = pair
+
+
+@jit
+def open_gate(p, tokens, queue):
+    """All counts are known: give out slots, then let dispatch begin and tell the OS block which results to expect."""
+    for e in range(lane(), p.num_experts, lanes()):
+        slot = 0
+        for b in range(num_token_blocks(p)):
+            tokens.bases[b * p.num_experts + e] = slot
+            slot += tokens.counts[b * p.num_experts + e]
+        tokens.sent[e] = min(slot, p.slots)
+        tokens.results_left[e] = num_row_blocks(tokens.sent[e], p.tile_m_min, p.tile_m)
+    block_sync()
+    for b in range(lane(), num_token_blocks(p), lanes()):
+        tokens.tiles_left[b] = count_result_tiles(p, tokens, b)
+    block_sync()
+    if lane() == 0:
+        first = reserve(p, queue, p.num_experts)
+        for i in range(p.num_experts):  # begin with the next rank, so that not all send to the same one first
+            e = ((p.rank_idx + 1) * p.experts_per_rank + i) % p.num_experts
+            fill(p, queue, first + i, DISPATCH, e // p.experts_per_rank, e % p.experts_per_rank, 0, 0)
+        for b in range(num_token_blocks(p)):
+            if tokens.tiles_left[b] == 0:  # every pair was dropped
+                push(p, queue, COMBINE, 0, 0, b, 0)
+        st_release(queue.counters, counter(p, GATE_OPEN), 1)
+
+
+@jit
+def count_result_tiles(p, tokens, token_block):
+    """Result tiles that hold a row of this token block."""
+    tiles = 0
+    for e in range(p.num_experts):
+        i = token_block * p.num_experts + e
+        first = tokens.bases[i]
+        end = min(first + tokens.counts[i], p.slots)
+        if first < end:
+            height = tile_height(tokens.sent[e], p.tile_m_min, p.tile_m)
+            tiles += (end - 1) // height - first // height + 1
+    return tiles

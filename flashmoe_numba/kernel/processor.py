@@ -1,0 +1,144 @@
+"""A processor block: draw a ticket, wait for its task, run it, tell who depends on it; until the rank has no more."""
+
+from __future__ import annotations
+
+from flashmoe_numba.device import (
+    array_at,
+    block_sync,
+    fetch_add,
+    jit,
+    lane,
+    ld_acquire,
+    now,
+    pause,
+    st_release,
+)
+from flashmoe_numba.tile_gemm import tile_gemm
+from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
+
+from .dispatch import combine, dispatch
+from .gate import gate, tile_height
+from .queue import EXPERT, HEAD, KIND, PEER, STAMP, TASK_WORDS, TOTAL, M, N, counter, fill, reserve
+from .signals import PROCESSOR, TASK_FLAG, aborted, give_up, is_silent, note_progress, signal_word
+from .trace import record
+
+PLACE = 0  # word of the block's box: the place of the task to run, or -1
+
+
+@jit
+def processor(p, block, segments, experts, tokens, packets, queue, scratch, box, trace):
+    while True:
+        place = next_task(p, block, segments, queue, box)
+        if place < 0:
+            break
+        start = now()
+        at = place * TASK_WORDS
+        kind, peer, expert = queue.tasks[at + KIND], queue.tasks[at + PEER], queue.tasks[at + EXPERT]
+        m, n = queue.tasks[at + M], queue.tasks[at + N]
+        if kind == GATE:
+            gate(p, tokens, experts, queue, scratch, box, m)
+        elif kind == DISPATCH:
+            dispatch(p, tokens, segments, peer, expert)
+        elif kind == GEMM0:
+            gemm0(p, segments, experts, packets, queue, scratch, peer, expert, m, n)
+        elif kind == GEMM1:
+            gemm1(p, segments, experts, packets, scratch, peer, expert, m, n)
+        elif kind == COMBINE:
+            combine(p, tokens, segments, scratch, m)
+        record(trace, kind, peer, expert, m, n, start)
+        if lane() == 0:
+            note_progress(segments)
+
+
+@jit
+def next_task(p, block, segments, queue, box):
+    """Place of the next task, the same for all lanes; -1 when there is none left or the call was aborted."""
+    block_sync()
+    if lane() == 0:
+        box[PLACE] = wait_for_place(p, block, segments, queue)
+    block_sync()
+    return box[PLACE]
+
+
+@jit
+def wait_for_place(p, block, segments, queue):
+    place = fetch_add(queue.counters, counter(p, HEAD), 1)
+    stamp_at = place * TASK_WORDS + STAMP
+    num_places = queue.tasks.size // TASK_WORDS
+    attempt = 0
+    since = now()
+    progress = -1
+    while place >= num_places or ld_acquire(queue.tasks, stamp_at) != p.epoch:
+        total = ld_acquire(queue.counters, counter(p, TOTAL))  # 0 while unknown, else 1 + the number of tasks
+        if total > 0 and place >= total - 1:
+            return -1
+        if aborted(segments):
+            return -1
+        attempt = pause(attempt)
+        # twice the OS block's window: it knows better what is missing, so it should speak first
+        silent, since, progress = is_silent(p, segments, since, p.deadline_ns, progress)
+        if silent:
+            give_up(p, segments, block, PROCESSOR, TASK_FLAG, p.rank_idx, 0, place, total, 1)
+            return -1
+    return place
+
+
+@jit
+def packet_tile(p, packets, packet, m):
+    """(first row, number of rows) of row tile m."""
+    height = tile_height(packets.rows[packet], p.tile_m_min, p.tile_m)
+    return m * height, min(height, packets.rows[packet] - m * height)
+
+
+@jit
+def gemm0(p, segments, experts, packets, queue, scratch, source, expert, m, n):
+    """One column tile of the up projections; the last one of a row tile lets the down projection begin."""
+    packet = source * p.experts_per_rank + expert
+    first, rows = packet_tile(p, packets, packet, m)
+    tiles = (p.ffn + p.tile_ffn - 1) // p.tile_ffn
+    tile = expert * tiles + n
+    column = n * p.tile_ffn
+    tile_gemm(
+        packets.hidden, (packets.first_row[packet] + first) * p.ffn + column, p.ffn,
+        segments.dispatch, (packet * p.slots + first) * p.hidden, p.hidden, rows, p.hidden,
+        experts.up, tile * p.up_tile_elements, min(p.tile_ffn, p.ffn - column),
+        experts.up_bias, tile * (1 + p.gated) * p.tile_ffn, p.tile_ffn, p.activation, p.gated, scratch,
+    )  # fmt: skip
+    block_sync()
+    if lane() == 0 and finished_last(packets.up_done, packet * p.row_blocks + m, tiles):
+        down_tiles = (p.hidden + p.tile_hidden - 1) // p.tile_hidden
+        place = reserve(p, queue, down_tiles)
+        for down_n in range(down_tiles):
+            fill(p, queue, place + down_n, GEMM1, source, expert, m, down_n)
+
+
+@jit
+def gemm1(p, segments, experts, packets, scratch, source, expert, m, n):
+    """One column tile of the down projection, stored into the source's memory; the last one of a row tile signals."""
+    packet = source * p.experts_per_rank + expert
+    first, rows = packet_tile(p, packets, packet, m)
+    tiles = (p.hidden + p.tile_hidden - 1) // p.tile_hidden
+    tile = expert * tiles + n
+    column = n * p.tile_hidden
+    e = p.rank_idx * p.experts_per_rank + expert
+    target = array_at(segments.address[source] + p.result_at, p.region_elements, segments.result)
+    tile_gemm(
+        target, (e * p.slots + first) * p.hidden + column, p.hidden,
+        packets.hidden, (packets.first_row[packet] + first) * p.ffn, p.ffn, rows, p.ffn,
+        experts.down, tile * p.down_tile_elements, min(p.tile_hidden, p.hidden - column),
+        experts.down_bias, tile * p.tile_hidden, p.tile_hidden, 0, False, scratch,
+    )  # fmt: skip
+    block_sync()
+    if lane() == 0 and finished_last(packets.down_done, packet * p.row_blocks + m, tiles):
+        num_flags = p.num_experts * p.row_blocks
+        flags = array_at(segments.address[source] + p.result_flag_at, num_flags, segments.control)
+        st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))
+
+
+@jit
+def finished_last(done, i, num_tiles):
+    """Count one finished tile; True for the last, which leaves the counter at zero for the next call."""
+    if fetch_add(done, i, 1) + 1 < num_tiles:
+        return False
+    done[i] = 0
+    return True

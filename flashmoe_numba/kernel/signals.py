@@ -1,0 +1,90 @@
+"""Signal words, and how a wait ends badly.
+
+A signal is one 8-byte word on its reader: `(epoch << 32) | number of rows`. Nothing is cleared between calls: a word of
+the current epoch means "arrived in this call".
+
+The deadline is for silence: a wait goes on as long as some rank finishes tasks. When for a deadline no rank has, the
+waiting block writes what it waits for into its rank's control words and sets the abort word of every rank; all waits
+look at their own rank's abort word. The first writer wins, so a record names a first cause.
+"""
+
+from __future__ import annotations
+
+from flashmoe_numba.device import array_at, cas, fetch_add, jit, ld_relaxed, now, st_release
+
+EPOCH_SHIFT = 32
+ROWS_MASK = (1 << EPOCH_SHIFT) - 1
+
+# control words of a segment (reference/layout.py)
+ABORT = 0  # 0, or 1 + the rank that gave up
+RECORD = 8  # 0 free, 1 being written, 2 complete
+RECORD_BLOCK, RECORD_ROLE, RECORD_FLAG, RECORD_PEER, RECORD_EXPERT, RECORD_M, RECORD_EPOCH, RECORD_FOUND = range(9, 17)
+RECORD_MISSING = 17
+PROGRESS = 24  # tasks that this rank has finished, ever
+
+SUBSCRIBER, PROCESSOR, HOST = 0, 1, 2
+DISPATCH_FLAG, RESULT_FLAG, GATE_FLAG, TASK_FLAG, CLOSED_FLAG = 0, 1, 2, 3, 4
+
+
+@jit
+def signal_word(epoch, num_rows):
+    return (epoch << EPOCH_SHIFT) | int(num_rows)
+
+
+@jit
+def word_epoch(word):
+    return word >> EPOCH_SHIFT
+
+
+@jit
+def word_rows(word):
+    return word & ROWS_MASK
+
+
+@jit
+def aborted(segments):
+    return ld_relaxed(segments.control, ABORT) != 0
+
+
+@jit
+def note_progress(segments):
+    fetch_add(segments.control, PROGRESS, 1)
+
+
+@jit
+def total_progress(p, segments):
+    """Tasks that all ranks have finished."""
+    tasks = 0
+    for rank_idx in range(p.num_ranks):
+        control = array_at(segments.address[rank_idx] + p.control_at, segments.control.size, segments.control)
+        tasks += ld_relaxed(control, PROGRESS)
+    return tasks
+
+
+@jit
+def is_silent(p, segments, since, window_ns, progress):
+    """(has the wait failed, when the next window begins, progress seen): two looks a window apart that saw the same."""
+    if now() - since < window_ns:
+        return False, since, progress
+    seen = total_progress(p, segments)
+    return seen == progress, now(), seen
+
+
+@jit
+def give_up(p, segments, block, role, flag, peer, expert, m, found, missing):
+    """Record the wait that failed and stop every rank. One lane calls it."""
+    control = segments.control
+    if cas(control, RECORD, 0, 1) == 0:
+        control[RECORD_BLOCK] = block
+        control[RECORD_ROLE] = role
+        control[RECORD_FLAG] = flag
+        control[RECORD_PEER] = peer
+        control[RECORD_EXPERT] = expert
+        control[RECORD_M] = m
+        control[RECORD_EPOCH] = p.epoch
+        control[RECORD_FOUND] = found
+        control[RECORD_MISSING] = missing
+        st_release(control, RECORD, 2)
+    for rank_idx in range(p.num_ranks):
+        peer_control = array_at(segments.address[rank_idx] + p.control_at, control.size, control)
+        cas(peer_control, ABORT, 0, p.rank_idx + 1)

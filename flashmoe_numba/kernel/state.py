@@ -1,0 +1,108 @@
+"""What a block of the persistent kernel works on: named groups of run-time sizes and of arrays.
+
+Sizes are arguments, not compiled-in constants, so a new model shape needs no new kernel. Arrays are one-dimensional. A
+*pair* is one (token, choice) of this rank, numbered `token * num_topk + choice`. A *packet* is what one source sends to
+one expert of this rank, numbered `source * experts_per_rank + expert`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Problem(NamedTuple):
+    """Integers that all blocks of a rank see alike in one call."""
+
+    epoch: int
+    rank_idx: int
+    num_ranks: int
+    num_processors: int
+    num_tokens: int  # of this rank in this call
+    hidden: int
+    ffn: int
+    num_experts: int
+    experts_per_rank: int
+    num_topk: int
+    slots: int
+    row_blocks: int  # most row tiles of a packet
+    tile_m_min: int
+    tile_m: int
+    tile_hidden: int  # columns of a tile, by what the columns are
+    tile_ffn: int
+    tile_experts: int
+    token_block: int
+    up_tile_elements: int  # packed weights of one column tile
+    down_tile_elements: int
+    router_tile_elements: int
+    gated: bool
+    activation: int
+    renormalize: bool
+    routed: bool  # topk_idx and topk_weights were given
+    dispatch_at: int  # byte offsets in a segment
+    result_at: int
+    dispatch_flag_at: int
+    result_flag_at: int
+    control_at: int
+    region_elements: int
+    deadline_ns: int
+
+
+class Segments(NamedTuple):
+    """This rank's segment as typed views, and the addresses at which this rank sees every rank's segment."""
+
+    address: np.ndarray  # int64 [num_ranks]
+    dispatch: np.ndarray  # elements [num_ranks, experts_per_rank, slots, hidden]
+    result: np.ndarray  # elements, likewise
+    dispatch_flag: np.ndarray  # int64 [num_experts]
+    result_flag: np.ndarray  # int64 [num_experts, row_blocks]
+    control: np.ndarray  # int64 [CONTROL_WORDS]
+
+
+class Experts(NamedTuple):
+    """Packed weights (tile_gemm/panels.py) and biases `[tiles, parts, tile_n]` in the accumulator's type."""
+
+    router: np.ndarray
+    router_bias: np.ndarray
+    up: np.ndarray
+    up_bias: np.ndarray
+    down: np.ndarray
+    down_bias: np.ndarray
+
+
+class Tokens(NamedTuple):
+    """This rank's tokens, their routing and the slots that follow from it. A block below is a token block."""
+
+    x: np.ndarray  # elements [num_tokens, hidden]
+    y: np.ndarray  # elements [num_tokens, hidden]
+    logits: np.ndarray  # accumulator [num_tokens, num_experts]
+    topk_idx: np.ndarray  # int32 [num_tokens, num_topk]
+    topk_weights: np.ndarray  # accumulator [num_tokens, num_topk]
+    place: np.ndarray  # int32 [pairs]: how many earlier pairs of the block chose the same expert
+    order: np.ndarray  # int32 [pairs]: the block's pairs sorted by expert
+    counts: np.ndarray  # int32 [blocks, num_experts]
+    starts: np.ndarray  # int32 [blocks, num_experts]: where an expert's pairs begin in the block's `order`
+    bases: np.ndarray  # int32 [blocks, num_experts]: first slot of the block's pairs
+    sent: np.ndarray  # int32 [num_experts]: rows sent, at most `slots`
+    results_left: np.ndarray  # int32 [num_experts]: result tiles not seen yet
+    tiles_left: np.ndarray  # int64 [blocks]: result tiles that the block's combine still needs
+    result_seen: np.ndarray  # int64 [num_experts, row_blocks]: epoch in which the flag was seen
+
+
+class Packets(NamedTuple):
+    """Packets that this rank received, and how far its experts are with them."""
+
+    seen: np.ndarray  # int64 [packets]: epoch in which the signal was seen
+    rows: np.ndarray  # int64 [packets]
+    first_row: np.ndarray  # int64 [packets]: where the packet's rows begin in `hidden`
+    up_done: np.ndarray  # int64 [packets, row_blocks]: column tiles finished
+    down_done: np.ndarray  # int64 [packets, row_blocks]
+    hidden: np.ndarray  # elements [rows, ffn], between the two matrix products
+
+
+class Queue(NamedTuple):
+    """The rank's ticket queue (queue.py)."""
+
+    tasks: np.ndarray  # int64 [max_tasks, TASK_WORDS]
+    counters: np.ndarray  # int64 [2, NUM_COUNTERS, COUNTER_STRIDE]

@@ -1,0 +1,25 @@
+"""What each block did and when: one record per task in a buffer of the block's own."""
+
+from __future__ import annotations
+
+from flashmoe_numba.device import jit, lane, now
+
+RECORD_WORDS = 8  # kind, peer, expert, m, n, start, end
+RECEIVE = 5  # kind of the OS block's records: a packet was seen, with n rows
+
+
+@jit
+def record(trace, kind, peer, expert, m, n, start):
+    """Append a record. `trace[0]` counts them; an empty buffer records nothing, a full one only counts."""
+    if trace.size > 0 and lane() == 0:
+        i = trace[0] + 1
+        trace[0] = i
+        at = i * RECORD_WORDS
+        if at + RECORD_WORDS <= trace.size:
+            trace[at] = kind
+            trace[at + 1] = peer
+            trace[at + 2] = expert
+            trace[at + 3] = m
+            trace[at + 4] = n
+            trace[at + 5] = start
+            trace[at + 6] = now()

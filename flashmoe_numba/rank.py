@@ -1,0 +1,288 @@
+"""One rank's side of a layer: its arrays for the kernel, made once, and the arguments of one call.
+
+Knows the kernel's state groups and the layout; knows neither threads nor processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from reference import ACTIVATIONS, Layout, MoEConfig, Routing, Weights
+from reference.plan import hidden_rows, max_tasks
+
+from .kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
+from .kernel.state import Experts, Packets, Problem, Queue, Segments, Tokens
+from .kernel.trace import RECORD_WORDS
+from .tile_gemm.panels import num_tiles, pack, packed_elements
+
+STORAGE = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counters of one rank's last call.
+
+    `padded_rows` is what the row tiles of the received packets add up to; `padded_row_share` the part of them that holds
+    no row. `tasks` counts what each block did, by kind.
+    """
+
+    epoch: int
+    num_tokens: int
+    sent_rows: int
+    received_rows: int
+    dropped_pairs: int
+    row_tiles: int
+    padded_rows: int
+
+    @property
+    def padded_row_share(self) -> float:
+        return 1 - self.received_rows / self.padded_rows if self.padded_rows else 0.0
+
+
+def as_storage(array: np.ndarray) -> np.ndarray:
+    """The array as the kernel sees it: one-dimensional, 16-bit floats as bit patterns."""
+    storage = STORAGE.get(array.dtype.name)
+    return (array.view(storage) if storage else array).reshape(-1)
+
+
+class Rank:
+    """Arrays of one rank.
+
+    Args:
+        weights: the experts of this rank only.
+        segments: every rank's segment as bytes, as seen from this process.
+        trace_records: records to keep per block and call, 0 for none.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        rank_idx: int,
+        weights: Weights,
+        segments: list[np.ndarray],
+        num_processors: int,
+        backend: Any,
+        trace_records: int,
+    ) -> None:
+        self.config, self.rank_idx, self.num_processors = config, rank_idx, num_processors
+        self.layout = Layout(config)
+        self._width = backend.panel_width(config)
+        self.segments = self._segments(segments)
+        self.experts = pack_experts(config, weights, self._width)
+        self.packets = self._packets()
+        self.queue = Queue(
+            np.zeros(max_tasks(config) * TASK_WORDS, np.int64),
+            np.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
+        )
+        self._tokens = self._token_arrays()
+        self._scratch = [backend.make_scratch(config) for _ in range(num_processors)]
+        self._boxes = [np.zeros(8, np.int64) for _ in range(num_processors + 1)]
+        trace_words = (trace_records + 1) * RECORD_WORDS if trace_records else 0
+        self.traces = [np.zeros(trace_words, np.int64) for _ in range(num_processors + 1)]
+        self._problem = self._fixed_problem()
+
+    @property
+    def control(self) -> np.ndarray:
+        return self.segments.control
+
+    def call(
+        self, x: np.ndarray, routing: Routing | None, epoch: int, deadline_ns: int
+    ) -> tuple[np.ndarray, list[tuple[str, tuple[Any, ...]]]]:
+        """(y, blocks of this call): y is filled once all blocks have run.
+
+        Args:
+            x: `[num_tokens, hidden]`, contiguous and writable.
+            routing: one from outside, or None.
+        """
+        y = np.empty_like(x)
+        tokens = self._tokens._replace(x=as_storage(x), y=as_storage(y))
+        if routing is not None:
+            tokens.topk_idx[: routing.topk_idx.size] = routing.topk_idx.reshape(-1)
+            tokens.topk_weights[: routing.topk_weights.size] = routing.topk_weights.reshape(-1)
+        problem = self._problem._replace(
+            epoch=epoch, num_tokens=len(x), routed=routing is not None, deadline_ns=deadline_ns
+        )
+        for trace in self.traces:
+            trace[:1] = 0
+        blocks = []
+        for block in range(self.num_processors + 1):
+            role = "OS block" if block == self.num_processors else f"processor {block}"
+            scratch = self._scratch[min(block, self.num_processors - 1)]  # the OS block uses none
+            arguments = (block, problem, self.segments, self.experts, tokens, self.packets, self.queue, scratch)
+            blocks.append((f"rank {self.rank_idx} {role}", (*arguments, self._boxes[block], self.traces[block])))
+        return y, blocks
+
+    def routing(self, num_tokens: int) -> Routing:
+        """A copy of the last call's routing."""
+        shape = (num_tokens, self.config.num_topk)
+        size = num_tokens * self.config.num_topk
+        topk_idx, topk_weights = self._tokens.topk_idx[:size], self._tokens.topk_weights[:size]
+        return Routing(topk_idx.reshape(shape).copy(), topk_weights.reshape(shape).copy())
+
+    def stats(self, epoch: int, num_tokens: int) -> Stats:
+        c = self.config
+        received = np.where(self.packets.seen == epoch, self.packets.rows, 0)
+        heights = [self._tile_height(int(rows)) for rows in received]
+        tiles = [-(-int(rows) // height) for rows, height in zip(received, heights, strict=True)]
+        sent = int(self._tokens.sent.sum())
+        return Stats(
+            epoch=epoch,
+            num_tokens=num_tokens,
+            sent_rows=sent,
+            received_rows=int(received.sum()),
+            dropped_pairs=num_tokens * c.num_topk - sent,
+            row_tiles=sum(tiles),
+            padded_rows=sum(number * height for number, height in zip(tiles, heights, strict=True)),
+        )
+
+    def _tile_height(self, num_rows: int) -> int:
+        from reference import tile_height
+
+        return tile_height(num_rows, self.config.tile_m_min, self.config.tile_m)
+
+    def _segments(self, segments: list[np.ndarray]) -> Segments:
+        own, layout = segments[self.rank_idx], self.layout
+        element = STORAGE.get(self.config.dtype, self.config.numpy_dtype)
+
+        def view(offset: int, num_elements: int, dtype: np.dtype) -> np.ndarray:
+            return own[offset : offset + num_elements * dtype.itemsize].view(dtype)
+
+        word = np.dtype(np.int64)
+        return Segments(
+            address=np.array([segment.ctypes.data for segment in segments], np.int64),
+            dispatch=view(layout.dispatch, layout.region_elements, element),
+            result=view(layout.result, layout.region_elements, element),
+            dispatch_flag=view(layout.dispatch_flag, layout.num_dispatch_flags, word),
+            result_flag=view(layout.result_flag, layout.num_result_flags, word),
+            control=view(layout.control, (layout.num_bytes - layout.control) // 8, word),
+        )
+
+    def _packets(self) -> Packets:
+        c, row_blocks = self.config, self.layout.row_blocks
+        element = STORAGE.get(c.dtype, c.numpy_dtype)
+
+        def words(size: int) -> np.ndarray:
+            return np.zeros(size, np.int64)
+
+        return Packets(
+            seen=words(c.num_experts),
+            rows=words(c.num_experts),
+            first_row=words(c.num_experts),
+            up_done=words(c.num_experts * row_blocks),
+            down_done=words(c.num_experts * row_blocks),
+            hidden=np.empty(hidden_rows(c) * c.ffn, element),
+        )
+
+    def _token_arrays(self) -> Tokens:
+        c = self.config
+        pairs, blocks = c.num_tokens * c.num_topk, -(-c.num_tokens // c.token_block)
+        empty = as_storage(np.empty((0, c.hidden), c.numpy_dtype))
+
+        def integers(size: int) -> np.ndarray:
+            return np.zeros(size, np.int32)
+
+        return Tokens(
+            x=empty,
+            y=empty,
+            logits=np.empty(c.num_tokens * c.num_experts, c.accumulator),
+            topk_idx=integers(pairs),
+            topk_weights=np.zeros(pairs, c.accumulator),
+            place=integers(pairs),
+            order=integers(pairs),
+            counts=integers(blocks * c.num_experts),
+            starts=integers(blocks * c.num_experts),
+            bases=integers(blocks * c.num_experts),
+            sent=integers(c.num_experts),
+            results_left=integers(c.num_experts),
+            tiles_left=np.zeros(blocks, np.int64),
+            result_seen=np.zeros(c.num_experts * self.layout.row_blocks, np.int64),
+        )
+
+    def _fixed_problem(self) -> Problem:
+        c, layout = self.config, self.layout
+        tile_hidden, tile_ffn = min(c.tile_n, c.hidden), min(c.tile_n, c.ffn)
+        tile_experts = min(c.tile_n, c.num_experts)
+
+        def tile_elements(columns: int, depth: int, parts: int) -> int:
+            total = packed_elements(columns, depth, c.tile_n, self._width, parts)
+            return total // num_tiles(columns, c.tile_n)
+
+        return Problem(
+            epoch=0,
+            rank_idx=self.rank_idx,
+            num_ranks=c.num_ranks,
+            num_processors=self.num_processors,
+            num_tokens=0,
+            hidden=c.hidden,
+            ffn=c.ffn,
+            num_experts=c.num_experts,
+            experts_per_rank=c.num_experts_per_rank,
+            num_topk=c.num_topk,
+            slots=c.slots,
+            row_blocks=layout.row_blocks,
+            tile_m_min=c.tile_m_min,
+            tile_m=c.tile_m,
+            tile_hidden=tile_hidden,
+            tile_ffn=tile_ffn,
+            tile_experts=tile_experts,
+            token_block=c.token_block,
+            up_tile_elements=tile_elements(c.ffn, c.hidden, 1 + c.gated),
+            down_tile_elements=tile_elements(c.hidden, c.ffn, 1),
+            router_tile_elements=tile_elements(c.num_experts, c.hidden, 1),
+            gated=c.gated,
+            activation=ACTIVATIONS.index(c.activation),
+            renormalize=c.renormalize,
+            routed=False,
+            dispatch_at=layout.dispatch,
+            result_at=layout.result,
+            dispatch_flag_at=layout.dispatch_flag,
+            result_flag_at=layout.result_flag,
+            control_at=layout.control,
+            region_elements=layout.region_elements,
+            deadline_ns=0,
+        )
+
+
+def pack_experts(config: MoEConfig, weights: Weights, width: int) -> Experts:
+    """Weights in the order of the tile GEMM; the originals are not kept."""
+    c = config
+
+    def packed(columns: int, depth: int, matrices: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+        """Stacked `[n, columns, depth]` matrices, one expert after the other."""
+        size = packed_elements(columns, depth, c.tile_n, width, len(matrices))
+        out = np.empty((len(matrices[0]), size), dtype)
+        for expert, target in enumerate(out):
+            pack([as_bits(matrix[expert], dtype) for matrix in matrices], c.tile_n, width, target)
+        return out.reshape(-1)
+
+    def biases(columns: int, parts: list[np.ndarray | None]) -> np.ndarray:
+        """`[n, tiles, parts, tile_n]`, zero where there is none."""
+        tile_n = min(c.tile_n, columns)
+        out = np.zeros((c.num_experts_per_rank, num_tiles(columns, tile_n), len(parts), tile_n), c.accumulator)
+        for part, bias in enumerate(parts):
+            if bias is not None:
+                padded = np.zeros((c.num_experts_per_rank, out.shape[1] * tile_n), c.accumulator)
+                padded[:, :columns] = bias.astype(c.accumulator)
+                out[:, :, part] = padded.reshape(-1, out.shape[1], tile_n)
+        return out.reshape(-1)
+
+    element = STORAGE.get(c.dtype, c.numpy_dtype)
+    ups = [weights.gate_proj, weights.up_proj] if c.gated else [weights.up_proj]
+    up_biases = [weights.gate_bias, weights.up_bias] if c.gated else [weights.up_bias]
+    router = weights.router.astype(c.accumulator)[None]
+    return Experts(
+        router=packed(c.num_experts, c.hidden, [router], c.accumulator),
+        router_bias=np.zeros(num_tiles(c.num_experts, c.tile_n) * min(c.tile_n, c.num_experts), c.accumulator),
+        up=packed(c.ffn, c.hidden, ups, element),
+        up_bias=biases(c.ffn, up_biases),
+        down=packed(c.hidden, c.ffn, [weights.down_proj], element),
+        down_bias=biases(c.hidden, [weights.down_bias]),
+    )
+
+
+def as_bits(matrix: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A matrix of 16-bit floats as bit patterns; any other as it is."""
+    return matrix.view(dtype) if matrix.dtype.itemsize == dtype.itemsize else matrix

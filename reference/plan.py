@@ -1,0 +1,182 @@
+"""What a configuration costs before anything runs: bytes, tasks, floating-point operations, and the bounds kernels need.
+
+Everything here is arithmetic on sizes and routing counts. Leaves out: time (the simulator's), scratch memory of a target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrays import Array, check_array
+from .config import MoEConfig
+from .layout import CONTROL_WORDS, FLAG_BYTES, Layout
+from .tiles import KIND_NAMES, num_token_blocks, packet_row_blocks, packet_tile_height, tiles_n0, tiles_n1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes of one layer; `dataclasses.asdict` makes it JSON.
+
+    Args:
+        segment_bytes: of one rank's segment, by region; regions are aligned, so they sum to a little less than
+            `segment_total_bytes`.
+        weight_bytes: of one rank's experts without biases, and the router.
+        hidden_rows, hidden_bytes: bound on one rank's buffer between the two products.
+        num_packets: (source, expert) pairs with at least one row, over all ranks.
+        num_dropped: (token, expert) pairs beyond the capacity, over all ranks.
+        num_tasks: by kind, over all ranks.
+        max_tasks: bound on the tasks of one rank, whatever the routing.
+        row_tiles, real_rows, padded_rows: of all packets; padded to whole tiles.
+        padded_share: share of rows in row tiles that are padding.
+        busiest_rank_flops, total_flops: of real rows, gate included.
+        padded_flops: as total_flops, for padded rows.
+    """
+
+    segment_bytes: dict[str, int]
+    segment_total_bytes: int
+    weight_bytes: int
+    hidden_rows: int
+    hidden_bytes: int
+    num_packets: int
+    num_dropped: int
+    num_tasks: dict[str, int]
+    max_tasks: int
+    row_tiles: int
+    real_rows: int
+    padded_rows: int
+    padded_share: float
+    busiest_rank_flops: int
+    total_flops: int
+    padded_flops: int
+
+
+def make_plan(config: MoEConfig, routing_counts: Array | None = None) -> Plan:
+    """The plan for `routing_counts` `[num_ranks, num_experts]`, pairs routed by each source to each expert.
+
+    Without counts: every rank has all its `num_tokens`, spread evenly over the experts.
+
+    Raises:
+        TypeError, ValueError: the counts have another shape, are no integers, or no routing can give them.
+    """
+    counts = _even_counts(config) if routing_counts is None else _check_counts(routing_counts, config)
+    sent = np.minimum(counts, config.slots)
+    blocks = np.array([packet_row_blocks(rows, config) for rows in sent.flat], np.int64).reshape(sent.shape)
+    heights = np.array([packet_tile_height(rows, config) for rows in sent.flat], np.int64).reshape(sent.shape)
+    tokens = counts.sum(axis=1) // config.num_topk
+    real_rows, padded_rows = int(sent.sum()), int((blocks * heights).sum())
+    gate_flops, row_flops = 2 * config.hidden * config.num_experts, _row_flops(config)
+    rows_of_owner = sent.reshape(config.num_ranks, config.num_ranks, -1).sum(axis=(0, 2))
+    return Plan(
+        segment_bytes=_segment_bytes(config),
+        segment_total_bytes=Layout(config).num_bytes,
+        weight_bytes=weight_bytes(config),
+        hidden_rows=hidden_rows(config),
+        hidden_bytes=hidden_rows(config) * config.ffn * config.numpy_dtype.itemsize,
+        num_packets=int((sent > 0).sum()),
+        num_dropped=int((counts - sent).sum()),
+        num_tasks=_num_tasks(tokens, int(blocks.sum()), config),
+        max_tasks=max_tasks(config),
+        row_tiles=int(blocks.sum()),
+        real_rows=real_rows,
+        padded_rows=padded_rows,
+        padded_share=1 - real_rows / padded_rows if padded_rows else 0.0,
+        busiest_rank_flops=int((rows_of_owner * row_flops + tokens * gate_flops).max()),
+        total_flops=real_rows * row_flops + int(tokens.sum()) * gate_flops,
+        padded_flops=padded_rows * row_flops + int(tokens.sum()) * gate_flops,
+    )
+
+
+def hidden_rows(config: MoEConfig) -> int:
+    """Bound on the rows of one rank's hidden buffer, each packet padded to whole row tiles, whatever the routing.
+
+    A source sends a rank at most `_source_rows`, in at most `_source_packets`. A packet of r rows pads less than tile_m
+    rows, and less than max(r, tile_m_min): up to tile_m the height is the shortest that holds r, so r is more than half
+    of it or it is tile_m_min. And no packet is larger than a full one, padded.
+    """
+    rows, packets = _source_rows(config), _source_packets(config)
+    padding = min(packets * (config.tile_m - 1), rows + packets * config.tile_m_min)
+    full = packet_row_blocks(config.slots, config) * packet_tile_height(config.slots, config)
+    return config.num_ranks * min(rows + padding, packets * full)
+
+
+def max_row_blocks(config: MoEConfig) -> int:
+    """Bound on the row blocks of one rank's incoming packets, whatever the routing.
+
+    A packet of r rows has at most 1 + r // tile_m blocks, and the r of one source sum to at most `_source_rows`.
+    """
+    packets = _source_packets(config)
+    by_rows = packets + _source_rows(config) // config.tile_m
+    return config.num_ranks * min(packets * Layout(config).row_blocks, by_rows)
+
+
+def max_tasks(config: MoEConfig) -> int:
+    """Bound on the tasks of one rank, whatever the routing: gates, dispatches, tiles, combines."""
+    tiles = max_row_blocks(config) * (tiles_n0(config) + tiles_n1(config))
+    return 2 * num_token_blocks(config.num_tokens, config) + config.num_experts + tiles
+
+
+def _source_rows(config: MoEConfig) -> int:
+    """Most rows that one source sends to one rank's experts: a token goes to an expert at most once."""
+    here = config.num_experts_per_rank
+    return min(config.num_tokens * min(config.num_topk, here), here * config.slots)
+
+
+def _source_packets(config: MoEConfig) -> int:
+    """Most packets with rows that one source sends to one rank."""
+    return min(config.num_experts_per_rank, _source_rows(config))
+
+
+def weight_bytes(config: MoEConfig) -> int:
+    """Bytes of one rank's expert matrices and of the router (float32 for 16-bit elements)."""
+    experts = config.num_experts_per_rank * (3 if config.gated else 2) * config.ffn * config.hidden
+    router = config.num_experts * config.hidden
+    return experts * config.numpy_dtype.itemsize + router * config.accumulator.itemsize
+
+
+def _row_flops(config: MoEConfig) -> int:
+    """Operations of one row through an expert's matrices, 2 per multiply-add."""
+    return 2 * (3 if config.gated else 2) * config.ffn * config.hidden
+
+
+def _segment_bytes(config: MoEConfig) -> dict[str, int]:
+    layout = Layout(config)
+    region = layout.region_elements * config.numpy_dtype.itemsize
+    return {
+        "dispatch": region,
+        "result": region,
+        "dispatch_flag": layout.num_dispatch_flags * FLAG_BYTES,
+        "result_flag": layout.num_result_flags * FLAG_BYTES,
+        "control": CONTROL_WORDS * FLAG_BYTES,
+    }
+
+
+def _num_tasks(tokens: Array, row_blocks: int, config: MoEConfig) -> dict[str, int]:
+    """By kind, in the order of `KIND_NAMES`, over all ranks."""
+    blocks = sum(num_token_blocks(count, config) for count in tokens.tolist())
+    dispatches = config.num_ranks * config.num_experts
+    numbers = (blocks, dispatches, row_blocks * tiles_n0(config), row_blocks * tiles_n1(config), blocks)
+    return dict(zip(KIND_NAMES, numbers, strict=True))
+
+
+def _even_counts(config: MoEConfig) -> Array:
+    """All ranks' tokens spread evenly; what does not divide goes to other experts on each rank."""
+    pairs, experts = config.num_tokens * config.num_topk, config.num_experts
+    turn = (np.arange(experts) - np.arange(config.num_ranks)[:, None] * pairs) % experts
+    return pairs // experts + (turn < pairs % experts)
+
+
+def _check_counts(counts: Array, config: MoEConfig) -> Array:
+    check_array("routing_counts", counts, (config.num_ranks, config.num_experts))
+    if counts.dtype.kind not in "iu":
+        raise TypeError(f"routing_counts must have an integer dtype, got {counts.dtype}")
+    counts = counts.astype(np.int64)
+    for rank, row in enumerate(counts):
+        tokens, rest = divmod(int(row.sum()), config.num_topk)
+        if rest or tokens > config.num_tokens:
+            rule = f"num_topk={config.num_topk} times at most num_tokens={config.num_tokens}"
+            raise ValueError(f"routing_counts[{rank}] must sum to {rule}, got {int(row.sum())}")
+        if row.min() < 0 or row.max() > tokens:
+            raise ValueError(f"routing_counts[{rank}] must be in [0, {tokens} tokens of that rank], got {row.tolist()}")
+    return counts

@@ -1,0 +1,45 @@
+"""Named layers: the shapes of real models, and small ones for a laptop. One TOML file each in presets/.
+
+A file has a `description`, a `source`, optionally `leaves_out` (what the model has and `MoEConfig` does not), and the
+fields of `MoEConfig` under `[layer]`. The ranks and tokens there are defaults of ours, not the model's.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .config import MoEConfig
+
+_FOLDER = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """All presets, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The file of a preset as it is: `description`, `source`, maybe `leaves_out`, and `layer`.
+
+    Raises:
+        ValueError: no such preset; lists those there are.
+    """
+    if name not in preset_names():
+        raise ValueError(f"preset must be one of {', '.join(preset_names())}; got {name!r}")
+    return tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def load_preset(name: str, **overrides: Any) -> MoEConfig:
+    """The config of a preset, with the fields in `overrides` changed.
+
+    Raises:
+        TypeError: an override is not a field of `MoEConfig`; ValueError: no such preset, or the sizes do not fit.
+    """
+    names = [field.name for field in fields(MoEConfig)]
+    unknown = sorted(set(overrides) - set(names))
+    if unknown:
+        raise TypeError(f"overrides must be fields of MoEConfig ({', '.join(names)}), got {', '.join(unknown)}")
+    return MoEConfig(**(read_preset(name)["layer"] | overrides))

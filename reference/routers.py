@@ -1,0 +1,164 @@
+"""From tokens to experts: softmax over all experts, then the greedy top-k (FlashMoE, section 2), or one from outside.
+
+Invariants: a token's routing depends on that token only. Experts of a row are distinct, best first; equal logits are
+taken by the lowest expert index. Leaves out: sigmoid and group-limited routers, selection biases; such models route
+outside and bring `topk_idx, topk_weights`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import Array, check_array, check_floating
+from .config import MoEConfig
+from .tolerance import GROWTH, unit_roundoff
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Experts of each token, best first, and the factors of their results.
+
+    Args:
+        topk_idx: `[num_tokens, num_topk]` int32, global expert indices.
+        topk_weights: `[num_tokens, num_topk]` floating.
+    """
+
+    topk_idx: Array
+    topk_weights: Array
+
+
+def softmax_topk(logits: Array, num_topk: int, renormalize: bool) -> Routing:
+    """The k best experts of each row of `logits` `[num_tokens, num_experts]`, computed in the dtype of `logits`.
+
+    Weights are the softmax probabilities p, or with `renormalize` p / (sum of the k chosen p). The choice is made on
+    logits: the same order as that of p, but without the ties that underflow would make.
+
+    A row without a largest finite logit (it has a NaN or +inf, or only -inf) goes to experts 0 to k - 1 with NaN
+    weights: bad input stays in its token's row, where it is seen, and hits no other token.
+    """
+    good = np.isfinite(logits.max(axis=1))  # the maximum is NaN if any logit is
+    safe = np.where(good[:, None], logits, 0)  # equal logits: experts 0 to k - 1
+    idx = np.argsort(-safe, axis=1, kind="stable")[:, :num_topk]
+    with np.errstate(over="ignore"):  # a difference of -inf is a probability of 0
+        exponentials = np.exp(safe - safe.max(axis=1, keepdims=True))
+    weights = np.take_along_axis(exponentials, idx, axis=1)
+    weights /= (weights if renormalize else exponentials).sum(axis=1, keepdims=True)
+    weights[~good] = np.nan
+    return Routing(idx.astype(np.int32), weights)
+
+
+def route(x: Array, router: Array, config: MoEConfig) -> Routing:
+    """The routing of `x` `[num_tokens, hidden]` by `router` `[num_experts, hidden]`, in float64."""
+    return softmax_topk(_logits(x, router), config.num_topk, config.renormalize)
+
+
+def _logits(x: Array, router: Array) -> Array:
+    with np.errstate(invalid="ignore", over="ignore"):
+        logits: Array = x.astype(np.float64) @ router.astype(np.float64).T
+    return logits
+
+
+def external_routing(topk_idx: Array, topk_weights: Array, config: MoEConfig, num_tokens: int) -> Routing:
+    """A checked copy of a routing made elsewhere.
+
+    Args:
+        topk_idx: `[num_tokens, num_topk]`, any integer dtype, distinct in each row.
+        topk_weights: `[num_tokens, num_topk]`, any floating dtype; used as they are, not normalised.
+
+    Returns:
+        Indices as int32, weights as `config.accumulator`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the row, its values and the rule.
+    """
+    shape = (num_tokens, config.num_topk)
+    if check_array("topk_idx", topk_idx, shape).dtype.kind not in "iu":
+        raise TypeError(f"topk_idx must have an integer dtype, got {topk_idx.dtype}")
+    check_floating("topk_weights", check_array("topk_weights", topk_weights, shape))
+    outside = (topk_idx.min(axis=1) < 0) | (topk_idx.max(axis=1) >= config.num_experts)
+    _raise_at(outside, topk_idx, f"values must be in [0, num_experts={config.num_experts})")
+    _raise_at(_has_repeats(topk_idx), topk_idx, "the experts of a token must be distinct")
+    return Routing(topk_idx.astype(np.int32), topk_weights.astype(config.accumulator))
+
+
+def _has_repeats(topk_idx: Array) -> npt.NDArray[np.bool_]:
+    """`[num_tokens]`: does the row name an expert twice?"""
+    ordered = np.sort(topk_idx, axis=1)
+    repeats: npt.NDArray[np.bool_] = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    return repeats
+
+
+def _raise_at(bad: npt.NDArray[np.bool_], topk_idx: Array, rule: str) -> None:
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(f"topk_idx: {rule}, got {topk_idx[row].tolist()} in row {row}")
+
+
+def check_routing(routing: Routing, x: Array, router: Array, config: MoEConfig) -> str | None:
+    """None if `routing`, made in `config.accumulator` precision, is a top-k of the exact logits up to rounding.
+
+    Each logit may be off by `slack = GROWTH * u * sqrt(hidden) * |x| * max|router row|`: every partial sum is at most
+    |x||router row| (Cauchy-Schwarz), so each of `hidden` roundings is at most u times that. So a chosen logit may be
+    2 slack below the k-th best, and a weight may be off by a factor of exp(2 slack), beside the rounding of exp itself.
+    Rows that are not finite in x, or whose logits may overflow the accumulator, are skipped.
+
+    Returns:
+        None, or a sentence that names the first bad token, its values and the rule.
+    """
+    idx = check_array("routing.topk_idx", routing.topk_idx, (len(x), config.num_topk))
+    weights = check_array("routing.topk_weights", routing.topk_weights, idx.shape).astype(np.float64)
+    bound = _logit_bound(x, router)
+    with np.errstate(over="ignore"):
+        checked = np.isfinite(bound.astype(config.accumulator))
+    legal = (idx >= 0).all(axis=1) & (idx < config.num_experts).all(axis=1) & ~_has_repeats(idx)
+    if not legal.all():
+        row = int((~legal).argmax())
+        return f"token {row}: experts {idx[row].tolist()} must be distinct and in [0, {config.num_experts})"
+    tokens = np.flatnonzero(checked)
+    slack = GROWTH * unit_roundoff(config.accumulator.name) * config.hidden**0.5 * bound[tokens, None]
+    return _compare(tokens, idx[tokens], weights[tokens], _logits(x[tokens], router), slack, config)
+
+
+def _logit_bound(x: Array, router: Array) -> Array:
+    """`[num_tokens]`: no partial sum of a logit of that token is larger; not finite if x is not."""
+    with np.errstate(over="ignore"):
+        sizes = np.linalg.norm(x.astype(np.float64), axis=1)
+        bound: Array = sizes * np.linalg.norm(router.astype(np.float64), axis=1).max()
+    return bound
+
+
+def _compare(tokens: Array, idx: Array, weights: Array, logits: Array, slack: Array, config: MoEConfig) -> str | None:
+    """The three rules of `check_routing` on its checked rows; `tokens` are their indices in x."""
+    chosen = np.take_along_axis(logits, idx, axis=1)
+    floor = -np.sort(-logits, axis=1)[:, config.num_topk - 1 : config.num_topk] - 2 * slack
+    rising = np.zeros(idx.shape, bool)
+    rising[:, 1:] = chosen[:, 1:] > chosen[:, :-1] + 2 * slack
+    expected, margin = _expected_weights(logits, chosen, slack, config)
+    rules = {
+        "a chosen logit is below the k-th best": (chosen < floor, chosen, floor + np.zeros_like(chosen)),
+        "the experts are not in falling order of logits": (rising, chosen, np.sort(chosen, axis=1)[:, ::-1]),
+        "a weight is not that expert's probability": (~(np.abs(weights - expected) <= margin), weights, expected),
+    }
+    for rule, (bad, got, wanted) in rules.items():
+        if bad.any():
+            row = int(bad.any(axis=1).argmax())
+            values = f"got {got[row].tolist()}, expected {wanted[row].tolist()}, slack {slack[row, 0]:.1e}"
+            return f"token {tokens[row]}, experts {idx[row].tolist()}: {rule}: {values}"
+    return None
+
+
+def _expected_weights(logits: Array, chosen: Array, slack: Array, config: MoEConfig) -> tuple[Array, Array]:
+    """Exact weights of the chosen experts, and how far computed ones may be off."""
+    best = logits.max(axis=1, keepdims=True)
+    exponentials = np.exp(chosen - best)
+    total = (exponentials if config.renormalize else np.exp(logits - best)).sum(axis=1, keepdims=True)
+    # A float exp(z) is off by u |z| from the rounding of its argument, and by a few u; the sum by sqrt(num_experts) u.
+    roundoff = unit_roundoff(config.accumulator.name)
+    ulps = GROWTH * (best - chosen + config.num_experts**0.5 + 1)
+    expected: Array = exponentials / total
+    with np.errstate(over="ignore"):
+        margin = expected * (np.expm1(2 * slack) + roundoff * ulps) + float(np.finfo(config.accumulator).tiny)
+    return expected, margin

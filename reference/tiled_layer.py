@@ -1,0 +1,217 @@
+"""A NumPy execution of every tile task, on segments laid out as on a real machine, in any legal order.
+
+Rows travel by one-sided writes to the byte offsets of `Layout`, and are read through arrays of its shapes. Sums are in
+`config.accumulator`, hidden activations and results are rounded to the element type, a COMBINE adds in the order of j.
+Memory starts as NaN, so a task that runs too early cannot go unnoticed. Leaves out: signals' epochs, concurrency, time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from .arrays import Array
+from .config import MoEConfig
+from .experts import activation
+from .layer import source_routings, sources
+from .layout import DISPATCH, RESULT, Layout, Write, write_conflicts
+from .packets import make_packets
+from .routers import Routing, softmax_topk
+from .tiles import Task, num_token_blocks, packet_tile_height, task_graph, tiles_n1
+from .weights import Weights
+
+ROWS_MASK = (1 << 32) - 1  # of a flag word; the epoch is above
+
+
+class TiledLayer:
+    """One call of the layer on all ranks, task by task.
+
+    Args:
+        x: `[num_tokens_of_rank, hidden]` of each rank, in `config.numpy_dtype`.
+        weights: all experts.
+        topk_idx, topk_weights: `[num_tokens_of_rank, num_topk]` of each rank, instead of the router's. Both or none.
+
+    Attributes:
+        graph: every task and the tasks it waits for.
+        done: tasks run so far.
+        writes: rows stored into segments, one list per column tile (a dispatched row is one write, in the first list).
+        y: `[num_tokens_of_rank, hidden]` of each rank, in `config.numpy_dtype`; NaN where not yet combined.
+    """
+
+    def __init__(
+        self,
+        x: Sequence[Array],
+        weights: Weights,
+        config: MoEConfig,
+        topk_idx: Sequence[Array] | None = None,
+        topk_weights: Sequence[Array] | None = None,
+    ) -> None:
+        weights.check(config)
+        if weights.num_experts != config.num_experts:
+            raise ValueError(f"weights must have all num_experts={config.num_experts}, got {weights.num_experts}")
+        self.config, self.weights, self.layout = config, weights, Layout(config)
+        self.x = sources(list(x), config)
+        for rank, part in enumerate(self.x):
+            if part.dtype != config.numpy_dtype:
+                raise TypeError(f"x[{rank}] must have config's dtype {config.dtype}, got {part.dtype}")
+        external = topk_idx is not None or topk_weights is not None
+        self._external = source_routings(self.x, weights, config, topk_idx, topk_weights) if external else None
+        self.packets = [make_packets(self._planned_topk_idx(rank), config) for rank in range(config.num_ranks)]
+        self.graph = task_graph(self.packets, config)
+        self.done: set[Task] = set()
+        self.writes: list[list[Write]] = [[] for _ in range(tiles_n1(config))]
+        self._allocate()
+
+    def _allocate(self) -> None:
+        c, tokens = self.config, [len(part) for part in self.x]
+        self.topk_idx = [np.full((n, c.num_topk), -1, np.int32) for n in tokens]
+        self.topk_weights = [np.full((n, c.num_topk), np.nan, c.accumulator) for n in tokens]
+        self.y = [np.full((n, c.hidden), np.nan, c.numpy_dtype) for n in tokens]
+        self._segments = [np.zeros(self.layout.num_bytes, np.uint8) for _ in tokens]
+        for rank in range(c.num_ranks):
+            self._region(rank, DISPATCH)[:] = np.nan
+            self._region(rank, RESULT)[:] = np.nan
+        self._hidden = {
+            (*divmod(expert, c.num_experts_per_rank), source): np.full((num_rows, c.ffn), np.nan, c.numpy_dtype)
+            for source, packet in enumerate(self.packets)
+            for expert, num_rows in enumerate(packet.sent.tolist())
+        }
+
+    def _region(self, rank: int, round: int) -> Array:
+        """`[num_ranks, num_experts_per_rank, slots, hidden]`: a region of a rank's segment."""
+        c = self.config
+        start = self.layout.dispatch if round == DISPATCH else self.layout.result
+        stop = start + self.layout.region_elements * c.numpy_dtype.itemsize
+        rows = self._segments[rank][start:stop].view(c.numpy_dtype)
+        return rows.reshape(c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
+
+    def _dispatch_flags(self, rank: int) -> Array:
+        """`[num_ranks, num_experts_per_rank]` words of a rank's segment."""
+        start, c = self.layout.dispatch_flag, self.config
+        words = self._segments[rank][start : start + 8 * self.layout.num_dispatch_flags].view(np.int64)
+        return words.reshape(c.num_ranks, c.num_experts_per_rank)
+
+    def run(self, order_rng: np.random.Generator) -> list[Array]:
+        """Runs all tasks not yet done, each time a random one of those that are ready; returns `y`."""
+        dependents = defaultdict(list)
+        missing = {task: sum(need not in self.done for need in needs) for task, needs in self.graph.items()}
+        for task, needs in self.graph.items():
+            for need in needs:
+                dependents[need].append(task)
+        ready = [task for task, count in missing.items() if count == 0 and task not in self.done]
+        while ready:
+            pick = int(order_rng.integers(len(ready)))
+            ready[pick], ready[-1] = ready[-1], ready[pick]
+            task = ready.pop()
+            self.execute(task)
+            for dependent in dependents[task]:
+                missing[dependent] -= 1
+                if missing[dependent] == 0:
+                    ready.append(dependent)
+        assert len(self.done) == len(self.graph), "the task graph has a cycle"
+        return self.y
+
+    def execute(self, task: Task) -> None:
+        """Runs one task.
+
+        Raises:
+            ValueError: it is no task of this layer, was run before, or a task that it waits for was not.
+        """
+        if task not in self.graph:
+            raise ValueError(f"task must be one of this layer's, got {task}")
+        if task in self.done:
+            raise ValueError(f"task must run once, got {task} again")
+        for need in self.graph[task]:
+            if need not in self.done:
+                raise ValueError(f"task must run after those it waits for, got {task} before {need}")
+        bodies = (self._gate, self._dispatch, self._gemm0, self._gemm1, self._combine)  # by kind
+        with np.errstate(invalid="ignore", over="ignore"):
+            bodies[task.kind](task)
+        self.done.add(task)
+
+    def conflicts(self) -> list[tuple[Write, Write]]:
+        """Pairs of writes so far that touch the same cells."""
+        return [pair for writes in self.writes for pair in write_conflicts(self.layout, writes)]
+
+    def _token_block(self, m: int) -> slice:
+        return slice(m * self.config.token_block, (m + 1) * self.config.token_block)
+
+    def _routing(self, rank: int, m: int) -> Routing:
+        """The routing of one token block: a function of the inputs, so that it can be planned before it is gated."""
+        block, c = self._token_block(m), self.config
+        if self._external is not None:
+            given = self._external[rank]
+            return Routing(given.topk_idx[block], given.topk_weights[block])
+        with np.errstate(invalid="ignore", over="ignore"):
+            logits = self.x[rank][block].astype(c.accumulator) @ self.weights.router.astype(c.accumulator).T
+        return softmax_topk(logits, c.num_topk, c.renormalize)
+
+    def _planned_topk_idx(self, rank: int) -> Array:
+        blocks = range(num_token_blocks(len(self.x[rank]), self.config))
+        none = np.empty((0, self.config.num_topk), np.int32)
+        return np.concatenate([none, *(self._routing(rank, m).topk_idx for m in blocks)])
+
+    def _gate(self, task: Task) -> None:
+        routing, block = self._routing(task.rank, task.m), self._token_block(task.m)
+        self.topk_idx[task.rank][block] = routing.topk_idx
+        self.topk_weights[task.rank][block] = routing.topk_weights
+
+    def _dispatch(self, task: Task) -> None:
+        c = self.config
+        expert = task.peer * c.num_experts_per_rank + task.expert
+        pairs = np.flatnonzero(self.topk_idx[task.rank] == expert)[: c.slots]  # token order; the rest is dropped
+        for slot, token in enumerate((pairs // c.num_topk).tolist()):
+            write = Write(task.rank, task.peer, DISPATCH, task.rank, task.expert, slot)
+            self._store(write, 0, self.x[task.rank][token])
+        self._dispatch_flags(task.peer)[task.rank, task.expert] = 1 << 32 | len(pairs)
+
+    def _gemm0(self, task: Task) -> None:
+        rows, columns = self._tile(task, self.config.ffn)
+        x, w = self._region(task.rank, DISPATCH)[task.peer, task.expert, rows], self.weights
+        up = self._linear(x, w.up_proj, w.up_bias, task, columns)
+        if w.gate_proj is None:
+            hidden = activation(self.config.activation, up)
+        else:
+            hidden = activation(self.config.activation, self._linear(x, w.gate_proj, w.gate_bias, task, columns)) * up
+        self._hidden[task.rank, task.expert, task.peer][rows, columns] = hidden.astype(self.config.numpy_dtype)
+
+    def _gemm1(self, task: Task) -> None:
+        rows, columns = self._tile(task, self.config.hidden)
+        hidden, w = self._hidden[task.rank, task.expert, task.peer][rows], self.weights
+        results = self._linear(hidden, w.down_proj, w.down_bias, task, columns).astype(self.config.numpy_dtype)
+        for slot, row in zip(range(rows.start, rows.stop), results, strict=True):
+            self._store(Write(task.rank, task.peer, RESULT, task.rank, task.expert, slot), task.n, row)
+
+    def _combine(self, task: Task) -> None:
+        c, rank, block = self.config, task.rank, self._token_block(task.m)
+        idx, slot, weight = self.topk_idx[rank][block], self.packets[rank].slot[block], self.topk_weights[rank][block]
+        results = self._region(rank, RESULT)
+        total = np.zeros((len(idx), c.hidden), c.accumulator)
+        for j in range(c.num_topk):
+            owner, local = np.divmod(idx[:, j], c.num_experts_per_rank)
+            term = weight[:, j, None] * results[owner, local, slot[:, j]].astype(c.accumulator)
+            total += np.where(slot[:, j, None] >= 0, term, 0)
+        self.y[rank][block] = total.astype(c.numpy_dtype)
+
+    def _tile(self, task: Task, num_columns: int) -> tuple[slice, slice]:
+        """Real rows of the task's row block, and its columns of `num_columns`."""
+        c = self.config
+        num_rows = int(self._dispatch_flags(task.rank)[task.peer, task.expert]) & ROWS_MASK
+        height = packet_tile_height(num_rows, c)
+        rows = slice(task.m * height, min((task.m + 1) * height, num_rows))
+        return rows, slice(task.n * c.tile_n, min((task.n + 1) * c.tile_n, num_columns))
+
+    def _linear(self, x: Array, matrices: Array, biases: Array | None, task: Task, columns: slice) -> Array:
+        """`[rows, columns]` of the product with the task's expert, in the accumulator's type."""
+        expert = task.rank * self.config.num_experts_per_rank + task.expert
+        product: Array = x.astype(self.config.accumulator) @ matrices[expert, columns].astype(self.config.accumulator).T
+        return product if biases is None else product + biases[expert, columns].astype(self.config.accumulator)
+
+    def _store(self, write: Write, column_tile: int, values: Array) -> None:
+        """One row, or the part of it in one column tile, to where the layout says."""
+        segment, offset = self.layout.offset(write)
+        start = offset + column_tile * self.config.tile_n * values.itemsize
+        self._segments[segment][start : start + values.nbytes] = np.ascontiguousarray(values).view(np.uint8)
+        self.writes[column_tile].append(write)

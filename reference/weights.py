@@ -1,0 +1,143 @@
+"""The weights of one layer: a router that every rank holds, and the experts of all ranks or of a few.
+
+Arrays keep the layout of the frameworks, `[expert, out, in]`, so that a checkpoint's tensors are used as they are; a
+kernel packs them as it likes. Leaves out: quantised weights, experts shared by all tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from .arrays import Array, check_array, stream
+from .config import MoEConfig
+
+ROUTER_STREAM, EXPERT_STREAM = 0, 1
+MATRICES = ("up_proj", "down_proj", "gate_proj")
+BIASES = ("up_bias", "down_bias", "gate_bias")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weights:
+    """Router and `n` consecutive experts, the first of which is expert `first_expert` of the layer.
+
+    Args:
+        router: `[num_experts, hidden]`, always of all experts.
+        up_proj: `[n, ffn, hidden]`.
+        down_proj: `[n, hidden, ffn]`.
+        gate_proj: `[n, ffn, hidden]`, for gated experts only.
+        gate_bias, up_bias: `[n, ffn]`, each optional.
+        down_bias: `[n, hidden]`, optional.
+        first_expert: global index of the first expert present.
+    """
+
+    router: Array
+    up_proj: Array
+    down_proj: Array
+    gate_proj: Array | None = None
+    gate_bias: Array | None = None
+    up_bias: Array | None = None
+    down_bias: Array | None = None
+    first_expert: int = 0
+
+    @classmethod
+    def random(cls, config: MoEConfig, seed: int = 0, bias: bool = False, experts: range | None = None) -> Weights:
+        """Normal weights of standard deviation `1 / sqrt(fan_in)`; biases, if asked for, have that of their matrix.
+
+        Each expert has its own stream, so `experts=range(a, b)` makes exactly that slice of the full set.
+        """
+        experts = _check_experts(experts, config)
+        names = [name for name in MATRICES if config.gated or name != "gate_proj"]
+        biases = [name for name in BIASES if bias and (config.gated or name != "gate_bias")]
+        shapes = _expert_shapes(config)
+        arrays = {name: np.empty((len(experts), *shapes[name]), config.numpy_dtype) for name in names + biases}
+        for position, expert in enumerate(experts):
+            normal = stream(seed, EXPERT_STREAM, expert)
+            for name, array in arrays.items():
+                fan_in = config.ffn if name.startswith("down") else config.hidden
+                array[position] = _scaled_normal(normal, shapes[name], fan_in, config)
+        router = _scaled_normal(stream(seed, ROUTER_STREAM), (config.num_experts, config.hidden), config.hidden, config)
+        return cls(router=router, first_expert=experts.start, **arrays)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts present here, of `router.shape[0]` in the layer."""
+        return len(self.up_proj)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.router.nbytes + sum(array.nbytes for array in self._experts().values())
+
+    def shard(self, rank_idx: int, num_ranks: int) -> Weights:
+        """The experts that live on `rank_idx` of `num_ranks`, as views.
+
+        Raises:
+            ValueError: num_ranks does not divide the experts, rank_idx is no rank, or its experts are not present.
+        """
+        total = len(self.router)
+        if num_ranks < 1 or total % num_ranks:
+            raise ValueError(f"num_ranks must divide num_experts={total}, got {num_ranks}")
+        if not 0 <= rank_idx < num_ranks:
+            raise ValueError(f"rank_idx must be in [0, num_ranks={num_ranks}), got {rank_idx}")
+        first = rank_idx * (total // num_ranks)
+        start, stop = first - self.first_expert, first - self.first_expert + total // num_ranks
+        if start < 0 or stop > self.num_experts:
+            here = f"{self.first_expert} to {self.first_expert + self.num_experts - 1}"
+            raise ValueError(f"rank_idx={rank_idx} of {num_ranks} starts at expert {first}; only {here} are present")
+        return replace(self, first_expert=first, **{name: a[start:stop] for name, a in self._experts().items()})
+
+    def check(self, config: MoEConfig) -> None:
+        """Nothing, if these weights fit `config`.
+
+        Raises:
+            TypeError, ValueError: naming the array, what it is and what the config asks for.
+        """
+        shapes = _expert_shapes(config)
+        check_array("router", self.router, (config.num_experts, config.hidden))
+        if self.router.dtype not in (config.numpy_dtype, np.dtype(np.float32)):
+            raise TypeError(f"router must have dtype {config.dtype} or float32, got {self.router.dtype}")
+        self._check_optional(config)
+        num_present = len(check_array("up_proj", self.up_proj, (None, *shapes["up_proj"])))
+        for name, array in self._experts().items():
+            check_array(name, array, (num_present, *shapes[name]))
+            if array.dtype != config.numpy_dtype:
+                raise TypeError(f"{name} must have config's dtype {config.dtype}, got {array.dtype}")
+        last = config.num_experts - num_present
+        if not 0 <= self.first_expert <= last:
+            raise ValueError(f"first_expert must be in [0, {last}] for {num_present} experts, got {self.first_expert}")
+
+    def _check_optional(self, config: MoEConfig) -> None:
+        if config.gated and self.gate_proj is None:
+            raise ValueError("gate_proj is missing, but config.gated is True")
+        for name in ("gate_proj", "gate_bias"):
+            if not config.gated and getattr(self, name) is not None:
+                raise ValueError(f"{name} is given, but config.gated is False")
+
+    def _experts(self) -> dict[str, Array]:
+        """Every array that has an expert index, by name."""
+        names = [field.name for field in fields(self) if field.name in MATRICES + BIASES]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def _expert_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
+    up, down = (config.ffn, config.hidden), (config.hidden, config.ffn)
+    shapes: dict[str, tuple[int, ...]] = {"gate_proj": up, "up_proj": up, "down_proj": down}
+    return shapes | {"gate_bias": up[:1], "up_bias": up[:1], "down_bias": down[:1]}
+
+
+def _check_experts(experts: range | None, config: MoEConfig) -> range:
+    if experts is None:
+        return range(config.num_experts)
+    if not isinstance(experts, range):
+        raise TypeError(f"experts must be a range or None, got {type(experts).__name__}")
+    if experts.step != 1 or not 0 <= experts.start <= experts.stop <= config.num_experts:
+        raise ValueError(f"experts must be consecutive and in [0, num_experts={config.num_experts}), got {experts}")
+    return experts
+
+
+def _scaled_normal(normal: np.random.Generator, shape: tuple[int, ...], fan_in: int, config: MoEConfig) -> Array:
+    """Normal numbers of deviation `1 / sqrt(fan_in)` in the accumulator's type, which is the router's too."""
+    sample: Array = normal.standard_normal(shape, dtype=config.accumulator.type)
+    sample *= fan_in**-0.5
+    return sample
