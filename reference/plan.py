@@ -1,6 +1,6 @@
-"""What a configuration costs before anything runs: bytes, tasks, floating-point operations, and the bounds kernels need.
+"""What a configuration costs before anything runs: bytes, tasks, operations, and the bounds that kernels allocate by.
 
-Everything here is arithmetic on sizes and routing counts. Leaves out: time (the simulator's), scratch memory of a target.
+Everything here is arithmetic on sizes and routing counts. Leaves out: time, which is the simulator's; a target's scratch.
 """
 
 from __future__ import annotations

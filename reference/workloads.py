@@ -139,10 +139,11 @@ def _rows(span: range, seed: int, key: int, draw: Callable[[np.random.Generator]
 
 def _embeddings(types: Array, config: MoEConfig, seed: int, key: int) -> Array:
     """`[len(types), hidden]`: a normal row for each type, the same wherever the type occurs."""
-    x = np.empty((len(types), config.hidden), np.float32)
-    for kind in np.unique(types):
-        x[types == kind] = stream(seed, key, int(kind)).standard_normal(config.hidden, dtype=np.float32)
-    return x
+    kinds, position = np.unique(types, return_inverse=True)
+    table = np.empty((len(kinds), config.hidden), np.float32)
+    for row, kind in zip(table, kinds.tolist(), strict=True):
+        row[:] = stream(seed, key, kind).standard_normal(config.hidden, dtype=np.float32)
+    return table[position]
 
 
 def _load(path: Path, config: MoEConfig) -> dict[str, Array]:

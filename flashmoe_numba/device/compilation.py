@@ -34,9 +34,9 @@ def jit(function=None, *, entry=False):
         return function
     from numba import njit
 
-    from . import cpu  # noqa: F401  registers the overloads
+    from .cpu import JIT_OPTIONS  # and registers the overloads
 
-    return njit(nogil=True, error_model="numpy", no_cpython_wrapper=not entry, no_cfunc_wrapper=True)(function)
+    return njit(**JIT_OPTIONS, no_cpython_wrapper=not entry, no_cfunc_wrapper=True)(function)
 
 
 def interpreted(package: str) -> ModuleType:
@@ -72,7 +72,9 @@ def _interpretation() -> Iterator[None]:
 def source_hash() -> str:
     """Hash of every source file that compiled code can depend on."""
     digest = hashlib.sha256()
-    for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.parent.joinpath("reference").glob("*.py")]):
+    folders = [PACKAGE / name for name in ("device", "kernel", "tile_gemm")]
+    reference = [PACKAGE.parent / "reference" / name for name in ("config.py", "layout.py", "tiles.py")]
+    for file in sorted(file for folder in folders for file in folder.glob("*.py")) + reference:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -15,6 +15,9 @@ from numba.np.arrayobj import make_array, populate_array
 
 from . import vocabulary as verbs
 
+# Kernel code allocates nothing, so it needs no reference counts: without them it compiles in a third of the time.
+JIT_OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
+
 SPINS, YIELDS = 64, 128
 SHORTEST_SLEEP_US, LONGEST_SLEEP_US = 20, 500
 
@@ -169,8 +172,8 @@ def _to_bfloat(typing, value):
     return types.int16(types.float32), codegen
 
 
-def _meaning(stub):
-    return overload(stub, target="cpu", inline="never", jit_options={"nogil": True, "error_model": "numpy"})
+def _meaning(stub, **options):
+    return overload(stub, target="cpu", jit_options=JIT_OPTIONS | options)
 
 
 _meaning(verbs.lane)(lambda: lambda: 0)
@@ -182,7 +185,7 @@ _meaning(verbs.st_release)(lambda words, i, value: lambda words, i, value: _st_r
 _meaning(verbs.fetch_add)(lambda words, i, value: lambda words, i, value: _fetch_add(words, i, value))
 _meaning(verbs.cas)(lambda words, i, expected, value: lambda words, i, expected, value: _cas(words, i, expected, value))
 _meaning(verbs.now)(lambda: lambda: _monotonic_ns())
-_meaning(verbs.array_at)(
+_meaning(verbs.array_at, _nrt=True)(  # Numba lets no other function return an array of its own making
     lambda address, num_elements, like: lambda address, num_elements, like: _array_at(address, num_elements, like)
 )
 
