@@ -1,0 +1,24 @@
+"""FlashMoE in Python: one distributed Mixture-of-Experts layer as one persistent kernel per rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import FlashMoEError
+    from .layer import FlashMoE
+
+__all__ = ["FlashMoE", "FlashMoEError"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the layer, and with it Numba, only when it is asked for."""
+    if name == "FlashMoE":
+        from .layer import FlashMoE
+
+        return FlashMoE
+    if name == "FlashMoEError":
+        from .errors import FlashMoEError
+
+        return FlashMoEError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

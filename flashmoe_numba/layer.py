@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ import numpy as np
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
 from reference.plan import max_tasks
 
-from .backends import make_backend
+from .backends import check_backend, make_backend
 from .errors import FlashMoEError, explain
-from .heap import ThreadHeap
+from .heap import make_heap
 from .kernel.signals import ABORT, CLOSED_FLAG, HOST, RECORD, RECORD_EPOCH, RECORD_FLAG, RECORD_ROLE
 from .rank import Rank, Stats
 
@@ -51,33 +52,29 @@ class FlashMoE:
         trace: bool = False,
         **backend_settings: Any,
     ) -> None:
+        if not isinstance(config, MoEConfig):
+            raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
+        if comm is not None and not hasattr(comm, "Split_type"):
+            raise TypeError(f"comm must be an mpi4py communicator or None, got {type(comm).__name__}")
         self.config = config
+        self.deadline_s = deadline_s
         self._closed: str | None = None
         self._epoch = 0
         self._num_tokens: list[int] = []
         self._in_process = comm is None
-        check_arguments(config, weights, comm, backend, num_processors, deadline_s)
-        self.deadline_s = deadline_s
+        self._calling = threading.Lock()
+        problem = find_problem(config, weights, comm, backend, backend_settings, num_processors, deadline_s)
         self.num_processors = num_processors or default_processors(config.num_ranks)
-        self._heap = self._make_heap(comm)
+        self._heap = make_heap(config.num_ranks, comm)
+        self._heap.agree(problem, same=repr(config))
+        self._heap.allocate(Layout(config).num_bytes)
         num_blocks = len(self._heap.rank_indices) * (self.num_processors + 1)
         self._backend = make_backend(backend, num_blocks, **backend_settings)
         self._ranks = [self._make_rank(rank_idx, weights, trace) for rank_idx in self._heap.rank_indices]
         self._prepare()
 
-    def _make_heap(self, comm: Any) -> Any:
-        num_bytes = Layout(self.config).num_bytes
-        if comm is None:
-            return ThreadHeap(self.config.num_ranks, num_bytes)
-        from .heap.mpi import MpiHeap
-
-        return MpiHeap(comm, num_bytes)
-
     def _make_rank(self, rank_idx: int, weights: Weights, trace: bool) -> Rank:
-        per_rank = self.config.num_experts_per_rank
-        own = weights
-        if not (weights.num_experts == per_rank and weights.first_expert == rank_idx * per_rank):
-            own = weights.shard(rank_idx, self.config.num_ranks)
+        own = weights.shard(rank_idx, self.config.num_ranks)
         records = max_tasks(self.config) + self.config.num_experts if trace else 0
         return Rank(self.config, rank_idx, own, self._heap.segments, self.num_processors, self._backend, records)
 
@@ -112,7 +109,8 @@ class FlashMoE:
         xs = self._per_rank("x", x)
         tokens = [self._check_tokens(part) for part in xs]
         routings = self._check_routing(tokens, topk_idx, topk_weights)
-        ys = self._run(tokens, routings)
+        with self._calling:
+            ys = self._run(tokens, routings)
         if not self._in_process:
             return ys[0]
         return np.stack(ys) if isinstance(x, np.ndarray) else ys
@@ -139,9 +137,7 @@ class FlashMoE:
             raise TypeError(f"x must have config's dtype {c.dtype}, got {x.dtype}")
         return np.require(x, requirements=("C_CONTIGUOUS", "ALIGNED", "WRITEABLE"))
 
-    def _check_routing(
-        self, tokens: Sequence[np.ndarray], topk_idx: Any, topk_weights: Any
-    ) -> list[Routing | None]:
+    def _check_routing(self, tokens: Sequence[np.ndarray], topk_idx: Any, topk_weights: Any) -> list[Routing | None]:
         if (topk_idx is None) != (topk_weights is None):
             raise ValueError("topk_idx and topk_weights must be given together")
         if topk_idx is None:
@@ -241,18 +237,33 @@ class FlashMoE:
 
 def default_processors(num_ranks: int) -> int:
     """Cores of this process, shared out among the ranks; at least one."""
-    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_ranks)
+
+
+def find_problem(*arguments: Any) -> Exception | None:
+    """The error that `check_arguments` raises, or None."""
+    try:
+        check_arguments(*arguments)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def check_arguments(
-    config: Any, weights: Any, comm: Any, backend: str, num_processors: int | None, deadline_s: float
+    config: MoEConfig,
+    weights: Any,
+    comm: Any,
+    backend: str,
+    backend_settings: dict[str, Any],
+    num_processors: int | None,
+    deadline_s: float,
 ) -> None:
     """What a layer can know to be wrong before it takes memory."""
-    if not isinstance(config, MoEConfig):
-        raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
     if not isinstance(weights, Weights):
         raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
     weights.check(config)
+    check_backend(backend, backend_settings)
     if num_processors is not None and (isinstance(num_processors, bool) or not isinstance(num_processors, int)):
         raise TypeError(f"num_processors must be an integer, got {num_processors!r}")
     if num_processors is not None and num_processors < 1:
@@ -265,3 +276,5 @@ def check_arguments(
         raise ValueError("backend 'fibers' runs all ranks in this process: leave comm out")
     if comm is not None and comm.size != config.num_ranks:
         raise ValueError(f"comm must have config.num_ranks={config.num_ranks} ranks, got {comm.size}")
+    for rank_idx in range(config.num_ranks) if comm is None else [comm.rank]:
+        weights.shard(rank_idx, config.num_ranks)  # raises if its experts are not there

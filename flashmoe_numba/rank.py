@@ -25,14 +25,15 @@ STORAGE = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
 class Stats:
     """Counters of one rank's last call.
 
-    `padded_rows` is what the row tiles of the received packets add up to; `padded_row_share` the part of them that holds
-    no row. `tasks` counts what each block did, by kind.
+    `padded_rows` is what the row tiles of the received packets add up to; `padded_row_share` the part of them that
+    holds no row. `rows_per_expert` are the received rows of each of this rank's experts.
     """
 
     epoch: int
     num_tokens: int
     sent_rows: int
     received_rows: int
+    rows_per_expert: tuple[int, ...]
     dropped_pairs: int
     row_tiles: int
     padded_rows: int
@@ -133,6 +134,7 @@ class Rank:
             num_tokens=num_tokens,
             sent_rows=sent,
             received_rows=int(received.sum()),
+            rows_per_expert=tuple(received.reshape(c.num_ranks, -1).sum(axis=0).tolist()),
             dropped_pairs=num_tokens * c.num_topk - sent,
             row_tiles=sum(tiles),
             padded_rows=sum(number * height for number, height in zip(tiles, heights, strict=True)),

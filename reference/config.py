@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu")
+SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")
+SIZES += ("tile_m", "tile_m_min", "tile_n", "token_block")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -40,7 +42,8 @@ class MoEConfig:
         num_topk: experts that each token is sent to.
         gated: two up projections, `act(gate) * up`, instead of one.
         activation: one of `ACTIVATIONS`; gelu is the exact one (erf).
-        dtype: element type of tokens, expert weights and results, one of `DTYPES`. Sums are float32, for float64 float64.
+        dtype: element type of tokens, expert weights and results, one of `DTYPES`. Sums are float64 for
+            float64, else float32.
         capacity: rows that one source rank may send to one expert; None means no limit (dropless).
         renormalize: divide the chosen probabilities by their sum.
         tile_m, tile_m_min: tallest and shortest row tile; heights double from the one to the other.
@@ -68,7 +71,7 @@ class MoEConfig:
     token_block: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk", "tile_m", "tile_m_min", "tile_n", "token_block"):
+        for name in SIZES:
             self._check_size(name, getattr(self, name))
         for name in ("gated", "renormalize"):
             if not isinstance(getattr(self, name), bool):

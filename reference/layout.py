@@ -29,8 +29,8 @@ DISPATCH, RESULT = 0, 1
 class Write(NamedTuple):
     """One row stored into a peer's segment: `writer` stores slot `slot` of `segment`'s region `round`.
 
-    `peer` and `expert` are the region's first two indices: the source and its expert here (round DISPATCH), or the owner
-    and its expert there (round RESULT).
+    `peer` and `expert` are the region's first two indices: the source and its expert here (round DISPATCH), or the
+    owner and its expert there (round RESULT).
     """
 
     writer: int
@@ -48,8 +48,8 @@ def _aligned(num_bytes: int) -> int:
 def tile_height(num_rows: int, shortest: int, tallest: int) -> int:
     """Rows per tile for a packet of `num_rows` rows: the shortest that holds them all, else the tallest.
 
-    Heights double from `shortest` to `tallest`. A tall tile reuses each weight more often; a short one pads less. A packet
-    that fits one tile reads its weights once whatever the height, so the shortest costs nothing.
+    Heights double from `shortest` to `tallest`. A tall tile reuses each weight more often; a short one pads less. A
+    packet that fits one tile reads its weights once whatever the height, so the shortest costs nothing.
     """
     height = shortest
     while height < num_rows and height < tallest:
@@ -145,8 +145,8 @@ class Layout:
 def write_conflicts(layout: Layout, writes: Iterable[Write]) -> list[tuple[Write, Write]]:
     """Pairs of writes of one epoch that touch the same row.
 
-    The theorem (FlashMoE, section 3): if every write `is_valid` and no writer uses a slot twice for one (segment, round,
-    expert), the list is empty. It looks only at addresses, so it does not assume what it checks.
+    The theorem (FlashMoE, section 3): if every write `is_valid` and no writer uses a slot twice for one (segment,
+    round, expert), the list is empty. It looks only at addresses, so it does not assume what it checks.
     """
     seen: dict[tuple[int, int], Write] = {}
     conflicts = []

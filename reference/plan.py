@@ -1,6 +1,6 @@
 """What a configuration costs before anything runs: bytes, tasks, operations, and the bounds that kernels allocate by.
 
-Everything here is arithmetic on sizes and routing counts. Leaves out: time, which is the simulator's; a target's scratch.
+Everything here is arithmetic on sizes and routing counts. Leaves out: time (the simulator's), the scratch of a target.
 """
 
 from __future__ import annotations

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-BACKENDS = ("cpu", "fibers")
+SETTINGS: dict[str, tuple[str, ...]] = {"cpu": (), "fibers": ("seed", "lanes", "preempt")}
+
+
+def check_backend(name: Any, settings: dict[str, Any]) -> None:
+    """Raise a TypeError or ValueError if there is no such backend or it has no such setting."""
+    if name not in SETTINGS:
+        raise ValueError(f"backend must be one of {', '.join(SETTINGS)}; got {name!r}")
+    for setting in settings:
+        if setting not in SETTINGS[name]:
+            known = ", ".join(SETTINGS[name]) or "none"
+            raise TypeError(f"backend {name!r} has no setting {setting!r}; its settings: {known}")
 
 
 def make_backend(name: str, num_blocks: int, **settings: Any) -> Any:
@@ -16,9 +26,7 @@ def make_backend(name: str, num_blocks: int, **settings: Any) -> Any:
     if name == "cpu":
         from .cpu import CpuBackend
 
-        return CpuBackend(num_blocks, **settings)
-    if name == "fibers":
-        from .fibers import FiberBackend
+        return CpuBackend(num_blocks)
+    from .fibers import FiberBackend
 
-        return FiberBackend(num_blocks, **settings)
-    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return FiberBackend(**settings)

@@ -24,7 +24,11 @@ class FiberBackend:
         preempt: probability of a switch at an atomic access.
     """
 
-    def __init__(self, num_blocks: int, seed: int = 0, lanes: int = 2, preempt: float = 0.3) -> None:
+    def __init__(self, seed: int = 0, lanes: int = 2, preempt: float = 0.3) -> None:
+        if isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1:
+            raise ValueError(f"lanes must be an integer of at least 1, got {lanes!r}")
+        if not 0 <= preempt <= 1:
+            raise ValueError(f"preempt must be in [0, 1], got {preempt!r}")
         self.seed, self.lanes, self.preempt = seed, lanes, preempt
 
     def panel_width(self, config: MoEConfig) -> int:

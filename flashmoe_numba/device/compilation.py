@@ -135,7 +135,7 @@ def _disk_cache(function: Any, signature: tuple[Any, ...]) -> Any:
             return name
 
     class Files(CompileResultCacheImpl):
-        _locator_classes = [Locator]
+        _locator_classes = (Locator,)
 
     class KernelCache(FunctionCache):
         _impl_class = Files

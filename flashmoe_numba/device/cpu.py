@@ -1,7 +1,7 @@
 """The vocabulary compiled for CPUs: a block is one OS thread with one lane, atomics are LLVM atomics.
 
-Importing this module registers the overloads. A poll backs off in three steps (spin, yield, sleep), because there may be
-many more blocks than cores.
+Importing this module registers the overloads. A poll backs off in three steps (spin, yield, sleep), because there may
+be many more blocks than cores.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def _to_bfloat(typing, value):
         bits = builder.bitcast(args[0], i32)
         odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
         rounded = builder.lshr(builder.add(bits, builder.add(constant(0x7FFF), odd)), constant(16))
-        quiet_nan = builder.or_(builder.lshr(bits, constant(16)), constant(0x40))  # rounding a NaN could make an infinity
+        # Rounding the bits of a NaN could make an infinity, so they are cut, and kept a NaN by the quiet bit.
+        quiet_nan = builder.or_(builder.lshr(bits, constant(16)), constant(0x40))
         is_nan = builder.fcmp_unordered("uno", args[0], args[0])
         return builder.trunc(builder.select(is_nan, quiet_nan, rounded), ir.IntType(16))
 

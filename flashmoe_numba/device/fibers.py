@@ -43,7 +43,8 @@ class Fiber(greenlet):
         self.polling = False
 
     def _run(self) -> None:
-        self.body()
+        with np.errstate(over="ignore", invalid="ignore"):  # compiled code is silent about them, too
+            self.body()
         self.block.live -= 1
         self.scheduler.open_barrier_if_full(self.block)
 

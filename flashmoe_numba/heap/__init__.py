@@ -1,9 +1,20 @@
 """Symmetric heaps: one segment per rank, all of one size, all visible to every rank.
 
-A heap has `num_ranks`, `rank_indices` (the ranks that live in this process), `segments` (rank -> uint8 array, of all
-ranks), `agree`, `barrier` and `close`.
+A heap has `num_ranks`, `rank_indices` (the ranks that live in this process), `agree`, `allocate`, then `segments`
+(rank -> uint8 array, of all ranks), `barrier` and `close`.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 from .threads import ThreadHeap
 
-__all__ = ["ThreadHeap"]
+
+def make_heap(num_ranks: int, comm: Any) -> Any:
+    """A heap without memory yet: of ranks in this process, or of the ranks of an MPI communicator."""
+    if comm is None:
+        return ThreadHeap(num_ranks)
+    from .mpi import MpiHeap
+
+    return MpiHeap(comm)

@@ -16,62 +16,77 @@ import numpy as np
 SHARED_MEMORY = Path("/dev/shm")
 SETUP_DEADLINE_S = 600.0  # a rank may compile the kernel meanwhile
 CLOSE_DEADLINE_S = 60.0
+TEXT_BYTES = 1000
 
 
 class MpiHeap:
-    """Segments of all ranks of `comm`, zeroed. Memory is taken as it is touched.
+    """Segments of all ranks of `comm`, an mpi4py communicator whose ranks share one machine."""
 
-    Args:
-        comm: an mpi4py communicator whose ranks share one machine.
-        num_bytes: size of a segment, the same on every rank.
-
-    Raises:
-        ValueError: ranks on several machines, or not enough shared memory.
-    """
-
-    def __init__(self, comm: Any, num_bytes: int) -> None:
-        from mpi4py import MPI
-
+    def __init__(self, comm: Any) -> None:
         self._comm = comm.Dup()  # its messages cannot meet the caller's
         self.num_ranks = comm.size
         self.rank_indices = range(comm.rank, comm.rank + 1)
-        local = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        num_local = local.size
-        local.Free()
-        self.agree(self._shortage(num_local, num_bytes))
+        self.segments: list[np.ndarray] = []
+
+    def agree(self, error: Exception | None, same: str = "") -> None:
+        """Raise on every rank if any rank brings an error, or if the ranks do not bring the `same` text.
+
+        Raises:
+            Exception: this rank's own error.
+            RuntimeError: another rank's error, quoted.
+            ValueError: this rank's text is not rank 0's.
+        """
+        everybody = self._gather(f"rank {self._comm.rank}: {error}" if error is not None else "")
+        texts = self._gather(same)
+        if error is not None:
+            raise error
+        failed = [text for text in everybody if text]
+        if failed:
+            raise RuntimeError(f"another rank could not start: {failed[0]}")
+        different = [rank_idx for rank_idx, text in enumerate(texts) if text != texts[0]]
+        if different:
+            other = different[0]
+            raise ValueError(
+                f"all ranks must be given the same: rank 0 has {texts[0]}, rank {other} has {texts[other]}"
+            )
+
+    def allocate(self, num_bytes: int) -> None:
+        """Take zeroed segments of `num_bytes` each. The system gives memory as it is touched.
+
+        Raises:
+            ValueError: ranks on several machines, or not enough shared memory.
+        """
+        from mpi4py import MPI
+
+        self.agree(self._shortage(num_bytes))
         self._window = MPI.Win.Allocate_shared(num_bytes, 1, comm=self._comm)
         views = [self._window.Shared_query(rank_idx)[0] for rank_idx in range(self.num_ranks)]
         self.segments = [np.frombuffer(view, np.uint8)[:num_bytes] for view in views]
         self.barrier()
 
-    def _shortage(self, num_local: int, num_bytes: int) -> ValueError | None:
+    def _shortage(self, num_bytes: int) -> ValueError | None:
         """MPI would hand out more than there is, and the process would die at the first touch of a missing page."""
+        from mpi4py import MPI
+
+        local = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        num_local = local.size
+        local.Free()
         if num_local != self.num_ranks:
-            return ValueError(f"comm must lie on one machine, but only {num_local} of {self.num_ranks} ranks share this one")
+            return ValueError(f"comm must lie on one machine, but {num_local} of {self.num_ranks} ranks share this one")
         if self._comm.rank == 0 and SHARED_MEMORY.is_dir():
             status = os.statvfs(SHARED_MEMORY)
             needed, free = num_bytes * self.num_ranks, status.f_bavail * status.f_frsize
             if needed > free:
                 return ValueError(
                     f"the segments of {self.num_ranks} ranks need {needed / 2**20:.0f} MiB of shared memory, but "
-                    f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB left: use fewer tokens, a capacity, or a larger {SHARED_MEMORY}"
+                    f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB left: use fewer tokens or a capacity, or enlarge it"
                 )
         return None
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise on every rank if any rank brings an error: its own, or a RuntimeError that quotes the first."""
-        message = f"rank {self._comm.rank}: {error}" if error is not None else ""
-        messages = self._gather(message)
-        if error is not None:
-            raise error
-        failed = [text for text in messages if text]
-        if failed:
-            raise RuntimeError(f"another rank could not start: {failed[0]}")
-
     def _gather(self, text: str) -> list[str]:
-        """Everybody's text, cut to 500 bytes."""
-        mine = np.zeros(500, np.uint8)
-        data = np.frombuffer(text.encode()[:500], np.uint8)
+        """Everybody's text, cut to `TEXT_BYTES`."""
+        mine = np.zeros(TEXT_BYTES, np.uint8)
+        data = np.frombuffer(text.encode()[:TEXT_BYTES], np.uint8)
         mine[: data.size] = data
         everybody = np.empty((self.num_ranks, mine.size), np.uint8)
         _wait(self._comm.Iallgather(mine, everybody), SETUP_DEADLINE_S)

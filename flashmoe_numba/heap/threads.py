@@ -8,17 +8,21 @@ from reference.layout import ALIGNMENT
 
 
 class ThreadHeap:
-    """Segments of `num_ranks` ranks of this process, zeroed. Memory is taken as it is touched."""
+    """Segments of `num_ranks` ranks of this process."""
 
-    def __init__(self, num_ranks: int, num_bytes: int) -> None:
+    def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self.rank_indices = range(num_ranks)
-        self.segments = [_aligned_zeros(num_bytes) for _ in range(num_ranks)]
+        self.segments: list[np.ndarray] = []
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise this rank's error, if there is one."""
+    def agree(self, error: Exception | None, same: str = "") -> None:
+        """Raise this process's error, if there is one."""
         if error is not None:
             raise error
+
+    def allocate(self, num_bytes: int) -> None:
+        """Take zeroed segments of `num_bytes` each. The system gives memory as it is touched."""
+        self.segments = [_aligned_zeros(num_bytes) for _ in range(self.num_ranks)]
 
     def barrier(self) -> None:
         """Nothing to wait for: there is one process."""

@@ -1,7 +1,8 @@
 """The gate: logits, softmax and top-k of a token block, then the slots of all pairs in token order.
 
 A GATE task handles one token block and sorts its pairs by expert. The block that finishes last adds up the counts of
-all token blocks, which gives every pair its slot without an atomic: routing, drops and slots depend on the tokens alone.
+all token blocks, which gives every pair its slot without an atomic: routing, drops and slots depend on the tokens
+alone.
 """
 
 from __future__ import annotations

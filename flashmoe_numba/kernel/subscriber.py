@@ -23,7 +23,17 @@ from .queue import (
     reserve,
     zero_next_counters,
 )
-from .signals import DISPATCH_FLAG, GATE_FLAG, RESULT_FLAG, SUBSCRIBER, aborted, give_up, is_silent, word_epoch, word_rows
+from .signals import (
+    DISPATCH_FLAG,
+    GATE_FLAG,
+    RESULT_FLAG,
+    SUBSCRIBER,
+    aborted,
+    give_up,
+    is_silent,
+    word_epoch,
+    word_rows,
+)
 from .trace import RECEIVE, record
 
 
@@ -88,12 +98,13 @@ def poll_packets(p, segments, packets, queue, trace):
 @jit
 def admit(p, packets, queue, packet, rows):
     """Queue a packet's GEMM0 tasks: column tile by column tile, so that row tiles find the weights in the cache."""
+    packets.rows[packet] = rows
+    packets.rows[packet] = rows
     if rows > 0:
         blocks = num_row_blocks(rows, p.tile_m_min, p.tile_m)
         up_tiles = (p.ffn + p.tile_ffn - 1) // p.tile_ffn
         down_tiles = (p.hidden + p.tile_hidden - 1) // p.tile_hidden
         padded = blocks * tile_height(rows, p.tile_m_min, p.tile_m)
-        packets.rows[packet] = rows
         packets.first_row[packet] = fetch_add(queue.counters, counter(p, HIDDEN_ROWS), padded)
         fetch_add(queue.counters, counter(p, GEMM_TASKS), blocks * (up_tiles + down_tiles))
         place = reserve(p, queue, blocks * up_tiles)

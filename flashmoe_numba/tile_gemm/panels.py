@@ -1,8 +1,8 @@
 """Weights packed once into the order in which the tile GEMM reads them.
 
-A matrix `[out, in]` is cut into column tiles of `tile_n` outputs (they become columns of the product), a tile into panels
-of `width` outputs, and a panel is stored as `[in, width]`. A gated expert's tile holds its gate panels, then its up
-panels. Panels that are not full are padded with zeros; rows of a product do not see the padding.
+A matrix `[out, in]` is cut into column tiles of `tile_n` outputs (they become columns of the product), a tile into
+panels of `width` outputs, and a panel is stored as `[in, width]`. A gated expert's tile holds its gate panels, then its
+up panels. Panels that are not full are padded with zeros; rows of a product do not see the padding.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ INTERPRETED_PANEL_WIDTH = 4
 
 
 class Scratch(NamedTuple):
-    """A block's working memory: `rows` for converted rows, `sums` for a tile of sums, both of the accumulator's type."""
+    """A block's working memory, of the accumulator's type: `rows` for converted rows, `sums` for a tile of sums."""
 
     rows: np.ndarray
     sums: np.ndarray

@@ -310,5 +310,17 @@ def test_bad_tokens_and_shapes_in_tiles():
         TiledLayer(x, weights.shard(0, 2), config)
 
 
+def test_a_block_that_lost_all_its_rows_waits_for_the_gates_and_gives_zeros():
+    sizes = dict(num_ranks=1, num_tokens=3, hidden=4, ffn=4, num_experts=2, num_topk=1)
+    config = MoEConfig(**sizes, capacity=1, token_block=1)
+    x, idx = [np.ones((3, 4), np.float32)], [np.zeros((3, 1), int)]
+    tiled = TiledLayer(x, Weights.random(config), config, idx, [np.ones((3, 1))])
+    gates = [Task(GATE, 0, m=m) for m in range(3)]
+    assert tiled.graph[Task(COMBINE, 0, m=0)] == [Task(GEMM1, 0)]
+    assert tiled.graph[Task(COMBINE, 0, m=1)] == tiled.graph[Task(COMBINE, 0, m=2)] == gates
+    y = tiled.run(np.random.default_rng(0))[0]
+    assert y[0].any() and not y[1:].any()
+
+
 def test_a_task_prints_its_indices():
     assert str(Task(COMBINE, 2, m=3)) == "COMBINE(rank=2, peer=0, expert=0, m=3, n=0)"

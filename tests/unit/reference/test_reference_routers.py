@@ -53,11 +53,12 @@ def test_route_is_float64_of_16_bit_inputs():
 
 def test_external_routing_copies_and_casts():
     config = make_config()
-    idx, weights = np.array([[9, 0, 4]], np.uint8), np.array([[0.5, 0.25, np.nan]])
-    routing = external_routing(idx, weights, config, 1)
-    idx[:], weights[:] = 1, 1
-    assert routing.topk_idx.tolist() == [[9, 0, 4]] and routing.topk_idx.dtype == np.int32
-    assert routing.topk_weights[0, :2].tolist() == [0.5, 0.25] and routing.topk_weights.dtype == np.float32
+    for idx_dtype, weights_dtype in ((np.uint8, np.float64), (np.int32, np.float32)):
+        idx, weights = np.array([[9, 0, 4]], idx_dtype), np.array([[0.5, 0.25, np.nan]], weights_dtype)
+        routing = external_routing(idx, weights, config, 1)
+        idx[:], weights[:] = 1, 1
+        assert routing.topk_idx.tolist() == [[9, 0, 4]] and routing.topk_idx.dtype == np.int32
+        assert routing.topk_weights[0, :2].tolist() == [0.5, 0.25] and routing.topk_weights.dtype == np.float32
     assert external_routing(np.empty((0, 3), int), np.empty((0, 3)), config, 0).topk_idx.shape == (0, 3)
 
 

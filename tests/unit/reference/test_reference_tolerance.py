@@ -24,7 +24,7 @@ def test_rows_must_be_finite_in_both_or_in_neither():
 
 
 def chain_expert(x, w, e, config):
-    """A kernel's arithmetic: float32 sums, one element after the other; hidden and result rounded to the element type."""
+    """A kernel's arithmetic: float32 sums, element after element; hidden and result rounded to the element type."""
 
     def product(a, b):
         total = np.zeros((len(a), len(b)), np.float32)

@@ -115,7 +115,7 @@ def test_recorded_uneven_and_without_routing(tmp_path):
 
 @pytest.mark.parametrize(("arrays", "error", "message"), [
     ({"tokens": np.ones((4, 19))}, ValueError, r"must have x, .* it has \['tokens'\]"),
-    ({"x": np.ones((4, 19)), "topk_idx": np.ones((4, 3), int)}, ValueError, r"both or none of .* it has \['topk_idx', 'x'\]"),
+    ({"x": np.ones((4, 19)), "topk_idx": np.ones((4, 3), int)}, ValueError, r"none of .* it has \['topk_idx', 'x'\]"),
     ({"x": np.ones((4, 18))}, ValueError, r"x must have shape \[any, 19\], got \[4, 18\]"),
     ({"x": np.ones((2, 2, 2, 19))}, ValueError, r"x must have shape \[any, any, 19\], got \[2, 2, 2, 19\]"),
     ({"x": np.ones((4, 19), int)}, TypeError, "x must have a floating dtype"),
@@ -140,5 +140,5 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"ranks must be in \[0, num_ranks=4\), got 4"):
         make_workload("text", config, ranks=[4])
     save(tmp_path / "short.npz", {"x": np.ones((11, 19))})
-    with pytest.raises(ValueError, match="num_tokens asks for tokens up to 12 in all, but .*short.npz has 11"):
+    with pytest.raises(ValueError, match=r"num_tokens asks for tokens up to 12 in all, but .*short.npz has 11"):
         make_workload(str(tmp_path / "short.npz"), config, 3)

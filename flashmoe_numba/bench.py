@@ -1,0 +1,178 @@
+"""Time a layer beside plain BLAS, and keep what is needed to check it.
+
+One call warms up. Then each iteration is one call of the layer and one pass of the yardstick, in the same process, one
+after the other; all ranks begin each at the same moment, and its time is that of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from reference import MoEConfig, Routing, Weights, Workload, make_workload
+
+from .layer import FlashMoE, default_processors
+from .rank import Stats
+from .trace import filled
+from .yardstick import Yardstick
+
+SETTLE_S = 0.05  # BLAS threads spin for a while after their work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to run.
+
+    Args:
+        workload: a name for `make_workload`.
+        num_tokens: of each rank; None: `config.num_tokens`, or what a recorded workload has.
+        transport: "mpi" (ranks are processes), or "threads" or "fibers" (all in this process).
+        num_processors: blocks per rank beside the OS block; None: the layer's default.
+        trace: keep the records of the last call.
+    """
+
+    config: MoEConfig
+    workload: str
+    num_tokens: int | None
+    transport: str
+    num_processors: int | None
+    iterations: int
+    seed: int
+    deadline_s: float
+    trace: bool
+
+    @property
+    def backend(self) -> str:
+        return "fibers" if self.transport == "fibers" else "cpu"
+
+    @property
+    def processors(self) -> int:
+        """Blocks per rank beside the OS block."""
+        return self.num_processors or default_processors(self.config.num_ranks)
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """What one process saw; lists over its ranks, or over iterations.
+
+    `y_digests` is a hash of the results of every call, the warm-up included.
+    """
+
+    x: list[np.ndarray]
+    y: list[np.ndarray]
+    routing: list[Routing]
+    stats: list[Stats]
+    traces: dict[tuple[int, int], np.ndarray]
+    latency_ns: list[int] = field(default_factory=list)
+    blas_ns: list[int] = field(default_factory=list)
+    y_digests: list[bytes] = field(default_factory=list)
+
+
+def measure(settings: Settings, world: Any, show: bool = False) -> Measurement:
+    """Run this process's part of the benchmark; every process of `world` must.
+
+    Args:
+        world: of `world.py`.
+        show: draw a progress bar on stderr.
+
+    Raises:
+        FlashMoEError: a rank was lost.
+    """
+    config = settings.config
+    ranks = range(config.num_ranks) if world.comm is None else range(world.rank_idx, world.rank_idx + 1)
+    weights = Weights.random(config, settings.seed, experts=experts_of(ranks, config))
+    workload = make_workload(settings.workload, config, settings.num_tokens, settings.seed, ranks)
+    threads = ThreadpoolController()
+    with make_layer(settings, weights, world.comm) as layer, threads.limit(limits=num_blas_threads(settings)):
+        return _measure(layer, workload, weights, settings, world, show)
+
+
+def make_layer(settings: Settings, weights: Weights, comm: Any) -> FlashMoE:
+    """The layer that the settings describe."""
+    seed = {"seed": settings.seed} if settings.backend == "fibers" else {}
+    return FlashMoE(
+        settings.config,
+        weights,
+        comm=comm,
+        backend=settings.backend,
+        num_processors=settings.num_processors,
+        deadline_s=settings.deadline_s,
+        trace=settings.trace,
+        **seed,
+    )
+
+
+def experts_of(ranks: range, config: MoEConfig) -> range:
+    """The experts that live on consecutive ranks."""
+    return range(ranks.start * config.num_experts_per_rank, ranks.stop * config.num_experts_per_rank)
+
+
+def num_blas_threads(settings: Settings) -> int:
+    """As many as the layer's processors in this process, up to the cores."""
+    if settings.transport == "mpi":
+        return settings.processors
+    return min(default_processors(1), settings.config.num_ranks * settings.processors)
+
+
+def _measure(
+    layer: FlashMoE, workload: Workload, weights: Weights, settings: Settings, world: Any, show: bool
+) -> Measurement:
+    call = _Call(layer, workload, in_process=world.comm is None)
+    world.meet("before the warm-up")
+    y = call()
+    stats = call.per_rank(layer.stats)
+    yardstick = Yardstick(settings.config, weights, [rows for part in stats for rows in part.rows_per_expert])
+    yardstick.run(world.note_progress)
+    seen = Measurement(x=workload.x, y=y, routing=call.per_rank(layer.routing), stats=stats, traces={})
+    seen.y_digests.append(_digest(y))
+    for iteration in _progress(range(settings.iterations), show):
+        time.sleep(SETTLE_S)
+        world.meet(f"before call {iteration + 1} of {settings.iterations}")
+        start = time.perf_counter_ns()
+        y = call()
+        seen.latency_ns.append(time.perf_counter_ns() - start)
+        seen.y_digests.append(_digest(y))
+        world.meet(f"before BLAS pass {iteration + 1} of {settings.iterations}")
+        seen.blas_ns.append(yardstick.run(world.note_progress))
+    if settings.trace:
+        seen.traces = {lane: filled(buffer).copy() for lane, buffer in layer.traces.items()}
+    return seen
+
+
+class _Call:
+    """The same call of a layer, again and again; always returns a list over this process's ranks."""
+
+    def __init__(self, layer: FlashMoE, workload: Workload, in_process: bool) -> None:
+        self._layer, self._in_process = layer, in_process
+        routing = {"topk_idx": workload.topk_idx, "topk_weights": workload.topk_weights}
+        given = {name: parts for name, parts in routing.items() if parts is not None}
+        self._x = workload.x if in_process else workload.x[0]
+        self._routing = given if in_process else {name: parts[0] for name, parts in given.items()}
+
+    def __call__(self) -> list[np.ndarray]:
+        return self.per_rank(self._layer(self._x, **self._routing))
+
+    def per_rank(self, value: Any) -> list[Any]:
+        """`value` of every rank here, from a property or result of the layer."""
+        return list(value) if self._in_process else [value]
+
+
+def _digest(y: Sequence[np.ndarray]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in y:
+        digest.update(part.tobytes())
+    return digest.digest()
+
+
+def _progress(iterations: range, show: bool) -> Iterable[int]:
+    if not show:
+        return iterations
+    from tqdm import tqdm
+
+    return tqdm(iterations, desc="layer and BLAS", unit="call", leave=False)

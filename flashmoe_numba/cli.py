@@ -1,0 +1,59 @@
+"""`flashmoe COMMAND ...`: one small module of `commands` per command, imported when it is asked for.
+
+A command has `add_arguments(parser)` and `main(args) -> exit status`. Whatever the user got wrong is one line on stderr
+and exit status 2; under mpirun only rank 0 says it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .commands import UsageError
+from .launch import is_first_rank
+
+COMMANDS = {
+    "run": "run one layer on this machine, check it against the reference, and time it beside BLAS",
+    "plan": "what a layer needs, without running it: bytes, packets, tiles, operations",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are exceptions."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `flashmoe` with these arguments, by default those of the process; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = "flashmoe"
+    try:
+        command = _choose(argv)
+        name = f"flashmoe {command}"
+        module = importlib.import_module(f".commands.{command}", __package__)
+        parser = _Parser(prog=name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(parser)
+        args = parser.parse_args(argv[1:], argparse.Namespace(argv=argv))
+        return int(module.main(args))
+    except UsageError as error:
+        if is_first_rank():
+            print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _choose(argv: list[str]) -> str:
+    """The command's name; prints the help and leaves if that is what is asked for."""
+    table = "\n".join(f"  {name:6}{summary}" for name, summary in COMMANDS.items())
+    parser = _Parser(
+        prog="flashmoe",
+        usage="flashmoe COMMAND [--help] ...",
+        description="A distributed Mixture-of-Experts layer as one persistent kernel per rank.",
+        epilog=f"commands:\n{table}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below; each has its own --help")
+    return str(parser.parse_args(argv[:1]).command)

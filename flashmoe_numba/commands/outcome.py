@@ -1,0 +1,54 @@
+"""What becomes of a measurement, on rank 0: check it, report it, write the files that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reference import Weights, Workload, make_workload
+
+from ..bench import Measurement, Settings
+from ..check import check_layer
+from ..report import make_report, table
+from ..trace import TraceRecord, decode, write_chrome_trace
+from .plan import describe
+from .sizes import output_file, write_json
+
+
+def conclude(
+    settings: Settings, parts: Sequence[Measurement], json: str | None, trace: str | None, plot: str | None
+) -> int:
+    """Exit status: 0 if everything is right.
+
+    Args:
+        parts: of all processes, in the order of ranks.
+        json, trace, plot: files to write; "-" for json is stdout instead of the table.
+    """
+    weights = Weights.random(settings.config, settings.seed)
+    routing = [rank for part in parts for rank in part.routing]
+    y = [rank for part in parts for rank in part.y]
+    verdict = check_layer(settings.config, weights, _workload(settings, parts), routing, y)
+    report = make_report(settings, parts, verdict)
+    if json != "-":
+        print("\n".join(table(report, describe(settings.config))), flush=True)
+    if json:
+        write_json(json, report)
+    _write_pictures(settings, parts, trace, plot)
+    return 0 if report["passed"] else 1
+
+
+def _workload(settings: Settings, parts: Sequence[Measurement]) -> Workload:
+    """All ranks' tokens as they were used, and the routing that the workload asks for."""
+    made = make_workload(settings.workload, settings.config, settings.num_tokens, settings.seed)
+    return Workload([x for part in parts for x in part.x], made.topk_idx, made.topk_weights)
+
+
+def _write_pictures(settings: Settings, parts: Sequence[Measurement], trace: str | None, plot: str | None) -> None:
+    records: list[TraceRecord] = []
+    for part in parts:
+        records += decode(part.traces)
+    if trace:
+        write_chrome_trace(records, settings.processors, output_file(trace))
+    if plot:
+        from ..plots import plot_timeline
+
+        plot_timeline(records, settings.processors, output_file(plot))

@@ -1,0 +1,81 @@
+"""What a layer needs, without running it: bytes of every region per rank, packets, tiles, padding, operations.
+
+All ranks bring all their tokens, spread evenly over the experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from reference import MoEConfig, Plan, make_plan
+
+from .sizes import add_json_argument, add_size_arguments, check_output, config_from, write_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_size_arguments(parser)
+    add_json_argument(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the plan of the config that the flags describe."""
+    config = config_from(args)
+    check_output("--json", args.json)
+    plan = make_plan(config)
+    if args.json != "-":
+        print("\n".join(lines(args.preset, config, plan)))
+    if args.json:
+        write_json(args.json, as_json(args.preset, config, plan))
+    return 0
+
+
+def as_json(preset: str, config: MoEConfig, plan: Plan) -> dict[str, Any]:
+    return {"preset": preset, "config": asdict(config), **asdict(plan)}
+
+
+def lines(preset: str, config: MoEConfig, plan: Plan) -> Iterator[str]:
+    """The table that people read."""
+    yield f"{preset} on {config.num_ranks} ranks: {describe(config)}"
+    yield "tokens spread evenly over the experts"
+    yield ""
+    yield "bytes of one rank"
+    for region, num_bytes in plan.segment_bytes.items():
+        yield _row(f"  segment: {region}", readable(num_bytes))
+    yield _row("  segment", readable(plan.segment_total_bytes))
+    yield _row("  weights", readable(plan.weight_bytes))
+    yield _row("  between the two products", f"{readable(plan.hidden_bytes)}, {plan.hidden_rows:,} rows at most")
+    yield "all ranks"
+    yield _row("  packets with rows", f"{plan.num_packets:,}")
+    yield _row("  rows", f"{plan.real_rows:,}, and {plan.num_dropped:,} pairs dropped")
+    yield _row("  row tiles", f"{plan.row_tiles:,}, {plan.padded_share:.1%} of their rows are padding")
+    for kind, number in plan.num_tasks.items():
+        yield _row(f"  tasks: {kind}", f"{number:,}")
+    yield _row("  operations", f"{plan.total_flops / 1e9:,.3f} GFLOP, padded {plan.padded_flops / 1e9:,.3f} GFLOP")
+    yield _row("  operations, busiest rank", f"{plan.busiest_rank_flops / 1e9:,.3f} GFLOP")
+    yield _row("tasks of one rank, at most", f"{plan.max_tasks:,}")
+
+
+def describe(config: MoEConfig) -> str:
+    """The sizes in one line."""
+    gated = "gated " if config.gated else ""
+    capacity = "dropless" if config.capacity is None else f"capacity {config.capacity}"
+    return (
+        f"{config.num_tokens:,} tokens per rank, hidden {config.hidden}, ffn {config.ffn} {gated}{config.activation}, "
+        f"{config.num_experts} experts, top-{config.num_topk}, {capacity}, {config.dtype}"
+    )
+
+
+def readable(num_bytes: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.2f} GiB"
+
+
+def _row(name: str, value: str) -> str:
+    return f"{name:28}{value}"

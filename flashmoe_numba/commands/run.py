@@ -1,0 +1,137 @@
+"""Run one layer on this machine, check every result against the float64 reference, and time it beside plain BLAS.
+
+With several ranks each is a process, and mpirun is started for them; inside an mpirun its ranks are used. The exit
+status is 0 only if the routing and the results are right and all calls gave the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from reference import MoEConfig, make_workload
+
+from .. import launch
+from . import UsageError
+from .sizes import add_json_argument, add_size_arguments, check_output, config_from, in_flags, integer
+
+if TYPE_CHECKING:
+    from ..world import LocalWorld, MpiWorld
+
+MOST_DEADLINE_S = 86400.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_size_arguments(parser)
+    parser.add_argument("--workload", default="text", metavar="NAME", help="text, uniform, zipf:S, hot, or a recording: *.npz, *.safetensors [text]")
+    parser.add_argument("--processors", type=integer(1), metavar="N", help="blocks of a rank beside its OS block [cores / ranks, at least 1]")
+    parser.add_argument("--iterations", type=integer(1), default=10, metavar="N", help="measured calls, after one that warms up [10]")
+    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of weights, tokens and fibers [0]")
+    parser.add_argument("--deadline-s", type=_deadline, default=30.0, metavar="S", help="give up after S seconds without progress on any rank [30]")
+    parser.add_argument("--backend", choices=("cpu", "fibers"), default="cpu", help="compiled, or interpreted in this process: for laptop-tiny and the like [cpu]")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--threads", action="store_true", help="all ranks in this process")
+    where.add_argument("--mpi", action="store_true", help="a process for every rank, even for a single one")
+    add_json_argument(parser)
+    parser.add_argument("--trace", metavar="FILE", help="write the last call as Chrome trace (https://ui.perfetto.dev shows it); recording takes part in the times")
+    parser.add_argument("--plot", metavar="FILE", help="draw the last call as PNG")
+
+
+def _deadline(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= MOST_DEADLINE_S:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, {MOST_DEADLINE_S:g}], got {text!r}")
+    return value
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what the flags describe, here or under mpirun."""
+    if args.backend == "fibers" and args.mpi:
+        raise UsageError("argument --mpi: fibers run all ranks in one process, so --backend must be cpu")
+    if launch.inside_mpirun():
+        return _run_as_rank(args)
+    config = _validate(args, None)
+    in_process = args.threads or args.backend == "fibers" or (config.num_ranks == 1 and not args.mpi)
+    if not in_process:
+        command = [sys.executable, "-m", "flashmoe_numba", *args.argv]
+        return launch.start(config.num_ranks, command, args.deadline_s)
+    return _run_here(args, config)
+
+
+def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
+    """The config, if nothing is wrong that can be known before a rank starts."""
+    config = config_from(args, num_ranks)
+    try:
+        make_workload(args.workload, config, _num_tokens(args), args.seed, ranks=[])
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise UsageError(f"argument --workload: {in_flags(str(error))}") from None
+    for flag in ("json", "trace", "plot"):
+        check_output(f"--{flag}", getattr(args, flag))
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise UsageError("argument --plot: needs matplotlib, not found here: pip install 'flashmoe-numba[plots]'")
+    return config
+
+
+def _num_tokens(args: argparse.Namespace) -> int | None:
+    """Of each rank; a recording brings its own number."""
+    return args.tokens if args.workload.endswith((".npz", ".safetensors")) else None
+
+
+def _run_here(args: argparse.Namespace, config: MoEConfig) -> int:
+    """All ranks in this process."""
+    from ..errors import FlashMoEError
+    from ..world import LocalWorld
+
+    try:
+        return _run(args, config, "fibers" if args.backend == "fibers" else "threads", LocalWorld())
+    except FlashMoEError as error:
+        print(f"flashmoe run: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flashmoe run: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run_as_rank(args: argparse.Namespace) -> int:
+    """This process is one rank of many."""
+    launch.guard_this_rank(args.deadline_s)
+    from ..world import MpiWorld
+
+    world = MpiWorld(args.deadline_s)
+    try:
+        if args.threads or args.backend == "fibers":
+            raise UsageError("--threads and fibers run all ranks in one process: start this without mpirun")
+        if args.ranks not in (None, world.num_ranks):
+            raise UsageError(f"argument --ranks: must be the number of ranks of this mpirun, {world.num_ranks}, got {args.ranks}")
+        return _run(args, _validate(args, world.num_ranks), "mpi", world)
+    except UsageError:
+        raise  # all ranks have it
+    except BaseException as error:
+        world.abandon(error)
+
+
+def _run(args: argparse.Namespace, config: MoEConfig, transport: str, world: LocalWorld | MpiWorld) -> int:
+    from ..bench import Settings, measure
+    from .outcome import conclude
+
+    settings = Settings(
+        config=config,
+        workload=args.workload,
+        num_tokens=_num_tokens(args),
+        transport=transport,
+        num_processors=args.processors,
+        iterations=args.iterations,
+        seed=args.seed,
+        deadline_s=args.deadline_s,
+        trace=bool(args.trace or args.plot),
+    )
+    terminal = sys.stderr.isatty() or bool(os.environ.get(launch.TERMINAL_VARIABLE))
+    parts = world.gather(measure(settings, world, show=terminal and world.rank_idx == 0))
+    return world.agree(conclude(settings, parts, args.json, args.trace, args.plot) if parts else 0)

@@ -1,0 +1,118 @@
+"""The flags that make a `MoEConfig`: a preset, and what is changed of it. Shared by all commands that take a layer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from reference import ACTIVATIONS, DTYPES, MoEConfig, load_preset, preset_names
+
+from . import UsageError
+
+DEFAULT_PRESET = "laptop-text"
+
+# The flag of each field, where it is not the field's own name.
+FLAGS = {
+    "num_ranks": "ranks",
+    "num_tokens": "tokens",
+    "num_experts": "experts",
+    "num_topk": "topk",
+    "hidden": "hidden",
+    "ffn": "ffn",
+    "gated": "gated",
+    "activation": "activation",
+    "dtype": "dtype",
+    "capacity": "capacity",
+    "preset": "preset",
+}
+
+
+def integer(minimum: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be an integer >= {minimum}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--preset` and one flag per size."""
+    sizes = parser.add_argument_group("sizes", "the preset's where not given")
+    sizes.add_argument("--preset", default=DEFAULT_PRESET, metavar="NAME", help=f"{', '.join(preset_names())} [{DEFAULT_PRESET}]")
+    sizes.add_argument("--ranks", type=integer(1), metavar="N", help="ranks of expert parallelism; divides the experts")
+    sizes.add_argument("--tokens", type=integer(1), metavar="N", help="tokens of each rank")
+    sizes.add_argument("--hidden", type=integer(1), metavar="N", help="row length of a token")
+    sizes.add_argument("--ffn", type=integer(1), metavar="N", help="row length inside an expert")
+    sizes.add_argument("--experts", type=integer(1), metavar="N", help="experts over all ranks")
+    sizes.add_argument("--topk", type=integer(1), metavar="N", help="experts of each token")
+    sizes.add_argument("--gated", action=argparse.BooleanOptionalAction, default=None, help="act(gate) * up")
+    sizes.add_argument("--activation", metavar="NAME", help=", ".join(ACTIVATIONS))
+    sizes.add_argument("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; sums are float32, for float64 float64")
+    sizes.add_argument("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert")
+
+
+def config_from(args: argparse.Namespace, num_ranks: int | None = None) -> MoEConfig:
+    """The config that the flags describe, on `num_ranks` ranks if given.
+
+    Raises:
+        UsageError: naming the flag, its value and the rule.
+    """
+    fields = {field: getattr(args, flag) for field, flag in FLAGS.items() if field != "preset"}
+    fields["num_ranks"] = num_ranks or fields["num_ranks"]
+    given = {field: value for field, value in fields.items() if value is not None}
+    try:
+        return load_preset(args.preset, **given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(in_flags(str(error))) from None
+
+
+def in_flags(message: str) -> str:
+    """A library's message with the names of flags in place of those of fields."""
+    return re.sub(rf"\b(?:config\.)?({'|'.join(FLAGS)})\b", lambda match: f"--{FLAGS[match[1]]}", message)
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - is stdout, and nothing else goes there")
+
+
+def write_json(path: str, value: dict[str, Any]) -> None:
+    """To a file, whose folder is made, or to stdout for "-"."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    if path == "-":
+        print(text)
+        sys.stdout.flush()
+    else:
+        output_file(path).write_text(text + "\n", encoding="utf-8")
+
+
+def output_file(path: str) -> Path:
+    """The path, with its folder made."""
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """Nothing, if a file can be written there.
+
+    Raises:
+        UsageError: naming the flag and what is wrong.
+    """
+    if path is None or path == "-":
+        return
+    try:
+        file = output_file(path)
+        existed = file.exists()
+        file.open("a").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise UsageError(f"argument {flag}: cannot write {path!r}: {error.strerror}") from None

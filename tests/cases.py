@@ -1,0 +1,184 @@
+"""What the tests of the layer share: small layers to run, and the comparison of their results with the oracle.
+
+The comparison is element by element. Its yardstick is the same layer on absolute values, because an element that cancels
+to almost nothing still has the rounding errors of its terms; all activations satisfy |act(z)| <= |z|.
+"""
+
+from dataclasses import fields, replace
+
+import numpy as np
+
+from reference import (
+    Layout,
+    MoEConfig,
+    Weights,
+    check_routing,
+    make_packets,
+    max_rel_error,
+    moe_layer,
+    num_row_blocks,
+    tile_height,
+    tolerance,
+)
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+TINY = dict(
+    num_ranks=2, num_tokens=7, hidden=9, ffn=6, num_experts=4, num_topk=2, gated=True, activation="silu",
+    tile_m=4, tile_m_min=2, tile_n=4, token_block=3,
+)  # fmt: skip
+
+
+def tiny_config(**changes):
+    """A layer that even the fibers run in a moment; no size is a multiple of its tile."""
+    return MoEConfig(**(TINY | changes))
+
+
+def random_tokens(config, counts=None, seed=0):
+    """`[count, hidden]` for each rank, normal numbers in the config's dtype; default: all the tokens there can be."""
+    rng = np.random.default_rng(seed)
+    counts = [config.num_tokens] * config.num_ranks if counts is None else counts
+    return [rng.standard_normal((count, config.hidden)).astype(config.numpy_dtype) for count in counts]
+
+
+def random_routing(config, counts, seed=0, bias=0.0):
+    """(topk_idx, topk_weights) of each rank. `bias` 0 spreads tokens evenly, 50 sends all of them to the same experts."""
+    rng = np.random.default_rng(seed)
+    favour = bias * rng.standard_normal(config.num_experts)
+    orders = [np.argsort(rng.standard_normal((count, config.num_experts)) + favour, axis=1) for count in counts]
+    idx = [order[:, : config.num_topk].astype(np.int64) for order in orders]
+    return idx, [rng.uniform(0.1, 1, part.shape) for part in idx]
+
+
+def bits(array):
+    """Bit patterns, so that NaN equals NaN and 0.0 does not equal -0.0."""
+    return np.ascontiguousarray(array).view({2: np.uint16, 4: np.uint32, 8: np.uint64}[array.dtype.itemsize])
+
+
+def assert_same_bits(got, expected, what=""):
+    """The same lists of arrays (or arrays), bit for bit."""
+    if isinstance(got, np.ndarray):
+        got, expected = [got], [expected]
+    assert len(got) == len(expected), f"{what}: {len(got)} parts, expected {len(expected)}"
+    for part, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype, f"{what}: {a.shape} {a.dtype}, expected {b.shape} {b.dtype}"
+        differ = np.argwhere(bits(a) != bits(b))
+        at = tuple(differ[0]) if len(differ) else ()
+        assert len(differ) == 0, f"{what}: {len(differ)} elements differ, first part {part} {at}: {a[at]!r} is not {b[at]!r}"
+
+
+def assert_equals_oracle(y, x, weights, config, routings, external=False):
+    """y is the layer's result for `routings` (the kernel's), which follow from x unless they came from outside."""
+    topk_idx, topk_weights = [r.topk_idx for r in routings], [r.topk_weights for r in routings]
+    if not external:
+        for rank, (routing, part) in enumerate(zip(routings, x, strict=True)):
+            wrong = check_routing(routing, part, weights.router, config)
+            assert wrong is None, f"{config}, rank {rank}: {wrong}"
+    ref = moe_layer(x, weights, config, topk_idx, topk_weights)
+    scale = moe_layer(
+        [np.abs(part) for part in x],
+        _absolute(weights),
+        replace(config, activation="identity"),
+        topk_idx,
+        [np.abs(part) for part in topk_weights],
+    )
+    for rank, (got, expected, terms) in enumerate(zip(y, ref, scale, strict=True)):
+        case = f"{config}, rank {rank}, counts {[len(part) for part in x]}"
+        assert got.dtype == config.numpy_dtype and got.shape == expected.shape, f"{case}: {got.dtype} {got.shape}"
+        got = got.astype(np.float64)
+        finite = np.isfinite(expected).all(axis=1)
+        assert (np.isfinite(got).all(axis=1) == finite).all(), f"{case}: finite rows {np.isfinite(got).all(axis=1)}, {finite}"
+        error, bound = np.abs(got - expected)[finite], tolerance(config) * terms[finite] + _underflow(config)
+        if not (error <= bound).all():
+            at = np.unravel_index(np.argmax(error - bound), error.shape)
+            row = np.flatnonzero(finite)[at[0]]
+            raise AssertionError(
+                f"{case}: y[{row}, {at[1]}] = {got[row, at[1]]!r}, expected {expected[row, at[1]]!r} +- {bound[at]:.2e}"
+            )
+
+
+def assert_close_to_oracle(y, x, weights, config, routings):
+    """The published measure, for layers of ordinary size: `max_rel_error` within `tolerance`."""
+    ref = moe_layer(x, weights, config, [r.topk_idx for r in routings], [r.topk_weights for r in routings])
+    error = max_rel_error(y, ref)
+    assert error <= tolerance(config), f"{config}: max_rel_error {error:.2e} is above tolerance {tolerance(config):.2e}"
+
+
+def _absolute(weights):
+    arrays = {field.name: getattr(weights, field.name) for field in fields(weights) if field.name != "first_expert"}
+    return replace(weights, **{name: np.abs(array) for name, array in arrays.items() if array is not None})
+
+
+def _underflow(config):
+    """What roundings near zero may add: one subnormal step per term of the down projection, and one per result."""
+    return float(np.float64(finfo(config.numpy_dtype).smallest_subnormal)) * (config.ffn + 2 * config.num_topk)
+
+
+def finfo(dtype):
+    """numpy.finfo, for bfloat16 too."""
+    import ml_dtypes
+
+    return ml_dtypes.finfo(dtype)
+
+
+class Regions:
+    """The segments of a layer that runs in this process, seen from outside by the layout's own offsets."""
+
+    def __init__(self, layer):
+        self.layer, self.config, self.layout = layer, layer.config, Layout(layer.config)
+        self.segments = layer._heap.segments
+
+    def rows(self, rank, round):
+        """`[num_ranks, num_experts_per_rank, slots, hidden]` of the dispatch (0) or the result region (1), as elements."""
+        c, start = self.config, (self.layout.dispatch, self.layout.result)[round]
+        data = self.segments[rank][start : start + self.layout.region_elements * c.numpy_dtype.itemsize]
+        return data.view(c.numpy_dtype).reshape(c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
+
+    def words(self, rank, start, num_words):
+        return self.segments[rank][start : start + 8 * num_words].view(np.int64)
+
+    def poison(self):
+        """NaN wherever rows may lie: a row read before it was written, or one that was never sent, shows."""
+        for rank in range(self.config.num_ranks):
+            for round in range(2):
+                self.rows(rank, round).view(np.uint8)[:] = 0xFF
+
+    def check(self, x, y, routings, epoch):
+        """After one call on poisoned regions: every row, flag and sum is where and what it should be, bit for bit."""
+        c, packets = self.config, [make_packets(routing.topk_idx, self.config) for routing in routings]
+        for source, (part, packet) in enumerate(zip(x, packets, strict=True)):
+            for expert in range(c.num_experts):
+                self._check_packet(source, expert, part, packet, epoch)
+            self._check_combine(source, y[source], routings[source], packet)
+
+    def _check_packet(self, source, expert, x, packet, epoch):
+        c, sent = self.config, int(packet.sent[expert])
+        owner, local = divmod(expert, c.num_experts_per_rank)
+        case = f"{c}, epoch {epoch}, rank {source} to expert {expert}, {sent} rows"
+        there, back = self.rows(owner, 0)[source, local], self.rows(source, 1)[owner, local]
+        assert_same_bits(there[:sent], x[packet.pairs(expert) // c.num_topk], f"{case}: dispatched rows")
+        for name, rows in (("dispatch", there), ("result", back)):
+            assert (rows[sent:].view(np.uint8) == 0xFF).all(), f"{case}: {name} region written beyond the packet"
+        flag = self.words(owner, self.layout.dispatch_flag, c.num_experts)[source * c.num_experts_per_rank + local]
+        assert divmod(int(flag), 1 << 32) == (epoch, sent), f"{case}: flag {int(flag):#x}"
+        flags = self.words(source, self.layout.result_flag, self.layout.num_result_flags)
+        flags = flags.reshape(c.num_experts, self.layout.row_blocks)[expert].tolist()
+        height = tile_height(sent, c.tile_m_min, c.tile_m)
+        tiles = num_row_blocks(sent, c.tile_m_min, c.tile_m)
+        expected = [(epoch, min(height, sent - m * height)) for m in range(tiles)]
+        assert [divmod(word, 1 << 32) for word in flags[:tiles]] == expected, f"{case}: result flags {flags}"
+        assert all(word >> 32 < epoch for word in flags[tiles:]), f"{case}: flags {flags} of tiles that do not exist"
+
+    def _check_combine(self, source, y, routing, packet):
+        """y is the sum of the results in the accumulator's type in the order of j, rounded once."""
+        c, results = self.config, self.rows(source, 1)
+        for token, (experts, factors) in enumerate(zip(routing.topk_idx, routing.topk_weights, strict=True)):
+            total = np.zeros(c.hidden, c.accumulator)
+            for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
+                if packet.slot[token, j] >= 0:
+                    row = results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        total += factor * row.astype(c.accumulator)
+            with np.errstate(over="ignore", invalid="ignore"):
+                expected = total.astype(c.numpy_dtype)
+            equal = (bits(y[token]) == bits(expected)) | (np.isnan(y[token]) & np.isnan(expected))
+            assert equal.all(), f"{c}, rank {source}: y[{token}] = {y[token]}, its results sum to {expected}"

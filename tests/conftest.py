@@ -1,0 +1,15 @@
+"""Hypothesis profiles, chosen by $HYPOTHESIS_PROFILE (fast, ci, nightly); `max_examples` scales with them.
+
+Examples are derandomised and not stored, so that a run is the same everywhere; nightly draws new ones each time.
+"""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# A world is slow to draw and to run on a loaded machine; that says nothing about its strategy.
+common = dict(database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("fast", max_examples=60, derandomize=True, **common)
+settings.register_profile("ci", max_examples=100, derandomize=True, **common)
+settings.register_profile("nightly", max_examples=1000, derandomize=False, **common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))

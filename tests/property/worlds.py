@@ -1,0 +1,72 @@
+"""Strategies that build legal layers with something to run on them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from cases import random_routing, random_tokens
+from hypothesis import strategies as st
+
+from reference import MoEConfig, Weights
+
+
+@dataclass
+class World:
+    """A layer, and several calls of it: the tokens of each rank, and for each call a routing or None."""
+
+    config: MoEConfig
+    weights: Weights
+    num_processors: int
+    x: list[list[np.ndarray]]
+    routings: list[tuple[list[np.ndarray], list[np.ndarray]] | None]
+
+    def calls(self):
+        """(x, keyword arguments of the call) of each call."""
+        for x, routing in zip(self.x, self.routings, strict=True):
+            yield x, dict(zip(("topk_idx", "topk_weights"), routing, strict=True)) if routing else {}
+
+
+@st.composite
+def configs(draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("float16", "bfloat16"), **fixed):
+    num_ranks = draw(st.integers(1, max_ranks))
+    num_experts = num_ranks * draw(st.integers(1, max(1, 8 // num_ranks)))
+    num_tokens = draw(st.integers(1, 9))
+    tile_m_min = draw(st.sampled_from([1, 2, 3]))
+    sizes = dict(
+        num_ranks=num_ranks,
+        num_tokens=num_tokens,
+        hidden=draw(st.sampled_from([1, 5, 8, 13])),
+        ffn=draw(st.sampled_from([1, 4, 7, 11])),
+        num_experts=num_experts,
+        num_topk=draw(st.sampled_from(sorted({1, min(2, num_experts), min(3, num_experts), num_experts}))),
+        gated=draw(st.booleans()),
+        activation=draw(st.sampled_from(["identity", "relu", "gelu", "silu"])),
+        dtype=draw(st.sampled_from(dtypes)),
+        capacity=draw(st.none() | st.integers(1, num_tokens)),
+        renormalize=draw(st.booleans()),
+        tile_m=tile_m_min * draw(st.sampled_from([1, 2, 4])),
+        tile_m_min=tile_m_min,
+        tile_n=draw(st.sampled_from([2, 3, 4, 9, 64])),
+        token_block=draw(st.sampled_from([1, 2, 3, 5, 32])),
+    )
+    return MoEConfig(**(sizes | fixed))
+
+
+def token_counts(config):
+    one = st.sampled_from([0, 1, config.num_tokens]) | st.integers(0, config.num_tokens)
+    return st.lists(one, min_size=config.num_ranks, max_size=config.num_ranks)
+
+
+@st.composite
+def worlds(draw, max_calls=3, **options):
+    """A world whose calls differ in token counts; some route outside, evenly or most tokens to a few experts."""
+    config = draw(configs(**options))
+    weights = Weights.random(config, seed=draw(st.integers(0, 99)), bias=draw(st.booleans()))
+    counts = draw(st.lists(token_counts(config), min_size=1, max_size=max_calls))
+    seeds = [draw(st.integers(0, 2**32)) for _ in counts]
+    biases = [draw(st.sampled_from([None, None, 0.0, 2.0, 50.0])) for _ in counts]
+    x = [random_tokens(config, count, seed) for count, seed in zip(counts, seeds, strict=True)]
+    routings = [
+        None if bias is None else random_routing(config, count, seed, bias)
+        for count, seed, bias in zip(counts, seeds, biases, strict=True)
+    ]
+    return World(config, weights, draw(st.integers(1, 4)), x, routings)
