@@ -173,6 +173,7 @@ class Rank:
             seen=words(c.num_experts),
             rows=words(c.num_experts),
             first_row=words(c.num_experts),
+            tiles_to_queue=words(c.num_experts),
             up_done=words(c.num_experts * row_blocks),
             down_done=words(c.num_experts * row_blocks),
             hidden=np.empty(hidden_rows(c) * c.ffn, element),

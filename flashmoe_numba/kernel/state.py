@@ -96,6 +96,7 @@ class Packets(NamedTuple):
     seen: np.ndarray  # int64 [packets]: epoch in which the signal was seen
     rows: np.ndarray  # int64 [packets]
     first_row: np.ndarray  # int64 [packets]: where the packet's rows begin in `hidden`
+    tiles_to_queue: np.ndarray  # int64 [packets]: row tiles whose tasks are yet to be queued
     up_done: np.ndarray  # int64 [packets, row_blocks]: column tiles finished
     down_done: np.ndarray  # int64 [packets, row_blocks]
     hidden: np.ndarray  # elements [rows, ffn], between the two matrix products

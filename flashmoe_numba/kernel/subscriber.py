@@ -1,8 +1,9 @@
 """The OS block: starts a call, polls signals, and turns each into tasks.
 
-A lane polls every `lanes()`-th flag, so lanes share nothing but atomic counters. Packets become GEMM0 tasks; result
-tiles count down the token blocks whose rows they hold, and a token block at zero becomes a COMBINE task. When the last
-packet has been seen the number of this rank's tasks is known, and published for the processors to stop by.
+A lane polls the flags of every `lanes()`-th expert, so lanes share nothing but atomic counters. Packets become GEMM0
+tasks; result tiles count down the token blocks whose rows they hold, and a token block at zero becomes a COMBINE task.
+When the last packet has been seen the number of this rank's tasks is known, and published for the processors to stop
+by.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def os_block(p, block, segments, tokens, packets, queue, trace):
 @jit
 def subscribe(p, block, segments, tokens, packets, queue, trace):
     """Poll this lane's flags until all have been seen."""
-    packets_left = (p.num_experts - lane() + lanes() - 1) // lanes()
+    packets_left = (p.experts_per_rank - lane() + lanes() - 1) // lanes() * p.num_ranks
     results_left = -1  # unknown until the gate is open
     attempt = 0
     since = now()
@@ -80,42 +81,56 @@ def subscribe(p, block, segments, tokens, packets, queue, trace):
 
 @jit
 def poll_packets(p, segments, packets, queue, trace):
-    """Admit this lane's packets that have arrived since the last look; returns how many."""
+    """Admit what has arrived for this lane's experts since the last look; returns how many packets."""
     seen = 0
-    for packet in range(lane(), p.num_experts, lanes()):
-        if packets.seen[packet] != p.epoch and word_epoch(ld_relaxed(segments.dispatch_flag, packet)) >= p.epoch:
-            start = now()
-            word = ld_acquire(segments.dispatch_flag, packet)
-            packets.seen[packet] = p.epoch
-            # A word of the next epoch: its sender has left this one, so its packet held nothing that we had to answer.
-            rows = word_rows(word) if word_epoch(word) == p.epoch else 0
-            admit(p, packets, queue, packet, rows)
-            record(trace, RECEIVE, packet // p.experts_per_rank, packet % p.experts_per_rank, 0, rows, start)
-            seen += 1
+    for expert in range(lane(), p.experts_per_rank, lanes()):
+        row_tiles = 0
+        for source in range(p.num_ranks):
+            packet = source * p.experts_per_rank + expert
+            if packets.seen[packet] != p.epoch and word_epoch(ld_relaxed(segments.dispatch_flag, packet)) >= p.epoch:
+                start = now()
+                row_tiles += open_packet(p, segments, packets, queue, packet)
+                record(trace, RECEIVE, source, expert, 0, packets.rows[packet], start)
+                seen += 1
+        if row_tiles > 0:
+            queue_gemm0(p, packets, queue, expert, row_tiles)
+    if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
+        gemms = ld_acquire(queue.counters, counter(p, GEMM_TASKS))
+        total = num_gate_tasks(p) + p.num_experts + num_token_blocks(p) + gemms
+        st_release(queue.counters, counter(p, TOTAL), total + 1)
     return seen
 
 
 @jit
-def admit(p, packets, queue, packet, rows):
-    """Queue a packet's GEMM0 tasks: column tile by column tile, so that row tiles find the weights in the cache."""
+def open_packet(p, segments, packets, queue, packet):
+    """Take note of a packet that is here; returns its number of row tiles."""
+    word = ld_acquire(segments.dispatch_flag, packet)
+    # A word of the next epoch: its sender has left this one, so its packet held nothing that we had to answer.
+    rows = word_rows(word) if word_epoch(word) == p.epoch else 0
+    row_tiles = num_row_blocks(rows, p.tile_m_min, p.tile_m)
+    height = tile_height(rows, p.tile_m_min, p.tile_m)
+    packets.seen[packet] = p.epoch
     packets.rows[packet] = rows
-    packets.rows[packet] = rows
-    if rows > 0:
-        blocks = num_row_blocks(rows, p.tile_m_min, p.tile_m)
-        up_tiles = (p.ffn + p.tile_ffn - 1) // p.tile_ffn
-        down_tiles = (p.hidden + p.tile_hidden - 1) // p.tile_hidden
-        padded = blocks * tile_height(rows, p.tile_m_min, p.tile_m)
-        packets.first_row[packet] = fetch_add(queue.counters, counter(p, HIDDEN_ROWS), padded)
-        fetch_add(queue.counters, counter(p, GEMM_TASKS), blocks * (up_tiles + down_tiles))
-        place = reserve(p, queue, blocks * up_tiles)
-        source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
-        for n in range(up_tiles):
-            for m in range(blocks):
-                fill(p, queue, place + n * blocks + m, GEMM0, source, expert, m, n)
-    if fetch_add(queue.counters, counter(p, PACKETS_SEEN), 1) + 1 == p.num_experts:
-        gemms = ld_acquire(queue.counters, counter(p, GEMM_TASKS))
-        total = num_gate_tasks(p) + p.num_experts + num_token_blocks(p) + gemms
-        st_release(queue.counters, counter(p, TOTAL), total + 1)
+    packets.tiles_to_queue[packet] = row_tiles
+    packets.first_row[packet] = fetch_add(queue.counters, counter(p, HIDDEN_ROWS), row_tiles * height)
+    return row_tiles
+
+
+@jit
+def queue_gemm0(p, packets, queue, expert, row_tiles):
+    """Queue the GEMM0 tasks of an expert's new packets, all row tiles of a column tile in a row: they share weights."""
+    up_tiles = (p.ffn + p.tile_ffn - 1) // p.tile_ffn
+    down_tiles = (p.hidden + p.tile_hidden - 1) // p.tile_hidden
+    fetch_add(queue.counters, counter(p, GEMM_TASKS), row_tiles * (up_tiles + down_tiles))
+    place = reserve(p, queue, row_tiles * up_tiles)
+    for n in range(up_tiles):
+        for source in range(p.num_ranks):
+            packet = source * p.experts_per_rank + expert
+            for m in range(packets.tiles_to_queue[packet]):
+                fill(p, queue, place, GEMM0, source, expert, m, n)
+                place += 1
+    for source in range(p.num_ranks):
+        packets.tiles_to_queue[source * p.experts_per_rank + expert] = 0
 
 
 @jit
@@ -174,9 +189,9 @@ def block_of_slot(p, tokens, e, slot):
 def blame(p, block, segments, tokens, packets, packets_left, results_left):
     """Name the first flag that this lane still waits for."""
     missing = packets_left + max(results_left, 0)
-    for packet in range(lane(), p.num_experts, lanes()):
-        if packets.seen[packet] != p.epoch:
-            source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
+    for packet in range(p.num_experts):
+        source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
+        if expert % lanes() == lane() and packets.seen[packet] != p.epoch:
             found = ld_relaxed(segments.dispatch_flag, packet)
             give_up(p, segments, block, SUBSCRIBER, DISPATCH_FLAG, source, expert, 0, found, missing)
             return
