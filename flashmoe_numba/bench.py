@@ -22,7 +22,7 @@ from .rank import Stats
 from .trace import filled
 from .yardstick import Yardstick
 
-SETTLE_S = 0.05  # BLAS threads spin for a while after their work
+SETTLE_S = 0.15  # OpenBLAS's workers spin for 0.07 s after their work, on cores that the layer needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _measure(
     seen = Measurement(x=workload.x, y=y, routing=call.per_rank(layer.routing), stats=stats, traces={})
     seen.y_digests.append(_digest(y))
     for iteration in _progress(range(settings.iterations), show):
-        time.sleep(SETTLE_S)
+        time.sleep(SETTLE_S if num_blas_threads(settings) > 1 else 0)
         world.meet(f"before call {iteration + 1} of {settings.iterations}")
         start = time.perf_counter_ns()
         y = call()

@@ -2,7 +2,7 @@
 
 `start` runs a command on n ranks under mpirun. Each rank is the child of a guard, a small shell: mpirun ends all ranks
 as soon as it sees one die, before the others can say what they waited for, so the guard of a rank that was killed
-waits until their deadline has passed. Whoever dies takes its children along: mpirun ends the guards, a rank dies with
+waits until they should have. Whoever dies takes its children along: mpirun ends the guards, a rank dies with
 its guard, and mpirun with whoever started it. Linux; elsewhere the last two are left out.
 """
 
@@ -29,8 +29,14 @@ from .commands import UsageError
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # in the environment, so that the guards' command lines do not look like ranks
 TERMINAL_VARIABLE = "FLASHMOE_TERMINAL"  # stderr of a rank is a pipe; this says that it ends at a terminal
-GUARD = f'trap : INT; eval "${COMMAND_VARIABLE}"; code=$?; [ $code -lt 128 ] || sleep "$0"; exit $code'
-LINGER_S = 2.0  # of a dead rank's guard beyond the deadline
+GUARD = f"""trap : INT
+eval "${COMMAND_VARIABLE}"
+code=$?
+if [ $code -ge 128 ] && [ $code -ne 130 ]; then
+    echo "flashmoe: rank ${{{RANK_VARIABLES[0]}:-${{{RANK_VARIABLES[1]}:-${RANK_VARIABLES[2]}}}}} was killed, status $code" >&2
+    sleep "$0"
+fi
+exit $code"""
 STOP_PATIENCE_S = 3.0
 PR_SET_PDEATHSIG = 1
 
@@ -52,13 +58,9 @@ def start(num_ranks: int, command: list[str], deadline_s: float) -> int:
         UsageError: mpirun or mpi4py is missing.
     """
     mpirun = find_mpirun()
-    environment = {"MPIR_CVAR_CH4_NETMOD": "ofi"}  # mpich's small start-up segment: 1 MB per rank instead of 5
-    environment |= os.environ
-    environment |= {"HWLOC_XMLFILE": ""}  # or mpirun leaves files in /tmp when it is interrupted
-    environment |= {COMMAND_VARIABLE: shlex.join(command), TERMINAL_VARIABLE: "1" if sys.stderr.isatty() else ""}
     process = subprocess.Popen(
         [mpirun, "-n", str(num_ranks), *_guard(deadline_s)],
-        env=environment,
+        env=_environment(command),
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # a terminal's Ctrl-C comes here once, and mpirun gets it from here once
         preexec_fn=functools.partial(_die_with_parent, signal.SIGTERM),
@@ -67,8 +69,19 @@ def start(num_ranks: int, command: list[str], deadline_s: float) -> int:
         return _wait(process)
 
 
+def _environment(command: list[str]) -> dict[str, str]:
+    """What mpirun and the ranks get; the user's own settings win."""
+    defaults = {
+        "MPIR_CVAR_CH4_NETMOD": "ofi",  # mpich's small start-up segment: 1 MB per rank instead of 5
+        "HWLOC_XMLFILE": "",  # or mpirun leaves files in /tmp when it is interrupted
+        TERMINAL_VARIABLE: "1" if sys.stderr.isatty() else "",
+    }
+    return defaults | os.environ | {COMMAND_VARIABLE: shlex.join(command)}
+
+
 def _guard(deadline_s: float) -> list[str]:
-    return ["/bin/sh", "-c", GUARD, f"{deadline_s + LINGER_S:g}"]
+    """The others may be at work for a while before their silence begins, and end all as soon as it is too long."""
+    return ["/bin/sh", "-c", GUARD, f"{2 * deadline_s + 5:g}"]
 
 
 def find_mpirun() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
 
@@ -19,6 +20,8 @@ COLOURS = {
     COMBINE: "#009E73",
     RECEIVE: "#D55E00",
 }
+LANE_HEIGHT = 0.42  # half of it, in lanes; the rest is the gap
+MOST_NAMED_LANES = 64
 
 
 def plot_timeline(records: Sequence[TraceRecord], num_processors: int, file: Path) -> None:
@@ -28,14 +31,46 @@ def plot_timeline(records: Sequence[TraceRecord], num_processors: int, file: Pat
         ImportError: matplotlib is missing; names the extra.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'flashmoe-numba[plots]'") from error
     lanes = sorted({(record.rank, record.block) for record in records})
-    figure = Figure(figsize=(12, 1.4 + 0.28 * len(lanes)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(12, min(30, 1.5 + 0.3 * len(lanes))), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     _draw_slices(axes, records, lanes)
-    _label(axes, lanes, num_processors)
-    figure.savefig(file)
+    _label(figure, axes, lanes, num_processors)
+    figure.savefig(file, format="png")
+
+
+def _draw_slices(axes: Any, records: Sequence[TraceRecord], lanes: Sequence[tuple[int, int]]) -> None:
+    from matplotlib.collections import PolyCollection
+
+    row = {lane: number for number, lane in enumerate(lanes)}
+    origin = min((record.start_ns for record in records), default=0)
+    for kind, colour in COLOURS.items():
+        boxes = [_box(record, row[record.rank, record.block], origin) for record in records if record.kind == kind]
+        label = TRACE_KIND_NAMES[kind].lower()
+        # the edge keeps a slice of a microsecond visible
+        axes.add_collection(PolyCollection(boxes, facecolors=colour, edgecolors=colour, linewidths=0.4, label=label))
+    axes.set_xlim(0, max((record.end_ns - origin for record in records), default=1) / 1e6)
+
+
+def _box(record: TraceRecord, row: int, origin: int) -> list[tuple[float, float]]:
+    """Corners of a slice: milliseconds and lanes."""
+    left, right = (record.start_ns - origin) / 1e6, (record.end_ns - origin) / 1e6
+    top, bottom = row - LANE_HEIGHT, row + LANE_HEIGHT
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def _label(figure: Any, axes: Any, lanes: Sequence[tuple[int, int]], num_processors: int) -> None:
+    axes.set_ylim(len(lanes) - 0.4, -0.6)
+    if len(lanes) <= MOST_NAMED_LANES:
+        names = [f"rank {rank}  {block_name(block, num_processors)}" for rank, block in lanes]
+        axes.set_yticks(range(len(lanes)), names, fontsize=8)
+    for number, (rank, block) in enumerate(lanes):
+        if block == 0 and rank % 2 == 0:  # every other rank on grey, so that its blocks are seen to belong together
+            axes.axhspan(number - 0.5, number + num_processors + 0.5, color="0.95", zorder=0)
+    axes.set_xlabel("ms since the first task began")
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(COLOURS), frameon=False, fontsize=9)

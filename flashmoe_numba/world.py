@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .errors import FlashMoEError
-from .launch import unlink_startup_segment
+from .launch import TERMINAL_VARIABLE, unlink_startup_segment
 
 MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank, on a cache line of its own
 LINE_WORDS = 8
+GAVE_UP, FAILED = 1, 2  # values of LEFT: another rank is to blame, or this one
 SETUP_DEADLINE_S = 600.0  # one rank may compile the kernel while the others wait
 SPINS = 20
 NAP_S = 5e-4
@@ -118,17 +119,18 @@ class MpiWorld:
 
     def abandon(self, error: BaseException) -> NoReturn:
         """Say why this rank goes, let the others say what they waited for, and end all of them."""
-        self._mine[LEFT] = 1
+        self._mine[LEFT] = GAVE_UP if isinstance(error, FlashMoEError) else FAILED
         if isinstance(error, KeyboardInterrupt):
             self._end("interrupted" if self.rank_idx == 0 else "", 130)
         if isinstance(error, FlashMoEError):
             self._end(f"error: {error}", 1)
-        self._end("".join(traceback.format_exception(error)).rstrip(), 1)
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        self._end(f"rank {self.rank_idx} failed:\n{trace}", 1)
 
     def _end(self, message: str, code: int) -> NoReturn:
         if message:
-            lines = [f"flashmoe, rank {self.rank_idx}: {line}\n" for line in message.splitlines()]
-            os.write(2, "".join(lines).encode())  # at once, so that ranks do not cut each other's lines
+            over = "\r\x1b[K" if os.environ.get(TERMINAL_VARIABLE) else ""  # the progress bar
+            os.write(2, f"{over}flashmoe: {message}\n".encode())  # at once, so that ranks do not cut each other's lines
         sys.stdout.flush()
         time.sleep(LAST_WORDS_S)
         self.comm.Abort(code)
@@ -145,23 +147,22 @@ class MpiWorld:
             if progress != seen:
                 since, seen = time.monotonic(), progress
             elif time.monotonic() - since > self._deadline_s:
-                raise FlashMoEError(self._blame(what))
+                silence = f"no rank made progress for {self._deadline_s:g} s"
+                raise FlashMoEError(f"rank {self.rank_idx} gave up {what}, {self._missing()}: {silence}")
             attempt += 1
             time.sleep(NAP_S if attempt > SPINS else 0)
 
     def _raise_if_left(self, what: str) -> None:
-        gone = np.flatnonzero(self._words[:, LEFT])
-        if gone.size:
-            because = f"rank {gone[0]} left because of an error of its own"
-            raise FlashMoEError(f"rank {self.rank_idx} stopped {what}: {because}")
+        for rank, left in enumerate(self._words[:, LEFT].tolist()):
+            if left:
+                because = "left because of an error of its own" if left == FAILED else "gave up"
+                raise FlashMoEError(f"rank {self.rank_idx} stopped {what}, {self._missing()}: rank {rank} {because}")
 
-    def _blame(self, what: str) -> str:
+    def _missing(self) -> str:
+        """Whom this rank waits for."""
         number = self._mine[MEETINGS]
         late = np.flatnonzero(self._words[:, MEETINGS] < number).tolist()
         if not late and self._words[0, STARTS] < number:
             late = [0]
         ranks = f"rank {', '.join(map(str, late))}" if late else "the other ranks"
-        return (
-            f"rank {self.rank_idx} (host) gave up {what}, meeting {number}: waited for {ranks}, "
-            f"and no rank made progress for {self._deadline_s:g} s"
-        )
+        return f"while it waited for {ranks} to come to meeting {number}"

@@ -1,7 +1,7 @@
 """What the tests of the layer share: small layers to run, and the comparison of their results with the oracle.
 
-The comparison is element by element. Its yardstick is the same layer on absolute values, because an element that cancels
-to almost nothing still has the rounding errors of its terms; all activations satisfy |act(z)| <= |z|.
+The comparison is element by element. Its yardstick is the same layer on absolute values, because an element that
+cancels to almost nothing still has the rounding errors of its terms; all activations satisfy |act(z)| <= |z|.
 """
 
 from dataclasses import fields, replace
@@ -11,7 +11,6 @@ import numpy as np
 from reference import (
     Layout,
     MoEConfig,
-    Weights,
     check_routing,
     make_packets,
     max_rel_error,
@@ -41,7 +40,7 @@ def random_tokens(config, counts=None, seed=0):
 
 
 def random_routing(config, counts, seed=0, bias=0.0):
-    """(topk_idx, topk_weights) of each rank. `bias` 0 spreads tokens evenly, 50 sends all of them to the same experts."""
+    """(topk_idx, topk_weights) of each rank. `bias` 0 spreads tokens evenly, 50 sends all to the same experts."""
     rng = np.random.default_rng(seed)
     favour = bias * rng.standard_normal(config.num_experts)
     orders = [np.argsort(rng.standard_normal((count, config.num_experts)) + favour, axis=1) for count in counts]
@@ -63,7 +62,9 @@ def assert_same_bits(got, expected, what=""):
         assert a.shape == b.shape and a.dtype == b.dtype, f"{what}: {a.shape} {a.dtype}, expected {b.shape} {b.dtype}"
         differ = np.argwhere(bits(a) != bits(b))
         at = tuple(differ[0]) if len(differ) else ()
-        assert len(differ) == 0, f"{what}: {len(differ)} elements differ, first part {part} {at}: {a[at]!r} is not {b[at]!r}"
+        assert len(differ) == 0, (
+            f"{what}: {len(differ)} elements differ, first part {part} {at}: {a[at]!r} is not {b[at]!r}"
+        )
 
 
 def assert_equals_oracle(y, x, weights, config, routings, external=False):
@@ -86,7 +87,9 @@ def assert_equals_oracle(y, x, weights, config, routings, external=False):
         assert got.dtype == config.numpy_dtype and got.shape == expected.shape, f"{case}: {got.dtype} {got.shape}"
         got = got.astype(np.float64)
         finite = np.isfinite(expected).all(axis=1)
-        assert (np.isfinite(got).all(axis=1) == finite).all(), f"{case}: finite rows {np.isfinite(got).all(axis=1)}, {finite}"
+        assert (np.isfinite(got).all(axis=1) == finite).all(), (
+            f"{case}: finite rows {np.isfinite(got).all(axis=1)}, {finite}"
+        )
         error, bound = np.abs(got - expected)[finite], tolerance(config) * terms[finite] + _underflow(config)
         if not (error <= bound).all():
             at = np.unravel_index(np.argmax(error - bound), error.shape)
@@ -128,7 +131,7 @@ class Regions:
         self.segments = layer._heap.segments
 
     def rows(self, rank, round):
-        """`[num_ranks, num_experts_per_rank, slots, hidden]` of the dispatch (0) or the result region (1), as elements."""
+        """`[num_ranks, num_experts_per_rank, slots, hidden]` of the dispatch (0) or the result region (1)."""
         c, start = self.config, (self.layout.dispatch, self.layout.result)[round]
         data = self.segments[rank][start : start + self.layout.region_elements * c.numpy_dtype.itemsize]
         return data.view(c.numpy_dtype).reshape(c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)

@@ -140,5 +140,14 @@ def _disk_cache(function: Any, signature: tuple[Any, ...]) -> Any:
     class KernelCache(FunctionCache):
         _impl_class = Files
 
+        def load_overload(self, sig: Any, target_context: Any) -> Any:
+            try:
+                return super().load_overload(sig, target_context)
+            except OSError:
+                raise
+            except Exception:  # half a file, say of a disk that was full: pickle may raise anything
+                self.flush()
+                return None
+
     Locator().ensure_cache_path()
     return KernelCache(function)

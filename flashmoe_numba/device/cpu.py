@@ -19,7 +19,7 @@ from . import vocabulary as verbs
 JIT_OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 SPINS, YIELDS = 64, 128
-SHORTEST_SLEEP_US, LONGEST_SLEEP_US = 20, 500
+SHORTEST_SLEEP_US, LONGEST_SLEEP_US = 20, 2000
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))

@@ -3,8 +3,8 @@
 A fiber (a greenlet) gives way only at a verb of the vocabulary: with probability `preempt` at an atomic access, always
 while it polls, and at block barriers. Which fiber runs next is drawn from the seed, so a run is replayed by its seed.
 
-When every live fiber polls and nothing has been written for a whole round, no one can ever go on: `Deadlock` names each
-fiber, its place in the source and what it waits for. Plain accesses take effect at once here (sequential consistency).
+When every live fiber has polled again and again since the last write, no one can ever go on: `Deadlock` names each
+fiber and its place in the source. Plain accesses take effect at once here (sequential consistency).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from greenlet import getcurrent, greenlet
 
-QUIET_ROUNDS = 50
-LIBRARY_FILES = ("vocabulary.py", "fibers.py")
+QUIET_POLLS = 50
+LIBRARY_FILES = ("device/vocabulary.py", "device/fibers.py")
 
 
 class Deadlock(RuntimeError):
@@ -40,7 +40,8 @@ class Fiber(greenlet):
     def __init__(self, scheduler: Scheduler, block: Block, lane: int, lanes: int, body: Callable[[], object]) -> None:
         super().__init__(self._run, scheduler.hub)
         self.scheduler, self.block, self.lane, self.lanes, self.body = scheduler, block, lane, lanes, body
-        self.polling = False
+        self.polls = 0  # since the last write
+        self.writes_seen = -1
 
     def _run(self) -> None:
         with np.errstate(over="ignore", invalid="ignore"):  # compiled code is silent about them, too
@@ -88,23 +89,22 @@ class Scheduler:
             Deadlock: naming every fiber and where it stands.
         """
         self.hub = getcurrent()
-        quiet, seen = 0, -1
         while self.ready:
             fiber = self._draw()
-            fiber.polling = False
             fiber.parent = self.hub
             fiber.switch()
             self.switches += 1
             if fiber.dead:
                 self.live -= 1
-            quiet = quiet + 1 if fiber.polling and self.writes == seen and not fiber.dead else 0
-            seen = self.writes
-            if quiet > QUIET_ROUNDS * (len(self.ready) + 1):
+            elif fiber.polls > QUIET_POLLS and all(self._only_polls(other) for other in self.ready):
                 raise Deadlock(self._report("every live thread polls and nobody writes"))
             if self.switches > self.max_switches:
                 raise RuntimeError(self._report(f"still running after {self.switches} switches"))
         if self.live:
             raise Deadlock(f"{self.live} threads wait in a block barrier that never fills")
+
+    def _only_polls(self, fiber: Fiber) -> bool:
+        return fiber.polls > QUIET_POLLS and fiber.writes_seen == self.writes
 
     def _draw(self) -> Fiber:
         i = int(self.random.random() * len(self.ready))
@@ -136,7 +136,9 @@ def preempt() -> None:
 def idle() -> None:
     """Let another fiber run, because this one found nothing to do."""
     fiber = current()
-    fiber.polling = True
+    if fiber.writes_seen != fiber.scheduler.writes:
+        fiber.writes_seen, fiber.polls = fiber.scheduler.writes, 0
+    fiber.polls += 1
     fiber.scheduler.ready.append(fiber)
     fiber.scheduler.hub.switch()
 

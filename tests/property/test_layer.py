@@ -1,7 +1,7 @@
 """The chain of equivalence: oracle = tiles in any legal order = kernel on fibers = kernel on threads.
 
-Every link is compared with the oracle under the kernel's own routing, which must itself be a top-k of the exact logits up
-to rounding: a near tie may fall either way. What moves between ranks is compared bit for bit.
+Every link is compared with the oracle under the kernel's own routing, which must itself be a top-k of the exact logits
+up to rounding: a near tie may fall either way. What moves between ranks is compared bit for bit.
 """
 
 import numpy as np

@@ -71,7 +71,11 @@ def changed(**arrays):
         ({"weights": changed(down_proj=WEIGHTS.down_proj[:3])}, ValueError, ["down_proj", "[4, 6, 4]", "[3, 6, 4]"]),
         ({"weights": changed(up_bias=WEIGHTS.up_bias[:, 1:])}, ValueError, ["up_bias", "[4, 4]", "[4, 3]"]),
         ({"weights": changed(down_bias=WEIGHTS.down_bias.astype(np.float16))}, TypeError, ["down_bias", "float16"]),
-        ({"weights": changed(up_proj=WEIGHTS.up_proj.astype(np.float64))}, TypeError, ["up_proj", "float32", "float64"]),
+        (
+            {"weights": changed(up_proj=WEIGHTS.up_proj.astype(np.float64))},
+            TypeError,
+            ["up_proj", "float32", "float64"],
+        ),
         ({"weights": changed(gate_proj=None)}, ValueError, ["gate_proj", "missing", "gated"]),
         ({"config": replace(CONFIG, gated=False)}, ValueError, ["gate_proj", "given", "gated"]),
         ({"weights": WEIGHTS.shard(0, 4)}, ValueError, ["expert"]),
@@ -108,6 +112,10 @@ def idx_with(*row):
     return [IDX[0], wrong]
 
 
+def routed(idx=IDX, weights=FACTORS):
+    return dict(topk_idx=idx, topk_weights=weights)
+
+
 @pytest.mark.parametrize(
     ("x", "routing", "kind", "parts"),
     [
@@ -123,17 +131,17 @@ def idx_with(*row):
         ([X[0], X[1].astype(">f4")], {}, TypeError, ["x", "float32", ">f4"]),
         (X, {"topk_idx": IDX}, ValueError, ["topk_idx", "topk_weights"]),
         (X, {"topk_weights": FACTORS}, ValueError, ["topk_idx", "topk_weights"]),
-        (X, {"topk_idx": IDX[:1], "topk_weights": FACTORS}, ValueError, ["topk_idx", "num_ranks=2", "1"]),
-        (X, {"topk_idx": IDX, "topk_weights": FACTORS[:1]}, ValueError, ["topk_weights", "num_ranks=2", "1"]),
-        (X, {"topk_idx": idx_with(1, 1), "topk_weights": FACTORS}, ValueError, ["topk_idx", "distinct", "[1, 1]", "row 3"]),
-        (X, {"topk_idx": idx_with(0, 4), "topk_weights": FACTORS}, ValueError, ["topk_idx", "num_experts=4", "[0, 4]"]),
-        (X, {"topk_idx": idx_with(-1, 2), "topk_weights": FACTORS}, ValueError, ["topk_idx", "[-1, 2]", "row 3"]),
-        (X, {"topk_idx": [i[:4] for i in IDX], "topk_weights": FACTORS}, ValueError, ["topk_idx", "[5, 2]", "[4, 2]"]),
-        (X, {"topk_idx": IDX, "topk_weights": [f[:, :1] for f in FACTORS]}, ValueError, ["topk_weights", "[5, 2]", "[5, 1]"]),
-        (X, {"topk_idx": [i.astype(float) for i in IDX], "topk_weights": FACTORS}, TypeError, ["topk_idx", "integer", "float64"]),
-        (X, {"topk_idx": IDX, "topk_weights": IDX}, TypeError, ["topk_weights", "floating", "int64"]),
+        (X, routed(IDX[:1]), ValueError, ["topk_idx", "num_ranks=2", "1"]),
+        (X, routed(weights=FACTORS[:1]), ValueError, ["topk_weights", "num_ranks=2", "1"]),
+        (X, routed(idx_with(1, 1)), ValueError, ["topk_idx", "distinct", "[1, 1]", "row 3"]),
+        (X, routed(idx_with(0, 4)), ValueError, ["topk_idx", "num_experts=4", "[0, 4]"]),
+        (X, routed(idx_with(-1, 2)), ValueError, ["topk_idx", "[-1, 2]", "row 3"]),
+        (X, routed([i[:4] for i in IDX]), ValueError, ["topk_idx", "[5, 2]", "[4, 2]"]),
+        (X, routed(weights=[f[:, :1] for f in FACTORS]), ValueError, ["topk_weights", "[5, 2]", "[5, 1]"]),
+        (X, routed([i * 1.0 for i in IDX]), TypeError, ["topk_idx", "integer", "float64"]),
+        (X, routed(weights=IDX), TypeError, ["topk_weights", "floating", "int64"]),
     ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) and value and isinstance(value[0], str) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, list) and isinstance(value[0], str) else "",
 )  # fmt: skip
 def test_call(layer, x, routing, kind, parts):
     expected = layer(X)

@@ -64,12 +64,12 @@ def test_a_thousand_calls_on_eight_ranks_in_every_dtype():
                 assert_same_bits(y, expected, f"{config}, call {call + 2}, counts {counts}")
 
 
-def test_epochs_beyond_32_bits_of_history_are_told_apart():
-    """The epoch has the upper half of a signal word: a layer that starts at a large epoch works like a new one."""
+def test_the_last_epochs_that_a_signal_word_can_hold():
+    """The epoch has the upper half of a signed word, so a layer can make 2**31 - 1 calls."""
     config = tiny_config()
     weights, x = Weights.random(config), random_tokens(config)
     with FlashMoE(config, weights) as layer, FlashMoE(config, weights) as old:
-        old._epoch = 2**31 - 3
+        old._epoch = 2**31 - 7
         for counts in ([7, 7], [0, 3], [7, 0], [1, 1], [0, 0], [7, 7]):
             parts = [part[:n] for part, n in zip(x, counts, strict=True)]
             regions = Regions(old)
@@ -77,3 +77,4 @@ def test_epochs_beyond_32_bits_of_history_are_told_apart():
             y = old(parts)
             assert_same_bits(y, layer(parts), f"counts {counts}")
             regions.check(parts, y, old.routing, old._epoch)
+        assert old._epoch == 2**31 - 1

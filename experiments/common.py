@@ -1,0 +1,35 @@
+"""What every experiment needs: its flags, its rows on disk, and its table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """`--smoke` and `--json`, under the experiment's docstring."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest case only, in seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows as JSON lines")
+    return parser
+
+
+def store(rows: Iterable[Row], file: Path | None) -> None:
+    """Append the rows to the file, one JSON object per line; its folder is made."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def show(rows: Sequence[Row], formats: dict[str, str]) -> None:
+    """Print the columns of `formats` (heading -> format specification; the heading's first word is the row's key)."""
+    columns = [[heading, *(format(row[heading.split()[0]], spec) for row in rows)] for heading, spec in formats.items()]
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns, strict=True):
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)

@@ -1,0 +1,254 @@
+"""`flashmoe run` under mpirun: right results, and every way in which a run can end before its time.
+
+Whatever happens, the command returns, no process of it is left, and nothing is left in /dev/shm.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flashmoe_numba import launch
+from flashmoe_numba.launch import find_mpirun
+
+pytestmark = pytest.mark.mpi
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_S = 3
+GRACE_S = 10  # beyond the deadline: last words, guards, a busy machine
+TINY = ["run", "--preset", "laptop-tiny"]
+ENDLESS = [*TINY, "--iterations", "1000000", "--deadline-s", str(DEADLINE_S)]
+FLASHMOE = [sys.executable, "-m", "flashmoe_numba"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """The kernel is in the disk cache, so that a rank is in its calls soon after its start."""
+    subprocess.run([*FLASHMOE, *TINY, "--threads", "--iterations", "1"], cwd=ROOT, check=True, capture_output=True)
+
+
+def environment():
+    """That of a user's shell, not of a rank."""
+    return {name: value for name, value in os.environ.items() if name not in launch.RANK_VARIABLES} | {
+        "PYTHONPATH": str(ROOT),
+        "HWLOC_XMLFILE": "",
+    }
+
+
+def run(command, timeout_s=60):
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout_s)
+
+
+def shared_memory(pid):
+    """What a process maps of /dev/shm: by name, with " (deleted)" for what has no name any more."""
+    with contextlib.suppress(OSError):
+        return set(re.findall(r"/dev/shm/.*", Path(f"/proc/{pid}/maps").read_text()))
+    return set()
+
+
+def processes():
+    """pid -> (parent, arguments, state) of all that are alive."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            if state != "Z":
+                found[int(folder.name)] = (int(parent), [part.decode() for part in arguments], state)
+    return found
+
+
+def descendants(pid):
+    found, known = [pid], processes()
+    for parent in found:
+        found += [child for child, (its_parent, _, _) in known.items() if its_parent == parent]
+    return found
+
+
+class Running:
+    """A started command and, once `ranks` has been asked for, its family."""
+
+    def __init__(self, command, folder):
+        self.family, self.mapped, self.stderr = [], set(), folder / "stderr"
+        with self.stderr.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment() | {launch.TERMINAL_VARIABLE: "1"}, stdout=subprocess.DEVNULL,
+                stderr=stderr, start_new_session=True,
+            )  # fmt: skip
+
+    def ranks(self):
+        """pids of the ranks, once the progress of the measured calls is drawn."""
+        limit = time.monotonic() + 60
+        while "layer and BLAS" not in self.stderr.read_text():
+            assert self.process.poll() is None, self.stderr.read_text()
+            assert time.monotonic() < limit, self.stderr.read_text()
+            time.sleep(0.05)
+        time.sleep(0.3)
+        self.family, known = descendants(self.process.pid), processes()
+        ranks = [pid for pid in self.family if known[known[pid][0]][1][0] == "/bin/sh"]
+        self.mapped = {name for pid in ranks for name in shared_memory(pid)}
+        return sorted(ranks)
+
+    def end(self, timeout_s):
+        """(exit status, stderr), when it is over and left nothing."""
+        self.process.wait(timeout_s)
+        time.sleep(0.3)
+        left = [processes()[pid] for pid in self.family if pid in processes()]
+        assert left == []
+        assert [name for name in self.mapped if Path(name).exists()] == []
+        return self.process.returncode, self.stderr.read_text().replace("\x1b[K", "")
+
+
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def begin(command):
+        started.append(Running(command, tmp_path))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        for pid in [*running.family, running.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        running.process.wait()
+
+
+def waited_for(err, culprit, survivors):
+    """Every survivor has a line of its own, and the cause is named."""
+    lines = err.splitlines()
+    for rank in survivors:
+        own = [line for line in lines if line.startswith((f"flashmoe: error: rank {rank} ", f"flashmoe: error: rank {rank},"))]
+        assert own, f"rank {rank} said nothing in:\n{err}"
+        assert f"rank {culprit}" in own[0].replace(f"error: rank {rank}", "", 1), own[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_passes_and_starts_mpirun_by_itself(ranks):
+    done = run([*FLASHMOE, *TINY, "--ranks", str(ranks), "--json", "-", "--capacity", "5"])
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert (report["passed"], report["transport"], report["ranks"]) == (True, "mpi", ranks)
+    assert report["sent_rows"] + report["dropped_pairs"] == ranks * 12 * 2
+
+
+def test_processes_and_threads_give_the_same_numbers(tmp_path):
+    reports = []
+    for where in ("--mpi", "--threads"):
+        done = run([*FLASHMOE, *TINY, "--ranks", "2", "--iterations", "2", where, "--json", str(tmp_path / "new" / where)])
+        assert done.returncode == 0, done.stderr
+        assert "passed" in done.stdout
+        reports.append(json.loads((tmp_path / "new" / where).read_text()))
+    for key in ("max_rel_error", "sent_rows", "padded_row_share", "config"):
+        assert reports[0][key] == reports[1][key]
+
+
+def test_the_trace_has_all_ranks_on_one_clock(tmp_path):
+    done = run([*FLASHMOE, *TINY, "--ranks", "4", "--iterations", "1", "--trace", str(tmp_path / "trace.json")])
+    assert done.returncode == 0, done.stderr
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events if event["ph"] == "X"} == {0, 1, 2, 3}
+    starts, ends = ({e["id"]: e["ts"] for e in events if e["ph"] == phase} for phase in "sf")
+    assert len(starts) > 4
+    assert all(starts[number] < ends[number] for number in starts)
+
+
+def test_inside_a_users_mpirun_its_ranks_are_used():
+    done = run([find_mpirun(), "-n", "2", *FLASHMOE, *TINY, "--json", "-"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ranks"] == 2
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--ranks", "4"], "argument --ranks: must be the number of ranks of this mpirun, 2, got 4"),
+    (["--experts", "9"], "--experts must be a multiple of --ranks=2, got 9"),
+    (["--topk", "0"], "argument --topk: must be an integer >= 1, got '0'"),
+    (["--threads"], "--threads and fibers run all ranks in one process: start this without mpirun"),
+])  # fmt: skip
+def test_inside_mpirun_errors_are_said_once(flags, message):
+    done = run([find_mpirun(), "-n", "2", *FLASHMOE, *TINY, *flags])
+    assert (done.returncode, done.stderr, done.stdout) == (2, f"flashmoe run: error: {message}\n", "")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_when_a_rank_is_lost_all_others_say_so_within_the_deadline(start, signum):
+    running = start([*FLASHMOE, *ENDLESS, "--ranks", "4"])
+    ranks = running.ranks()
+    os.kill(ranks[2], signum)
+    lost = time.monotonic()
+    code, err = running.end(timeout_s=60)
+    assert time.monotonic() - lost < DEADLINE_S + GRACE_S
+    assert code == 1
+    culprits = [rank for rank in range(4) if f"flashmoe: error: rank {rank}" not in err]
+    assert len(culprits) == 1
+    waited_for(err, culprits[0], set(range(4)) - set(culprits))
+
+
+def test_a_rank_lost_inside_a_call_is_named_with_flag_and_epoch(start):
+    sizes = ["--tokens", "1024", "--capacity", "8", "--hidden", "2048", "--experts", "512", "--ffn", "1"]
+    running = start([*FLASHMOE, *ENDLESS, *sizes, "--ranks", "2"])  # nearly all of its time goes into the layer's gate
+    os.kill(running.ranks()[0], signal.SIGKILL)
+    code, err = running.end(timeout_s=60)
+    assert code == 1, err
+    assert re.search(r"rank [01] was killed, status 137", err)
+    assert re.search(r"\(OS block\) gave up in epoch \d+: waited for the \w+ flag of rank [01]|gave up before", err)
+
+
+@pytest.mark.parametrize(("signum", "to_group"), [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)])
+def test_an_interrupted_run_ends_cleanly(start, signum, to_group):
+    running = start([*FLASHMOE, *ENDLESS, "--ranks", "4"])
+    running.ranks()
+    (os.killpg if to_group else os.kill)(running.process.pid, signum)
+    code, err = running.end(timeout_s=20)
+    assert code == 128 + signum
+    assert "Traceback" not in err
+    assert err.count("flashmoe: interrupted") == 1
+
+
+@pytest.mark.parametrize("victim", ["command", "mpirun", "guard"])
+def test_nobody_outlives_the_others(start, victim):
+    running = start([*FLASHMOE, *ENDLESS, "--ranks", "2"])
+    rank = running.ranks()[0]
+    guard = processes()[rank][0]
+    mpirun = next(pid for pid in running.family if "mpirun" in processes()[pid][1][0])
+    os.kill({"command": running.process.pid, "mpirun": mpirun, "guard": guard}[victim], signal.SIGKILL)
+    code, _ = running.end(timeout_s=20)
+    assert code != 0
+
+
+RAISING = """
+import sys
+import flashmoe_numba.layer as layer
+from flashmoe_numba.cli import main
+
+honest = layer.FlashMoE._run
+
+def fail(self, tokens, routings):
+    if self._epoch == 3 and self._heap.rank_indices[0] == 1:
+        raise ZeroDivisionError("planted")
+    return honest(self, tokens, routings)
+
+layer.FlashMoE._run = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_when_a_rank_raises_the_others_stop_at_once_and_name_it(start, tmp_path):
+    (tmp_path / "raising.py").write_text(RAISING)
+    command = [find_mpirun(), "-n", "3", sys.executable, str(tmp_path / "raising.py"), *TINY, "--experts", "9"]
+    began = time.monotonic()
+    code, err = start([*command, "--deadline-s", "100"]).end(timeout_s=60)
+    assert time.monotonic() - began < 50
+    assert [arguments for _, arguments, _ in processes().values() if str(tmp_path / "raising.py") in arguments] == []
+    assert code == 1
+    assert "flashmoe: rank 1 failed:" in err
+    assert "ZeroDivisionError: planted" in err
+    waited_for(err, culprit=1, survivors={0, 2})

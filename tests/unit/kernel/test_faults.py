@@ -1,0 +1,205 @@
+"""A wait that nobody ends gives up after its deadline, says what it waited for, and stops every rank."""
+
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import DTYPES, assert_same_bits, random_routing, random_tokens, tiny_config
+
+from flashmoe_numba import FlashMoE
+from flashmoe_numba.errors import FlashMoEError, describe, explain
+from flashmoe_numba.kernel import signals as s
+from reference import Routing, Weights
+
+ROOT = Path(__file__).resolve().parents[3]
+DEADLINE_S = 0.4
+
+
+def call_without(layer, x, missing, routing=None):
+    """One call in which the blocks of the ranks `missing` do not run; returns the control words of all ranks."""
+    layer._epoch += 1
+    blocks = []
+    for rank, part, given in zip(layer._ranks, x, routing or [None] * len(x), strict=True):
+        _, rank_blocks = rank.call(part, given, layer._epoch, int(DEADLINE_S * 1e9))
+        if rank.rank_idx not in missing:
+            blocks += rank_blocks
+    layer._backend.run(blocks, layer._leave)
+    return [rank.control for rank in layer._ranks]
+
+
+@pytest.mark.parametrize("num_processors", [1, 3])
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_rank_that_does_not_come_is_named_by_all_others(missing, num_processors):
+    config = tiny_config(num_ranks=3, num_experts=6)
+    x = random_tokens(config)
+    with FlashMoE(config, Weights.random(config), num_processors=num_processors) as layer:
+        layer(x)
+        controls = call_without(layer, x, {missing})
+        others = [rank for rank in range(3) if rank != missing]
+        culprits = {int(control[s.ABORT]) - 1 for control in controls}
+        assert len(culprits) == 1 and culprits <= set(others), f"every rank stops, for one reason: {culprits}"
+        (culprit,) = culprits
+        first = explain(culprit, controls, DEADLINE_S)
+        parts = [
+            f"rank {culprit}, block {num_processors} (OS block)",
+            "epoch 2",
+            f"the dispatch flag of rank {missing}",
+        ]
+        parts += ["it holds epoch 1", "0.4 s"]
+        assert all(part in first for part in parts), f"{first!r} should have all of {parts}"
+        for rank in range(3):
+            message = explain(rank, controls, DEADLINE_S)
+            assert "epoch 2" in message and f"the dispatch flag of rank {missing}" in message, f"rank {rank}: {message}"
+        with pytest.raises(FlashMoEError, match=rf"dispatch flag of rank {missing}"):
+            layer._raise_if_given_up()
+        with pytest.raises(FlashMoEError, match=r"this layer is closed: .*epoch 2"):
+            layer(x)
+
+
+def test_a_missing_result_is_named():
+    """Rank 1 dispatches nothing wrong but its experts do no work: its processors are not there."""
+    config = tiny_config()
+    x, (topk_idx, topk_weights) = random_tokens(config, [4, 0]), random_routing(config, [4, 0])
+    topk_idx[0][:] = [3, 2]  # all rows go to rank 1
+    routing = [Routing(i.astype(np.int32), w.astype(np.float32)) for i, w in zip(topk_idx, topk_weights, strict=True)]
+    with FlashMoE(config, Weights.random(config), num_processors=1) as layer:
+        controls = call_without_results(layer, x, routing)
+        record = controls[0]
+        found = [int(record[i]) for i in (s.RECORD_ROLE, s.RECORD_FLAG, s.RECORD_PEER, s.RECORD_EXPERT, s.RECORD_M)]
+        assert found == [s.SUBSCRIBER, s.RESULT_FLAG, 1, 0, 0], f"{record}"
+        message = explain(0, controls, DEADLINE_S)
+        assert "the result flag of rank 1, its expert 0, row tile 0; it holds epoch 0; 2 flags missing" in message
+        assert explain(1, controls, DEADLINE_S) is not None
+
+
+def call_without_results(layer, x, routing):
+    """Rank 1 signals its empty packets by hand, and nothing else of it runs."""
+    layer._epoch += 1
+    (_, blocks), _ = (
+        rank.call(part, given, layer._epoch, int(DEADLINE_S * 1e9))
+        for rank, part, given in zip(layer._ranks, x, routing, strict=True)
+    )
+    layer._ranks[0].segments.dispatch_flag[2:] = layer._epoch << 32
+    layer._backend.run(blocks, layer._leave)
+    return [rank.control for rank in layer._ranks]
+
+
+def test_without_its_processors_a_rank_waits_for_its_gate():
+    config = tiny_config(num_ranks=1)
+    x = random_tokens(config)
+    with FlashMoE(config, Weights.random(config), num_processors=2) as layer:
+        layer._epoch += 1
+        _, blocks = layer._ranks[0].call(x[0], None, 1, int(DEADLINE_S * 1e9))
+        layer._backend.run(blocks[-1:], layer._leave)
+        message = explain(0, [layer._ranks[0].control], DEADLINE_S)
+        assert "rank 0, block 2 (OS block) gave up in epoch 1" in message, message
+        assert "the dispatch flag of rank 0 for expert 0 here; it holds epoch 0" in message, message
+
+
+def test_without_its_os_block_a_processor_speaks():
+    config = tiny_config(num_ranks=1)
+    x = random_tokens(config)
+    with FlashMoE(config, Weights.random(config), num_processors=2) as layer:
+        _, blocks = layer._ranks[0].call(x[0], None, 1, int(DEADLINE_S * 1e9))
+        layer._backend.run(blocks[:-1], layer._leave)
+        message = explain(0, [layer._ranks[0].control], DEADLINE_S)
+        assert "(processor) gave up in epoch 1: waited for task" in message, message
+
+
+def test_nothing_is_explained_without_a_fault():
+    config = tiny_config()
+    with FlashMoE(config, Weights.random(config)) as layer:
+        layer(random_tokens(config))
+        controls = [rank.control for rank in layer._ranks]
+        assert [explain(rank, controls, 1.0) for rank in range(2)] == [None, None]
+        assert [describe(rank, control, 1.0) for rank, control in enumerate(controls)] == [None, None]
+
+
+def test_work_that_takes_longer_than_the_deadline_is_no_fault():
+    """The deadline is for silence: it is not spent while any rank finishes tasks."""
+    config = tiny_config(
+        num_ranks=4, num_tokens=256, hidden=512, ffn=1024, num_experts=4, tile_m=32, tile_m_min=32, tile_n=64
+    )
+    weights, x = Weights.random(config), random_tokens(config)
+    with FlashMoE(config, weights, num_processors=1) as layer:
+        y = layer(x)
+        with FlashMoE(config, weights, num_processors=1, deadline_s=0.05) as hasty:
+            assert_same_bits(hasty(x), y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_closed_layer_stays_closed_after_a_fault(dtype):
+    config = tiny_config(dtype=dtype)
+    x = random_tokens(config)
+    layer = FlashMoE(config, Weights.random(config), num_processors=1)
+    call_without(layer, x, {1})
+    for _ in range(2):
+        with pytest.raises(FlashMoEError, match="rank 0, block 1"):
+            layer(x) if layer._closed else layer._raise_if_given_up()
+    layer.close()
+    with pytest.raises(FlashMoEError, match="rank 0, block 1"):
+        layer(x)
+
+
+INTERRUPTED = """
+import os, signal, threading
+from cases import random_tokens, tiny_config
+from flashmoe_numba import FlashMoE
+from flashmoe_numba.errors import FlashMoEError
+from reference import Weights
+
+config = tiny_config()
+x = random_tokens(config)
+with FlashMoE(config, Weights.random(config), num_processors=2, deadline_s=600) as layer:
+    layer(x)
+    run = layer._backend.run
+    layer._backend.run = lambda blocks, stop: run(blocks[:3], stop)  # rank 1 never comes: the call would last 600 s
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    try:
+        layer(x)
+    except KeyboardInterrupt:
+        print("interrupted")
+    try:
+        layer(x)
+    except FlashMoEError as error:
+        print(error)
+print("left")
+"""
+
+
+def run_script(script, timeout=100):
+    """(exit status, stdout, stderr) of a fresh process that can import the project and the tests' helpers."""
+    path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+    done = subprocess.run([sys.executable, "-c", path + script], capture_output=True, text=True, timeout=timeout)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_ctrl_c_in_a_call_ends_it_and_closes_the_layer():
+    status, out, err = run_script(INTERRUPTED)
+    assert status == 0, f"{out}\n{err}"
+    lines = out.splitlines()
+    assert lines[0] == "interrupted" and lines[-1] == "left", f"{out}\n{err}"
+    assert "this layer is closed: its last call was interrupted by KeyboardInterrupt" in lines[1], out
+
+
+def test_ctrl_c_that_nobody_catches_ends_the_process():
+    script = INTERRUPTED.replace("except KeyboardInterrupt", "except ZeroDivisionError")
+    status, out, err = run_script(script)
+    assert status in (-signal.SIGINT, 130, 1), f"{status}\n{out}\n{err}"
+    assert "KeyboardInterrupt" in err and "left" not in out, f"{out}\n{err}"
+
+
+def test_two_threads_may_share_a_layer():
+    """Their calls run one after the other."""
+    config = tiny_config()
+    weights, x = Weights.random(config), random_tokens(config)
+    other = random_tokens(config, [3, 0], seed=9)
+    with FlashMoE(config, weights) as layer, ThreadPoolExecutor(4) as pool:
+        expected = layer(x), layer(other)
+        results = list(pool.map(layer, [x, other] * 25))
+        for turn, y in enumerate(results):
+            assert_same_bits(y, expected[turn % 2], f"call {turn}")

@@ -1,0 +1,254 @@
+"""The tile GEMM against float64 NumPy, and its promise: a row's bits depend on the row and the weights only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from cases import DTYPES, assert_same_bits, finfo
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from flashmoe_numba.backends.cpu import CpuBackend
+from flashmoe_numba.backends.fibers import FiberBackend
+from flashmoe_numba.device.cpu import JIT_OPTIONS
+from flashmoe_numba.device.fibers import Scheduler
+from flashmoe_numba.rank import as_bits, as_storage
+from flashmoe_numba.tile_gemm import tile_gemm
+from flashmoe_numba.tile_gemm.cpu import _exp32, panel_width
+from flashmoe_numba.tile_gemm.panels import num_tiles, pack, packed_elements, panels_per_tile
+from flashmoe_numba.tile_gemm.stub import INTERPRETED_PANEL_WIDTH
+from reference import ACTIVATIONS, MoEConfig, activation
+from reference.tolerance import ELEMENTWISE_ULPS, GROWTH, unit_roundoff
+
+
+def multiply(out, out_at, out_stride, a, a_at, a_stride, rows, depth, weights, weights_at, columns,
+             bias, bias_at, tile_n, activation, gated, scratch):  # fmt: skip
+    tile_gemm(out, out_at, out_stride, a, a_at, a_stride, rows, depth, weights, weights_at, columns,
+              bias, bias_at, tile_n, activation, gated, scratch)  # fmt: skip
+
+
+def on_fibers(lanes):
+    def run(*arguments):
+        scheduler = Scheduler(seed=lanes)
+        scheduler.add_block("test", multiply, arguments, lanes)
+        scheduler.run()
+
+    return run
+
+
+compiled = njit(**JIT_OPTIONS)(multiply)
+
+
+@dataclass
+class Product:
+    """One product `act(x @ w[0].T + b[0]) * (x @ w[1].T + b[1])`, the second factor for gated ones only."""
+
+    dtype: str
+    x: np.ndarray  # [rows, depth]
+    w: list[np.ndarray]  # [columns, depth] each
+    b: list[np.ndarray]  # [columns] each, in the accumulator's type
+    activation: str
+
+    @property
+    def config(self):
+        rows, depth = self.x.shape
+        sizes = dict(hidden=depth, ffn=len(self.w[0]), num_experts=1, num_topk=1, num_ranks=1, num_tokens=rows)
+        return MoEConfig(**sizes, dtype=self.dtype, gated=len(self.w) == 2)
+
+    def run(self, tile_n=128, tile_m=1000, targets=("cpu", 1)):
+        """`[rows, columns]`, made of tiles as the kernel makes it, in a larger array that must stay as it is."""
+        kind, lanes = targets
+        c = self.config
+        (rows, depth), columns, parts = self.x.shape, len(self.w[0]), len(self.w)
+        width = panel_width(c.accumulator) if kind == "cpu" else INTERPRETED_PANEL_WIDTH
+        backend, function = (CpuBackend(1), compiled) if kind == "cpu" else (FiberBackend(), on_fibers(lanes))
+        tile_n = min(tile_n, columns)
+        packed = np.empty(packed_elements(columns, depth, tile_n, width, parts), as_storage(self.x[:0]).dtype)
+        pack([as_bits(matrix, packed.dtype) for matrix in self.w], tile_n, width, packed)
+        bias = np.full((num_tiles(columns, tile_n), parts, tile_n), np.nan, c.accumulator)
+        for n in range(len(bias)):
+            for part in range(parts):
+                here = self.b[part][n * tile_n : (n + 1) * tile_n]
+                bias[n, part, : len(here)] = here
+        stride = columns + 3
+        out = np.full((rows + 2, stride), 77, self.x.dtype)
+        tall = MoEConfig(**{**vars(c), "tile_m": 256, "tile_m_min": 256, "tile_n": tile_n})
+        scratch = backend.make_scratch(tall)
+        for array in scratch:
+            array[:] = np.nan
+        tile_elements = packed.size // len(bias)
+        for first in range(0, rows, tile_m):
+            for n in range(len(bias)):
+                function(
+                    as_storage(out), (first + 1) * stride + 1 + n * tile_n, stride,
+                    as_storage(self.x), first * depth, depth, min(tile_m, rows - first), depth,
+                    packed, n * tile_elements, min(tile_n, columns - n * tile_n),
+                    bias.reshape(-1), n * parts * tile_n, tile_n,
+                    ACTIVATIONS.index(self.activation), parts == 2, scratch,
+                )  # fmt: skip
+        backend.close()
+        inside = np.zeros(out.shape, bool)
+        inside[1 : rows + 1, 1 : columns + 1] = True
+        assert (out[~inside] == 77).all(), f"{self}: written outside of the tile, with tile_n {tile_n}"
+        return out[1 : rows + 1, 1 : columns + 1].copy()
+
+    def check(self, got):
+        """Against float64: a chain of `depth` roundings, the elementwise steps, one rounding to the element type."""
+        x = self.x.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            sums = [x @ w.astype(np.float64).T + b for w, b in zip(self.w, self.b, strict=True)]
+            sizes = [
+                np.abs(x) @ np.abs(w.astype(np.float64)).T + np.abs(b) for w, b in zip(self.w, self.b, strict=True)
+            ]
+            expected = activation(self.activation, sums[0])
+            if len(sums) == 2:
+                expected = expected * sums[1]
+            # An activation magnifies an error by less than 1.2; each factor of a gated product brings its own.
+            steps = np.sqrt(x.shape[1] + ELEMENTWISE_ULPS**2)
+            error = 1.2 * len(sums) * GROWTH * unit_roundoff(self.config.accumulator.name) * steps
+            bound = error * np.prod(sizes, axis=0) + unit_roundoff(self.dtype) * np.abs(expected)
+        bound += float(finfo(self.x.dtype).smallest_subnormal) + 1e-35  # silu stops at exp(88)
+        wrong = ~(np.abs(got.astype(np.float64) - expected) <= bound)
+        if wrong.any():
+            at = tuple(np.argwhere(wrong)[0])
+            rows, depth = self.x.shape
+            raise AssertionError(
+                f"{self.dtype} [{rows}, {depth}] x [{depth}, {len(self.w[0])}] x {len(self.w)}, {self.activation}: "
+                f"{wrong.sum()} wrong, first {at}: {got[at]!r}, expected {expected[at]!r} +- {bound[at]:.1e}"
+            )
+
+
+def make_product(dtype, rows, depth, columns, gated, name, seed=0):
+    rng = np.random.default_rng(seed)
+    config = MoEConfig(num_ranks=1, num_tokens=1, hidden=1, ffn=1, num_experts=1, num_topk=1, dtype=dtype)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(config.numpy_dtype)
+
+    parts = 2 if gated else 1
+    w = [(normal(columns, depth).astype(np.float64) / depth**0.5).astype(config.numpy_dtype) for _ in range(parts)]
+    b = [rng.standard_normal(columns).astype(config.accumulator) for _ in range(parts)]
+    return Product(dtype, normal(rows, depth), w, b, name)
+
+
+@st.composite
+def products(draw, max_rows=200, depths=(1, 5, 255, 256, 257, 600), max_columns=150):
+    return make_product(
+        draw(st.sampled_from(DTYPES)),
+        draw(st.integers(1, max_rows)),
+        draw(st.sampled_from(depths)),
+        draw(st.integers(1, max_columns)),
+        draw(st.booleans()),
+        draw(st.sampled_from(ACTIVATIONS)),
+        draw(st.integers(0, 2**32)),
+    )
+
+
+@given(products(), st.sampled_from([1, 7, 16, 33, 64, 128]))
+@example(make_product("float32", 12, 256, 32, True, "silu"), 128)
+@example(make_product("float32", 1, 1, 1, False, "identity"), 128)
+def test_cpu_tiles_equal_float64(product, tile_n):
+    product.check(product.run(tile_n))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_variant(dtype, gated, name):
+    product = make_product(dtype, 23, 300, 37, gated, name)
+    product.check(product.run(tile_n=16))
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(products(max_rows=7, depths=(1, 3, 17), max_columns=9), st.integers(1, 4), st.integers(1, 3))
+def test_interpreted_tiles_equal_float64(product, tile_n, lanes):
+    product.check(product.run(tile_n, tile_m=3, targets=("fibers", lanes)))
+
+
+@given(products(), st.integers(0, 2**32))
+def test_a_rows_bits_do_not_depend_on_its_tile(product, seed):
+    rng = np.random.default_rng(seed)
+    y, rows = product.run(), len(product.x)
+    for row in {0, rows - 1, int(rng.integers(rows))}:
+        alone = Product(product.dtype, product.x[row : row + 1].copy(), product.w, product.b, product.activation)
+        assert_same_bits(alone.run(), y[row : row + 1], f"row {row} of {rows} alone, depth {product.x.shape[1]}")
+    order = rng.permutation(rows)
+    shuffled = Product(product.dtype, product.x[order], product.w, product.b, product.activation)
+    assert_same_bits(shuffled.run(), y[order], f"{rows} rows in another order")
+    for tile_m, tile_n in ((1, 128), (5, 3), (13, 16), (64, 50)):
+        if rows * len(product.w[0]) < 4000 or tile_m > 5:
+            assert_same_bits(product.run(tile_n, tile_m), y, f"{rows} rows in tiles of {tile_m} by {tile_n}")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bad_row_stays_in_its_row(dtype, value):
+    product = make_product(dtype, 29, 300, 21, True, "silu")
+    y = product.run()
+    for row in (0, 11, 12, 28):
+        x = product.x.copy()
+        x[row, 270] = value
+        bad = Product(dtype, x, product.w, product.b, product.activation).run()
+        others = np.arange(29) != row
+        assert_same_bits(bad[others], y[others], f"{value} in row {row}")
+        assert not np.isfinite(bad[row].astype(np.float64)).any(), f"{value} in row {row}: {bad[row]}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integers_are_multiplied_exactly(dtype):
+    """Small integers round nowhere, so the result is equal to integer arithmetic: no tolerance to hide in."""
+    rng = np.random.default_rng(3)
+    for rows, depth, columns, tile_n in ((13, 61, 35, 16), (1, 5, 1, 4), (200, 30, 33, 128)):
+        product = make_product(dtype, rows, depth, columns, False, "relu")
+        x, w, b = (rng.integers(-1, 2, shape) for shape in ((rows, depth), (columns, depth), columns))
+        exact = Product(
+            dtype, x.astype(product.x.dtype), [w.astype(product.x.dtype)], [b.astype(product.b[0].dtype)], "relu"
+        )
+        expected = np.maximum(x @ w.T + b, 0)
+        np.testing.assert_array_equal(exact.run(tile_n).astype(np.int64), expected)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 50), st.sampled_from([1, 4, 16, 32]), st.integers(1, 2))
+def test_packing_moves_every_weight_once(columns, depth, tile_n, width, parts):
+    """Each weight is where the docstring says, and everything else is zero."""
+    tile_n = min(tile_n, columns)
+    matrices = [1.0 + part * 1000 + np.arange(columns * depth).reshape(columns, depth) for part in range(parts)]
+    out = np.full(packed_elements(columns, depth, tile_n, width, parts), np.nan)
+    pack(matrices, tile_n, width, out)
+    panels = panels_per_tile(columns, tile_n, width)
+    expected = np.zeros(out.size)
+    for part, matrix in enumerate(matrices):
+        for (column, k), value in np.ndenumerate(matrix):
+            tile, inside = divmod(column, tile_n)
+            panel, lane = divmod(inside, width)
+            expected[(((tile * parts + part) * panels + panel) * depth + k) * width + lane] = value
+    np.testing.assert_array_equal(out, expected)
+
+
+@njit(**JIT_OPTIONS)
+def exp_all(x, y):
+    for i in range(x.size):
+        y[i] = _exp32(x[i])
+
+
+def test_exp_is_accurate_to_two_units_in_the_last_place():
+    rng = np.random.default_rng(0)
+    tiny = rng.integers(0, 2**31, 1_000_000, dtype=np.uint32).view(np.float32)  # all magnitudes alike
+    tiny = tiny[tiny < 87]
+    x = np.concatenate([np.linspace(-87, 88, 1_000_001, dtype=np.float32), tiny, -tiny])
+    y = np.empty_like(x)
+    exp_all(x, y)
+    expected = np.exp(x.astype(np.float64))
+    ulps = np.abs(y - expected) / np.spacing(expected.astype(np.float32)).astype(np.float64)
+    worst = int(ulps.argmax())
+    assert ulps[worst] <= 2, f"exp({x[worst]!r}) = {y[worst]!r}, expected {expected[worst]!r}: {ulps[worst]:.2f} ulps"
+    assert y[x == 0].tolist() == [1.0] * int((x == 0).sum())
+
+
+def test_exp_beyond_its_range():
+    x = np.array([-np.inf, -1e30, -88, 89, 1e30, np.inf, np.nan], np.float32)
+    y = np.empty_like(x)
+    exp_all(x, y)
+    assert (y[:3] > 0).all() and (y[:3] < 2e-38).all() and (y[3:6] > 1e38).all() and np.isfinite(y[:6]).all(), f"{y}"
+    assert np.isnan(y[6])

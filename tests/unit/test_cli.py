@@ -1,0 +1,235 @@
+"""`flashmoe run` and `flashmoe plan` in this process: errors, reports, files, and that a wrong layer is not passed."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashmoe_numba import FlashMoE, FlashMoEError, cli, launch
+from reference import Weights, load_preset, make_plan, make_workload
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["run", "--preset", "laptop-tiny", "--threads", "--iterations", "2"]
+ISSUE_KEYS = {
+    *("backend", "ranks", "config", "workload", "iterations", "latency_ms", "tokens_per_s", "gflops", "blas_gflops"),
+    *("blas_share", "max_rel_error", "tolerance", "bitwise_repeatable", "sent_rows", "padded_row_share"),
+    *("dropped_pairs", "passed"),
+}
+
+
+@pytest.fixture(autouse=True)
+def outside_mpirun(monkeypatch):
+    for name in launch.RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def run_json(capsys, *flags):
+    """(exit status, report) of a run whose stdout must be JSON alone."""
+    code = cli.main([*TINY, "--json", "-", *flags])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 32"),
+    (["--ranks", "0"], "argument --ranks: must be an integer >= 1, got '0'"),
+    (["--tokens", "-4"], "argument --tokens: must be an integer >= 1, got '-4'"),
+    (["--hidden", "1e3"], "argument --hidden: must be an integer >= 1, got '1e3'"),
+    (["--ffn", "2147483648"], "--ffn must be in [1, 2**31 - 1], got 2147483648"),
+    (["--topk", "33"], "--topk must be in [1, --experts=32], got 33"),
+    (["--capacity", "0"], "argument --capacity: must be an integer >= 1, got '0'"),
+    (["--capacity", "513"], "--capacity must be in [1, --tokens=512] or None, got 513"),
+    (["--activation", "tanh"], "--activation must be one of identity, relu, gelu, silu; got 'tanh'"),
+    (["--dtype", "int8"], "--dtype must be one of float32, float64, float16, bfloat16; got 'int8'"),
+    (["--preset", "gpt-5"], "--preset must be one of"),
+    (["--workload", "zipf:-1"], "argument --workload: name must be one of: text"),
+    (["--workload", "no.npz"], "argument --workload: name is a recorded workload, but there is no file no.npz"),
+    (["--processors", "0"], "argument --processors: must be an integer >= 1, got '0'"),
+    (["--iterations", "0"], "argument --iterations: must be an integer >= 1, got '0'"),
+    (["--seed", "-1"], "argument --seed: must be an integer >= 0, got '-1'"),
+    (["--deadline-s", "nan"], "argument --deadline-s: must be a number in (0, 86400], got 'nan'"),
+    (["--backend", "gpu"], "argument --backend: invalid choice: 'gpu'"),
+    (["--backend", "fibers", "--mpi"], "argument --mpi: fibers run all ranks in one process"),
+    (["--threads", "--mpi"], "argument --mpi: not allowed with argument --threads"),
+    (["--json", "/proc/none/x.json"], "argument --json: cannot write '/proc/none/x.json'"),
+    (["--trace", "/"], "argument --trace: cannot write '/'"),
+    (["--tokens"], "argument --tokens: expected one argument"),
+    (["--token", "4", "--nonsense"], "unrecognized arguments: "),
+])  # fmt: skip
+def test_bad_flags_are_one_line_and_start_nothing(capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(launch, "start", lambda *_: pytest.fail("mpirun was started"))
+    assert cli.main(["run", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"flashmoe run: error: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["walk"]])
+def test_an_unknown_command_lists_those_there_are(capsys, argv):
+    assert cli.main(argv) == 2
+    assert capsys.readouterr().err.startswith("flashmoe: error: ")
+
+
+def test_ranks_other_than_the_first_are_silent_about_bad_flags(capsys, monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "3")
+    assert cli.main(["run", "--tokens", "0"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_without_mpirun_the_error_names_the_cure(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(launch.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["run", "--preset", "laptop-tiny"]) == 2
+    assert "mpirun, not found here: pip install 'flashmoe-numba[mpi]', or run all" in capsys.readouterr().err
+
+
+def test_json_has_the_keys_and_its_numbers_agree(capsys):
+    code, report = run_json(capsys, "--workload", "uniform", "--capacity", "3", "--seed", "5")
+    config = load_preset("laptop-tiny", capacity=3)
+    assert code == 0
+    assert report["passed"] is True
+    assert report.keys() >= ISSUE_KEYS
+    assert report["config"] == asdict(config)
+    assert (report["backend"], report["ranks"], report["workload"], report["iterations"]) == ("cpu", 4, "uniform", 2)
+    assert 0 < report["max_rel_error"] <= report["tolerance"]
+    assert report["dropped_pairs"] > 0
+    assert report["sent_rows"] + report["dropped_pairs"] == 4 * 12 * 2
+    latency_s = report["latency_ms"]["median"] / 1e3
+    assert report["gflops"] == pytest.approx(report["sent_rows"] * 2 * 16 * 24 * 3 / latency_s / 1e9)
+    assert report["tokens_per_s"] == pytest.approx(4 * 12 / latency_s)
+    assert report["blas_share"] == pytest.approx(report["gflops"] / report["blas_gflops"])
+    assert report["latency_ms"]["min"] <= report["latency_ms"]["median"] <= report["latency_ms"]["max"]
+    assert report["bitwise_repeatable"] is True
+
+
+@pytest.mark.parametrize("flags", [
+    ["--workload", "hot", "--no-gated", "--activation", "relu"],
+    ["--dtype", "bfloat16", "--processors", "3"],
+    ["--backend", "fibers", "--tokens", "5", "--dtype", "float64"],
+    ["--ranks", "1", "--topk", "8"],
+])  # fmt: skip
+def test_other_layers_pass(capsys, flags):
+    code, report = run_json(capsys, *flags)
+    assert (code, report["failures"]) == (0, [])
+
+
+def test_the_table_has_units_and_the_verdict(capsys):
+    assert cli.main(TINY) == 0
+    out, err = capsys.readouterr()
+    for text in ("12 tokens per rank", "96 rows sent", " ms, median of 2", "tokens/s", "GFLOP/s", "tolerance", "passed"):
+        assert text in out
+    assert err == "", "progress is drawn though stderr is no terminal"
+
+
+def test_a_recording_with_its_routing_is_used_as_it_is(capsys, tmp_path):
+    config = load_preset("laptop-tiny")
+    made = make_workload("hot", config, 7)
+    routing = {name: np.concatenate(getattr(made, name)) for name in ("topk_idx", "topk_weights")}
+    np.savez(tmp_path / "recorded.npz", x=np.concatenate(made.x)[:26], **{n: r[:26] for n, r in routing.items()})
+    code, report = run_json(capsys, "--workload", str(tmp_path / "recorded.npz"))
+    assert (code, report["sent_rows"]) == (0, 26 * 2)
+
+
+def spoil(monkeypatch, change):
+    """Have the layer return `change(y, call number)`."""
+    call, calls = FlashMoE.__call__, []
+
+    def spoiled(self, x, **routing):
+        calls.append(None)
+        return change(call(self, x, **routing), len(calls))
+
+    monkeypatch.setattr(FlashMoE, "__call__", spoiled)
+
+
+def wrong_in_one_element(y, _):
+    y[2][11, 15] += 1e-4
+    return y
+
+
+def wrong_in_one_bit_of_the_last_call(y, number):
+    if number == 3:
+        y[3][0, 0] = np.nextafter(y[3][0, 0], np.float32(9))
+    return y
+
+
+def not_finite(y, _):
+    y[0][0, 0] = np.nan
+    return y
+
+
+@pytest.mark.parametrize(("change", "failure"), [
+    (wrong_in_one_element, "max_rel_error must be at most"),
+    (wrong_in_one_bit_of_the_last_call, "the calls gave different bits"),
+    (not_finite, "max_rel_error must be at most"),
+])  # fmt: skip
+def test_a_wrong_result_does_not_pass(capsys, monkeypatch, change, failure):
+    spoil(monkeypatch, change)
+    code, report = run_json(capsys)
+    assert (code, report["passed"]) == (1, False)
+    assert failure in report["failures"][0]
+
+
+@pytest.mark.parametrize("workload", ["text", "hot"])
+def test_a_wrong_routing_does_not_pass(capsys, monkeypatch, workload):
+    honest = FlashMoE.routing.fget
+
+    def swapped(self):
+        routing = honest(self)
+        routing[1].topk_weights[4] = routing[1].topk_weights[4][::-1]
+        return routing
+
+    monkeypatch.setattr(FlashMoE, "routing", property(swapped))
+    code, report = run_json(capsys, "--workload", workload)
+    assert code == 1
+    assert report["failures"][0].startswith("routing of rank 1: ")
+
+
+def test_a_lost_call_is_an_error_without_a_traceback(capsys, monkeypatch):
+    def give_up(y, number):
+        raise FlashMoEError("rank 1, block 1 (OS block) gave up in epoch 1")
+
+    spoil(monkeypatch, give_up)
+    assert cli.main(TINY) == 1
+    assert capsys.readouterr().err == "flashmoe run: error: rank 1, block 1 (OS block) gave up in epoch 1\n"
+
+
+def test_files_are_written_into_new_folders(capsys, tmp_path):
+    files = {flag: tmp_path / "new" / flag for flag in ("json", "trace", "plot")}
+    assert cli.main([*TINY, *(str(part) for flag, file in files.items() for part in (f"--{flag}", file))]) == 0
+    assert json.loads(files["json"].read_text())["passed"] is True
+    events = json.loads(files["trace"].read_text())["traceEvents"]
+    slices = Counter(event["name"] for event in events if event["ph"] == "X")
+    assert slices["GATE"] == slices["COMBINE"] == 4 * 3  # 12 tokens of each rank in blocks of 5
+    assert slices["DISPATCH"] == slices["RECEIVE"] == 4 * 8
+    assert files["plot"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags", [["--preset", "mixtral-8x7b", "--ranks", "4"], ["--capacity", "64", "--tokens", "80"]])
+def test_plan_is_that_of_the_reference(capsys, flags):
+    assert cli.main(["plan", "--json", "-", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    overrides = {"num_ranks": 4} if "mixtral-8x7b" in flags else {"capacity": 64, "num_tokens": 80}
+    config = load_preset(plan.pop("preset"), **overrides)
+    assert plan.pop("config") == asdict(config)
+    assert plan == asdict(make_plan(config))
+
+
+def test_plan_as_a_table(capsys):
+    assert cli.main(["plan", "--preset", "laptop-tiny"]) == 0
+    out = capsys.readouterr().out
+    weights = Weights.random(load_preset("laptop-tiny"), experts=range(2))
+    assert f"weights                   {weights.num_bytes / 1024:.4g} KiB" in out
+    assert "tasks: GEMM0" in out
+
+
+def test_importing_the_command_line_is_cheap():
+    costly = ["numpy", "numba", "mpi4py", "matplotlib", "greenlet", "tqdm", "threadpoolctl"]
+    program = "import sys, flashmoe_numba.cli; print(*sorted(set(sys.modules) & set(sys.argv[1:])))"
+    command = [sys.executable, "-c", program, *costly]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ""
