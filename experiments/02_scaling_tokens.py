@@ -19,7 +19,7 @@ from common import Row, parser_of, show, store
 from threadpoolctl import ThreadpoolController
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.layer import default_processors
+from flashmoe_numba.arguments import default_processors
 from flashmoe_numba.yardstick import Yardstick, expert_flops
 from reference import MoEConfig, Weights, load_preset, make_workload
 

@@ -20,7 +20,15 @@ from statistics import median
 from common import Row, parser_of, show, store
 
 RANKS = (1, 2, 4, 8)
-COLUMNS = {"ranks": "d", "latency_ms": ".2f", "tokens_per_s": ",.0f", "gflops": ".1f", "blas_share": ".2f", "ratio": ".2f", "ok": ""}
+COLUMNS = {
+    "ranks": "d",
+    "latency_ms": ".2f",
+    "tokens_per_s": ",.0f",
+    "gflops": ".1f",
+    "blas_share": ".2f",
+    "ratio": ".2f",
+    "ok": "",
+}
 
 
 def main() -> int:

@@ -17,7 +17,8 @@ from threadpoolctl import ThreadpoolController
 
 from reference import MoEConfig, Routing, Weights, Workload, make_workload
 
-from .layer import FlashMoE, default_processors
+from .arguments import default_processors
+from .layer import FlashMoE
 from .rank import Stats
 from .trace import filled
 from .yardstick import Yardstick

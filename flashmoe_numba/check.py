@@ -37,17 +37,15 @@ def check_layer(
     idx, factors = [part.topk_idx for part in routing], [part.topk_weights for part in routing]
     try:
         exact = moe_layer(workload.x, weights, config, topk_idx=idx, topk_weights=factors)
-    except ValueError as error:  # an expert twice, or one that there is not
-        return Verdict(float("inf"), tolerance(config), [*failures, str(error)])
+    except ValueError as illegal:  # an expert twice, or one that there is not
+        return Verdict(float("inf"), tolerance(config), [*failures, str(illegal)])
     error, limit = max_rel_error(y, exact), tolerance(config)
     if not error <= limit:
         failures.append(f"max_rel_error must be at most {limit:.2e}, got {error:.2e}")
     return Verdict(error, limit, failures)
 
 
-def _routing_failures(
-    config: MoEConfig, weights: Weights, workload: Workload, routing: Sequence[Routing]
-) -> list[str]:
+def _routing_failures(config: MoEConfig, weights: Weights, workload: Workload, routing: Sequence[Routing]) -> list[str]:
     if workload.topk_idx is None or workload.topk_weights is None:
         found = [check_routing(part, x, weights.router, config) for part, x in zip(routing, workload.x, strict=True)]
     else:

@@ -29,7 +29,7 @@ def describe(rank_idx: int, control: np.ndarray, deadline_s: float) -> str | Non
     holds = f"; it holds epoch {found >> s.EPOCH_SHIFT}" if flag in (s.DISPATCH_FLAG, s.RESULT_FLAG) else ""
     return (
         f"rank {rank_idx}, block {block} ({ROLES[role]}) gave up in epoch {epoch}: waited for {waited_for}{holds}; "
-        f"{missing} flags missing, and no rank finished a task for {deadline_s:g} s"
+        f"{missing} flags missing, and no rank finished a task for about {deadline_s:g} s"
     )
 
 

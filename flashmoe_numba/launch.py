@@ -27,16 +27,18 @@ from typing import NoReturn
 from .commands import UsageError
 
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
-COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # in the environment, so that the guards' command lines do not look like ranks
+COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # not in the guards' arguments, so that these do not look like ranks
 TERMINAL_VARIABLE = "FLASHMOE_TERMINAL"  # stderr of a rank is a pipe; this says that it ends at a terminal
-GUARD = f"""trap : INT
-eval "${COMMAND_VARIABLE}"
+GUARD = """trap : INT
+eval "$FLASHMOE_RANK_COMMAND"
 code=$?
 if [ $code -ge 128 ] && [ $code -ne 130 ]; then
-    echo "flashmoe: rank ${{{RANK_VARIABLES[0]}:-${{{RANK_VARIABLES[1]}:-${RANK_VARIABLES[2]}}}}} was killed, status $code" >&2
+    echo "flashmoe: rank ${PMI_RANK:-${PMIX_RANK:-$OMPI_COMM_WORLD_RANK}} was killed, status $code" >&2
     sleep "$0"
 fi
 exit $code"""
+SHARED_MEMORY = "/dev/shm"
+STARTUP_BYTES = 1.1e6  # of mpich's own there, for each rank
 STOP_PATIENCE_S = 3.0
 PR_SET_PDEATHSIG = 1
 
@@ -98,6 +100,22 @@ def find_mpirun() -> str:
         hint = "pip install 'flashmoe-numba[mpi]', or run all ranks in one process with --threads"
         raise UsageError(f"ranks as processes need {' and '.join(missing)}, not found here: {hint}")
     return found
+
+
+def check_shared_memory(num_ranks: int, segment_bytes: int) -> None:
+    """Nothing, if the ranks' segments fit. MPI itself never looks, and ranks would die at the first touch.
+
+    Raises:
+        UsageError: naming what is needed and what there is.
+    """
+    if os.path.isdir(SHARED_MEMORY):
+        status = os.statvfs(SHARED_MEMORY)
+        needed, free = num_ranks * (segment_bytes + STARTUP_BYTES) / 2**20, status.f_bavail * status.f_frsize / 2**20
+        if needed > free:
+            cure = "use fewer --tokens, a --capacity, or --threads"
+            raise UsageError(
+                f"the ranks need {needed:.0f} MiB of {SHARED_MEMORY}, which has {free:.0f} MiB left: {cure}"
+            )
 
 
 def guard_this_rank(deadline_s: float) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import numpy as np
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
 from reference.plan import max_tasks
 
-from .backends import check_backend, make_backend
+from .arguments import check_tokens, default_processors, find_problem
+from .backends import make_backend
 from .errors import FlashMoEError, explain
 from .heap import make_heap
 from .kernel.signals import ABORT, CLOSED_FLAG, HOST, RECORD, RECORD_EPOCH, RECORD_FLAG, RECORD_ROLE
@@ -65,27 +66,43 @@ class FlashMoE:
         self._calling = threading.Lock()
         problem = find_problem(config, weights, comm, backend, backend_settings, num_processors, deadline_s)
         self.num_processors = num_processors or default_processors(config.num_ranks)
-        self._heap = make_heap(config.num_ranks, comm)
+        self._heap: Any = make_heap(config.num_ranks, comm)
         self._heap.agree(problem, same=repr(config))
         self._heap.allocate(Layout(config).num_bytes)
-        num_blocks = len(self._heap.rank_indices) * (self.num_processors + 1)
-        self._backend = make_backend(backend, num_blocks, **backend_settings)
-        self._ranks = [self._make_rank(rank_idx, weights, trace) for rank_idx in self._heap.rank_indices]
-        self._prepare()
+        self._backend: Any = None
+        self._ranks: list[Rank] = []
+        self._make_ready(lambda: self._make_ranks(weights, backend, backend_settings, trace))
+        # one rank of a machine compiles, the others then find the kernel on the disk
+        self._make_ready(lambda: self._prepare() if self._ranks[0].rank_idx == 0 else None)
+        self._make_ready(self._prepare)
 
-    def _make_rank(self, rank_idx: int, weights: Weights, trace: bool) -> Rank:
-        own = weights.shard(rank_idx, self.config.num_ranks)
+    def _make_ready(self, step: Callable[[], None]) -> None:
+        """Take one step of setting up; if it fails on any rank, raise on all."""
+        error = None
+        try:
+            step()
+        except Exception as caught:
+            error = caught
+        try:
+            self._heap.agree(error)
+        except BaseException:
+            if self._backend is not None:
+                self._backend.close()
+            raise
+
+    def _make_ranks(self, weights: Weights, backend: str, settings: dict[str, Any], trace: bool) -> None:
+        here = self._heap.rank_indices
+        self._backend = make_backend(backend, len(here) * (self.num_processors + 1), **settings)
         records = max_tasks(self.config) + self.config.num_experts if trace else 0
-        return Rank(self.config, rank_idx, own, self._heap.segments, self.num_processors, self._backend, records)
+        for rank_idx in here:
+            own = weights.shard(rank_idx, self.config.num_ranks)
+            segments = self._heap.segments
+            self._ranks.append(Rank(self.config, rank_idx, own, segments, self.num_processors, self._backend, records))
 
     def _prepare(self) -> None:
-        """Compile once per machine: the first rank does, the others then find it on the disk."""
-        _, blocks = self._ranks[0].call(np.empty((0, self.config.hidden), self.config.numpy_dtype), None, 0, 0)
-        arguments = blocks[0][1]
-        if self._ranks[0].rank_idx == 0:
-            self._backend.prepare(arguments)
-        self._heap.barrier()
-        self._backend.prepare(arguments)
+        nothing = np.empty((0, self.config.hidden), self.config.numpy_dtype)
+        _, blocks = self._ranks[0].call(nothing, None, 0, 0)
+        self._backend.prepare(blocks[0][1])
 
     def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None) -> Any:
         """The layer's output for these tokens.
@@ -104,10 +121,7 @@ class FlashMoE:
             TypeError, ValueError: before any rank starts.
             FlashMoEError: the call was given up (see the message); the layer is closed.
         """
-        if self._closed:
-            raise FlashMoEError(f"this layer is closed: {self._closed}")
-        xs = self._per_rank("x", x)
-        tokens = [self._check_tokens(part) for part in xs]
+        tokens = [check_tokens(part, self.config) for part in self._per_rank("x", x)]
         routings = self._check_routing(tokens, topk_idx, topk_weights)
         with self._calling:
             ys = self._run(tokens, routings)
@@ -125,18 +139,6 @@ class FlashMoE:
             raise ValueError(f"{name} must have one part per rank: num_ranks={self.config.num_ranks}, got {len(value)}")
         return list(value)
 
-    def _check_tokens(self, x: Any) -> np.ndarray:
-        c = self.config
-        if not isinstance(x, np.ndarray):
-            raise TypeError(f"x must be a NumPy array, got {type(x).__name__}")
-        if x.ndim != 2 or x.shape[1] != c.hidden:
-            raise ValueError(f"x of a rank must have shape [num_tokens, hidden={c.hidden}], got {list(x.shape)}")
-        if len(x) > c.num_tokens:
-            raise ValueError(f"x of a rank must have at most config.num_tokens={c.num_tokens} tokens, got {len(x)}")
-        if x.dtype != c.numpy_dtype:
-            raise TypeError(f"x must have config's dtype {c.dtype}, got {x.dtype}")
-        return np.require(x, requirements=("C_CONTIGUOUS", "ALIGNED", "WRITEABLE"))
-
     def _check_routing(self, tokens: Sequence[np.ndarray], topk_idx: Any, topk_weights: Any) -> list[Routing | None]:
         if (topk_idx is None) != (topk_weights is None):
             raise ValueError("topk_idx and topk_weights must be given together")
@@ -149,21 +151,27 @@ class FlashMoE:
         ]
 
     def _run(self, tokens: Sequence[np.ndarray], routings: Sequence[Routing | None]) -> list[np.ndarray]:
+        self._raise_if_closed()
         self._epoch += 1
         self._num_tokens = [len(x) for x in tokens]
-        deadline_ns = int(self.deadline_s * 1e9)
+        deadline_ns = self._backend.deadline_ns(self.deadline_s)
         ys, blocks = [], []
-        for rank, x, routing in zip(self._ranks, tokens, routings, strict=True):
-            y, rank_blocks = rank.call(x, routing, self._epoch, deadline_ns)
-            ys.append(y)
-            blocks += rank_blocks
         try:
+            for rank, x, routing in zip(self._ranks, tokens, routings, strict=True):
+                y, rank_blocks = rank.call(x, routing, self._epoch, deadline_ns)
+                ys.append(y)
+                blocks += rank_blocks
             self._backend.run(blocks, self._leave)
         except BaseException as error:
+            self._leave()
             self._closed = f"its last call was interrupted by {type(error).__name__}"
             raise
         self._raise_if_given_up()
         return ys
+
+    def _raise_if_closed(self) -> None:
+        if self._closed:
+            raise FlashMoEError(f"this layer is closed: {self._closed}")
 
     def _controls(self) -> list[np.ndarray]:
         """Control words of all ranks."""
@@ -206,75 +214,42 @@ class FlashMoE:
     def traces(self) -> dict[tuple[int, int], np.ndarray]:
         """Raw records of the last call, by (rank, block); decoded by `flashmoe_numba.trace`."""
         self._last_tokens()
-        return {(rank.rank_idx, block): t for rank in self._ranks for block, t in enumerate(rank.traces)}
+        return {(r.rank_idx, block): trace.copy() for r in self._ranks for block, trace in enumerate(r.traces)}
 
     def _last_tokens(self) -> list[int]:
+        self._raise_if_closed()
         if not self._num_tokens:
             raise ValueError("there was no call yet: routing, stats and traces tell of the last one")
         return self._num_tokens
 
     def close(self) -> None:
-        """Give memory and threads back. With `comm`, every rank must close."""
-        self._close(orderly=self._closed is None)
+        """Give memory and threads back. With `comm`, every rank must close, and waits for the others.
+
+        Raises:
+            FlashMoEError: another rank left because of an error.
+        """
+        self._close(orderly=True)
 
     def _close(self, *, orderly: bool) -> None:
         if self._heap is None:
             return
-        if not orderly:
-            self._leave()
-        self._closed = self._closed or "close() was called"
-        self._backend.close()
-        self._ranks = []
-        heap, self._heap = self._heap, None
-        heap.close(orderly=orderly)
+        if not self._calling.acquire(blocking=False):
+            self._leave()  # a call in another thread: end it, then go on
+            self._calling.acquire()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._calling.release)
+            if not orderly or self._closed:
+                self._leave()
+            check = self._raise_if_given_up if orderly and not self._closed else None
+            self._backend.close()
+            try:
+                self._heap.close(check)
+            finally:
+                self._closed = self._closed or "close() was called"
+                self._ranks, self._heap = [], None
 
     def __enter__(self) -> FlashMoE:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._close(orderly=kind is None and self._closed is None)
-
-
-def default_processors(num_ranks: int) -> int:
-    """Cores of this process, shared out among the ranks; at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // num_ranks)
-
-
-def find_problem(*arguments: Any) -> Exception | None:
-    """The error that `check_arguments` raises, or None."""
-    try:
-        check_arguments(*arguments)
-    except (TypeError, ValueError) as error:
-        return error
-    return None
-
-
-def check_arguments(
-    config: MoEConfig,
-    weights: Any,
-    comm: Any,
-    backend: str,
-    backend_settings: dict[str, Any],
-    num_processors: int | None,
-    deadline_s: float,
-) -> None:
-    """What a layer can know to be wrong before it takes memory."""
-    if not isinstance(weights, Weights):
-        raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
-    weights.check(config)
-    check_backend(backend, backend_settings)
-    if num_processors is not None and (isinstance(num_processors, bool) or not isinstance(num_processors, int)):
-        raise TypeError(f"num_processors must be an integer, got {num_processors!r}")
-    if num_processors is not None and num_processors < 1:
-        raise ValueError(f"num_processors must be at least 1, got {num_processors}")
-    if isinstance(deadline_s, bool) or not isinstance(deadline_s, (int, float)):
-        raise TypeError(f"deadline_s must be a number, got {deadline_s!r}")
-    if not 0 < deadline_s <= 86400:
-        raise ValueError(f"deadline_s must be in (0, 86400], got {deadline_s}")
-    if comm is not None and backend == "fibers":
-        raise ValueError("backend 'fibers' runs all ranks in this process: leave comm out")
-    if comm is not None and comm.size != config.num_ranks:
-        raise ValueError(f"comm must have config.num_ranks={config.num_ranks} ranks, got {comm.size}")
-    for rank_idx in range(config.num_ranks) if comm is None else [comm.rank]:
-        weights.shard(rank_idx, config.num_ranks)  # raises if its experts are not there
+        self._close(orderly=kind is None)

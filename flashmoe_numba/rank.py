@@ -12,9 +12,10 @@ import numpy as np
 
 from reference import ACTIVATIONS, Layout, MoEConfig, Routing, Weights
 from reference.plan import hidden_rows, max_tasks
+from reference.tiles import packet_row_blocks, packet_tile_height
 
 from .kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
-from .kernel.state import Experts, Packets, Problem, Queue, Segments, Tokens
+from .kernel.state import BOX_WORDS, Experts, Packets, Problem, Queue, Segments, Tokens
 from .kernel.trace import RECORD_WORDS
 from .tile_gemm.panels import num_tiles, pack, packed_elements
 
@@ -80,7 +81,7 @@ class Rank:
         )
         self._tokens = self._token_arrays()
         self._scratch = [backend.make_scratch(config) for _ in range(num_processors)]
-        self._boxes = [np.zeros(8, np.int64) for _ in range(num_processors + 1)]
+        self._boxes = [np.zeros(BOX_WORDS, np.int64) for _ in range(num_processors + 1)]
         trace_words = (trace_records + 1) * RECORD_WORDS if trace_records else 0
         self.traces = [np.zeros(trace_words, np.int64) for _ in range(num_processors + 1)]
         self._problem = self._fixed_problem()
@@ -126,8 +127,8 @@ class Rank:
     def stats(self, epoch: int, num_tokens: int) -> Stats:
         c = self.config
         received = np.where(self.packets.seen == epoch, self.packets.rows, 0)
-        heights = [self._tile_height(int(rows)) for rows in received]
-        tiles = [-(-int(rows) // height) for rows, height in zip(received, heights, strict=True)]
+        heights = [packet_tile_height(int(rows), c) for rows in received]
+        tiles = [packet_row_blocks(int(rows), c) for rows in received]
         sent = int(self._tokens.sent.sum())
         return Stats(
             epoch=epoch,
@@ -140,11 +141,6 @@ class Rank:
             padded_rows=sum(number * height for number, height in zip(tiles, heights, strict=True)),
         )
 
-    def _tile_height(self, num_rows: int) -> int:
-        from reference import tile_height
-
-        return tile_height(num_rows, self.config.tile_m_min, self.config.tile_m)
-
     def _segments(self, segments: list[np.ndarray]) -> Segments:
         own, layout = segments[self.rank_idx], self.layout
         element = STORAGE.get(self.config.dtype, self.config.numpy_dtype)
@@ -153,6 +149,9 @@ class Rank:
             return own[offset : offset + num_elements * dtype.itemsize].view(dtype)
 
         word = np.dtype(np.int64)
+        own[layout.dispatch_flag :] = (
+            0  # MPI does not promise zeroed memory; peers write only after all ranks are ready
+        )
         return Segments(
             address=np.array([segment.ctypes.data for segment in segments], np.int64),
             dispatch=view(layout.dispatch, layout.region_elements, element),

@@ -15,24 +15,18 @@ from .bench import Measurement, Settings
 from .check import Verdict
 from .yardstick import expert_flops
 
+PACKAGES = ("numpy", "numba")
+
 
 def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdict) -> dict[str, Any]:
     """One JSON object; numbers that do not exist are None.
 
-    `latency_ms` and the rates are of the slowest rank in each iteration, the rates at the median iteration. `gflops` and
-    `blas_gflops` count the same operations: 2 per multiply-add of real rows in the experts' matrices of all ranks.
+    An iteration's time is that of its slowest rank; rates are at the median. `gflops` and `blas_gflops` count the same
+    operations: 2 per multiply-add of real rows in the experts' matrices of all ranks.
 
     Args:
         parts: of all processes, in the order of ranks.
     """
-    latency_ns = np.max([part.latency_ns for part in parts], axis=0)
-    blas_ns = float(np.median(np.max([part.blas_ns for part in parts], axis=0)))
-    stats = [rank for part in parts for rank in part.stats]
-    received, padded = sum(rank.received_rows for rank in stats), sum(rank.padded_rows for rank in stats)
-    median_ns = float(np.median(latency_ns))
-    flops = expert_flops(settings.config, received)
-    repeatable = all(len(set(part.y_digests)) == 1 for part in parts)
-    failures = verdict.failures + ([] if repeatable else ["the calls gave different bits for the same input"])
     return {
         "backend": settings.backend,
         "transport": settings.transport,
@@ -42,41 +36,67 @@ def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdi
         "workload": settings.workload,
         "seed": settings.seed,
         "iterations": settings.iterations,
-        "latency_ms": {name: float(f(latency_ns)) / 1e6 for name, f in _SPREAD.items()},
+        **_speed(settings, parts),
+        **_rows(parts),
+        **_judgement(parts, verdict),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _speed(settings: Settings, parts: Sequence[Measurement]) -> dict[str, Any]:
+    latency_ns = np.max([part.latency_ns for part in parts], axis=0)
+    median_ns = float(np.median(latency_ns))
+    blas_ns = float(np.median(np.max([part.blas_ns for part in parts], axis=0)))
+    stats = [rank for part in parts for rank in part.stats]
+    flops = expert_flops(settings.config, sum(rank.received_rows for rank in stats))
+    spread = {"median": median_ns, "min": float(latency_ns.min()), "max": float(latency_ns.max())}
+    return {
+        "latency_ms": {name: value / 1e6 for name, value in spread.items()},
         "tokens_per_s": sum(rank.num_tokens for rank in stats) / median_ns * 1e9,
         "gflops": flops / median_ns,
         "blas_gflops": flops / blas_ns if flops else None,
         "blas_share": blas_ns / median_ns if flops else None,
-        "max_rel_error": verdict.max_rel_error if math.isfinite(verdict.max_rel_error) else None,
-        "tolerance": verdict.tolerance,
-        "bitwise_repeatable": repeatable,
-        "sent_rows": sum(rank.sent_rows for rank in stats),
-        "padded_row_share": 1 - received / padded if padded else 0.0,
-        "dropped_pairs": sum(rank.dropped_pairs for rank in stats),
-        "failures": failures,
-        "passed": not failures,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
     }
 
 
-_SPREAD = {"median": np.median, "min": np.min, "max": np.max}
-_PACKAGES = ("numpy", "numba")
+def _rows(parts: Sequence[Measurement]) -> dict[str, Any]:
+    stats = [rank for part in parts for rank in part.stats]
+    received, padded = sum(rank.received_rows for rank in stats), sum(rank.padded_rows for rank in stats)
+    return {
+        "sent_rows": sum(rank.sent_rows for rank in stats),
+        "padded_row_share": 1 - received / padded if padded else 0.0,
+        "dropped_pairs": sum(rank.dropped_pairs for rank in stats),
+    }
+
+
+def _judgement(parts: Sequence[Measurement], verdict: Verdict) -> dict[str, Any]:
+    repeatable = all(len(set(part.y_digests)) == 1 for part in parts)
+    failures = verdict.failures + ([] if repeatable else ["the calls gave different bits for the same input"])
+    return {
+        "max_rel_error": verdict.max_rel_error if math.isfinite(verdict.max_rel_error) else None,
+        "tolerance": verdict.tolerance,
+        "bitwise_repeatable": repeatable,
+        "failures": failures,
+        "passed": not failures,
+    }
 
 
 def table(report: dict[str, Any], describe_sizes: str) -> Iterator[str]:
     """The lines that people read; `describe_sizes` is the config in one line."""
     latency, share = report["latency_ms"], report["blas_share"]
     where = {"mpi": "processes under mpirun", "threads": "threads", "fibers": "interpreted fibers"}[report["transport"]]
-    yield _row("ranks", f"{report['ranks']} as {where}, {report['processors']} processors each, and an OS block")
-    yield _row("sizes", describe_sizes)
-    yield _row("workload", f"{report['workload']}, {report['sent_rows']:,} rows sent, {report['dropped_pairs']:,} pairs dropped")
-    yield _row("padding", f"{report['padded_row_share']:.1%} of the rows in row tiles")
     yield _row(
-        "latency", f"{latency['median']:.2f} ms, median of {report['iterations']} ({latency['min']:.2f} to {latency['max']:.2f})"
+        "ranks", f"{report['ranks']} as {where}, with {report['processors']} processor blocks and an OS block each"
     )
+    yield _row("sizes", describe_sizes)
+    rows = f"{report['sent_rows']:,} rows sent, {report['dropped_pairs']:,} pairs dropped"
+    yield _row("workload", f"{report['workload']}, {rows}")
+    yield _row("padding", f"{report['padded_row_share']:.1%} of the rows in row tiles")
+    spread = f"({latency['min']:.2f} to {latency['max']:.2f})"
+    yield _row("latency", f"{latency['median']:.2f} ms, median of {report['iterations']} {spread}")
     yield _row("throughput", f"{report['tokens_per_s']:,.0f} tokens/s, {report['gflops']:.1f} GFLOP/s in the experts")
     if share is not None:
-        yield _row("plain BLAS", f"{report['blas_gflops']:.1f} GFLOP/s over the same expert GEMMs, with as many threads")
+        yield _row("plain BLAS", f"{report['blas_gflops']:.1f} GFLOP/s over the same expert GEMMs, as many threads")
         yield _row("share", f"{share:.2f} of plain BLAS, with gate, dispatch and combine")
     yield _row("error", f"{_error(report)} of the largest result (tolerance {report['tolerance']:.1e})")
     yield _row("repeatable", "yes, bit for bit" if report["bitwise_repeatable"] else "no")

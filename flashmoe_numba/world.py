@@ -107,7 +107,7 @@ class MpiWorld:
         if self.rank_idx != 0:
             return None
         ends = np.cumsum(sizes)
-        return [pickle.loads(everything[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+        return [pickle.loads(everything[end - size : end].data) for size, end in zip(sizes, ends, strict=True)]
 
     def agree(self, code: int) -> int:
         """Rank 0's `code`, on all ranks; waits for it without a limit, because rank 0 may have much to compute."""

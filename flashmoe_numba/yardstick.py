@@ -23,10 +23,11 @@ class Yardstick:
     """
 
     def __init__(self, config: MoEConfig, weights: Weights, rows_per_expert: Sequence[int]) -> None:
-        def operands(matrices: np.ndarray | None) -> np.ndarray | None:
-            return None if matrices is None else matrices.astype(config.accumulator, copy=False).swapaxes(1, 2)
+        def operands(matrices: np.ndarray) -> np.ndarray:
+            return matrices.astype(config.accumulator, copy=False).swapaxes(1, 2)
 
-        self._gate, self._up, self._down = map(operands, (weights.gate_proj, weights.up_proj, weights.down_proj))
+        self._gate = None if weights.gate_proj is None else operands(weights.gate_proj)
+        self._up, self._down = operands(weights.up_proj), operands(weights.down_proj)
         self._rows = [int(rows) for rows in rows_per_expert]
         most = max(self._rows, default=0)
         self._x = np.random.default_rng(0).standard_normal((most, config.hidden)).astype(config.accumulator)

@@ -6,7 +6,7 @@ A segment has the same shape on every rank (FlashMoE, section 3):
     result        [num_ranks, num_experts_per_rank, slots, hidden]   rows back: [owner, expert there, slot]
     dispatch_flag [num_ranks, num_experts_per_rank]                  8-byte words: (epoch << 32) | number of rows
     result_flag   [num_experts, row_blocks]                          8-byte words: (epoch << 32) | number of rows
-    control       [CONTROL_WORDS]                                    8-byte words: abort word and error record
+    control       [CONTROL_WORDS]                                    8-byte words: abort word, error record, progress
 
 Peers store straight into the region where the reader wants the rows, so there is no outgoing staging: the original's
 stage index is always 1 and is left out. A transport that needs staging would add a region, not an index.

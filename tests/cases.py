@@ -153,6 +153,27 @@ class Regions:
                 self._check_packet(source, expert, part, packet, epoch)
             self._check_combine(source, y[source], routings[source], packet)
 
+    def check_signal(self, words, i, value):
+        """At the moment of a release, on poisoned regions: the rows that the word tells of are all there."""
+        c, rows = self.config, value & 0xFFFFFFFF
+        for rank, segment in enumerate(self.segments):
+            offset = words.ctypes.data - segment.ctypes.data
+            if offset == self.layout.dispatch_flag:
+                source, local = divmod(i, c.num_experts_per_rank)
+                self._check_there(self.rows(rank, 0)[source, local, :rows], f"packet of rank {source}, expert {local}")
+            if offset == self.layout.result_flag:
+                expert, m = divmod(i, self.layout.row_blocks)
+                owner, local = divmod(expert, c.num_experts_per_rank)
+                flags = self.words(owner, self.layout.dispatch_flag, c.num_experts)
+                sent = int(flags[rank * c.num_experts_per_rank + local]) & 0xFFFFFFFF
+                first = m * tile_height(sent, c.tile_m_min, c.tile_m)
+                tile = self.rows(rank, 1)[owner, local, first : first + rows]
+                self._check_there(tile, f"results for rank {rank} of expert {expert}, row tile {m}")
+
+    def _check_there(self, rows, what):
+        missing = (rows.view(np.uint8).reshape(*rows.shape, rows.itemsize) == 0xFF).all(axis=2)
+        assert not missing.any(), f"{self.config}: {what}: signalled before elements {np.argwhere(missing).tolist()}"
+
     def _check_packet(self, source, expert, x, packet, epoch):
         c, sent = self.config, int(packet.sent[expert])
         owner, local = divmod(expert, c.num_experts_per_rank)

@@ -1,11 +1,15 @@
-"""Strategies that build legal layers with something to run on them."""
+"""Strategies that build legal layers with something to run on them, and a run in which everything is checked."""
 
+import contextlib
+import sys
 from dataclasses import dataclass
 
 import numpy as np
-from cases import random_routing, random_tokens
+from cases import Regions, assert_equals_oracle, random_routing, random_tokens
 from hypothesis import strategies as st
 
+from flashmoe_numba import FlashMoE
+from flashmoe_numba.device import st_release
 from reference import MoEConfig, Weights
 
 
@@ -70,3 +74,56 @@ def worlds(draw, max_calls=3, **options):
         for count, seed, bias in zip(counts, seeds, biases, strict=True)
     ]
     return World(config, weights, draw(st.integers(1, 4)), x, routings)
+
+
+@contextlib.contextmanager
+def watched_signals(regions):
+    """On fibers: every release of a signal is checked (`Regions.check_signal`) when it is called."""
+    packages = ("flashmoe_numba.kernel_interpreted.", "planted_kernel.")
+    modules = [m for name, m in sys.modules.items() if name.startswith(packages) and hasattr(m, "st_release")]
+
+    def release(words, i, value):
+        regions.check_signal(words, int(i), int(value))
+        st_release(words, i, value)
+
+    try:
+        for module in modules:
+            module.st_release = release
+        yield
+    finally:
+        for module in modules:
+            module.st_release = st_release
+
+
+def run_world(world, **settings):
+    """Every call of the world on one layer, each checked; returns (routings, y) of each call."""
+    results = []
+    with FlashMoE(world.config, world.weights, num_processors=world.num_processors, **settings) as layer:
+        regions = Regions(layer)
+        for epoch, (x, routing) in enumerate(world.calls(), start=1):
+            regions.poison()
+            with watched_signals(regions):
+                y = layer(x, **routing)
+            routings = layer.routing
+            if routing:
+                for given_idx, given_weights, used in zip(*routing.values(), routings, strict=True):
+                    np.testing.assert_array_equal(used.topk_idx, given_idx)
+                    np.testing.assert_array_equal(used.topk_weights, given_weights.astype(world.config.accumulator))
+            assert_equals_oracle(y, x, world.weights, world.config, routings, external=bool(routing))
+            regions.check(x, y, routings, epoch)
+            check_stats(layer, x, routings, epoch)
+            results.append((routings, y))
+    return results
+
+
+def check_stats(layer, x, routings, epoch):
+    """The counters agree with a plain count."""
+    config, stats = layer.config, layer.stats
+    chosen = [np.bincount(r.topk_idx.ravel(), minlength=config.num_experts) for r in routings]
+    sent = np.array([np.minimum(count, config.slots) for count in chosen])
+    per_owner = sent.sum(axis=0).reshape(config.num_ranks, -1).sum(axis=1)
+    for rank, s in enumerate(stats):
+        got = (s.epoch, s.num_tokens, s.sent_rows, s.dropped_pairs, s.received_rows)
+        expected = (epoch, len(x[rank]), sent[rank].sum(), (chosen[rank] - sent[rank]).sum(), per_owner[rank])
+        assert got == expected, f"{config}, rank {rank}: {s}"
+        assert s.received_rows <= s.padded_rows <= s.received_rows + s.row_tiles * (config.tile_m - 1), f"{config}: {s}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class CpuBackend:
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
         """Room for the tallest tile and the widest panels, and for one row of a combine."""
-        rows = -(-max(config.tile_m, config.token_block) // MICRO_ROWS) * MICRO_ROWS
+        rows = -(-max(config.tile_m, min(config.token_block, config.num_tokens)) // MICRO_ROWS) * MICRO_ROWS
         width = self.panel_width(config)
         columns = (1 + config.gated) * (-(-config.tile_n // width) * width)
         sums = max(rows * columns, config.hidden)
@@ -39,15 +39,20 @@ class CpuBackend:
 
     def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:
         """Run all blocks to their end. `stop` makes them leave early; it is called if this thread is interrupted."""
-        futures = [self._threads.submit(persistent, *arguments) for _, arguments in blocks]
+        futures: list[Future[None]] = []
         try:
+            for _, arguments in blocks:
+                futures.append(self._threads.submit(persistent, *arguments))
+            wait(futures, return_when=FIRST_EXCEPTION)
             for future in futures:
                 future.result()
-        except BaseException:
-            stop()
-            for future in futures:
-                future.exception()
-            raise
+        finally:  # also when a block failed or could not start, or at Ctrl-C: no block may outlive the call
+            if not all(future.done() for future in futures):
+                stop()
+                wait(futures)
+
+    def deadline_ns(self, deadline_s: float) -> int:
+        return int(deadline_s * 1e9)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False)
+        self._threads.shutdown()

@@ -13,7 +13,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from reference import MoEConfig, make_workload
+from reference import Layout, MoEConfig, make_workload
 
 from .. import launch
 from . import UsageError
@@ -26,19 +26,23 @@ MOST_DEADLINE_S = 86400.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `flashmoe run`."""
     add_size_arguments(parser)
-    parser.add_argument("--workload", default="text", metavar="NAME", help="text, uniform, zipf:S, hot, or a recording: *.npz, *.safetensors [text]")
-    parser.add_argument("--processors", type=integer(1), metavar="N", help="blocks of a rank beside its OS block [cores / ranks, at least 1]")
-    parser.add_argument("--iterations", type=integer(1), default=10, metavar="N", help="measured calls, after one that warms up [10]")
-    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of weights, tokens and fibers [0]")
-    parser.add_argument("--deadline-s", type=_deadline, default=30.0, metavar="S", help="give up after S seconds without progress on any rank [30]")
-    parser.add_argument("--backend", choices=("cpu", "fibers"), default="cpu", help="compiled, or interpreted in this process: for laptop-tiny and the like [cpu]")
+    add = parser.add_argument
+    recorded = "or a recording: *.npz, *.safetensors"
+    add("--workload", default="text", metavar="NAME", help=f"text, uniform, zipf:S, hot, {recorded} [text]")
+    add("--processors", type=integer(1), metavar="N", help="blocks of a rank beside its OS block [cores / ranks]")
+    add("--iterations", type=integer(1), default=10, metavar="N", help="measured calls, after one that warms up [10]")
+    add("--seed", type=integer(0), default=0, metavar="N", help="of weights, tokens and fibers [0]")
+    add("--deadline-s", type=_deadline, default=30.0, metavar="S", help="give up after S seconds without progress [30]")
+    interpreted = "interpreted in this process, for tiny sizes: try --preset laptop-tiny"
+    add("--backend", choices=("cpu", "fibers"), default="cpu", help=f"compiled, or {interpreted} [cpu]")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--threads", action="store_true", help="all ranks in this process")
     where.add_argument("--mpi", action="store_true", help="a process for every rank, even for a single one")
     add_json_argument(parser)
-    parser.add_argument("--trace", metavar="FILE", help="write the last call as Chrome trace (https://ui.perfetto.dev shows it); recording takes part in the times")
-    parser.add_argument("--plot", metavar="FILE", help="draw the last call as PNG")
+    add("--trace", metavar="FILE", help="write the last call for https://ui.perfetto.dev; costs a little time")
+    add("--plot", metavar="FILE", help="draw the last call as PNG")
 
 
 def _deadline(text: str) -> float:
@@ -60,6 +64,7 @@ def main(args: argparse.Namespace) -> int:
     config = _validate(args, None)
     in_process = args.threads or args.backend == "fibers" or (config.num_ranks == 1 and not args.mpi)
     if not in_process:
+        launch.check_shared_memory(config.num_ranks, Layout(config).num_bytes)
         command = [sys.executable, "-m", "flashmoe_numba", *args.argv]
         return launch.start(config.num_ranks, command, args.deadline_s)
     return _run_here(args, config)
@@ -109,7 +114,8 @@ def _run_as_rank(args: argparse.Namespace) -> int:
         if args.threads or args.backend == "fibers":
             raise UsageError("--threads and fibers run all ranks in one process: start this without mpirun")
         if args.ranks not in (None, world.num_ranks):
-            raise UsageError(f"argument --ranks: must be the number of ranks of this mpirun, {world.num_ranks}, got {args.ranks}")
+            rule = f"must be the number of ranks of this mpirun, {world.num_ranks}"
+            raise UsageError(f"argument --ranks: {rule}, got {args.ranks}")
         return _run(args, _validate(args, world.num_ranks), "mpi", world)
     except UsageError:
         raise  # all ranks have it

@@ -45,18 +45,18 @@ def integer(minimum: int) -> Callable[[str], int]:
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     """`--preset` and one flag per size."""
-    sizes = parser.add_argument_group("sizes", "the preset's where not given")
-    sizes.add_argument("--preset", default=DEFAULT_PRESET, metavar="NAME", help=f"{', '.join(preset_names())} [{DEFAULT_PRESET}]")
-    sizes.add_argument("--ranks", type=integer(1), metavar="N", help="ranks of expert parallelism; divides the experts")
-    sizes.add_argument("--tokens", type=integer(1), metavar="N", help="tokens of each rank")
-    sizes.add_argument("--hidden", type=integer(1), metavar="N", help="row length of a token")
-    sizes.add_argument("--ffn", type=integer(1), metavar="N", help="row length inside an expert")
-    sizes.add_argument("--experts", type=integer(1), metavar="N", help="experts over all ranks")
-    sizes.add_argument("--topk", type=integer(1), metavar="N", help="experts of each token")
-    sizes.add_argument("--gated", action=argparse.BooleanOptionalAction, default=None, help="act(gate) * up")
-    sizes.add_argument("--activation", metavar="NAME", help=", ".join(ACTIVATIONS))
-    sizes.add_argument("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; sums are float32, for float64 float64")
-    sizes.add_argument("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert")
+    add = parser.add_argument_group("sizes", "the preset's where not given").add_argument
+    add("--preset", default=DEFAULT_PRESET, metavar="NAME", help=f"{', '.join(preset_names())} [{DEFAULT_PRESET}]")
+    add("--ranks", type=integer(1), metavar="N", help="ranks of expert parallelism; must divide the experts")
+    add("--tokens", type=integer(1), metavar="N", help="tokens of each rank")
+    add("--hidden", type=integer(1), metavar="N", help="row length of a token")
+    add("--ffn", type=integer(1), metavar="N", help="row length inside an expert")
+    add("--experts", type=integer(1), metavar="N", help="experts over all ranks")
+    add("--topk", type=integer(1), metavar="N", help="experts of each token")
+    add("--gated", action=argparse.BooleanOptionalAction, default=None, help="act(gate) * up instead of act(up)")
+    add("--activation", metavar="NAME", help=", ".join(ACTIVATIONS))
+    add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; sums are float32, for float64 float64")
+    add("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert [no limit]")
 
 
 def config_from(args: argparse.Namespace, num_ranks: int | None = None) -> MoEConfig:
@@ -80,7 +80,7 @@ def in_flags(message: str) -> str:
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - is stdout, and nothing else goes there")
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON; with - to stdout, alone")
 
 
 def write_json(path: str, value: dict[str, Any]) -> None:

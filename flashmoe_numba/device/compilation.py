@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +22,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _interpreting = False
+_lock = threading.RLock()  # of the switch above, and of the cache that a dispatcher has at the moment
 
 
 def jit(function=None, *, entry=False):
@@ -42,6 +44,11 @@ def jit(function=None, *, entry=False):
 def interpreted(package: str) -> ModuleType:
     """The package loaded a second time with `jit` switched off, its relative imports included."""
     twin = f"{package}_interpreted"
+    with _lock:
+        return _load_twin(package, twin)
+
+
+def _load_twin(package: str, twin: str) -> ModuleType:
     if twin not in sys.modules:
         folder = importlib.import_module(package).__path__[0]
         spec = importlib.util.spec_from_file_location(
@@ -95,8 +102,12 @@ def compile_for(dispatcher: Any, arguments: tuple[Any, ...]) -> None:
     from numba import typeof
 
     signature = tuple(typeof(argument) for argument in arguments)
-    if signature in dispatcher.overloads:
-        return
+    with _lock:
+        if signature not in dispatcher.overloads:
+            _compile(dispatcher, signature)
+
+
+def _compile(dispatcher: Any, signature: tuple[Any, ...]) -> None:
     try:
         dispatcher._cache = _disk_cache(dispatcher.py_func, signature)
         dispatcher.compile(signature)

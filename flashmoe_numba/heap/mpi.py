@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 SHARED_MEMORY = Path("/dev/shm")
 SETUP_DEADLINE_S = 600.0  # a rank may compile the kernel meanwhile
-CLOSE_DEADLINE_S = 60.0
+CLOSE_DEADLINE_S = 3600.0  # a rank may do much between its last call and its close
 TEXT_BYTES = 1000
 
 
@@ -100,19 +101,24 @@ class MpiHeap:
         """
         _wait(self._comm.Ibarrier(), SETUP_DEADLINE_S)
 
-    def close(self, *, orderly: bool) -> None:
-        """Give the window back, which takes all ranks; after a failure leave it to the end of the process."""
-        if orderly and self.segments:
-            _wait(self._comm.Ibarrier(), CLOSE_DEADLINE_S)
+    def close(self, check: Callable[[], None] | None) -> None:
+        """Give the window back, which takes all ranks, or with `check=None` leave it to the end of the process.
+
+        Args:
+            check: called while waiting for the others; raises if one of them will not come.
+        """
+        if check is not None and self.segments:
+            _wait(self._comm.Ibarrier(), CLOSE_DEADLINE_S, check)
             self.segments = []
             self._window.Free()
             self._comm.Free()
         self.segments = []
 
 
-def _wait(request: Any, deadline_s: float) -> None:
+def _wait(request: Any, deadline_s: float, check: Callable[[], None] = lambda: None) -> None:
     start, nap = time.monotonic(), 1e-5
     while not request.Test():
+        check()
         if time.monotonic() - start > deadline_s:
             raise TimeoutError(f"not all ranks came to a collective of the layer within {deadline_s:g} s")
         time.sleep(nap)

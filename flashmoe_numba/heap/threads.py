@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from reference.layout import ALIGNMENT
@@ -27,7 +29,8 @@ class ThreadHeap:
     def barrier(self) -> None:
         """Nothing to wait for: there is one process."""
 
-    def close(self, *, orderly: bool) -> None:
+    def close(self, check: Callable[[], None] | None) -> None:
+        """Give the segments back."""
         self.segments = []
 
 

@@ -1,11 +1,11 @@
-"""Dispatch and combine: rows out to their experts' owners, and results back into token order."""
+"""Dispatch: rows out to their experts' owners, one packet per expert."""
 
 from __future__ import annotations
 
-from flashmoe_numba.device import array_at, block_sync, copy_row, jit, lane, lanes, load, st_release, store
+from flashmoe_numba.device import array_at, block_sync, copy_row, jit, lane, st_release
 
-from .gate import num_token_blocks
 from .signals import signal_word
+from .sizes import num_token_blocks
 
 
 @jit
@@ -26,26 +26,3 @@ def dispatch(p, tokens, segments, owner, expert):
     if lane() == 0:
         flags = array_at(segments.address[owner] + p.dispatch_flag_at, p.num_experts, segments.control)
         st_release(flags, packet, signal_word(p.epoch, tokens.sent[e]))
-
-
-@jit
-def combine(p, tokens, segments, scratch, token_block):
-    """y = sum of weight * result over a token's choices, in that order; a dropped pair adds nothing."""
-    first = token_block * p.token_block
-    for token in range(first, min(first + p.token_block, p.num_tokens)):
-        for c in range(lane(), p.hidden, lanes()):
-            store(scratch.sums, c, tokens.topk_weights.dtype.type(0))
-        for j in range(p.num_topk):
-            pair = token * p.num_topk + j
-            e = tokens.topk_idx[pair]
-            slot = tokens.bases[token_block * p.num_experts + e] + tokens.place[pair]
-            if slot < p.slots:
-                add_row(p, segments, scratch, e * p.slots + slot, tokens.topk_weights[pair])
-        for c in range(lane(), p.hidden, lanes()):
-            store(tokens.y, token * p.hidden + c, load(scratch.sums, c))
-
-
-@jit
-def add_row(p, segments, scratch, row, weight):
-    for c in range(lane(), p.hidden, lanes()):
-        store(scratch.sums, c, load(scratch.sums, c) + weight * load(segments.result, row * p.hidden + c))

@@ -11,32 +11,11 @@ import math
 
 from flashmoe_numba.device import block_sync, fetch_add, jit, lane, lanes, st_release
 from flashmoe_numba.tile_gemm import tile_gemm
-from reference import layout
 from reference.tiles import COMBINE, DISPATCH
 
 from .queue import GATE_OPEN, GATES_DONE, counter, fill, push, reserve
-
-tile_height = jit(layout.tile_height)
-
-IS_LAST = 1  # word of the block's box
-
-
-@jit
-def num_row_blocks(num_rows, shortest, tallest):
-    """As in reference/layout.py, whose own calls a function that is not compiled."""
-    height = tile_height(num_rows, shortest, tallest)
-    return (num_rows + height - 1) // height
-
-
-@jit
-def num_token_blocks(p):
-    return (p.num_tokens + p.token_block - 1) // p.token_block
-
-
-@jit
-def num_gate_tasks(p):
-    """A rank without tokens still runs one, which tells every peer so."""
-    return max(num_token_blocks(p), 1)
+from .sizes import num_gate_tasks, num_row_blocks, num_token_blocks, tile_height
+from .state import IS_LAST
 
 
 @jit

@@ -10,19 +10,29 @@ from flashmoe_numba.device import (
     lane,
     ld_acquire,
     now,
-    pause,
     st_release,
 )
 from flashmoe_numba.tile_gemm import tile_gemm
 from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
 
-from .dispatch import combine, dispatch
-from .gate import gate, tile_height
+from .combine import combine
+from .dispatch import dispatch
+from .gate import gate
 from .queue import EXPERT, HEAD, KIND, PEER, STAMP, TASK_WORDS, TOTAL, M, N, counter, fill, reserve
-from .signals import PROCESSOR, TASK_FLAG, aborted, give_up, is_silent, note_progress, signal_word
+from .signals import (
+    PROCESSOR,
+    TASK_FLAG,
+    aborted,
+    begin_wait,
+    give_up,
+    keep_waiting,
+    note_progress,
+    signal_word,
+    silence_ns,
+)
+from .sizes import down_tiles, tile_height, up_tiles
+from .state import PLACE
 from .trace import record
-
-PLACE = 0  # word of the block's box: the place of the task to run, or -1
 
 
 @jit
@@ -65,19 +75,15 @@ def wait_for_place(p, block, segments, queue):
     place = fetch_add(queue.counters, counter(p, HEAD), 1)
     stamp_at = place * TASK_WORDS + STAMP
     num_places = queue.tasks.size // TASK_WORDS
-    attempt = 0
-    since = now()
-    progress = -1
+    wait = begin_wait()
     while place >= num_places or ld_acquire(queue.tasks, stamp_at) != p.epoch:
         total = ld_acquire(queue.counters, counter(p, TOTAL))  # 0 while unknown, else 1 + the number of tasks
         if total > 0 and place >= total - 1:
             return -1
         if aborted(segments):
             return -1
-        attempt = pause(attempt)
-        # twice the OS block's window: it knows better what is missing, so it should speak first
-        silent, since, progress = is_silent(p, segments, since, p.deadline_ns, progress)
-        if silent:
+        wait = keep_waiting(p, segments, wait)
+        if silence_ns(wait) > p.deadline_ns + p.deadline_ns // 2:  # the OS block knows more, so it should speak first
             give_up(p, segments, block, PROCESSOR, TASK_FLAG, p.rank_idx, 0, place, total, 1)
             return -1
     return place
@@ -95,8 +101,7 @@ def gemm0(p, segments, experts, packets, queue, scratch, source, expert, m, n):
     """One column tile of the up projections; the last one of a row tile lets the down projection begin."""
     packet = source * p.experts_per_rank + expert
     first, rows = packet_tile(p, packets, packet, m)
-    tiles = (p.ffn + p.tile_ffn - 1) // p.tile_ffn
-    tile = expert * tiles + n
+    tile = expert * up_tiles(p) + n
     column = n * p.tile_ffn
     tile_gemm(
         packets.hidden, (packets.first_row[packet] + first) * p.ffn + column, p.ffn,
@@ -105,10 +110,9 @@ def gemm0(p, segments, experts, packets, queue, scratch, source, expert, m, n):
         experts.up_bias, tile * (1 + p.gated) * p.tile_ffn, p.tile_ffn, p.activation, p.gated, scratch,
     )  # fmt: skip
     block_sync()
-    if lane() == 0 and finished_last(packets.up_done, packet * p.row_blocks + m, tiles):
-        down_tiles = (p.hidden + p.tile_hidden - 1) // p.tile_hidden
-        place = reserve(p, queue, down_tiles)
-        for down_n in range(down_tiles):
+    if lane() == 0 and finished_last(packets.up_done, packet * p.row_blocks + m, up_tiles(p)):
+        place = reserve(p, queue, down_tiles(p))
+        for down_n in range(down_tiles(p)):
             fill(p, queue, place + down_n, GEMM1, source, expert, m, down_n)
 
 
@@ -117,8 +121,7 @@ def gemm1(p, segments, experts, packets, scratch, source, expert, m, n):
     """One column tile of the down projection, stored into the source's memory; the last one of a row tile signals."""
     packet = source * p.experts_per_rank + expert
     first, rows = packet_tile(p, packets, packet, m)
-    tiles = (p.hidden + p.tile_hidden - 1) // p.tile_hidden
-    tile = expert * tiles + n
+    tile = expert * down_tiles(p) + n
     column = n * p.tile_hidden
     e = p.rank_idx * p.experts_per_rank + expert
     target = array_at(segments.address[source] + p.result_at, p.region_elements, segments.result)
@@ -129,7 +132,7 @@ def gemm1(p, segments, experts, packets, scratch, source, expert, m, n):
         experts.down_bias, tile * p.tile_hidden, p.tile_hidden, 0, False, scratch,
     )  # fmt: skip
     block_sync()
-    if lane() == 0 and finished_last(packets.down_done, packet * p.row_blocks + m, tiles):
+    if lane() == 0 and finished_last(packets.down_done, packet * p.row_blocks + m, down_tiles(p)):
         num_flags = p.num_experts * p.row_blocks
         flags = array_at(segments.address[source] + p.result_flag_at, num_flags, segments.control)
         st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))

@@ -3,14 +3,16 @@
 A signal is one 8-byte word on its reader: `(epoch << 32) | number of rows`. Nothing is cleared between calls: a word of
 the current epoch means "arrived in this call".
 
-The deadline is for silence: a wait goes on as long as some rank finishes tasks. When for a deadline no rank has, the
-waiting block writes what it waits for into its rank's control words and sets the abort word of every rank; all waits
-look at their own rank's abort word. The first writer wins, so a record names a first cause.
+The deadline is for silence: a wait goes on as long as some rank finishes tasks. When no rank has for a deadline (seen
+to a sixteenth of it), the waiting block writes what it waits for into its rank's control words and sets the abort word
+of every rank; all waits look at their own rank's abort word. The first to set it is the one that all ranks name.
 """
 
 from __future__ import annotations
 
-from flashmoe_numba.device import array_at, cas, fetch_add, jit, ld_relaxed, now, st_release
+from typing import NamedTuple
+
+from flashmoe_numba.device import array_at, cas, fetch_add, jit, ld_relaxed, now, pause, st_release
 
 EPOCH_SHIFT = 32
 ROWS_MASK = (1 << EPOCH_SHIFT) - 1
@@ -21,6 +23,8 @@ RECORD = 8  # 0 free, 1 being written, 2 complete
 RECORD_BLOCK, RECORD_ROLE, RECORD_FLAG, RECORD_PEER, RECORD_EXPERT, RECORD_M, RECORD_EPOCH, RECORD_FOUND = range(9, 17)
 RECORD_MISSING = 17
 PROGRESS = 24  # tasks that this rank has finished, ever
+
+LOOKS_PER_DEADLINE = 16
 
 SUBSCRIBER, PROCESSOR, HOST = 0, 1, 2
 DISPATCH_FLAG, RESULT_FLAG, GATE_FLAG, TASK_FLAG, CLOSED_FLAG = 0, 1, 2, 3, 4
@@ -61,13 +65,37 @@ def total_progress(p, segments):
     return tasks
 
 
+class Wait(NamedTuple):
+    """How a wait is going; times in nanoseconds."""
+
+    attempt: int  # polls so far
+    since: int  # when some rank was last seen to make progress
+    looked: int  # when progress was last looked at
+    progress: int  # tasks that all ranks had finished then; -1 before the first look
+
+
 @jit
-def is_silent(p, segments, since, window_ns, progress):
-    """(has the wait failed, when the next window begins, progress seen): two looks a window apart that saw the same."""
-    if now() - since < window_ns:
-        return False, since, progress
-    seen = total_progress(p, segments)
-    return seen == progress, now(), seen
+def begin_wait():
+    start = now()
+    return Wait(0, start, start, -1)
+
+
+@jit
+def keep_waiting(p, segments, wait):
+    """Give way, and now and then look whether any rank has finished a task."""
+    attempt = pause(wait.attempt)
+    time = now()
+    if time - wait.looked < p.deadline_ns // LOOKS_PER_DEADLINE:
+        return Wait(attempt, wait.since, wait.looked, wait.progress)
+    progress = total_progress(p, segments)
+    moved = wait.progress >= 0 and progress != wait.progress
+    return Wait(attempt, time if moved else wait.since, time, progress)
+
+
+@jit
+def silence_ns(wait):
+    """How long no rank has been seen to make progress."""
+    return wait.looked - wait.since
 
 
 @jit

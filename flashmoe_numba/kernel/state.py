@@ -11,6 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+# words of a block's box, which its lanes share
+PLACE = 0  # the place of the task to run, or -1
+IS_LAST = 1  # did this block finish the last gate task?
+BOX_WORDS = 8
+
 
 class Problem(NamedTuple):
     """Integers that all blocks of a rank see alike in one call."""

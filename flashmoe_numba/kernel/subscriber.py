@@ -1,17 +1,16 @@
 """The OS block: starts a call, polls signals, and turns each into tasks.
 
-A lane polls the flags of every `lanes()`-th expert, so lanes share nothing but atomic counters. Packets become GEMM0
-tasks; result tiles count down the token blocks whose rows they hold, and a token block at zero becomes a COMBINE task.
-When the last packet has been seen the number of this rank's tasks is known, and published for the processors to stop
-by.
+A lane polls the flags of every `lanes()`-th expert, and lanes meet only at atomic counters. Packets become GEMM0 tasks.
+The result of a row tile counts down the token blocks whose rows it holds, and a token block at zero becomes a COMBINE
+task. When the last packet has been seen the number of this rank's tasks is known, and published for the processors to
+stop by.
 """
 
 from __future__ import annotations
 
-from flashmoe_numba.device import fetch_add, jit, lane, lanes, ld_acquire, ld_relaxed, now, pause, st_release
+from flashmoe_numba.device import fetch_add, jit, lane, lanes, ld_acquire, ld_relaxed, now, st_release
 from reference.tiles import COMBINE, GATE, GEMM0
 
-from .gate import num_gate_tasks, num_row_blocks, num_token_blocks, tile_height
 from .queue import (
     GATE_OPEN,
     GEMM_TASKS,
@@ -30,11 +29,14 @@ from .signals import (
     RESULT_FLAG,
     SUBSCRIBER,
     aborted,
+    begin_wait,
     give_up,
-    is_silent,
+    keep_waiting,
+    silence_ns,
     word_epoch,
     word_rows,
 )
+from .sizes import down_tiles, num_gate_tasks, num_row_blocks, num_token_blocks, tile_height, up_tiles
 from .trace import RECEIVE, record
 
 
@@ -53,9 +55,7 @@ def subscribe(p, block, segments, tokens, packets, queue, trace):
     """Poll this lane's flags until all have been seen."""
     packets_left = (p.experts_per_rank - lane() + lanes() - 1) // lanes() * p.num_ranks
     results_left = -1  # unknown until the gate is open
-    attempt = 0
-    since = now()
-    progress = -1
+    wait = begin_wait()
     while packets_left > 0 or results_left != 0:
         seen = poll_packets(p, segments, packets, queue, trace)
         packets_left -= seen
@@ -67,14 +67,12 @@ def subscribe(p, block, segments, tokens, packets, queue, trace):
             results_left -= landed
             seen += landed
         if seen > 0:
-            attempt = 0
-            since, progress = now(), -1
+            wait = begin_wait()
         else:
             if aborted(segments):
                 return
-            attempt = pause(attempt)
-            silent, since, progress = is_silent(p, segments, since, p.deadline_ns // 2, progress)
-            if silent:
+            wait = keep_waiting(p, segments, wait)
+            if silence_ns(wait) > p.deadline_ns:
                 blame(p, block, segments, tokens, packets, packets_left, results_left)
                 return
 
@@ -119,11 +117,9 @@ def open_packet(p, segments, packets, queue, packet):
 @jit
 def queue_gemm0(p, packets, queue, expert, row_tiles):
     """Queue the GEMM0 tasks of an expert's new packets, all row tiles of a column tile in a row: they share weights."""
-    up_tiles = (p.ffn + p.tile_ffn - 1) // p.tile_ffn
-    down_tiles = (p.hidden + p.tile_hidden - 1) // p.tile_hidden
-    fetch_add(queue.counters, counter(p, GEMM_TASKS), row_tiles * (up_tiles + down_tiles))
-    place = reserve(p, queue, row_tiles * up_tiles)
-    for n in range(up_tiles):
+    fetch_add(queue.counters, counter(p, GEMM_TASKS), row_tiles * (up_tiles(p) + down_tiles(p)))
+    place = reserve(p, queue, row_tiles * up_tiles(p))
+    for n in range(up_tiles(p)):
         for source in range(p.num_ranks):
             packet = source * p.experts_per_rank + expert
             for m in range(packets.tiles_to_queue[packet]):

@@ -190,7 +190,7 @@ def _exp(x):
     return math.exp(x)
 
 
-@overload(_exp)
+@overload(_exp, target="cpu")
 def _exp_meaning(x):
     if x == types.float32:
         return lambda x: _exp32(x)
@@ -232,7 +232,7 @@ def _store_gated_row(out, out_at, sums, gate_at, up_at, columns):
         store(out, out_at + c, load(sums, gate_at + c) * load(sums, up_at + c))
 
 
-@overload(stub.tile_gemm)
+@overload(stub.tile_gemm, target="cpu")
 def _tile_gemm(out, out_at, out_stride, a, a_at, a_stride, rows, depth, weights, weights_at, columns,
                bias, bias_at, tile_n, activation, gated, scratch):  # fmt: skip
     accumulator = np.float64 if scratch.types[0].dtype == types.float64 else np.float32

@@ -13,6 +13,7 @@ from reference.config import ACTIVATIONS
 from reference.experts import activation as apply_activation
 
 from ..device import vocabulary as verbs
+from .panels import panels_per_tile
 
 IDENTITY, RELU, GELU, SILU = (ACTIVATIONS.index(name) for name in ("identity", "relu", "gelu", "silu"))
 INTERPRETED_PANEL_WIDTH = 4
@@ -38,8 +39,6 @@ def tile_gemm(out, out_at, out_stride, a, a_at, a_stride, rows, depth, weights, 
         activation: index into ACTIVATIONS.
         scratch: the block's `Scratch`.
     """
-    from .panels import panels_per_tile
-
     width = INTERPRETED_PANEL_WIDTH
     parts = 2 if gated else 1
     panels = panels_per_tile(tile_n, tile_n, width)

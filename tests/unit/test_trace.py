@@ -91,8 +91,9 @@ def test_flows_are_capped_to_the_earliest(monkeypatch):
 
 
 def test_chrome_events_are_microseconds_with_names_for_lanes():
-    records = [TraceRecord(1, 0, 2, 3, 4, 5, 6, 1_002_500, 1_003_000), TraceRecord(1, 2, 5, 0, 0, 0, 9, 1_000_000, 1_000_100)]
-    events = chrome_trace(records, 2)
+    gemm = TraceRecord(1, 0, 2, 3, 4, 5, 6, 1_002_500, 1_003_000)
+    receive = TraceRecord(1, 2, 5, 0, 0, 0, 9, 1_000_000, 1_000_100)
+    events = chrome_trace([gemm, receive], 2)
     (task,) = [event for event in events if event.get("name") == "GEMM0"]
     assert (task["ph"], task["pid"], task["tid"], task["ts"], task["dur"]) == ("X", 1, 0, 2.5, 0.5)
     assert task["args"] == {"peer": 3, "expert": 4, "m": 5, "n": 6}

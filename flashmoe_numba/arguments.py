@@ -1,0 +1,85 @@
+"""What is wrong with the arguments of a layer or of a call, said before any rank starts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from reference import MoEConfig, Weights
+
+from .backends import check_backend
+
+
+def default_processors(num_ranks: int) -> int:
+    """Cores of this process, shared out among the ranks; at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_ranks)
+
+
+def _check_arguments(
+    config: MoEConfig,
+    weights: Any,
+    comm: Any,
+    backend: str,
+    backend_settings: dict[str, Any],
+    num_processors: int | None,
+    deadline_s: float,
+) -> None:
+    """What a layer can know to be wrong before it takes memory."""
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
+    weights.check(config)
+    check_backend(backend, backend_settings)
+    if num_processors is not None and (isinstance(num_processors, bool) or not isinstance(num_processors, int)):
+        raise TypeError(f"num_processors must be an integer, got {num_processors!r}")
+    if num_processors is not None and num_processors < 1:
+        raise ValueError(f"num_processors must be at least 1, got {num_processors}")
+    if isinstance(deadline_s, bool) or not isinstance(deadline_s, (int, float)):
+        raise TypeError(f"deadline_s must be a number, got {deadline_s!r}")
+    if not 0 < deadline_s <= 86400:
+        raise ValueError(f"deadline_s must be in (0, 86400], got {deadline_s}")
+    if comm is not None and backend == "fibers":
+        raise ValueError("backend 'fibers' runs all ranks in this process: leave comm out")
+    if comm is not None and comm.size != config.num_ranks:
+        raise ValueError(f"comm must have config.num_ranks={config.num_ranks} ranks, got {comm.size}")
+    for rank_idx in range(config.num_ranks) if comm is None else [comm.rank]:
+        weights.shard(rank_idx, config.num_ranks)  # raises if its experts are not there
+
+
+def find_problem(
+    config: MoEConfig,
+    weights: Any,
+    comm: Any,
+    backend: str,
+    backend_settings: dict[str, Any],
+    num_processors: int | None,
+    deadline_s: float,
+) -> Exception | None:
+    """The error that a layer should raise for these arguments; None if there is none.
+
+    Returned and not raised, because under MPI the other ranks must hear of it first.
+    """
+    try:
+        _check_arguments(config, weights, comm, backend, backend_settings, num_processors, deadline_s)
+    except Exception as error:
+        return error
+    return None
+
+
+def check_tokens(x: Any, config: MoEConfig) -> np.ndarray:
+    """One rank's tokens, contiguous and writable: the same array if it is, else a copy.
+
+    Raises:
+        TypeError, ValueError: naming the rule, and both sides of it.
+    """
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"x must be a NumPy array, got {type(x).__name__}")
+    if x.ndim != 2 or x.shape[1] != config.hidden:
+        raise ValueError(f"x of a rank must have shape [num_tokens, hidden={config.hidden}], got {list(x.shape)}")
+    if len(x) > config.num_tokens:
+        raise ValueError(f"x of a rank must have at most config.num_tokens={config.num_tokens} tokens, got {len(x)}")
+    if x.dtype != config.numpy_dtype:
+        raise TypeError(f"x must have config's dtype {config.dtype}, got {x.dtype}")
+    return np.require(np.asarray(x), requirements=("C_CONTIGUOUS", "ALIGNED", "WRITEABLE"))
