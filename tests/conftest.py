@@ -5,6 +5,7 @@ Examples are derandomised and not stored, so that a run is the same everywhere; 
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A world is slow to draw and to run on a loaded machine; that says nothing about its strategy.
@@ -13,3 +14,11 @@ settings.register_profile("fast", max_examples=60, derandomize=True, **common)
 settings.register_profile("ci", max_examples=100, derandomize=True, **common)
 settings.register_profile("nightly", max_examples=1000, derandomize=False, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+COMPILES_S = 600  # the first test that runs a kernel compiles it, half a minute for each element type
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if {"property", "kernel", "mpi"} & set(item.path.parts) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(COMPILES_S))

@@ -23,7 +23,7 @@ def test_kernel_on_threads_equals_the_oracle(world):
     run_world(world)
 
 
-@given(worlds(max_calls=2), fibers)
+@given(worlds(), fibers)
 def test_kernel_on_fibers_equals_the_oracle(world, fibers):
     run_world(world, backend="fibers", **fibers)
 

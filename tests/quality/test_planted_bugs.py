@@ -44,12 +44,12 @@ BUGS = {
     "an old dispatch flag is taken": ("subscriber.py", ", packet)) >= p.epoch", ", packet)) > 0"),
     "an old result flag is taken": ("subscriber.py", ", i)) == p.epoch", ", i)) > 0"),
     "results added in the order k - 1 to 0": (
-        "dispatch.py",
+        "combine.py",
         "            pair = token * p.num_topk + j\n            e =",
         "            pair = token * p.num_topk + p.num_topk - 1 - j\n            e =",
     ),
     "rows beyond the capacity are sent": ("dispatch.py", "min(tokens.counts[i], p.slots - slot)", "tokens.counts[i]"),
-    "a dropped pair is added": ("dispatch.py", "if slot < p.slots:", "if slot <= p.slots:"),
+    "a dropped pair is added": ("combine.py", "if slot < p.slots:", "if slot <= p.slots:"),
     "down projection of the first row tile": (
         "processor.py",
         "packets.hidden, (packets.first_row[packet] + first) * p.ffn, p.ffn, rows",
