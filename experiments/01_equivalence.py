@@ -18,9 +18,9 @@ import numpy as np
 from common import Row, parser_of, show, store
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.check import check_layer
-from flashmoe_numba.launch import guard_this_rank, inside_mpirun, start
-from flashmoe_numba.world import LocalWorld, MpiWorld
+from flashmoe_numba.bench.check import check_layer
+from flashmoe_numba.bench.launch import guard_this_rank, inside_mpirun, start
+from flashmoe_numba.bench.world import LocalWorld, MpiWorld
 from reference import MoEConfig, Routing, TiledLayer, Weights, Workload, make_workload
 
 RANKS = (1, 2, 4, 8)

@@ -20,10 +20,10 @@ from threadpoolctl import ThreadpoolController
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.arguments import default_processors
-from flashmoe_numba.yardstick import Yardstick, expert_flops
+from flashmoe_numba.bench.yardstick import Yardstick, expert_flops
 from reference import MoEConfig, Weights, load_preset, make_workload
 
-SETTLE_S = 0.15  # see flashmoe_numba/bench.py
+SETTLE_S = 0.15  # see flashmoe_numba/bench/measure.py
 COLUMNS = {
     "tokens per rank": "d",
     "latency_ms": ".2f",

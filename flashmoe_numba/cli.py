@@ -11,8 +11,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .bench.launch import is_first_rank
 from .commands import UsageError
-from .launch import is_first_rank
 
 COMMANDS = {
     "run": "run one layer on this machine, check it against the reference, and time it beside BLAS",

@@ -19,6 +19,8 @@ from .heap import make_heap
 from .kernel.signals import ABORT, CLOSED_FLAG, HOST, RECORD, RECORD_EPOCH, RECORD_FLAG, RECORD_ROLE
 from .rank import Rank, Stats
 
+LAST_EPOCH = 2**31 - 1
+
 
 class FlashMoE:
     """One distributed MoE layer: gate, dispatch, experts and combine as one persistent kernel per rank.
@@ -152,6 +154,8 @@ class FlashMoE:
 
     def _run(self, tokens: Sequence[np.ndarray], routings: Sequence[Routing | None]) -> list[np.ndarray]:
         self._raise_if_closed()
+        if self._epoch == LAST_EPOCH:
+            raise FlashMoEError(f"a layer makes at most {LAST_EPOCH} calls, because flags count them: make a new one")
         self._epoch += 1
         self._num_tokens = [len(x) for x in tokens]
         deadline_ns = self._backend.deadline_ns(self.deadline_s)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from reference import Weights, Workload, make_workload
 
-from ..bench import Measurement, Settings
-from ..check import check_layer
-from ..report import make_report, table
+from ..bench.check import check_layer
+from ..bench.measure import Measurement, Settings
+from ..bench.report import make_report, table
 from ..trace import TraceRecord, decode, write_chrome_trace
 from .plan import describe
 from .sizes import output_file, write_json

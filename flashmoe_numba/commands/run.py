@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from reference import Layout, MoEConfig, make_workload
 
-from .. import launch
+from ..bench import launch
 from . import UsageError
 from .sizes import add_json_argument, add_size_arguments, check_output, config_from, in_flags, integer
 
 if TYPE_CHECKING:
-    from ..world import LocalWorld, MpiWorld
+    from ..bench.world import LocalWorld, MpiWorld
 
 MOST_DEADLINE_S = 86400.0
 
@@ -91,8 +91,8 @@ def _num_tokens(args: argparse.Namespace) -> int | None:
 
 def _run_here(args: argparse.Namespace, config: MoEConfig) -> int:
     """All ranks in this process."""
+    from ..bench.world import LocalWorld
     from ..errors import FlashMoEError
-    from ..world import LocalWorld
 
     try:
         return _run(args, config, "fibers" if args.backend == "fibers" else "threads", LocalWorld())
@@ -107,7 +107,7 @@ def _run_here(args: argparse.Namespace, config: MoEConfig) -> int:
 def _run_as_rank(args: argparse.Namespace) -> int:
     """This process is one rank of many."""
     launch.guard_this_rank(args.deadline_s)
-    from ..world import MpiWorld
+    from ..bench.world import MpiWorld
 
     world = MpiWorld(args.deadline_s)
     try:
@@ -124,7 +124,7 @@ def _run_as_rank(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, config: MoEConfig, transport: str, world: LocalWorld | MpiWorld) -> int:
-    from ..bench import Settings, measure
+    from ..bench.measure import Settings, measure
     from .outcome import conclude
 
     settings = Settings(

@@ -18,6 +18,7 @@ import numpy as np
 from greenlet import getcurrent, greenlet
 
 QUIET_POLLS = 50
+PLACE_DEPTH = 3
 LIBRARY_FILES = ("device/vocabulary.py", "device/fibers.py")
 
 
@@ -50,12 +51,14 @@ class Fiber(greenlet):
         self.scheduler.open_barrier_if_full(self.block)
 
     def place(self) -> str:
-        """Where this fiber stands in the kernel's source."""
+        """Where this fiber stands in the kernel's source: the innermost function first, then its callers."""
+        names = []
         frame = self.gr_frame
-        while frame and frame.f_code.co_filename.endswith(LIBRARY_FILES):
+        while frame and len(names) < PLACE_DEPTH:
+            if not frame.f_code.co_filename.endswith(LIBRARY_FILES):
+                names.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
             frame = frame.f_back
-        where = f"{frame.f_code.co_name}:{frame.f_lineno}" if frame else "not started"
-        return f"{self.block.name} lane {self.lane} at {where}"
+        return f"{self.block.name} lane {self.lane} at {' in '.join(names) or 'its start'}"
 
 
 class Scheduler:

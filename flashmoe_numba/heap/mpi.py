@@ -6,7 +6,9 @@ poll a non-blocking request until a deadline.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,8 @@ class MpiHeap:
     """Segments of all ranks of `comm`, an mpi4py communicator whose ranks share one machine."""
 
     def __init__(self, comm: Any) -> None:
-        self._comm = comm.Dup()  # its messages cannot meet the caller's
+        self._comm, request = comm.Idup()  # its messages cannot meet the caller's
+        _wait(request, SETUP_DEADLINE_S)
         self.num_ranks = comm.size
         self.rank_indices = range(comm.rank, comm.rank + 1)
         self.segments: list[np.ndarray] = []
@@ -64,6 +67,8 @@ class MpiHeap:
         views = [self._window.Shared_query(rank_idx)[0] for rank_idx in range(self.num_ranks)]
         self.segments = [np.frombuffer(view, np.uint8)[:num_bytes] for view in views]
         self.barrier()
+        if self._comm.rank == 0:
+            unlink_startup_segment()
 
     def _shortage(self, num_bytes: int) -> ValueError | None:
         """MPI would hand out more than there is, and the process would die at the first touch of a missing page."""
@@ -123,3 +128,11 @@ def _wait(request: Any, deadline_s: float, check: Callable[[], None] = lambda: N
             raise TimeoutError(f"not all ranks came to a collective of the layer within {deadline_s:g} s")
         time.sleep(nap)
         nap = min(2 * nap, 0.01)
+
+
+def unlink_startup_segment() -> None:
+    """Take the name off mpich's own segment once all ranks have it, so that no death leaves it behind."""
+    with contextlib.suppress(OSError):
+        maps = Path("/proc/self/maps").read_text()
+        for name in set(re.findall(r"/dev/shm/mpich_shm_\w+", maps)):
+            Path(name).unlink()

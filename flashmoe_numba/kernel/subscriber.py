@@ -57,15 +57,16 @@ def subscribe(p, block, segments, tokens, packets, queue, trace):
     results_left = -1  # unknown until the gate is open
     wait = begin_wait()
     while packets_left > 0 or results_left != 0:
-        seen = poll_packets(p, segments, packets, queue, trace)
-        packets_left -= seen
+        seen = 0
         if results_left < 0 and ld_acquire(queue.counters, counter(p, GATE_OPEN)) != 0:
             results_left = count_results(p, tokens)
             seen += 1
-        if results_left > 0:
+        if results_left >= 0:  # not before: this rank's dispatches, which its peers wait for, come first in the queue
+            arrived = poll_packets(p, segments, packets, queue, trace)
             landed = poll_results(p, segments, tokens, queue)
+            packets_left -= arrived
             results_left -= landed
-            seen += landed
+            seen += arrived + landed
         if seen > 0:
             wait = begin_wait()
         else:
@@ -184,16 +185,16 @@ def block_of_slot(p, tokens, e, slot):
 @jit
 def blame(p, block, segments, tokens, packets, packets_left, results_left):
     """Name the first flag that this lane still waits for."""
-    missing = packets_left + max(results_left, 0)
+    if results_left < 0:
+        give_up(p, segments, block, SUBSCRIBER, GATE_FLAG, p.rank_idx, 0, 0, 0, 1)
+        return
+    missing = packets_left + results_left
     for packet in range(p.num_experts):
         source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
         if expert % lanes() == lane() and packets.seen[packet] != p.epoch:
             found = ld_relaxed(segments.dispatch_flag, packet)
             give_up(p, segments, block, SUBSCRIBER, DISPATCH_FLAG, source, expert, 0, found, missing)
             return
-    if results_left < 0:
-        give_up(p, segments, block, SUBSCRIBER, GATE_FLAG, p.rank_idx, 0, 0, 0, 1)
-        return
     for e in range(lane(), p.num_experts, lanes()):
         for m in range(num_row_blocks(tokens.sent[e], p.tile_m_min, p.tile_m)):
             i = e * p.row_blocks + m

@@ -15,7 +15,7 @@ import numpy as np
 from cases import bits, random_routing, random_tokens, tiny_config
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.launch import unlink_startup_segment
+from flashmoe_numba.heap.mpi import unlink_startup_segment
 from reference import Weights
 
 DEADLINE_S = 1.5

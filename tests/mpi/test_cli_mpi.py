@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe_numba import launch
-from flashmoe_numba.launch import find_mpirun
+from flashmoe_numba.bench import launch
+from flashmoe_numba.bench.launch import find_mpirun
 
 pytestmark = pytest.mark.mpi
 

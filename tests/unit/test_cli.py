@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashmoe_numba import FlashMoE, FlashMoEError, cli, launch
+from flashmoe_numba import FlashMoE, FlashMoEError, cli
+from flashmoe_numba.bench import launch
 from reference import Weights, load_preset, make_plan, make_workload
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -104,7 +104,7 @@ def test_plain_experts_take_no_gate():
 
 
 def test_bad_experts_and_seeds():
-    for experts, error in ((range(0, 7), ValueError), (range(0, 6, 2), ValueError), ([0, 1], TypeError)):
+    for experts, error in ((range(7), ValueError), (range(0, 6, 2), ValueError), ([0, 1], TypeError)):
         with pytest.raises(error, match="experts must be"):
             Weights.random(make_config(), experts=experts)
     with pytest.raises(ValueError, match="seed must be >= 0, got -1"):

@@ -17,10 +17,10 @@ from threadpoolctl import ThreadpoolController
 
 from reference import MoEConfig, Routing, Weights, Workload, make_workload
 
-from .arguments import default_processors
-from .layer import FlashMoE
-from .rank import Stats
-from .trace import filled
+from ..arguments import default_processors
+from ..layer import FlashMoE
+from ..rank import Stats
+from ..trace import filled
 from .yardstick import Yardstick
 
 SETTLE_S = 0.15  # OpenBLAS's workers spin for 0.07 s after their work, on cores that the layer needs

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .errors import FlashMoEError
-from .launch import TERMINAL_VARIABLE, unlink_startup_segment
+from ..errors import FlashMoEError
+from ..heap.mpi import unlink_startup_segment
+from .launch import TERMINAL_VARIABLE
 
 MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank, on a cache line of its own
 LINE_WORDS = 8

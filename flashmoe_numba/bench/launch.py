@@ -13,7 +13,6 @@ import ctypes
 import functools
 import importlib.util
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -24,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from .commands import UsageError
+from ..commands import UsageError
 
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # not in the guards' arguments, so that these do not look like ranks
@@ -167,11 +166,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.send_signal(signum)
             process.wait(STOP_PATIENCE_S)
             return
-
-
-def unlink_startup_segment() -> None:
-    """Take the name off mpich's own segment once all ranks have it, so that no death leaves it behind."""
-    with contextlib.suppress(OSError):
-        maps = Path("/proc/self/maps").read_text()
-        for name in set(re.findall(r"/dev/shm/mpich_shm_\w+", maps)):
-            Path(name).unlink()

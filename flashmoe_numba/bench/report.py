@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .bench import Measurement, Settings
 from .check import Verdict
+from .measure import Measurement, Settings
 from .yardstick import expert_flops
 
 PACKAGES = ("numpy", "numba")
