@@ -21,7 +21,7 @@ from flashmoe_numba.device.fibers import Deadlock
 from reference import Weights
 
 KERNEL = Path(flashmoe_numba.kernel.__file__).parent
-NUM_WORLDS, NUM_WORLDS_OF_A_BUG = 30, 100
+NUM_WORLDS, NUM_WORLDS_OF_A_BUG = 30, 600
 
 BUGS = {
     "no signal for later row tiles": (

@@ -97,7 +97,7 @@ def test_without_its_processors_a_rank_waits_for_its_gate():
         layer._backend.run(blocks[-1:], layer._leave)
         message = explain(0, [layer._ranks[0].control], DEADLINE_S)
         assert "rank 0, block 2 (OS block) gave up in epoch 1" in message, message
-        assert "the dispatch flag of rank 0 for expert 0 here; it holds epoch 0" in message, message
+        assert "waited for the gate of this rank; 1 flags missing" in message, message
 
 
 def test_without_its_os_block_a_processor_speaks():
