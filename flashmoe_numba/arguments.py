@@ -68,18 +68,18 @@ def find_problem(
     return None
 
 
-def check_tokens(x: Any, config: MoEConfig) -> np.ndarray:
-    """One rank's tokens, contiguous and writable: the same array if it is, else a copy.
+def check_tokens(name: str, x: Any, config: MoEConfig) -> np.ndarray:
+    """One rank's tokens, contiguous and writable: the same array if it is, else a copy. Errors call it `name`.
 
     Raises:
         TypeError, ValueError: naming the rule, and both sides of it.
     """
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"x must be a NumPy array, got {type(x).__name__}")
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a NumPy array without a mask, got {type(x).__name__}")
     if x.ndim != 2 or x.shape[1] != config.hidden:
-        raise ValueError(f"x of a rank must have shape [num_tokens, hidden={config.hidden}], got {list(x.shape)}")
+        raise ValueError(f"{name} must have shape [num_tokens, hidden={config.hidden}], got {list(x.shape)}")
     if len(x) > config.num_tokens:
-        raise ValueError(f"x of a rank must have at most config.num_tokens={config.num_tokens} tokens, got {len(x)}")
+        raise ValueError(f"{name} must have at most config.num_tokens={config.num_tokens} tokens, got {len(x)}")
     if x.dtype != config.numpy_dtype:
-        raise TypeError(f"x must have config's dtype {config.dtype}, got {x.dtype}")
+        raise TypeError(f"{name} must have config's dtype {config.dtype}, got {x.dtype}")
     return np.require(np.asarray(x), requirements=("C_CONTIGUOUS", "ALIGNED", "WRITEABLE"))

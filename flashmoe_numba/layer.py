@@ -66,6 +66,7 @@ class FlashMoE:
         self._num_tokens: list[int] = []
         self._in_process = comm is None
         self._calling = threading.Lock()
+        self._caller = 0
         problem = find_problem(config, weights, comm, backend, backend_settings, num_processors, deadline_s)
         self.num_processors = num_processors or default_processors(config.num_ranks)
         self._heap: Any = make_heap(config.num_ranks, comm)
@@ -123,9 +124,12 @@ class FlashMoE:
             TypeError, ValueError: before any rank starts.
             FlashMoEError: the call was given up (see the message); the layer is closed.
         """
-        tokens = [check_tokens(part, self.config) for part in self._per_rank("x", x)]
+        parts = self._per_rank("x", x)
+        names = [f"x[{i}]" for i in range(len(parts))] if self._in_process else ["x"]
+        tokens = [check_tokens(name, part, self.config) for name, part in zip(names, parts, strict=True)]
         routings = self._check_routing(tokens, topk_idx, topk_weights)
         with self._calling:
+            self._caller = threading.get_ident()
             ys = self._run(tokens, routings)
         if not self._in_process:
             return ys[0]
@@ -147,10 +151,13 @@ class FlashMoE:
         if topk_idx is None:
             return [None] * len(tokens)
         indices, factors = self._per_rank("topk_idx", topk_idx), self._per_rank("topk_weights", topk_weights)
-        return [
-            external_routing(idx, weight, self.config, len(x))
-            for x, idx, weight in zip(tokens, indices, factors, strict=True)
-        ]
+        routings: list[Routing | None] = []
+        for rank, x, idx, weight in zip(self._ranks, tokens, indices, factors, strict=True):
+            try:
+                routings.append(external_routing(idx, weight, self.config, len(x)))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"rank {rank.rank_idx}: {error}") from None
+        return routings
 
     def _run(self, tokens: Sequence[np.ndarray], routings: Sequence[Routing | None]) -> list[np.ndarray]:
         self._raise_if_closed()
@@ -235,13 +242,16 @@ class FlashMoE:
         self._close(orderly=True)
 
     def _close(self, *, orderly: bool) -> None:
-        if self._heap is None:
-            return
         if not self._calling.acquire(blocking=False):
-            self._leave()  # a call in another thread: end it, then go on
+            if self._caller == threading.get_ident():
+                raise FlashMoEError("close() was called inside a call of this layer, say by a signal handler")
+            if self._ranks:
+                self._leave()  # a call in another thread: end it, then go on
             self._calling.acquire()
         with contextlib.ExitStack() as stack:
             stack.callback(self._calling.release)
+            if self._heap is None:
+                return
             if not orderly or self._closed:
                 self._leave()
             check = self._raise_if_given_up if orderly and not self._closed else None

@@ -150,18 +150,24 @@ def _load(path: Path, config: MoEConfig) -> dict[str, Array]:
     """The arrays of a recording, with ranks and tokens flattened: `[rows, ...]`."""
     if not path.is_file():
         raise FileNotFoundError(f"name is a recorded workload, but there is no file {path}")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = dict(archive)
-    else:
-        from safetensors.numpy import load_file
-
-        arrays = load_file(path)
+    arrays = _read_arrays(path)
     given = [key for key in ("x", "topk_idx", "topk_weights") if key in arrays]
     if given not in (["x"], ["x", "topk_idx", "topk_weights"]):
         raise ValueError(f"{path} must have x, and both or none of topk_idx, topk_weights; it has {sorted(arrays)}")
     widths = {"x": config.hidden, "topk_idx": config.num_topk, "topk_weights": config.num_topk}
     return {key: _flat(f"{path}: {key}", arrays[key], widths[key]) for key in given}
+
+
+def _read_arrays(path: Path) -> dict[str, Array]:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return dict(archive)
+        from safetensors.numpy import load_file
+
+        return dict(load_file(path))
+    except Exception as error:  # each format has errors of its own, and they name neither the file nor its format
+        raise ValueError(f"{path} must be a readable {path.suffix} file: {type(error).__name__}") from error
 
 
 def _flat(name: str, array: Array, width: int) -> Array:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from reference import MoEConfig, Weights, make_workload, route
+from reference import MoEConfig, Weights, load_preset, make_workload, route
 
 NAMES = ("text", "uniform", "zipf:1.2", "hot")
 
@@ -142,3 +142,11 @@ def test_bad_arguments(tmp_path):
     save(tmp_path / "short.npz", {"x": np.ones((11, 19))})
     with pytest.raises(ValueError, match=r"num_tokens asks for tokens up to 12 in all, but .*short.npz has 11"):
         make_workload(str(tmp_path / "short.npz"), config, 3)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_file_that_is_no_recording_is_named(tmp_path, suffix):
+    file = tmp_path / f"broken{suffix}"
+    file.write_text("not an archive")
+    with pytest.raises(ValueError, match=rf"broken{suffix} must be a readable {suffix} file"):
+        make_workload(str(file), load_preset("laptop-tiny"))
