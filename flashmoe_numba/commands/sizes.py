@@ -113,6 +113,6 @@ def check_output(flag: str, path: str | None) -> None:
         existed = file.exists()
         file.open("a").close()
         if not existed:
-            file.unlink()
+            file.unlink(missing_ok=True)  # ranks check at the same time
     except OSError as error:
         raise UsageError(f"argument {flag}: cannot write {path!r}: {error.strerror}") from None
