@@ -14,12 +14,10 @@ from reference import ACTIVATIONS, Layout, MoEConfig, Routing, Weights
 from reference.plan import hidden_rows, max_tasks
 from reference.tiles import packet_row_blocks, packet_tile_height
 
+from .device.storage import as_storage, storage_dtype
 from .kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
 from .kernel.state import BOX_WORDS, Experts, Packets, Problem, Queue, Segments, Tokens
 from .kernel.trace import RECORD_WORDS
-from .tile_gemm.panels import num_tiles, pack, packed_elements
-
-STORAGE = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,6 @@ class Stats:
         return 1 - self.received_rows / self.padded_rows if self.padded_rows else 0.0
 
 
-def as_storage(array: np.ndarray) -> np.ndarray:
-    """The array as the kernel sees it: one-dimensional, 16-bit floats as bit patterns."""
-    storage = STORAGE.get(array.dtype.name)
-    return (array.view(storage) if storage else array).reshape(-1)
-
-
 class Rank:
     """Arrays of one rank.
 
@@ -71,9 +63,8 @@ class Rank:
     ) -> None:
         self.config, self.rank_idx, self.num_processors = config, rank_idx, num_processors
         self.layout = Layout(config)
-        self._width = backend.panel_width(config)
         self.segments = self._segments(segments)
-        self.experts = pack_experts(config, weights, self._width)
+        self.experts = self._experts(weights, backend)
         self.packets = self._packets()
         self.queue = Queue(
             np.zeros(max_tasks(config) * TASK_WORDS, np.int64),
@@ -143,7 +134,7 @@ class Rank:
 
     def _segments(self, segments: list[np.ndarray]) -> Segments:
         own, layout = segments[self.rank_idx], self.layout
-        element = STORAGE.get(self.config.dtype, self.config.numpy_dtype)
+        element = storage_dtype(self.config.numpy_dtype)
 
         def view(offset: int, num_elements: int, dtype: np.dtype) -> np.ndarray:
             return own[offset : offset + num_elements * dtype.itemsize].view(dtype)
@@ -161,9 +152,22 @@ class Rank:
             control=view(layout.control, (layout.num_bytes - layout.control) // 8, word),
         )
 
+    def _experts(self, weights: Weights, backend: Any) -> Experts:
+        """Weights in the form of the backend's tile GEMM; the originals are not kept."""
+        c = self.config
+        ups, up_biases = [weights.up_proj], [weights.up_bias]
+        if c.gated:
+            ups, up_biases = [weights.gate_proj, *ups], [weights.gate_bias, *up_biases]
+        router = weights.router.astype(c.accumulator)[None]
+        return Experts(
+            router=backend.pack([router], [None], c.tile_n, c.accumulator),
+            up=backend.pack(ups, up_biases, c.tile_ffn, c.accumulator),
+            down=backend.pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator),
+        )
+
     def _packets(self) -> Packets:
         c, row_blocks = self.config, self.layout.row_blocks
-        element = STORAGE.get(c.dtype, c.numpy_dtype)
+        element = storage_dtype(c.numpy_dtype)
 
         def words(size: int) -> np.ndarray:
             return np.zeros(size, np.int64)
@@ -205,13 +209,6 @@ class Rank:
 
     def _fixed_problem(self) -> Problem:
         c, layout = self.config, self.layout
-        tile_hidden, tile_ffn = min(c.tile_n, c.hidden), min(c.tile_n, c.ffn)
-        tile_experts = min(c.tile_n, c.num_experts)
-
-        def tile_elements(columns: int, depth: int, parts: int) -> int:
-            total = packed_elements(columns, depth, c.tile_n, self._width, parts)
-            return total // num_tiles(columns, c.tile_n)
-
         return Problem(
             epoch=0,
             rank_idx=self.rank_idx,
@@ -227,14 +224,10 @@ class Rank:
             row_blocks=layout.row_blocks,
             tile_m_min=c.tile_m_min,
             tile_m=c.tile_m,
-            tile_hidden=tile_hidden,
-            tile_ffn=tile_ffn,
-            tile_experts=tile_experts,
+            tile_ffn=min(c.tile_ffn, c.ffn),
+            tile_hidden=min(c.tile_n, c.hidden),
+            tile_experts=min(c.tile_n, c.num_experts),
             token_block=c.token_block,
-            up_tile_elements=tile_elements(c.ffn, c.hidden, 1 + c.gated),
-            down_tile_elements=tile_elements(c.hidden, c.ffn, 1),
-            router_tile_elements=tile_elements(c.num_experts, c.hidden, 1),
-            gated=c.gated,
             activation=ACTIVATIONS.index(c.activation),
             renormalize=c.renormalize,
             routed=False,
@@ -246,45 +239,3 @@ class Rank:
             region_elements=layout.region_elements,
             deadline_ns=0,
         )
-
-
-def pack_experts(config: MoEConfig, weights: Weights, width: int) -> Experts:
-    """Weights in the order of the tile GEMM; the originals are not kept."""
-    c = config
-
-    def packed(columns: int, depth: int, matrices: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
-        """Stacked `[n, columns, depth]` matrices, one expert after the other."""
-        size = packed_elements(columns, depth, c.tile_n, width, len(matrices))
-        out = np.empty((len(matrices[0]), size), dtype)
-        for expert, target in enumerate(out):
-            pack([as_bits(matrix[expert], dtype) for matrix in matrices], c.tile_n, width, target)
-        return out.reshape(-1)
-
-    def biases(columns: int, parts: list[np.ndarray | None]) -> np.ndarray:
-        """`[n, tiles, parts, tile_n]`, zero where there is none."""
-        tile_n = min(c.tile_n, columns)
-        out = np.zeros((c.num_experts_per_rank, num_tiles(columns, tile_n), len(parts), tile_n), c.accumulator)
-        for part, bias in enumerate(parts):
-            if bias is not None:
-                padded = np.zeros((c.num_experts_per_rank, out.shape[1] * tile_n), c.accumulator)
-                padded[:, :columns] = bias.astype(c.accumulator)
-                out[:, :, part] = padded.reshape(-1, out.shape[1], tile_n)
-        return out.reshape(-1)
-
-    element = STORAGE.get(c.dtype, c.numpy_dtype)
-    ups = [weights.gate_proj, weights.up_proj] if c.gated else [weights.up_proj]
-    up_biases = [weights.gate_bias, weights.up_bias] if c.gated else [weights.up_bias]
-    router = weights.router.astype(c.accumulator)[None]
-    return Experts(
-        router=packed(c.num_experts, c.hidden, [router], c.accumulator),
-        router_bias=np.zeros(num_tiles(c.num_experts, c.tile_n) * min(c.tile_n, c.num_experts), c.accumulator),
-        up=packed(c.ffn, c.hidden, ups, element),
-        up_bias=biases(c.ffn, up_biases),
-        down=packed(c.hidden, c.ffn, [weights.down_proj], element),
-        down_bias=biases(c.hidden, [weights.down_bias]),
-    )
-
-
-def as_bits(matrix: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A matrix of 16-bit floats as bit patterns; any other as it is."""
-    return matrix.view(dtype) if matrix.dtype.itemsize == dtype.itemsize else matrix

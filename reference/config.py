@@ -47,7 +47,7 @@ class MoEConfig:
         capacity: rows that one source rank may send to one expert; None means no limit (dropless).
         renormalize: divide the chosen probabilities by their sum.
         tile_m, tile_m_min: tallest and shortest row tile; heights double from the one to the other.
-        tile_n: columns of a tile.
+        tile_n: columns of the product that a tile computes; a gated one has gate and up columns.
         token_block: tokens per gate task and per combine task.
 
     Raises:
@@ -113,6 +113,11 @@ class MoEConfig:
     def slots(self) -> int:
         """Rows that a packet (one source, one expert) can hold."""
         return self.num_tokens if self.capacity is None else self.capacity
+
+    @property
+    def tile_ffn(self) -> int:
+        """Columns of the hidden rows in one tile: each takes two columns of a gated product."""
+        return max(1, self.tile_n // (1 + self.gated))
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:

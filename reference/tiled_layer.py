@@ -168,7 +168,7 @@ class TiledLayer:
         self._dispatch_flags(task.peer)[task.rank, task.expert] = 1 << 32 | len(pairs)
 
     def _gemm0(self, task: Task) -> None:
-        rows, columns = self._tile(task, self.config.ffn)
+        rows, columns = self._tile(task, self.config.tile_ffn, self.config.ffn)
         x, w = self._region(task.rank, DISPATCH)[task.peer, task.expert, rows], self.weights
         up = self._linear(x, w.up_proj, w.up_bias, task, columns)
         if w.gate_proj is None:
@@ -178,7 +178,7 @@ class TiledLayer:
         self._hidden[task.rank, task.expert, task.peer][rows, columns] = hidden.astype(self.config.numpy_dtype)
 
     def _gemm1(self, task: Task) -> None:
-        rows, columns = self._tile(task, self.config.hidden)
+        rows, columns = self._tile(task, self.config.tile_n, self.config.hidden)
         hidden, w = self._hidden[task.rank, task.expert, task.peer][rows], self.weights
         results = self._linear(hidden, w.down_proj, w.down_bias, task, columns).astype(self.config.numpy_dtype)
         for slot, row in zip(range(rows.start, rows.stop), results, strict=True):
@@ -195,13 +195,13 @@ class TiledLayer:
             total += np.where(slot[:, j, None] >= 0, term, 0)
         self.y[rank][block] = total.astype(c.numpy_dtype)
 
-    def _tile(self, task: Task, num_columns: int) -> tuple[slice, slice]:
+    def _tile(self, task: Task, tile_columns: int, num_columns: int) -> tuple[slice, slice]:
         """Real rows of the task's row block, and its columns of `num_columns`."""
         c = self.config
         num_rows = int(self._dispatch_flags(task.rank)[task.peer, task.expert]) & ROWS_MASK
         height = packet_tile_height(num_rows, c)
         rows = slice(task.m * height, min((task.m + 1) * height, num_rows))
-        return rows, slice(task.n * c.tile_n, min((task.n + 1) * c.tile_n, num_columns))
+        return rows, slice(task.n * tile_columns, min((task.n + 1) * tile_columns, num_columns))
 
     def _linear(self, x: Array, matrices: Array, biases: Array | None, task: Task, columns: slice) -> Array:
         """`[rows, columns]` of the product with the task's expert, in the accumulator's type."""

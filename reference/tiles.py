@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
 def tiles_n0(config: MoEConfig) -> int:
     """Column tiles of the hidden rows: GEMM0 tasks per row block."""
-    return -(-config.ffn // config.tile_n)
+    return -(-config.ffn // config.tile_ffn)
 
 
 def tiles_n1(config: MoEConfig) -> int:

@@ -1,7 +1,7 @@
 """Backends: what it takes to run the blocks of one call. One file each, all giving the same few things.
 
-`panel_width(config)`, `make_scratch(config)`, `prepare(arguments)` (compile for these arguments), `deadline_ns`, and
-`run(blocks, stop)`, which returns when every block has.
+`pack(...)` (weights for the tile GEMM), `make_scratch(config)`, `prepare(arguments)` (compile for these arguments),
+`deadline_ns`, and `run(blocks, stop)`, which returns when every block has.
 """
 
 from __future__ import annotations

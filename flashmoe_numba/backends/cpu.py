@@ -12,7 +12,7 @@ from reference import MoEConfig
 
 from ..device.compilation import compile_for
 from ..kernel import persistent
-from ..tile_gemm import Scratch
+from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.cpu import MICRO_ROWS, ROW_STRIDE, panel_width
 
 
@@ -22,14 +22,17 @@ class CpuBackend:
     def __init__(self, num_blocks: int) -> None:
         self._threads = ThreadPoolExecutor(num_blocks, thread_name_prefix="flashmoe")
 
-    def panel_width(self, config: MoEConfig) -> int:
-        return panel_width(config.accumulator)
+    def pack(
+        self, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray | None], tile_n: int, accumulator: np.dtype
+    ) -> Panels:
+        return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator)
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
         """Room for the tallest tile and the widest panels, and for one row of a combine."""
         rows = -(-max(config.tile_m, min(config.token_block, config.num_tokens)) // MICRO_ROWS) * MICRO_ROWS
-        width = self.panel_width(config)
-        columns = (1 + config.gated) * (-(-config.tile_n // width) * width)
+        width = panel_width(config.accumulator)
+        padded = [-(-columns // width) * width for columns in (config.tile_ffn, config.tile_n)]
+        columns = max((1 + config.gated) * padded[0], padded[1])
         sums = max(rows * columns, config.hidden)
         return Scratch(np.empty(rows * ROW_STRIDE, config.accumulator), np.empty(sums, config.accumulator))
 

@@ -11,7 +11,7 @@ from reference import MoEConfig
 
 from ..device.compilation import interpreted
 from ..device.fibers import Scheduler
-from ..tile_gemm import Scratch
+from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.stub import INTERPRETED_PANEL_WIDTH
 
 
@@ -31,8 +31,10 @@ class FiberBackend:
             raise ValueError(f"preempt must be in [0, 1], got {preempt!r}")
         self.seed, self.lanes, self.preempt = seed, lanes, preempt
 
-    def panel_width(self, config: MoEConfig) -> int:
-        return INTERPRETED_PANEL_WIDTH
+    def pack(
+        self, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray | None], tile_n: int, accumulator: np.dtype
+    ) -> Panels:
+        return pack_matrices(matrices, biases, tile_n, INTERPRETED_PANEL_WIDTH, accumulator)
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
         return Scratch(np.empty(0, config.accumulator), np.empty(config.hidden, config.accumulator))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from flashmoe_numba.device import block_sync, fetch_add, jit, lane, lanes, st_release
-from flashmoe_numba.tile_gemm import tile_gemm
+from flashmoe_numba.tile_gemm import IDENTITY, tile_gemm
 from reference.tiles import COMBINE, DISPATCH
 
 from .queue import GATE_OPEN, GATES_DONE, counter, fill, push, reserve
@@ -42,13 +42,7 @@ def gate(p, tokens, experts, queue, scratch, box, token_block):
 def compute_logits(p, tokens, experts, scratch, first, rows):
     """logits[first:first + rows] = x @ router.T"""
     for n in range((p.num_experts + p.tile_experts - 1) // p.tile_experts):
-        column = n * p.tile_experts
-        tile_gemm(
-            tokens.logits, first * p.num_experts + column, p.num_experts,
-            tokens.x, first * p.hidden, p.hidden, rows, p.hidden,
-            experts.router, n * p.router_tile_elements, min(p.tile_experts, p.num_experts - column),
-            experts.router_bias, column, p.tile_experts, 0, False, scratch,
-        )  # fmt: skip
+        tile_gemm(tokens.logits, first, tokens.x, first, rows, experts.router, 0, n, IDENTITY, scratch)
 
 
 @jit

@@ -12,7 +12,7 @@ from flashmoe_numba.device import (
     now,
     st_release,
 )
-from flashmoe_numba.tile_gemm import tile_gemm
+from flashmoe_numba.tile_gemm import IDENTITY, tile_gemm
 from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
 
 from .combine import combine
@@ -101,13 +101,9 @@ def gemm0(p, segments, experts, packets, queue, scratch, source, expert, m, n):
     """One column tile of the up projections; the last one of a row tile lets the down projection begin."""
     packet = source * p.experts_per_rank + expert
     first, rows = packet_tile(p, packets, packet, m)
-    tile = expert * up_tiles(p) + n
-    column = n * p.tile_ffn
     tile_gemm(
-        packets.hidden, (packets.first_row[packet] + first) * p.ffn + column, p.ffn,
-        segments.dispatch, (packet * p.slots + first) * p.hidden, p.hidden, rows, p.hidden,
-        experts.up, tile * p.up_tile_elements, min(p.tile_ffn, p.ffn - column),
-        experts.up_bias, tile * (1 + p.gated) * p.tile_ffn, p.tile_ffn, p.activation, p.gated, scratch,
+        packets.hidden, packets.first_row[packet] + first,
+        segments.dispatch, packet * p.slots + first, rows, experts.up, expert, n, p.activation, scratch,
     )  # fmt: skip
     block_sync()
     if lane() == 0 and finished_last(packets.up_done, packet * p.row_blocks + m, up_tiles(p)):
@@ -121,15 +117,11 @@ def gemm1(p, segments, experts, packets, scratch, source, expert, m, n):
     """One column tile of the down projection, stored into the source's memory; the last one of a row tile signals."""
     packet = source * p.experts_per_rank + expert
     first, rows = packet_tile(p, packets, packet, m)
-    tile = expert * down_tiles(p) + n
-    column = n * p.tile_hidden
     e = p.rank_idx * p.experts_per_rank + expert
     target = array_at(segments.address[source] + p.result_at, p.region_elements, segments.result)
     tile_gemm(
-        target, (e * p.slots + first) * p.hidden + column, p.hidden,
-        packets.hidden, (packets.first_row[packet] + first) * p.ffn, p.ffn, rows, p.ffn,
-        experts.down, tile * p.down_tile_elements, min(p.tile_hidden, p.hidden - column),
-        experts.down_bias, tile * p.tile_hidden, p.tile_hidden, 0, False, scratch,
+        target, e * p.slots + first,
+        packets.hidden, packets.first_row[packet] + first, rows, experts.down, expert, n, IDENTITY, scratch,
     )  # fmt: skip
     block_sync()
     if lane() == 0 and finished_last(packets.down_done, packet * p.row_blocks + m, down_tiles(p)):

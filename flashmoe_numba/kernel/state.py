@@ -7,7 +7,7 @@ one expert of this rank, numbered `source * experts_per_rank + expert`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,14 +34,10 @@ class Problem(NamedTuple):
     row_blocks: int  # most row tiles of a packet
     tile_m_min: int
     tile_m: int
-    tile_hidden: int  # columns of a tile, by what the columns are
-    tile_ffn: int
+    tile_ffn: int  # columns of a tile, by what the columns are
+    tile_hidden: int
     tile_experts: int
     token_block: int
-    up_tile_elements: int  # packed weights of one column tile
-    down_tile_elements: int
-    router_tile_elements: int
-    gated: bool
     activation: int
     renormalize: bool
     routed: bool  # topk_idx and topk_weights were given
@@ -66,14 +62,11 @@ class Segments(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """Packed weights (tile_gemm/panels.py) and biases `[tiles, parts, tile_n]` in the accumulator's type."""
+    """Weights and biases, in whatever form the target's tile GEMM reads (on CPUs tile_gemm.Panels)."""
 
-    router: np.ndarray
-    router_bias: np.ndarray
-    up: np.ndarray
-    up_bias: np.ndarray
-    down: np.ndarray
-    down_bias: np.ndarray
+    router: Any  # one matrix, of all experts' rows
+    up: Any
+    down: Any
 
 
 class Tokens(NamedTuple):

@@ -1,5 +1,6 @@
-"""Tile GEMMs: weights in packed panels, and the verb that multiplies one tile."""
+"""Tile GEMMs: the verb that multiplies one tile, and weights in the form in which it reads them."""
 
-from .stub import Scratch, tile_gemm
+from .panels import Panels, pack_matrices
+from .stub import IDENTITY, Scratch, tile_gemm
 
-__all__ = ["Scratch", "tile_gemm"]
+__all__ = ["IDENTITY", "Panels", "Scratch", "pack_matrices", "tile_gemm"]

@@ -140,19 +140,20 @@ def _copy_rows(copy, a, a_at, a_stride, rows, depth):
 
 
 @jit
-def _multiply(a, a_at, a_stride, rows, depth, weights, weights_at, parts, panels, width, stride, scratch):
+def _multiply(a, a_row, rows, matrices, tile_index, panels, width, stride, scratch):
     """scratch.sums[rows, stride] = a @ weights: the first `panels` panels of each part, part after part."""
-    part_elements = stride // parts // width * depth * width
+    depth, parts = matrices.depth, matrices.parts
+    part_elements = matrices.tile_elements // parts
     for first in range(0, depth, DEPTH_BLOCK):
         block = min(DEPTH_BLOCK, depth - first)
-        _copy_rows(scratch.rows, a, a_at + first, a_stride, rows, block)
+        _copy_rows(scratch.rows, a, a_row * depth + first, depth, rows, block)
         for part in range(parts):
             for panel in range(panels):
-                panel_at = weights_at + part * part_elements + (panel * depth + first) * width
+                panel_at = tile_index * matrices.tile_elements + part * part_elements + (panel * depth + first) * width
                 column = part * (stride // parts) + panel * width
                 for group in range(0, rows, MICRO_ROWS):
                     _micro_kernel(
-                        scratch.rows, group * ROW_STRIDE, weights, panel_at, block,
+                        scratch.rows, group * ROW_STRIDE, matrices.weights, panel_at, block,
                         scratch.sums, group * stride + column, stride, first == 0,
                     )  # fmt: skip
 
@@ -233,27 +234,29 @@ def _store_gated_row(out, out_at, sums, gate_at, up_at, columns):
 
 
 @overload(stub.tile_gemm, target="cpu")
-def _tile_gemm(out, out_at, out_stride, a, a_at, a_stride, rows, depth, weights, weights_at, columns,
-               bias, bias_at, tile_n, activation, gated, scratch):  # fmt: skip
+def _tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch):
     accumulator = np.float64 if scratch.types[0].dtype == types.float64 else np.float32
     width = panel_width(np.dtype(accumulator))
 
-    def meaning(out, out_at, out_stride, a, a_at, a_stride, rows, depth, weights, weights_at, columns,
-                bias, bias_at, tile_n, activation, gated, scratch):  # fmt: skip
-        parts = 2 if gated else 1
+    def meaning(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch):
+        parts, tile_n, sums = matrices.parts, matrices.tile_n, scratch.sums
         part_columns = (tile_n + width - 1) // width * width
         stride = parts * part_columns
+        first = n * tile_n
+        columns = min(tile_n, matrices.columns - first)
         panels = (columns + width - 1) // width
-        sums = scratch.sums
-        _multiply(a, a_at, a_stride, rows, depth, weights, weights_at, parts, panels, width, stride, scratch)
+        tile_index = expert * ((matrices.columns + tile_n - 1) // tile_n) + n
+        _multiply(a, a_row, rows, matrices, tile_index, panels, width, stride, scratch)
         for r in range(rows):
             at = r * stride
+            out_at = (out_row + r) * matrices.columns + first
             for part in range(parts):
-                _add_bias(sums, at + part * part_columns, bias, bias_at + part * tile_n, columns)
+                bias_at = (tile_index * parts + part) * tile_n
+                _add_bias(sums, at + part * part_columns, matrices.bias, bias_at, columns)
             _activate(sums, at, columns, activation)
-            if gated:
-                _store_gated_row(out, out_at + r * out_stride, sums, at, at + part_columns, columns)
+            if parts == 2:
+                _store_gated_row(out, out_at, sums, at, at + part_columns, columns)
             else:
-                _store_row(out, out_at + r * out_stride, sums, at, columns)
+                _store_row(out, out_at, sums, at, columns)
 
     return meaning

@@ -7,7 +7,27 @@ up panels. Panels that are not full are padded with zeros; rows of a product do 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
+
+from ..device.storage import storage_dtype
+
+
+class Panels(NamedTuple):
+    """One kind of matrix of all experts of a rank, packed (panels.py), and its biases.
+
+    A gated expert's gate and up projections are one such matrix of two `parts`.
+    """
+
+    weights: np.ndarray  # elements [experts, tiles, parts, panels, depth, width]
+    bias: np.ndarray  # accumulator [experts, tiles, parts, tile_n]
+    depth: int
+    columns: int
+    tile_n: int
+    tile_elements: int  # packed weights of one column tile
+    parts: int
 
 
 def num_tiles(num_columns: int, tile_n: int) -> int:
@@ -35,3 +55,29 @@ def pack(matrices: list[np.ndarray], tile_n: int, width: int, out: np.ndarray) -
             for panel in range(panels):
                 rows = matrix[first + panel * width : min(first + tile_n, columns)][:width]
                 view[first // tile_n, part, panel, :, : len(rows)] = rows.T
+
+
+def pack_matrices(
+    matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray | None], tile_n: int, width: int, accumulator: np.dtype
+) -> Panels:
+    """`Panels` of stacked matrices `[experts, out, in]`, two of them for gate and up; the originals are not kept.
+
+    Args:
+        matrices: elements; 16-bit floats are packed as bit patterns.
+        biases: `[experts, out]` for each of them, or None.
+        tile_n: columns of a tile; fewer where a matrix has fewer.
+    """
+    experts, columns, depth = matrices[0].shape
+    tile_n, parts = min(tile_n, columns), len(matrices)
+    size = packed_elements(columns, depth, tile_n, width, parts)
+    weights = np.empty((experts, size), storage_dtype(matrices[0].dtype))
+    for expert, target in enumerate(weights):
+        pack([matrix[expert].view(weights.dtype) for matrix in matrices], tile_n, width, target)
+    tiles = num_tiles(columns, tile_n)
+    bias = np.zeros((experts, tiles, parts, tile_n), accumulator)
+    for part, given in enumerate(biases):
+        if given is not None:
+            padded = np.zeros((experts, tiles * tile_n), accumulator)
+            padded[:, :columns] = given.astype(accumulator)
+            bias[:, :, part] = padded.reshape(experts, tiles, tile_n)
+    return Panels(weights.reshape(-1), bias.reshape(-1), depth, columns, tile_n, size // tiles, parts)

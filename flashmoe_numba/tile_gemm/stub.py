@@ -13,7 +13,7 @@ from reference.config import ACTIVATIONS
 from reference.experts import activation as apply_activation
 
 from ..device import vocabulary as verbs
-from .panels import panels_per_tile
+from .panels import num_tiles
 
 IDENTITY, RELU, GELU, SILU = (ACTIVATIONS.index(name) for name in ("identity", "relu", "gelu", "silu"))
 INTERPRETED_PANEL_WIDTH = 4
@@ -26,33 +26,32 @@ class Scratch(NamedTuple):
     sums: np.ndarray
 
 
-def tile_gemm(out, out_at, out_stride, a, a_at, a_stride, rows, depth, weights, weights_at, columns,
-              bias, bias_at, tile_n, activation, gated, scratch):  # fmt: skip
-    """Store `[rows, columns]` of act(a @ gate + b0) * (a @ up + b1), or of act(a @ weights + b0) when not gated.
+def tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch):
+    """Store a tile of act(a @ gate + b0) * (a @ up + b1), or of act(a @ weights + b0) where there is one part.
 
     Args:
-        out, out_at, out_stride: element array, first element and row stride of the result.
-        a, a_at, a_stride: the same for the rows to multiply, `[rows, depth]`.
-        weights, weights_at: packed column tile (panels.py); its gate panels come before its up panels.
-        columns: real columns of this tile, at most `tile_n`.
-        bias, bias_at: `[parts, tile_n]` in the accumulator's type.
+        out, out_row: elements `[..., columns]`, and the tile's first row there. Its columns are those of column tile n.
+        a, a_row, rows: elements `[..., depth]`, the first row to multiply, and how many.
+        matrices, expert, n: `Panels`, and which column tile of which expert.
         activation: index into ACTIVATIONS.
         scratch: the block's `Scratch`.
     """
-    width = INTERPRETED_PANEL_WIDTH
-    parts = 2 if gated else 1
-    panels = panels_per_tile(tile_n, tile_n, width)
-    tile = weights[weights_at : weights_at + parts * panels * depth * width]
-    tile = as_floats(tile, bias.dtype).reshape(parts, panels, depth, width).transpose(0, 2, 1, 3)
-    tile = tile.reshape(parts, depth, panels * width)[:, :, :columns]
-    added = bias[bias_at : bias_at + parts * tile_n].reshape(parts, tile_n)[:, :columns]
+    width, depth, parts, accumulator = INTERPRETED_PANEL_WIDTH, matrices.depth, matrices.parts, matrices.bias.dtype
+    tile_n = matrices.tile_n
+    first = n * tile_n
+    columns = min(tile_n, matrices.columns - first)
+    tile_index = expert * num_tiles(matrices.columns, tile_n) + n
+    tile = matrices.weights[tile_index * matrices.tile_elements :][: matrices.tile_elements]
+    tile = as_floats(tile, accumulator).reshape(parts, -1, depth, width).transpose(0, 2, 1, 3)
+    tile = tile.reshape(parts, depth, -1)[:, :, :columns]
+    added = matrices.bias[tile_index * parts * tile_n :][: parts * tile_n].reshape(parts, tile_n)[:, :columns]
     for r in range(verbs.lane(), rows, verbs.lanes()):
-        row = as_floats(a[a_at + r * a_stride : a_at + r * a_stride + depth], bias.dtype)
+        row = as_floats(a[(a_row + r) * depth : (a_row + r + 1) * depth], accumulator)
         with np.errstate(over="ignore", invalid="ignore"):
             sums = np.einsum("k,pkc->pc", row, tile) + added
-            value = apply_activation(ACTIVATIONS[activation], sums[0]) * (sums[1] if gated else 1)
+            value = apply_activation(ACTIVATIONS[activation], sums[0]) * (sums[1] if parts == 2 else 1)
         for c in range(columns):
-            verbs.store(out, out_at + r * out_stride + c, bias.dtype.type(value[c]))
+            verbs.store(out, (out_row + r) * matrices.columns + first + c, accumulator.type(value[c]))
 
 
 def as_floats(array: np.ndarray, accumulator: np.dtype) -> np.ndarray:

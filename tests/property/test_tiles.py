@@ -58,7 +58,7 @@ def configs(draw):
         renormalize=draw(st.booleans()),
         tile_m=tile_m_min * draw(st.sampled_from([1, 2, 4])),
         tile_m_min=tile_m_min,
-        tile_n=draw(st.sampled_from([3, 8, 100])),
+        tile_n=draw(st.sampled_from([1, 3, 8, 100])),
         token_block=draw(st.sampled_from([1, 4, 9, 32])),
     )
 
@@ -179,7 +179,8 @@ def test_graph_says_what_each_kind_waits_for(layer):
         if task.kind == GEMM0:
             assert needs == {Task(DISPATCH, task.peer, task.rank, task.expert)}
         if task.kind == GEMM1:
-            tiles = -(-config.ffn // config.tile_n)
+            columns = max(1, config.tile_n // 2) if config.gated else config.tile_n  # a gate column for each up
+            tiles = -(-config.ffn // columns)
             assert needs == {task._replace(kind=GEMM0, n=n) for n in range(tiles)}
         if task.kind == COMBINE:
             tokens = range(task.m * config.token_block, min((task.m + 1) * config.token_block, len(x[task.rank])))
@@ -273,7 +274,7 @@ def test_plan_of_a_case_worked_out_by_hand():
     assert plan.weight_bytes == 2 * 3 * 60 * 2 + 40 * 4
     assert (plan.num_packets, plan.num_dropped, plan.real_rows, plan.row_tiles) == (6, 4, 20, 7)
     assert plan.padded_rows == 8 + 2 + 4 + 4 + 4 + 4 and plan.padded_share == pytest.approx(6 / 26)
-    assert plan.num_tasks == {"GATE": 4, "DISPATCH": 8, "GEMM0": 14, "GEMM1": 21, "COMBINE": 4}
+    assert plan.num_tasks == {"GATE": 4, "DISPATCH": 8, "GEMM0": 21, "GEMM1": 21, "COMBINE": 4}
     gate, row = 2 * 10 * 4, 2 * 3 * 60
     assert plan.total_flops == 12 * gate + 20 * row and plan.padded_flops == 12 * gate + 26 * row
     assert plan.busiest_rank_flops == 3 * gate + 14 * row

@@ -13,19 +13,16 @@ from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.backends.fibers import FiberBackend
 from flashmoe_numba.device.cpu import JIT_OPTIONS
 from flashmoe_numba.device.fibers import Scheduler
-from flashmoe_numba.rank import as_bits, as_storage
+from flashmoe_numba.device.storage import as_storage
 from flashmoe_numba.tile_gemm import tile_gemm
-from flashmoe_numba.tile_gemm.cpu import _exp32, panel_width
-from flashmoe_numba.tile_gemm.panels import num_tiles, pack, packed_elements, panels_per_tile
-from flashmoe_numba.tile_gemm.stub import INTERPRETED_PANEL_WIDTH
+from flashmoe_numba.tile_gemm.cpu import _exp32
+from flashmoe_numba.tile_gemm.panels import pack, packed_elements, panels_per_tile
 from reference import ACTIVATIONS, MoEConfig, activation
 from reference.tolerance import ELEMENTWISE_ULPS, GROWTH, unit_roundoff
 
 
-def multiply(out, out_at, out_stride, a, a_at, a_stride, rows, depth, weights, weights_at, columns,
-             bias, bias_at, tile_n, activation, gated, scratch):  # fmt: skip
-    tile_gemm(out, out_at, out_stride, a, a_at, a_stride, rows, depth, weights, weights_at, columns,
-              bias, bias_at, tile_n, activation, gated, scratch)  # fmt: skip
+def multiply(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch):
+    tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch)
 
 
 def on_fibers(lanes):
@@ -57,41 +54,29 @@ class Product:
         return MoEConfig(**sizes, dtype=self.dtype, gated=len(self.w) == 2)
 
     def run(self, tile_n=128, tile_m=1000, targets=("cpu", 1)):
-        """`[rows, columns]`, made of tiles as the kernel makes it, in a larger array that must stay as it is."""
+        """`[rows, columns]`, made of tiles as the kernel makes it, by the second of two experts, in a larger array."""
         kind, lanes = targets
         c = self.config
-        (rows, depth), columns, parts = self.x.shape, len(self.w[0]), len(self.w)
-        width = panel_width(c.accumulator) if kind == "cpu" else INTERPRETED_PANEL_WIDTH
+        rows, columns = len(self.x), len(self.w[0])
         backend, function = (CpuBackend(1), compiled) if kind == "cpu" else (FiberBackend(), on_fibers(lanes))
-        tile_n = min(tile_n, columns)
-        packed = np.empty(packed_elements(columns, depth, tile_n, width, parts), as_storage(self.x[:0]).dtype)
-        pack([as_bits(matrix, packed.dtype) for matrix in self.w], tile_n, width, packed)
-        bias = np.full((num_tiles(columns, tile_n), parts, tile_n), np.nan, c.accumulator)
-        for n in range(len(bias)):
-            for part in range(parts):
-                here = self.b[part][n * tile_n : (n + 1) * tile_n]
-                bias[n, part, : len(here)] = here
-        stride = columns + 3
-        out = np.full((rows + 2, stride), 77, self.x.dtype)
-        tall = MoEConfig(**{**vars(c), "tile_m": 256, "tile_m_min": 256, "tile_n": tile_n})
-        scratch = backend.make_scratch(tall)
+        other = [np.full_like(w, np.nan) for w in self.w]
+        experts = [np.stack(pair) for pair in zip(other, self.w, strict=True)]
+        biases = [np.stack([np.full_like(b, np.nan), b]) for b in self.b]
+        matrices = backend.pack(experts, biases, tile_n, c.accumulator)
+        out = np.full((rows + 2, columns), 77, self.x.dtype)
+        tile_n = tile_n * len(self.w)
+        scratch = backend.make_scratch(MoEConfig(**{**vars(c), "tile_m": 256, "tile_m_min": 256, "tile_n": tile_n}))
         for array in scratch:
             array[:] = np.nan
-        tile_elements = packed.size // len(bias)
         for first in range(0, rows, tile_m):
-            for n in range(len(bias)):
+            for n in range(-(-columns // matrices.tile_n)):
                 function(
-                    as_storage(out), (first + 1) * stride + 1 + n * tile_n, stride,
-                    as_storage(self.x), first * depth, depth, min(tile_m, rows - first), depth,
-                    packed, n * tile_elements, min(tile_n, columns - n * tile_n),
-                    bias.reshape(-1), n * parts * tile_n, tile_n,
-                    ACTIVATIONS.index(self.activation), parts == 2, scratch,
+                    as_storage(out), first + 1, as_storage(self.x), first, min(tile_m, rows - first),
+                    matrices, 1, n, ACTIVATIONS.index(self.activation), scratch,
                 )  # fmt: skip
         backend.close()
-        inside = np.zeros(out.shape, bool)
-        inside[1 : rows + 1, 1 : columns + 1] = True
-        assert (out[~inside] == 77).all(), f"{self}: written outside of the tile, with tile_n {tile_n}"
-        return out[1 : rows + 1, 1 : columns + 1].copy()
+        assert (out[[0, -1]] == 77).all(), f"{self}: written outside of the tile, with tile_n {tile_n}"
+        return out[1:-1].copy()
 
     def check(self, got):
         """Against float64: a chain of `depth` roundings, the elementwise steps, one rounding to the element type."""

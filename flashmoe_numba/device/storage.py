@@ -1,0 +1,17 @@
+"""How elements are stored for kernel code: 16-bit floats as integers, in one dimension (vocabulary.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_BITS = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
+
+
+def storage_dtype(dtype: np.dtype) -> np.dtype:
+    """The type under which kernel code sees elements of `dtype`."""
+    return _BITS.get(dtype.name, dtype)
+
+
+def as_storage(array: np.ndarray) -> np.ndarray:
+    """The array as kernel code sees it; the same memory."""
+    return array.view(storage_dtype(array.dtype)).reshape(-1)
