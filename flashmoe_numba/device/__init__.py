@@ -12,8 +12,10 @@ from .vocabulary import (
     ld_acquire,
     ld_relaxed,
     load,
+    local_array,
     now,
     pause,
+    record_at,
     st_release,
     store,
 )
@@ -30,8 +32,10 @@ __all__ = [
     "ld_acquire",
     "ld_relaxed",
     "load",
+    "local_array",
     "now",
     "pause",
+    "record_at",
     "st_release",
     "store",
 ]

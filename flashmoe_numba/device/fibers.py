@@ -165,6 +165,9 @@ def clock() -> int:
 
 
 def memory_view(address: int, num_elements: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Elements at an address; none at all may be anywhere."""
+    if num_elements == 0:
+        return np.empty(0, dtype)
     buffer = (ctypes.c_char * (int(num_elements) * dtype.itemsize)).from_address(int(address))
     return np.frombuffer(buffer, dtype)
 

@@ -16,6 +16,9 @@ from __future__ import annotations
 import numpy as np
 
 from . import fibers
+from .records import read_record
+
+LOCAL_ELEMENTS = 16
 
 
 def lane() -> int:
@@ -87,6 +90,11 @@ def array_at(address, num_elements, like):
     return fibers.memory_view(address, num_elements, like.dtype)
 
 
+def record_at(words, at, like):
+    """The named tuple that lies in `words` from word `at` on (records.py), of the type of `like`."""
+    return read_record(words, at, like, fibers.memory_view)
+
+
 def load(array, i):
     """Element `i` as float32, or float64 for a float64 array."""
     value = array[i]
@@ -113,3 +121,8 @@ def copy_row(target, target_at, source, source_at, num_elements) -> None:
     fiber = fibers.current()
     for c in range(fiber.lane, num_elements, fiber.lanes):
         target[target_at + c] = source[source_at + c]
+
+
+def local_array(like):
+    """LOCAL_ELEMENTS zeros of the element type of `like`, of this lane only; in registers where that can be."""
+    return np.zeros(LOCAL_ELEMENTS, like.dtype)

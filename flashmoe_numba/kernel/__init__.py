@@ -1,5 +1,6 @@
 """The persistent kernel, as plain functions over the device vocabulary."""
 
+from .grid import grid_block
 from .persistent import persistent
 
-__all__ = ["persistent"]
+__all__ = ["grid_block", "persistent"]

@@ -1,6 +1,8 @@
-"""Tile GEMMs: the verb that multiplies one tile, and weights in the form in which it reads them."""
+"""Tile GEMMs: the verb that multiplies one tile, and weights in the forms in which targets read them."""
 
+from .activations import IDENTITY
+from .matrices import Matrices, as_matrices
 from .panels import Panels, pack_matrices
-from .stub import IDENTITY, Scratch, tile_gemm
+from .stub import Scratch, tile_gemm
 
-__all__ = ["IDENTITY", "Panels", "Scratch", "pack_matrices", "tile_gemm"]
+__all__ = ["IDENTITY", "Matrices", "Panels", "Scratch", "as_matrices", "pack_matrices", "tile_gemm"]

@@ -22,6 +22,7 @@ from ..device.compilation import jit
 from ..device.cpu import bfloat_to_float, element_pointer, half_to_float
 from ..device.vocabulary import load, store
 from . import stub
+from .activations import GELU, RELU, SILU
 
 _features = binding.get_host_cpu_features()
 VECTOR_BYTES = 64 if _features.get("avx512f") else 32 if _features.get("avx2") else 16
@@ -201,15 +202,15 @@ def _exp_meaning(x):
 @jit
 def _activate(sums, at, columns, activation):
     one, half, root = sums.dtype.type(1), sums.dtype.type(0.5), sums.dtype.type(math.sqrt(0.5))
-    if activation == stub.RELU:
+    if activation == RELU:
         for c in range(at, at + columns):
             x = load(sums, c)
             store(sums, c, x if not x < 0 else sums.dtype.type(0))
-    elif activation == stub.SILU:
+    elif activation == SILU:
         for c in range(at, at + columns):
             x = load(sums, c)
             store(sums, c, x / (_exp(-x) + one))
-    elif activation == stub.GELU:
+    elif activation == GELU:
         for c in range(at, at + columns):
             x = load(sums, c)
             store(sums, c, half * x * (one + math.erf(x * root)))

@@ -13,9 +13,10 @@ from reference.config import ACTIVATIONS
 from reference.experts import activation as apply_activation
 
 from ..device import vocabulary as verbs
+from ..device.compilation import interpreted
+from .matrices import Matrices
 from .panels import num_tiles
 
-IDENTITY, RELU, GELU, SILU = (ACTIVATIONS.index(name) for name in ("identity", "relu", "gelu", "silu"))
 INTERPRETED_PANEL_WIDTH = 4
 
 
@@ -32,10 +33,14 @@ def tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scr
     Args:
         out, out_row: elements `[..., columns]`, and the tile's first row there. Its columns are those of column tile n.
         a, a_row, rows: elements `[..., depth]`, the first row to multiply, and how many.
-        matrices, expert, n: `Panels`, and which column tile of which expert.
+        matrices, expert, n: `Panels` or `Matrices`, and which column tile of which expert.
         activation: index into ACTIVATIONS.
         scratch: the block's `Scratch`.
     """
+    if isinstance(matrices, Matrices):
+        lanes = interpreted("flashmoe_numba.tile_gemm.lanes")
+        lanes.multiply_tile(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch)
+        return
     width, depth, parts, accumulator = INTERPRETED_PANEL_WIDTH, matrices.depth, matrices.parts, matrices.bias.dtype
     tile_n = matrices.tile_n
     first = n * tile_n
@@ -52,6 +57,18 @@ def tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scr
             value = apply_activation(ACTIVATIONS[activation], sums[0]) * (sums[1] if parts == 2 else 1)
         for c in range(columns):
             verbs.store(out, (out_row + r) * matrices.columns + first + c, accumulator.type(value[c]))
+
+
+def tile_sums(a, a_row, rows, matrices, expert, first, columns, scratch):
+    """Fill `scratch.sums` `[rows, SUMS_STRIDE]` with the products of some rows and one column tile of `Matrices`.
+
+    Args:
+        a, a_row, rows: as for `tile_gemm`; at most `matrices.group_rows` rows.
+        first, columns: of the tile; the columns of a second part come `tile_n` after those of the first.
+    """
+    interpreted("flashmoe_numba.tile_gemm.lanes").sum_products(
+        a, a_row, rows, matrices, expert, first, columns, scratch
+    )
 
 
 def as_floats(array: np.ndarray, accumulator: np.dtype) -> np.ndarray:

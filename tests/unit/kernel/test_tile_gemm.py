@@ -14,8 +14,9 @@ from flashmoe_numba.backends.fibers import FiberBackend
 from flashmoe_numba.device.cpu import JIT_OPTIONS
 from flashmoe_numba.device.fibers import Scheduler
 from flashmoe_numba.device.storage import as_storage
-from flashmoe_numba.tile_gemm import tile_gemm
+from flashmoe_numba.tile_gemm import Scratch, as_matrices, tile_gemm
 from flashmoe_numba.tile_gemm.cpu import _exp32
+from flashmoe_numba.tile_gemm.matrices import scratch_elements
 from flashmoe_numba.tile_gemm.panels import pack, packed_elements, panels_per_tile
 from reference import ACTIVATIONS, MoEConfig, activation
 from reference.tolerance import ELEMENTWISE_ULPS, GROWTH, unit_roundoff
@@ -35,6 +36,22 @@ def on_fibers(lanes):
 
 
 compiled = njit(**JIT_OPTIONS)(multiply)
+
+
+class LanesBackend:
+    """What a target of many lanes per block gives the layer, on NumPy arrays."""
+
+    def __init__(self, num_blocks):
+        pass
+
+    def pack(self, matrices, biases, tile_n, accumulator):
+        return as_matrices(matrices, biases, tile_n, accumulator, np.ascontiguousarray)
+
+    def make_scratch(self, config):
+        return Scratch(*(np.empty(size, config.accumulator) for size in scratch_elements(config.hidden)))
+
+    def close(self):
+        pass
 
 
 @dataclass
@@ -58,7 +75,8 @@ class Product:
         kind, lanes = targets
         c = self.config
         rows, columns = len(self.x), len(self.w[0])
-        backend, function = (CpuBackend(1), compiled) if kind == "cpu" else (FiberBackend(), on_fibers(lanes))
+        backends = {"cpu": CpuBackend, "fibers": lambda _: FiberBackend(), "lanes": LanesBackend}
+        backend, function = backends[kind](1), compiled if kind == "cpu" else on_fibers(lanes)
         other = [np.full_like(w, np.nan) for w in self.w]
         experts = [np.stack(pair) for pair in zip(other, self.w, strict=True)]
         biases = [np.stack([np.full_like(b, np.nan), b]) for b in self.b]
@@ -149,6 +167,24 @@ def test_every_variant(dtype, gated, name):
 @given(products(max_rows=7, depths=(1, 3, 17), max_columns=9), st.integers(1, 4), st.integers(1, 3))
 def test_interpreted_tiles_equal_float64(product, tile_n, lanes):
     product.check(product.run(tile_n, tile_m=3, targets=("fibers", lanes)))
+
+
+@pytest.mark.parametrize("lanes", [64, 128])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "depth", "columns", "gated", "name", "tile_n"),
+    [
+        ("float32", 33, 65, 129, True, "silu", 64),
+        ("float64", 3, 33, 70, False, "gelu", 7),
+        ("float16", 40, 31, 9, True, "relu", 5),
+        ("bfloat16", 1, 1, 130, False, "identity", 128),
+    ],
+)
+def test_tiles_of_many_lanes_equal_float64(dtype, rows, depth, columns, gated, name, tile_n, lanes):
+    product = make_product(dtype, rows, depth, columns, gated, name)
+    y = product.run(tile_n, targets=("lanes", lanes))
+    product.check(y)
+    last = Product(dtype, product.x[-1:].copy(), product.w, product.b, name)
+    assert_same_bits(last.run(tile_n, targets=("lanes", 128)), y[-1:], "the last row alone")
 
 
 @given(products(), st.integers(0, 2**32))

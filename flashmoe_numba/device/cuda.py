@@ -1,0 +1,201 @@
+"""The vocabulary compiled for NVIDIA GPUs: a block is a thread block, atomics are PTX at system scope.
+
+Importing this module registers the overloads. LLVM's own atomics are no way here: NVVM takes them down to relaxed ones
+of one GPU.
+"""
+
+from __future__ import annotations
+
+from . import vocabulary as verbs
+from .cuda_api import cgutils, cuda, element_pointer, intrinsic, ir, make_array, overload, populate_array, types
+from .cuda_records import record_at
+
+SHORTEST_SLEEP_NS, LONGEST_SLEEP_NS = 32, 1024
+VECTOR_BYTES = 16
+_REGISTER = {16: "h", 32: "r", 64: "l"}
+
+
+def statement(ptx):
+    """An intrinsic of no arguments that is these PTX instructions."""
+
+    def codegen(context, builder, sig, args):
+        builder.asm(ir.FunctionType(ir.VoidType(), []), ptx, "~{memory}", [], True)
+        return context.get_dummy_value()
+
+    return intrinsic(lambda typing: (types.void(), codegen))
+
+
+def _word_intrinsic(num_values, returns_word, ptx):
+    """Intrinsic `f(words, i, *values)` on one word; `$0, $1...` are the result if there is one, the address, values."""
+
+    def signature(words):
+        return (words.dtype if returns_word else types.void)(words, types.intp, *[words.dtype] * num_values)
+
+    def codegen(context, builder, sig, args):
+        pointer = element_pointer(context, builder, sig.args[0], args[0], args[1])
+        word = context.get_value_type(sig.args[0].dtype)
+        register = _REGISTER[word.width]
+        outputs = [f"={register}"] if returns_word else []
+        constraints = ",".join([*outputs, "l", *[register] * num_values, "~{memory}"])
+        function = ir.FunctionType(word if returns_word else ir.VoidType(), [pointer.type, *[word] * num_values])
+        result = builder.asm(function, ptx.format(bits=word.width), constraints, [pointer, *args[2:]], True)
+        return result if returns_word else context.get_dummy_value()
+
+    if num_values == 0:
+        return intrinsic(lambda typing, words, i: (signature(words), codegen))
+    if num_values == 1:
+        return intrinsic(lambda typing, words, i, value: (signature(words), codegen))
+    return intrinsic(lambda typing, words, i, expected, value: (signature(words), codegen))
+
+
+_ld_acquire = _word_intrinsic(0, True, "ld.acquire.sys.b{bits} $0, [$1];")
+_ld_relaxed = _word_intrinsic(0, True, "ld.relaxed.sys.b{bits} $0, [$1];")
+_st_release = _word_intrinsic(1, False, "st.release.sys.b{bits} [$0], $1;")
+_fetch_add = _word_intrinsic(1, True, "atom.add.acq_rel.sys.u{bits} $0, [$1], $2;")
+_cas = _word_intrinsic(2, True, "atom.cas.acq_rel.sys.b{bits} $0, [$1], $2, $3;")
+
+
+@intrinsic
+def _global_timer(typing):
+    def codegen(context, builder, sig, args):
+        return builder.asm(ir.FunctionType(ir.IntType(64), []), "mov.u64 $0, %globaltimer;", "=l", [], True)
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def _array_at(typing, address, num_elements, like):
+    array_type = types.Array(like.dtype, 1, "C")
+
+    def codegen(context, builder, sig, args):
+        array = make_array(array_type)(context, builder)
+        item = context.get_constant(types.intp, array_type.dtype.bitwidth // 8)
+        populate_array(array, builder.inttoptr(args[0], array.data.type), [args[1]], [item], item, None)
+        return array._getvalue()
+
+    return array_type(types.uint64, types.intp, like), codegen
+
+
+@intrinsic
+def _local_array(typing, like):
+    array_type = types.Array(like.dtype, 1, "C")
+
+    def codegen(context, builder, sig, args):
+        storage = ir.ArrayType(context.get_data_type(array_type.dtype), verbs.LOCAL_ELEMENTS)
+        data = cgutils.alloca_once(builder, storage)
+        builder.store(ir.Constant(storage, None), data)
+        array = make_array(array_type)(context, builder)
+        item = context.get_constant(types.intp, array_type.dtype.bitwidth // 8)
+        shape = context.get_constant(types.intp, verbs.LOCAL_ELEMENTS)
+        populate_array(array, builder.bitcast(data, array.data.type), [shape], [item], item, None)
+        return array._getvalue()
+
+    return array_type(like), codegen
+
+
+@intrinsic
+def _address_of(typing, array, i):
+    def codegen(context, builder, sig, args):
+        return builder.ptrtoint(element_pointer(context, builder, sig.args[0], args[0], args[1]), ir.IntType(64))
+
+    return types.uint64(array, types.intp), codegen
+
+
+@intrinsic
+def _copy_vector(typing, target, source):
+    """16 bytes from one address to another, both multiples of 16."""
+
+    def codegen(context, builder, sig, args):
+        ptx = "{ .reg .b32 v<4>; ld.global.v4.b32 {v0, v1, v2, v3}, [$1]; st.global.v4.b32 [$0], {v0, v1, v2, v3}; }"
+        word = ir.IntType(64)
+        builder.asm(ir.FunctionType(ir.VoidType(), [word, word]), ptx, "l,l,~{memory}", args, True)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64), codegen
+
+
+@intrinsic
+def _bits_to_float(typing, bits):
+    """uint16: float16 bits, int16: bfloat16 bits."""
+
+    def codegen(context, builder, sig, args):
+        if sig.args[0] == types.uint16:
+            function = ir.FunctionType(ir.FloatType(), [ir.IntType(16)])
+            return builder.asm(function, "cvt.f32.f16 $0, $1;", "=f,h", args, False)
+        word = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+        return builder.bitcast(word, ir.FloatType())
+
+    return types.float32(bits), codegen
+
+
+def _float_to_bits(kind, ptx):
+    def codegen(context, builder, sig, args):
+        return builder.asm(ir.FunctionType(ir.IntType(16), [ir.FloatType()]), ptx, "=h,f", args, False)
+
+    return intrinsic(lambda typing, value: (kind(types.float32), codegen))
+
+
+_to_half = _float_to_bits(types.uint16, "cvt.rn.f16.f32 $0, $1;")
+_to_bfloat = _float_to_bits(types.int16, "cvt.rn.bf16.f32 $0, $1;")  # from sm_80 on
+
+overload(verbs.lane)(lambda: lambda: cuda.threadIdx.x)
+overload(verbs.lanes)(lambda: lambda: cuda.blockDim.x)
+overload(verbs.block_sync)(lambda: lambda: cuda.syncthreads())
+overload(verbs.ld_acquire)(lambda words, i: lambda words, i: _ld_acquire(words, i))
+overload(verbs.ld_relaxed)(lambda words, i: lambda words, i: _ld_relaxed(words, i))
+overload(verbs.st_release)(lambda words, i, value: lambda words, i, value: _st_release(words, i, value))
+overload(verbs.fetch_add)(lambda words, i, value: lambda words, i, value: _fetch_add(words, i, value))
+overload(verbs.cas)(lambda words, i, expected, value: lambda words, i, expected, value: _cas(words, i, expected, value))
+overload(verbs.now)(lambda: lambda: _global_timer())
+# inlined, because Numba lets no other overload return an array of its own making
+overload(verbs.array_at, inline="always")(
+    lambda address, num_elements, like: lambda address, num_elements, like: _array_at(address, num_elements, like)
+)
+overload(verbs.record_at)(lambda words, at, like: lambda words, at, like: record_at(words, at, like))
+overload(verbs.local_array, inline="always")(lambda like: lambda like: _local_array(like))
+
+
+@overload(verbs.pause)
+def _pause(attempt):
+    def meaning(attempt):
+        cuda.nanosleep(types.uint32(min(SHORTEST_SLEEP_NS << min(attempt, 5), LONGEST_SLEEP_NS)))
+        return attempt + 1
+
+    return meaning
+
+
+@overload(verbs.load)
+def _load(array, i):
+    if array.dtype in (types.uint16, types.int16):
+        return lambda array, i: _bits_to_float(array[i])
+    return lambda array, i: array[i]
+
+
+@overload(verbs.store)
+def _store(array, i, value):
+    rounded = {types.uint16: _to_half, types.int16: _to_bfloat}.get(array.dtype)
+
+    def meaning(array, i, value):
+        array[i] = value
+
+    def meaning_of_16_bits(array, i, value):
+        array[i] = rounded(types.float32(value))
+
+    return meaning_of_16_bits if rounded else meaning
+
+
+@overload(verbs.copy_row)
+def _copy_row(target, target_at, source, source_at, num_elements):
+    item = target.dtype.bitwidth // 8
+
+    def meaning(target, target_at, source, source_at, num_elements):
+        to, come = _address_of(target, target_at), _address_of(source, source_at)
+        num_bytes = num_elements * item
+        if (to | come | types.uint64(num_bytes)) % types.uint64(VECTOR_BYTES) == 0:
+            for at in range(cuda.threadIdx.x * VECTOR_BYTES, num_bytes, cuda.blockDim.x * VECTOR_BYTES):
+                _copy_vector(to + types.uint64(at), come + types.uint64(at))
+        else:
+            for c in range(cuda.threadIdx.x, num_elements, cuda.blockDim.x):
+                target[target_at + c] = source[source_at + c]
+
+    return meaning

@@ -1,0 +1,62 @@
+"""Numba's CUDA target: the one module that imports it, so that its successor package is a change in one place.
+
+`numba.cuda` must be the package numba-cuda, not the old target inside numba, which lacks most of what is used here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import _numba_cuda_redirector  # noqa: F401  its .pth file is not read where packages lie on PYTHONPATH
+except ImportError:
+    pass
+from llvmlite import ir
+from numba import cuda, types
+
+if getattr(cuda, "implementation", None) != "NVIDIA":
+    raise ImportError("the CUDA backend needs the package numba-cuda: pip install 'flashmoe-numba[cuda]'")
+
+from unittest import mock
+
+from numba.cuda import cgutils
+from numba.cuda.cudadecl import registry as typing_registry
+from numba.cuda.cudaimpl import registry as lowering_registry
+from numba.cuda.extending import core_models, intrinsic, overload, register_model
+from numba.cuda.np.arrayobj import make_array, populate_array
+from numba.cuda.typing.templates import AttributeTemplate
+
+__all__ = [
+    "AttributeTemplate",
+    "cgutils",
+    "compile_to_ltoir",
+    "core_models",
+    "cuda",
+    "element_pointer",
+    "intrinsic",
+    "ir",
+    "lowering_registry",
+    "make_array",
+    "overload",
+    "populate_array",
+    "register_model",
+    "types",
+    "typing_registry",
+]
+
+
+def element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """LLVM pointer to `array[index]` of a contiguous array."""
+    return builder.gep(make_array(array_type)(context, builder, array).data, [index])
+
+
+def compile_to_ltoir(
+    kernel: Any, signature: tuple[Any, ...], capability: tuple[int, int], launch_bounds: tuple[int, int]
+) -> list[tuple[str, bytes]]:
+    """(kind, code) of a kernel and of everything it calls, for a compute capability; needs no device and no driver."""
+    device = type("Device", (), {"compute_capability": capability})
+    with mock.patch("numba.cuda.dispatcher.get_current_device", device):  # asked for nested functions, offline too
+        codes, _ = cuda.compile_all(
+            kernel, signature, device=False, abi="numba", cc=capability, output="ltoir", launch_bounds=launch_bounds
+        )
+    return [(getattr(code, "kind", "ltoir"), bytes(getattr(code, "data", code))) for code in codes]

@@ -1,0 +1,69 @@
+"""Sums of products by multiply-adds of single lanes: for any number type and any device.
+
+A pass makes PASS_ROWS by PASS_COLUMNS sums, CELLS by CELLS of them in the registers of each of LANES lanes; operands
+are staged in shared memory, a chunk of the depth at a time. A block of fewer lanes makes several passes over them.
+"""
+
+from __future__ import annotations
+
+from flashmoe_numba.device import block_sync, jit, lane, lanes, load, local_array, store
+from flashmoe_numba.tile_gemm.matrices import (
+    CELLS,
+    CHUNK,
+    LANES,
+    LANES_ACROSS,
+    PASS_COLUMNS,
+    PASS_ROWS,
+    STAGE_STRIDE,
+    SUMS_STRIDE,
+)
+
+
+@jit
+def sum_products(a, a_row, rows, matrices, expert, first, columns, scratch):
+    """`stub.tile_sums` for at most PASS_ROWS rows."""
+    weights_at = (expert * matrices.columns + first) * matrices.depth
+    for part in range(matrices.parts):
+        weights = matrices.first if part == 0 else matrices.second
+        for column in range(0, columns, PASS_COLUMNS):
+            here = min(PASS_COLUMNS, columns - column)
+            sums_at = part * matrices.tile_n + column
+            for skip in range(0, LANES, lanes()):
+                sum_pass(
+                    a, a_row, rows, weights, weights_at + column * matrices.depth, here, matrices.depth,
+                    scratch.rows, scratch.sums, sums_at, skip + lane(),
+                )  # fmt: skip
+
+
+@jit
+def sum_pass(a, a_row, rows, weights, weights_at, columns, depth, staged, sums, sums_at, virtual_lane):
+    """The sums of one lane: rows and columns CELLS apart from those of its neighbours."""
+    cells = local_array(sums)
+    row, column = virtual_lane // LANES_ACROSS, virtual_lane % LANES_ACROSS
+    for chunk in range(0, depth, CHUNK):
+        length = min(CHUNK, depth - chunk)
+        block_sync()
+        stage(staged, 0, PASS_ROWS, a, a_row * depth + chunk, rows, depth, length)
+        stage(staged, PASS_ROWS, PASS_COLUMNS, weights, weights_at + chunk, columns, depth, length)
+        block_sync()
+        for k in range(length):
+            for i in range(CELLS):
+                x = load(staged, (row + i * (PASS_ROWS // CELLS)) * STAGE_STRIDE + k)
+                for j in range(CELLS):
+                    w = load(staged, (PASS_ROWS + column + j * LANES_ACROSS) * STAGE_STRIDE + k)
+                    cells[i * CELLS + j] += x * w
+    for i in range(CELLS):
+        for j in range(CELLS):
+            r, c = row + i * (PASS_ROWS // CELLS), column + j * LANES_ACROSS
+            if r < rows and c < columns:
+                store(sums, r * SUMS_STRIDE + sums_at + c, cells[i * CELLS + j])
+
+
+@jit
+def stage(staged, first, most, source, source_at, rows, stride, length):
+    """Copy `length` elements of each row into `staged`; of rows that there are not, repeat the last."""
+    for i in range(lane(), most * CHUNK, lanes()):
+        r, k = i // CHUNK, i % CHUNK
+        if k < length:
+            value = load(source, source_at + min(r, rows - 1) * stride + k)
+            store(staged, (first + r) * STAGE_STRIDE + k, value)
