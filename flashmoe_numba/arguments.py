@@ -11,6 +11,8 @@ from reference import MoEConfig, Weights
 
 from .backends import check_backend
 
+MOST_PROCESSORS = 512  # threads of one rank: with thousands, most never get to run
+
 
 def default_processors(num_ranks: int) -> int:
     """Cores of this process, shared out among the ranks; at least one."""
@@ -19,23 +21,28 @@ def default_processors(num_ranks: int) -> int:
 
 
 def _check_arguments(
-    config: MoEConfig,
+    config: Any,
     weights: Any,
     comm: Any,
     backend: str,
     backend_settings: dict[str, Any],
     num_processors: int | None,
     deadline_s: float,
+    trace: bool,
 ) -> None:
     """What a layer can know to be wrong before it takes memory."""
+    if not isinstance(config, MoEConfig):
+        raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
     if not isinstance(weights, Weights):
         raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
     weights.check(config)
     check_backend(backend, backend_settings)
     if num_processors is not None and (isinstance(num_processors, bool) or not isinstance(num_processors, int)):
         raise TypeError(f"num_processors must be an integer, got {num_processors!r}")
-    if num_processors is not None and num_processors < 1:
-        raise ValueError(f"num_processors must be at least 1, got {num_processors}")
+    if num_processors is not None and not 1 <= num_processors <= MOST_PROCESSORS:
+        raise ValueError(f"num_processors must be in [1, {MOST_PROCESSORS}], got {num_processors}")
+    if not isinstance(trace, bool):
+        raise TypeError(f"trace must be True or False, got {trace!r}")
     if isinstance(deadline_s, bool) or not isinstance(deadline_s, (int, float)):
         raise TypeError(f"deadline_s must be a number, got {deadline_s!r}")
     if not 0 < deadline_s <= 86400:
@@ -49,20 +56,21 @@ def _check_arguments(
 
 
 def find_problem(
-    config: MoEConfig,
+    config: Any,
     weights: Any,
     comm: Any,
     backend: str,
     backend_settings: dict[str, Any],
     num_processors: int | None,
     deadline_s: float,
+    trace: bool,
 ) -> Exception | None:
     """The error that a layer should raise for these arguments; None if there is none.
 
     Returned and not raised, because under MPI the other ranks must hear of it first.
     """
     try:
-        _check_arguments(config, weights, comm, backend, backend_settings, num_processors, deadline_s)
+        _check_arguments(config, weights, comm, backend, backend_settings, num_processors, deadline_s, trace)
     except Exception as error:
         return error
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,15 +35,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = _choose(argv)
         name = f"flashmoe {command}"
-        module = importlib.import_module(f".commands.{command}", __package__)
-        parser = _Parser(prog=name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        module.add_arguments(parser)
-        args = parser.parse_args(argv[1:], argparse.Namespace(argv=argv))
-        return int(module.main(args))
+        status = _run(command, name, argv)
+        sys.stdout.flush()
+        return status
     except UsageError as error:
-        if is_first_rank():
-            print(f"{name}: error: {error}", file=sys.stderr)
+        _say(f"{name}: error: {error}")
         return 2
+    except KeyboardInterrupt:
+        _say(f"{name}: interrupted")
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
+        return 1
+    except OSError as error:
+        _say(f"{name}: error: {error}")
+        return 1
+
+
+def _run(command: str, name: str, argv: list[str]) -> int:
+    module = importlib.import_module(f".commands.{command}", __package__)
+    parser = _Parser(prog=name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    module.add_arguments(parser)
+    args = parser.parse_args(argv[1:], argparse.Namespace(argv=argv))
+    return int(module.main(args))
+
+
+def _say(message: str) -> None:
+    if is_first_rank():
+        print(message, file=sys.stderr)
 
 
 def _choose(argv: list[str]) -> str:

@@ -13,11 +13,12 @@ class FlashMoEError(RuntimeError):
     """A call was given up: some rank waited for a signal that never came, or left. The layer cannot be used again."""
 
 
-def describe(rank_idx: int, control: np.ndarray, deadline_s: float) -> str | None:
+def describe(rank_idx: int, control: np.ndarray) -> str | None:
     """What the rank with these control words waited for when it gave up; None if it did not give up."""
-    if control[s.RECORD] != 2:
+    if control[s.RECORD] != s.COMPLETE:
         return None
-    block, role, flag, peer, expert, m, epoch, found, missing = (int(word) for word in control[s.RECORD_BLOCK :][:9])
+    words = (int(word) for word in control[s.RECORD_BLOCK :][:10])
+    block, role, flag, peer, expert, m, epoch, found, missing, deadline_ns = words
     if flag == s.CLOSED_FLAG:
         return f"rank {rank_idx} left in epoch {epoch} because of an error of its own"
     waited_for = {
@@ -29,17 +30,17 @@ def describe(rank_idx: int, control: np.ndarray, deadline_s: float) -> str | Non
     holds = f"; it holds epoch {found >> s.EPOCH_SHIFT}" if flag in (s.DISPATCH_FLAG, s.RESULT_FLAG) else ""
     return (
         f"rank {rank_idx}, block {block} ({ROLES[role]}) gave up in epoch {epoch}: waited for {waited_for}{holds}; "
-        f"{missing} flags missing, and no rank finished a task for about {deadline_s:g} s"
+        f"{missing} flags missing, and no rank finished a task for about {deadline_ns / 1e9:g} s"
     )
 
 
-def explain(rank_idx: int, controls: list[np.ndarray], deadline_s: float) -> str | None:
+def explain(rank_idx: int, controls: list[np.ndarray]) -> str | None:
     """Why rank `rank_idx` stopped, from the control words of all ranks; None if it did not."""
     culprit = int(controls[rank_idx][s.ABORT]) - 1
     if culprit < 0:
         return None
-    own = describe(rank_idx, controls[rank_idx], deadline_s)
-    cause = describe(culprit, controls[culprit], deadline_s) or f"rank {culprit} gave up"
+    own = describe(rank_idx, controls[rank_idx])
+    cause = describe(culprit, controls[culprit]) or f"rank {culprit} gave up"
     if own is not None or culprit == rank_idx:
         return own or cause
     return f"rank {rank_idx} stopped: {cause}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from reference.plan import max_tasks
 
 from .arguments import check_tokens, default_processors, find_problem
 from .backends import make_backend
+from .device.compilation import usable_cache_folder
 from .errors import FlashMoEError, explain
 from .heap import make_heap
-from .kernel.signals import ABORT, CLOSED_FLAG, HOST, RECORD, RECORD_EPOCH, RECORD_FLAG, RECORD_ROLE
 from .rank import Rank, Stats
 
 LAST_EPOCH = 2**31 - 1
@@ -55,10 +56,11 @@ class FlashMoE:
         trace: bool = False,
         **backend_settings: Any,
     ) -> None:
-        if not isinstance(config, MoEConfig):
-            raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
         if comm is not None and not hasattr(comm, "Split_type"):
             raise TypeError(f"comm must be an mpi4py communicator or None, got {type(comm).__name__}")
+        problem = find_problem(config, weights, comm, backend, backend_settings, num_processors, deadline_s, trace)
+        if comm is None and problem is not None:
+            raise problem
         self.config = config
         self.deadline_s = deadline_s
         self._closed: str | None = None
@@ -67,14 +69,14 @@ class FlashMoE:
         self._in_process = comm is None
         self._calling = threading.Lock()
         self._caller = 0
-        problem = find_problem(config, weights, comm, backend, backend_settings, num_processors, deadline_s)
+        self._heap: Any = make_heap(config, comm)
+        self._heap.agree(problem, same=repr(config))  # under MPI the other ranks must hear of a problem, too
         self.num_processors = num_processors or default_processors(config.num_ranks)
-        self._heap: Any = make_heap(config.num_ranks, comm)
-        self._heap.agree(problem, same=repr(config))
         self._heap.allocate(Layout(config).num_bytes)
         self._backend: Any = None
         self._ranks: list[Rank] = []
         self._make_ready(lambda: self._make_ranks(weights, backend, backend_settings, trace))
+        self._cache_folder = Path(self._heap.from_first(lambda: str(usable_cache_folder())))
         # one rank of a machine compiles, the others then find the kernel on the disk
         self._make_ready(lambda: self._prepare() if self._ranks[0].rank_idx == 0 else None)
         self._make_ready(self._prepare)
@@ -105,7 +107,7 @@ class FlashMoE:
     def _prepare(self) -> None:
         nothing = np.empty((0, self.config.hidden), self.config.numpy_dtype)
         _, blocks = self._ranks[0].call(nothing, None, 0, 0)
-        self._backend.prepare(blocks[0][1])
+        self._backend.prepare(blocks[0][1], self._cache_folder)
 
     def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None) -> Any:
         """The layer's output for these tokens.
@@ -192,22 +194,15 @@ class FlashMoE:
     def _raise_if_given_up(self) -> None:
         controls = self._controls()
         for rank in self._ranks:
-            message = explain(rank.rank_idx, controls, self.deadline_s)
+            message = explain(rank.rank_idx, controls)
             if message is not None:
                 self._closed = message
                 raise FlashMoEError(message)
 
     def _leave(self) -> None:
         """Tell all ranks that this process will not go on, so that they stop now and not at the deadline."""
-        controls = self._controls()
         for rank in self._ranks:
-            if rank.control[RECORD] == 0:
-                rank.control[RECORD_ROLE], rank.control[RECORD_FLAG] = HOST, CLOSED_FLAG
-                rank.control[RECORD_EPOCH] = self._epoch
-                rank.control[RECORD] = 2
-        for control in controls:
-            if control[ABORT] == 0:
-                control[ABORT] = 1 + self._ranks[0].rank_idx
+            self._backend.leave(*rank.leaving(self._epoch))
 
     @property
     def routing(self) -> Any:

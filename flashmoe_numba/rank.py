@@ -108,6 +108,10 @@ class Rank:
             blocks.append((f"rank {self.rank_idx} {role}", (*arguments, self._boxes[block], self.traces[block])))
         return y, blocks
 
+    def leaving(self, epoch: int) -> tuple[Problem, Segments]:
+        """Arguments of `kernel.leave`."""
+        return self._problem._replace(epoch=epoch), self.segments
+
     def routing(self, num_tokens: int) -> Routing:
         """A copy of the last call's routing."""
         shape = (num_tokens, self.config.num_topk)

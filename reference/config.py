@@ -89,12 +89,17 @@ class MoEConfig:
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string, one of {', '.join(choices)}; got {value!r}")
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
     def _check_relations(self) -> None:
         if self.num_experts % self.num_ranks:
             raise ValueError(f"num_experts must be a multiple of num_ranks={self.num_ranks}, got {self.num_experts}")
+        if self.num_tokens * self.num_topk >= 2**31:  # pairs are numbered by int32
+            limit = (2**31 - 1) // self.num_topk
+            raise ValueError(f"num_tokens must be in [1, {limit}] for num_topk={self.num_topk}, got {self.num_tokens}")
         if self.num_topk > self.num_experts:
             raise ValueError(f"num_topk must be in [1, num_experts={self.num_experts}], got {self.num_topk}")
         if self.capacity is not None:

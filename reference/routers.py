@@ -159,6 +159,5 @@ def _expected_weights(logits: Array, chosen: Array, slack: Array, config: MoECon
     roundoff = unit_roundoff(config.accumulator.name)
     ulps = GROWTH * (best - chosen + config.num_experts**0.5 + 1)
     expected: Array = exponentials / total
-    with np.errstate(over="ignore"):
-        margin = expected * (np.expm1(2 * slack) + roundoff * ulps) + float(np.finfo(config.accumulator).tiny)
-    return expected, margin
+    factor = np.expm1(np.minimum(2 * slack, 700))  # beyond, anything may come out, and the product must not be 0 * inf
+    return expected, expected * (factor + roundoff * ulps) + float(np.finfo(config.accumulator).tiny)

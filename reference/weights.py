@@ -73,9 +73,13 @@ class Weights:
         """The experts that live on `rank_idx` of `num_ranks`, as views.
 
         Raises:
-            ValueError: num_ranks does not divide the experts, rank_idx is no rank, or its experts are not present.
+            TypeError, ValueError: no integers; num_ranks does not divide the experts, rank_idx is no rank, or its
+                experts are not present.
         """
         total = len(self.router)
+        for name, value in (("rank_idx", rank_idx), ("num_ranks", num_ranks)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
         if num_ranks < 1 or total % num_ranks:
             raise ValueError(f"num_ranks must divide num_experts={total}, got {num_ranks}")
         if not 0 <= rank_idx < num_ranks:

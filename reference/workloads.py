@@ -163,11 +163,12 @@ def _read_arrays(path: Path) -> dict[str, Array]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 return dict(archive)
+        import ml_dtypes  # noqa: F401  makes bfloat16 a name that NumPy, and so safetensors, knows
         from safetensors.numpy import load_file
 
         return dict(load_file(path))
     except Exception as error:  # each format has errors of its own, and they name neither the file nor its format
-        raise ValueError(f"{path} must be a readable {path.suffix} file: {type(error).__name__}") from error
+        raise ValueError(f"{path} must be a readable {path.suffix} file: {type(error).__name__}: {error}") from error
 
 
 def _flat(name: str, array: Array, width: int) -> Array:

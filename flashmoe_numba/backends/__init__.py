@@ -1,7 +1,8 @@
 """Backends: what it takes to run the blocks of one call. One file each, all giving the same few things.
 
-`pack(...)` (weights for the tile GEMM), `make_scratch(config)`, `prepare(arguments)` (compile for these arguments),
-`deadline_ns`, and `run(blocks, stop)`, which returns when every block has.
+`pack(...)` (weights for the tile GEMM), `make_scratch(config)`, `prepare(arguments, folder)` (compile for these), and
+`deadline_ns`; `run(blocks, stop)`, which returns when every block has, and `leave(problem, segments)`, which makes the
+blocks of all ranks do so early.
 """
 
 from __future__ import annotations

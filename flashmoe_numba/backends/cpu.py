@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy as np
 from reference import MoEConfig
 
 from ..device.compilation import compile_for
-from ..kernel import persistent
+from ..kernel import leave, persistent
+from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.cpu import MICRO_ROWS, ROW_STRIDE, panel_width
 
@@ -36,9 +38,14 @@ class CpuBackend:
         sums = max(rows * columns, config.hidden)
         return Scratch(np.empty(rows * ROW_STRIDE, config.accumulator), np.empty(sums, config.accumulator))
 
-    def prepare(self, arguments: tuple[Any, ...]) -> None:
-        """Compile the kernel for arguments of these types, or load it from the disk."""
-        compile_for(persistent, arguments)
+    def prepare(self, arguments: tuple[Any, ...], folder: Path) -> None:
+        """Compile the kernel for arguments of these types, or load it from `folder`."""
+        compile_for(persistent, arguments, folder)
+        compile_for(leave, arguments[1:3], folder)
+
+    def leave(self, problem: Problem, segments: Segments) -> None:
+        """Stop every rank, from outside of a kernel."""
+        leave(problem, segments)
 
     def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:
         """Run all blocks to their end. `stop` makes them leave early; it is called if this thread is interrupted."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from reference import MoEConfig
+from reference.arrays import check_seed
 
 from ..device.compilation import interpreted
 from ..device.fibers import Scheduler
+from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.stub import INTERPRETED_PANEL_WIDTH
 
@@ -25,6 +28,7 @@ class FiberBackend:
     """
 
     def __init__(self, seed: int = 0, lanes: int = 2, preempt: float = 0.3) -> None:
+        check_seed(seed)
         if isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1:
             raise ValueError(f"lanes must be an integer of at least 1, got {lanes!r}")
         if not 0 <= preempt <= 1:
@@ -39,8 +43,14 @@ class FiberBackend:
     def make_scratch(self, config: MoEConfig) -> Scratch:
         return Scratch(np.empty(0, config.accumulator), np.empty(config.hidden, config.accumulator))
 
-    def prepare(self, arguments: tuple[Any, ...]) -> None:
+    def prepare(self, arguments: tuple[Any, ...], folder: Path) -> None:
         """Nothing to compile."""
+
+    def leave(self, problem: Problem, segments: Segments) -> None:
+        """Stop every rank, from outside of a kernel."""
+        scheduler = Scheduler(self.seed, self.preempt)
+        scheduler.add_block("host", interpreted("flashmoe_numba.kernel").leave, (problem, segments))
+        scheduler.run()
 
     def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:
         """Run all blocks to their end.

@@ -4,6 +4,9 @@
 as soon as it sees one die, before the others can say what they waited for, so the guard of a rank that was killed
 waits until they should have. Whoever dies takes its children along: mpirun ends the guards, a rank dies with
 its guard, and mpirun with whoever started it. Linux; elsewhere the last two are left out.
+
+A rank begins with Ctrl-C ignored: an interrupt while MPI starts would leave its shared memory behind. `answer_ctrl_c`
+ends that.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from ..commands import UsageError
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # not in the guards' arguments, so that these do not look like ranks
 TERMINAL_VARIABLE = "FLASHMOE_TERMINAL"  # stderr of a rank is a pipe; this says that it ends at a terminal
-GUARD = """trap : INT
+GUARD = """trap '' INT
 eval "$FLASHMOE_RANK_COMMAND"
 code=$?
 if [ $code -ge 128 ] && [ $code -ne 130 ]; then
@@ -38,7 +41,7 @@ fi
 exit $code"""
 SHARED_MEMORY = "/dev/shm"
 STARTUP_BYTES = 1.1e6  # of mpich's own there, for each rank
-STOP_PATIENCE_S = 3.0
+STOP_PATIENCE_S = 1.5
 PR_SET_PDEATHSIG = 1
 
 
@@ -66,8 +69,34 @@ def start(num_ranks: int, command: list[str], deadline_s: float) -> int:
         start_new_session=True,  # a terminal's Ctrl-C comes here once, and mpirun gets it from here once
         preexec_fn=functools.partial(_die_with_parent, signal.SIGTERM),
     )
+    before = _startup_segments()
     with _sigterm_as_exit():
-        return _wait(process)
+        try:
+            code = _wait(process)
+        except BaseException:
+            _remove_unmapped(before)
+            raise
+    if code != 0:
+        _remove_unmapped(before)
+    return code
+
+
+def _startup_segments() -> set[Path]:
+    """mpich's own files in shared memory that still have names."""
+    return set(Path(SHARED_MEMORY).glob("mpich_shm_*"))
+
+
+def _remove_unmapped(before: set[Path]) -> None:
+    """Remove what ranks that were ended while MPI started have left: new files of ours that no process maps."""
+    left = _startup_segments() - before
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # another user's, or gone
+            mapped = maps.read_text()
+            left = {path for path in left if str(path) not in mapped}
+    for path in left:
+        with contextlib.suppress(OSError):
+            if path.stat().st_uid == os.getuid():
+                path.unlink()
 
 
 def _environment(command: list[str]) -> dict[str, str]:
@@ -127,6 +156,11 @@ def guard_this_rank(deadline_s: float) -> None:
     _die_with_parent(signal.SIGKILL)
     if os.getppid() != guard:  # it died before we could ask
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def answer_ctrl_c() -> None:
+    """From here on Ctrl-C ends this rank as usual."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _die_with_parent(signum: int) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import FlashMoEError
 from ..heap.mpi import unlink_startup_segment
-from .launch import TERMINAL_VARIABLE
+from .launch import TERMINAL_VARIABLE, answer_ctrl_c
 
 MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank, on a cache line of its own
 LINE_WORDS = 8
@@ -70,6 +70,7 @@ class MpiWorld:
         self._finish(self.comm.Ibarrier(), "at the start")
         if self.rank_idx == 0:
             unlink_startup_segment()
+        answer_ctrl_c()
         self._call_deadline_s = deadline_s
 
     def meet(self, what: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from reference import MoEConfig, Plan, make_plan
 
-from .sizes import add_json_argument, add_size_arguments, check_output, config_from, write_json
+from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the plan of the config that the flags describe."""
     config = config_from(args)
-    check_output("--json", args.json)
+    check_outputs({"--json": args.json})
     plan = make_plan(config)
     if args.json != "-":
         print("\n".join(lines(args.preset, config, plan)))

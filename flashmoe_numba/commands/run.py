@@ -17,7 +17,15 @@ from reference import Layout, MoEConfig, make_workload
 
 from ..bench import launch
 from . import UsageError
-from .sizes import add_json_argument, add_size_arguments, check_output, config_from, in_flags, integer
+from .sizes import (
+    add_json_argument,
+    add_size_arguments,
+    check_memory,
+    check_outputs,
+    config_from,
+    in_flags,
+    integer,
+)
 
 if TYPE_CHECKING:
     from ..bench.world import LocalWorld, MpiWorld
@@ -34,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--processors", type=integer(1), metavar="N", help="blocks of a rank beside its OS block [cores / ranks]")
     add("--iterations", type=integer(1), default=10, metavar="N", help="measured calls, after one that warms up [10]")
     add("--seed", type=integer(0), default=0, metavar="N", help="of weights, tokens and fibers [0]")
-    add("--deadline-s", type=_deadline, default=30.0, metavar="S", help="give up after S seconds without progress [30]")
+    add(
+        "--deadline-s",
+        type=_deadline,
+        default=30.0,
+        metavar="S",
+        help="give up after S seconds without progress, once ranks run [30]",
+    )
     interpreted = "interpreted in this process, for tiny sizes: try --preset laptop-tiny"
     add("--backend", choices=("cpu", "fibers"), default="cpu", help=f"compiled, or {interpreted} [cpu]")
     where = parser.add_mutually_exclusive_group()
@@ -65,6 +79,8 @@ def main(args: argparse.Namespace) -> int:
     in_process = args.threads or args.backend == "fibers" or (config.num_ranks == 1 and not args.mpi)
     if not in_process:
         launch.check_shared_memory(config.num_ranks, Layout(config).num_bytes)
+    check_memory(config)
+    if not in_process:
         command = [sys.executable, "-m", "flashmoe_numba", *args.argv]
         return launch.start(config.num_ranks, command, args.deadline_s)
     return _run_here(args, config)
@@ -77,8 +93,7 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
         make_workload(args.workload, config, _num_tokens(args), args.seed, ranks=[])
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise UsageError(f"argument --workload: {in_flags(str(error))}") from None
-    for flag in ("json", "trace", "plot"):
-        check_output(f"--{flag}", getattr(args, flag))
+    check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot")})
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise UsageError("argument --plot: needs matplotlib, not found here: pip install 'flashmoe-numba[plots]'")
     return config
@@ -99,9 +114,6 @@ def _run_here(args: argparse.Namespace, config: MoEConfig) -> int:
     except FlashMoEError as error:
         print(f"flashmoe run: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("flashmoe run: interrupted", file=sys.stderr)
-        return 130
 
 
 def _run_as_rank(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reference import ACTIVATIONS, DTYPES, MoEConfig, load_preset, preset_names
+from reference.plan import weight_bytes
 
 from . import UsageError
 
@@ -100,14 +102,24 @@ def output_file(path: str) -> Path:
     return file
 
 
-def check_output(flag: str, path: str | None) -> None:
-    """Nothing, if a file can be written there.
+def check_outputs(paths: dict[str, str | None]) -> None:
+    """Nothing, if a file can be written at each flag's path; "-" is stdout, for JSON only.
 
     Raises:
         UsageError: naming the flag and what is wrong.
     """
-    if path is None or path == "-":
-        return
+    given = {flag: path for flag, path in paths.items() if path is not None}
+    for flag, path in given.items():
+        if path == "-" and flag != "--json":
+            raise UsageError(f"argument {flag}: must be a file, got '-'")
+        same = [other for other in given if other != flag and given[other] == path]
+        if same:
+            raise UsageError(f"argument {flag}: must not be the file of {same[0]}, got {path!r}")
+        if path != "-":
+            _check_writable(flag, path)
+
+
+def _check_writable(flag: str, path: str) -> None:
     try:
         file = output_file(path)
         existed = file.exists()
@@ -116,3 +128,19 @@ def check_output(flag: str, path: str | None) -> None:
             file.unlink(missing_ok=True)  # ranks check at the same time
     except OSError as error:
         raise UsageError(f"argument {flag}: cannot write {path!r}: {error.strerror}") from None
+
+
+def check_memory(config: MoEConfig) -> None:
+    """Nothing, if the weights and the tokens of all ranks fit this machine; segments are taken only as touched.
+
+    Raises:
+        UsageError: naming what is needed and what there is.
+    """
+    rows = 2 * config.num_ranks * config.num_tokens * config.hidden * config.numpy_dtype.itemsize
+    needed = (config.num_ranks * weight_bytes(config) + rows) / 2**30
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if needed > there:
+        raise UsageError(
+            f"the weights and tokens of {config.num_ranks} ranks need {needed:,.0f} GiB, and this machine has "
+            f"{there:,.0f} GiB: choose smaller sizes, or see what they need with `flashmoe plan`"
+        )

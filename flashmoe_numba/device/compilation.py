@@ -6,12 +6,14 @@ meaning over overloads, so the cache here is stamped with a hash of all of them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,8 +23,8 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent.parent
-_interpreting = False
-_lock = threading.RLock()  # of the switch above, and of the cache that a dispatcher has at the moment
+_switch = threading.local()  # .interpreting: this thread loads kernel source to be interpreted
+_lock = threading.RLock()  # of twins in the making, and of the cache that a dispatcher has at the moment
 
 
 def jit(function=None, *, entry=False):
@@ -32,7 +34,7 @@ def jit(function=None, *, entry=False):
     """
     if function is None:
         return lambda function: jit(function, entry=entry)
-    if _interpreting:
+    if getattr(_switch, "interpreting", False):
         return function
     from numba import njit
 
@@ -67,12 +69,11 @@ def _load_twin(package: str, twin: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _interpretation() -> Iterator[None]:
-    global _interpreting
-    _interpreting = True
+    _switch.interpreting = True
     try:
         yield
     finally:
-        _interpreting = False
+        _switch.interpreting = False
 
 
 @cache
@@ -81,7 +82,7 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     folders = [PACKAGE / name for name in ("device", "kernel", "tile_gemm")]
     reference = [PACKAGE.parent / "reference" / name for name in ("config.py", "layout.py", "tiles.py")]
-    for file in sorted(file for folder in folders for file in folder.glob("*.py")) + reference:
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")) + reference:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -94,32 +95,47 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmoe-numba"
 
 
-def compile_for(dispatcher: Any, arguments: tuple[Any, ...]) -> None:
-    """Compile a kernel for arguments of these types, or load it from the disk cache.
+def usable_cache_folder() -> Path:
+    """`cache_folder()`; where that cannot be written, with a warning, a temporary one of this process."""
+    return _usable(cache_folder())
 
-    A cache folder that cannot be written costs a warning and the compilation.
-    """
+
+@cache
+def _usable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        warnings.warn(f"compiled kernels are not kept: {folder} cannot be used ({error})", stacklevel=3)
+    temporary = tempfile.TemporaryDirectory(prefix="flashmoe-numba-")
+    atexit.register(temporary.cleanup)
+    return Path(temporary.name)
+
+
+def compile_for(dispatcher: Any, arguments: tuple[Any, ...], folder: Path | None = None) -> None:
+    """Compile a kernel for arguments of these types, or load it from `folder`, by default `usable_cache_folder()`."""
     from numba import typeof
 
     signature = tuple(typeof(argument) for argument in arguments)
     with _lock:
         if signature not in dispatcher.overloads:
-            _compile(dispatcher, signature)
+            _compile(dispatcher, signature, folder or usable_cache_folder())
 
 
-def _compile(dispatcher: Any, signature: tuple[Any, ...]) -> None:
+def _compile(dispatcher: Any, signature: tuple[Any, ...], folder: Path) -> None:
     try:
-        dispatcher._cache = _disk_cache(dispatcher.py_func, signature)
+        dispatcher._cache = _disk_cache(dispatcher.py_func, signature, folder)
         dispatcher.compile(signature)
-    except OSError as error:
+    except OSError as error:  # the disk is full, say
         from numba.core.caching import NullCache
 
-        warnings.warn(f"compiled kernels are not kept: {cache_folder()} cannot be used ({error})", stacklevel=2)
+        warnings.warn(f"compiled kernels are not kept: {folder} cannot be used ({error})", stacklevel=2)
         dispatcher._cache = NullCache()
         dispatcher.compile(signature)
 
 
-def _disk_cache(function: Any, signature: tuple[Any, ...]) -> Any:
+def _disk_cache(function: Any, signature: tuple[Any, ...], folder: Path) -> Any:
     """A cache with files of its own for one signature on one kind of machine.
 
     Numba numbers the files of a function in an index that concurrent writers overwrite, so that two of them may end up
@@ -137,7 +153,7 @@ def _disk_cache(function: Any, signature: tuple[Any, ...]) -> Any:
             return cls()
 
         def get_cache_path(self) -> str:
-            return str(cache_folder())
+            return str(folder)
 
         def get_source_stamp(self) -> str:
             return name

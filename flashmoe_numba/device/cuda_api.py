@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-try:
+with contextlib.suppress(ImportError):
     import _numba_cuda_redirector  # noqa: F401  its .pth file is not read where packages lie on PYTHONPATH
-except ImportError:
-    pass
 from llvmlite import ir
 from numba import cuda, types
 

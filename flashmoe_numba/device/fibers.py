@@ -1,7 +1,8 @@
 """The interpreted target: every thread of every block of every rank is a fiber under one deterministic scheduler.
 
-A fiber (a greenlet) gives way only at a verb of the vocabulary: with probability `preempt` at an atomic access, always
-while it polls, and at block barriers. Which fiber runs next is drawn from the seed, so a run is replayed by its seed.
+A fiber (a greenlet) gives way only at a verb of the vocabulary: with probability `preempt` before and after an atomic
+access, always while it polls, and at block barriers. Which fiber runs next is drawn from the seed, so a run is replayed
+by its seed.
 
 When every live fiber has polled again and again since the last write, no one can ever go on: `Deadlock` names each
 fiber and its place in the source. Plain accesses take effect at once here (sequential consistency).

@@ -53,6 +53,7 @@ def st_release(words, i, value) -> None:
     fibers.preempt()
     words[i] = value
     fibers.note_progress()
+    fibers.preempt()
 
 
 def fetch_add(words, i, value):
@@ -61,6 +62,7 @@ def fetch_add(words, i, value):
     old = words[i]
     words[i] = old + value
     fibers.note_progress()
+    fibers.preempt()
     return old
 
 
@@ -71,6 +73,7 @@ def cas(words, i, expected, value):
     if old == expected:
         words[i] = value
         fibers.note_progress()
+    fibers.preempt()
     return old
 
 
@@ -119,6 +122,7 @@ def store(array, i, value) -> None:
 def copy_row(target, target_at, source, source_at, num_elements) -> None:
     """Copy a row with all lanes of the block."""
     fiber = fibers.current()
+    fibers.preempt()
     for c in range(fiber.lane, num_elements, fiber.lanes):
         target[target_at + c] = source[source_at + c]
 

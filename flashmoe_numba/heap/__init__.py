@@ -1,20 +1,22 @@
 """Symmetric heaps: one segment per rank, all of one size, all visible to every rank.
 
-A heap has `num_ranks`, `rank_indices` (the ranks that live in this process), `agree`, `allocate`, then `segments`
-(rank -> uint8 array, of all ranks), `barrier` and `close`.
+A heap has `num_ranks`, `rank_indices` (the ranks that live in this process), `agree`, `from_first`, `allocate`, then
+`segments` (rank -> uint8 array, of all ranks), `barrier` and `close`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from reference import MoEConfig
+
 from .threads import ThreadHeap
 
 
-def make_heap(num_ranks: int, comm: Any) -> Any:
+def make_heap(config: MoEConfig, comm: Any) -> Any:
     """A heap without memory yet: of ranks in this process, or of the ranks of an MPI communicator."""
     if comm is None:
-        return ThreadHeap(num_ranks)
+        return ThreadHeap(config.num_ranks)
     from .mpi import MpiHeap
 
     return MpiHeap(comm)

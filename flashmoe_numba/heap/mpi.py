@@ -28,9 +28,13 @@ class MpiHeap:
     def __init__(self, comm: Any) -> None:
         self._comm, request = comm.Idup()  # its messages cannot meet the caller's
         _wait(request, SETUP_DEADLINE_S)
+        self.barrier()
+        if comm.rank == 0:
+            unlink_startup_segment()
         self.num_ranks = comm.size
         self.rank_indices = range(comm.rank, comm.rank + 1)
         self.segments: list[np.ndarray] = []
+        self._window: Any = None
 
     def agree(self, error: Exception | None, same: str = "") -> None:
         """Raise on every rank if any rank brings an error, or if the ranks do not bring the `same` text.
@@ -42,12 +46,14 @@ class MpiHeap:
         """
         everybody = self._gather(f"rank {self._comm.rank}: {error}" if error is not None else "")
         texts = self._gather(same)
+        failed = [text for text in everybody if text]
+        different = [rank_idx for rank_idx, text in enumerate(texts) if text != texts[0]]
+        if failed or different:
+            self._free()  # as all ranks do now
         if error is not None:
             raise error
-        failed = [text for text in everybody if text]
         if failed:
             raise RuntimeError(f"another rank could not start: {failed[0]}")
-        different = [rank_idx for rank_idx, text in enumerate(texts) if text != texts[0]]
         if different:
             other = different[0]
             raise ValueError(
@@ -67,8 +73,6 @@ class MpiHeap:
         views = [self._window.Shared_query(rank_idx)[0] for rank_idx in range(self.num_ranks)]
         self.segments = [np.frombuffer(view, np.uint8)[:num_bytes] for view in views]
         self.barrier()
-        if self._comm.rank == 0:
-            unlink_startup_segment()
 
     def _shortage(self, num_bytes: int) -> ValueError | None:
         """MPI would hand out more than there is, and the process would die at the first touch of a missing page."""
@@ -88,6 +92,10 @@ class MpiHeap:
                     f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB left: use fewer tokens or a capacity, or enlarge it"
                 )
         return None
+
+    def from_first(self, make: Callable[[], str]) -> str:
+        """Rank 0's text, on all ranks."""
+        return self._gather(make() if self._comm.rank == 0 else "")[0]
 
     def _gather(self, text: str) -> list[str]:
         """Everybody's text, cut to `TEXT_BYTES`."""
@@ -114,10 +122,15 @@ class MpiHeap:
         """
         if check is not None and self.segments:
             _wait(self._comm.Ibarrier(), CLOSE_DEADLINE_S, check)
-            self.segments = []
-            self._window.Free()
-            self._comm.Free()
+            self._free()
         self.segments = []
+
+    def _free(self) -> None:
+        """Give back what MPI gave; takes all ranks."""
+        self.segments = []
+        if self._window is not None:
+            self._window.Free()
+        self._comm.Free()
 
 
 def _wait(request: Any, deadline_s: float, check: Callable[[], None] = lambda: None) -> None:

@@ -55,8 +55,8 @@ def processor(p, block, segments, experts, tokens, packets, queue, scratch, box,
             gemm1(p, segments, experts, packets, scratch, peer, expert, m, n)
         elif kind == COMBINE:
             combine(p, tokens, segments, scratch, m)
-        record(trace, kind, peer, expert, m, n, start)
         if lane() == 0:
+            record(trace, kind, peer, expert, m, n, start)
             note_progress(segments)
 
 

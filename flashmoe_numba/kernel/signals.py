@@ -5,23 +5,25 @@ the current epoch means "arrived in this call".
 
 The deadline is for silence: a wait goes on as long as some rank finishes tasks. When no rank has for a deadline (seen
 to a sixteenth of it), the waiting block writes what it waits for into its rank's control words and sets the abort word
-of every rank; all waits look at their own rank's abort word. The first to set it is the one that all ranks name.
+of every rank; all waits look at their own rank's abort word. Rank 0's abort word
+decides whom all ranks name: the first to set it has its record complete by then.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmoe_numba.device import array_at, cas, fetch_add, jit, ld_relaxed, now, pause, st_release
+from flashmoe_numba.device import array_at, cas, fetch_add, jit, ld_acquire, ld_relaxed, now, pause, st_release
 
 EPOCH_SHIFT = 32
 ROWS_MASK = (1 << EPOCH_SHIFT) - 1
 
 # control words of a segment (reference/layout.py)
 ABORT = 0  # 0, or 1 + the rank that gave up
-RECORD = 8  # 0 free, 1 being written, 2 complete
+RECORD = 8  # 0 while there is none
+WRITING, COMPLETE = 1, 2
 RECORD_BLOCK, RECORD_ROLE, RECORD_FLAG, RECORD_PEER, RECORD_EXPERT, RECORD_M, RECORD_EPOCH, RECORD_FOUND = range(9, 17)
-RECORD_MISSING = 17
+RECORD_MISSING, RECORD_DEADLINE_NS = 17, 18
 PROGRESS = 24  # tasks that this rank has finished, ever
 
 LOOKS_PER_DEADLINE = 16
@@ -102,7 +104,7 @@ def silence_ns(wait):
 def give_up(p, segments, block, role, flag, peer, expert, m, found, missing):
     """Record the wait that failed and stop every rank. One lane calls it."""
     control = segments.control
-    if cas(control, RECORD, 0, 1) == 0:
+    if cas(control, RECORD, 0, WRITING) == 0:
         control[RECORD_BLOCK] = block
         control[RECORD_ROLE] = role
         control[RECORD_FLAG] = flag
@@ -112,7 +114,26 @@ def give_up(p, segments, block, role, flag, peer, expert, m, found, missing):
         control[RECORD_EPOCH] = p.epoch
         control[RECORD_FOUND] = found
         control[RECORD_MISSING] = missing
-        st_release(control, RECORD, 2)
+        control[RECORD_DEADLINE_NS] = p.deadline_ns
+        st_release(control, RECORD, COMPLETE)
+    attempt = 0
+    while ld_acquire(control, RECORD) != COMPLETE:  # another block of this rank is at it
+        attempt = pause(attempt)
+    abort(p, segments)
+
+
+@jit
+def abort(p, segments):
+    """Set every rank's abort word to the rank that was the first to set rank 0's."""
+    culprit = p.rank_idx + 1
     for rank_idx in range(p.num_ranks):
-        peer_control = array_at(segments.address[rank_idx] + p.control_at, control.size, control)
-        cas(peer_control, ABORT, 0, p.rank_idx + 1)
+        control = array_at(segments.address[rank_idx] + p.control_at, segments.control.size, segments.control)
+        before = cas(control, ABORT, 0, culprit)
+        if rank_idx == 0 and before != 0:
+            culprit = before
+
+
+@jit(entry=True)
+def leave(p, segments):
+    """The host of this rank will not go on: say so, that the others stop now and not at the deadline."""
+    give_up(p, segments, 0, HOST, CLOSED_FLAG, p.rank_idx, 0, 0, 0, 0)

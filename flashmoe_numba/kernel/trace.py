@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashmoe_numba.device import jit, lane, now
+from flashmoe_numba.device import fetch_add, jit, now
 
 RECORD_WORDS = 8  # kind, peer, expert, m, n, start, end
 RECEIVE = 5  # kind of the OS block's records: a packet was seen, with n rows
@@ -10,10 +10,9 @@ RECEIVE = 5  # kind of the OS block's records: a packet was seen, with n rows
 
 @jit
 def record(trace, kind, peer, expert, m, n, start):
-    """Append a record. `trace[0]` counts them; an empty buffer records nothing, a full one only counts."""
-    if trace.size > 0 and lane() == 0:
-        i = trace[0] + 1
-        trace[0] = i
+    """Append a record of this lane. `trace[0]` counts them; an empty buffer records nothing, a full one only counts."""
+    if trace.size > 0:
+        i = fetch_add(trace, 0, 1) + 1
         at = i * RECORD_WORDS
         if at + RECORD_WORDS <= trace.size:
             trace[at] = kind

@@ -11,8 +11,8 @@ tile has 64 gate columns, then the 64 up columns of the same results.
 
 Every sum is one chain over the depth in steps of 32 bytes, in registers, whatever the number of rows.
 
-The rows were written by ordinary stores, TMA reads through the asynchronous proxy: whoever has acquired the rows' signal
-must issue a proxy fence before it asks for them. Thread 0 does both.
+The rows were written by ordinary stores, and TMA reads through the asynchronous proxy: whoever has acquired the rows'
+signal must issue a proxy fence before it asks for them. Thread 0 does both.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import numpy as np
 from reference.config import ACTIVATIONS
 from reference.experts import activation as apply_activation
 
+from ..device import fibers
 from ..device import vocabulary as verbs
 from ..device.compilation import interpreted
 from .matrices import Matrices
@@ -50,7 +51,9 @@ def tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scr
     tile = as_floats(tile, accumulator).reshape(parts, -1, depth, width).transpose(0, 2, 1, 3)
     tile = tile.reshape(parts, depth, -1)[:, :, :columns]
     added = matrices.bias[tile_index * parts * tile_n :][: parts * tile_n].reshape(parts, tile_n)[:, :columns]
-    for r in range(verbs.lane(), rows, verbs.lanes()):
+    mine = (verbs.lane() + 1) % verbs.lanes()  # as on other targets, a row is made by any lane
+    for r in range(mine, rows, verbs.lanes()):
+        fibers.preempt()
         row = as_floats(a[(a_row + r) * depth : (a_row + r + 1) * depth], accumulator)
         with np.errstate(over="ignore", invalid="ignore"):
             sums = np.einsum("k,pkc->pc", row, tile) + added

@@ -24,6 +24,16 @@ KERNEL = Path(flashmoe_numba.kernel.__file__).parent
 NUM_WORLDS, NUM_WORLDS_OF_A_BUG = 30, 600
 
 BUGS = {
+    "no barrier between the logits and the choices": (
+        "gate.py",
+        "        compute_logits(p, tokens, experts, scratch, first, rows)\n        block_sync()\n",
+        "        compute_logits(p, tokens, experts, scratch, first, rows)\n",
+    ),
+    "a task is published before its fields": (
+        "queue.py",
+        "    queue.tasks[at + KIND] = kind\n",
+        "    st_release(queue.tasks, at + STAMP, p.epoch)\n    queue.tasks[at + KIND] = kind\n",
+    ),
     "no signal for later row tiles": (
         "processor.py",
         "        st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))",
@@ -52,8 +62,8 @@ BUGS = {
     "a dropped pair is added": ("combine.py", "if slot < p.slots:", "if slot <= p.slots:"),
     "down projection of the first row tile": (
         "processor.py",
-        "packets.hidden, (packets.first_row[packet] + first) * p.ffn, p.ffn, rows",
-        "packets.hidden, packets.first_row[packet] * p.ffn, p.ffn, rows",
+        "packets.hidden, packets.first_row[packet] + first, rows, experts.down",
+        "packets.hidden, packets.first_row[packet], rows, experts.down",
     ),
     "hidden rows of all packets in one place": (
         "subscriber.py",
@@ -65,12 +75,8 @@ BUGS = {
         "height = tile_height(packets.rows[packet], p.tile_m_min, p.tile_m)",
         "height = p.tile_m_min",
     ),
-    "bias of the last column tile": (
-        "processor.py",
-        "p.tile_ffn, p.activation",
-        "min(p.tile_ffn, p.ffn - column), p.activation",
-    ),
-    "down bias of the first expert": ("processor.py", "experts.down_bias, tile *", "experts.down_bias, n *"),
+    "a column tile twice": ("processor.py", "experts.up, expert, n,", "experts.up, expert, max(n - 1, 0),"),
+    "the first expert's down projection": ("processor.py", "experts.down, expert, n,", "experts.down, 0, n,"),
     "weights not normalised": ("gate.py", "    if p.renormalize:\n", "    if False:\n"),
     "softmax without its sum": ("gate.py", " - highest) / total", " - highest)"),
     "a tile counted for one token block too many": ("subscriber.py", "+ e] < end:", "+ e] <= end:"),

@@ -43,7 +43,7 @@ def test_a_rank_that_does_not_come_is_named_by_all_others(missing, num_processor
         culprits = {int(control[s.ABORT]) - 1 for control in controls}
         assert len(culprits) == 1 and culprits <= set(others), f"every rank stops, for one reason: {culprits}"
         (culprit,) = culprits
-        first = explain(culprit, controls, DEADLINE_S)
+        first = explain(culprit, controls)
         parts = [
             f"rank {culprit}, block {num_processors} (OS block)",
             "epoch 2",
@@ -52,7 +52,7 @@ def test_a_rank_that_does_not_come_is_named_by_all_others(missing, num_processor
         parts += ["it holds epoch 1", "0.4 s"]
         assert all(part in first for part in parts), f"{first!r} should have all of {parts}"
         for rank in range(3):
-            message = explain(rank, controls, DEADLINE_S)
+            message = explain(rank, controls)
             assert "epoch 2" in message and f"the dispatch flag of rank {missing}" in message, f"rank {rank}: {message}"
         with pytest.raises(FlashMoEError, match=rf"dispatch flag of rank {missing}"):
             layer._raise_if_given_up()
@@ -71,9 +71,9 @@ def test_a_missing_result_is_named():
         record = controls[0]
         found = [int(record[i]) for i in (s.RECORD_ROLE, s.RECORD_FLAG, s.RECORD_PEER, s.RECORD_EXPERT, s.RECORD_M)]
         assert found == [s.SUBSCRIBER, s.RESULT_FLAG, 1, 0, 0], f"{record}"
-        message = explain(0, controls, DEADLINE_S)
+        message = explain(0, controls)
         assert "the result flag of rank 1, its expert 0, row tile 0; it holds epoch 0; 2 flags missing" in message
-        assert explain(1, controls, DEADLINE_S) is not None
+        assert explain(1, controls) is not None
 
 
 def call_without_results(layer, x, routing):
@@ -95,7 +95,7 @@ def test_without_its_processors_a_rank_waits_for_its_gate():
         layer._epoch += 1
         _, blocks = layer._ranks[0].call(x[0], None, 1, int(DEADLINE_S * 1e9))
         layer._backend.run(blocks[-1:], layer._leave)
-        message = explain(0, [layer._ranks[0].control], DEADLINE_S)
+        message = explain(0, [layer._ranks[0].control])
         assert "rank 0, block 2 (OS block) gave up in epoch 1" in message, message
         assert "waited for the gate of this rank; 1 flags missing" in message, message
 
@@ -106,7 +106,7 @@ def test_without_its_os_block_a_processor_speaks():
     with FlashMoE(config, Weights.random(config), num_processors=2) as layer:
         _, blocks = layer._ranks[0].call(x[0], None, 1, int(DEADLINE_S * 1e9))
         layer._backend.run(blocks[:-1], layer._leave)
-        message = explain(0, [layer._ranks[0].control], DEADLINE_S)
+        message = explain(0, [layer._ranks[0].control])
         assert "(processor) gave up in epoch 1: waited for task" in message, message
 
 
@@ -115,8 +115,8 @@ def test_nothing_is_explained_without_a_fault():
     with FlashMoE(config, Weights.random(config)) as layer:
         layer(random_tokens(config))
         controls = [rank.control for rank in layer._ranks]
-        assert [explain(rank, controls, 1.0) for rank in range(2)] == [None, None]
-        assert [describe(rank, control, 1.0) for rank, control in enumerate(controls)] == [None, None]
+        assert [explain(rank, controls) for rank in range(2)] == [None, None]
+        assert [describe(rank, control) for rank, control in enumerate(controls)] == [None, None]
 
 
 def test_work_that_takes_longer_than_the_deadline_is_no_fault():

@@ -46,7 +46,7 @@ def test_preempt_is_the_probability_of_a_switch():
     assert switches == 4, "one switch per fiber"
     order = [lane for lane, _ in alone[::20]]
     assert alone == [(lane, turn) for lane in order for turn in range(20)]
-    assert history(5, preempt=1.0)[1] == 4 + 4 * 20
+    assert history(5, preempt=1.0)[1] == 4 + 2 * 4 * 20, "one before and one after each access"
 
 
 def phases(log, num_phases, leavers):
