@@ -1,12 +1,18 @@
-"""What the tests of the layer share: small layers to run, and the comparison of their results with the oracle.
+"""What the tests of the layer share: small layers to run, the comparison with the oracle, and the memory they hold.
 
 The comparison is element by element. Its yardstick is the same layer on absolute values, because an element that
 cancels to almost nothing still has the rounding errors of its terms; all activations satisfy |act(z)| <= |z|.
 """
 
+import ctypes
+import gc
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pytest
 
 from reference import (
     Layout,
@@ -206,3 +212,50 @@ class Regions:
                 expected = total.astype(c.numpy_dtype)
             equal = (bits(y[token]) == bits(expected)) | (np.isnan(y[token]) & np.isnan(expected))
             assert equal.all(), f"{c}, rank {source}: y[{token}] = {y[token]}, its results sum to {expected}"
+
+
+counts_memory = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33, to count what is in use"
+)
+
+
+class MallocInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc 2.33 and later; it sums over all arenas."""
+
+    _fields_ = (
+        ("arena", ctypes.c_size_t),
+        ("ordblks", ctypes.c_size_t),
+        ("smblks", ctypes.c_size_t),
+        ("hblks", ctypes.c_size_t),
+        ("hblkhd", ctypes.c_size_t),  # bytes in blocks with a mapping of their own
+        ("usmblks", ctypes.c_size_t),
+        ("fsmblks", ctypes.c_size_t),
+        ("uordblks", ctypes.c_size_t),  # bytes in all other blocks given out
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    )
+
+
+class Memory(NamedTuple):
+    """What this process holds. The first two are exact; the resident size moves by whole arenas of the allocators."""
+
+    python_blocks: int
+    malloc_bytes: int
+    resident_bytes: int
+
+
+def held_memory():
+    gc.collect()
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallocInfo
+    info = mallinfo()
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return Memory(sys.getallocatedblocks(), info.uordblks + info.hblkhd, 4096 * resident_pages)
+
+
+def assert_kept_nothing(growth, num_calls):
+    """`growth` is what `held_memory` went up by in so many calls."""
+    growth = Memory(*map(int, growth))
+    assert growth.python_blocks < num_calls / 10, f"a Python object kept per 10 calls or more: {growth}"
+    assert growth.malloc_bytes < num_calls * 8, f"8 bytes kept per call or more: {growth}"
+    assert growth.resident_bytes < num_calls * 1024, f"a page kept per 4 calls or more: {growth}"

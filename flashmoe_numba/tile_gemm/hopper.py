@@ -111,6 +111,9 @@ def main_loop(rows: int, dtype: str) -> str:
     lines += [
         *("mov.u32 k, 0;", "mov.u32 stage, 0;", "mov.u32 parity, 0;", "mov.u32 at, shared;"),
         *("mov.u32 barrier, barriers;", "mov.u32 at_before, shared;", "mov.u32 barrier_before, barriers;"),
+        # Set here, and not by the first instruction: else they would count as read before, and alive in the whole kernel.
+        *(f"mov.f32 d{i}, 0f00000000;" for i in range(2 * sums)),
+        "setp.eq.u32 sum, 0, 0;",
         "DEPTH${:uid}:",
         "WAIT${:uid}:",
         "mbarrier.try_wait.parity.shared::cta.b64 done, [barrier], parity;",
@@ -121,7 +124,6 @@ def main_loop(rows: int, dtype: str) -> str:
     for step in range(DEPTH_BYTES // STEP_BYTES):
         ahead = step * STEP_BYTES >> 4
         lines += [
-            f"setp.ne.s32 sum, k, {0 if step == 0 else -1};",
             f"add.u64 a0, a, {ahead};",
             f"add.u64 a1, a, {(WEIGHT_BYTES // 2 >> 4) + ahead};",
             f"add.u64 b, a, {(WEIGHT_BYTES >> 4) + ahead};",
@@ -179,21 +181,6 @@ def _store_sums(rows: int) -> list[str]:
     return lines
 
 
-def _function(module: Any, rows: int, dtype: str, arguments: list[Any]) -> Any:
-    """The tile as a function that is never inlined, so that only its own values ask for registers beside the sums."""
-    name = f"flashmoe_tile_{rows}_{dtype}"
-    if name in module.globals:
-        return module.globals[name]
-    signature = ir.FunctionType(ir.VoidType(), arguments)
-    function = ir.Function(module, signature, name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    builder = ir.IRBuilder(function.append_basic_block())
-    builder.asm(signature, main_loop(rows, dtype), "l,l,r,r,r,r,r,l,~{memory}", function.args, True)
-    builder.ret_void()
-    return function
-
-
 def _tile_of(rows: int, dtype: str) -> Any:
     """Intrinsic `f(sums, maps, row, column, column of the second half, expert, blocks of the depth, second map)`."""
 
@@ -206,7 +193,8 @@ def _tile_of(rows: int, dtype: str) -> Any:
             second_map = builder.add(first_map, builder.mul(args[7], word(8 * MAP_WORDS)))
             integers = [builder.trunc(value, ir.IntType(32)) for value in args[2:7]]
             operands = [pointer, first_map, *integers, second_map]
-            builder.call(_function(builder.module, rows, dtype, [value.type for value in operands]), operands)
+            function = ir.FunctionType(ir.VoidType(), [value.type for value in operands])
+            builder.asm(function, main_loop(rows, dtype), "l,l,r,r,r,r,r,l,~{memory}", operands, True)
             return context.get_dummy_value()
 
         word = ir.IntType(64)

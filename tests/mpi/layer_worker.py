@@ -1,25 +1,24 @@
-"""One rank of the tests in test_layer_mpi.py: `mpirun -n N python -m mpi4py layer_worker.py SCENARIO FOLDER`.
+"""One rank of the tests in test_layer_mpi.py: `mpirun -n N python -m mpi4py layer_worker.py SCENARIO FOLDER ...`.
 
 A rank leaves what it found in the folder: `rank0.npz` with results, or `rank0.txt` with the error that it was given.
 """
 
-import os
 import signal
 import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from cases import bits, random_routing, random_tokens, tiny_config
+from cases import DTYPES, assert_same_bits, bits, held_memory, random_routing, random_tokens, tiny_config
+from losing import VICTIM, lose, wait_for, write
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.heap.mpi import unlink_startup_segment
+from flashmoe_numba.kernel import persistent
 from reference import Weights
 
-DEADLINE_S = 1.5
-VICTIM = 1  # the rank that does something wrong
+DEADLINE_S = 3
+NUM_CALLS, WARM_UP = 2_000, 500
 
 
 def make_config(num_ranks, **changes):
@@ -51,7 +50,7 @@ def make_weights(config, rank=None):
 def results(comm, folder):
     """Every call in every dtype, on layers that exist side by side."""
     saved = {}
-    configs = [make_config(comm.size, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    configs = [make_config(comm.size, dtype=dtype) for dtype in DTYPES]
     layers = [FlashMoE(c, make_weights(c, comm.rank), comm=comm, num_processors=1 + comm.rank % 3) for c in configs]
     for call in range(len(make_calls(configs[0]))):
         for config, layer in zip(configs, layers, strict=True):
@@ -64,6 +63,33 @@ def results(comm, folder):
     for layer in layers:
         layer.close()
     np.savez(folder / f"rank{comm.rank}.npz", **saved)
+
+
+def how_compiled(comm, folder):
+    """Results of one call, and how the kernel came."""
+    config = make_config(comm.size)
+    with FlashMoE(config, make_weights(config), comm=comm) as layer:
+        y = layer(random_tokens(config)[comm.rank])
+    found, compiled = (
+        sum(counter.values()) for counter in (persistent.stats.cache_hits, persistent.stats.cache_misses)
+    )
+    np.savez(folder / f"rank{comm.rank}.npz", y=y, found=found, compiled=compiled)
+
+
+def many_calls(comm, folder):
+    """With other numbers of tokens each time; their rows are those of the first call, because no pair is dropped."""
+    config, rng = make_config(comm.size, capacity=None), np.random.default_rng(1)
+    x = random_tokens(config)[comm.rank]
+    with FlashMoE(config, make_weights(config), comm=comm) as layer:
+        full = layer(x)
+        held_memory()  # the first look keeps some objects itself
+        for call in range(NUM_CALLS):
+            if call == WARM_UP:
+                before = held_memory()
+            count = rng.integers(0, 8, comm.size)[comm.rank]
+            assert_same_bits(layer(x[:count]), full[:count], f"{config}, call {call}, rank {comm.rank}, {count} tokens")
+        growth = np.subtract(held_memory(), before)
+    np.savez(folder / f"rank{comm.rank}.npz", growth=growth)
 
 
 def different_config(comm, folder):
@@ -108,25 +134,12 @@ def late(comm, folder):
     layer(x)
 
 
-def stopped(comm, folder):
-    """SIGSTOP at a random moment in an endless run of calls."""
+def lost(comm, folder, moment, signum):
+    """SIGSTOP or SIGKILL in the middle of a call."""
     config = make_config(comm.size)
     x = random_tokens(config)[comm.rank]
+    lose(moment, folder, signal.Signals[signum])
     layer = FlashMoE(config, make_weights(config), comm=comm, deadline_s=DEADLINE_S)
-    layer(x)
-    if comm.rank == VICTIM:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
-    while True:
-        layer(x)
-
-
-def killed(comm, folder):
-    config = make_config(comm.size)
-    x = random_tokens(config)[comm.rank]
-    layer = FlashMoE(config, make_weights(config), comm=comm, deadline_s=DEADLINE_S)
-    (folder / f"started{comm.rank}").touch()
-    if comm.rank == VICTIM:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
     while True:
         layer(x)
 
@@ -141,15 +154,7 @@ def raises_in_the_middle(comm, folder):
             layer(x)
 
 
-def wait_for(condition, limit_s=60):
-    start = time.monotonic()
-    while not condition():
-        if time.monotonic() - start > limit_s:
-            raise TimeoutError("what the scenario waits for did not come")
-        time.sleep(0.01)
-
-
-def main(scenario, folder):
+def main(scenario, folder, *arguments):
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
@@ -157,16 +162,14 @@ def main(scenario, folder):
     if comm.rank == 0:
         unlink_startup_segment()
     try:
-        globals()[scenario](comm, folder)
+        globals()[scenario](comm, folder, *arguments)
     except Exception as error:
-        report = folder / f"rank{comm.rank}.txt"
-        report.with_suffix(".new").write_text(f"{type(error).__name__}: {error}")
-        report.with_suffix(".new").rename(report)
+        write(folder / f"rank{comm.rank}.txt", f"{type(error).__name__}: {error}")
         # Whoever raises first ends all ranks (mpi4py), so wait until the others have said what they saw.
-        expected = comm.size - (scenario == "stopped")
+        expected = comm.size - (scenario == "lost")
         wait_for(lambda: len(list(folder.glob("rank*.txt"))) >= expected)
         raise
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

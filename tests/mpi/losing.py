@@ -1,8 +1,8 @@
-"""`flashmoe`, but rank VICTIM stops itself (SIGSTOP) at a chosen moment: `losing.py MOMENT FOLDER ARGUMENT...`.
+"""A rank is lost at a chosen moment. As a program: `flashmoe`, `losing.py MOMENT FOLDER ARGUMENT...`.
 
-In call EPOCH, "before its blocks": the others are in the kernel, and wait for its dispatch flags. "after its dispatch":
-it is in the kernel, and the others enter only when it stands still, so that they wait for its result flags. Before the
-call, "before a meeting": the others wait for it outside the kernel.
+Rank VICTIM sends itself a signal in call EPOCH. "before its blocks" have begun: the others wait in the kernel for its
+dispatch flags. "after its dispatch": it is in the kernel, and the others enter when it is lost, so that they wait for
+its result flags. Or "before a meeting" of `flashmoe run`: the others wait for it outside the kernel.
 """
 
 import ctypes
@@ -18,8 +18,9 @@ import numpy as np
 from flashmoe_numba import cli
 from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.bench import launch
+from flashmoe_numba.bench.world import MpiWorld
 
-VICTIM, EPOCH = 2, 4
+VICTIM, EPOCH = 1, 4
 MEETING = "before call 3 "  # the first call warms up
 
 
@@ -39,56 +40,66 @@ def state(pid):
         return ""
 
 
-def stop_here():
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def lose(moment, folder):
-    """Prepare this process for its role, whatever its rank. The victim's pid is left in `folder`."""
-    from flashmoe_numba.bench.world import MpiWorld
-
-    honest_run, honest_meet, victim = CpuBackend.run, MpiWorld.meet, folder / "victim"
-
-    def run(self, blocks, stop):
-        problem, segments = blocks[0][1][1:3]
-        if problem.epoch == EPOCH and moment != "before a meeting":
-            if problem.rank_idx == VICTIM:
-                write(victim, str(os.getpid()))
-                if moment == "before its blocks":
-                    stop_here()
-                threading.Thread(target=stop_after_dispatch, args=(problem, segments), daemon=True).start()
-            elif moment == "after its dispatch":
-                wait_for(lambda: victim.exists() and state(victim.read_text()) in ("T", "Z", ""))
-        honest_run(self, blocks, stop)
-
-    def meet(self, what):
-        if moment == "before a meeting" and self.rank_idx == VICTIM and what.startswith(MEETING):
-            write(victim, str(os.getpid()))
-            stop_here()
-        honest_meet(self, what)
-
-    CpuBackend.run, MpiWorld.meet = run, meet
-
-
 def write(file, text):
     """All at once."""
     file.with_suffix(".new").write_text(text)
     file.with_suffix(".new").rename(file)
 
 
-def stop_after_dispatch(problem, segments):
+def lose(moment, folder, signum):
+    """Prepare this process, whatever its rank. The victim leaves its pid in `folder`."""
+    honest_run, honest_meet, victim = CpuBackend.run, MpiWorld.meet, folder / "victim"
+
+    def run(self, blocks, stop):
+        problem, segments = blocks[0][1][1:3]
+        here = problem.epoch == EPOCH and problem.rank_idx == VICTIM
+        if here:
+            write(victim, str(os.getpid()))
+        if here and moment == "before its blocks":
+            os.kill(os.getpid(), signum)
+        if here and moment == "after its dispatch":
+            threading.Thread(target=end_after_dispatch, args=(problem, segments, signum), daemon=True).start()
+        if problem.epoch == EPOCH and not here and moment == "after its dispatch":
+            wait_for(lambda: victim.exists() and state(victim.read_text()) in ("T", "Z", ""))
+        honest_run(self, blocks, stop)
+
+    def meet(self, what):
+        if moment == "before a meeting" and self.rank_idx == VICTIM and what.startswith(MEETING):
+            os.kill(os.getpid(), signum)
+        honest_meet(self, what)
+
+    CpuBackend.run, MpiWorld.meet = run, meet
+
+
+def end_after_dispatch(problem, segments, signum):
     words = ctypes.c_int64 * problem.num_experts
     flags = [np.ctypeslib.as_array(words.from_address(a + problem.dispatch_flag_at)) for a in segments.address.tolist()]
     mine = slice(VICTIM * problem.experts_per_rank, (VICTIM + 1) * problem.experts_per_rank)
     wait_for(lambda: all((there[mine] >> 32 == EPOCH).all() for there in flags))
-    stop_here()
+    os.kill(os.getpid(), signum)
+
+
+def last_words(moment, rank, deadline_s):
+    """What another rank says, as a regular expression: it gave up, or stopped because a third one did."""
+    silence = rf"for (about )?{deadline_s:g} s"
+    if moment == "before a meeting":
+        begin = rf"rank {rank} (gave up|stopped) {MEETING}of \d+, while it waited for rank {VICTIM} to come to meeting \d+"
+        return rf"{begin}: (no rank made progress {silence}|rank (?!{rank}|{VICTIM})\d gave up)"
+    flag = {
+        "before its blocks": rf"the dispatch flag of rank {VICTIM} for expert \d+ here",
+        "after its dispatch": rf"the result flag of rank {VICTIM}, its expert \d+, row tile \d+",
+    }[moment]
+    return (
+        rf"rank {rank}(| stopped: rank (?!{rank}|{VICTIM})\d), block \d+ \(OS block\) gave up in epoch {EPOCH}: "
+        rf"waited for {flag}; it holds epoch {EPOCH - 1}; \d+ flags missing, and no rank finished a task {silence}"
+    )
 
 
 def main(moment, folder, *arguments):
     start = launch.start
     again = [sys.executable, *sys.argv[:3]]  # in place of `python -m flashmoe_numba`
     launch.start = lambda num_ranks, command, deadline_s: start(num_ranks, again + command[3:], deadline_s)
-    lose(moment, Path(folder))
+    lose(moment, Path(folder), signal.SIGSTOP)
     return cli.main(list(arguments))
 
 

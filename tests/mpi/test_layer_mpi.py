@@ -1,6 +1,8 @@
 """The layer under mpirun: the bits of the threads' results, and what every rank is told when one goes wrong."""
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import assert_same_bits, bits
+from cases import (
+    DTYPES,
+    assert_equals_oracle,
+    assert_kept_nothing,
+    assert_same_bits,
+    bits,
+    counts_memory,
+    random_tokens,
+    tiny_config,
+)
 
 from flashmoe_numba import FlashMoE
+from reference import Routing, Weights
 
 pytestmark = pytest.mark.mpi
 pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
@@ -20,9 +32,18 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(HERE))
 import layer_worker  # noqa: E402
-from layer_worker import VICTIM, make_calls, make_config, make_weights  # noqa: E402
+from layer_worker import NUM_CALLS, WARM_UP, make_calls, make_config, make_weights  # noqa: E402
+from losing import VICTIM, last_words  # noqa: E402
 
 SHARED_MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """The kernels are in the disk cache, so that no rank compiles while the time of a test runs."""
+    for dtype in DTYPES:
+        config = tiny_config(dtype=dtype)
+        FlashMoE(config, Weights.random(config)).close()
 
 
 def mpirun():
@@ -37,23 +58,22 @@ def leftovers(before, folder):
     """Shared memory that was not there before, and processes that still work for `folder`."""
     memory = set(os.listdir(SHARED_MEMORY)) - before if SHARED_MEMORY.is_dir() else set()
     processes = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(folder) in entry.read_text():
-                processes.append(entry.parent.name)
-        except OSError:
-            pass  # it ended meanwhile
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if str(folder) in (entry / "cmdline").read_text():
+                processes.append(entry.name)
+            memory -= set(re.findall(rf"{SHARED_MEMORY}/(\S+)", (entry / "maps").read_text()))  # in use, if by others
     return sorted(memory) + processes
 
 
-def run(scenario, num_ranks, folder):
+def run(scenario, num_ranks, folder, *arguments, flags=(), timeout_s=100, **variables):
     """(exit status, stderr, {rank: its error}) of one mpirun; nothing is left behind."""
     before = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
-    command = [mpirun(), "-n", str(num_ranks), sys.executable, "-m", "mpi4py", str(HERE / "layer_worker.py")]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    command += [scenario, str(folder)]
+    command = [mpirun(), *flags, "-n", str(num_ranks), sys.executable, "-m", "mpi4py", str(HERE / "layer_worker.py")]
+    command += [scenario, str(folder), *arguments]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **variables)
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=100, env=environment, stdin=subprocess.DEVNULL
+        command, capture_output=True, text=True, timeout=timeout_s, env=environment, stdin=subprocess.DEVNULL
     )
     for _ in range(100):
         if not leftovers(before, folder):
@@ -74,9 +94,10 @@ def test_results_are_those_of_threads(num_ranks, tmp_path):
     status, err, errors = run("results", num_ranks, tmp_path)
     assert status == 0 and not errors, f"{errors}\n{err}"
     saved = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(num_ranks)]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         config = make_config(num_ranks, dtype=dtype)
-        with FlashMoE(config, make_weights(config), num_processors=2) as layer:
+        weights = make_weights(config)
+        with FlashMoE(config, weights, num_processors=2) as layer:
             for call, (x, routing) in enumerate(make_calls(config)):
                 y = layer(x, **routing)
                 for rank, (part, chosen, stats) in enumerate(zip(y, layer.routing, layer.stats, strict=True)):
@@ -86,6 +107,28 @@ def test_results_are_those_of_threads(num_ranks, tmp_path):
                     assert_same_bits(saved[rank][f"{key}_weights"], chosen.topk_weights, case)
                     expected = [stats.epoch, stats.sent_rows, stats.received_rows]
                     assert saved[rank][f"{key}_stats"].tolist() == expected, case
+                y = [part[key].view(config.numpy_dtype) for part in saved]
+                routings = [Routing(part[f"{key}_idx"], part[f"{key}_weights"]) for part in saved]
+                assert_equals_oracle(y, x, weights, config, routings, external=bool(routing))
+
+
+def test_one_rank_compiles_and_the_others_load(tmp_path):
+    status, err, errors = run("how_compiled", 4, tmp_path, timeout_s=400, FLASHMOE_CACHE_DIR=str(tmp_path / "cache"))
+    assert status == 0 and not errors, f"{errors}\n{err}"
+    saved = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(4)]
+    came = sorted((int(part["compiled"]), int(part["found"])) for part in saved)
+    assert came == [(0, 1), (0, 1), (0, 1), (1, 0)], "(compiled, found) of the ranks"
+    config = make_config(4)
+    with FlashMoE(config, make_weights(config)) as layer:
+        assert_same_bits([part["y"] for part in saved], layer(random_tokens(config)))
+
+
+@counts_memory
+def test_thousands_of_calls_keep_nothing(tmp_path):
+    status, err, errors = run("many_calls", 2, tmp_path)
+    assert status == 0 and not errors, f"{errors}\n{err}"
+    for rank in range(2):
+        assert_kept_nothing(np.load(tmp_path / f"rank{rank}.npz")["growth"], NUM_CALLS - WARM_UP)
 
 
 @pytest.mark.parametrize(
@@ -107,21 +150,29 @@ def test_an_error_on_one_rank_is_raised_on_all(scenario, own, others, tmp_path):
         assert_named(message, *(own if rank == VICTIM or others is None else others))
 
 
-@pytest.mark.parametrize("scenario", ["late", "stopped"])
-def test_a_rank_that_does_not_come_is_named_by_all_others(scenario, tmp_path):
-    status, err, errors = run(scenario, 3, tmp_path)
+def test_a_rank_that_comes_too_late_is_named_by_all_others_and_told(tmp_path):
+    status, err, errors = run("late", 3, tmp_path)
     assert status != 0, err
-    assert sorted(errors) == ([0, 1, 2] if scenario == "late" else [0, 2]), f"{errors}\n{err}"
-    causes = []
+    assert sorted(errors) == [0, 1, 2], f"{errors}\n{err}"
     for rank, message in errors.items():
-        assert_named(message, "FlashMoEError", f"rank {rank}", "block", "gave up in epoch", "waited for")
-        assert_named(message, f"{layer_worker.DEADLINE_S:g} s", "it holds epoch" if scenario == "late" else "")
-        causes.append(f"flag of rank {VICTIM}" in message)
-    # A rank that was stopped may hold up others in the middle, so that somebody waits for one who waits for it.
-    assert all(causes) if scenario == "late" else any(causes), f"{errors}"
+        assert_named(message, "FlashMoEError", f"rank {rank}", "block", "(OS block) gave up in epoch 2: waited for")
+        assert_named(message, f"the dispatch flag of rank {VICTIM}", "it holds epoch 1", f"{layer_worker.DEADLINE_S} s")
 
 
-def test_kill_9_ends_every_rank(tmp_path):
-    status, err, _ = run("killed", 3, tmp_path)
+@pytest.mark.parametrize("signum", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("moment", ["before its blocks", "after its dispatch"])
+def test_a_rank_lost_in_a_call_is_named_by_all_others(moment, signum, tmp_path):
+    # Else mpirun kills the others as soon as one is dead, before they can speak.
+    status, err, errors = run("lost", 3, tmp_path, moment, signum, flags=["-disable-auto-cleanup"])
     assert status != 0, err
-    assert len(list(tmp_path.glob("started*"))) == 3, "the ranks were at work"
+    assert sorted(errors) == [0, 2], f"{errors}\n{err}"
+    for rank, message in errors.items():
+        expected = "FlashMoEError: " + last_words(moment, rank, layer_worker.DEADLINE_S)
+        assert re.fullmatch(expected, message), f"{message!r} is not {expected!r}"
+
+
+@pytest.mark.parametrize("moment", ["before its blocks", "after its dispatch"])
+def test_kill_9_in_a_call_ends_every_rank(moment, tmp_path):
+    status, err, errors = run("lost", 3, tmp_path, moment, "SIGKILL")
+    assert status != 0 and not errors, f"{errors}\n{err}"
+    assert (tmp_path / "victim").exists(), f"it ended before the call\n{err}"

@@ -1,14 +1,17 @@
 """Nothing is cleared between calls: a layer is called thousands of times, with other token counts each time."""
 
-import ctypes
-import gc
-import sys
-from pathlib import Path
-from typing import NamedTuple
-
 import numpy as np
-import pytest
-from cases import Regions, assert_equals_oracle, assert_same_bits, random_routing, random_tokens, tiny_config
+from cases import (
+    Regions,
+    assert_equals_oracle,
+    assert_kept_nothing,
+    assert_same_bits,
+    counts_memory,
+    held_memory,
+    random_routing,
+    random_tokens,
+    tiny_config,
+)
 
 from flashmoe_numba import FlashMoE
 from reference import Weights
@@ -16,41 +19,7 @@ from reference import Weights
 NUM_CALLS, WARM_UP, SAMPLE = 10_000, 2_000, 100
 
 
-class MallocInfo(ctypes.Structure):
-    """struct mallinfo2 of glibc 2.33 and later; it sums over all arenas."""
-
-    _fields_ = (
-        ("arena", ctypes.c_size_t),
-        ("ordblks", ctypes.c_size_t),
-        ("smblks", ctypes.c_size_t),
-        ("hblks", ctypes.c_size_t),
-        ("hblkhd", ctypes.c_size_t),  # bytes in blocks with a mapping of their own
-        ("usmblks", ctypes.c_size_t),
-        ("fsmblks", ctypes.c_size_t),
-        ("uordblks", ctypes.c_size_t),  # bytes in all other blocks given out
-        ("fordblks", ctypes.c_size_t),
-        ("keepcost", ctypes.c_size_t),
-    )
-
-
-class Memory(NamedTuple):
-    """What this process holds. The first two are exact; the resident size moves by whole arenas of the allocators."""
-
-    python_blocks: int
-    malloc_bytes: int
-    resident_bytes: int
-
-
-def held_memory():
-    gc.collect()
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = MallocInfo
-    info = mallinfo()
-    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return Memory(sys.getallocatedblocks(), info.uordblks + info.hblkhd, 4096 * resident_pages)
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33, to count what is in use")
+@counts_memory
 def test_ten_thousand_calls():
     config = tiny_config(num_tokens=9, num_ranks=2, capacity=5)
     weights, rng = Weights.random(config, bias=True), np.random.default_rng(0)
@@ -73,12 +42,9 @@ def test_ten_thousand_calls():
                 sampled += 1
             if call == WARM_UP:
                 before = held_memory()
-        growth = Memory(*(now - then for now, then in zip(held_memory(), before, strict=True)))
+        growth = np.subtract(held_memory(), before)
     assert sampled == NUM_CALLS // SAMPLE and empty_ranks > NUM_CALLS // 4
-    num_counted = NUM_CALLS - WARM_UP
-    assert growth.python_blocks < num_counted / 10, f"a Python object kept per 10 calls or more: {growth}"
-    assert growth.malloc_bytes < num_counted * 8, f"8 bytes kept per call or more: {growth}"
-    assert growth.resident_bytes < num_counted * 1024, f"a page kept per 4 calls or more: {growth}"
+    assert_kept_nothing(growth, NUM_CALLS - WARM_UP)
 
 
 def test_a_thousand_calls_on_eight_ranks_in_every_dtype():
