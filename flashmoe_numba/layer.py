@@ -13,7 +13,7 @@ import numpy as np
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
 from reference.plan import max_tasks
 
-from .arguments import check_tokens, default_processors, find_problem
+from .arguments import default_processors, find_problem
 from .backends import make_backend
 from .device.compilation import usable_cache_folder
 from .errors import FlashMoEError, explain
@@ -128,7 +128,8 @@ class FlashMoE:
         """
         parts = self._per_rank("x", x)
         names = [f"x[{i}]" for i in range(len(parts))] if self._in_process else ["x"]
-        tokens = [check_tokens(name, part, self.config) for name, part in zip(names, parts, strict=True)]
+        check = self._backend.check_tokens
+        tokens = [check(name, part, self.config) for name, part in zip(names, parts, strict=True)]
         routings = self._check_routing(tokens, topk_idx, topk_weights)
         with self._calling:
             self._caller = threading.get_ident()

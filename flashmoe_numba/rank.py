@@ -14,7 +14,7 @@ from reference import ACTIVATIONS, Layout, MoEConfig, Routing, Weights
 from reference.plan import hidden_rows, max_tasks
 from reference.tiles import packet_row_blocks, packet_tile_height
 
-from .device.storage import as_storage, storage_dtype
+from .device.storage import storage_dtype
 from .kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
 from .kernel.state import BOX_WORDS, Experts, Packets, Problem, Queue, Segments, Tokens
 from .kernel.trace import RECORD_WORDS
@@ -61,41 +61,42 @@ class Rank:
         backend: Any,
         trace_records: int,
     ) -> None:
-        self.config, self.rank_idx, self.num_processors = config, rank_idx, num_processors
+        self.config, self.rank_idx, self.num_processors, self._backend = config, rank_idx, num_processors, backend
         self.layout = Layout(config)
         self.segments = self._segments(segments)
-        self.experts = self._experts(weights, backend)
         self.packets = self._packets()
+        self.experts = self._experts(weights)
         self.queue = Queue(
-            np.zeros(max_tasks(config) * TASK_WORDS, np.int64),
-            np.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
+            backend.zeros(max_tasks(config) * TASK_WORDS, np.int64),
+            backend.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
         )
-        self._tokens = self._token_arrays()
+        self.tokens = self._token_arrays()
         self._scratch = [backend.make_scratch(config) for _ in range(num_processors)]
         self._boxes = [np.zeros(BOX_WORDS, np.int64) for _ in range(num_processors + 1)]
         trace_words = (trace_records + 1) * RECORD_WORDS if trace_records else 0
-        self.traces = [np.zeros(trace_words, np.int64) for _ in range(num_processors + 1)]
-        self._problem = self._fixed_problem()
+        self.all_traces = backend.zeros((num_processors + 1) * trace_words, np.int64)
+        self.traces = [self.all_traces[b * trace_words : (b + 1) * trace_words] for b in range(num_processors + 1)]
+        self.problem = self._fixed_problem()
 
     @property
     def control(self) -> np.ndarray:
         return self.segments.control
 
     def call(
-        self, x: np.ndarray, routing: Routing | None, epoch: int, deadline_ns: int
-    ) -> tuple[np.ndarray, list[tuple[str, tuple[Any, ...]]]]:
+        self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int
+    ) -> tuple[Any, list[tuple[str, tuple[Any, ...]]]]:
         """(y, blocks of this call): y is filled once all blocks have run.
 
         Args:
-            x: `[num_tokens, hidden]`, contiguous and writable.
+            x: `[num_tokens, hidden]`, as `check_tokens` of the backend returns it.
             routing: one from outside, or None.
         """
-        y = np.empty_like(x)
-        tokens = self._tokens._replace(x=as_storage(x), y=as_storage(y))
+        x_storage, y_storage, y = self._backend.adopt(x)
+        tokens = self.tokens._replace(x=x_storage, y=y_storage)
         if routing is not None:
-            tokens.topk_idx[: routing.topk_idx.size] = routing.topk_idx.reshape(-1)
-            tokens.topk_weights[: routing.topk_weights.size] = routing.topk_weights.reshape(-1)
-        problem = self._problem._replace(
+            self._backend.store(tokens.topk_idx[: routing.topk_idx.size], routing.topk_idx.reshape(-1))
+            self._backend.store(tokens.topk_weights[: routing.topk_weights.size], routing.topk_weights.reshape(-1))
+        problem = self.problem._replace(
             epoch=epoch, num_tokens=len(x), routed=routing is not None, deadline_ns=deadline_ns
         )
         for trace in self.traces:
@@ -110,28 +111,28 @@ class Rank:
 
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
         """Arguments of `kernel.leave`."""
-        return self._problem._replace(epoch=epoch), self.segments
+        return self.problem._replace(epoch=epoch), self.segments
 
     def routing(self, num_tokens: int) -> Routing:
         """A copy of the last call's routing."""
         shape = (num_tokens, self.config.num_topk)
         size = num_tokens * self.config.num_topk
-        topk_idx, topk_weights = self._tokens.topk_idx[:size], self._tokens.topk_weights[:size]
-        return Routing(topk_idx.reshape(shape).copy(), topk_weights.reshape(shape).copy())
+        parts = self.tokens.topk_idx[:size], self.tokens.topk_weights[:size]
+        return Routing(*(self._backend.to_host(part).reshape(shape) for part in parts))
 
     def stats(self, epoch: int, num_tokens: int) -> Stats:
         c = self.config
-        received = np.where(self.packets.seen == epoch, self.packets.rows, 0)
-        heights = [packet_tile_height(int(rows), c) for rows in received]
-        tiles = [packet_row_blocks(int(rows), c) for rows in received]
-        sent = int(self._tokens.sent.sum())
+        seen, rows, sent = map(self._backend.to_host, (self.packets.seen, self.packets.rows, self.tokens.sent))
+        received = np.where(seen == epoch, rows, 0)
+        heights = [packet_tile_height(int(num_rows), c) for num_rows in received]
+        tiles = [packet_row_blocks(int(num_rows), c) for num_rows in received]
         return Stats(
             epoch=epoch,
             num_tokens=num_tokens,
-            sent_rows=sent,
+            sent_rows=int(sent.sum()),
             received_rows=int(received.sum()),
             rows_per_expert=tuple(received.reshape(c.num_ranks, -1).sum(axis=0).tolist()),
-            dropped_pairs=num_tokens * c.num_topk - sent,
+            dropped_pairs=num_tokens * c.num_topk - int(sent.sum()),
             row_tiles=sum(tiles),
             padded_rows=sum(number * height for number, height in zip(tiles, heights, strict=True)),
         )
@@ -148,7 +149,7 @@ class Rank:
             0  # MPI does not promise zeroed memory; peers write only after all ranks are ready
         )
         return Segments(
-            address=np.array([segment.ctypes.data for segment in segments], np.int64),
+            address=self._words([self._backend.address(segment) for segment in segments]),
             dispatch=view(layout.dispatch, layout.region_elements, element),
             result=view(layout.result, layout.region_elements, element),
             dispatch_flag=view(layout.dispatch_flag, layout.num_dispatch_flags, word),
@@ -156,25 +157,30 @@ class Rank:
             control=view(layout.control, (layout.num_bytes - layout.control) // 8, word),
         )
 
-    def _experts(self, weights: Weights, backend: Any) -> Experts:
-        """Weights in the form of the backend's tile GEMM; the originals are not kept."""
+    def _experts(self, weights: Weights) -> Experts:
+        """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put."""
         c = self.config
         ups, up_biases = [weights.up_proj], [weights.up_bias]
         if c.gated:
             ups, up_biases = [weights.gate_proj, *ups], [weights.gate_bias, *up_biases]
-        router = weights.router.astype(c.accumulator)[None]
+        router, pack = weights.router.astype(c.accumulator)[None], self._backend.pack
         return Experts(
-            router=backend.pack([router], [None], c.tile_n, c.accumulator),
-            up=backend.pack(ups, up_biases, c.tile_ffn, c.accumulator),
-            down=backend.pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator),
+            router=pack([router], [None], c.tile_n, c.accumulator, None),
+            up=pack(ups, up_biases, c.tile_ffn, c.accumulator, self.segments.dispatch),
+            down=pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator, self.packets.hidden),
         )
+
+    def _words(self, values: list[int]) -> np.ndarray:
+        words = self._backend.empty(len(values), np.int64)
+        self._backend.store(words, np.array(values, np.int64))
+        return words
 
     def _packets(self) -> Packets:
         c, row_blocks = self.config, self.layout.row_blocks
         element = storage_dtype(c.numpy_dtype)
 
         def words(size: int) -> np.ndarray:
-            return np.zeros(size, np.int64)
+            return self._backend.zeros(size, np.int64)
 
         return Packets(
             seen=words(c.num_experts),
@@ -183,23 +189,24 @@ class Rank:
             tiles_to_queue=words(c.num_experts),
             up_done=words(c.num_experts * row_blocks),
             down_done=words(c.num_experts * row_blocks),
-            hidden=np.empty(hidden_rows(c) * c.ffn, element),
+            hidden=self._backend.empty(hidden_rows(c) * c.ffn, element),
         )
 
     def _token_arrays(self) -> Tokens:
         c = self.config
         pairs, blocks = c.num_tokens * c.num_topk, -(-c.num_tokens // c.token_block)
-        empty = as_storage(np.empty((0, c.hidden), c.numpy_dtype))
+        memory = self._backend
+        empty = memory.empty(0, storage_dtype(c.numpy_dtype))
 
         def integers(size: int) -> np.ndarray:
-            return np.zeros(size, np.int32)
+            return memory.zeros(size, np.int32)
 
         return Tokens(
             x=empty,
             y=empty,
-            logits=np.empty(c.num_tokens * c.num_experts, c.accumulator),
+            logits=memory.empty(c.num_tokens * c.num_experts, c.accumulator),
             topk_idx=integers(pairs),
-            topk_weights=np.zeros(pairs, c.accumulator),
+            topk_weights=memory.zeros(pairs, c.accumulator),
             place=integers(pairs),
             order=integers(pairs),
             counts=integers(blocks * c.num_experts),
@@ -207,8 +214,8 @@ class Rank:
             bases=integers(blocks * c.num_experts),
             sent=integers(c.num_experts),
             results_left=integers(c.num_experts),
-            tiles_left=np.zeros(blocks, np.int64),
-            result_seen=np.zeros(c.num_experts * self.layout.row_blocks, np.int64),
+            tiles_left=memory.zeros(blocks, np.int64),
+            result_seen=memory.zeros(c.num_experts * self.layout.row_blocks, np.int64),
         )
 
     def _fixed_problem(self) -> Problem:

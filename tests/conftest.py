@@ -16,9 +16,11 @@ settings.register_profile("nightly", max_examples=1000, derandomize=False, **com
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 COMPILES_S = 600  # the first test that runs a kernel compiles it, half a minute for each element type
+RUN_KERNELS = {"property", "kernel", "mpi", "test_cli.py", "test_trace.py"}  # folders and files
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if {"property", "kernel", "mpi"} & set(item.path.parts) and not item.get_closest_marker("timeout"):
+        parts = item.path.relative_to(item.config.rootpath).parts
+        if RUN_KERNELS.intersection(parts) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(COMPILES_S))

@@ -16,16 +16,22 @@ from ..kernel import leave, persistent
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.cpu import MICRO_ROWS, ROW_STRIDE, panel_width
+from .host import HostMemory
 
 
-class CpuBackend:
+class CpuBackend(HostMemory):
     """One thread per block; threads are kept between calls."""
 
     def __init__(self, num_blocks: int) -> None:
         self._threads = ThreadPoolExecutor(num_blocks, thread_name_prefix="flashmoe")
 
     def pack(
-        self, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray | None], tile_n: int, accumulator: np.dtype
+        self,
+        matrices: Sequence[np.ndarray],
+        biases: Sequence[np.ndarray | None],
+        tile_n: int,
+        accumulator: np.dtype,
+        rows: np.ndarray | None,
     ) -> Panels:
         return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator)
 

@@ -16,9 +16,10 @@ from ..device.fibers import Scheduler
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.stub import INTERPRETED_PANEL_WIDTH
+from .host import HostMemory
 
 
-class FiberBackend:
+class FiberBackend(HostMemory):
     """Every call runs under a scheduler with the next seed.
 
     Args:
@@ -36,7 +37,12 @@ class FiberBackend:
         self.seed, self.lanes, self.preempt = seed, lanes, preempt
 
     def pack(
-        self, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray | None], tile_n: int, accumulator: np.dtype
+        self,
+        matrices: Sequence[np.ndarray],
+        biases: Sequence[np.ndarray | None],
+        tile_n: int,
+        accumulator: np.dtype,
+        rows: np.ndarray | None,
     ) -> Panels:
         return pack_matrices(matrices, biases, tile_n, INTERPRETED_PANEL_WIDTH, accumulator)
 

@@ -94,6 +94,26 @@ def _local_array(typing, like):
 
 
 @intrinsic
+def co_resident(typing):
+    """Ask for a cooperative launch: the driver then refuses a grid that cannot be resident as a whole."""
+
+    def codegen(context, builder, sig, args):
+        context.active_code_library.use_cooperative = True
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def undefined(value_type):
+    """An intrinsic that gives some value of a type, for code that looks at types only."""
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(context.get_value_type(value_type), ir.Undefined)
+
+    return intrinsic(lambda typing: (value_type(), codegen))
+
+
+@intrinsic
 def _address_of(typing, array, i):
     def codegen(context, builder, sig, args):
         return builder.ptrtoint(element_pointer(context, builder, sig.args[0], args[0], args[1]), ir.IntType(64))

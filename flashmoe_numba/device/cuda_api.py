@@ -34,6 +34,7 @@ __all__ = [
     "element_pointer",
     "intrinsic",
     "ir",
+    "link",
     "lowering_registry",
     "make_array",
     "overload",
@@ -59,3 +60,31 @@ def compile_to_ltoir(
             kernel, signature, device=False, abi="numba", cc=capability, output="ltoir", launch_bounds=launch_bounds
         )
     return [(getattr(code, "kind", "ltoir"), bytes(getattr(code, "data", code))) for code in codes]
+
+
+def link(codes: list[tuple[str, bytes]], architecture: str) -> tuple[bytes, str]:
+    """(cubin, log) of compiled code, with registers and spills in the log; needs no device and no driver.
+
+    Raises:
+        RuntimeError: what the linker said.
+    """
+    from cuda.bindings import nvjitlink
+
+    kinds = {"ltoir": nvjitlink.InputType.LTOIR, "archive": nvjitlink.InputType.LIBRARY, "ptx": nvjitlink.InputType.PTX}
+    options = [f"-arch={architecture}", "-lto", "-verbose"]
+    handle = nvjitlink.create(len(options), options)
+    try:
+        for kind, code in codes:
+            nvjitlink.add_data(handle, kinds[kind], code, len(code), kind)
+        nvjitlink.complete(handle)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, cubin)
+        log = bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_info_log(handle, log)
+    except nvjitlink.nvJitLinkError as error:
+        said = bytearray(nvjitlink.get_error_log_size(handle))
+        nvjitlink.get_error_log(handle, said)
+        raise RuntimeError(f"{error}: {said.decode(errors='replace')}") from None
+    finally:
+        nvjitlink.destroy(handle)
+    return bytes(cubin), log.decode(errors="replace")

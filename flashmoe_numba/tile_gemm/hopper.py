@@ -111,7 +111,7 @@ def main_loop(rows: int, dtype: str) -> str:
     lines += [
         *("mov.u32 k, 0;", "mov.u32 stage, 0;", "mov.u32 parity, 0;", "mov.u32 at, shared;"),
         *("mov.u32 barrier, barriers;", "mov.u32 at_before, shared;", "mov.u32 barrier_before, barriers;"),
-        # Set here, and not by the first instruction: else they would count as read before, and alive in the whole kernel.
+        # set here, and not by the first instruction: else they would count as read, and so as alive, from the start
         *(f"mov.f32 d{i}, 0f00000000;" for i in range(2 * sums)),
         "setp.eq.u32 sum, 0, 0;",
         "DEPTH${:uid}:",

@@ -83,8 +83,8 @@ def last_words(moment, rank, deadline_s):
     """What another rank says, as a regular expression: it gave up, or stopped because a third one did."""
     silence = rf"for (about )?{deadline_s:g} s"
     if moment == "before a meeting":
-        begin = rf"rank {rank} (gave up|stopped) {MEETING}of \d+, while it waited for rank {VICTIM} to come to meeting \d+"
-        return rf"{begin}: (no rank made progress {silence}|rank (?!{rank}|{VICTIM})\d gave up)"
+        begin = rf"rank {rank} (gave up|stopped) {MEETING}of \d+, while it waited for rank {VICTIM} to come to meeting"
+        return rf"{begin} \d+: (no rank made progress {silence}|rank (?!{rank}|{VICTIM})\d gave up)"
     flag = {
         "before its blocks": rf"the dispatch flag of rank {VICTIM} for expert \d+ here",
         "after its dispatch": rf"the result flag of rank {VICTIM}, its expert \d+, row tile \d+",

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).parent
 
 
-def start(folder, go, program=HERE / "cached_kernel.py"):
+def start(folder, go):
     environment = dict(os.environ, FLASHMOE_CACHE_DIR=str(folder), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    command = [sys.executable, str(program), str(go)]
+    command = [sys.executable, str(HERE / "cached_kernel.py"), str(go)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -58,32 +58,6 @@ def test_processes_that_start_together_do_not_spoil_the_cache(tmp_path):
         assert {result.split("]")[0] for result in results} == {"[5, 6, 7"}, f"{results}"
         assert finish([start(folder, go)], go) == ["[5, 6, 7] loaded"]
         assert not [name for name, _ in listing(folder) if "tmp" in name], f"{listing(folder)}"
-
-
-LAYER = """
-import sys, time
-from pathlib import Path
-from cases import assert_equals_oracle, random_tokens, tiny_config
-from flashmoe_numba import FlashMoE
-from flashmoe_numba.kernel import persistent
-from reference import Weights
-print("ready", flush=True)
-while not Path(sys.argv[1]).exists():
-    time.sleep(0.001)
-config = tiny_config()
-weights, x = Weights.random(config), random_tokens(config)
-with FlashMoE(config, weights) as layer:
-    assert_equals_oracle(layer(x), x, weights, config, layer.routing)
-print("loaded" if sum(persistent._cache_hits.values()) else "compiled")
-"""
-
-
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE", "fast") == "fast", reason="compiles the whole kernel 3 times")
-def test_layers_that_start_together_without_a_cache(tmp_path):
-    program, go = tmp_path / "layer.py", tmp_path / "go"
-    program.write_text(LAYER)
-    finish([start(tmp_path / "cache", go, program) for _ in range(3)], go)
-    assert finish([start(tmp_path / "cache", go, program)], go) == ["loaded"]
 
 
 def triple(words, i):

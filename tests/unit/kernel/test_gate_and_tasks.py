@@ -27,7 +27,7 @@ def routed_layers(draw):
 
 def check_slots(layer, rank, topk_idx):
     """Every pair's slot, block by block: the arrays of `Tokens` against a loop over the pairs."""
-    config, tokens = layer.config, layer._ranks[rank]._tokens
+    config, tokens = layer.config, layer._ranks[rank].tokens
     num_pairs, blocks = topk_idx.size, -(-len(topk_idx) // config.token_block)
     pairs_per_block, used = config.token_block * config.num_topk, [0] * config.num_experts
     counts, bases, starts = (

@@ -44,7 +44,7 @@ class LanesBackend:
     def __init__(self, num_blocks):
         pass
 
-    def pack(self, matrices, biases, tile_n, accumulator):
+    def pack(self, matrices, biases, tile_n, accumulator, rows):
         return as_matrices(matrices, biases, tile_n, accumulator, np.ascontiguousarray)
 
     def make_scratch(self, config):
@@ -80,7 +80,7 @@ class Product:
         other = [np.full_like(w, np.nan) for w in self.w]
         experts = [np.stack(pair) for pair in zip(other, self.w, strict=True)]
         biases = [np.stack([np.full_like(b, np.nan), b]) for b in self.b]
-        matrices = backend.pack(experts, biases, tile_n, c.accumulator)
+        matrices = backend.pack(experts, biases, tile_n, c.accumulator, None)
         out = np.full((rows + 2, columns), 77, self.x.dtype)
         tile_n = tile_n * len(self.w)
         scratch = backend.make_scratch(MoEConfig(**{**vars(c), "tile_m": 256, "tile_m_min": 256, "tile_n": tile_n}))

@@ -1,0 +1,46 @@
+"""What backends share whose kernels read NumPy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from reference import MoEConfig
+
+from ..arguments import check_tokens
+from ..device.storage import as_storage
+
+
+class HostMemory:
+    """Arrays of this process."""
+
+    def zeros(self, size: int, dtype: Any) -> np.ndarray:
+        return np.zeros(size, dtype)
+
+    def empty(self, size: int, dtype: Any) -> np.ndarray:
+        return np.empty(size, dtype)
+
+    def address(self, array: np.ndarray) -> int:
+        return array.ctypes.data
+
+    def to_host(self, array: np.ndarray) -> np.ndarray:
+        """A copy."""
+        return array.copy()
+
+    def store(self, target: np.ndarray, values: np.ndarray) -> None:
+        """Copy values from the host into an array of this memory."""
+        target[...] = values
+
+    def check_tokens(self, name: str, x: Any, config: MoEConfig) -> np.ndarray:
+        """One rank's tokens, as `adopt` wants them; see arguments.py."""
+        return check_tokens(name, x, config)
+
+    def adopt(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(x as the kernel sees it, room for y likewise, y)."""
+        y = np.empty_like(x)
+        return as_storage(x), as_storage(y), y
+
+    def finished(self) -> bool:
+        """Has the last call's kernel ended? `run` waits for it."""
+        return True
