@@ -13,7 +13,7 @@ import numpy as np
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
 from reference.plan import max_tasks
 
-from .arguments import default_processors, find_problem
+from .arguments import find_problem
 from .backends import make_backend
 from .device.compilation import usable_cache_folder
 from .errors import FlashMoEError, explain
@@ -69,17 +69,30 @@ class FlashMoE:
         self._in_process = comm is None
         self._calling = threading.Lock()
         self._caller = 0
-        self._heap: Any = make_heap(config, comm)
+        self._heap: Any = make_heap(config, comm, backend)
         self._heap.agree(problem, same=repr(config))  # under MPI the other ranks must hear of a problem, too
-        self.num_processors = num_processors or default_processors(config.num_ranks)
-        self._heap.allocate(Layout(config).num_bytes)
         self._backend: Any = None
         self._ranks: list[Rank] = []
-        self._make_ready(lambda: self._make_ranks(weights, backend, backend_settings, trace))
+        self._make_ready(lambda: self._make_backend(backend, backend_settings))
         self._cache_folder = Path(self._heap.from_first(lambda: str(usable_cache_folder())))
-        # one rank of a machine compiles, the others then find the kernel on the disk
-        self._make_ready(lambda: self._prepare() if self._ranks[0].rank_idx == 0 else None)
-        self._make_ready(self._prepare)
+        self._one_first(lambda: self._backend.load(self._cache_folder))
+        self._make_ready(lambda: self._set_processors(num_processors))
+        self._heap.allocate(Layout(config).num_bytes, self._backend)
+        self._make_ready(lambda: self._make_ranks(weights, trace))
+        self._one_first(self._prepare)
+
+    def _one_first(self, step: Callable[[], None]) -> None:
+        """Take a step that may compile: one rank of a machine does, the others then find its kernel on the disk."""
+        self._make_ready(lambda: step() if self._heap.rank_indices[0] == 0 else None)
+        self._make_ready(step)
+
+    def _make_backend(self, name: str, settings: dict[str, Any]) -> None:
+        self._backend = make_backend(name, self.config, self._heap.rank_indices[0], **settings)
+
+    def _set_processors(self, wanted: int | None) -> None:
+        here, ranks = len(self._heap.rank_indices), self.config.num_ranks
+        self.num_processors = wanted or self._backend.default_processors(here, ranks)
+        self._backend.check_grid(here, self.num_processors)
 
     def _make_ready(self, step: Callable[[], None]) -> None:
         """Take one step of setting up; if it fails on any rank, raise on all."""
@@ -95,19 +108,15 @@ class FlashMoE:
                 self._backend.close()
             raise
 
-    def _make_ranks(self, weights: Weights, backend: str, settings: dict[str, Any], trace: bool) -> None:
-        here = self._heap.rank_indices
-        self._backend = make_backend(backend, len(here) * (self.num_processors + 1), **settings)
+    def _make_ranks(self, weights: Weights, trace: bool) -> None:
         records = max_tasks(self.config) + self.config.num_experts if trace else 0
-        for rank_idx in here:
+        for rank_idx in self._heap.rank_indices:
             own = weights.shard(rank_idx, self.config.num_ranks)
             segments = self._heap.segments
             self._ranks.append(Rank(self.config, rank_idx, own, segments, self.num_processors, self._backend, records))
 
     def _prepare(self) -> None:
-        nothing = np.empty((0, self.config.hidden), self.config.numpy_dtype)
-        _, blocks = self._ranks[0].call(nothing, None, 0, 0)
-        self._backend.prepare(blocks[0][1], self._cache_folder)
+        self._backend.prepare(self._ranks[0].argument_types(), self._cache_folder)
 
     def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None) -> Any:
         """The layer's output for these tokens.
@@ -136,13 +145,13 @@ class FlashMoE:
             ys = self._run(tokens, routings)
         if not self._in_process:
             return ys[0]
-        return np.stack(ys) if isinstance(x, np.ndarray) else ys
+        return self._backend.join(x, ys)
 
     def _per_rank(self, name: str, value: Any) -> list[Any]:
         """One entry per rank of this process."""
         if not self._in_process:
             return [value]
-        if not isinstance(value, (np.ndarray, list, tuple)):
+        if not (isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0):
             raise TypeError(f"{name} must be an array or a list of arrays, got {type(value).__name__}")
         if len(value) != self.config.num_ranks:
             raise ValueError(f"{name} must have one part per rank: num_ranks={self.config.num_ranks}, got {len(value)}")
@@ -164,6 +173,7 @@ class FlashMoE:
 
     def _run(self, tokens: Sequence[np.ndarray], routings: Sequence[Routing | None]) -> list[np.ndarray]:
         self._raise_if_closed()
+        self._raise_if_known()
         if self._epoch == LAST_EPOCH:
             raise FlashMoEError(f"a layer makes at most {LAST_EPOCH} calls, because flags count them: make a new one")
         self._epoch += 1
@@ -180,8 +190,23 @@ class FlashMoE:
             self._leave()
             self._closed = f"its last call was interrupted by {type(error).__name__}"
             raise
-        self._raise_if_given_up()
+        self._raise_if_known()
         return ys
+
+    def _raise_if_known(self) -> None:
+        """A GPU may be at the call still: then the next one, or `synchronize`, tells what became of it."""
+        if self._backend.finished():
+            self._raise_if_given_up()
+
+    def synchronize(self) -> None:
+        """Wait for the last call; only on a GPU do calls return before they are done.
+
+        Raises:
+            FlashMoEError: the call was given up; the layer is closed.
+        """
+        self._raise_if_closed()
+        self._backend.synchronize()
+        self._raise_if_given_up()
 
     def _raise_if_closed(self) -> None:
         if self._closed:
@@ -190,7 +215,7 @@ class FlashMoE:
     def _controls(self) -> list[np.ndarray]:
         """Control words of all ranks."""
         control = Layout(self.config).control
-        return [segment[control:].view(np.int64) for segment in self._heap.segments]
+        return [self._backend.to_host(segment[control:]).view(np.int64) for segment in self._heap.segments]
 
     def _raise_if_given_up(self) -> None:
         controls = self._controls()
@@ -214,14 +239,19 @@ class FlashMoE:
     @property
     def stats(self) -> Stats | list[Stats]:
         """`Stats` of the last call: of this rank with `comm`, else a list over ranks."""
-        stats = [rank.stats(self._epoch, n) for rank, n in zip(self._ranks, self._last_tokens(), strict=True)]
+        epochs = [self._backend.epoch(position, self._epoch) for position in range(len(self._ranks))]
+        stats = [r.stats(epoch, n) for r, epoch, n in zip(self._ranks, epochs, self._last_tokens(), strict=True)]
         return stats if self._in_process else stats[0]
 
     @property
     def traces(self) -> dict[tuple[int, int], np.ndarray]:
         """Raw records of the last call, by (rank, block); decoded by `flashmoe_numba.trace`."""
         self._last_tokens()
-        return {(r.rank_idx, block): trace.copy() for r in self._ranks for block, trace in enumerate(r.traces)}
+        return {
+            (r.rank_idx, block): self._backend.to_host(trace)
+            for r in self._ranks
+            for block, trace in enumerate(r.traces)
+        }
 
     def _last_tokens(self) -> list[int]:
         self._raise_if_closed()

@@ -109,6 +109,12 @@ class Rank:
             blocks.append((f"rank {self.rank_idx} {role}", (*arguments, self._boxes[block], self.traces[block])))
         return y, blocks
 
+    def argument_types(self) -> tuple[Any, ...]:
+        """Arguments of a block, of which only the types matter."""
+        tokens = self.tokens, self.packets, self.queue
+        arguments = (0, self.problem, self.segments, self.experts, *tokens, self._scratch[0])
+        return (*arguments, self._boxes[0], self.traces[0])
+
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
         """Arguments of `kernel.leave`."""
         return self.problem._replace(epoch=epoch), self.segments

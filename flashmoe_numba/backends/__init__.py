@@ -1,4 +1,4 @@
-"""Backends: what it takes to run the blocks of one call. One file each, all giving the same few things.
+"""Backends: memory for kernels, and what it takes to run the blocks of one call. One file each, all giving the same.
 
 `pack(...)` (weights for the tile GEMM), `make_scratch(config)`, `prepare(arguments, folder)` (compile for these), and
 `deadline_ns`; `run(blocks, stop)`, which returns when every block has, and `leave(problem, segments)`, which makes the
@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-SETTINGS: dict[str, tuple[str, ...]] = {"cpu": (), "fibers": ("seed", "lanes", "preempt")}
+from reference import MoEConfig
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "cpu": (),
+    "cuda": ("device", "tf32"),
+    "fibers": ("seed", "lanes", "preempt"),
+}
 
 
 def check_backend(name: Any, settings: dict[str, Any]) -> None:
@@ -22,12 +28,24 @@ def check_backend(name: Any, settings: dict[str, Any]) -> None:
             raise TypeError(f"backend {name!r} has no setting {setting!r}; its settings: {known}")
 
 
-def make_backend(name: str, num_blocks: int, **settings: Any) -> Any:
-    """The backend of that name for `num_blocks` blocks in this process; imports what it needs only now."""
+def make_backend(name: str, config: MoEConfig, first_rank: int, **settings: Any) -> Any:
+    """The backend of that name; imports what it needs only now.
+
+    Args:
+        first_rank: of this process, which decides about its GPU where the settings do not.
+    """
     if name == "cpu":
         from .cpu import CpuBackend
 
-        return CpuBackend(num_blocks)
-    from .fibers import FiberBackend
+        return CpuBackend()
+    if name == "fibers":
+        from .fibers import FiberBackend
 
-    return FiberBackend(**settings)
+        return FiberBackend(**settings)
+    from ..gpu.gpu import Gpu
+    from .cuda import CudaBackend
+
+    device = settings.get("device")
+    if device is None and first_rank > 0:
+        device = first_rank % max(1, Gpu.count())
+    return CudaBackend(config, Gpu(device), settings.get("tf32", False))

@@ -18,12 +18,14 @@ from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.cpu import MICRO_ROWS, ROW_STRIDE, panel_width
 from .host import HostMemory
 
+MOST_BLOCKS = 1 << 20
+
 
 class CpuBackend(HostMemory):
     """One thread per block; threads are kept between calls."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self._threads = ThreadPoolExecutor(num_blocks, thread_name_prefix="flashmoe")
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(MOST_BLOCKS, thread_name_prefix="flashmoe")  # made as they are needed
 
     def pack(
         self,

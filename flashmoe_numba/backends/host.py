@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from reference import MoEConfig
 
-from ..arguments import check_tokens
+from ..arguments import check_tokens, default_processors
 from ..device.storage import as_storage
 
 
@@ -41,6 +42,27 @@ class HostMemory:
         y = np.empty_like(x)
         return as_storage(x), as_storage(y), y
 
+    def join(self, x: Any, parts: list[np.ndarray]) -> Any:
+        """Results of all ranks: one array if the tokens were one."""
+        return np.stack(parts) if isinstance(x, np.ndarray) else parts
+
+    def load(self, folder: Path) -> None:
+        """Nothing to load before the arguments' types are known: `prepare` does it."""
+
+    def check_grid(self, num_ranks_here: int, num_processors: int) -> None:
+        """Any number of blocks will do."""
+
+    def default_processors(self, num_ranks_here: int, num_ranks: int) -> int:
+        """The cores, shared out among the ranks of the layer, at least one."""
+        return default_processors(num_ranks)
+
     def finished(self) -> bool:
         """Has the last call's kernel ended? `run` waits for it."""
         return True
+
+    def synchronize(self) -> None:
+        """`run` waits."""
+
+    def epoch(self, position: int, counted: int) -> int:
+        """Calls that a rank has finished."""
+        return counted

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import FlashMoEError
-from ..heap.mpi import unlink_startup_segment
+from ..heap.meeting import unlink_startup_segment
 from .launch import TERMINAL_VARIABLE, answer_ctrl_c
 
 MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank, on a cache line of its own

@@ -85,7 +85,7 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; with - to stdout, alone")
 
 
-def write_json(path: str, value: dict[str, Any]) -> None:
+def write_json(path: str, value: dict[str, Any] | list[dict[str, Any]]) -> None:
     """To a file, whose folder is made, or to stdout for "-"."""
     text = json.dumps(value, indent=1, allow_nan=False)
     if path == "-":

@@ -13,8 +13,12 @@ from reference import MoEConfig
 from .threads import ThreadHeap
 
 
-def make_heap(config: MoEConfig, comm: Any) -> Any:
+def make_heap(config: MoEConfig, comm: Any, backend: str) -> Any:
     """A heap without memory yet: of ranks in this process, or of the ranks of an MPI communicator."""
+    if backend == "cuda":
+        from .gpus import GpuHeap, GpuIpcHeap
+
+        return GpuHeap(config.num_ranks) if comm is None else GpuIpcHeap(comm)
     if comm is None:
         return ThreadHeap(config.num_ranks)
     from .mpi import MpiHeap

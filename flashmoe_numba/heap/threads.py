@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class ThreadHeap:
         """This process's text."""
         return make()
 
-    def allocate(self, num_bytes: int) -> None:
+    def allocate(self, num_bytes: int, backend: Any) -> None:
         """Take zeroed segments of `num_bytes` each. The system gives memory as it is touched."""
         self.segments = [_aligned_zeros(num_bytes) for _ in range(self.num_ranks)]
 

@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(HERE))
 import layer_worker  # noqa: E402
-from layer_worker import NUM_CALLS, WARM_UP, make_calls, make_config, make_weights  # noqa: E402
+from layer_worker import GUARDED, NUM_CALLS, WARM_UP, make_calls, make_config, make_weights  # noqa: E402
 from losing import VICTIM, last_words  # noqa: E402
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -66,10 +66,10 @@ def leftovers(before, folder):
     return sorted(memory) + processes
 
 
-def run(scenario, num_ranks, folder, *arguments, flags=(), timeout_s=100, **variables):
+def run(scenario, num_ranks, folder, *arguments, timeout_s=100, **variables):
     """(exit status, stderr, {rank: its error}) of one mpirun; nothing is left behind."""
     before = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
-    command = [mpirun(), *flags, "-n", str(num_ranks), sys.executable, "-m", "mpi4py", str(HERE / "layer_worker.py")]
+    command = [mpirun(), "-n", str(num_ranks), sys.executable, "-m", "mpi4py", str(HERE / "layer_worker.py")]
     command += [scenario, str(folder), *arguments]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **variables)
     done = subprocess.run(
@@ -162,8 +162,7 @@ def test_a_rank_that_comes_too_late_is_named_by_all_others_and_told(tmp_path):
 @pytest.mark.parametrize("signum", ["SIGKILL", "SIGSTOP"])
 @pytest.mark.parametrize("moment", ["before its blocks", "after its dispatch"])
 def test_a_rank_lost_in_a_call_is_named_by_all_others(moment, signum, tmp_path):
-    # Else mpirun kills the others as soon as one is dead, before they can speak.
-    status, err, errors = run("lost", 3, tmp_path, moment, signum, flags=["-disable-auto-cleanup"])
+    status, err, errors = run("lost", 3, tmp_path, moment, signum, **{GUARDED: "1"})
     assert status != 0, err
     assert sorted(errors) == [0, 2], f"{errors}\n{err}"
     for rank, message in errors.items():

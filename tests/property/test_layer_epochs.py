@@ -45,7 +45,7 @@ def ahead_on_threads(config, weights, calls, num_processors, naps):
     with FlashMoE(config, weights, num_processors=num_processors) as layer:
 
         def one_rank(rank):
-            backend, results = CpuBackend(num_processors + 1), []
+            backend, results = CpuBackend(), []
             for epoch, x in enumerate(calls, start=1):
                 if (rank.rank_idx, epoch) in naps:
                     time.sleep(0.005)

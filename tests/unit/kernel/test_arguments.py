@@ -89,7 +89,7 @@ def changed(**arrays):
         ({"deadline_s": float("nan")}, ValueError, ["deadline_s", "nan"]),
         ({"deadline_s": float("inf")}, ValueError, ["deadline_s", "inf"]),
         ({"deadline_s": "1"}, TypeError, ["deadline_s", "number", "'1'"]),
-        ({"backend": "gpu"}, ValueError, ["backend", "cpu, fibers", "'gpu'"]),
+        ({"backend": "gpu"}, ValueError, ["backend", "cpu, cuda, fibers", "'gpu'"]),
         ({"seed": 3}, TypeError, ["seed"]),
         ({"backend": "fibers", "lames": 3}, TypeError, ["lames"]),
     ],

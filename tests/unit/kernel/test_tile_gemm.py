@@ -41,9 +41,6 @@ compiled = njit(**JIT_OPTIONS)(multiply)
 class LanesBackend:
     """What a target of many lanes per block gives the layer, on NumPy arrays."""
 
-    def __init__(self, num_blocks):
-        pass
-
     def pack(self, matrices, biases, tile_n, accumulator, rows):
         return as_matrices(matrices, biases, tile_n, accumulator, np.ascontiguousarray)
 
@@ -75,8 +72,8 @@ class Product:
         kind, lanes = targets
         c = self.config
         rows, columns = len(self.x), len(self.w[0])
-        backends = {"cpu": CpuBackend, "fibers": lambda _: FiberBackend(), "lanes": LanesBackend}
-        backend, function = backends[kind](1), compiled if kind == "cpu" else on_fibers(lanes)
+        backends = {"cpu": CpuBackend, "fibers": FiberBackend, "lanes": LanesBackend}
+        backend, function = backends[kind](), compiled if kind == "cpu" else on_fibers(lanes)
         other = [np.full_like(w, np.nan) for w in self.w]
         experts = [np.stack(pair) for pair in zip(other, self.w, strict=True)]
         biases = [np.stack([np.full_like(b, np.nan), b]) for b in self.b]

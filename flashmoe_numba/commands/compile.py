@@ -1,0 +1,194 @@
+"""Build the kernels for GPUs and say what is in them. Needs numba-cuda, and neither a GPU nor a driver.
+
+The exit status is 0 only if every kernel has the instructions that its variant promises, keeps its main loops in
+registers, and lets its tensor instructions overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from reference import DTYPES, MoEConfig
+
+from ..gpu.variants import ARCHITECTURES, TENSOR_DTYPES, Variant, choose_variant
+from . import UsageError
+from .plan import readable
+from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, output_file, write_json
+
+if TYPE_CHECKING:
+    from ..gpu.build import Kernel
+    from ..gpu.sass import Facts, MainLoop
+
+DEFAULT_ARCHITECTURE = "sm_90a"
+COLUMNS = {  # of the table, with their widths
+    "variant": 24,
+    "registers": 10,
+    "spill B": 8,
+    "stack B": 8,
+    "static": 8,
+    "dynamic": 9,
+    "HGMMA": 6,
+    "HMMA": 5,
+    "UTMALDG": 8,
+    "cubin": 9,
+    "seconds": 8,
+    "main loops": 0,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `flashmoe compile`."""
+    add = parser.add_argument
+    architectures = (*ARCHITECTURES, "all")
+    add("--arch", choices=architectures, default=DEFAULT_ARCHITECTURE, help=f"[{DEFAULT_ARCHITECTURE}]")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--tf32", action="store_true", help="multiply float32 as TF32, where there are tensor cores")
+    which.add_argument("--all", action="store_true", help="every kernel there is; with --dtype, of that type only")
+    add_size_arguments(parser)
+    add("--sass", metavar="FILE", help="write the disassembly, one kernel after the other")
+    add_json_argument(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Build what the flags describe, say what was found, and whether it is what it must be."""
+    config = config_from(args)
+    if args.tf32 and config.dtype != "float32":
+        raise UsageError(f"argument --tf32: --dtype must be float32, got {config.dtype!r}")
+    check_outputs({"--sass": args.sass, "--json": args.json})
+    _check_installed()
+    rows = []
+    for variant in variants_of(args, config):
+        rows.append(_report(variant, replace(config, dtype=variant.dtype), args.sass, append=bool(rows)))
+        _say(rows, as_table=args.json != "-")
+    if args.json:
+        write_json(args.json, rows)
+    return 0 if all(row["passed"] for row in rows) else 1
+
+
+def variants_of(args: argparse.Namespace, config: MoEConfig) -> list[Variant]:
+    """For each architecture the config's variant, or with --all every one there is."""
+    architectures = list(ARCHITECTURES) if args.arch == "all" else [args.arch]
+    if not args.all:
+        return [choose_variant(config, architecture, args.tf32) for architecture in architectures]
+    dtypes = [args.dtype] if args.dtype else list(DTYPES)
+    return [variant for architecture in architectures for variant in all_variants(architecture, dtypes)]
+
+
+def all_variants(architecture: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Variant]:
+    """Every variant of an architecture for some element types."""
+    for dtype in dtypes:
+        for tensor_cores in (False, True):
+            if not tensor_cores or (architecture == "sm_90a" and dtype in TENSOR_DTYPES):
+                yield Variant(dtype=dtype, architecture=architecture, tensor_cores=tensor_cores)
+
+
+def _check_installed() -> None:
+    """Raise a UsageError if something is missing, before anything takes time."""
+    if not importlib.util.find_spec("numba_cuda"):
+        fix = "pip install 'flashmoe-numba[cuda]', or 'flashmoe-numba[compile]' to build only"
+        raise UsageError(f"kernels for GPUs are built by numba-cuda, not found here: {fix}")
+    from ..gpu.sass import find_nvdisasm
+
+    try:
+        find_nvdisasm()
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from None
+
+
+def _report(variant: Variant, config: MoEConfig, sass_file: str | None, append: bool) -> dict[str, Any]:
+    """One kernel's JSON object. A kernel that cannot be linked has failed, and the others are built all the same."""
+    from ..gpu.sass import disassemble, failures, read_facts
+
+    head = {"variant": variant.name, **asdict(variant)}
+    try:
+        kernel, seconds = _build(variant)
+        sass = disassemble(kernel.path)
+    except RuntimeError as error:
+        return {**head, "failures": [" ".join(str(error).split())], "passed": False}
+    if sass_file:
+        with output_file(sass_file).open("a" if append else "w", encoding="utf-8") as file:
+            file.write(f"// {variant.name}: {kernel.path.name}\n{sass}")
+    facts = read_facts(sass)
+    found = failures(kernel, facts)
+    return {**head, **_numbers(kernel, config, facts, seconds), "failures": found, "passed": not found}
+
+
+def _build(variant: Variant) -> tuple[Kernel, float | None]:
+    """(the kernel, seconds that it took or None if it was in the cache)."""
+    from ..device.compilation import usable_cache_folder
+    from ..gpu.build import build, kept_kernels
+
+    folder = usable_cache_folder()
+    kept = set(kept_kernels(folder))
+    began = time.perf_counter()
+    try:
+        kernel = build(variant, folder)
+    except ImportError as error:
+        raise UsageError(str(error)) from None
+    return kernel, None if kernel.path in kept else time.perf_counter() - began
+
+
+def _numbers(kernel: Kernel, config: MoEConfig, facts: Facts, seconds: float | None) -> dict[str, Any]:
+    from ..backends.cuda import shared_bytes
+
+    return {
+        "registers": kernel.registers,
+        "spill_bytes": kernel.spill_bytes,
+        "stack_bytes": kernel.stack_bytes,
+        "static_shared_bytes": kernel.shared_bytes,
+        "dynamic_shared_bytes": shared_bytes(config, kernel.variant),
+        "instructions": facts.num_instructions,
+        "counts": facts.counts,
+        "main_loops": [asdict(loop) for loop in facts.main_loops],
+        "main_loops_summary": summary(facts.main_loops),
+        "cubin_bytes": kernel.path.stat().st_size,
+        "cubin": str(kernel.path),
+        "seconds": seconds,
+        "warnings": list(kernel.warnings),
+    }
+
+
+def summary(loops: Sequence[MainLoop]) -> str:
+    """Those that multiply most; the rest are epilogues and the gate."""
+    if not loops:
+        return "none"
+    most = max(loop.products for loop in loops)
+    widest = [loop for loop in loops if loop.products == most]
+    lengths = sorted({loop.num_instructions for loop in widest})
+    kind, loads = widest[0].shape.split(".")[0].split("+")[0], widest[0].tensor_loads
+    of_loads = f" and {loads} UTMALDG" if loads else ""
+    return f"{len(widest)} of {' to '.join(map(str, lengths[:: max(1, len(lengths) - 1)]))}, {most} {kind}{of_loads}"
+
+
+def _say(rows: Sequence[dict[str, Any]], as_table: bool) -> None:
+    """The last row of the table as soon as it is known, and what is wrong with it on stderr."""
+    if as_table and len(rows) == 1:
+        print(_line(dict(zip(COLUMNS, COLUMNS, strict=True))), flush=True)
+    row = rows[-1]
+    if as_table and "registers" in row:
+        print(_line(_cells(row)), flush=True)
+    for failure in row["failures"]:
+        print(f"FAILED {row['variant']}: {failure}", file=sys.stderr)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    values = [
+        row["variant"],
+        *(row[name] for name in ("registers", "spill_bytes", "stack_bytes")),
+        *(readable(row[name]) for name in ("static_shared_bytes", "dynamic_shared_bytes")),
+        *(row["counts"][name] for name in ("HGMMA", "HMMA", "UTMALDG")),
+        readable(row["cubin_bytes"]),
+        "cached" if row["seconds"] is None else f"{row['seconds']:.1f}",
+        row["main_loops_summary"],
+    ]
+    return dict(zip(COLUMNS, map(str, values), strict=True))
+
+
+def _line(cells: dict[str, str]) -> str:
+    return "  ".join(cells[name].ljust(width) for name, width in COLUMNS.items()).rstrip()

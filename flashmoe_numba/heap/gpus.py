@@ -1,0 +1,104 @@
+"""Segments in GPU memory: of all ranks on one GPU, or one GPU per rank with peers' memory mapped through IPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .meeting import Meeting
+from .threads import ThreadHeap
+
+
+class GpuHeap(ThreadHeap):
+    """Segments of `num_ranks` ranks of this process, all on one GPU."""
+
+    def allocate(self, num_bytes: int, backend: Any) -> None:
+        """Take zeroed segments of `num_bytes` each.
+
+        Raises:
+            MemoryError: how much is needed and how much is free.
+        """
+        self.segments = [backend.zeros(num_bytes, np.uint8) for _ in range(self.num_ranks)]
+
+
+class GpuIpcHeap(Meeting):
+    """Segments of all ranks of `comm`; each rank allocates its own and maps those of the others.
+
+    A handle stands for a whole allocation, so a segment is one of its own and not a part of a pool's.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        super().__init__(comm)
+        self.segments: list[Any] = []
+        self._gpu: Any = None
+        self._own: Any = None
+        self._mapped: list[int] = []
+
+    def allocate(self, num_bytes: int, backend: Any) -> None:
+        """Take a zeroed segment of `num_bytes`, and map everybody's.
+
+        Raises:
+            ValueError: ranks on several machines, or two GPUs that cannot reach each other's memory.
+            MemoryError: how much is needed and how much is free.
+        """
+        self._gpu = backend.gpu
+        self.require_one_machine()
+        self.agree(self._missing_access())
+        error = self._try(lambda: self._allocate_own(num_bytes))
+        self.agree(error)
+        handles = self._gather_bytes(self._gpu.ipc_handle(self._own))
+        self.agree(self._try(lambda: self._map(handles, num_bytes)))
+
+    def _missing_access(self) -> ValueError | None:
+        devices = [int(text) for text in self._gather(str(self._gpu.device))]
+        blocked = [device for device in devices if device != self._gpu.device and not self._gpu.can_access(device)]
+        if not blocked:
+            return None
+        rule = "every GPU must reach the memory of every other: `flashmoe doctor` shows which do"
+        return ValueError(f"GPU {self._gpu.device} cannot reach the memory of GPU {blocked[0]}; {rule}")
+
+    @staticmethod
+    def _try(step: Callable[[], None]) -> Exception | None:
+        try:
+            step()
+        except Exception as error:
+            return error
+        return None
+
+    def _allocate_own(self, num_bytes: int) -> None:
+        self._own = self._gpu.allocate_alone(num_bytes)
+
+    def _map(self, handles: list[bytes], num_bytes: int) -> None:
+        for rank_idx, handle in enumerate(handles):
+            if rank_idx == self.rank_indices[0]:  # a process cannot open its own handle
+                self.segments.append(self._own)
+            else:
+                self._mapped.append(self._gpu.open_ipc(handle))
+                self.segments.append(self._gpu.view(self._mapped[-1], num_bytes))
+
+    def _gather_bytes(self, data: bytes) -> list[bytes]:
+        return [bytes.fromhex(text) for text in self._gather(data.hex())]
+
+    def close(self, check: Callable[[], None] | None) -> None:
+        """Unmap the others' segments, then, when all ranks have, free this one's; with `check=None` do neither.
+
+        Args:
+            check: called while waiting for the others; raises if one of them will not come.
+        """
+        if check is not None and self.segments:
+            self.wait_for_all(check)
+            self._free()
+        self.segments = []
+
+    def _free(self) -> None:
+        self.segments = []
+        for address in self._mapped:
+            self._gpu.close_ipc(address)
+        self._mapped = []
+        if self._own is not None:
+            self.barrier()
+            self._gpu.free_alone(self._own)
+            self._own = None
+        super()._free()
