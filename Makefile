@@ -1,4 +1,4 @@
-# make run | test | lint | smoke | clean. Everything is installed into .venv and nothing outside this folder is changed.
+# make run | test | lint | smoke | compile-test | clean. Everything is installed into .venv and nothing outside this folder is changed.
 PYTHON ?= python3
 PRESET ?= laptop-text
 RANKS ?= 8
@@ -6,12 +6,13 @@ WORKLOAD ?= text
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: help run test lint smoke clean
+.PHONY: help run test lint smoke compile-test clean
 
 help:
 	@echo "make run    one MoE layer on $(RANKS) ranks of this machine (PRESET=$(PRESET) RANKS=$(RANKS) WORKLOAD=$(WORKLOAD))"
 	@echo "make test   all tests            make lint    ruff and mypy"
 	@echo "make smoke  every experiment, small              make clean   remove what make made"
+	@echo "make compile-test   build the kernels for GPUs, without one, and check their machine code"
 
 run: .venv/for-run
 	@mkdir -p out
@@ -32,6 +33,10 @@ smoke: .venv/for-dev
 	    echo "$$script --smoke"; .venv/bin/python "$$script" --smoke; \
 	done
 
+# Compilers for GPUs are some 500 MB, so they come only here; `make test` skips what needs them.
+compile-test: .venv/for-compile
+	.venv/bin/python -m pytest tests/compile
+
 clean:
 	rm -rf .venv out build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -44,6 +49,10 @@ clean:
 .venv/for-dev: .venv/made setup.cfg pyproject.toml
 	$(PIP) install --editable '.[dev]'
 	@touch $@ .venv/for-run
+
+.venv/for-compile: .venv/made setup.cfg pyproject.toml
+	$(PIP) install --editable '.[dev,compile]'
+	@touch $@ .venv/for-run .venv/for-dev
 
 .venv/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

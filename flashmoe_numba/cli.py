@@ -18,6 +18,9 @@ from .commands import UsageError
 COMMANDS = {
     "run": "run one layer on this machine, check it against the reference, and time it beside BLAS",
     "plan": "what a layer needs, without running it: bytes, packets, tiles, operations",
+    "compile": "build the kernels for GPUs, without one, and check the machine code that came out",
+    "cache": "where compiled kernels are kept and how much room they take; clear them",
+    "doctor": "what this machine can run and why not, each with the fix",
 }
 
 
@@ -67,7 +70,7 @@ def _say(message: str) -> None:
 
 def _choose(argv: list[str]) -> str:
     """The command's name; prints the help and leaves if that is what is asked for."""
-    table = "\n".join(f"  {name:6}{summary}" for name, summary in COMMANDS.items())
+    table = "\n".join(f"  {name:9}{summary}" for name, summary in COMMANDS.items())
     parser = _Parser(
         prog="flashmoe",
         usage="flashmoe COMMAND [--help] ...",

@@ -10,12 +10,14 @@ import argparse
 import importlib.util
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from reference import DTYPES, MoEConfig
 
+from ..gpu.sass import TENSOR_LOAD, Facts, MainLoop, disassemble, failures, find_nvdisasm, read_facts
 from ..gpu.variants import ARCHITECTURES, TENSOR_DTYPES, Variant, choose_variant
 from . import UsageError
 from .plan import readable
@@ -23,21 +25,20 @@ from .sizes import add_json_argument, add_size_arguments, check_outputs, config_
 
 if TYPE_CHECKING:
     from ..gpu.build import Kernel
-    from ..gpu.sass import Facts, MainLoop
 
 DEFAULT_ARCHITECTURE = "sm_90a"
 COLUMNS = {  # of the table, with their widths
-    "variant": 24,
-    "registers": 10,
-    "spill B": 8,
-    "stack B": 8,
-    "static": 8,
+    "variant": 23,
+    "registers": 9,
+    "spill B": 7,
+    "stack B": 7,
+    "static": 7,
     "dynamic": 9,
-    "HGMMA": 6,
-    "HMMA": 5,
-    "UTMALDG": 8,
+    "HGMMA": 5,
+    "HMMA": 4,
+    "UTMALDG": 7,
     "cubin": 9,
-    "seconds": 8,
+    "seconds": 7,
     "main loops": 0,
 }
 
@@ -93,8 +94,6 @@ def _check_installed() -> None:
     if not importlib.util.find_spec("numba_cuda"):
         fix = "pip install 'flashmoe-numba[cuda]', or 'flashmoe-numba[compile]' to build only"
         raise UsageError(f"kernels for GPUs are built by numba-cuda, not found here: {fix}")
-    from ..gpu.sass import find_nvdisasm
-
     try:
         find_nvdisasm()
     except FileNotFoundError as error:
@@ -103,8 +102,6 @@ def _check_installed() -> None:
 
 def _report(variant: Variant, config: MoEConfig, sass_file: str | None, append: bool) -> dict[str, Any]:
     """One kernel's JSON object. A kernel that cannot be linked has failed, and the others are built all the same."""
-    from ..gpu.sass import disassemble, failures, read_facts
-
     head = {"variant": variant.name, **asdict(variant)}
     try:
         kernel, seconds = _build(variant)
@@ -155,15 +152,20 @@ def _numbers(kernel: Kernel, config: MoEConfig, facts: Facts, seconds: float | N
 
 
 def summary(loops: Sequence[MainLoop]) -> str:
-    """Those that multiply most; the rest are epilogues and the gate."""
+    """The kind that there is most often: the products of a tile. The rest are the gate, epilogues, the combine."""
     if not loops:
         return "none"
-    most = max(loop.products for loop in loops)
-    widest = [loop for loop in loops if loop.products == most]
-    lengths = sorted({loop.num_instructions for loop in widest})
-    kind, loads = widest[0].shape.split(".")[0].split("+")[0], widest[0].tensor_loads
-    of_loads = f" and {loads} UTMALDG" if loads else ""
-    return f"{len(widest)} of {' to '.join(map(str, lengths[:: max(1, len(lengths) - 1)]))}, {most} {kind}{of_loads}"
+    times = Counter((loop.products, _kinds(loop)) for loop in loops)
+    products, kinds = max(times, key=lambda kind: (times[kind], *kind))
+    alike = [loop for loop in loops if (loop.products, _kinds(loop)) == (products, kinds)]
+    lengths = "/".join(map(str, sorted({loop.num_instructions for loop in alike})))
+    of_loads = f" and {alike[0].tensor_loads} {TENSOR_LOAD}" if alike[0].tensor_loads else ""
+    return f"{len(alike)} of {lengths} instructions, {products} {kinds}{of_loads}"
+
+
+def _kinds(loop: MainLoop) -> str:
+    """Names without modifiers, such as DFMA+FFMA."""
+    return "+".join(sorted({name.partition(".")[0] for name in loop.shape.split("+")}))
 
 
 def _say(rows: Sequence[dict[str, Any]], as_table: bool) -> None:
@@ -191,4 +193,6 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _line(cells: dict[str, str]) -> str:
-    return "  ".join(cells[name].ljust(width) for name, width in COLUMNS.items()).rstrip()
+    texts = {"variant", "main loops"}  # to the left, numbers to the right
+    aligned = (f"{cells[name]:{'<' if name in texts else '>'}{width}}" for name, width in COLUMNS.items())
+    return "  ".join(aligned).rstrip()

@@ -1,8 +1,11 @@
-"""The tile GEMM on GPUs: registers the overloads for `Matrices`."""
+"""The tile GEMM on GPUs: registers the overloads for `Matrices` (lanes/) and for `TmaMatrices` (hopper.py)."""
 
 from __future__ import annotations
 
-from ..device.cuda_api import overload
+from typing import Any
+
+from ..device.cuda_api import element_pointer, intrinsic, ir, overload, types
+from .hopper import DEPTH_BYTES, HALF_COLUMNS, INSTRUCTIONS, MAP_WORDS, ROWS, TmaMatrices, main_loop
 from .lanes import multiply_tile, sum_products
 from .matrices import Matrices
 from .stub import tile_gemm, tile_sums
@@ -19,9 +22,59 @@ def _tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, sc
 @overload(tile_sums)
 def _tile_sums(a, a_row, rows, matrices, expert, first, columns, scratch):
     if matrices.instance_class is not Matrices:
-        return None  # hopper.py
+        return None
 
     def meaning(a, a_row, rows, matrices, expert, first, columns, scratch):
         sum_products(a, a_row, rows, matrices, expert, first, columns, scratch)
+
+    return meaning
+
+
+def _tile_of(rows: int, dtype: str) -> Any:
+    """Intrinsic `f(sums, maps, row, column, column of the second half, expert, blocks of the depth, second map)`."""
+
+    @intrinsic
+    def tile(typing, sums, maps, row, column, second_column, expert, blocks, second):
+        def codegen(context, builder, sig, args):
+            pointer = builder.ptrtoint(element_pointer(context, builder, sums, args[0], ir.IntType(64)(0)), word)
+            map_array = element_pointer(context, builder, maps, args[1], ir.IntType(64)(0))
+            first_map = builder.ptrtoint(map_array, word)
+            second_map = builder.add(first_map, builder.mul(args[7], word(8 * MAP_WORDS)))
+            integers = [builder.trunc(value, ir.IntType(32)) for value in args[2:7]]
+            operands = [pointer, first_map, *integers, second_map]
+            function = ir.FunctionType(ir.VoidType(), [value.type for value in operands])
+            builder.asm(function, main_loop(rows, dtype), "l,l,r,r,r,r,r,l,~{memory}", operands, True)
+            return context.get_dummy_value()
+
+        word = ir.IntType(64)
+        return types.void(sums, maps, *[types.int64] * 6), codegen
+
+    return tile
+
+
+_DTYPES = {types.uint16: "float16", types.int16: "bfloat16", types.float32: "float32"}
+_TILES = {dtype: {rows: _tile_of(rows, dtype) for rows in ROWS} for dtype in INSTRUCTIONS}
+
+
+@overload(tile_sums)
+def _tile_sums_by_tensor_cores(a, a_row, rows, matrices, expert, first, columns, scratch):
+    if matrices.instance_class is not TmaMatrices:
+        return None
+    tiles = _TILES[_DTYPES[a.dtype]]
+    tile16, tile32, tile64, tile128 = (tiles[rows] for rows in ROWS)
+    elements = DEPTH_BYTES * 8 // a.dtype.bitwidth
+
+    def meaning(a, a_row, rows, matrices, expert, first, columns, scratch):
+        blocks = (matrices.depth + elements - 1) // elements
+        second = matrices.parts - 1  # the second half: its own matrix, or the next columns of the only one
+        second_column = first + (1 - second) * HALF_COLUMNS
+        if rows <= 16:
+            tile16(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
+        elif rows <= 32:
+            tile32(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
+        elif rows <= 64:
+            tile64(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
+        else:
+            tile128(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
 
     return meaning

@@ -13,16 +13,15 @@ Every sum is one chain over the depth in steps of 32 bytes, in registers, whatev
 
 The rows were written by ordinary stores, and TMA reads through the asynchronous proxy: whoever has acquired the rows'
 signal must issue a proxy fence before it asks for them. Thread 0 does both.
+
+Here are the geometry and the PTX, as text; cuda.py makes it callable.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..device.cuda import element_pointer
-from ..device.cuda_api import intrinsic, ir, overload, types
 from .matrices import MAX_TILE_COLUMNS, SUMS_STRIDE
-from .stub import tile_sums
 
 THREADS = 128  # one warpgroup
 ROWS = (16, 32, 64, 128)  # heights of a tile
@@ -40,7 +39,7 @@ NUM_MAPS = 2 + len(ROWS)
 # Descriptor of a K-major operand with the 128-byte swizzle: 8 rows are 1024 bytes apart. The address is added.
 _DESCRIPTOR = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
 # (instruction's types, its depth, flags after the descriptors)
-_INSTRUCTIONS = {
+INSTRUCTIONS = {
     "float16": ("f32.f16.f16", 16, "1, 1, 0, 0"),
     "bfloat16": ("f32.bf16.bf16", 16, "1, 1, 0, 0"),
     "float32": ("f32.tf32.tf32", 8, "1, 1"),
@@ -67,7 +66,7 @@ def main_loop(rows: int, dtype: str) -> str:
     Operands: $0 sums in shared memory (generic address), $1 maps, $2 the first row, $3 and $4 the first columns of both
     halves, $5 the expert, $6 blocks of the depth, $7 the address of the map of the second half.
     """
-    kind, depth, flags = _INSTRUCTIONS[dtype]
+    kind, depth, flags = INSTRUCTIONS[dtype]
     stages, sums = STAGES[rows], rows // 2
     stage_bytes = WEIGHT_BYTES + rows * DEPTH_BYTES
     elements = DEPTH_BYTES // STEP_BYTES * depth
@@ -179,56 +178,6 @@ def _store_sums(rows: int) -> list[str]:
             row, column = fragment(0, i, half)
             lines.append(f"st.shared.f32 [at+{4 * (row * SUMS_STRIDE + column)}], d{half * rows // 2 + i};")
     return lines
-
-
-def _tile_of(rows: int, dtype: str) -> Any:
-    """Intrinsic `f(sums, maps, row, column, column of the second half, expert, blocks of the depth, second map)`."""
-
-    @intrinsic
-    def tile(typing, sums, maps, row, column, second_column, expert, blocks, second):
-        def codegen(context, builder, sig, args):
-            pointer = builder.ptrtoint(element_pointer(context, builder, sums, args[0], ir.IntType(64)(0)), word)
-            map_array = element_pointer(context, builder, maps, args[1], ir.IntType(64)(0))
-            first_map = builder.ptrtoint(map_array, word)
-            second_map = builder.add(first_map, builder.mul(args[7], word(8 * MAP_WORDS)))
-            integers = [builder.trunc(value, ir.IntType(32)) for value in args[2:7]]
-            operands = [pointer, first_map, *integers, second_map]
-            function = ir.FunctionType(ir.VoidType(), [value.type for value in operands])
-            builder.asm(function, main_loop(rows, dtype), "l,l,r,r,r,r,r,l,~{memory}", operands, True)
-            return context.get_dummy_value()
-
-        word = ir.IntType(64)
-        return types.void(sums, maps, *[types.int64] * 6), codegen
-
-    return tile
-
-
-_DTYPES = {types.uint16: "float16", types.int16: "bfloat16", types.float32: "float32"}
-_TILES = {dtype: {rows: _tile_of(rows, dtype) for rows in ROWS} for dtype in _INSTRUCTIONS}
-
-
-@overload(tile_sums)
-def _tile_sums(a, a_row, rows, matrices, expert, first, columns, scratch):
-    if matrices.instance_class is not TmaMatrices:
-        return None
-    tiles = _TILES[_DTYPES[a.dtype]]
-    tile16, tile32, tile64, tile128 = (tiles[rows] for rows in ROWS)
-    elements = DEPTH_BYTES * 8 // a.dtype.bitwidth
-
-    def meaning(a, a_row, rows, matrices, expert, first, columns, scratch):
-        blocks = (matrices.depth + elements - 1) // elements
-        second = matrices.parts - 1  # the second half: its own matrix, or the next columns of the only one
-        second_column = first + (1 - second) * HALF_COLUMNS
-        if rows <= 16:
-            tile16(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
-        elif rows <= 32:
-            tile32(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
-        elif rows <= 64:
-            tile64(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
-        else:
-            tile128(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
-
-    return meaning
 
 
 def tma_matrices(matrices: Any, maps: Any) -> TmaMatrices:

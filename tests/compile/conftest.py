@@ -1,0 +1,40 @@
+"""Kernels built without a GPU, each once a session: into $FLASHMOE_CACHE_DIR if that is set, else a temporary folder.
+
+The fast profile builds one of each kind and architecture (12 s each); HYPOTHESIS_PROFILE=ci and nightly build them all.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from flashmoe_numba.commands.compile import all_variants
+from flashmoe_numba.gpu.variants import ARCHITECTURES, Variant
+
+FAST = [
+    Variant(dtype="float16", architecture="sm_90a", tensor_cores=True),
+    *(Variant(dtype="float32", architecture=architecture, tensor_cores=False) for architecture in ARCHITECTURES),
+]
+ALL = [variant for architecture in ARCHITECTURES for variant in all_variants(architecture)]
+VARIANTS = FAST if os.environ.get("HYPOTHESIS_PROFILE", "fast") == "fast" else ALL
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    explicit = os.environ.get("FLASHMOE_CACHE_DIR")
+    return Path(explicit) if explicit else tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
+def kernel(request, folder):
+    """A linked kernel, one after the other."""
+    from flashmoe_numba.gpu.build import build
+
+    return build(request.param, folder)
+
+
+@pytest.fixture(scope="module")
+def sass(kernel):
+    from flashmoe_numba.gpu.sass import disassemble
+
+    return disassemble(kernel.path)

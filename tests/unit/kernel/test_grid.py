@@ -1,0 +1,172 @@
+"""A launch for many ranks, as the cuda backend makes it, interpreted: table, records, lanes, epochs, without a GPU."""
+
+import numpy as np
+import pytest
+from cases import assert_equals_oracle, assert_same_bits, random_routing, random_tokens, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import check_stats
+
+from flashmoe_numba import FlashMoE, layer
+from flashmoe_numba.backends.cuda import CudaBackend
+from flashmoe_numba.backends.host import HostMemory
+from flashmoe_numba.device.compilation import interpreted
+from flashmoe_numba.device.fibers import Scheduler, memory_view
+from flashmoe_numba.device.records import read_record, record_words
+from flashmoe_numba.gpu.likeness import like_record
+from flashmoe_numba.gpu.variants import Variant
+from flashmoe_numba.kernel.state import BOX_WORDS
+from flashmoe_numba.tile_gemm import Scratch
+from flashmoe_numba.tile_gemm.matrices import PASS_ROWS, SUMS_STRIDE, scratch_elements
+from flashmoe_numba.trace import decode
+from reference import Weights
+
+LANES = 32
+
+
+class Event:
+    done = True
+
+    def synchronize(self):
+        pass
+
+
+class InterpretedGpu(HostMemory):
+    """What `gpu.Gpu` does, by the host: arrays are NumPy's, and a launch runs the grid on fibers."""
+
+    name, capability, shared_bytes, device = "no GPU", (8, 0), 1 << 18, 0
+
+    def __init__(self, config, seed):
+        self.config, self.seed, self.launches = config, seed, 0
+        self.like = like_record(Variant(dtype=config.dtype, architecture="sm_80", tensor_cores=False))
+
+    def to_device(self, array):
+        return np.ascontiguousarray(array)
+
+    def resident_blocks(self, function, threads, dynamic_shared_bytes):
+        return 9
+
+    def copy_rows(self, target, rows, skip, stream):
+        target.reshape(rows.shape)[:, skip:] = rows[:, skip:]
+
+    def launch(self, function, num_blocks, threads, arguments, shared, stream):
+        table, kernel = memory_view(*arguments, np.dtype(np.int64)), interpreted("flashmoe_numba.kernel")
+        scheduler = Scheduler(self.seed + self.launches)
+        self.launches += 1
+        for index in range(num_blocks):
+            staged, sums = scratch_elements(self.config.hidden)
+            shared = np.full(max(PASS_ROWS * SUMS_STRIDE + staged, sums), np.nan, self.config.accumulator)
+            scratch = Scratch(shared[PASS_ROWS * SUMS_STRIDE :], shared)
+            block = (index, table, self.like, scratch, np.zeros(BOX_WORDS, np.int64))
+            scheduler.add_block(f"block {index}", kernel.grid_block, block, LANES)
+        scheduler.run()
+
+    def record(self, stream):
+        return Event()
+
+    def is_capturing(self, stream):
+        return False
+
+    def wait_for(self, event, stream):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class InterpretedCuda(CudaBackend):
+    """The backend itself, but for the kernel's build and the frameworks' arrays."""
+
+    check_tokens, adopt, join = HostMemory.check_tokens, HostMemory.adopt, HostMemory.join
+
+    def load(self, folder):
+        self._function, self._left = None, self.zeros(self._config.num_ranks, np.int64)
+
+
+def make_layer(config, weights, seed=0, **how):
+    original = layer.make_backend
+    layer.make_backend = lambda name, config, first_rank, **_: InterpretedCuda(config, InterpretedGpu(config, seed))
+    try:
+        return FlashMoE(config, weights, backend="cuda", **how)
+    finally:
+        layer.make_backend = original
+
+
+@settings(max_examples=max(3, settings().max_examples // 20))
+@given(st.sampled_from(["float32", "float64", "float16", "bfloat16"]), st.integers(1, 3), st.integers(0, 2**20))
+def test_the_launch_equals_the_oracle(dtype, num_ranks, seed):
+    rng = np.random.default_rng(seed)
+    config = tiny_config(
+        num_ranks=num_ranks, num_experts=2 * num_ranks, dtype=dtype, gated=bool(seed % 2), capacity=[None, 2][seed % 2]
+    )
+    weights = Weights.random(config, seed % 7, bias=True)
+    with make_layer(config, weights, seed, num_processors=1 + seed % 2, trace=True) as layer:
+        for call in range(3):
+            counts = rng.integers(0, config.num_tokens + 1, num_ranks)
+            x, routing = random_tokens(config, counts, seed + call), {}
+            if call == 1:
+                routing = dict(zip(("topk_idx", "topk_weights"), random_routing(config, counts, seed), strict=True))
+            y = layer(x, **routing)
+            assert_equals_oracle(y, x, weights, config, layer.routing, external=bool(routing))
+            check_stats(layer, x, layer.routing, epoch=call + 1)
+            records = decode(layer.traces)
+            assert {record.rank for record in records} == set(range(num_ranks))
+            assert sum(record.name == "DISPATCH" for record in records) == num_ranks * config.num_experts
+
+
+def test_calls_give_the_same_bits_for_any_number_of_blocks():
+    config = tiny_config(num_ranks=2, num_experts=2, num_topk=1, num_tokens=4)
+    weights, x = Weights.random(config), random_tokens(config)
+    with make_layer(config, weights, num_processors=1) as one, make_layer(config, weights, seed=9) as most:
+        assert most.num_processors == 9 // 2 - 1
+        expected = one(x)
+        for _ in range(2):
+            assert_same_bits(most(x), expected)
+
+
+def test_a_replayed_launch_counts_its_own_epochs():
+    """As a CUDA graph does: the same launch again, with nothing from the host."""
+    config = tiny_config(num_ranks=2)
+    weights, x = Weights.random(config), random_tokens(config)
+    with make_layer(config, weights, num_processors=1) as layer:
+        y = layer(x)
+        backend, copies = layer._backend, [part.copy() for part in y]
+        for part in y:
+            part.view(np.uint8)[:] = 0xFF
+        arguments = (backend.address(backend._table), backend._table.size)
+        for _ in range(2):
+            backend.gpu.launch(None, 4, 128, arguments, 0, 0)
+        assert_same_bits(y, copies)
+        assert [stats.epoch for stats in layer.stats] == [3, 3]
+        assert_same_bits(layer(x), copies)
+
+
+def test_blocks_that_cannot_all_be_resident_are_refused():
+    config = tiny_config(num_ranks=2)
+    with pytest.raises(ValueError, match="num_processors must be at most 3 for 2 ranks, because no GPU holds 9 blocks"):
+        make_layer(config, Weights.random(config), num_processors=4)
+
+
+def test_tiles_wider_than_the_kernel_can_are_refused():
+    config = tiny_config(tile_n=256)
+    with pytest.raises(ValueError, match="tile_n must be at most 128 on a GPU, got 256"):
+        make_layer(config, Weights.random(config))
+
+
+def test_a_record_is_read_as_it_was_written():
+    record = like_record(Variant(dtype="bfloat16", architecture="sm_90a", tensor_cores=True))
+    words = record_words(record, lambda array: array.ctypes.data)
+    again = read_record(np.array([7, *words, 7]), 1, record, memory_view)
+    flat = [field for group in (record, again) for field in flatten(group)]
+    half = len(flat) // 2
+    for before, after in zip(flat[:half], flat[half:], strict=True):
+        if isinstance(before, np.ndarray):
+            assert before.dtype == after.dtype and before.size == after.size
+            assert before.size == 0 or before.ctypes.data == after.ctypes.data
+        else:
+            assert before == after
+
+
+def flatten(record):
+    for field in record:
+        yield from flatten(field) if isinstance(field, tuple) else [field]

