@@ -1,4 +1,5 @@
-# make run | test | lint | smoke | compile-test | clean. Everything is installed into .venv and nothing outside this folder is changed.
+# make run | test | lint | smoke | compile-test | clean.
+# Everything is installed into .venv and nothing outside this folder is changed.
 PYTHON ?= python3
 PRESET ?= laptop-text
 RANKS ?= 8
@@ -33,7 +34,7 @@ smoke: .venv/for-dev
 	    echo "$$script --smoke"; .venv/bin/python "$$script" --smoke; \
 	done
 
-# Compilers for GPUs are some 500 MB, so they come only here; `make test` skips what needs them.
+# Compilers for GPUs are some 529 MB, so they come only here; `make test` skips what needs them.
 compile-test: .venv/for-compile
 	.venv/bin/python -m pytest tests/compile
 

@@ -21,7 +21,8 @@ from ..arguments import default_processors
 from ..layer import FlashMoE
 from ..rank import Stats
 from ..trace import filled
-from .yardstick import Yardstick
+from .memory import make_memory
+from .yardstick import make_yardstick
 
 SETTLE_S = 0.15  # OpenBLAS's workers spin for 0.07 s after their work, on cores that the layer needs
 
@@ -33,7 +34,8 @@ class Settings:
     Args:
         workload: a name for `make_workload`.
         num_tokens: of each rank; None: `config.num_tokens`, or what a recorded workload has.
-        transport: "mpi" (ranks are processes), or "threads" or "fibers" (all in this process).
+        backend: "cpu", "cuda" or "fibers".
+        in_process: all ranks in this process, instead of one process each.
         num_processors: blocks per rank beside the OS block; None: the layer's default.
         trace: keep the records of the last call.
     """
@@ -41,7 +43,8 @@ class Settings:
     config: MoEConfig
     workload: str
     num_tokens: int | None
-    transport: str
+    backend: str
+    in_process: bool
     num_processors: int | None
     iterations: int
     seed: int
@@ -49,13 +52,10 @@ class Settings:
     trace: bool
 
     @property
-    def backend(self) -> str:
-        return "fibers" if self.transport == "fibers" else "cpu"
-
-    @property
-    def processors(self) -> int:
-        """Blocks per rank beside the OS block."""
-        return self.num_processors or default_processors(self.config.num_ranks)
+    def transport(self) -> str:
+        """How ranks reach each other: "mpi", or in one process "threads", "virtual" (on one GPU) or "fibers"."""
+        here = {"cpu": "threads", "cuda": "virtual", "fibers": "fibers"}[self.backend]
+        return here if self.in_process else "mpi"
 
 
 @dataclass(kw_only=True)
@@ -69,6 +69,7 @@ class Measurement:
     y: list[np.ndarray]
     routing: list[Routing]
     stats: list[Stats]
+    processors: int
     traces: dict[tuple[int, int], np.ndarray]
     latency_ns: list[int] = field(default_factory=list)
     blas_ns: list[int] = field(default_factory=list)
@@ -116,29 +117,36 @@ def experts_of(ranks: range, config: MoEConfig) -> range:
 
 def num_blas_threads(settings: Settings) -> int:
     """As many as the layer's processors in this process, up to the cores."""
-    if settings.transport == "mpi":
-        return settings.processors
-    return min(default_processors(1), settings.config.num_ranks * settings.processors)
+    processors = settings.num_processors or default_processors(settings.config.num_ranks)
+    return processors if not settings.in_process else min(default_processors(1), settings.config.num_ranks * processors)
 
 
 def _measure(
     layer: FlashMoE, workload: Workload, weights: Weights, settings: Settings, world: Any, show: bool
 ) -> Measurement:
-    call = _Call(layer, workload, in_process=world.comm is None)
+    call = _Call(layer, workload, settings)
     world.meet("before the warm-up")
     y = call()
     stats = call.per_rank(layer.stats)
-    yardstick = Yardstick(settings.config, weights, [rows for part in stats for rows in part.rows_per_expert])
+    rows = [rows for part in stats for rows in part.rows_per_expert]
+    yardstick = make_yardstick(settings.backend, settings.config, weights, rows)
     yardstick.run(world.note_progress)
-    seen = Measurement(x=workload.x, y=y, routing=call.per_rank(layer.routing), stats=stats, traces={})
+    seen = Measurement(
+        x=workload.x,
+        y=y,
+        routing=call.per_rank(layer.routing),
+        stats=stats,
+        processors=layer.num_processors,
+        traces={},
+    )
     seen.y_digests.append(_digest(y))
     for iteration in _progress(range(settings.iterations), show):
         time.sleep(SETTLE_S if num_blas_threads(settings) > 1 else 0)
         world.meet(f"before call {iteration + 1} of {settings.iterations}")
         start = time.perf_counter_ns()
-        y = call()
+        call.run()
         seen.latency_ns.append(time.perf_counter_ns() - start)
-        seen.y_digests.append(_digest(y))
+        seen.y_digests.append(_digest(call.results()))
         world.meet(f"before BLAS pass {iteration + 1} of {settings.iterations}")
         seen.blas_ns.append(yardstick.run(world.note_progress))
     if settings.trace:
@@ -147,17 +155,30 @@ def _measure(
 
 
 class _Call:
-    """The same call of a layer, again and again; always returns a list over this process's ranks."""
+    """The same call of a layer, again and again; results are always a list over this process's ranks."""
 
-    def __init__(self, layer: FlashMoE, workload: Workload, in_process: bool) -> None:
-        self._layer, self._in_process = layer, in_process
+    def __init__(self, layer: FlashMoE, workload: Workload, settings: Settings) -> None:
+        self._layer, self._in_process = layer, settings.in_process
         routing = {"topk_idx": workload.topk_idx, "topk_weights": workload.topk_weights}
         given = {name: parts for name, parts in routing.items() if parts is not None}
-        self._x = workload.x if in_process else workload.x[0]
-        self._routing = given if in_process else {name: parts[0] for name, parts in given.items()}
+        self._memory = make_memory(settings.backend, settings.config)
+        x = [self._memory.to_device(part) for part in workload.x]
+        self._x = x if self._in_process else x[0]
+        self._routing = given if self._in_process else {name: parts[0] for name, parts in given.items()}
+        self._y: Any = None
+
+    def run(self) -> None:
+        """One call, to its end."""
+        self._y = self._layer(self._x, **self._routing)
+        self._layer.synchronize()
+
+    def results(self) -> list[np.ndarray]:
+        """Of the last call, in this process's memory."""
+        return [self._memory.to_host(part) for part in self.per_rank(self._y)]
 
     def __call__(self) -> list[np.ndarray]:
-        return self.per_rank(self._layer(self._x, **self._routing))
+        self.run()
+        return self.results()
 
     def per_rank(self, value: Any) -> list[Any]:
         """`value` of every rank here, from a property or result of the layer."""

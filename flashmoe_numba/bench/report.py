@@ -31,7 +31,7 @@ def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdi
         "backend": settings.backend,
         "transport": settings.transport,
         "ranks": settings.config.num_ranks,
-        "processors": settings.processors,
+        "processors": parts[0].processors,
         "config": asdict(settings.config),
         "workload": settings.workload,
         "seed": settings.seed,
@@ -84,7 +84,12 @@ def _judgement(parts: Sequence[Measurement], verdict: Verdict) -> dict[str, Any]
 def table(report: dict[str, Any], describe_sizes: str) -> Iterator[str]:
     """The lines that people read; `describe_sizes` is the config in one line."""
     latency, share = report["latency_ms"], report["blas_share"]
-    where = {"mpi": "processes under mpirun", "threads": "threads", "fibers": "interpreted fibers"}[report["transport"]]
+    where = {
+        "mpi": "processes under mpirun",
+        "threads": "threads",
+        "virtual": "virtual ranks of one GPU",
+        "fibers": "interpreted fibers",
+    }[report["transport"]]
     yield _row(
         "ranks", f"{report['ranks']} as {where}, with {report['processors']} processor blocks and an OS block each"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,21 +19,29 @@ class Yardstick:
     """The GEMMs of some experts.
 
     Args:
-        weights: these experts, kept as they are if they are in the accumulator's type.
+        weights: these experts, kept as they are if they are of the operands' type.
         rows_per_expert: rows of each of them.
+        arrays: the module that multiplies, NumPy or CuPy.
+        dtype: of the operands.
     """
 
-    def __init__(self, config: MoEConfig, weights: Weights, rows_per_expert: Sequence[int]) -> None:
-        def operands(matrices: np.ndarray) -> np.ndarray:
-            return matrices.astype(config.accumulator, copy=False).swapaxes(1, 2)
+    def __init__(
+        self, config: MoEConfig, weights: Weights, rows_per_expert: Sequence[int], arrays: Any = np, dtype: Any = None
+    ) -> None:
+        dtype = config.accumulator if dtype is None else dtype
 
+        def operands(matrices: np.ndarray) -> Any:
+            return arrays.asarray(matrices.astype(dtype, copy=False)).swapaxes(1, 2)
+
+        self._arrays = arrays
         self._gate = None if weights.gate_proj is None else operands(weights.gate_proj)
         self._up, self._down = operands(weights.up_proj), operands(weights.down_proj)
         self._rows = [int(rows) for rows in rows_per_expert]
         most = max(self._rows, default=0)
-        self._x = np.random.default_rng(0).standard_normal((most, config.hidden)).astype(config.accumulator)
-        self._gates, self._hidden = np.empty((2, most, config.ffn), config.accumulator)
-        self._y = np.empty((most, config.hidden), config.accumulator)
+        x = np.random.default_rng(0).standard_normal((most, config.hidden))
+        self._x = arrays.asarray(x.astype(dtype))
+        self._gates, self._hidden = arrays.empty((2, most, config.ffn), dtype)
+        self._y = arrays.empty((most, config.hidden), dtype)
 
     def run(self, note_progress: Callable[[], None]) -> int:
         """Nanoseconds of one pass over all experts."""
@@ -40,11 +49,23 @@ class Yardstick:
         for expert, rows in enumerate(self._rows):
             x, gates, hidden, y = (array[:rows] for array in (self._x, self._gates, self._hidden, self._y))
             if self._gate is not None:
-                np.matmul(x, self._gate[expert], out=gates)
-            np.matmul(x, self._up[expert], out=hidden)
-            np.matmul(hidden, self._down[expert], out=y)
+                self._arrays.matmul(x, self._gate[expert], out=gates)
+            self._arrays.matmul(x, self._up[expert], out=hidden)
+            self._arrays.matmul(hidden, self._down[expert], out=y)
             note_progress()
+        if self._arrays is not np:
+            self._arrays.cuda.Device().synchronize()
         return time.perf_counter_ns() - start
+
+
+def make_yardstick(backend: str, config: MoEConfig, weights: Weights, rows_per_expert: Sequence[int]) -> Yardstick:
+    """On the device where the layer runs; on a GPU in the elements' type, with float16 for bfloat16."""
+    if backend != "cuda":
+        return Yardstick(config, weights, rows_per_expert)
+    import cupy
+
+    dtype = np.dtype(np.float16) if config.dtype == "bfloat16" else config.numpy_dtype
+    return Yardstick(config, weights, rows_per_expert, cupy, dtype)
 
 
 def expert_flops(config: MoEConfig, num_rows: int) -> int:

@@ -47,8 +47,8 @@ def _write_pictures(settings: Settings, parts: Sequence[Measurement], trace: str
     for part in parts:
         records += decode(part.traces)
     if trace:
-        write_chrome_trace(records, settings.processors, output_file(trace))
+        write_chrome_trace(records, parts[0].processors, output_file(trace))
     if plot:
         from ..plots import plot_timeline
 
-        plot_timeline(records, settings.processors, output_file(plot))
+        plot_timeline(records, parts[0].processors, output_file(plot))

@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="give up after S seconds without progress, once ranks run [30]",
     )
     interpreted = "interpreted in this process, for tiny sizes: try --preset laptop-tiny"
-    add("--backend", choices=("cpu", "fibers"), default="cpu", help=f"compiled, or {interpreted} [cpu]")
+    backends = f"compiled for CPUs, compiled for GPUs, or {interpreted} [cpu]"
+    add("--backend", choices=("cpu", "cuda", "fibers"), default="cpu", help=backends)
+    add("--virtual-ranks", type=integer(1), metavar="N", help="this many ranks in one launch on one GPU (cuda)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--threads", action="store_true", help="all ranks in this process")
     where.add_argument("--mpi", action="store_true", help="a process for every rank, even for a single one")
@@ -73,17 +75,37 @@ def main(args: argparse.Namespace) -> int:
     """Run what the flags describe, here or under mpirun."""
     if args.backend == "fibers" and args.mpi:
         raise UsageError("argument --mpi: fibers run all ranks in one process, so --backend must be cpu")
+    _take_virtual_ranks(args)
     if launch.inside_mpirun():
         return _run_as_rank(args)
     config = _validate(args, None)
     in_process = args.threads or args.backend == "fibers" or (config.num_ranks == 1 and not args.mpi)
-    if not in_process:
+    if args.backend == "cuda" and not in_process:
+        _check_gpus(config.num_ranks)
+    elif not in_process:
         launch.check_shared_memory(config.num_ranks, Layout(config).num_bytes)
     check_memory(config)
     if not in_process:
         command = [sys.executable, "-m", "flashmoe_numba", *args.argv]
         return launch.start(config.num_ranks, command, args.deadline_s)
     return _run_here(args, config)
+
+
+def _take_virtual_ranks(args: argparse.Namespace) -> None:
+    """`--virtual-ranks N` is N ranks in this process."""
+    if args.virtual_ranks is None:
+        return
+    if args.backend != "cuda" or args.mpi or args.ranks is not None:
+        raise UsageError("argument --virtual-ranks: goes with --backend cuda, and without --ranks or --mpi")
+    args.ranks, args.threads = args.virtual_ranks, True
+
+
+def _check_gpus(num_ranks: int) -> None:
+    from ..gpu.gpu import Gpu
+
+    if Gpu.count() < num_ranks:
+        rule = f"needs a GPU for each of {num_ranks} ranks, and {Gpu.count()} can be used here"
+        raise UsageError(f"argument --backend: cuda {rule}: try --virtual-ranks, or ask `flashmoe doctor`")
 
 
 def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
@@ -110,8 +132,10 @@ def _run_here(args: argparse.Namespace, config: MoEConfig) -> int:
     from ..errors import FlashMoEError
 
     try:
-        return _run(args, config, "fibers" if args.backend == "fibers" else "threads", LocalWorld())
-    except FlashMoEError as error:
+        return _run(args, config, LocalWorld())
+    except (FlashMoEError, ImportError, MemoryError, RuntimeError, ValueError) as error:
+        if args.backend != "cuda" and not isinstance(error, FlashMoEError):
+            raise
         print(f"flashmoe run: error: {error}", file=sys.stderr)
         return 1
 
@@ -128,14 +152,14 @@ def _run_as_rank(args: argparse.Namespace) -> int:
         if args.ranks not in (None, world.num_ranks):
             rule = f"must be the number of ranks of this mpirun, {world.num_ranks}"
             raise UsageError(f"argument --ranks: {rule}, got {args.ranks}")
-        return _run(args, _validate(args, world.num_ranks), "mpi", world)
+        return _run(args, _validate(args, world.num_ranks), world)
     except UsageError:
         raise  # all ranks have it
     except BaseException as error:
         world.abandon(error)
 
 
-def _run(args: argparse.Namespace, config: MoEConfig, transport: str, world: LocalWorld | MpiWorld) -> int:
+def _run(args: argparse.Namespace, config: MoEConfig, world: LocalWorld | MpiWorld) -> int:
     from ..bench.measure import Settings, measure
     from .outcome import conclude
 
@@ -143,7 +167,8 @@ def _run(args: argparse.Namespace, config: MoEConfig, transport: str, world: Loc
         config=config,
         workload=args.workload,
         num_tokens=_num_tokens(args),
-        transport=transport,
+        backend=args.backend,
+        in_process=world.comm is None,
         num_processors=args.processors,
         iterations=args.iterations,
         seed=args.seed,

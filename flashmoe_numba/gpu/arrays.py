@@ -29,7 +29,7 @@ class GpuTokens:
 
 
 def check_gpu_tokens(name: str, x: Any, config: MoEConfig, gpu: Any) -> GpuTokens:
-    """`x` as tokens on `gpu`. Errors call it `name`.
+    """`x` as tokens on `gpu`. Errors call it `name`. bfloat16, which CuPy lacks, may come as int16 bit patterns.
 
     Raises:
         TypeError, ValueError: naming the rule, and both sides of it.
@@ -40,7 +40,7 @@ def check_gpu_tokens(name: str, x: Any, config: MoEConfig, gpu: Any) -> GpuToken
         raise TypeError(f"{name} must be an array on the GPU, got {type(x).__name__}")
     if is_torch(x) and not x.is_cuda:
         raise TypeError(f"{name} must be on the GPU, got a tensor on {x.device}: put it there with .cuda()")
-    if element_name(x) != config.dtype:
+    if element_name(x) not in (config.dtype, "int16" if config.dtype == "bfloat16" else config.dtype):
         raise TypeError(f"{name} must have config's dtype {config.dtype}, got {element_name(x)}")
     if len(x.shape) != 2 or x.shape[1] != config.hidden:
         raise ValueError(f"{name} must have shape [num_tokens, hidden={config.hidden}], got {list(x.shape)}")

@@ -50,12 +50,12 @@ def as_matrices(
     for part, given in enumerate(biases):
         if given is not None:
             bias[:, part] = given.astype(accumulator)
-    elements = [as_storage(to_device(matrix)) for matrix in matrices]
+    elements = [to_device(as_storage(np.ascontiguousarray(matrix))) for matrix in matrices]
     second = elements[1] if len(elements) == 2 else elements[0][:0]
     return Matrices(
         first=elements[0],
         second=second,
-        bias=as_storage(to_device(bias)),
+        bias=to_device(as_storage(bias)),
         depth=depth,
         columns=columns,
         tile_n=min(tile_n, columns),

@@ -42,7 +42,7 @@ def test_a_loop_in_numbers():
 
 
 def test_only_innermost_loops_that_multiply_count():
-    outer = [".L_x_0:", *GOOD[:-1], "STL [R1], R2", ".L_x_2:", BF16, "@P0 BRA `(.L_x_2)", "BRA.U UP0, `(.L_x_0)"]
+    outer = [".L_x_0:", HGMMA, *GOOD[:-1], "STL [R1], R2", ".L_x_2:", BF16, "@P0 BRA `(.L_x_2)", "BRA.U UP0, `(.L_x_0)"]
     found = loops(*outer, ".L_x_3:", "IADD3 R1, R1, R2, RZ", "BRA `(.L_x_3)")
     assert [loop.label for loop in found] == [".L_x_1", ".L_x_2"]
     assert [loop.shape for loop in found] == ["HGMMA.64x128x16.F32", "HGMMA.64x16x16.F32.BF16"]

@@ -175,7 +175,14 @@ KERNELS = {
     f"sm_90a-float16-wgmma-{STAMP}.cubin": 3000,
     f"sm_90a-float16-wgmma-{STAMP}.json": 40,
 }
-FOREIGN = ("notes.json", "thesis.cubin", "a.nbc", f"sm_90a-float16-wgmma-{STAMP}.json.bak", f"x-{STAMP}.txt")
+FOREIGN = (
+    "notes.json",
+    "sm_90a-float16-wgmma.json",
+    "thesis.cubin",
+    "a.nbc",
+    f"sm_90a-float16-wgmma-{STAMP}.json.bak",
+    f"x-{STAMP}.txt",
+)
 
 
 @pytest.fixture
