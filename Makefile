@@ -34,7 +34,7 @@ smoke: .venv/for-dev
 	    echo "$$script --smoke"; .venv/bin/python "$$script" --smoke; \
 	done
 
-# Compilers for GPUs are some 529 MB, so they come only here; `make test` skips what needs them.
+# Compilers for GPUs are some 530 MB, so they come only here; `make test` skips what needs them.
 compile-test: .venv/for-compile
 	.venv/bin/python -m pytest tests/compile
 

@@ -85,7 +85,15 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _stamp(variant: Variant) -> str:
-    return hashlib.sha256(f"{source_hash()} {variant} {_versions()}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{source_hash()} {_entry_hash()} {variant} {_versions()}".encode()).hexdigest()[:24]
+
+
+@cache
+def _entry_hash() -> str:
+    """Of the sources that only GPU kernels depend on: the entry, its options, and what makes the record's type."""
+    folder = Path(__file__).parent
+    files = [*sorted(folder.glob("*.py")), folder.parent / "rank.py"]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @cache
