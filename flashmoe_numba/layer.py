@@ -34,11 +34,13 @@ class FlashMoE:
         weights: router and experts. With `comm` a rank may bring just its own experts (`weights.shard`). They are
             copied into the kernel's order; the layer does not keep the originals.
         comm: an mpi4py communicator of `config.num_ranks` ranks on one machine.
-        backend: "cpu" (compiled) or "fibers" (interpreted, ranks of this process only).
-        num_processors: blocks per rank beside the OS block; default: the cores, shared out among the ranks.
+        backend: "cpu" or "cuda" (compiled), or "fibers" (interpreted, ranks of this process only).
+        num_processors: blocks per rank beside the OS block; default: the cores, or the blocks that a GPU holds at a
+            time, shared out among the ranks.
         deadline_s: a call fails when no rank has finished any task for this long.
         trace: keep a record of every task of the last call (`layer.traces`).
-        backend_settings: of the fibers: seed, lanes, preempt.
+        backend_settings: of the fibers: seed, lanes, preempt. Of cuda: device (index of the GPU; default: the current
+            one, and with `comm` the rank's number modulo the GPUs), tf32 (multiply float32 as TF32).
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
@@ -124,12 +126,14 @@ class FlashMoE:
         Args:
             x: with `comm`, `[num_tokens, hidden]`; else `[num_ranks, num_tokens, hidden]`, or one array
                 `[num_tokens_of_rank, hidden]` per rank. Up to `config.num_tokens` tokens per rank, 0 included.
-                Element type `config.dtype`. An array that is not contiguous is copied.
+                Element type `config.dtype`. An array that is not contiguous is copied. With backend "cuda" arrays on
+                the GPU: CuPy's, PyTorch's, Numba's; bfloat16 may come as int16 bit patterns.
             topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices.
             topk_weights: their factors, used as they are.
 
         Returns:
-            y, shaped like x and of its type.
+            y, shaped like x and of its type. With backend "cuda" it is filled in the order of the caller's stream, and
+            whether the call was given up is known after it: from the next call, or from `synchronize`.
 
         Raises:
             TypeError, ValueError: before any rank starts.
