@@ -31,7 +31,6 @@ class GpuIpcHeap(Meeting):
 
     def __init__(self, comm: Any) -> None:
         super().__init__(comm)
-        self.segments: list[Any] = []
         self._gpu: Any = None
         self._own: Any = None
         self._mapped: list[int] = []
@@ -81,18 +80,8 @@ class GpuIpcHeap(Meeting):
     def _gather_bytes(self, data: bytes) -> list[bytes]:
         return [bytes.fromhex(text) for text in self._gather(data.hex())]
 
-    def close(self, check: Callable[[], None] | None) -> None:
-        """Unmap the others' segments, then, when all ranks have, free this one's; with `check=None` do neither.
-
-        Args:
-            check: called while waiting for the others; raises if one of them will not come.
-        """
-        if check is not None and self.segments:
-            self.wait_for_all(check)
-            self._free()
-        self.segments = []
-
     def _free(self) -> None:
+        """Unmap the others' segments; when all ranks have, free this one's."""
         self.segments = []
         for address in self._mapped:
             self._gpu.close_ipc(address)

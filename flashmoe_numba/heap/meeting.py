@@ -23,6 +23,7 @@ class Meeting:
     """The ranks of `comm`, an mpi4py communicator."""
 
     def __init__(self, comm: Any) -> None:
+        self.segments: list[Any] = []
         self._comm, request = comm.Idup()  # its messages cannot meet the caller's
         _wait(request, SETUP_DEADLINE_S)
         self.barrier()
@@ -86,12 +87,19 @@ class Meeting:
         """
         _wait(self._comm.Ibarrier(), SETUP_DEADLINE_S)
 
-    def wait_for_all(self, check: Callable[[], None]) -> None:
-        """Wait for all ranks to close; `check` is called meanwhile, and raises if one of them will not come."""
-        _wait(self._comm.Ibarrier(), CLOSE_DEADLINE_S, check)
+    def close(self, check: Callable[[], None] | None) -> None:
+        """Give everything back, which takes all ranks, or with `check=None` leave it to the end of the process.
+
+        Args:
+            check: called while waiting for the others; raises if one of them will not come.
+        """
+        if check is not None and self.segments:
+            _wait(self._comm.Ibarrier(), CLOSE_DEADLINE_S, check)
+            self._free()
+        self.segments = []
 
     def _free(self) -> None:
-        """Give back what MPI gave; takes all ranks."""
+        """Give back what this rank holds, as all ranks do now."""
         self._comm.Free()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ class MpiHeap(Meeting):
 
     def __init__(self, comm: Any) -> None:
         super().__init__(comm)
-        self.segments: list[np.ndarray] = []
         self._window: Any = None
 
     def allocate(self, num_bytes: int, backend: Any) -> None:
@@ -49,19 +47,8 @@ class MpiHeap(Meeting):
                 )
         return None
 
-    def close(self, check: Callable[[], None] | None) -> None:
-        """Give the window back, which takes all ranks, or with `check=None` leave it to the end of the process.
-
-        Args:
-            check: called while waiting for the others; raises if one of them will not come.
-        """
-        if check is not None and self.segments:
-            self.wait_for_all(check)
-            self._free()
-        self.segments = []
-
     def _free(self) -> None:
-        self.segments = []
+        self.segments = []  # views of the window
         if self._window is not None:
             self._window.Free()
         super()._free()
