@@ -134,14 +134,16 @@ class CudaBackend:
         rows = np.array([self._words(arguments, len(blocks) // len(first)) for arguments in first], np.int64)
         if self._table is None:
             self._make_table(rows, len(blocks) // len(first))
-        if self._last is not None:
-            self.gpu.wait_for(self._last, self._stream)
-        if self.gpu.is_capturing(self._stream):
+        capturing = self.gpu.is_capturing(self._stream)
+        if capturing:
             self._kept.append(rows)
+        elif self._last is not None:
+            self.gpu.wait_for(self._last, self._stream)
         self.gpu.copy_rows(self._table[HEADER_WORDS:], rows, 1, self._stream)  # the kernel counts the epoch itself
         arguments = (self.address(self._table), self._table.size)
         self.gpu.launch(self._function, len(blocks), THREADS, arguments, self.shared_bytes, self._stream)
-        self._last = self.gpu.record(self._stream)
+        if not capturing:  # an event in a graph can be asked nothing
+            self._last = self.gpu.record(self._stream)
 
     def _words(self, arguments: tuple[Any, ...], num_blocks: int) -> list[int]:
         """A rank's record, from the arguments of its first block."""
@@ -158,13 +160,12 @@ class CudaBackend:
         self.gpu.synchronize()
 
     def finished(self) -> bool:
-        """Has the last call's kernel ended?"""
-        return self._last is None or bool(self._last.done)
+        """Has the last call's kernel ended? Once calls were captured, nobody tells when they are replayed."""
+        return not self._kept and (self._last is None or bool(self._last.done))
 
     def synchronize(self) -> None:
         """Wait for the last call."""
-        if self._last is not None:
-            self._last.synchronize()
+        self.gpu.synchronize()
 
     def epoch(self, position: int, counted: int) -> int:
         """Calls that a rank has finished: more than were `counted`, if a captured one was replayed."""
