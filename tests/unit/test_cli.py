@@ -1,6 +1,7 @@
 """`flashmoe run` and `flashmoe plan` in this process: errors, reports, files, and that a wrong layer is not passed."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -205,6 +206,30 @@ def test_a_lost_call_is_an_error_without_a_traceback(capsys, monkeypatch):
     spoil(monkeypatch, give_up)
     assert cli.main(TINY) == 1
     assert capsys.readouterr().err == "flashmoe run: error: rank 1, block 1 (OS block) gave up in epoch 1\n"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--trace", "-"], "argument --trace: must be a file, got '-'"),
+    (["--json", "a", "--plot", "a"], "argument --json: must not be the file of --plot, got 'a'"),
+    (["--threads", "--hidden", "2000000000"], "GiB, and this machine has"),
+])  # fmt: skip
+def test_outputs_and_sizes_that_cannot_be(capsys, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*TINY, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_and_a_closed_pipe_are_no_tracebacks():
+    command = [sys.executable, "-m", "flashmoe_numba", "plan", "--preset", "laptop-tiny", "--json"]
+    full = subprocess.run([*command, "/dev/full"], capture_output=True, text=True)
+    assert full.returncode == 1 and full.stderr == "flashmoe plan: error: [Errno 28] No space left on device\n"
+    read, write = os.pipe()
+    os.close(read)
+    closed = subprocess.run([*command, "-"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert closed.returncode == 1 and closed.stderr == ""
 
 
 def test_files_are_written_into_new_folders(capsys, tmp_path):

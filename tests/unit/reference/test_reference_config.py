@@ -19,6 +19,8 @@ def make_config(**fields):
     ({"num_tokens": True}, TypeError, "num_tokens must be an integer, got True"),
     ({"gated": 1}, TypeError, "gated must be True or False, got 1"),
     ({"activation": "tanh"}, ValueError, "activation must be one of .*; got 'tanh'"),
+    ({"dtype": np.dtype("float16")}, TypeError, "dtype must be a string, one of .*; got dtype"),
+    ({"num_tokens": 2**30}, ValueError, r"num_tokens must be in \[1, 1073741823\] for num_topk=2, got 1073741824"),
     ({"dtype": "int8"}, ValueError, "dtype must be one of .*; got 'int8'"),
     ({"capacity": 8}, ValueError, r"capacity must be in \[1, num_tokens=7\] or None, got 8"),
     ({"capacity": 0}, ValueError, "capacity must be in"),

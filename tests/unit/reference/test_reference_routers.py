@@ -110,6 +110,14 @@ def test_check_routing_accepts_a_kernel(judged):
     assert check_routing(none, x[:0], router, config) is None
 
 
+def test_check_routing_accepts_tokens_so_large_that_any_weight_may_come_out():
+    """A logit may then be off by more than exp can hold, and the margin must not become 0 * inf."""
+    config = make_config(num_ranks=1, num_topk=2)
+    x = 1e8 * np.random.default_rng(0).standard_normal((5, config.hidden)).astype(np.float32)
+    router = Weights.random(config).router
+    assert check_routing(route(x, router, config), x, router, config) is None
+
+
 def test_check_routing_accepts_near_ties_either_way():
     config = make_config(num_topk=2)
     router = np.random.default_rng(0).standard_normal((10, 33)).astype(np.float32)

@@ -73,6 +73,14 @@ def test_num_bytes():
     assert weights.num_bytes == 6 * 35 * 4 + 6 * (2 * 35 * 21 + 21 + 35) * 2
 
 
+def test_shards_are_counted_by_integers():
+    weights = Weights.random(make_config())
+    with pytest.raises(TypeError, match=r"rank_idx must be an integer, got 0\.5"):
+        weights.shard(0.5, 2)
+    with pytest.raises(TypeError, match="num_ranks must be an integer, got '2'"):
+        weights.shard(0, "2")
+
+
 def test_non_contiguous_arrays_are_fine():
     config = make_config(dtype="float64")
     weights = Weights.random(config)

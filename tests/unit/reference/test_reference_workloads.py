@@ -1,11 +1,17 @@
 """Workloads do not depend on how they are cut; recordings say what is wrong with them."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from reference import MoEConfig, Weights, load_preset, make_workload, route
 
 NAMES = ("text", "uniform", "zipf:1.2", "hot")
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def make_config(**fields):
@@ -104,6 +110,19 @@ def save(path, arrays):
     from safetensors.numpy import save_file
 
     np.savez(path, **arrays) if path.suffix == ".npz" else save_file(arrays, path)
+
+
+def test_a_bfloat16_recording_in_a_process_that_has_not_met_bfloat16(tmp_path):
+    ml_dtypes, safetensors = pytest.importorskip("ml_dtypes"), pytest.importorskip("safetensors.numpy")
+    file = tmp_path / "x.safetensors"
+    safetensors.save_file({"x": np.ones((3, 19), ml_dtypes.bfloat16)}, str(file))
+    program = (
+        "from reference import MoEConfig, make_workload\n"
+        "c = MoEConfig(num_ranks=1, num_tokens=3, hidden=19, ffn=1, num_experts=1, num_topk=1)\n"
+        f"print(make_workload({str(file)!r}, c).x[0].sum())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "57.0\n", done.stderr
 
 
 def test_recorded_uneven_and_without_routing(tmp_path):
