@@ -1,26 +1,41 @@
-"""Everything here needs a GPU, and is skipped with the reason where there is none to use."""
+"""Tests that need a GPU. Without one, or without what drives it, every test here is skipped, and says why.
+
+Nothing in this folder imports CuPy, numba-cuda or PyTorch before a test runs.
+"""
 
 import pytest
-
-
-def why_not():
-    try:
-        import cupy
-    except ImportError:
-        return "CuPy is not installed: pip install 'flashmoe-numba[cuda]'"
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"no GPU to use: {error}"
-    return None if count else "no GPU"
-
-
-REASON = why_not()
+from gpu_cases import DEVICE_TEST_S, why_not
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if "cuda" in item.path.parts and item.path.parent.name == "cuda":
-            item.add_marker(pytest.mark.timeout(300))  # the first of a kind compiles its kernel
-            if REASON:
-                item.add_marker(pytest.mark.skip(reason=REASON))
+    here = [item for item in items if item.path.parent == item.config.rootpath / "tests" / "cuda"]
+    reason = why_not() if here else None
+    for item in here:
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(DEVICE_TEST_S))
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """The current GPU."""
+    from flashmoe_numba.gpu.gpu import Gpu
+
+    return Gpu()
+
+
+@pytest.fixture
+def hopper(gpu):
+    """The current GPU, if it has the tensor cores that hopper.py is for."""
+    if gpu.capability != (9, 0):
+        pytest.skip(f"for compute capability 9.0 (H100, H200), this is {gpu.name} with {gpu.capability}")
+    return gpu
+
+
+@pytest.fixture(params=["cupy", "torch", "numba"])
+def kind(request):
+    """Every kind of array that a call takes."""
+    if request.param == "torch":
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+    return request.param
