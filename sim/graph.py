@@ -1,0 +1,210 @@
+"""A schedule as arrays: what must be done, on which resource, for how long, and after what.
+
+A node is `count` equal tasks (say, the column tiles of one row block): they become ready together, when every
+predecessor is complete, and each takes one slot of the node's server for `duration_ns`. A task that is done puts
+`nbytes` on its path, if it has one: up to two links, that of the sender and that of the receiver. A task whose bytes
+have arrived is complete `latency_ns` later, and a node when all its tasks are.
+
+Grouping equal tasks is what makes 100 million of them fit: arrays are as long as the nodes, and tasks that start
+together are one event. A node of one task each describes any graph there is.
+
+Leaves out: tasks that hold two servers at once, and durations that depend on what else runs (bandwidth of links aside).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .kinds import KIND_NAMES
+
+Array = NDArray[Any]
+NONE = -1  # no server, no link
+FIELDS: dict[str, tuple[Any, Any]] = {  # of a node: dtype and default
+    "kind": (np.int8, None),
+    "rank": (np.int32, None),
+    "peer": (np.int32, 0),
+    "expert": (np.int32, 0),
+    "m": (np.int32, 0),
+    "count": (np.int32, 1),
+    "server": (np.int32, NONE),
+    "priority": (np.int32, 0),
+    "duration_ns": (np.int64, 0),
+    "nbytes": (np.int64, 0),
+    "egress": (np.int32, NONE),
+    "ingress": (np.int32, NONE),
+    "latency_ns": (np.int64, 0),
+    "flops": (np.float64, 0.0),
+    "useful_flops": (np.float64, 0.0),
+}
+
+
+class Server(NamedTuple):
+    """`slots` tasks at a time; next is the one of the lowest priority number, and of those the first to be ready."""
+
+    name: str
+    rank: int
+    slots: int
+
+
+class Link(NamedTuple):
+    """`gbps` GB/s (bytes per ns) shared evenly by the transfers on it, each of which gets at most `flow_gbps`."""
+
+    name: str
+    rank: int
+    gbps: float
+    flow_gbps: float
+
+
+@dataclass(frozen=True, eq=False)
+class TaskGraph:
+    """Nodes, resources and dependencies; made by a `GraphBuilder`.
+
+    Args:
+        servers, links: the resources; nodes name them by index, `NONE` for none.
+        nodes: arrays `[num_nodes]` by name, see `FIELDS`. `kind`, `peer`, `expert` and `m` are those of
+            `reference.Task`, whose `n` is the task's index within its node. `priority`: lower goes first.
+            `nbytes`, `flops` (of padded tiles) and `useful_flops` (of real rows) are per task.
+        succ_start, succ: the successors of node i are `succ[succ_start[i]:succ_start[i + 1]]`.
+        num_preds: `[num_nodes]`.
+    """
+
+    servers: tuple[Server, ...]
+    links: tuple[Link, ...]
+    nodes: dict[str, Array]
+    succ_start: Array
+    succ: Array
+    num_preds: Array
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.num_preds)
+
+    @property
+    def num_tasks(self) -> int:
+        return int(self.nodes["count"].sum(dtype=np.int64))
+
+    def successors(self, node: int) -> Array:
+        return self.succ[self.succ_start[node] : self.succ_start[node + 1]]
+
+    def predecessors(self, node: int) -> Array:
+        """Slow (a pass over all edges): for reports and messages."""
+        edges = np.flatnonzero(self.succ == node)
+        return np.searchsorted(self.succ_start, edges, side="right") - 1
+
+    def describe(self, node: int) -> str:
+        """The node in words: "GEMM0 on rank 3, peer 1, expert 2, m 0"."""
+        kind, rank, peer, expert, m = (int(self.nodes[name][node]) for name in ("kind", "rank", "peer", "expert", "m"))
+        return f"{KIND_NAMES[kind]} on rank {rank}, peer {peer}, expert {expert}, m {m}"
+
+
+class GraphBuilder:
+    """Collects resources, nodes and edges in whole arrays, and checks them once, in `build`."""
+
+    def __init__(self) -> None:
+        self.servers: list[Server] = []
+        self.links: list[Link] = []
+        self._parts: list[dict[str, Array]] = []
+        self._edges: list[tuple[Array, Array]] = []
+        self._num_nodes = 0
+
+    def add_server(self, name: str, rank: int, slots: int) -> int:
+        """A server with this many slots; returns its index."""
+        if slots < 1:
+            raise ValueError(f"slots of server {name} must be at least 1, got {slots}")
+        self.servers.append(Server(name, rank, slots))
+        return len(self.servers) - 1
+
+    def add_link(self, name: str, rank: int, gbps: float, flow_gbps: float | None = None) -> int:
+        """A link of `gbps` GB/s, of which one transfer gets at most `flow_gbps` (default: all); returns its index."""
+        cap = gbps if flow_gbps is None else flow_gbps
+        if not (0 < gbps < float("inf") and cap > 0):
+            raise ValueError(f"gbps and flow_gbps of link {name} must be positive, got {gbps} and {cap}")
+        self.links.append(Link(name, rank, float(gbps), float(min(cap, gbps))))
+        return len(self.links) - 1
+
+    def add(self, kind: int, rank: ArrayLike, **values: ArrayLike) -> Array:
+        """Nodes of one kind: arguments are fields of a node, arrays of one shape or scalars. Returns their indices.
+
+        The result has the shape of the broadcast arguments.
+        """
+        unknown = set(values) - set(FIELDS)
+        if unknown:
+            raise TypeError(f"a node has the fields {', '.join(FIELDS)}; got {', '.join(sorted(unknown))}")
+        given = {"kind": kind, "rank": rank, **values}
+        shape = np.broadcast_shapes(*(np.shape(value) for value in given.values()))
+        size = int(np.prod(shape, dtype=np.int64))
+        part = {}
+        for name, (dtype, default) in FIELDS.items():
+            part[name] = np.broadcast_to(np.asarray(given.get(name, default), dtype), shape).reshape(size)
+        self._parts.append(part)
+        first = self._num_nodes
+        self._num_nodes += size
+        return np.arange(first, first + size, dtype=np.int32).reshape(shape)
+
+    def edge(self, before: ArrayLike, after: ArrayLike) -> None:
+        """`before[i]` must be complete before `after[i]` is ready; the arguments are broadcast."""
+        pred, succ = np.broadcast_arrays(np.asarray(before, np.int32), np.asarray(after, np.int32))
+        self._edges.append((pred.ravel(), succ.ravel()))
+
+    def join(self, before: ArrayLike, rank: int) -> int:
+        """The node that is complete when all nodes in `before` are."""
+        node = self.add(KIND_NAMES.index("JOIN"), rank)
+        self.edge(before, node)
+        return int(node)
+
+    def build(self) -> TaskGraph:
+        """The graph.
+
+        Raises:
+            ValueError: naming the field, the node and the rule.
+        """
+        nodes = {
+            name: np.concatenate([part[name] for part in self._parts] or [np.empty(0, dtype)])
+            for name, (dtype, _) in FIELDS.items()
+        }
+        pred = np.concatenate([edge[0] for edge in self._edges] or [np.empty(0, np.int32)])
+        succ = np.concatenate([edge[1] for edge in self._edges] or [np.empty(0, np.int32)])
+        _check(nodes, pred, succ, self.servers, self.links)
+        order = np.argsort(pred, kind="stable")
+        start = np.concatenate([[0], np.cumsum(np.bincount(pred, minlength=self._num_nodes))]).astype(np.int64)
+        num_preds = np.bincount(succ, minlength=self._num_nodes).astype(np.int32)
+        return TaskGraph(tuple(self.servers), tuple(self.links), nodes, start, succ[order], num_preds)
+
+
+def _check(nodes: dict[str, Array], pred: Array, succ: Array, servers: Sequence[Server], links: Sequence[Link]) -> None:
+    num_nodes = len(nodes["kind"])
+    bounds = {
+        "kind": (0, len(KIND_NAMES)),
+        "rank": (0, 2**23),  # the engines pack it beside a sequence number
+        "count": (1, 2**31 - 1),
+        "server": (NONE, len(servers)),
+        "priority": (-(2**20), 2**20),
+        "duration_ns": (0, 2**62),
+        "nbytes": (0, 2**53),  # exact as a float
+        "egress": (NONE, len(links)),
+        "ingress": (NONE, len(links)),
+        "latency_ns": (0, 2**62),
+    }
+    for name, (low, high) in bounds.items():
+        _check_range(name, nodes[name], low, high)
+    for name, ends in (("before", pred), ("after", succ)):
+        _check_range(f"edge {name}", ends, 0, num_nodes)
+    lonely = np.flatnonzero((nodes["nbytes"] > 0) & (nodes["egress"] < 0) & (nodes["ingress"] < 0))
+    if lonely.size:
+        raise ValueError(f"node {lonely[0]} has nbytes={nodes['nbytes'][lonely[0]]} but neither egress nor ingress")
+    looped = np.flatnonzero((nodes["egress"] >= 0) & (nodes["egress"] == nodes["ingress"]))
+    if looped.size:
+        raise ValueError(
+            f"egress and ingress of node {looped[0]} must be two links, got {nodes['egress'][looped[0]]} twice"
+        )
+
+
+def _check_range(name: str, values: Array, low: int, high: int) -> None:
+    bad = np.flatnonzero((values < low) | (values >= high))
+    if bad.size:
+        raise ValueError(f"{name} must be in [{low}, {high}), got {values[bad[0]]} at {bad[0]}")

@@ -1,0 +1,42 @@
+"""The kinds of tasks: those of `reference` and of the kernel's traces under the same numbers, then the simulator's own.
+
+RECEIVE is the OS block's work on a packet. Only rival schedules have the rest: LAUNCH is the host starting a kernel,
+BARRIER a meeting of ranks, SEND a transfer that is no packet (a collective's, a copy engine's), PERMUTE a kernel that
+moves rows within a GPU, ELEMENTWISE an activation in a kernel of its own, DENSE work beside the MoE layer. JOIN costs
+nothing: it names the moment at which several tasks are done.
+"""
+
+from __future__ import annotations
+
+from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
+from reference import KIND_NAMES as REFERENCE_KIND_NAMES
+
+KIND_NAMES = (
+    *REFERENCE_KIND_NAMES,
+    "RECEIVE",
+    "LAUNCH",
+    "BARRIER",
+    "SEND",
+    "PERMUTE",
+    "ELEMENTWISE",
+    "DENSE",
+    "JOIN",
+)
+RECEIVE, LAUNCH, BARRIER, SEND, PERMUTE, ELEMENTWISE, DENSE, JOIN = range(len(REFERENCE_KIND_NAMES), len(KIND_NAMES))
+
+__all__ = [
+    "BARRIER",
+    "COMBINE",
+    "DENSE",
+    "DISPATCH",
+    "ELEMENTWISE",
+    "GATE",
+    "GEMM0",
+    "GEMM1",
+    "JOIN",
+    "KIND_NAMES",
+    "LAUNCH",
+    "PERMUTE",
+    "RECEIVE",
+    "SEND",
+]

@@ -1,0 +1,309 @@
+"""Which token goes to which experts, on all ranks at once, without the tokens themselves.
+
+    even       balanced: the packets of one source differ by at most one row, and so do the totals of the experts
+    uniform    k distinct experts at random for each token
+    zipf:s     popularity of experts ~ rank^-s, s >= 0, the ranks dealt to the experts at random; k distinct per token
+    hot        every first choice is expert 0, the others uniform and distinct
+    hot-rank   every first choice is one of rank 0's experts, the others uniform and distinct
+    text       words of real text (`reference.make_workload`), routed by a random router over a short hidden row
+    *.npz, *.safetensors   recorded: topk_idx `[tokens, num_topk]`, possibly with a leading index of ranks
+
+Invariants: the experts of a token are distinct; the same (name, sizes, seed) gives the same arrays; slots are given in
+token order, as in `reference.packets`, and a capacity drops the last. Leaves out: routing weights, which cost nothing;
+ranks with different numbers of tokens (a token that is not there has only choices of -1).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import gcd
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from reference.arrays import Array, check_array, stream
+from reference.config import MoEConfig
+from reference.routers import external_routing, route
+from reference.workloads import flat_rows, make_workload, read_recording
+
+ROUTING_NAMES = (
+    "even", "uniform", "zipf:s (s a number >= 0)", "hot", "hot-rank", "text", "a path ending in .npz or .safetensors",
+)  # fmt: skip
+ROUTING_STREAM = 16  # the streams below belong to reference/
+TEXT_HIDDEN = 64
+CHUNK = 1 << 20  # random numbers at once: they stay in the cache
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SimRouting:
+    """Which token goes to which experts, on all ranks.
+
+    Args:
+        name: what made it, for titles.
+        num_experts: experts over all ranks; after `placement.balance` these are copies of experts.
+        topk_idx: `[num_ranks, num_tokens, num_topk]` int32. -1: this choice goes nowhere, because it was dropped or
+            names a zero-computation expert.
+        owner: `[num_experts]` int32, the rank on which an expert lives.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+    """
+
+    name: str
+    num_experts: int
+    topk_idx: Array
+    owner: Array
+
+    def __post_init__(self) -> None:
+        shapes: dict[str, tuple[int | None, ...]] = {"topk_idx": (None, None, None), "owner": (self.num_experts,)}
+        for name, shape in shapes.items():
+            if check_array(name, getattr(self, name), shape).dtype != np.int32:
+                raise TypeError(f"{name} must have dtype int32, got {getattr(self, name).dtype}")
+        _check_range("topk_idx", self.topk_idx, -1, self.num_experts)
+        _check_range("owner", self.owner, 0, self.num_ranks)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.topk_idx)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of each rank."""
+        return int(self.topk_idx.shape[1])
+
+    @property
+    def num_topk(self) -> int:
+        return int(self.topk_idx.shape[2])
+
+    @cached_property
+    def counts(self) -> Array:
+        """`[num_ranks, num_experts]` int64, the rows of each (source, expert) packet."""
+        flat = self.topk_idx.reshape(self.num_ranks, -1)
+        rows = [np.bincount(choices[choices >= 0], minlength=self.num_experts) for choices in flat]
+        return np.array(rows, np.int64).reshape(self.num_ranks, self.num_experts)
+
+
+def _check_range(name: str, values: Array, low: int, high: int) -> None:
+    if values.size and not low <= values.min() <= values.max() < high:
+        raise ValueError(f"{name} must have values in [{low}, {high}), got {values.min()} to {values.max()}")
+
+
+def make_routing(name: str, config: MoEConfig, seed: int = 0) -> SimRouting:
+    """The routing `name` (see the module's table) of `config.num_tokens` tokens on each rank, experts blocked.
+
+    A recording gives its first `num_ranks * num_tokens` rows, rank after rank. Choices beyond `config.capacity` are -1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule; FileNotFoundError: no such recording.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, one of: {', '.join(ROUTING_NAMES)}; got {name!r}")
+    shape = (config.num_ranks, config.num_tokens, config.num_topk)
+    topk_idx = _choices(name, config, seed).reshape(shape).astype(np.int32, copy=False)
+    if config.capacity is not None:
+        topk_idx[packet_slots(topk_idx, config.num_experts) >= config.capacity] = -1
+    owner = blocked_owner(config.num_experts, config.num_ranks)
+    return SimRouting(name=name, num_experts=config.num_experts, topk_idx=topk_idx, owner=owner)
+
+
+def blocked_owner(num_experts: int, num_ranks: int) -> Array:
+    """`[num_experts]` int32: the first experts on rank 0, as many on the next, and so on."""
+    return (np.arange(num_experts) // (num_experts // num_ranks)).astype(np.int32)
+
+
+def _choices(name: str, config: MoEConfig, seed: int) -> Array:
+    """The choices of all tokens, rank after rank, nothing dropped."""
+    random = stream(seed, ROUTING_STREAM)
+    if name.endswith((".npz", ".safetensors")):
+        return _recorded(Path(name), config)
+    kind, _, parameter = name.partition(":")
+    if kind == "zipf" and re.fullmatch(r"\d+(\.\d*)?|\.\d+", parameter):
+        return _zipf(config, random, float(parameter))
+    makers = {"even": _even, "uniform": _uniform, "hot": _hot, "hot-rank": _hot_rank}
+    if name in makers:
+        return makers[name](config, random)
+    if name == "text":
+        return _text(config, random, seed)
+    raise ValueError(f"name must be one of: {', '.join(ROUTING_NAMES)}; got {name!r}")
+
+
+def _even(config: MoEConfig, random: np.random.Generator) -> Array:
+    """Tokens take k experts each from a shuffled circle of all experts, so their experts are distinct.
+
+    A circle is left after `period` tokens, when it has come out even. A rank's last tokens, too few for that, go on
+    where those of the rank before stopped, in one circle that all ranks share: that keeps the totals even as well.
+    """
+    num_ranks, num_experts, num_topk = config.num_ranks, config.num_experts, config.num_topk
+    period = num_experts // gcd(num_experts, num_topk)
+    rounds, rest = divmod(config.num_tokens, period)
+    circles = np.tile(np.arange(num_experts, dtype=np.int32), (num_ranks, rounds, 1))
+    position = np.arange(period * num_topk) % num_experts
+    full = random.permuted(circles, axis=-1)[:, :, position].reshape(num_ranks, -1)
+    position = np.arange(num_ranks * rest * num_topk) % num_experts
+    last = random.permutation(num_experts)[position].astype(np.int32).reshape(num_ranks, -1)
+    return np.concatenate([full, last], axis=1)
+
+
+def _uniform(config: MoEConfig, random: np.random.Generator) -> Array:
+    return _distinct(config.num_ranks * config.num_tokens, config.num_topk, config.num_experts, random)
+
+
+def _distinct(num_rows: int, num_picks: int, num_experts: int, random: np.random.Generator) -> Array:
+    """`[num_rows, num_picks]` int32: uniform among the rows of distinct experts, in any order.
+
+    Floyd's sampling: a pick that is taken already becomes the one expert that no earlier pick could be (Bentley and
+    Floyd, Communications of the ACM 30(9), 1987). Shuffled, because the last expert can only come last.
+    """
+    picks = np.empty((num_picks, num_rows), np.int32)
+    for pick in range(num_picks):
+        newest = num_experts - num_picks + pick
+        drawn = random.integers(newest + 1, size=num_rows, dtype=np.int32)
+        drawn[(picks[:pick] == drawn).any(axis=0)] = newest
+        picks[pick] = drawn
+    return random.permuted(np.ascontiguousarray(picks.T), axis=1)
+
+
+def _hot(config: MoEConfig, random: np.random.Generator) -> Array:
+    return _with_first(np.zeros(config.num_ranks * config.num_tokens, np.int32), config, random)
+
+
+def _hot_rank(config: MoEConfig, random: np.random.Generator) -> Array:
+    num_tokens = config.num_ranks * config.num_tokens
+    return _with_first(random.integers(config.num_experts_per_rank, size=num_tokens, dtype=np.int32), config, random)
+
+
+def _with_first(first: Array, config: MoEConfig, random: np.random.Generator) -> Array:
+    """The first choices as given, the others uniform among the other experts."""
+    others = _distinct(len(first), config.num_topk - 1, config.num_experts - 1, random)
+    others += others >= first[:, None]
+    return np.concatenate([first[:, None], others], axis=1)
+
+
+def _zipf(config: MoEConfig, random: np.random.Generator, exponent: float) -> Array:
+    """Drawn one after the other without replacement, which is the top-k of log-popularity plus Gumbel noise.
+
+    Gumbel noise is -log of an exponential variable; here both have the other sign, and the smallest win.
+    """
+    num_tokens, num_experts = config.num_ranks * config.num_tokens, config.num_experts
+    penalty = (exponent * np.log(np.arange(1, num_experts + 1))).astype(np.float32)
+    popularity_rank = np.empty((num_tokens, config.num_topk), np.int64)
+    step = max(1, CHUNK // num_experts)
+    for start in range(0, num_tokens, step):
+        rows = popularity_rank[start : start + step]
+        noise = random.standard_exponential((len(rows), num_experts), dtype=np.float32)
+        with np.errstate(divide="ignore"):  # log 0 = -inf wins, as it should
+            rows[:] = _smallest(np.log(noise, out=noise) + penalty, config.num_topk)
+    experts: Array = random.permutation(num_experts).astype(np.int32)[popularity_rank]
+    return experts
+
+
+def _smallest(keys: Array, num_topk: int) -> Array:
+    """The columns of the k smallest keys of each row, smallest first."""
+    some_order = np.argpartition(keys, num_topk - 1, axis=1)[:, :num_topk]
+    order = np.argsort(np.take_along_axis(keys, some_order, axis=1), axis=1)
+    return np.take_along_axis(some_order, order, axis=1)
+
+
+def _text(config: MoEConfig, random: np.random.Generator, seed: int) -> Array:
+    """Equal words go to equal experts, so each word is routed once.
+
+    Router rows have equal length: in a short hidden row they would vary more than in a long one, and a long router
+    row makes a popular expert.
+    """
+    short = replace(config, hidden=TEXT_HIDDEN, dtype="float32")
+    x = np.concatenate(make_workload("text", short, seed=seed).x)
+    key = np.ascontiguousarray(x[:, :2]).view(np.uint64).ravel()  # two random floats tell words apart
+    _, first, word = np.unique(key, return_index=True, return_inverse=True)
+    router = random.standard_normal((config.num_experts, TEXT_HIDDEN))
+    router /= np.linalg.norm(router, axis=1, keepdims=True)
+    choices: Array = route(x[first], router, short).topk_idx[word]
+    return choices
+
+
+def _recorded(path: Path, config: MoEConfig) -> Array:
+    arrays = read_recording(path)
+    if "topk_idx" not in arrays:
+        raise ValueError(f"{path} must have topk_idx; it has {sorted(arrays)}")
+    rows = flat_rows(f"{path}: topk_idx", arrays["topk_idx"], config.num_topk)
+    wanted = config.num_ranks * config.num_tokens
+    if len(rows) < wanted:
+        need = f"num_ranks={config.num_ranks} times num_tokens={config.num_tokens}"
+        raise ValueError(f"{path} must have at least {need} rows, got {len(rows)}")
+    return external_routing(rows[:wanted], np.zeros((wanted, config.num_topk)), config, wanted).topk_idx
+
+
+def packet_slots(topk_idx: Array, num_experts: int) -> Array:
+    """`[num_ranks, num_tokens, num_topk]` int32: each choice's slot in its (source, expert) packet; -1 stays -1."""
+    slots = np.empty(topk_idx.shape, np.int32)
+    for choices, of_rank in zip(topk_idx, slots, strict=True):
+        of_rank[:] = _slots_of_rank(choices.ravel(), num_experts).reshape(of_rank.shape)
+    return slots
+
+
+def _slots_of_rank(expert: Array, num_experts: int) -> Array:
+    """The number of earlier choices of the same expert, or -1 if `expert` is."""
+    narrow = np.int16 if num_experts < 2**15 else np.int32  # NumPy sorts 16 bits by radix, five times as fast
+    order = np.argsort(expert.astype(narrow), kind="stable")
+    counts = np.bincount(expert + 1, minlength=num_experts + 1)  # those that go nowhere come first
+    slot = np.empty(expert.size, np.int32)
+    slot[order] = np.arange(expert.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    slot[expert < 0] = -1
+    return slot
+
+
+class BlockPackets(NamedTuple):
+    """One entry for each row block of a packet and each token block with rows in it; equal lengths, int64.
+
+    Sorted by (rank, block, expert, row_block).
+    """
+
+    block: Array
+    rank: Array
+    expert: Array
+    row_block: Array
+
+
+def token_block_packets(routing: SimRouting, row_height: Array, token_block: int) -> BlockPackets:
+    """Which row blocks of their packets the tokens of each block are in: what a COMBINE of that block waits for.
+
+    Args:
+        row_height: `[num_ranks, num_experts]` integers, rows per row block of each (source, expert) packet.
+        token_block: tokens per block.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+    """
+    _check_heights(row_height, routing)
+    if token_block < 1:
+        raise ValueError(f"token_block must be >= 1, got {token_block}")
+    slots = packet_slots(routing.topk_idx, routing.num_experts)
+    parts = [
+        _packets_of_rank(choices, of_rank, heights.astype(np.int64), token_block)
+        for choices, of_rank, heights in zip(routing.topk_idx, slots, row_height, strict=True)
+    ]
+    rank = np.repeat(np.arange(routing.num_ranks), [len(block) for block, _, _ in parts])
+    block, expert, row_block = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return BlockPackets(block, rank, expert, row_block)
+
+
+def _packets_of_rank(choices: Array, slots: Array, heights: Array, token_block: int) -> tuple[Array, Array, Array]:
+    """The distinct (block, expert, row block) of one source, sorted."""
+    token, _ = sent = np.nonzero(choices >= 0)
+    expert = choices[sent]
+    row_block = slots[sent] // heights[expert]
+    num_row_blocks = int(row_block.max(initial=0)) + 1
+    key = np.unique((token // token_block * len(heights) + expert) * num_row_blocks + row_block)
+    packet, row_block = np.divmod(key, num_row_blocks)
+    block, expert = np.divmod(packet, len(heights))
+    return block, expert, row_block
+
+
+def _check_heights(row_height: Array, routing: SimRouting) -> None:
+    check_array("row_height", row_height, (routing.num_ranks, routing.num_experts))
+    if row_height.dtype.kind not in "iu":
+        raise TypeError(f"row_height must have an integer dtype, got {row_height.dtype}")
+    if row_height.size and row_height.min() < 1:
+        raise ValueError(f"row_height must be >= 1, got {row_height.min()}")

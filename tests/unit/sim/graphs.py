@@ -1,0 +1,46 @@
+"""Random task graphs for tests of the engines, as Hypothesis strategies."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from sim.graph import NONE, GraphBuilder
+from sim.kinds import GEMM0
+
+KIND = GEMM0
+
+
+@st.composite
+def graphs(draw, max_nodes=30, links=True):
+    """A graph of up to `max_nodes` nodes; times and sizes are small, so that many events coincide."""
+    builder = GraphBuilder()
+    num_ranks = draw(st.integers(1, 3))
+    for rank in range(num_ranks):
+        builder.add_server(f"server {rank}", rank, draw(st.integers(1, 4)))
+    for rank in range(2 * num_ranks if links else 0):
+        gbps = draw(st.sampled_from([0.5, 1.0, 3.0, 7.3]))
+        builder.add_link(f"link {rank}", rank % num_ranks, gbps, draw(st.sampled_from([0.4, 1.0, 10.0])))
+    num_nodes = draw(st.integers(1, max_nodes))
+    seed = draw(st.integers(0, 2**32 - 1))
+    random = np.random.default_rng(seed)
+    size = (num_nodes,)
+    path = random.permuted(np.tile(np.arange(len(builder.links)), (num_nodes, 1)), axis=1)[:, :2] if links else None
+    sends = random.random(num_nodes) < 0.5 if links else np.zeros(size, bool)
+    two = random.random(num_nodes) < 0.7
+    builder.add(
+        KIND,
+        random.integers(0, num_ranks, size),
+        count=random.integers(1, 7, size),
+        server=random.integers(NONE, num_ranks, size),
+        priority=random.integers(-2, 3, size),
+        duration_ns=random.integers(0, 6, size),
+        nbytes=np.where(sends, random.integers(0, 20, size), 0),
+        egress=path[:, 0] if links else NONE,
+        ingress=np.where(two, path[:, 1], NONE) if links else NONE,
+        latency_ns=random.integers(0, 3, size),
+        flops=1.0,
+    )
+    before, after = random.integers(0, num_nodes, (2, draw(st.integers(0, 2 * num_nodes))))
+    order = random.permutation(num_nodes)  # an order of which every edge is part: no cycles
+    low, high = np.minimum(before, after), np.maximum(before, after)
+    builder.edge(order[low[low < high]], order[high[low < high]])
+    return builder.build()

@@ -1,0 +1,240 @@
+"""The two engines agree event for event, and what they say obeys the laws of schedules; SimPy is the oracle."""
+
+from dataclasses import fields
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import simpy
+from graphs import KIND, graphs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sim import engine, fast
+from sim.graph import NONE, GraphBuilder
+from sim.timeline import DeadlockError
+
+
+def assert_same(one, other):
+    for field in fields(one):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), err_msg=field.name)
+
+
+class Ledger(engine.Instrument):
+    """Everything that happened, and how many slots of each node's server were in use."""
+
+    def __init__(self, graph):
+        self.graph = graph
+        self.running = [0] * len(graph.servers)
+        self.peak = [0] * len(graph.servers)
+        self.done = []
+
+    def on_start(self, time, node, count):
+        server = self.graph.nodes["server"][node]
+        if server != NONE:
+            self.running[server] += count
+            self.peak[server] = max(self.peak[server], self.running[server])
+
+    def on_end(self, time, node, count):
+        server = self.graph.nodes["server"][node]
+        if server != NONE:
+            self.running[server] -= count
+
+    def on_done(self, time, node):
+        self.done.append(node)
+
+
+@given(graph=graphs())
+def test_the_engines_agree(graph):
+    assert_same(engine.run(graph), fast.run(graph))
+
+
+@given(graph=graphs(), seed=st.integers(0, 2**63 - 1))
+def test_the_engines_agree_with_ties_shuffled(graph, seed):
+    assert_same(engine.run(graph, tie_seed=seed), fast.run(graph, tie_seed=seed))
+
+
+def critical_path_ns(graph):
+    """The time that remains with no server and no link ever shared."""
+    nodes = graph.nodes
+    rate = np.array([min(link.gbps, link.flow_gbps) for link in graph.links] + [np.inf])
+    alone = nodes["nbytes"] / np.minimum(rate[nodes["egress"]], rate[nodes["ingress"]])
+    own = nodes["duration_ns"] + np.floor(alone).astype(np.int64) + nodes["latency_ns"]
+    begin = np.zeros(graph.num_nodes, np.int64)
+    preds = graph.num_preds.copy()
+    ready = list(np.flatnonzero(preds == 0))
+    while ready:
+        node = ready.pop()
+        for after in graph.successors(node):
+            begin[after] = max(begin[after], begin[node] + own[node])
+            preds[after] -= 1
+            if preds[after] == 0:
+                ready.append(after)
+    return int((begin + own).max())
+
+
+def work_ns(graph):
+    """The most that one server, or one link, has to do."""
+    nodes = graph.nodes
+    work = [0.0]
+    for index, server in enumerate(graph.servers):
+        mine = nodes["server"] == index
+        work.append((nodes["count"] * nodes["duration_ns"])[mine].sum() / server.slots)
+    for index, link in enumerate(graph.links):
+        mine = (nodes["egress"] == index) | (nodes["ingress"] == index)
+        work.append((nodes["count"] * nodes["nbytes"])[mine].sum() / link.gbps)
+    return max(work)
+
+
+@given(graph=graphs(), seed=st.one_of(st.none(), st.integers(0, 2**63 - 1)))
+def test_laws_of_a_schedule(graph, seed):
+    ledger = Ledger(graph)
+    time = engine.run(graph, tie_seed=seed, instruments=[ledger])
+    nodes = graph.nodes
+    # Every task once, no slot too many, none kept.
+    np.testing.assert_array_equal(np.bincount(time.run_node, time.run_count, graph.num_nodes), nodes["count"])
+    assert sorted(ledger.done) == list(range(graph.num_nodes))
+    assert all(peak <= server.slots for peak, server in zip(ledger.peak, graph.servers, strict=True))
+    assert ledger.running == [0] * len(graph.servers)
+    # Bytes of links are those of the nodes.
+    sent = nodes["count"].astype(np.int64) * nodes["nbytes"]
+    for index in range(len(graph.links)):
+        mine = (nodes["egress"] == index) | (nodes["ingress"] == index)
+        assert time.link_bytes[index] == sent[mine].sum()
+        assert time.link_bytes[index] <= time.link_busy_ns[index] * graph.links[index].gbps * (1 + 1e-9)
+    # Nobody starts before what it waits for, and bounds from below hold.
+    for node in range(graph.num_nodes):
+        for after in graph.successors(node):
+            assert time.done_ns[node] <= time.ready_ns[after]
+    assert (time.ready_ns <= time.start_ns).all()
+    assert (time.start_ns + nodes["duration_ns"] + nodes["latency_ns"] <= time.done_ns).all()
+    assert time.makespan_ns >= critical_path_ns(graph)
+    assert time.makespan_ns >= work_ns(graph) * (1 - 1e-9)
+
+
+@given(graph=graphs(links=False, max_nodes=15), seed=st.integers(0, 2**32 - 1))
+def test_work_conserving_is_within_twice_the_bound(graph, seed):
+    """Graham: no slot idles while a task waits, so a makespan is at most work + critical path, per server."""
+    time = engine.run(graph, tie_seed=seed)
+    nodes = graph.nodes
+    work = sum(
+        (nodes["count"] * nodes["duration_ns"])[nodes["server"] == index].sum() / server.slots
+        for index, server in enumerate(graph.servers)
+    )
+    assert time.makespan_ns <= work + critical_path_ns(graph)
+
+
+def queue_graph(arrivals, services, slots):
+    """Customers of a queue: each arrives by a delay and is then served."""
+    builder = GraphBuilder()
+    server = builder.add_server("desk", 0, slots)
+    come = builder.add(KIND, 0, duration_ns=arrivals)
+    builder.edge(come, builder.add(KIND, 0, duration_ns=services, server=server))
+    return builder.build()
+
+
+@given(
+    customers=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 20)), min_size=1, max_size=40),
+    slots=st.integers(1, 4),
+)
+def test_a_queue_is_that_of_simpy(customers, slots):
+    arrivals, services = np.array(customers).T
+    arrivals = np.sort(arrivals)
+    ends = {}
+    world = simpy.Environment()
+    desk = simpy.Resource(world, slots)
+
+    def customer(number):
+        yield world.timeout(int(arrivals[number]))
+        with desk.request() as turn:
+            yield turn
+            yield world.timeout(int(services[number]))
+        ends[number] = world.now
+
+    for number in range(len(customers)):
+        world.process(customer(number))
+    world.run()
+    time = fast.run(queue_graph(arrivals, services, slots))
+    # Customers who arrive together and are served for the same time may swap: compare the ends as sets of a moment.
+    assert sorted(time.done_ns[len(customers) :].tolist()) == sorted(ends.values())
+
+
+def test_priorities_come_first_and_equal_ones_in_turn():
+    builder = GraphBuilder()
+    server = builder.add_server("desk", 0, 1)
+    builder.add(KIND, 0, server=server, duration_ns=10, priority=[5, 5, 1, 5, 1])
+    assert fast.run(builder.build()).start_ns.tolist() == [0, 30, 10, 40, 20]
+
+
+def test_a_link_is_shared_evenly_and_capped():
+    """Two transfers of 100 and 300 bytes at 2 bytes per ns: 1 each until 100, then the cap of 1.5 for the rest."""
+    builder = GraphBuilder()
+    link = builder.add_link("wire", 0, 2.0, 1.5)
+    builder.add(KIND, 0, nbytes=[100, 300], egress=link, latency_ns=[0, 7])
+    time = engine.run(builder.build())
+    assert time.done_ns.tolist() == [100, 100 + 134 + 7]  # ceil(200 / 1.5)
+    assert (time.link_bytes[0], time.link_busy_ns[0], time.link_peak[0]) == (400, 234, 2)
+
+
+def test_the_slower_of_two_links_decides():
+    builder = GraphBuilder()
+    ways = [builder.add_link(f"wire {number}", 0, gbps) for number, gbps in enumerate([4.0, 1.0])]
+    builder.add(KIND, 0, nbytes=100, egress=ways[0], ingress=ways[1])
+    assert fast.run(builder.build()).done_ns.tolist() == [100]
+
+
+def test_tasks_of_a_node_start_as_slots_come_free():
+    builder = GraphBuilder()
+    server = builder.add_server("desk", 0, 3)
+    builder.add(KIND, 0, server=server, duration_ns=10, count=8)
+    time = fast.run(builder.build())
+    assert time.run_count.tolist() == [3, 3, 2]
+    assert time.run_start_ns.tolist() == [0, 10, 20]
+
+
+def test_events_of_a_moment_go_by_rank_and_then_by_sequence():
+    builder = GraphBuilder()
+    nodes = builder.add(KIND, [2, 0, 1, 0], duration_ns=5)
+    after = builder.add(KIND, 0)
+    builder.edge(nodes, after)
+
+    class Order(engine.Instrument):
+        def __init__(self):
+            self.done = []
+
+        def on_done(self, time, node):
+            self.done.append(node)
+
+    order = Order()
+    time = engine.run(builder.build(), instruments=[order])
+    assert order.done == [1, 3, 2, 0, 4]
+    assert time.cause[4] == 0
+
+
+def test_a_cycle_is_a_deadlock_that_says_who_waits():
+    builder = GraphBuilder()
+    nodes = builder.add(KIND, 0, expert=[0, 1, 2])
+    for before, after in pairwise([*nodes, nodes[0]]):
+        builder.edge(before, after)
+    for run in (engine.run, fast.run):
+        with pytest.raises(DeadlockError, match=r"3 of 3 nodes can never run\n.*expert 0.* waits for .*expert 2"):
+            run(builder.build())
+
+
+def test_growing_arrays_change_nothing(monkeypatch):
+    """With room for hardly any run at first, the loop stops and goes on many times."""
+    builder = GraphBuilder()
+    server = builder.add_server("desk", 0, 1)
+    link = builder.add_link("wire", 0, 1.0)
+    builder.add(KIND, 0, server=server, duration_ns=3, count=[500] * 3, nbytes=2, egress=link)
+    graph = builder.build()
+    small = fast._runs
+    rooms = []
+    monkeypatch.setattr(fast, "_runs", lambda room: small(rooms.append(room) or 8))
+    assert_same(fast.run(graph), engine.run(graph))
+    assert rooms
+
+
+def test_an_empty_graph_takes_no_time():
+    graph = GraphBuilder().build()
+    assert engine.run(graph).makespan_ns == fast.run(graph).makespan_ns == 0
