@@ -84,9 +84,9 @@ class Hardware:
     sources: Mapping[str, str] = field(hash=False)
 
     def __post_init__(self) -> None:
-        _check_text("name", self.name)
+        check_text("name", self.name)
         for name in (*COUNTS, *VALUES):
-            _check_positive(name, getattr(self, name), whole=name in COUNTS or name == "sms" or name.endswith("_ns"))
+            check_positive(name, getattr(self, name), whole=name in COUNTS or name == "sms" or name.endswith("_ns"))
         if self.hbm_achieved > 1:
             raise ValueError(f"hbm_achieved must be a share in (0, 1], got {self.hbm_achieved}")
         self._check_tflops()
@@ -100,14 +100,14 @@ class Hardware:
         for arithmetic, value in self.tflops.items():
             if arithmetic not in ARITHMETICS:
                 raise ValueError(f"tflops must have keys from {', '.join(ARITHMETICS)}; got {arithmetic!r}")
-            _check_positive(f"tflops.{arithmetic}", value)
+            check_positive(f"tflops.{arithmetic}", value)
 
     def _check_sources(self) -> None:
         if not isinstance(self.sources, Mapping):
             raise TypeError(f"sources must be a mapping from value to text, got {self.sources!r}")
         _check_keys("sources", self.sources, (*VALUES, *(f"tflops.{arithmetic}" for arithmetic in self.tflops)))
         for name, text in self.sources.items():
-            _check_text(f"sources of {name}", text)
+            check_text(f"sources of {name}", text)
 
     @property
     def num_gpus(self) -> int:
@@ -214,14 +214,14 @@ def _check_file(file: dict[str, Any]) -> None:
     if file.get("schema") != SCHEMA or isinstance(file["schema"], bool):
         raise ValueError(f"schema must be {SCHEMA}, got {file.get('schema', 'none')!r}")
     _check_keys("the file", file, ("schema", "name", "description", *TABLES, "sources"), ("nodes",))
-    _check_text("description", file["description"])
+    check_text("description", file["description"])
     for table, names in TABLES.items():
         extra, optional = {"gpu": (("tflops",), ()), "node": (("gpus",), ("max_gpus",))}.get(table, ((), ()))
         _check_keys(f"[{table}]", file[table], (*names, *extra), optional)
     node = file["node"]
     counts = {"nodes": file.get("nodes", 1), "gpus": node["gpus"], "max_gpus": node.get("max_gpus", node["gpus"])}
     for name, value in counts.items():
-        _check_positive(name, value, whole=True)
+        check_positive(name, value, whole=True)
     if node["gpus"] > counts["max_gpus"]:
         raise ValueError(f"gpus must be in [1, max_gpus={node['max_gpus']}], got {node['gpus']}")
 
@@ -259,14 +259,14 @@ def _check_keys(where: str, table: object, required: Iterable[str], optional: It
         raise ValueError(f"{where} must have only {', '.join((*required, *optional))}; unknown: {', '.join(unknown)}")
 
 
-def _check_text(name: str, value: object) -> None:
+def check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a text, got {value!r}")
     if not value.strip():
         raise ValueError(f"{name} must be a text that is not empty, got {value!r}")
 
 
-def _check_positive(name: str, value: object, whole: bool = False) -> None:
+def check_positive(name: str, value: object, whole: bool = False) -> None:
     kinds, noun = ((int,), "an integer") if whole else ((int, float), "a number")
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name} must be {noun}, got {value!r}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .hardware import ARITHMETICS, _check_positive, _check_text
+from .hardware import ARITHMETICS, check_positive, check_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,11 @@ class Precision:
     result_bytes: float
 
     def __post_init__(self) -> None:
-        _check_text("name", self.name)
+        check_text("name", self.name)
         if self.arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}; got {self.arithmetic!r}")
         for name in ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
 
 
 def precision(name: str) -> Precision:
