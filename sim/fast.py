@@ -1,9 +1,9 @@
 """The engine compiled: the semantics of `engine.py`, event for event, for graphs of millions of nodes.
 
-The state is arrays, so that the compiled loop can stop when the arrays of runs are full, be given longer ones, and go
-on. A run has at most one event at a time, so runs and events need the same room. The end of a link's next transfer
-moves with every transfer that comes or goes; it is kept per link in a small heap of its own (`links_*`), in which the
-link's place is known and its key is changed in place.
+The state is a few arrays of records, so that what one event touches lies together, and so that the compiled loop can
+stop when the arrays of runs are full, be given longer ones, and go on. A run has at most one event at a time: runs and
+events need the same room. The end of a link's next transfer moves with every transfer that comes or goes; it stands in
+a heap of links in which each link knows its place.
 """
 
 from __future__ import annotations
@@ -16,78 +16,50 @@ from numba import njit
 
 from .engine import RANK_MASK
 from .graph import NONE, Array, TaskGraph
-from .heaps import EMPTY, event_pop, event_push, pop, push
+from .heaps import EMPTY, EVENT, event_pop, event_push, heap_dtype, pop, push
 from .timeline import Timeline, check_complete
 
 SEQUENCE_BITS = 40
-NUM_RUNS, NUM_EVENTS_WAITING, SEQUENCE, TURN, NUM_EVENTS, NUM_COUNTERS = range(6)
+NUM_RUNS, NUM_WAITING, SEQUENCE, TURN, NUM_EVENTS, SEED, NUM_COUNTERS = range(7)
 DONE, FULL = range(2)
 FOREVER = np.iinfo(np.int64).max
 
+GIVEN = ("rank", "server", "priority", "egress", "ingress", "count", "duration_ns", "nbytes", "latency_ns")
+TIMES = ("ready_ns", "start_ns", "done_ns")
+HEAP = heap_dtype(np.int64)  # a node is an item of its server's queue
+NODE = np.dtype(
+    [(name, np.int32) for name in GIVEN[:6]]
+    + [(name, np.int32) for name in ("preds_left", "unstarted", "undone", "cause")]
+    + [(name, np.int64) for name in (*GIVEN[6:], *TIMES, "succ_start", "succ_end", *HEAP.names)]
+)
+SERVER = np.dtype([(name, np.int64) for name in ("free", "root", "length", "peak")])
+LINK = np.dtype(
+    [(name, np.float64) for name in ("gbps", "flow_gbps", "served")]
+    + [(name, np.int64) for name in ("rank", "since", "active", "root", "nbytes", "busy_ns", "peak", "place")]
+)
+RUN = np.dtype(
+    [("node", np.int32), ("count", np.int32), ("start_ns", np.int64), ("end_ns", np.int64), ("paths_left", np.int64)]
+)
+MARK = heap_dtype(np.float64)  # two per run, one for each of its links: item 2 run + side
 
-class Nodes(NamedTuple):
-    """Of each node: what the graph says, and how far it is."""
 
-    rank: Array
-    count: Array
-    server: Array
-    priority: Array
-    duration_ns: Array
-    nbytes: Array
-    egress: Array
-    ingress: Array
-    latency_ns: Array
-    succ_start: Array
+class State(NamedTuple):
+    """Everything the loop works on; the runs' arrays are `runs`, `marks` and `events`."""
+
+    nodes: Array
     succ: Array
-    preds_left: Array
-    unstarted: Array
-    undone: Array
-    ready_ns: Array
-    start_ns: Array
-    done_ns: Array
-    cause: Array
-    queue_key: Array
-    queue_child: Array
-    queue_sibling: Array
+    servers: Array
+    links: Array
+    expected: Array  # heap of links by the end of their next transfer
+    counters: Array
+    runs: Array
+    marks: Array
+    events: Array
 
-
-class Resources(NamedTuple):
-    """Of each server, and of each link."""
-
-    free: Array
-    queue_root: Array
-    queue_length: Array
-    queue_peak: Array
-    link_rank: Array
-    gbps: Array
-    flow_gbps: Array
-    served: Array
-    since: Array
-    active: Array
-    root: Array
-    nbytes: Array
-    busy_ns: Array
-    peak: Array
-    links_time: Array  # heap of links by the end of their next transfer
-    links_key: Array
-    links_item: Array
-    links_place: Array
-
-
-class Runs(NamedTuple):
-    """Of each run, and the heap of their events. Marks have two per run, for its two links: item 2 run + side."""
-
-    node: Array
-    count: Array
-    start_ns: Array
-    end_ns: Array
-    paths_left: Array
-    event_time: Array
-    event_key: Array
-    event_item: Array  # 2 run + whether its bytes have arrived
-    mark: Array
-    mark_child: Array
-    mark_sibling: Array
+    def longer(self) -> State:
+        """The same with twice the room for runs."""
+        names = ("runs", "marks", "events")
+        return self._replace(**{name: np.resize(getattr(self, name), 2 * len(getattr(self, name))) for name in names})
 
 
 def run(graph: TaskGraph, *, tie_seed: int | None = None) -> Timeline:
@@ -96,143 +68,128 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None) -> Timeline:
     Raises:
         DeadlockError: a node can never run; says who waits for what.
     """
-    nodes, resources = _nodes(graph), _resources(graph)
-    counters = np.zeros(NUM_COUNTERS, np.int64)
     # One event starts no more runs than there are slots, or than become ready by it.
     most_ready = int(np.diff(graph.succ_start).max(initial=0))
     margin = sum(server.slots for server in graph.servers) + most_ready + 1
-    runs = _runs(2 * graph.num_nodes + 2 * margin)
-    seed = NONE if tie_seed is None else tie_seed
-    _start(nodes, resources, runs, counters, seed)
-    while _loop(nodes, resources, runs, counters, seed, margin) == FULL:
-        runs = _longer(runs)
-    check_complete(graph, nodes.preds_left)
-    return _timeline(nodes, resources, runs, counters)
+    state = _state(graph, room=2 * graph.num_nodes + margin)
+    state.counters[SEED] = NONE if tie_seed is None else tie_seed
+    _start(state.nodes, state.servers, state.counters, state.runs, state.events)
+    while _loop(*state, margin) == FULL:
+        state = state.longer()
+    check_complete(graph, state.nodes["preds_left"])
+    return _timeline(state)
 
 
-def _nodes(graph: TaskGraph) -> Nodes:
-    n, given = graph.num_nodes, graph.nodes
-    kept = {name: given[name] for name in Nodes._fields[:9]}
-    return Nodes(
-        **kept,
-        succ_start=graph.succ_start,
+def _state(graph: TaskGraph, room: int) -> State:
+    return State(
+        nodes=_nodes(graph),
         succ=graph.succ,
-        preds_left=graph.num_preds.copy(),
-        unstarted=given["count"].copy(),
-        undone=given["count"].copy(),
-        ready_ns=np.zeros(n, np.int64),
-        start_ns=np.zeros(n, np.int64),
-        done_ns=np.zeros(n, np.int64),
-        cause=np.full(n, NONE, np.int32),
-        queue_key=np.zeros(n, np.int64),
-        queue_child=np.full(n, EMPTY, np.int32),
-        queue_sibling=np.full(n, EMPTY, np.int32),
+        servers=_servers(graph),
+        links=_links(graph),
+        expected=_expected(len(graph.links)),
+        counters=np.zeros(NUM_COUNTERS, np.int64),
+        runs=np.empty(room, RUN),
+        marks=np.empty(2 * room, MARK),
+        events=np.empty(room, EVENT),
     )
 
 
-def _resources(graph: TaskGraph) -> Resources:
-    servers, links = len(graph.servers), len(graph.links)
-    return Resources(
-        free=np.array([server.slots for server in graph.servers], np.int64),
-        queue_root=np.full(servers, EMPTY, np.int32),
-        queue_length=np.zeros(servers, np.int64),
-        queue_peak=np.zeros(servers, np.int64),
-        link_rank=np.array([link.rank for link in graph.links], np.int64),
-        gbps=np.array([link.gbps for link in graph.links], np.float64),
-        flow_gbps=np.array([link.flow_gbps for link in graph.links], np.float64),
-        served=np.zeros(links, np.float64),
-        since=np.zeros(links, np.int64),
-        active=np.zeros(links, np.int64),
-        root=np.full(links, EMPTY, np.int64),
-        nbytes=np.zeros(links, np.int64),
-        busy_ns=np.zeros(links, np.int64),
-        peak=np.zeros(links, np.int64),
-        links_time=np.full(links, FOREVER, np.int64),
-        links_key=np.arange(links, dtype=np.int64),
-        links_item=np.arange(links, dtype=np.int64),
-        links_place=np.arange(links, dtype=np.int64),
-    )
+def _nodes(graph: TaskGraph) -> Array:
+    nodes = np.zeros(graph.num_nodes, NODE)
+    for name in GIVEN:
+        nodes[name] = graph.nodes[name]
+    nodes["preds_left"] = graph.num_preds
+    nodes["unstarted"] = nodes["undone"] = graph.nodes["count"]
+    nodes["cause"] = NONE
+    nodes["succ_start"], nodes["succ_end"] = graph.succ_start[:-1], graph.succ_start[1:]
+    return nodes
 
 
-def _runs(room: int) -> Runs:
-    one = {name: np.empty(room, np.int64) for name in ("start_ns", "end_ns", "event_time", "event_key", "event_item")}
-    small = {name: np.empty(room, np.int32) for name in ("node", "count")}
-    both = {name: np.empty(2 * room, np.int64) for name in ("mark_child", "mark_sibling")}
-    return Runs(**one, **small, **both, paths_left=np.empty(room, np.int8), mark=np.empty(2 * room, np.float64))
+def _servers(graph: TaskGraph) -> Array:
+    servers = np.zeros(len(graph.servers), SERVER)
+    servers["free"] = [server.slots for server in graph.servers]
+    servers["root"] = EMPTY
+    return servers
 
 
-def _longer(runs: Runs) -> Runs:
-    return Runs(*(np.concatenate([array, np.empty_like(array)]) for array in runs))
+def _links(graph: TaskGraph) -> Array:
+    links = np.zeros(len(graph.links), LINK)
+    for name in ("rank", "gbps", "flow_gbps"):
+        links[name] = [getattr(link, name) for link in graph.links]
+    links["root"] = EMPTY
+    links["place"] = np.arange(len(links))
+    return links
 
 
-def _timeline(nodes: Nodes, resources: Resources, runs: Runs, counters: Array) -> Timeline:
-    used = slice(int(counters[NUM_RUNS]))
+def _expected(num_links: int) -> Array:
+    expected = np.zeros(max(1, num_links), EVENT)  # without links, one that never comes
+    expected["time"] = FOREVER
+    expected["key"] = expected["item"] = np.arange(len(expected))
+    return expected
+
+
+def _timeline(state: State) -> Timeline:
+    runs = state.runs[: state.counters[NUM_RUNS]]
+    node_arrays = {name: state.nodes[name].copy() for name in (*TIMES, "cause")}
+    run_arrays = {f"run_{name}": runs[name].copy() for name in ("node", "count", "start_ns", "end_ns")}
+    link_arrays = {f"link_{name}": state.links[name].copy() for name in ("nbytes", "busy_ns", "peak")}
+    link_arrays["link_bytes"] = link_arrays.pop("link_nbytes")
     return Timeline(
-        ready_ns=nodes.ready_ns,
-        start_ns=nodes.start_ns,
-        done_ns=nodes.done_ns,
-        cause=nodes.cause,
-        run_node=runs.node[used].copy(),
-        run_count=runs.count[used].copy(),
-        run_start_ns=runs.start_ns[used].copy(),
-        run_end_ns=runs.end_ns[used].copy(),
-        link_bytes=resources.nbytes,
-        link_busy_ns=resources.busy_ns,
-        link_peak=resources.peak,
-        queue_peak=resources.queue_peak,
-        num_events=int(counters[NUM_EVENTS]),
+        **node_arrays,
+        **run_arrays,
+        **link_arrays,
+        queue_peak=state.servers["peak"].copy(),
+        num_events=int(state.counters[NUM_EVENTS]),
     )
 
 
 @njit(cache=True)
-def _start(nodes: Any, resources: Any, runs: Any, counters: Any, seed: int) -> None:
-    roots = np.flatnonzero(nodes.preds_left == 0)  # before any of them runs
-    for node in roots:
-        _ready(nodes, resources, runs, counters, seed, node, 0)
+def _start(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any) -> None:
+    for node in range(nodes.size):
+        if nodes[node].preds_left == 0:
+            _ready(nodes, servers, counters, runs, events, node, 0)
 
 
 @njit(cache=True)
-def _loop(nodes: Any, resources: Any, runs: Any, counters: Any, seed: int, margin: int) -> int:
+def _loop(
+    nodes: Any, succ: Any, servers: Any, links: Any, expected: Any, counters: Any, runs: Any, marks: Any, events: Any,
+    margin: int,
+) -> int:  # fmt: skip
     """Process events until there are none, or until the runs' arrays might be full."""
-    room = runs.node.size
-    num_links = resources.gbps.size
-    while True:
-        if counters[NUM_RUNS] + margin > room:
-            return FULL
-        waiting = counters[NUM_EVENTS_WAITING]
-        link_time = resources.links_time[0] if num_links else FOREVER
-        if waiting == 0 and link_time == FOREVER:
+    while counters[NUM_RUNS] + margin <= runs.size:
+        waiting = counters[NUM_WAITING]
+        link = expected[0]
+        if waiting == 0 and link.time == FOREVER:
             return DONE
         counters[NUM_EVENTS] += 1
-        if (
-            waiting == 0
-            or link_time < runs.event_time[0]
-            or (link_time == runs.event_time[0] and resources.links_key[0] < runs.event_key[0])
-        ):
-            _through(nodes, resources, runs, counters, seed, resources.links_item[0], link_time)
+        if waiting == 0 or link.time < events[0].time or (link.time == events[0].time and link.key < events[0].key):
+            _through(nodes, links, expected, counters, runs, marks, events, link.item, link.time)
             continue
-        time = runs.event_time[0]
-        item = event_pop(runs.event_time, runs.event_key, runs.event_item, waiting)
-        counters[NUM_EVENTS_WAITING] = waiting - 1
+        time = events[0].time
+        item = event_pop(events, waiting)
+        counters[NUM_WAITING] = waiting - 1
+        run = item >> 1
         if item & 1:
-            _arrive(nodes, resources, runs, counters, seed, item >> 1, time)
+            _arrive(nodes, succ, servers, counters, runs, events, run, time)
         else:
-            _end(nodes, resources, runs, counters, seed, item >> 1, time)
+            _end(nodes, succ, servers, links, expected, counters, runs, marks, events, run, time)
+    return FULL
 
 
 @njit(cache=True)
-def _key(counters: Any, seed: int, rank: int) -> int:
-    """The order of an event among those of its time: rank, or a random number, and then sequence."""
+def _key(counters: Any, rank: int) -> int:
+    """The order of an event among those of its time: by rank, or a random number, and then by sequence."""
     sequence = counters[SEQUENCE]
     counters[SEQUENCE] = sequence + 1
     high = np.int64(rank)
-    if seed != NONE:
-        high = np.int64(_mix(np.uint64(sequence), np.uint64(seed)) & np.uint64(RANK_MASK))
+    if counters[SEED] != NONE:
+        high = np.int64(_mix(np.uint64(sequence), np.uint64(counters[SEED])) & np.uint64(RANK_MASK))
     return (high << SEQUENCE_BITS) | sequence
 
 
 @njit(cache=True)
 def _mix(number: Any, seed: Any) -> Any:
+    """`engine.mix`."""
     z = number + (seed + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -240,211 +197,197 @@ def _mix(number: Any, seed: Any) -> Any:
 
 
 @njit(cache=True)
-def _schedule(nodes: Any, runs: Any, counters: Any, seed: int, run: int, arrived: int, time: int) -> None:
-    key = _key(counters, seed, nodes.rank[runs.node[run]])
-    waiting = counters[NUM_EVENTS_WAITING]
-    event_push(runs.event_time, runs.event_key, runs.event_item, waiting, time, key, 2 * run + arrived)
-    counters[NUM_EVENTS_WAITING] = waiting + 1
+def _schedule(nodes: Any, counters: Any, runs: Any, events: Any, run: int, arrived: int, time: int) -> None:
+    key = _key(counters, nodes[runs[run].node].rank)
+    event_push(events, counters[NUM_WAITING], time, key, 2 * run + arrived)
+    counters[NUM_WAITING] += 1
 
 
 # ---- tasks and servers
 
 
 @njit(cache=True)
-def _ready(nodes: Any, resources: Any, runs: Any, counters: Any, seed: int, node: int, time: int) -> None:
-    nodes.ready_ns[node] = time
-    server = nodes.server[node]
-    if server == NONE:
-        _begin(nodes, runs, counters, seed, node, nodes.count[node], time)
+def _ready(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any, node: int, time: int) -> None:
+    nodes[node].ready_ns = time
+    index = nodes[node].server
+    if index == NONE:
+        _begin(nodes, counters, runs, events, node, nodes[node].count, time)
         return
-    nodes.queue_key[node] = (np.int64(nodes.priority[node]) << SEQUENCE_BITS) + counters[TURN]
+    key = (np.int64(nodes[node].priority) << SEQUENCE_BITS) + counters[TURN]
     counters[TURN] += 1
-    resources.queue_root[server] = push(
-        nodes.queue_key, nodes.queue_child, nodes.queue_sibling, resources.queue_root[server], node
-    )
-    resources.queue_length[server] += 1
-    _serve(nodes, resources, runs, counters, seed, server, time)
-    resources.queue_peak[server] = max(resources.queue_peak[server], resources.queue_length[server])
+    servers[index].root = push(nodes, servers[index].root, node, key)
+    servers[index].length += 1
+    _serve(nodes, servers, counters, runs, events, index, time)
+    servers[index].peak = max(servers[index].peak, servers[index].length)
 
 
 @njit(cache=True)
-def _serve(nodes: Any, resources: Any, runs: Any, counters: Any, seed: int, server: int, time: int) -> None:
-    while resources.free[server] > 0 and resources.queue_root[server] != EMPTY:
-        node = resources.queue_root[server]
-        count = min(resources.free[server], np.int64(nodes.unstarted[node]))
-        resources.free[server] -= count
-        if count == nodes.unstarted[node]:
-            resources.queue_root[server] = pop(nodes.queue_key, nodes.queue_child, nodes.queue_sibling, node)
-            resources.queue_length[server] -= 1
-        _begin(nodes, runs, counters, seed, node, count, time)
+def _serve(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any, index: int, time: int) -> None:
+    """Give the free slots to what waits."""
+    while servers[index].free > 0 and servers[index].root != EMPTY:
+        node = servers[index].root
+        count = min(servers[index].free, np.int64(nodes[node].unstarted))
+        servers[index].free -= count
+        if count == nodes[node].unstarted:
+            servers[index].root = pop(nodes, node)
+            servers[index].length -= 1
+        _begin(nodes, counters, runs, events, node, count, time)
 
 
 @njit(cache=True)
-def _begin(nodes: Any, runs: Any, counters: Any, seed: int, node: int, count: int, time: int) -> None:
-    if nodes.unstarted[node] == nodes.count[node]:
-        nodes.start_ns[node] = time
-    nodes.unstarted[node] -= count
+def _begin(nodes: Any, counters: Any, runs: Any, events: Any, node: int, count: int, time: int) -> None:
+    if nodes[node].unstarted == nodes[node].count:
+        nodes[node].start_ns = time
+    nodes[node].unstarted -= count
     run = counters[NUM_RUNS]
     counters[NUM_RUNS] = run + 1
-    runs.node[run] = node
-    runs.count[run] = count
-    runs.start_ns[run] = time
-    runs.end_ns[run] = time + nodes.duration_ns[node]
-    _schedule(nodes, runs, counters, seed, run, 0, runs.end_ns[run])
+    end = time + nodes[node].duration_ns
+    runs[run].node = node
+    runs[run].count = count
+    runs[run].start_ns = time
+    runs[run].end_ns = end
+    _schedule(nodes, counters, runs, events, run, 0, end)
 
 
 @njit(cache=True)
-def _end(nodes: Any, resources: Any, runs: Any, counters: Any, seed: int, run: int, time: int) -> None:
-    node = runs.node[run]
-    server = nodes.server[node]
-    if server != NONE:
-        resources.free[server] += runs.count[run]
-    if nodes.nbytes[node]:
-        _send(nodes, resources, runs, counters, seed, run, time)
-    elif nodes.latency_ns[node]:
-        _schedule(nodes, runs, counters, seed, run, 1, time + nodes.latency_ns[node])
+def _end(
+    nodes: Any, succ: Any, servers: Any, links: Any, expected: Any, counters: Any, runs: Any, marks: Any, events: Any,
+    run: int, time: int,
+) -> None:  # fmt: skip
+    node = runs[run].node
+    index = nodes[node].server
+    if index != NONE:
+        servers[index].free += runs[run].count
+    if nodes[node].nbytes:
+        _send(nodes, links, expected, counters, runs, marks, run, time)
+    elif nodes[node].latency_ns:
+        _schedule(nodes, counters, runs, events, run, 1, time + nodes[node].latency_ns)
     else:
-        _arrive(nodes, resources, runs, counters, seed, run, time)
-    if server != NONE:
-        _serve(nodes, resources, runs, counters, seed, server, time)
+        _arrive(nodes, succ, servers, counters, runs, events, run, time)
+    if index != NONE:
+        _serve(nodes, servers, counters, runs, events, index, time)
 
 
 @njit(cache=True)
-def _arrive(nodes: Any, resources: Any, runs: Any, counters: Any, seed: int, run: int, time: int) -> None:
-    node = runs.node[run]
-    nodes.undone[node] -= runs.count[run]
-    if nodes.undone[node]:
+def _arrive(nodes: Any, succ: Any, servers: Any, counters: Any, runs: Any, events: Any, run: int, time: int) -> None:
+    node = runs[run].node
+    nodes[node].undone -= runs[run].count
+    if nodes[node].undone > 0:
         return
-    nodes.done_ns[node] = time
-    for edge in range(nodes.succ_start[node], nodes.succ_start[node + 1]):
-        after = nodes.succ[edge]
-        nodes.preds_left[after] -= 1
-        if nodes.preds_left[after] == 0:
-            nodes.cause[after] = node
-            _ready(nodes, resources, runs, counters, seed, after, time)
+    nodes[node].done_ns = time
+    for edge in range(nodes[node].succ_start, nodes[node].succ_end):
+        after = succ[edge]
+        nodes[after].preds_left -= 1
+        if nodes[after].preds_left == 0:
+            nodes[after].cause = node
+            _ready(nodes, servers, counters, runs, events, after, time)
 
 
 # ---- links
 
 
 @njit(cache=True)
-def _send(nodes: Any, resources: Any, runs: Any, counters: Any, seed: int, run: int, time: int) -> None:
-    node = runs.node[run]
-    nbytes = runs.count[run] * nodes.nbytes[node]
-    egress, ingress = nodes.egress[node], nodes.ingress[node]
-    runs.paths_left[run] = (egress != NONE) + (ingress != NONE)
+def _send(nodes: Any, links: Any, expected: Any, counters: Any, runs: Any, marks: Any, run: int, time: int) -> None:
+    node = runs[run].node
+    nbytes = runs[run].count * nodes[node].nbytes
+    egress, ingress = nodes[node].egress, nodes[node].ingress
+    runs[run].paths_left = (egress != NONE) + (ingress != NONE)
     if egress != NONE:
-        _put(resources, runs, counters, seed, egress, 2 * run, nbytes, time)
+        _put(links, expected, counters, marks, egress, 2 * run, nbytes, time)
     if ingress != NONE:
-        _put(resources, runs, counters, seed, ingress, 2 * run + 1, nbytes, time)
+        _put(links, expected, counters, marks, ingress, 2 * run + 1, nbytes, time)
 
 
 @njit(cache=True)
-def _put(resources: Any, runs: Any, counters: Any, seed: int, link: int, item: int, nbytes: int, time: int) -> None:
-    _advance(resources, link, time)
-    resources.nbytes[link] += nbytes
-    runs.mark[item] = resources.served[link] + nbytes
-    resources.root[link] = push(runs.mark, runs.mark_child, runs.mark_sibling, resources.root[link], item)
-    resources.active[link] += 1
-    resources.peak[link] = max(resources.peak[link], resources.active[link])
-    _expect(resources, runs, counters, seed, link, time)
+def _put(links: Any, expected: Any, counters: Any, marks: Any, link: int, item: int, nbytes: int, time: int) -> None:
+    _advance(links, link, time)
+    links[link].nbytes += nbytes
+    links[link].root = push(marks, links[link].root, item, links[link].served + nbytes)
+    links[link].active += 1
+    links[link].peak = max(links[link].peak, links[link].active)
+    _expect(links, expected, counters, marks, link, time)
 
 
 @njit(cache=True)
-def _share(resources: Any, link: int) -> float:
-    return min(resources.flow_gbps[link], resources.gbps[link] / resources.active[link])
+def _share(links: Any, link: int) -> float:
+    return min(links[link].flow_gbps, links[link].gbps / links[link].active)
 
 
 @njit(cache=True)
-def _advance(resources: Any, link: int, time: int) -> None:
-    if resources.active[link]:
-        passed = time - resources.since[link]
-        resources.served[link] += passed * _share(resources, link)
-        resources.busy_ns[link] += passed
-    resources.since[link] = time
+def _advance(links: Any, link: int, time: int) -> None:
+    if links[link].active:
+        passed = time - links[link].since
+        links[link].served += passed * _share(links, link)
+        links[link].busy_ns += passed
+    links[link].since = time
 
 
 @njit(cache=True)
-def _expect(resources: Any, runs: Any, counters: Any, seed: int, link: int, time: int) -> None:
-    wait = (runs.mark[resources.root[link]] - resources.served[link]) / _share(resources, link)
-    key = _key(counters, seed, resources.link_rank[link])
-    _move_link(resources, link, time + max(np.int64(0), np.int64(ceil(wait))), key)
+def _expect(links: Any, expected: Any, counters: Any, marks: Any, link: int, time: int) -> None:
+    wait = ceil((marks[links[link].root].key - links[link].served) / _share(links, link))
+    _move(links, expected, link, time + max(np.int64(0), np.int64(wait)), _key(counters, links[link].rank))
 
 
 @njit(cache=True)
-def _through(nodes: Any, resources: Any, runs: Any, counters: Any, seed: int, link: int, time: int) -> None:
-    _advance(resources, link, time)
-    gone = EMPTY  # a list of the items that are through, linked by `mark_child`, last first
-    first = True
-    while resources.root[link] != EMPTY:
-        item = resources.root[link]
-        if not first and runs.mark[item] > resources.served[link]:
-            break
-        first = False
-        resources.root[link] = pop(runs.mark, runs.mark_child, runs.mark_sibling, item)
-        resources.active[link] -= 1
-        runs.mark_child[item] = gone
-        gone = item
-    if resources.active[link]:
-        _expect(resources, runs, counters, seed, link, time)
+def _through(
+    nodes: Any, links: Any, expected: Any, counters: Any, runs: Any, marks: Any, events: Any, link: int, time: int
+) -> None:
+    _advance(links, link, time)
+    last = first = links[link].root  # those that are through, a list linked by `child`
+    links[link].root = pop(marks, first)
+    links[link].active -= 1
+    while links[link].root != EMPTY and marks[links[link].root].key <= links[link].served:
+        item = links[link].root
+        links[link].root = pop(marks, item)
+        links[link].active -= 1
+        marks[last].child = item
+        last = item
+    marks[last].child = EMPTY
+    if links[link].active:
+        _expect(links, expected, counters, marks, link, time)
     else:
-        resources.served[link] = 0.0
-        _move_link(resources, link, FOREVER, link)
-    _deliver(nodes, runs, counters, seed, _reversed(runs.mark_child, gone), time)
+        links[link].served = 0.0
+        _move(links, expected, link, FOREVER, link)
+    while first != EMPTY:
+        run = first >> 1
+        runs[run].paths_left -= 1
+        if runs[run].paths_left == 0:
+            _schedule(nodes, counters, runs, events, run, 1, time + nodes[runs[run].node].latency_ns)
+        first = marks[first].child
 
 
 @njit(cache=True)
-def _reversed(following: Any, item: int) -> int:
-    """The list turned round."""
-    turned = EMPTY
-    while item != EMPTY:
-        rest = following[item]
-        following[item] = turned
-        turned, item = item, rest
-    return turned
+def _earlier(expected: Any, a: int, b: int) -> bool:
+    return expected[a].time < expected[b].time or (
+        expected[a].time == expected[b].time and expected[a].key < expected[b].key
+    )
 
 
 @njit(cache=True)
-def _deliver(nodes: Any, runs: Any, counters: Any, seed: int, item: int, time: int) -> None:
-    while item != EMPTY:
-        run = item >> 1
-        runs.paths_left[run] -= 1
-        if runs.paths_left[run] == 0:
-            _schedule(nodes, runs, counters, seed, run, 1, time + nodes.latency_ns[runs.node[run]])
-        item = runs.mark_child[item]
+def _swap(links: Any, expected: Any, a: int, b: int) -> None:
+    time, key, item = expected[a].time, expected[a].key, expected[a].item
+    expected[a] = expected[b]
+    expected[b].time, expected[b].key, expected[b].item = time, key, item
+    links[expected[a].item].place = a
+    links[item].place = b
 
 
 @njit(cache=True)
-def _earlier(resources: Any, a: int, b: int) -> bool:
-    times, keys = resources.links_time, resources.links_key
-    return bool(times[a] < times[b] or (times[a] == times[b] and keys[a] < keys[b]))
-
-
-@njit(cache=True)
-def _swap(resources: Any, a: int, b: int) -> None:
-    for array in (resources.links_time, resources.links_key, resources.links_item):
-        array[a], array[b] = array[b], array[a]
-    resources.links_place[resources.links_item[a]] = a
-    resources.links_place[resources.links_item[b]] = b
-
-
-@njit(cache=True)
-def _move_link(resources: Any, link: int, time: int, key: int) -> None:
-    """Change the link's time and its place in the heap."""
-    place = resources.links_place[link]
-    resources.links_time[place] = time
-    resources.links_key[place] = key
-    while place > 0 and _earlier(resources, place, (place - 1) >> 1):
-        _swap(resources, place, (place - 1) >> 1)
+def _move(links: Any, expected: Any, link: int, time: int, key: int) -> None:
+    """Give the link another time, and the place in the heap that goes with it."""
+    place = links[link].place
+    expected[place].time = time
+    expected[place].key = key
+    while place > 0 and _earlier(expected, place, (place - 1) >> 1):
+        _swap(links, expected, place, (place - 1) >> 1)
         place = (place - 1) >> 1
-    size = resources.gbps.size
     while True:
         child = 2 * place + 1
-        if child >= size:
+        if child >= expected.size:
             return
-        if child + 1 < size and _earlier(resources, child + 1, child):
+        if child + 1 < expected.size and _earlier(expected, child + 1, child):
             child += 1
-        if not _earlier(resources, child, place):
+        if not _earlier(expected, child, place):
             return
-        _swap(resources, place, child)
+        _swap(links, expected, place, child)
         place = child

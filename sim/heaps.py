@@ -1,6 +1,6 @@
-"""Heaps in arrays for the compiled engine: one binary heap of events, and pairing heaps for queues and links.
+"""Heaps in record arrays for the compiled engine: one binary heap of events, and pairing heaps for queues and links.
 
-A pairing heap keeps each item's first child and next sibling, so that any number of heaps share arrays as long as all
+A pairing heap keeps each item's first child and next sibling, so that any number of heaps share an array as long as all
 items, and an item is pushed in constant time. Of equal keys the lower item comes first.
 """
 
@@ -8,89 +8,101 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import njit
 
 EMPTY = -1
+EVENT = np.dtype([("time", np.int64), ("key", np.int64), ("item", np.int64)])
+
+
+def heap_dtype(key: Any) -> np.dtype[Any]:
+    """An item of pairing heaps with keys of this type."""
+    return np.dtype([("key", key), ("child", np.int64), ("sibling", np.int64)])
 
 
 @njit(cache=True)
-def event_push(times: Any, keys: Any, items: Any, size: int, time: int, key: int, item: int) -> None:
-    """Put (time, key, item) into the heap of `size` events; keys are distinct."""
+def event_push(events: Any, size: int, time: int, key: int, item: int) -> None:
+    """Put (time, key, item) into the heap of `size` events; no two have the same time and key."""
     hole = size
     while hole > 0:
         parent = (hole - 1) >> 1
-        if times[parent] < time or (times[parent] == time and keys[parent] < key):
+        above = events[parent]
+        if above.time < time or (above.time == time and above.key < key):
             break
-        times[hole], keys[hole], items[hole] = times[parent], keys[parent], items[parent]
+        events[hole] = above
         hole = parent
-    times[hole], keys[hole], items[hole] = time, key, item
+    events[hole].time = time
+    events[hole].key = key
+    events[hole].item = item
 
 
 @njit(cache=True)
-def event_pop(times: Any, keys: Any, items: Any, size: int) -> int:
+def event_pop(events: Any, size: int) -> int:
     """Remove the first of `size` events and return its item."""
-    first = items[0]
+    first = events[0].item
     last = size - 1
-    time, key, item = times[last], keys[last], items[last]
+    time, key, item = events[last].time, events[last].key, events[last].item
     hole = 0
     while True:
         child = 2 * hole + 1
         if child >= last:
             break
-        right = child + 1
-        if right < last and (
-            times[right] < times[child] or (times[right] == times[child] and keys[right] < keys[child])
-        ):
-            child = right
-        if time < times[child] or (time == times[child] and key < keys[child]):
+        below = events[child]
+        if child + 1 < last:
+            right = events[child + 1]
+            if right.time < below.time or (right.time == below.time and right.key < below.key):
+                child += 1
+                below = right
+        if time < below.time or (time == below.time and key < below.key):
             break
-        times[hole], keys[hole], items[hole] = times[child], keys[child], items[child]
+        events[hole] = below
         hole = child
-    times[hole], keys[hole], items[hole] = time, key, item
+    events[hole].time = time
+    events[hole].key = key
+    events[hole].item = item
     return first
 
 
 @njit(cache=True)
-def meld(keys: Any, child: Any, sibling: Any, a: int, b: int) -> int:
-    """The root of two heaps made one; `EMPTY` is a heap."""
-    if a == EMPTY:
-        return b
-    if b == EMPTY:
-        return a
-    if keys[b] < keys[a] or (keys[b] == keys[a] and b < a):
+def meld(items: Any, a: int, b: int) -> int:
+    """The root of two heaps made one, neither of them empty."""
+    if items[b].key < items[a].key or (items[b].key == items[a].key and b < a):
         a, b = b, a
-    sibling[b] = child[a]
-    child[a] = b
+    items[b].sibling = items[a].child
+    items[a].child = b
     return a
 
 
 @njit(cache=True)
-def push(keys: Any, child: Any, sibling: Any, root: int, item: int) -> int:
-    """The root after `item`, whose key is set, came in."""
-    child[item] = EMPTY
-    sibling[item] = EMPTY
-    return meld(keys, child, sibling, root, item)
+def push(items: Any, root: int, item: int, key: Any) -> int:
+    """The root after `item` came in."""
+    items[item].key = key
+    items[item].child = EMPTY
+    items[item].sibling = EMPTY
+    return item if root == EMPTY else meld(items, root, item)
 
 
 @njit(cache=True)
-def pop(keys: Any, child: Any, sibling: Any, root: int) -> int:
+def pop(items: Any, root: int) -> int:
     """The root after the first item, `root`, went: its children are melded in pairs, then the pairs, last first."""
-    item = child[root]
+    item = items[root].child
     pairs = EMPTY
     while item != EMPTY:
-        a, b = item, sibling[item]
-        if b == EMPTY:
-            item = EMPTY
-        else:
-            item = sibling[b]
-            sibling[b] = EMPTY
-        sibling[a] = EMPTY
-        pair = meld(keys, child, sibling, a, b)
-        sibling[pair] = pairs
+        pair = item
+        other = items[item].sibling
+        item = EMPTY
+        if other != EMPTY:
+            item = items[other].sibling
+            pair = meld(items, pair, other)
+        items[pair].sibling = pairs
         pairs = pair
-    root = EMPTY
-    while pairs != EMPTY:
-        item, pairs = pairs, sibling[pairs]
-        sibling[item] = EMPTY
-        root = meld(keys, child, sibling, root, item)
+    if pairs == EMPTY:
+        return EMPTY
+    root = pairs
+    item = items[root].sibling
+    while item != EMPTY:
+        after = items[item].sibling
+        root = meld(items, root, item)
+        item = after
+    items[root].sibling = EMPTY
     return root
