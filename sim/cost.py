@@ -1,0 +1,82 @@
+"""How long a task holds its slot, in nanoseconds.
+
+A tile of a matrix product takes the longest of three: its padded operations over the slot's share of the tensor cores,
+the weights that it must bring from memory over the slot's share of that bandwidth, and all that it reads over its share
+of the L2's; and a fixed latency beside, for filling and draining its pipeline. Shares are those of a full GPU: a slot
+gains nothing when others idle.
+
+Weights come from memory once per wave: row blocks of one expert that run at the same time read them from the L2. If an
+expert's matrix fits into half of the L2, all its row blocks are one wave.
+
+The share of the tensor peak that a system's tiles reach (`rate`) is the one fitted number: one per (policy, GPU), see
+`rates.py`. Everything else is the hardware's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .graph import Array
+from .world import World
+
+L2_SHARE = 0.5  # of the L2 that weights may keep, the rest is rows and results in flight
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cost:
+    """Durations on a GPU whose multiprocessors are cut into `slots` equal slots.
+
+    Args:
+        rate: share of the tensor peak that a tile's products reach.
+        tile_latency_ns: fixed part of a tile.
+    """
+
+    world: World
+    slots: int
+    rate: float
+    tile_latency_ns: int
+
+    def tile(self, rows: ArrayLike, columns: int, depth: int, reuse: ArrayLike = 1) -> Array:
+        """A tile of `[rows, depth] @ [depth, columns]`, its weights shared from memory by `reuse` row blocks."""
+        precision, hardware = self.world.precision, self.world.hardware
+        rows = np.asarray(rows, np.float64)
+        tensor = 2 * rows * columns * depth / (hardware.tflops[precision.arithmetic] * 1e3 * self.rate)
+        weights = columns * depth * precision.weight_bytes
+        memory = weights / np.asarray(reuse) / (hardware.hbm_gbps * hardware.hbm_achieved)
+        cache = (weights + rows * depth * precision.token_bytes) / hardware.l2_gbps
+        longest = np.maximum(np.maximum(tensor, memory), cache) * self.slots
+        return _whole(longest) + self.tile_latency_ns
+
+    def reuse(self, row_blocks: ArrayLike, columns: int, depth: int, tile_columns: int) -> Array:
+        """Row blocks that share one reading of a `[depth, columns]` matrix; `row_blocks` are those of its expert."""
+        blocks = np.maximum(1, np.asarray(row_blocks))
+        matrix_bytes = columns * depth * self.world.precision.weight_bytes
+        if matrix_bytes <= self.world.hardware.l2_mb * 1e6 * L2_SHARE:
+            return blocks
+        wave = max(1, self.slots // -(-columns // tile_columns))
+        return blocks / -(-blocks // wave)
+
+    def stream(self, nbytes: ArrayLike) -> Array:
+        """Moving bytes within the GPU, read and written: each byte crosses the memory twice."""
+        hardware = self.world.hardware
+        return _whole(2 * np.asarray(nbytes, np.float64) / (hardware.hbm_gbps * hardware.hbm_achieved) * self.slots)
+
+    def store(self, nbytes: ArrayLike, local: ArrayLike) -> Array:
+        """Storing bytes to a peer from one slot, or moving them within the rank where `local`."""
+        per_slot = self.world.hardware.sm_write_gbps * min(1.0, self.world.hardware.sms / self.slots)
+        remote = _whole(np.asarray(nbytes, np.float64) / per_slot)
+        return np.where(local, self.stream(nbytes), remote)
+
+    def combine(self, tokens: ArrayLike) -> Array:
+        """Reading the results of this many tokens and writing their sums."""
+        config, precision = self.world.config, self.world.precision
+        nbytes = np.asarray(tokens) * config.hidden * precision.result_bytes * (config.num_topk + 1)
+        return self.stream(nbytes / 2) + self.tile_latency_ns
+
+
+def _whole(nanoseconds: Array) -> Array:
+    result: Array = np.ceil(nanoseconds).astype(np.int64)
+    return result

@@ -1,0 +1,49 @@
+"""Schedules, one file each: `build(world, knobs)` makes the graph, `Knobs` says what can be changed.
+
+Each file opens with the schedule in a paragraph, its source, and what it leaves out. All run on the same world.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..graph import TaskGraph
+from ..world import World
+from .common import PolicyKnobs
+
+POLICY_NAMES = ("flashmoe",)
+
+
+def make_knobs(policy: str, values: Mapping[str, Any]) -> PolicyKnobs:
+    """The knobs of a policy with these values changed.
+
+    Raises:
+        ValueError: no such policy, no such knob (lists those there are), or a value out of its range.
+    """
+    kind = _module(policy).Knobs
+    names = [field.name for field in fields(kind)]
+    for name in values:
+        if name not in names:
+            raise ValueError(f"policy {policy} has the knobs {', '.join(names)}; got {name!r}")
+    made: PolicyKnobs = kind(**values)
+    return made
+
+
+def build(policy: str, world: World, knobs: PolicyKnobs | None = None) -> TaskGraph:
+    """The graph of a policy in a world; default knobs where none are given."""
+    graph: TaskGraph = _module(policy).build(world, make_knobs(policy, {}) if knobs is None else knobs)
+    return graph
+
+
+def describe(policy: str) -> str:
+    """The first line of the policy's file."""
+    return str(_module(policy).__doc__).splitlines()[0]
+
+
+def _module(policy: str) -> Any:
+    if policy not in POLICY_NAMES:
+        raise ValueError(f"policy must be one of {', '.join(POLICY_NAMES)}; got {policy!r}")
+    return importlib.import_module(f".{policy}", __name__)

@@ -1,0 +1,217 @@
+"""What schedules are drafted with: a builder with a world's resources, and the pieces that several schedules share.
+
+`Draft` methods add nodes for all ranks at once and return their indices, by rank, by row block or by piece; `after` is
+what must be complete before, broadcast against the new nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..blocks import Blocks
+from ..cost import Cost
+from ..graph import Array, GraphBuilder
+from ..kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, JOIN, LAUNCH, PERMUTE, SEND
+from ..machine import add_machine
+from ..rates import fitted_rate
+from ..world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyKnobs:
+    """Knobs of every policy; each policy adds its own.
+
+    Args:
+        rate: share of the tensor peak that tiles reach; None: the fitted one of this policy on this GPU.
+        tile_latency_ns: fixed part of a tile, for filling and draining its pipeline.
+        token_block: tokens per gate task and per combine task.
+
+    Raises:
+        TypeError, ValueError: naming the knob, its value and the rule.
+    """
+
+    rate: float | None = None
+    tile_latency_ns: int = 1000
+    token_block: int = 32
+
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # of knobs that are words
+
+    def __post_init__(self) -> None:
+        if self.rate is not None and not 0 < self.rate <= 1:
+            raise ValueError(f"rate must be in (0, 1], got {self.rate}")
+        for name, value in vars(self).items():
+            if name in self.choices and value not in self.choices[name]:
+                raise ValueError(f"{name} must be one of {', '.join(self.choices[name])}; got {value!r}")
+            if type(value) is int and value < (0 if name.endswith("_ns") else 1):
+                raise ValueError(f"{name} must be at least {0 if name.endswith('_ns') else 1}, got {value}")
+
+
+class Draft:
+    """A graph in the making, on a world's machine whose GPUs run `sm_slots` tasks at a time."""
+
+    def __init__(self, world: World, knobs: PolicyKnobs, policy: str, sm_slots: int) -> None:
+        self.world = world
+        self.builder = GraphBuilder()
+        self.machine = add_machine(self.builder, world, sm_slots)
+        rate = fitted_rate(policy, world) if knobs.rate is None else knobs.rate
+        self.cost = Cost(world=world, slots=sm_slots, rate=rate, tile_latency_ns=knobs.tile_latency_ns)
+        self.token_block = knobs.token_block
+        self.ranks = np.arange(world.num_ranks)
+        owner = world.routing.owner
+        order = np.argsort(owner, kind="stable")
+        self.local = np.empty(len(owner), np.int64)  # index of each expert among its owner's
+        self.local[order] = np.arange(len(owner)) - np.searchsorted(owner[order], owner[order])
+
+    def after(self, before: ArrayLike | None, nodes: Array) -> Array:
+        """`nodes`, made to wait for `before`."""
+        if before is not None:
+            self.builder.edge(before, nodes)
+        return nodes
+
+    # ---- by rank
+
+    def launch(self, after: ArrayLike | None = None, duration_ns: int | None = None) -> Array:
+        """`[num_ranks]`: the host starts a kernel (or does something else for `duration_ns`)."""
+        time = self.world.hardware.launch_ns if duration_ns is None else duration_ns
+        return self.after(after, self.builder.add(LAUNCH, self.ranks, server=self.machine.host, duration_ns=time))
+
+    def gate(self, after: ArrayLike | None) -> Array:
+        """`[num_ranks]`: logits and top-k of all tokens of a rank."""
+        config, tokens = self.world.config, self.world.routing.num_tokens
+        flops = 2 * min(self.token_block, tokens) * config.num_experts * config.hidden
+        gates = self.builder.add(
+            GATE,
+            self.ranks,
+            server=self.machine.sm,
+            count=-(-tokens // self.token_block),
+            duration_ns=self.cost.tile(self.token_block, config.num_experts, config.hidden, reuse=self.cost.slots),
+            flops=flops,
+            useful_flops=flops,
+        )
+        return self.after(after, gates)
+
+    def barrier(self, after: ArrayLike, duration_ns: int | None = None) -> Array:
+        """`[num_ranks]`, one node: all ranks have met."""
+        time = self.world.hardware.barrier_ns if duration_ns is None else duration_ns
+        met = self.builder.add(BARRIER, 0, duration_ns=time)
+        self.builder.edge(after, met)
+        return np.full(self.world.num_ranks, int(met), np.int32)
+
+    def stream(self, after: ArrayLike | None, nbytes: ArrayLike, kind: int = PERMUTE) -> Array:
+        """`[num_ranks]`: a kernel over all slots that reads and writes `nbytes` `[num_ranks]` within each GPU."""
+        share = np.asarray(nbytes) / self.cost.slots
+        time = self.cost.stream(share) + self.cost.tile_latency_ns
+        nodes = self.builder.add(kind, self.ranks, server=self.machine.sm, count=self.cost.slots, duration_ns=time)
+        return self.after(after, nodes)
+
+    def exchange(self, after: Array, nbytes: Array, latency_ns: int = 0) -> Array:
+        """`[num_ranks]`: every rank has what all others sent it; `nbytes` is `[num_ranks, num_ranks]`, from and to.
+
+        `latency_ns` comes before the bytes. The slots of the kernel that sends are not taken: use it where nothing
+        runs beside.
+        """
+        source, target = np.nonzero(nbytes + np.eye(len(nbytes)))
+        path = self.machine.transfer(source, target, nbytes[source, target])
+        sends = self.builder.add(SEND, source, peer=target, duration_ns=latency_ns, **path)
+        self.builder.edge(after[source], sends)
+        return self.gather(sends, target)
+
+    def gather(self, nodes: Array, rank: Array) -> Array:
+        """`[num_ranks]`: joins of the nodes that belong to each rank."""
+        joins = self.builder.add(JOIN, self.ranks)
+        self.builder.edge(nodes, joins[rank])
+        return joins
+
+    # ---- by packet, row block and piece
+
+    def dispatch(self, after: Array, packets: tuple[Array, Array], rows_per_task: int, priority: int = 0) -> Array:
+        """`[packets]`: slots store the rows of the packets (source, expert) to their owners and signal each task."""
+        source, expert = packets
+        owner = self.world.routing.owner[expert]
+        rows = self.world.routing.counts[source, expert]
+        tasks = np.maximum(1, -(-rows // rows_per_task))
+        nbytes = rows / tasks * self.world.config.hidden * self.world.precision.token_bytes
+        nodes = self.builder.add(
+            DISPATCH,
+            source,
+            peer=owner,
+            expert=self.local[expert],
+            count=tasks,
+            server=self.machine.sm[source],
+            priority=priority,
+            duration_ns=self.cost.store(nbytes, source == owner),
+            **self.machine.transfer(source, owner, nbytes),
+        )
+        return self.after(after[source], nodes)
+
+    def gemm0(self, blocks: Blocks, tile_n: int, priority: ArrayLike = 0) -> Array:
+        """`[num_blocks]`: the first product of each row block; who waits for what is the caller's to say."""
+        return self._gemm(GEMM0, blocks, self.world.up_columns, self.world.config.hidden, tile_n, priority)
+
+    def gemm1(self, blocks: Blocks, tile_n: int, priority: ArrayLike = 0, source: Array | None = None) -> Array:
+        """`[num_blocks]`: the second product; with `source` `[num_blocks]`, each tile goes to that rank when done."""
+        return self._gemm(GEMM1, blocks, self.world.config.hidden, self.world.config.ffn, tile_n, priority, source)
+
+    def _gemm(
+        self,
+        kind: int,
+        blocks: Blocks,
+        columns: int,
+        depth: int,
+        tile_n: int,
+        priority: ArrayLike,
+        source: Array | None = None,
+    ) -> Array:
+        owner = self.world.routing.owner[blocks.expert]
+        tile_n = min(tile_n, columns)
+        tiles = -(-columns // tile_n)
+        row_blocks = np.bincount(blocks.expert, minlength=1)[blocks.expert]
+        reuse = self.cost.reuse(row_blocks, columns, depth, tile_n)
+        flops = 2 * columns / tiles * depth
+        path = {}
+        if source is not None:
+            nbytes = blocks.rows * columns / tiles * self.world.precision.result_bytes
+            path = self.machine.transfer(owner, source, nbytes)
+        return self.builder.add(
+            kind,
+            owner,
+            peer=owner if source is None else source,
+            expert=self.local[blocks.expert],
+            m=blocks.m,
+            count=tiles,
+            server=self.machine.sm[owner],
+            priority=priority,
+            duration_ns=self.cost.tile(blocks.height, tile_n, depth, reuse),
+            flops=flops * blocks.height,
+            useful_flops=flops * blocks.rows,
+            **path,
+        )
+
+    def send_pieces(self, blocks: Blocks, after: Array) -> Array:
+        """`[num_pieces]`: the results of each piece go back to its source, once `after` `[num_blocks]` is complete."""
+        owner = self.world.routing.owner[blocks.expert[blocks.piece_block]]
+        nbytes = blocks.piece_rows * self.world.config.hidden * self.world.precision.result_bytes
+        path = self.machine.transfer(owner, blocks.piece_source, nbytes)
+        sends = self.builder.add(SEND, owner, peer=blocks.piece_source, m=blocks.m[blocks.piece_block], **path)
+        return self.after(after[blocks.piece_block], sends)
+
+    def combine(self, blocks: Blocks, results: Array, gated: Array) -> Array:
+        """`[num_ranks, num_token_blocks]`: each block of tokens is summed when `results` `[num_pieces]` has its rows."""
+        routing, block = self.world.routing, self.token_block
+        number = -(-routing.num_tokens // block)
+        tokens = np.minimum(block, routing.num_tokens - np.arange(number) * block)
+        nodes = self.builder.add(
+            COMBINE,
+            self.ranks[:, None],
+            m=np.arange(number),
+            server=self.machine.sm[:, None],
+            duration_ns=self.cost.combine(tokens),
+        )
+        found, pieces = blocks.combine_pieces(routing, block)
+        self.builder.edge(results[pieces], nodes[found.rank, found.block])
+        self.builder.edge(gated[:, None], nodes)  # for a block that lost all its rows
+        return nodes
