@@ -148,17 +148,18 @@ def _embeddings(types: Array, config: MoEConfig, seed: int, key: int) -> Array:
 
 def _load(path: Path, config: MoEConfig) -> dict[str, Array]:
     """The arrays of a recording, with ranks and tokens flattened: `[rows, ...]`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"name is a recorded workload, but there is no file {path}")
-    arrays = _read_arrays(path)
+    arrays = read_recording(path)
     given = [key for key in ("x", "topk_idx", "topk_weights") if key in arrays]
     if given not in (["x"], ["x", "topk_idx", "topk_weights"]):
         raise ValueError(f"{path} must have x, and both or none of topk_idx, topk_weights; it has {sorted(arrays)}")
     widths = {"x": config.hidden, "topk_idx": config.num_topk, "topk_weights": config.num_topk}
-    return {key: _flat(f"{path}: {key}", arrays[key], widths[key]) for key in given}
+    return {key: flat_rows(f"{path}: {key}", arrays[key], widths[key]) for key in given}
 
 
-def _read_arrays(path: Path) -> dict[str, Array]:
+def read_recording(path: Path) -> dict[str, Array]:
+    """All arrays of a .npz or .safetensors file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"name is a recorded workload, but there is no file {path}")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
@@ -171,7 +172,8 @@ def _read_arrays(path: Path) -> dict[str, Array]:
         raise ValueError(f"{path} must be a readable {path.suffix} file: {type(error).__name__}: {error}") from error
 
 
-def _flat(name: str, array: Array, width: int) -> Array:
+def flat_rows(name: str, array: Array, width: int) -> Array:
+    """`array` as `[rows, width]`, if it is that, possibly with a leading index of ranks."""
     leading = (None, None) if array.ndim > 2 else (None,)
     return check_array(name, array, (*leading, width)).reshape(-1, width)
 
