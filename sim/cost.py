@@ -55,9 +55,9 @@ class Cost:
         blocks = np.maximum(1, np.asarray(row_blocks))
         matrix_bytes = columns * depth * self.world.precision.weight_bytes
         if matrix_bytes <= self.world.hardware.l2_mb * 1e6 * L2_SHARE:
-            return blocks
+            return np.asarray(blocks)
         wave = max(1, self.slots // -(-columns // tile_columns))
-        return blocks / -(-blocks // wave)
+        return np.asarray(blocks / -(-blocks // wave))
 
     def stream(self, nbytes: ArrayLike) -> Array:
         """Moving bytes within the GPU, read and written: each byte crosses the memory twice."""

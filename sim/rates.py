@@ -1,14 +1,33 @@
 """The one fitted number per (policy, GPU): the share of the tensor peak that its tiles reach.
 
-`flashmoe validate --fit` fits them to the published tables and writes presets/rates.toml; nobody does by hand.
+`flashmoe validate --fit` fits them to the published tables and writes rates.toml beside this file; nobody does by hand.
+A GPU for which nothing is published gets the mean of the policy's other GPUs, a policy without any `DEFAULT_RATE`.
 """
 
 from __future__ import annotations
 
-from .world import World
+import tomllib
+from functools import cache
+from pathlib import Path
 
-DEFAULT_RATE = 0.6
+DEFAULT_RATE = 0.6  # assumption: between FlashMoE's third of the peak and the four fifths of large matrix products
+FILE = Path(__file__).with_name("rates.toml")
 
 
-def fitted_rate(policy: str, world: World) -> float:
-    return DEFAULT_RATE
+@cache
+def fitted_rates() -> dict[str, dict[str, float]]:
+    """All fitted rates, by policy and GPU kind."""
+    return tomllib.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+
+
+def gpu_kind(hardware_name: str) -> str:
+    """ "H100" of "2x8xH100"."""
+    return hardware_name.rpartition("x")[2]
+
+
+def fitted_rate(policy: str, hardware_name: str) -> float:
+    """The rate of a policy on this hardware."""
+    rates = fitted_rates().get(policy, {})
+    if not rates:
+        return DEFAULT_RATE
+    return rates.get(gpu_kind(hardware_name), sum(rates.values()) / len(rates))

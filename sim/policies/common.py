@@ -57,7 +57,7 @@ class Draft:
         self.world = world
         self.builder = GraphBuilder()
         self.machine = add_machine(self.builder, world, sm_slots)
-        rate = fitted_rate(policy, world) if knobs.rate is None else knobs.rate
+        rate = fitted_rate(policy, world.hardware.name) if knobs.rate is None else knobs.rate
         self.cost = Cost(world=world, slots=sm_slots, rate=rate, tile_latency_ns=knobs.tile_latency_ns)
         self.token_block = knobs.token_block
         self.ranks = np.arange(world.num_ranks)
@@ -128,7 +128,7 @@ class Draft:
 
     # ---- by packet, row block and piece
 
-    def dispatch(self, after: Array, packets: tuple[Array, Array], rows_per_task: int, priority: int = 0) -> Array:
+    def dispatch(self, after: Array, packets: tuple[Array, ...], rows_per_task: int, priority: int = 0) -> Array:
         """`[packets]`: slots store the rows of the packets (source, expert) to their owners and signal each task."""
         source, expert = packets
         owner = self.world.routing.owner[expert]
@@ -200,7 +200,7 @@ class Draft:
         return self.after(after[blocks.piece_block], sends)
 
     def combine(self, blocks: Blocks, results: Array, gated: Array) -> Array:
-        """`[num_ranks, num_token_blocks]`: each block of tokens is summed when `results` `[num_pieces]` has its rows."""
+        """`[num_ranks, num_token_blocks]`: a block of tokens is summed when `results` `[num_pieces]` has its rows."""
         routing, block = self.world.routing, self.token_block
         number = -(-routing.num_tokens // block)
         tokens = np.minimum(block, routing.num_tokens - np.arange(number) * block)

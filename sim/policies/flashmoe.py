@@ -77,7 +77,7 @@ def _blocks(world: World, knobs: Knobs) -> Blocks:
     return blocks_per_source(counts, ladder(counts, shortest, knobs.tile_m))
 
 
-def _receive(draft: Draft, sent: Array, packets: tuple[Array, Array], blocks: Blocks, knobs: Knobs) -> Array:
+def _receive(draft: Draft, sent: Array, packets: tuple[Array, ...], blocks: Blocks, knobs: Knobs) -> Array:
     """The OS block of the owner sees each packet's signal and queues its tiles."""
     world, (source, expert) = draft.world, packets
     owner = world.routing.owner[expert]
