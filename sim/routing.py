@@ -287,12 +287,15 @@ class BlockPackets(NamedTuple):
     row_block: Array
 
 
-def token_block_packets(routing: SimRouting, row_height: Array, token_block: int) -> BlockPackets:
+def token_block_packets(
+    routing: SimRouting, row_height: Array, token_block: int, row_offset: Array | None = None
+) -> BlockPackets:
     """Which row blocks of their packets the tokens of each block are in: what a COMBINE of that block waits for.
 
     Args:
         row_height: `[num_ranks, num_experts]` integers, rows per row block of each (source, expert) packet.
         token_block: tokens per block.
+        row_offset: `[num_ranks, num_experts]`, rows of others before the packet in its first row block, default none.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
@@ -300,21 +303,24 @@ def token_block_packets(routing: SimRouting, row_height: Array, token_block: int
     _check_heights(row_height, routing)
     if token_block < 1:
         raise ValueError(f"token_block must be >= 1, got {token_block}")
+    offset = np.zeros(row_height.shape, np.int64) if row_offset is None else row_offset
     slots = packet_slots(routing.topk_idx, routing.num_experts)
     parts = [
-        _packets_of_rank(choices, of_rank, heights.astype(np.int64), token_block)
-        for choices, of_rank, heights in zip(routing.topk_idx, slots, row_height, strict=True)
+        _packets_of_rank(choices, of_rank, heights.astype(np.int64), offsets, token_block)
+        for choices, of_rank, heights, offsets in zip(routing.topk_idx, slots, row_height, offset, strict=True)
     ]
     rank = np.repeat(np.arange(routing.num_ranks), [len(block) for block, _, _ in parts])
     block, expert, row_block = (np.concatenate(column) for column in zip(*parts, strict=True))
     return BlockPackets(block, rank, expert, row_block)
 
 
-def _packets_of_rank(choices: Array, slots: Array, heights: Array, token_block: int) -> tuple[Array, Array, Array]:
+def _packets_of_rank(
+    choices: Array, slots: Array, heights: Array, offsets: Array, token_block: int
+) -> tuple[Array, Array, Array]:
     """The distinct (block, expert, row block) of one source, sorted."""
     token, _ = sent = np.nonzero(choices >= 0)
     expert = choices[sent]
-    row_block = slots[sent] // heights[expert]
+    row_block = (slots[sent] + offsets[expert]) // heights[expert]
     num_row_blocks = int(row_block.max(initial=0)) + 1
     key = np.unique((token // token_block * len(heights) + expert) * num_row_blocks + row_block)
     packet, row_block = np.divmod(key, num_row_blocks)
