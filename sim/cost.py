@@ -2,8 +2,9 @@
 
 A tile of a matrix product takes the longest of three: its padded operations over the slot's share of the tensor cores,
 the weights that it must bring from memory over the slot's share of that bandwidth, and all that it reads over its share
-of the L2's; and a fixed latency beside, for filling and draining its pipeline. Shares are those of a full GPU: a slot
-gains nothing when others idle.
+of the L2's; and a fixed latency beside, for filling and draining its pipeline. A GPU is shared by as many tiles as its
+stage has, at most `slots`: few tiles have more of the memory each, as far as one multiprocessor's part of the L2's
+bandwidth goes. Leaves out: that a tile's share changes while it runs.
 
 Weights come from memory once per wave: row blocks of one expert that run at the same time read them from the L2. If an
 expert's matrix fits into half of the L2, all its row blocks are one wave.
@@ -39,15 +40,22 @@ class Cost:
     rate: float
     tile_latency_ns: int
 
-    def tile(self, rows: ArrayLike, columns: int, depth: int, reuse: ArrayLike = 1) -> Array:
-        """A tile of `[rows, depth] @ [depth, columns]`, its weights shared from memory by `reuse` row blocks."""
+    def tile(self, rows: ArrayLike, columns: int, depth: int, tiles: ArrayLike, reuse: ArrayLike = 1) -> Array:
+        """A tile of `[rows, depth] @ [depth, columns]`.
+
+        Args:
+            tiles: of this stage on the GPU, over the whole call.
+            reuse: row blocks that share one reading of the tile's weights from memory.
+        """
         precision, hardware = self.world.precision, self.world.hardware
+        active = np.clip(tiles, 1, self.slots)
+        per_sm = np.clip(tiles, min(hardware.sms, self.slots), self.slots)  # a lone tile has a whole multiprocessor
         rows = np.asarray(rows, np.float64)
         tensor = 2 * rows * columns * depth / (hardware.tflops[precision.arithmetic] * 1e3 * self.rate)
         weights = columns * depth * precision.weight_bytes
         memory = weights / np.asarray(reuse) / (hardware.hbm_gbps * hardware.hbm_achieved)
         cache = (weights + rows * depth * precision.token_bytes) / hardware.l2_gbps
-        longest = np.maximum(np.maximum(tensor, memory), cache) * self.slots
+        longest = np.maximum(np.maximum(tensor, cache) * per_sm, memory * active)
         return _whole(longest) + self.tile_latency_ns
 
     def reuse(self, row_blocks: ArrayLike, columns: int, depth: int, tile_columns: int) -> Array:

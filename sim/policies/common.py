@@ -83,12 +83,14 @@ class Draft:
         """`[num_ranks]`: logits and top-k of all tokens of a rank."""
         config, tokens = self.world.config, self.world.routing.num_tokens
         flops = 2 * min(self.token_block, tokens) * config.num_experts * config.hidden
+        count = -(-tokens // self.token_block)
+        time = self.cost.tile(self.token_block, config.num_experts, config.hidden, tiles=count, reuse=count)
         gates = self.builder.add(
             GATE,
             self.ranks,
             server=self.machine.sm,
-            count=-(-tokens // self.token_block),
-            duration_ns=self.cost.tile(self.token_block, config.num_experts, config.hidden, reuse=self.cost.slots),
+            count=count,
+            duration_ns=time,
             flops=flops,
             useful_flops=flops,
         )
@@ -171,6 +173,7 @@ class Draft:
         tiles = -(-columns // tile_n)
         row_blocks = np.bincount(blocks.expert, minlength=1)[blocks.expert]
         reuse = self.cost.reuse(row_blocks, columns, depth, tile_n)
+        on_gpu = np.bincount(owner, minlength=1)[owner] * tiles
         flops = 2 * columns / tiles * depth
         path = {}
         if source is not None:
@@ -185,7 +188,7 @@ class Draft:
             count=tiles,
             server=self.machine.sm[owner],
             priority=priority,
-            duration_ns=self.cost.tile(blocks.height, tile_n, depth, reuse),
+            duration_ns=self.cost.tile(blocks.height, tile_n, depth, on_gpu, reuse),
             flops=flops * blocks.height,
             useful_flops=flops * blocks.rows,
             **path,
