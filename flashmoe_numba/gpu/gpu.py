@@ -14,6 +14,7 @@ import numpy as np
 
 H2D, D2H = 1, 2  # cudaMemcpyKind
 MAP_BYTES = 128
+OWN_BYTES = 2 << 20  # the driver puts smaller allocations together into one of this size, which IPC would share whole
 
 
 class Gpu:
@@ -124,7 +125,7 @@ class Gpu:
         """Zeroed bytes in an allocation of their own."""
         with self.here:
             try:
-                address = self.runtime.malloc(num_bytes)
+                address = self.runtime.malloc(-(-num_bytes // OWN_BYTES) * OWN_BYTES)
             except self.runtime.CUDARuntimeError:
                 raise self._out_of_memory(num_bytes) from None
             segment = self.view(address, num_bytes)
@@ -154,9 +155,17 @@ class Gpu:
         with self.here:
             self.runtime.ipcCloseMemHandle(address)
 
-    def can_access(self, device: int) -> bool:
-        """Can this GPU read and write that one's memory?"""
-        return bool(self.runtime.deviceCanAccessPeer(self.device, device))
+    def bus_id(self) -> str:
+        """Which device of the machine it is; unlike its index the same in every process."""
+        return str(self.runtime.deviceGetPCIBusId(self.device))
+
+    def can_access(self, bus_id: str) -> bool:
+        """Can this GPU read and write that one's memory? Not if this process does not see it."""
+        try:
+            device = self.runtime.deviceGetByPCIBusId(bus_id)
+        except self.runtime.CUDARuntimeError:
+            return False
+        return device == self.device or bool(self.runtime.deviceCanAccessPeer(self.device, device))
 
     # tensor maps
 

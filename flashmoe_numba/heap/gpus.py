@@ -51,12 +51,11 @@ class GpuIpcHeap(Meeting):
         self.agree(self._try(lambda: self._map(handles, num_bytes)))
 
     def _missing_access(self) -> ValueError | None:
-        devices = [int(text) for text in self._gather(str(self._gpu.device))]
-        blocked = [device for device in devices if device != self._gpu.device and not self._gpu.can_access(device)]
+        blocked = [bus_id for bus_id in self._gather(self._gpu.bus_id()) if not self._gpu.can_access(bus_id)]
         if not blocked:
             return None
-        rule = "every GPU must reach the memory of every other: `flashmoe doctor` shows which do"
-        return ValueError(f"GPU {self._gpu.device} cannot reach the memory of GPU {blocked[0]}; {rule}")
+        rule = "every process must see all GPUs, and each reach the memory of every other: `flashmoe doctor` shows it"
+        return ValueError(f"GPU {self._gpu.bus_id()} cannot reach the memory of GPU {blocked[0]}; {rule}")
 
     @staticmethod
     def _try(step: Callable[[], None]) -> Exception | None:
@@ -81,13 +80,18 @@ class GpuIpcHeap(Meeting):
         return [bytes.fromhex(text) for text in self._gather(data.hex())]
 
     def _free(self) -> None:
-        """Unmap the others' segments; when all ranks have, free this one's."""
+        """Unmap the others' segments; when all ranks have, free this one's.
+
+        Every rank comes to the barrier, whatever it holds and whatever failed: the others wait there.
+        """
         self.segments = []
-        for address in self._mapped:
-            self._gpu.close_ipc(address)
-        self._mapped = []
-        if self._own is not None:
+        try:
+            for address in self._mapped:
+                self._gpu.close_ipc(address)
+        finally:
+            self._mapped = []
             self.barrier()
+        if self._own is not None:
             self._gpu.free_alone(self._own)
             self._own = None
         super()._free()
