@@ -107,7 +107,8 @@ class FlashMoE:
             self._heap.agree(error)
         except BaseException:
             if self._backend is not None:
-                self._backend.close()
+                with contextlib.suppress(Exception):  # what failed may fail again, and must not hide it
+                    self._backend.close()
             raise
 
     def _make_ranks(self, weights: Weights, trace: bool) -> None:
@@ -118,7 +119,7 @@ class FlashMoE:
             self._ranks.append(Rank(self.config, rank_idx, own, segments, self.num_processors, self._backend, records))
 
     def _prepare(self) -> None:
-        self._backend.prepare(self._ranks[0].argument_types(), self._cache_folder)
+        self._backend.prepare([rank.first_arguments() for rank in self._ranks], self._cache_folder)
 
     def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None) -> Any:
         """The layer's output for these tokens.
@@ -133,7 +134,8 @@ class FlashMoE:
 
         Returns:
             y, shaped like x and of its type. With backend "cuda" it is filled in the order of the caller's stream, and
-            whether the call was given up is known after it: from the next call, or from `synchronize`.
+            whether the call was given up is known after it: from a later call, or from `synchronize`. So it is with
+            replays of a call that was captured in a CUDA graph.
 
         Raises:
             TypeError, ValueError: before any rank starts.
@@ -159,7 +161,7 @@ class FlashMoE:
             raise TypeError(f"{name} must be an array or a list of arrays, got {type(value).__name__}")
         if len(value) != self.config.num_ranks:
             raise ValueError(f"{name} must have one part per rank: num_ranks={self.config.num_ranks}, got {len(value)}")
-        return list(value)
+        return [value[rank_idx] for rank_idx in range(len(value))]  # Numba's device arrays have no iterator
 
     def _check_routing(self, tokens: Sequence[np.ndarray], topk_idx: Any, topk_weights: Any) -> list[Routing | None]:
         if (topk_idx is None) != (topk_weights is None):
@@ -177,6 +179,7 @@ class FlashMoE:
 
     def _run(self, tokens: Sequence[np.ndarray], routings: Sequence[Routing | None]) -> list[np.ndarray]:
         self._raise_if_closed()
+        self._backend.begin(tokens)
         self._raise_if_known()
         if self._epoch == LAST_EPOCH:
             raise FlashMoEError(f"a layer makes at most {LAST_EPOCH} calls, because flags count them: make a new one")
@@ -191,15 +194,15 @@ class FlashMoE:
                 blocks += rank_blocks
             self._backend.run(blocks, self._leave)
         except BaseException as error:
-            self._leave()
             self._closed = f"its last call was interrupted by {type(error).__name__}"
+            self._leave()
             raise
         self._raise_if_known()
         return ys
 
     def _raise_if_known(self) -> None:
-        """A GPU may be at the call still: then the next one, or `synchronize`, tells what became of it."""
-        if self._backend.finished():
+        """A GPU may be at the call still: then a later one, or `synchronize`, tells what became of it."""
+        if self._backend.may_have_failed():
             self._raise_if_given_up()
 
     def synchronize(self) -> None:
@@ -230,9 +233,13 @@ class FlashMoE:
                 raise FlashMoEError(message)
 
     def _leave(self) -> None:
-        """Tell all ranks that this process will not go on, so that they stop now and not at the deadline."""
+        """Tell all ranks that this process will not go on, so that they stop now and not at the deadline.
+
+        Raises nothing: it is called when something else went wrong, which may have taken the GPU with it.
+        """
         for rank in self._ranks:
-            self._backend.leave(*rank.leaving(self._epoch))
+            with contextlib.suppress(Exception):
+                self._backend.leave(*rank.leaving(self._epoch))
 
     @property
     def routing(self) -> Any:
@@ -282,15 +289,30 @@ class FlashMoE:
             stack.callback(self._calling.release)
             if self._heap is None:
                 return
-            if not orderly or self._closed:
-                self._leave()
-            check = self._raise_if_given_up if orderly and not self._closed else None
-            self._backend.close()
             try:
-                self._heap.close(check)
+                if orderly and not self._closed:
+                    self._give_back()
+                else:
+                    self._abandon()
             finally:
                 self._closed = self._closed or "close() was called"
                 self._ranks, self._heap = [], None
+
+    def _give_back(self) -> None:
+        """Close backend and heap, with all ranks."""
+        try:
+            self._backend.close()
+        except BaseException:
+            self._abandon()
+            raise
+        self._heap.close(self._raise_if_given_up)
+
+    def _abandon(self) -> None:
+        """The same after an error, which was told already: tell the others, wait for nobody, and raise nothing more."""
+        self._leave()
+        with contextlib.suppress(Exception):
+            self._backend.close()
+        self._heap.close(None)
 
     def __enter__(self) -> FlashMoE:
         return self

@@ -85,7 +85,7 @@ class Rank:
     def call(
         self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int
     ) -> tuple[Any, list[tuple[str, tuple[Any, ...]]]]:
-        """(y, blocks of this call): y is filled once all blocks have run.
+        """(y, blocks of this call, or the first one where `every_block` is not wanted): y is filled once all have run.
 
         Args:
             x: `[num_tokens, hidden]`, as `check_tokens` of the backend returns it.
@@ -99,21 +99,24 @@ class Rank:
         problem = self.problem._replace(
             epoch=epoch, num_tokens=len(x), routed=routing is not None, deadline_ns=deadline_ns
         )
+        if not self._backend.every_block:  # the grid finds its blocks' arguments, and clears their traces, by itself
+            return y, [(f"rank {self.rank_idx}", self._arguments(0, problem, tokens))]
         for trace in self.traces:
             trace[:1] = 0
         blocks = []
         for block in range(self.num_processors + 1):
             role = "OS block" if block == self.num_processors else f"processor {block}"
-            scratch = self._scratch[min(block, self.num_processors - 1)]  # the OS block uses none
-            arguments = (block, problem, self.segments, self.experts, tokens, self.packets, self.queue, scratch)
-            blocks.append((f"rank {self.rank_idx} {role}", (*arguments, self._boxes[block], self.traces[block])))
+            blocks.append((f"rank {self.rank_idx} {role}", self._arguments(block, problem, tokens)))
         return y, blocks
 
-    def argument_types(self) -> tuple[Any, ...]:
-        """Arguments of a block, of which only the types matter."""
-        tokens = self.tokens, self.packets, self.queue
-        arguments = (0, self.problem, self.segments, self.experts, *tokens, self._scratch[0])
-        return (*arguments, self._boxes[0], self.traces[0])
+    def first_arguments(self) -> tuple[Any, ...]:
+        """Arguments of block 0 before any call, with tokens of size 0."""
+        return self._arguments(0, self.problem, self.tokens)
+
+    def _arguments(self, block: int, problem: Problem, tokens: Tokens) -> tuple[Any, ...]:
+        scratch = self._scratch[min(block, self.num_processors - 1)]  # the OS block uses none
+        arguments = (block, problem, self.segments, self.experts, tokens, self.packets, self.queue, scratch)
+        return (*arguments, self._boxes[block], self.traces[block])
 
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
         """Arguments of `kernel.leave`."""
@@ -177,9 +180,7 @@ class Rank:
         )
 
     def _words(self, values: list[int]) -> np.ndarray:
-        words = self._backend.empty(len(values), np.int64)
-        self._backend.store(words, np.array(values, np.int64))
-        return words
+        return self._backend.array(np.array(values, np.int64))
 
     def _packets(self) -> Packets:
         c, row_blocks = self.config, self.layout.row_blocks

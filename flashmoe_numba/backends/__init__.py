@@ -1,8 +1,8 @@
 """Backends: memory for kernels, and what it takes to run the blocks of one call. One file each, all giving the same.
 
 `pack(...)` (weights for the tile GEMM), `make_scratch(config)`, `prepare(arguments, folder)` (compile for these), and
-`deadline_ns`; `run(blocks, stop)`, which returns when every block has, and `leave(problem, segments)`, which makes the
-blocks of all ranks do so early.
+`deadline_ns`; `begin(tokens)` of a call, `run(blocks, stop)`, which returns when every block has, or on a GPU once all
+are on their way, and `leave(problem, segments)`, which makes the blocks of all ranks stop early.
 """
 
 from __future__ import annotations

@@ -46,10 +46,10 @@ class CpuBackend(HostMemory):
         sums = max(rows * columns, config.hidden)
         return Scratch(np.empty(rows * ROW_STRIDE, config.accumulator), np.empty(sums, config.accumulator))
 
-    def prepare(self, arguments: tuple[Any, ...], folder: Path) -> None:
-        """Compile the kernel for arguments of these types, or load it from `folder`."""
-        compile_for(persistent, arguments, folder)
-        compile_for(leave, arguments[1:3], folder)
+    def prepare(self, arguments: Sequence[tuple[Any, ...]], folder: Path) -> None:
+        """Compile the kernel for arguments of the types of the first rank's, or load it from `folder`."""
+        compile_for(persistent, arguments[0], folder)
+        compile_for(leave, arguments[0][1:3], folder)
 
     def leave(self, problem: Problem, segments: Segments) -> None:
         """Stop every rank, from outside of a kernel."""

@@ -1,10 +1,13 @@
 """Blocks as thread blocks of a GPU: all of this process's ranks in one cooperative launch.
 
-A call writes the table (kernel/grid.py) and launches, both in the caller's stream, and does not wait.
+A call is, in the caller's stream: wait for the last call, copy a routing from outside and the table (kernel/grid.py)
+from page-locked memory, launch, copy the abort word back. Nobody waits for it. Where the stream is being captured into
+a graph the same is recorded, except the wait.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, tm
 from ..tile_gemm.matrices import MAX_TILE_COLUMNS, PASS_ROWS, SUMS_STRIDE, scratch_elements
 
 THREADS = 128
+CALLS_AHEAD = 64  # calls for which page-locked memory is taken before the first one: taking more may wait for the GPU
 
 
 class CudaBackend:
@@ -38,6 +42,8 @@ class CudaBackend:
         ValueError: the layer does not fit this kind of kernel.
     """
 
+    every_block = False
+
     def __init__(self, config: MoEConfig, gpu: Any, tf32: bool = False) -> None:
         if config.tile_n > MAX_TILE_COLUMNS:
             raise ValueError(f"tile_n must be at most {MAX_TILE_COLUMNS} on a GPU, got {config.tile_n}")
@@ -50,11 +56,15 @@ class CudaBackend:
                 f"{gpu.name} has {gpu.shared_bytes} for a block"
             )
         self._table: Any = None
-        self._last: Any = None  # an event behind the last launch
-        self._kept: list[np.ndarray] = []  # what captured copies will read again
-        self._stream = 0
+        self._aborted = gpu.pinned(1, np.int64)  # an abort word of this process, as the last copy found it
+        self._aborted[0] = 0
+        self._last: Any = None  # an event behind the last call
+        self._staged: list[np.ndarray] = []  # what copies of this call read
+        self._under_way: deque[tuple[Any, list[np.ndarray]]] = deque()  # the same of others, and an event behind each
+        self._captured: list[np.ndarray] = []  # the same of captured calls: replays read it again
+        self._stream, self._capturing = 0, False
         self.zeros, self.empty, self.address, self.to_host = gpu.zeros, gpu.empty, gpu.address, gpu.to_host
-        self.store = gpu.store
+        self.array = gpu.to_device
 
     # setting up
 
@@ -107,8 +117,13 @@ class CudaBackend:
     def make_scratch(self, config: MoEConfig) -> None:
         """It is shared memory, which the kernel's entry makes."""
 
-    def prepare(self, arguments: tuple[Any, ...], folder: Path) -> None:
-        """Everything was compiled by `load`; wait until weights and segments are where they belong."""
+    def prepare(self, arguments: Sequence[tuple[Any, ...]], folder: Path) -> None:
+        """Make the table, from each rank's arguments, and wait until weights and segments are where they belong."""
+        rows = np.array([self._words(of_rank) for of_rank in arguments], np.int64)
+        rows[:, 0] = 1  # the epoch of the first call; the kernel counts it up
+        header = np.array([_num_blocks(arguments[0]), rows.shape[1]], np.int64)
+        self._table = self.gpu.to_device(np.concatenate([header, rows.reshape(-1)]))
+        [self.gpu.pinned(rows.size, np.int64) for _ in range(CALLS_AHEAD)]  # a pool has them from now on
         self.gpu.synchronize()
 
     def deadline_ns(self, deadline_s: float) -> int:
@@ -119,9 +134,31 @@ class CudaBackend:
     def check_tokens(self, name: str, x: Any, config: MoEConfig) -> GpuTokens:
         return check_gpu_tokens(name, x, config, self.gpu)
 
+    def begin(self, tokens: Sequence[GpuTokens]) -> None:
+        """Learn the call's stream, and let it wait for the last call, which uses the same arrays."""
+        self._stream = current_stream(tokens[0].original, self.gpu)
+        self._capturing = self.gpu.is_capturing(self._stream)
+        if self._capturing:  # then no event may be asked or waited for
+            return
+        while self._under_way and self._under_way[0][0].done:
+            self._under_way.popleft()
+        if self._last is not None:
+            self.gpu.wait_for(self._last, self._stream)
+
+    def store(self, target: Any, values: np.ndarray) -> None:
+        """Copy values from the host into an array, in the order of the call's stream."""
+        if values.size > 0:
+            self.gpu.copy_in(self.address(target), self._stage(values, target.dtype), self._stream)
+
+    def _stage(self, values: np.ndarray, dtype: Any) -> np.ndarray:
+        """The values in page-locked memory that lives as long as a copy of this call may read it."""
+        staged = self.gpu.pinned(values.size, dtype)
+        staged[:] = values.reshape(-1)
+        self._staged.append(staged)
+        return staged
+
     def adopt(self, tokens: GpuTokens) -> tuple[Any, Any, Any]:
         """(x as the kernel sees it, room for y likewise, y)."""
-        self._stream = current_stream(tokens.original, self.gpu)
         y = empty_like(tokens.original, self.gpu)
         return tokens.storage.reshape(-1), self.check_tokens("y", y, self._config).storage.reshape(-1), y
 
@@ -130,38 +167,37 @@ class CudaBackend:
 
     def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:
         """Launch all blocks in the caller's stream, behind the last call, and return."""
-        first = [arguments for _, arguments in blocks if arguments[0] == 0]
-        rows = np.array([self._words(arguments, len(blocks) // len(first)) for arguments in first], np.int64)
-        if self._table is None:
-            self._make_table(rows, len(blocks) // len(first))
-        capturing = self.gpu.is_capturing(self._stream)
-        if capturing:
-            self._kept.append(rows)
-        elif self._last is not None:
-            self.gpu.wait_for(self._last, self._stream)
-        self.gpu.copy_rows(self._table[HEADER_WORDS:], rows, 1, self._stream)  # the kernel counts the epoch itself
+        ranks = [arguments for _, arguments in blocks]
+        rows = np.array([self._words(arguments) for arguments in ranks], np.int64)
+        staged = self._stage(rows, np.int64).reshape(rows.shape)
+        self.gpu.copy_rows(self._table[HEADER_WORDS:], staged, 1, self._stream)  # the kernel counts the epoch itself
+        num_blocks = len(ranks) * _num_blocks(ranks[0])
         arguments = (self.address(self._table), self._table.size)
-        self.gpu.launch(self._function, len(blocks), THREADS, arguments, self.shared_bytes, self._stream)
-        if not capturing:  # an event in a graph can be asked nothing
-            self._last = self.gpu.record(self._stream)
+        self.gpu.launch(self._function, num_blocks, THREADS, arguments, self.shared_bytes, self._stream)
+        control = self.address(ranks[0][2].control)  # who gives up sets the abort words of all ranks
+        self.gpu.copy_out(self._aborted, control + 8 * ABORT, self._stream)
+        self._keep_staged()
 
-    def _words(self, arguments: tuple[Any, ...], num_blocks: int) -> list[int]:
+    def _keep_staged(self) -> None:
+        if self._capturing:  # an event in a graph can be asked nothing
+            self._captured += self._staged
+        else:
+            self._last = self.gpu.record(self._stream)
+            self._under_way.append((self._last, self._staged))
+        self._staged = []
+
+    def _words(self, arguments: tuple[Any, ...]) -> list[int]:
         """A rank's record, from the arguments of its first block."""
         _, problem, segments, experts, tokens, packets, queue, _, _, trace = arguments
         left = self._left[problem.rank_idx : problem.rank_idx + 1]
         record = Record(problem, segments, experts, tokens, packets, queue, trace, left)
         words = record_words(record, self.address)
-        words[-3] *= num_blocks  # the blocks' buffers lie one after the other: all of them are one array
+        words[-3] *= _num_blocks(arguments)  # their buffers lie one after the other: all of them are one array
         return words
 
-    def _make_table(self, rows: np.ndarray, num_blocks: int) -> None:
-        header = np.array([num_blocks, rows.shape[1]], np.int64)
-        self._table = self.gpu.to_device(np.concatenate([header, rows.reshape(-1)]))
-        self.gpu.synchronize()
-
-    def finished(self) -> bool:
-        """Has the last call's kernel ended? Once calls were captured, nobody tells when they are replayed."""
-        return not self._kept and (self._last is None or bool(self._last.done))
+    def may_have_failed(self) -> bool:
+        """Could a call have been given up, as far as is known without waiting? No time to ask while capturing."""
+        return not self._capturing and bool(self._aborted[0])
 
     def synchronize(self) -> None:
         """Wait for the last call."""
@@ -169,26 +205,45 @@ class CudaBackend:
 
     def epoch(self, position: int, counted: int) -> int:
         """Calls that a rank has finished: more than were `counted`, if a captured one was replayed."""
-        if self._table is None:
-            return counted
         words = self.to_host(self._table)
         return int(words[HEADER_WORDS + position * words[1]]) - 1
 
     def leave(self, problem: Problem, segments: Segments) -> None:
-        """Stop every rank, from outside of a kernel."""
-        own = self.gpu.read_now(segments.control)
+        """Stop every rank, from outside of a kernel; as `give_up` and `abort` do inside, but without a cas."""
+        control = self.address(segments.control)
+        own = self.gpu.read_now(control, segments.control.size)
+        if own[ABORT] != 0:  # somebody stopped all ranks before
+            return
         if own[RECORD] == 0:
-            at = self.address(segments.control)
             words = {RECORD_ROLE: HOST, RECORD_FLAG: CLOSED_FLAG, RECORD_EPOCH: problem.epoch, RECORD: COMPLETE}
             for word, value in words.items():
-                self.gpu.write_word(at + 8 * word, value)
-        for address in self.gpu.read_now(segments.address).tolist():
-            self.gpu.write_word(address + problem.control_at + 8 * ABORT, problem.rank_idx + 1)
+                self.gpu.write_word(control + 8 * word, value)
+        culprit = problem.rank_idx + 1
+        for rank_idx, address in enumerate(self._addresses(segments)):
+            word = address + problem.control_at + 8 * ABORT
+            before = int(self.gpu.read_now(word, 1)[0])
+            if before == 0:
+                self.gpu.write_word(word, culprit)
+            elif rank_idx == 0:  # it decides whom all name
+                culprit = before
+
+    def _addresses(self, segments: Segments) -> list[int]:
+        addresses: list[int] = self.gpu.read_now(self.address(segments.address), segments.address.size).tolist()
+        return addresses
 
     def close(self) -> None:
         """Wait for the last call; memory goes with the arrays."""
-        self.synchronize()
-        self._table = self._last = None
+        try:
+            self.synchronize()
+        finally:
+            self._table = self._last = None
+            self._under_way.clear()
+            self._captured.clear()
+
+
+def _num_blocks(arguments: tuple[Any, ...]) -> int:
+    """Blocks of the rank with these arguments."""
+    return int(arguments[1].num_processors) + 1
 
 
 def shared_bytes(config: MoEConfig, variant: Variant) -> int:

@@ -49,7 +49,7 @@ class FiberBackend(HostMemory):
     def make_scratch(self, config: MoEConfig) -> Scratch:
         return Scratch(np.empty(0, config.accumulator), np.empty(config.hidden, config.accumulator))
 
-    def prepare(self, arguments: tuple[Any, ...], folder: Path) -> None:
+    def prepare(self, arguments: Sequence[tuple[Any, ...]], folder: Path) -> None:
         """Nothing to compile."""
 
     def leave(self, problem: Problem, segments: Segments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from ..device.storage import as_storage
 class HostMemory:
     """Arrays of this process."""
 
+    every_block = True  # wants the arguments of every block, and not just of a rank's first
+
     def zeros(self, size: int, dtype: Any) -> np.ndarray:
         return np.zeros(size, dtype)
 
     def empty(self, size: int, dtype: Any) -> np.ndarray:
         return np.empty(size, dtype)
+
+    def array(self, values: np.ndarray) -> np.ndarray:
+        """Values from the host in an array of this memory."""
+        return values
 
     def address(self, array: np.ndarray) -> int:
         return array.ctypes.data
@@ -30,12 +37,15 @@ class HostMemory:
         return array.copy()
 
     def store(self, target: np.ndarray, values: np.ndarray) -> None:
-        """Copy values from the host into an array of this memory."""
+        """Copy values from the host into an array of this memory, as a part of the call that began."""
         target[...] = values
 
     def check_tokens(self, name: str, x: Any, config: MoEConfig) -> np.ndarray:
         """One rank's tokens, as `adopt` wants them; see arguments.py."""
         return check_tokens(name, x, config)
+
+    def begin(self, tokens: Sequence[Any]) -> None:
+        """A call begins, with these tokens of each rank here."""
 
     def adopt(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(x as the kernel sees it, room for y likewise, y)."""
@@ -56,8 +66,8 @@ class HostMemory:
         """The cores, shared out among the ranks of the layer, at least one."""
         return default_processors(num_ranks)
 
-    def finished(self) -> bool:
-        """Has the last call's kernel ended? `run` waits for it."""
+    def may_have_failed(self) -> bool:
+        """Could a call have been given up, as far as is known without waiting? `run` waited, so just look."""
         return True
 
     def synchronize(self) -> None:

@@ -22,7 +22,7 @@ class HostArrays:
 
 
 class GpuArrays:
-    """CuPy arrays; it has no bfloat16, so these are bit patterns."""
+    """CuPy arrays; bfloat16, which not every CuPy has, as bit patterns."""
 
     def __init__(self, config: MoEConfig) -> None:
         import cupy

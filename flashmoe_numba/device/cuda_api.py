@@ -31,6 +31,7 @@ __all__ = [
     "compile_to_ltoir",
     "core_models",
     "cuda",
+    "device_array",
     "element_pointer",
     "intrinsic",
     "ir",
@@ -48,6 +49,15 @@ __all__ = [
 def element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     """LLVM pointer to `array[index]` of a contiguous array."""
     return builder.gep(make_array(array_type)(context, builder, array).data, [index])
+
+
+def device_array(array: Any) -> Any:
+    """Somebody's array on the current GPU as one of Numba's, the same memory.
+
+    Their stream is left out: it would be waited for here, and again by whoever takes Numba's array.
+    """
+    interface = array.__cuda_array_interface__ | {"stream": None}
+    return cuda.from_cuda_array_interface(interface, owner=array, sync=False)
 
 
 def compile_to_ltoir(

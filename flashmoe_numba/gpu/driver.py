@@ -70,10 +70,10 @@ class _DriverError(Exception):
 def _call(cuda: ctypes.CDLL, function: str, *arguments: object) -> None:
     code = getattr(cuda, function)(*arguments)
     if code:
-        raise _DriverError(f"{function}: {_meaning(cuda, code)}")
+        raise _DriverError(f"{function}: {meaning(cuda, code)}")
 
 
-def _meaning(cuda: ctypes.CDLL, code: int) -> str:
+def meaning(cuda: ctypes.CDLL, code: int) -> str:
     text = ctypes.c_char_p()
     try:
         cuda.cuGetErrorString(code, ctypes.byref(text))

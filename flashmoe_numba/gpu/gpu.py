@@ -5,16 +5,28 @@ Memory for arrays comes from CuPy's pool, except what other processes map.
 
 from __future__ import annotations
 
-import ctypes
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import libcuda
+
 H2D, D2H = 1, 2  # cudaMemcpyKind
-MAP_BYTES = 128
+SIDE_WORDS = 1024  # most that is read beside a kernel at once: control words, or an address of every rank
 OWN_BYTES = 2 << 20  # the driver puts smaller allocations together into one of this size, which IPC would share whole
+
+
+class Handle:
+    """Somebody's stream, as CuPy wants it told."""
+
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._stream
 
 
 class Gpu:
@@ -50,6 +62,10 @@ class Gpu:
         self.capability = (attributes["major"], attributes["minor"])
         self.multiprocessors = attributes["multiProcessorCount"]
         self.shared_bytes = attributes["sharedMemPerBlockOptin"]
+        self._driver, self._pinned = libcuda.load(), cupy.cuda.PinnedMemoryPool()
+        with self.here:  # now, because to make them beside a running kernel may wait for its end
+            self._side, self._side_lock = cupy.cuda.Stream(non_blocking=True), threading.Lock()
+            self._side_words = self.pinned(SIDE_WORDS, np.int64)
 
     @staticmethod
     def count() -> int:
@@ -92,32 +108,44 @@ class Gpu:
             self.runtime.deviceSynchronize()
             return self.cupy.asnumpy(array)
 
-    def store(self, target: Any, values: np.ndarray) -> None:
-        """Copy values from the host into an array, in the order of the current stream."""
-        with self.here:
-            target[...] = self.cupy.asarray(values)
-
     def to_device(self, array: Any) -> Any:
         """The array on this GPU, contiguous: a NumPy array is copied there, one that is there stays."""
         if isinstance(array, np.ndarray):
             with self.here:
                 return self.cupy.asarray(np.ascontiguousarray(array))
-        return self.cupy.ascontiguousarray(array)
+        with self.here:
+            return self.cupy.ascontiguousarray(array)
 
-    def read_now(self, array: Any) -> np.ndarray:
-        """A copy of an array as it is at this moment, beside whatever kernel runs."""
-        copy = np.empty(array.shape, array.dtype)
-        with self.here, self.cupy.cuda.Stream(non_blocking=True) as stream:
-            self.runtime.memcpyAsync(copy.ctypes.data, self.address(array), copy.nbytes, D2H, stream.ptr)
-            stream.synchronize()
-        return copy
+    def pinned(self, size: int, dtype: Any) -> np.ndarray:
+        """Page-locked memory of the host, which copies read and write without anybody waiting for them."""
+        with self.here, libcuda.relaxed_capture(self._driver):
+            memory = self._pinned.malloc(size * np.dtype(dtype).itemsize)
+        return np.frombuffer(memory, dtype, size)
+
+    def copy_in(self, address: int, values: np.ndarray, stream: int) -> None:
+        """Copy a pinned array to an address, in a stream's order. It must live until then."""
+        with self.here:
+            self.runtime.memcpyAsync(address, values.ctypes.data, values.nbytes, H2D, stream)
+
+    def copy_out(self, values: np.ndarray, address: int, stream: int) -> None:
+        """Fill a pinned array from an address, in a stream's order."""
+        with self.here:
+            self.runtime.memcpyAsync(values.ctypes.data, address, values.nbytes, D2H, stream)
+
+    def read_now(self, address: int, num_words: int) -> np.ndarray:
+        """int64 words as they are at this moment, beside whatever kernel runs."""
+        with self._side_lock, self.here:
+            words = self._side_words[:num_words]
+            self.copy_out(words, address, self._side.ptr)
+            self._side.synchronize()
+            return words.copy()
 
     def write_word(self, address: int, value: int) -> None:
         """Store an int64 at once, beside whatever kernel runs."""
-        word = np.array([value], np.int64)
-        with self.here, self.cupy.cuda.Stream(non_blocking=True) as stream:
-            self.runtime.memcpyAsync(address, word.ctypes.data, 8, H2D, stream.ptr)
-            stream.synchronize()
+        with self._side_lock, self.here:
+            self._side_words[0] = value
+            self.copy_in(address, self._side_words[:1], self._side.ptr)
+            self._side.synchronize()
 
     # memory of other processes
 
@@ -170,45 +198,19 @@ class Gpu:
     # tensor maps
 
     def tensor_map(self, array: Any, shape: Sequence[int], box: Sequence[int]) -> bytes:
-        """A CUtensorMap of a contiguous array for tiles with the 128-byte swizzle; what lies outside reads as zero.
-
-        Args:
-            array: 16-bit patterns or float32.
-            shape, box: of the array and of a tile, the innermost dimension first.
-        """
-        from cuda.bindings import driver
-
-        kinds = {"uint16": "FLOAT16", "int16": "BFLOAT16", "float32": "TFLOAT32"}
-        kind = getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{kinds[array.dtype.name]}")
-        strides, bytes_so_far = [], array.dtype.itemsize
-        for length in shape[:-1]:
-            bytes_so_far *= length
-            strides.append(driver.cuuint64_t(bytes_so_far))
-        status, encoded = driver.cuTensorMapEncodeTiled(
-            kind,
-            len(shape),
-            self.address(array),
-            [driver.cuuint64_t(length) for length in shape],
-            strides,
-            [driver.cuuint32_t(length) for length in box],
-            [driver.cuuint32_t(1)] * len(shape),
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"cuTensorMapEncodeTiled refused shape {list(shape)}, box {list(box)}: {status.name}")
-        return ctypes.string_at(encoded.getPtr(), MAP_BYTES)
+        """A CUtensorMap of a contiguous array; see `encode_tensor_map`."""
+        with self.here:
+            return libcuda.encode_tensor_map(self._driver, array.dtype.name, self.address(array), shape, box)
 
     # kernels
 
     def load(self, cubin: Path, entry: str, dynamic_shared_bytes: int) -> Any:
-        """A kernel for cooperative launches."""
+        """A kernel for cooperative launches. CuPy gives all layers of one cubin the same, so its limit only grows."""
         with self.here:
             module = self.cupy.RawModule(path=str(cubin), enable_cooperative_groups=True)
             function = module.get_function(entry)
-            function.max_dynamic_shared_size_bytes = dynamic_shared_bytes
+            limit = max(function.max_dynamic_shared_size_bytes, dynamic_shared_bytes)
+            function.max_dynamic_shared_size_bytes = limit
             return function
 
     def resident_blocks(self, function: Any, threads: int, dynamic_shared_bytes: int) -> int:
@@ -218,9 +220,9 @@ class Gpu:
             return int(occupancy(function.kernel.ptr, threads, dynamic_shared_bytes)) * int(self.multiprocessors)
 
     def copy_rows(self, target: Any, rows: np.ndarray, skip: int, stream: int) -> None:
-        """Copy `rows` `[n, words]` of int64 to `target` without the first `skip` words of each, in a stream's order.
+        """Copy pinned `rows` `[n, words]` to `target`, but for the first `skip` words of each, in a stream's order.
 
-        The host's array must live until the copy is done where the stream is being captured.
+        They must live until the copy is done, and where the stream is being captured, until the last replay.
         """
         height, width = rows.shape
         pitch = width * rows.itemsize
@@ -233,26 +235,36 @@ class Gpu:
     ) -> None:
         """Start a kernel whose arguments are 64-bit integers."""
         words = tuple(np.int64(argument) for argument in arguments)
-        with self.here, self.cupy.cuda.ExternalStream(stream, self.device):
+        with self.here, self._stream(stream):
             function((num_blocks,), (threads,), words, shared_mem=shared)
 
     def synchronize(self) -> None:
         with self.here:
             self.runtime.deviceSynchronize()
 
+    # streams
+
+    def _stream(self, stream: int) -> Any:
+        """CuPy's object for a stream of this GPU, which must be the current one."""
+        return self.cupy.cuda.Stream.from_external(Handle(stream))
+
+    def current_stream(self) -> int:
+        """CuPy's."""
+        return int(self.cupy.cuda.get_current_stream(self.device).ptr)
+
     def record(self, stream: int) -> Any:
         """An event behind all work in a stream so far."""
         with self.here:
             event = self.cupy.cuda.Event(disable_timing=True)
-            event.record(self.cupy.cuda.ExternalStream(stream, self.device))
+            event.record(self._stream(stream))
             return event
 
     def wait_for(self, event: Any, stream: int) -> None:
         """Let a stream go on only after an event."""
         with self.here:
-            self.cupy.cuda.ExternalStream(stream, self.device).wait_event(event)
+            self._stream(stream).wait_event(event)
 
     def is_capturing(self, stream: int) -> bool:
         """Is the stream being recorded into a CUDA graph?"""
         with self.here:
-            return bool(self.cupy.cuda.ExternalStream(stream, self.device).is_capturing())
+            return bool(self._stream(stream).is_capturing())

@@ -181,6 +181,26 @@ def test_a_captured_call_is_replayed(gpu, num_ranks):
         assert_same_bits(call(layer, second), expected[1], "an ordinary call after the replays")
 
 
+def test_a_captured_routing_from_the_host_is_replayed(gpu):
+    """Its values are read again by every replay, long after the call that was captured."""
+    config = tensor_config()
+    (x,), (idx, factors) = random_tokens(config), random_routing(config, [config.num_tokens], 1)
+    routing = dict(topk_idx=idx, topk_weights=factors)
+    with make_layer(config, Weights.random(config)) as layer:
+        expected, other = call(layer, [x], **routing), call(layer, [x])
+        stream, tokens = gpu.cupy.cuda.Stream(non_blocking=True), to_gpu(x)
+        gpu.synchronize()
+        with stream:
+            stream.begin_capture()
+            (y,) = layer([tokens], **routing)
+            graph = stream.end_capture()
+            for turn in range(5):
+                assert_same_bits(call(layer, [x]), other, f"between replays, {turn}")
+                graph.launch(stream)
+                stream.synchronize()
+                assert_same_bits([to_host(y, config.numpy_dtype)], expected, f"replay {turn}")
+
+
 def test_torchs_graphs():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     config = tensor_config()

@@ -182,4 +182,4 @@ def test_words_written_beside_a_kernel(gpu):
     words = gpu.zeros(4, np.int64)
     gpu.synchronize()
     gpu.write_word(gpu.address(words) + 16, -(2**40))
-    assert gpu.read_now(words).tolist() == [0, 0, -(2**40), 0]
+    assert gpu.read_now(gpu.address(words), words.size).tolist() == [0, 0, -(2**40), 0]

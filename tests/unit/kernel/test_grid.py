@@ -5,91 +5,15 @@ import pytest
 from cases import assert_equals_oracle, assert_same_bits, random_routing, random_tokens, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted_gpu import make_layer
 from worlds import check_stats
 
-from flashmoe_numba import FlashMoE, layer
-from flashmoe_numba.backends.cuda import CudaBackend
-from flashmoe_numba.backends.host import HostMemory
-from flashmoe_numba.device.compilation import interpreted
-from flashmoe_numba.device.fibers import Scheduler, memory_view
+from flashmoe_numba.device.fibers import memory_view
 from flashmoe_numba.device.records import read_record, record_words
 from flashmoe_numba.gpu.likeness import like_record
 from flashmoe_numba.gpu.variants import Variant
-from flashmoe_numba.kernel.state import BOX_WORDS
-from flashmoe_numba.tile_gemm import Scratch
-from flashmoe_numba.tile_gemm.matrices import PASS_ROWS, SUMS_STRIDE, scratch_elements
 from flashmoe_numba.trace import decode
 from reference import Weights
-
-LANES = 32
-
-
-class Event:
-    done = True
-
-    def synchronize(self):
-        pass
-
-
-class InterpretedGpu(HostMemory):
-    """What `gpu.Gpu` does, by the host: arrays are NumPy's, and a launch runs the grid on fibers."""
-
-    name, capability, shared_bytes, device = "no GPU", (8, 0), 1 << 18, 0
-
-    def __init__(self, config, seed):
-        self.config, self.seed, self.launches = config, seed, 0
-        self.like = like_record(Variant(dtype=config.dtype, architecture="sm_80", tensor_cores=False))
-
-    def to_device(self, array):
-        return np.ascontiguousarray(array)
-
-    def resident_blocks(self, function, threads, dynamic_shared_bytes):
-        return 9
-
-    def copy_rows(self, target, rows, skip, stream):
-        target.reshape(rows.shape)[:, skip:] = rows[:, skip:]
-
-    def launch(self, function, num_blocks, threads, arguments, shared, stream):
-        table, kernel = memory_view(*arguments, np.dtype(np.int64)), interpreted("flashmoe_numba.kernel")
-        scheduler = Scheduler(self.seed + self.launches)
-        self.launches += 1
-        for index in range(num_blocks):
-            staged, sums = scratch_elements(self.config.hidden)
-            shared = np.full(max(PASS_ROWS * SUMS_STRIDE + staged, sums), np.nan, self.config.accumulator)
-            scratch = Scratch(shared[PASS_ROWS * SUMS_STRIDE :], shared)
-            block = (index, table, self.like, scratch, np.zeros(BOX_WORDS, np.int64))
-            scheduler.add_block(f"block {index}", kernel.grid_block, block, LANES)
-        scheduler.run()
-
-    def record(self, stream):
-        return Event()
-
-    def is_capturing(self, stream):
-        return False
-
-    def wait_for(self, event, stream):
-        pass
-
-    def synchronize(self):
-        pass
-
-
-class InterpretedCuda(CudaBackend):
-    """The backend itself, but for the kernel's build and the frameworks' arrays."""
-
-    check_tokens, adopt, join = HostMemory.check_tokens, HostMemory.adopt, HostMemory.join
-
-    def load(self, folder):
-        self._function, self._left = None, self.zeros(self._config.num_ranks, np.int64)
-
-
-def make_layer(config, weights, seed=0, **how):
-    original = layer.make_backend
-    layer.make_backend = lambda name, config, first_rank, **_: InterpretedCuda(config, InterpretedGpu(config, seed))
-    try:
-        return FlashMoE(config, weights, backend="cuda", **how)
-    finally:
-        layer.make_backend = original
 
 
 @settings(max_examples=max(3, settings().max_examples // 20))

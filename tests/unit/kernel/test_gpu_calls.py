@@ -1,0 +1,271 @@
+"""What a call on a GPU puts on which stream, what it waits for, and how it ends badly; on the interpreted GPU."""
+
+import numpy as np
+import pytest
+from cases import assert_equals_oracle, assert_same_bits, random_routing, random_tokens, tiny_config
+from interpreted_gpu import Event, make_layer
+
+from flashmoe_numba.errors import FlashMoEError
+from flashmoe_numba.kernel import signals as s
+from reference import Weights
+
+CONFIG = tiny_config(num_ranks=2, num_experts=2, num_topk=1, num_tokens=4)
+COPIES = ["copy_in"] * 2 * CONFIG.num_ranks  # choices and weights of each rank
+
+
+@pytest.fixture
+def layer():
+    with make_layer(CONFIG, Weights.random(CONFIG), num_processors=1) as layer:
+        yield layer
+
+
+def routing_and_tokens():
+    counts = [CONFIG.num_tokens] * CONFIG.num_ranks
+    idx, weights = random_routing(CONFIG, counts, 1)
+    return random_tokens(CONFIG), dict(topk_idx=idx, topk_weights=weights)
+
+
+def fail(layer, culprit=1):
+    """What the kernel leaves where a rank gave up, as the copy behind the launch finds it."""
+    for rank in layer._ranks:
+        rank.control[s.ABORT] = culprit + 1
+    layer._ranks[culprit].control[[s.RECORD_ROLE, s.RECORD_FLAG, s.RECORD]] = s.SUBSCRIBER, s.GATE_FLAG, s.COMPLETE
+
+
+def verbs(gpu):
+    names = [verb for verb, _ in gpu.log]
+    gpu.log.clear()
+    return names
+
+
+# order
+
+
+def test_a_call_waits_for_the_last_one_before_it_writes_what_that_one_reads(layer):
+    x, routing = routing_and_tokens()
+    gpu = layer._backend.gpu
+    layer(x, **routing)
+    end = ["copy_rows", "launch", "copy_out", "record"]
+    assert verbs(gpu) == [*COPIES, *end]
+    layer(x, **routing)
+    assert verbs(gpu) == ["wait_for", *COPIES, *end]
+    layer(x)
+    assert verbs(gpu) == ["wait_for", *end]
+
+
+def test_everything_of_a_call_is_on_the_callers_stream(layer):
+    x, routing = routing_and_tokens()
+    gpu = layer._backend.gpu
+    layer(x)
+    for gpu.stream in (11, 12):
+        gpu.log.clear()
+        layer(x, **routing)
+        assert {stream for _, stream in gpu.log} == {gpu.stream}
+
+
+def test_a_call_waits_for_nothing(layer):
+    x, routing = routing_and_tokens()
+    gpu = layer._backend.gpu
+    before = gpu.synchronized
+    for _ in range(3):
+        layer(x, **routing)
+    assert gpu.synchronized == before
+
+
+def test_a_call_hands_over_one_list_of_arguments_per_rank(layer):
+    rank = layer._ranks[0]
+    tokens = layer._backend.check_tokens("x", random_tokens(CONFIG)[0], CONFIG)
+    _, blocks = rank.call(tokens, None, 1, 10**9)
+    assert [(name, arguments[0]) for name, arguments in blocks] == [("rank 0", 0)]
+
+
+# page-locked memory
+
+
+def test_what_copies_read_lives_until_their_call_is_done(layer):
+    """Held while the event behind them is not done, and let go at the first call after that."""
+    x, routing = routing_and_tokens()
+    backend, events = layer._backend, []
+
+    def record(stream):
+        events.append(Event())
+        events[-1].done = False
+        return events[-1]
+
+    backend.gpu.record = record
+    for _ in range(3):
+        layer(x, **routing)
+    per_call = len(COPIES) + 1
+    assert [len(staged) for _, staged in backend._under_way] == [per_call] * 3
+    events[0].done = events[1].done = True
+    layer(x)
+    assert [(event, len(staged)) for event, staged in backend._under_way] == [(events[2], per_call), (events[3], 1)]
+
+
+# CUDA graphs
+
+
+def test_a_captured_call_asks_and_waits_for_nothing_and_keeps_what_it_copies(layer):
+    """The fake GPU refuses events and waits while it captures, as a real one does."""
+    x, routing = routing_and_tokens()
+    gpu, expected = layer._backend.gpu, layer(x, **routing)
+    gpu.log.clear()
+    gpu.capturing = True
+    assert_same_bits(layer(x, **routing), expected)
+    gpu.capturing = False
+    assert verbs(gpu) == [*COPIES, "copy_rows", "launch", "copy_out"]
+    assert len(layer._backend._captured) == len(COPIES) + 1
+    assert_same_bits(layer(x, **routing), expected)
+
+
+def test_the_first_call_can_be_captured(layer):
+    x = random_tokens(CONFIG)
+    layer._backend.gpu.capturing = True
+    y = layer(x)
+    layer._backend.gpu.capturing = False
+    assert_equals_oracle(y, x, Weights.random(CONFIG), CONFIG, layer.routing)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_call_that_was_given_up_is_told_by_the_next_eager_one(captured):
+    with make_layer(CONFIG, Weights.random(CONFIG), num_processors=1) as layer:
+        gpu, x = layer._backend.gpu, random_tokens(CONFIG)
+        layer(x)
+        original, gpu.capturing = gpu.launch, captured
+        gpu.launch = lambda *arguments: fail(layer)
+        if captured:
+            layer(x)  # nobody may look into a graph
+            gpu.capturing = False
+        else:  # the fake GPU is done when it returns, so this call knows
+            with pytest.raises(FlashMoEError, match="rank 0 stopped: rank 1, block 0"):
+                layer(x)
+        gpu.launch = original
+        with pytest.raises(FlashMoEError, match="rank 1, block 0"):
+            layer(x)
+
+
+def test_an_error_that_is_known_late_is_told_by_no_captured_call():
+    """As on a real GPU, which copies the abort word back when it is done."""
+    with make_layer(CONFIG, Weights.random(CONFIG), num_processors=1) as layer:
+        gpu, x, late = layer._backend.gpu, random_tokens(CONFIG), []
+        launch, copy_out = gpu.launch, gpu.copy_out
+        gpu.launch = lambda *arguments: fail(layer)
+        gpu.copy_out = lambda *arguments: late.append(arguments)
+        layer(x)
+        gpu.launch = launch
+        copy_out(*late[0])
+        gpu.capturing = True
+        layer(x)
+        gpu.capturing = False
+        with pytest.raises(FlashMoEError, match="rank 1, block 0"):
+            layer(x)
+
+
+# ends
+
+
+def stop_words(layer):
+    return [int(rank.control[s.ABORT]) for rank in layer._ranks]
+
+
+def test_leaving_tells_all_ranks_who_left(layer):
+    layer(random_tokens(CONFIG))
+    rank = layer._ranks[1]
+    layer._backend.leave(*rank.leaving(1))
+    assert stop_words(layer) == [2, 2]
+    with pytest.raises(FlashMoEError, match="rank 1 left in epoch 1 because of an error of its own"):
+        layer.synchronize()
+
+
+@pytest.mark.parametrize(("before", "after"), [([5, 5], [5, 5]), ([5, 0], [5, 5]), ([0, 5], [2, 5]), ([0, 0], [2, 2])])
+def test_leaving_overwrites_no_stop(layer, before, after):
+    """The first word is rank 0's, which decides whom all name; rank 1 leaves, and does nothing if it was stopped."""
+    layer(random_tokens(CONFIG))
+    for rank, word in zip(layer._ranks, before, strict=True):
+        rank.control[s.ABORT] = word
+    layer._backend.leave(*layer._ranks[1].leaving(1))
+    assert stop_words(layer) == (before if before[1] else after)
+    assert (layer._ranks[1].control[s.RECORD] == s.COMPLETE) == (before[1] == 0)
+    layer._closed = "tested"
+
+
+class Broken(RuntimeError):
+    """As a GPU answers once a kernel of its context has failed: always, whatever it is asked."""
+
+
+def broken(*_):
+    raise Broken
+
+
+def break_gpu(gpu):
+    for verb in ("launch", "synchronize", "read_now", "write_word", "to_host", "record"):
+        setattr(gpu, verb, broken)
+
+
+def call_with_broken_gpu(layer):
+    with layer:
+        break_gpu(layer._backend.gpu)
+        layer(random_tokens(CONFIG))
+
+
+def test_the_error_of_a_broken_gpu_is_the_one_that_is_told():
+    layer = make_layer(CONFIG, Weights.random(CONFIG), num_processors=1)
+    with pytest.raises(Broken):
+        call_with_broken_gpu(layer)
+    with pytest.raises(FlashMoEError, match="its last call was interrupted by Broken"):
+        layer(random_tokens(CONFIG))
+
+
+def test_a_layer_closes_after_an_error_that_broke_the_gpu():
+    layer = make_layer(CONFIG, Weights.random(CONFIG), num_processors=1)
+    break_gpu(layer._backend.gpu)
+    with pytest.raises(Broken):
+        layer(random_tokens(CONFIG))
+    layer.close()
+    assert layer._heap is None
+
+
+class Stop(BaseException):
+    """As KeyboardInterrupt, which pytest would take for its own."""
+
+
+def test_ctrl_c_while_leaving_leaves_the_layer_closed():
+    def interrupted(*_):
+        raise Stop
+
+    layer = make_layer(CONFIG, Weights.random(CONFIG), num_processors=1)
+    break_gpu(layer._backend.gpu)
+    layer._backend.leave = interrupted
+    with pytest.raises(Stop):
+        layer(random_tokens(CONFIG))
+    with pytest.raises(FlashMoEError, match="its last call was interrupted by Broken"):
+        layer(random_tokens(CONFIG))
+
+
+def test_a_close_that_fails_tells_the_other_ranks():
+    layer = make_layer(CONFIG, Weights.random(CONFIG), num_processors=1)
+    layer(random_tokens(CONFIG))
+    controls, heap, gpu = [rank.control for rank in layer._ranks], layer._heap, layer._backend.gpu
+    gpu.synchronize = broken
+    with pytest.raises(Broken):
+        layer.close()
+    assert [int(control[s.ABORT]) for control in controls] == [1, 1]
+    assert heap.segments == []
+
+
+def test_closing_tells_that_the_last_call_broke_the_gpu_and_closes():
+    layer = make_layer(CONFIG, Weights.random(CONFIG), num_processors=1)
+    layer(random_tokens(CONFIG))
+    break_gpu(layer._backend.gpu)
+    with pytest.raises(Broken):
+        layer.close()
+    assert layer._heap is None
+    layer.close()
+
+
+def test_table_and_epochs_are_there_before_any_call(layer):
+    backend = layer._backend
+    assert [backend.epoch(position, 0) for position in range(CONFIG.num_ranks)] == [0, 0]
+    layer(random_tokens(CONFIG))
+    assert [stats.epoch for stats in layer.stats] == [1, 1]
+    assert np.all(backend._left == 0)
