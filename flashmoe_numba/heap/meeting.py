@@ -45,7 +45,8 @@ class Meeting:
         failed = [text for text in everybody if text]
         different = [rank_idx for rank_idx, text in enumerate(texts) if text != texts[0]]
         if failed or different:
-            self._free()  # as all ranks do now
+            with contextlib.suppress(Exception):  # the error that is raised next is the one to tell
+                self._free()  # as all ranks do now
         if error is not None:
             raise error
         if failed:

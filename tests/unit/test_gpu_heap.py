@@ -116,3 +116,9 @@ def test_no_rank_frees_what_another_has_mapped_and_none_waits_for_ever(monkeypat
         assert "close" not in verbs[verbs.index("free") :], log
     if verb in ("", "open"):
         assert sorted(rank for done, rank in log if done == "free") == [0, 1, 2]
+
+
+def test_an_error_of_cleaning_up_hides_none_that_made_it_necessary():
+    errors, _ = set_up(2, {0: "close", 1: "open"})
+    assert str(errors[0]) == "another rank could not start: rank 1: open"
+    assert isinstance(errors[1], MemoryError)
