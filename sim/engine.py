@@ -130,6 +130,7 @@ class _Engine:
         self.cause = [NONE] * graph.num_nodes
         self.runs: list[tuple[int, int, int, int]] = []  # (node, count, start, end)
         self.paths_left: list[int] = []  # of each run: links that its bytes are still on
+        self.run_arrive_ns: list[int] = []
 
     def start(self) -> None:
         for node in range(self.graph.num_nodes):
@@ -192,6 +193,7 @@ class _Engine:
         end = time + self.duration_ns[node]
         self.runs.append((node, count, time, end))
         self.paths_left.append(0)
+        self.run_arrive_ns.append(0)
         self.schedule(end, self.rank[node], END, len(self.runs) - 1)
 
     def end(self, run: int, time: int) -> None:
@@ -212,6 +214,7 @@ class _Engine:
 
     def arrive(self, run: int, time: int) -> None:
         node, count, _, _ = self.runs[run]
+        self.run_arrive_ns[run] = time
         self.undone[node] -= count
         if self.undone[node]:
             return
@@ -278,6 +281,7 @@ class _Engine:
             run_count=runs[:, 1].astype(np.int32),
             run_start_ns=runs[:, 2],
             run_end_ns=runs[:, 3],
+            run_arrive_ns=np.array(self.run_arrive_ns, np.int64),
             link_bytes=np.array([link.nbytes for link in self.links], np.int64),
             link_busy_ns=np.array([link.busy_ns for link in self.links], np.int64),
             link_peak=np.array([link.peak for link in self.links], np.int64),

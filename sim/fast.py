@@ -28,9 +28,8 @@ GIVEN = ("rank", "server", "priority", "egress", "ingress", "count", "duration_n
 TIMES = ("ready_ns", "start_ns", "done_ns")
 HEAP = heap_dtype(np.int64)  # a node is an item of its server's queue
 NODE = np.dtype(
-    [(name, np.int32) for name in GIVEN[:6]]
-    + [(name, np.int32) for name in ("preds_left", "unstarted", "undone", "cause")]
-    + [(name, np.int64) for name in (*GIVEN[6:], *TIMES, "succ_start", "succ_end", *HEAP.names)]
+    [(name, np.int32) for name in (*GIVEN[:6], "preds_left", "unstarted", "undone", "cause")]
+    + [(name, np.int64) for name in (*GIVEN[6:], *TIMES, "succ_start", "succ_end", *(HEAP.names or ()))]
 )
 SERVER = np.dtype([(name, np.int64) for name in ("free", "root", "length", "peak")])
 LINK = np.dtype(
@@ -38,7 +37,8 @@ LINK = np.dtype(
     + [(name, np.int64) for name in ("rank", "since", "active", "root", "nbytes", "busy_ns", "peak", "place")]
 )
 RUN = np.dtype(
-    [("node", np.int32), ("count", np.int32), ("start_ns", np.int64), ("end_ns", np.int64), ("paths_left", np.int64)]
+    [(name, np.int32) for name in ("node", "count")]
+    + [(name, np.int64) for name in ("start_ns", "end_ns", "arrive_ns", "paths_left")]
 )
 MARK = heap_dtype(np.float64)  # two per run, one for each of its links: item 2 run + side
 
@@ -131,7 +131,7 @@ def _expected(num_links: int) -> Array:
 def _timeline(state: State) -> Timeline:
     runs = state.runs[: state.counters[NUM_RUNS]]
     node_arrays = {name: state.nodes[name].copy() for name in (*TIMES, "cause")}
-    run_arrays = {f"run_{name}": runs[name].copy() for name in ("node", "count", "start_ns", "end_ns")}
+    run_arrays = {f"run_{name}": runs[name].copy() for name in ("node", "count", "start_ns", "end_ns", "arrive_ns")}
     link_arrays = {f"link_{name}": state.links[name].copy() for name in ("nbytes", "busy_ns", "peak")}
     link_arrays["link_bytes"] = link_arrays.pop("link_nbytes")
     return Timeline(
@@ -177,7 +177,7 @@ def _loop(
 
 
 @njit(cache=True)
-def _key(counters: Any, rank: int) -> int:
+def _key(counters: Any, rank: int) -> Any:
     """The order of an event among those of its time: by rank, or a random number, and then by sequence."""
     sequence = counters[SEQUENCE]
     counters[SEQUENCE] = sequence + 1
@@ -271,6 +271,7 @@ def _end(
 @njit(cache=True)
 def _arrive(nodes: Any, succ: Any, servers: Any, counters: Any, runs: Any, events: Any, run: int, time: int) -> None:
     node = runs[run].node
+    runs[run].arrive_ns = time
     nodes[node].undone -= runs[run].count
     if nodes[node].undone > 0:
         return
@@ -309,7 +310,7 @@ def _put(links: Any, expected: Any, counters: Any, marks: Any, link: int, item: 
 
 
 @njit(cache=True)
-def _share(links: Any, link: int) -> float:
+def _share(links: Any, link: int) -> Any:
     return min(links[link].flow_gbps, links[link].gbps / links[link].active)
 
 
@@ -357,7 +358,7 @@ def _through(
 
 
 @njit(cache=True)
-def _earlier(expected: Any, a: int, b: int) -> bool:
+def _earlier(expected: Any, a: int, b: int) -> Any:
     return expected[a].time < expected[b].time or (
         expected[a].time == expected[b].time and expected[a].key < expected[b].key
     )
@@ -373,7 +374,7 @@ def _swap(links: Any, expected: Any, a: int, b: int) -> None:
 
 
 @njit(cache=True)
-def _move(links: Any, expected: Any, link: int, time: int, key: int) -> None:
+def _move(links: Any, expected: Any, link: int, time: Any, key: int) -> None:
     """Give the link another time, and the place in the heap that goes with it."""
     place = links[link].place
     expected[place].time = time

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .graph import TaskGraph
-from .policies import PolicyKnobs, build, make_knobs
+from .policies import build, make_knobs
+from .policies.common import PolicyKnobs
 from .timeline import Timeline
 from .world import World
 

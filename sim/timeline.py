@@ -26,7 +26,8 @@ class Timeline:
     ready_ns, start_ns, done_ns: `[num_nodes]`; start of the first task, completion of the last (bytes arrived).
     cause: `[num_nodes]`, the predecessor that was complete last, -1 without one.
     run_node, run_count, run_start_ns, run_end_ns: `[num_runs]` in the order in which runs started. The end is that
-        of the server's slots; bytes arrive later.
+        of the server's slots.
+    run_arrive_ns: `[num_runs]`, when the bytes or the signal of a run were there: its end, if it sends nothing.
     link_bytes, link_busy_ns: `[num_links]`, carried, and time with at least one transfer.
     link_peak: `[num_links]`, most transfers at a time.
     queue_peak: `[num_servers]`, most nodes that waited at a time for a slot.
@@ -41,6 +42,7 @@ class Timeline:
     run_count: Array
     run_start_ns: Array
     run_end_ns: Array
+    run_arrive_ns: Array
     link_bytes: Array
     link_busy_ns: Array
     link_peak: Array
