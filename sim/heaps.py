@@ -1,7 +1,7 @@
 """Heaps in record arrays for the compiled engine: one binary heap of events, and pairing heaps for queues and links.
 
 A pairing heap keeps each item's first child and next sibling, so that any number of heaps share an array as long as all
-items, and an item is pushed in constant time. Of equal keys the lower item comes first.
+items, and an item is pushed in constant time. Of equal keys the one of the lower turn comes first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EVENT = np.dtype([("time", np.int64), ("key", np.int64), ("item", np.int64)])
 
 def heap_dtype(key: Any) -> np.dtype[Any]:
     """An item of pairing heaps with keys of this type."""
-    return np.dtype([("key", key), ("child", np.int64), ("sibling", np.int64)])
+    return np.dtype([("key", key), ("turn", np.int64), ("child", np.int64), ("sibling", np.int64)])
 
 
 @njit(cache=True)
@@ -37,7 +37,7 @@ def event_push(events: Any, size: int, time: int, key: int, item: int) -> None:
 
 
 @njit(cache=True)
-def event_pop(events: Any, size: int) -> int:
+def event_pop(events: Any, size: int) -> Any:
     """Remove the first of `size` events and return its item."""
     first = events[0].item
     last = size - 1
@@ -66,7 +66,7 @@ def event_pop(events: Any, size: int) -> int:
 @njit(cache=True)
 def meld(items: Any, a: int, b: int) -> int:
     """The root of two heaps made one, neither of them empty."""
-    if items[b].key < items[a].key or (items[b].key == items[a].key and b < a):
+    if items[b].key < items[a].key or (items[b].key == items[a].key and items[b].turn < items[a].turn):
         a, b = b, a
     items[b].sibling = items[a].child
     items[a].child = b
@@ -74,9 +74,10 @@ def meld(items: Any, a: int, b: int) -> int:
 
 
 @njit(cache=True)
-def push(items: Any, root: int, item: int, key: Any) -> int:
+def push(items: Any, root: int, item: int, key: Any, turn: int) -> int:
     """The root after `item` came in."""
     items[item].key = key
+    items[item].turn = turn
     items[item].child = EMPTY
     items[item].sibling = EMPTY
     return item if root == EMPTY else meld(items, root, item)

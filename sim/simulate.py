@@ -26,8 +26,11 @@ class Simulation:
         return self.timeline.makespan_ns / 1000
 
 
-def simulate(policy: str, world: World, knobs: PolicyKnobs | None = None) -> Simulation:
+def simulate(policy: str, world: World, knobs: PolicyKnobs | None = None, *, keep_runs: bool = True) -> Simulation:
     """Run a policy in a world, by the compiled engine.
+
+    Args:
+        keep_runs: False where only nodes and links will be looked at, for very large worlds.
 
     Raises:
         ValueError: no such policy; DeadlockError: its graph can never end, which is a fault of the policy.
@@ -36,4 +39,4 @@ def simulate(policy: str, world: World, knobs: PolicyKnobs | None = None) -> Sim
 
     knobs = make_knobs(policy, {}) if knobs is None else knobs
     graph = build(policy, world, knobs)
-    return Simulation(policy=policy, knobs=knobs, world=world, graph=graph, timeline=run(graph))
+    return Simulation(policy=policy, knobs=knobs, world=world, graph=graph, timeline=run(graph, keep_runs=keep_runs))

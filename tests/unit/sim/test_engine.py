@@ -54,6 +54,15 @@ def test_the_engines_agree_with_ties_shuffled(graph, seed):
     assert_same(engine.run(graph, tie_seed=seed), fast.run(graph, tie_seed=seed))
 
 
+@given(graph=graphs(), seed=st.one_of(st.none(), st.integers(0, 2**63 - 1)))
+def test_forgetting_runs_changes_nothing_else(graph, seed):
+    kept, forgotten = fast.run(graph, tie_seed=seed), fast.run(graph, tie_seed=seed, keep_runs=False)
+    assert not forgotten.run_node.size
+    for field in fields(kept):
+        if not field.name.startswith("run_"):
+            np.testing.assert_array_equal(getattr(kept, field.name), getattr(forgotten, field.name), field.name)
+
+
 def critical_path_ns(graph):
     """The time that remains with no server and no link ever shared."""
     nodes = graph.nodes
