@@ -1,0 +1,123 @@
+"""Small worlds for tests of policies, and what a routing demands of any of them, counted on its own."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+
+from reference import MoEConfig
+from sim import engine, fast
+from sim.hardware import load_hardware
+from sim.kinds import GEMM0, GEMM1
+from sim.precision import precision
+from sim.routing import make_routing
+from sim.world import World
+
+ROUTINGS = ("even", "uniform", "zipf:1.2", "hot")
+
+
+def small_world(
+    routing="uniform",
+    num_ranks=4,
+    num_tokens=67,
+    hidden=192,
+    ffn=80,
+    num_experts=8,
+    num_topk=2,
+    gated=True,
+    hardware=None,
+    precision_name="bfloat16",
+    seed=0,
+    silent_ranks=(),
+):
+    """A world of odd sizes on H100s; the tokens of `silent_ranks` choose nothing, and no one sends to their experts
+    if the routing is "to-rank-0"."""
+    config = MoEConfig(
+        num_ranks=num_ranks,
+        num_tokens=num_tokens,
+        hidden=hidden,
+        ffn=ffn,
+        num_experts=num_experts,
+        num_topk=num_topk,
+        gated=gated,
+    )
+    made = make_routing("uniform" if routing == "to-rank-0" else routing, config, seed)
+    topk_idx = made.topk_idx.copy()
+    if routing == "to-rank-0":
+        topk_idx[made.owner[topk_idx] != 0] = -1
+    topk_idx[list(silent_ranks)] = -1
+    return World(
+        config=config,
+        hardware=load_hardware(hardware or f"{num_ranks}xH100"),
+        routing=replace(made, topk_idx=topk_idx),
+        precision=precision(precision_name),
+    )
+
+
+def odd_worlds():
+    """Worlds that policies get wrong: one of each kind, by name."""
+    return {
+        **{name: small_world(name) for name in ROUTINGS},
+        "top-1": small_world(num_topk=1, gated=False),
+        "silent rank": small_world(silent_ranks=(1,)),
+        "ranks that get nothing": small_world("to-rank-0"),
+        "nothing at all": small_world(silent_ranks=(0, 1, 2, 3)),
+        "one rank": small_world(num_ranks=1),
+        "one token": small_world(num_tokens=1),
+        "two nodes": small_world(hardware="2x2xH100"),
+        "k = E": small_world(num_topk=8, num_tokens=33),
+    }
+
+
+def run_both(graph):
+    """The timeline, which both engines must agree on."""
+    one, other = engine.run(graph), fast.run(graph)
+    for field in fields(one):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), err_msg=field.name)
+    return one
+
+
+def demanded_rows(world):
+    """`[num_ranks, num_ranks]`: rows from each source to each owner, choice by choice."""
+    rows = np.zeros((world.num_ranks, world.num_ranks), np.int64)
+    for source, choices in enumerate(world.routing.topk_idx):
+        for expert in choices[choices >= 0]:
+            rows[source, world.routing.owner[expert]] += 1
+    return rows
+
+
+def assert_computed_once(graph, world):
+    """GEMM0 and GEMM1 multiply every routed row once."""
+    config, nodes = world.config, graph.nodes
+    rows = demanded_rows(world).sum()
+    up = config.ffn * (2 if config.gated else 1)
+    for kind, per_row in ((GEMM0, 2 * config.hidden * up), (GEMM1, 2 * config.hidden * config.ffn)):
+        mine = nodes["kind"] == kind
+        useful = (nodes["useful_flops"] * nodes["count"])[mine].sum()
+        np.testing.assert_allclose(useful, rows * per_row, rtol=1e-9)
+        assert (nodes["flops"][mine] >= nodes["useful_flops"][mine]).all()
+
+
+def demanded_link_bytes(world, there, back):
+    """Bytes out of and into each rank, `there` per row to its owner and `back` per row to its source."""
+    rows = demanded_rows(world)
+    np.fill_diagonal(rows, 0)
+    moved = rows * there + rows.T * back
+    return moved.sum(axis=1), moved.sum(axis=0)
+
+
+def assert_link_bytes(graph, timeline, world, slack=0):
+    """Links carry every row there and every result back, once; `slack`: bytes that rounding may add per transfer."""
+    size = world.config.hidden
+    out, into = demanded_link_bytes(world, size * world.precision.token_bytes, size * world.precision.result_bytes)
+    carried = {True: np.zeros(world.num_ranks), False: np.zeros(world.num_ranks)}
+    for link, nbytes in zip(graph.links, timeline.link_bytes, strict=True):
+        carried[" out " in link.name][link.rank] += nbytes
+    room = slack * graph.num_tasks
+    for want, got in ((out, carried[True]), (into, carried[False])):
+        assert (got >= want - 1e-6).all() and (got <= want + room + 1e-6).all(), (want, got)
+
+
+def kind_nodes(graph, kind, rank=None):
+    """Indices of the nodes of a kind, of one rank or of all."""
+    mine = graph.nodes["kind"] == kind
+    return np.flatnonzero(mine if rank is None else mine & (graph.nodes["rank"] == rank))
