@@ -1,0 +1,159 @@
+"""Published measurements beside what the simulator says of the same layers, row by row, with the errors by group.
+
+With --fit, first finds the one rate per policy and GPU that brings its rows closest, and keeps them in sim/rates.toml.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sim.validation.cases import Case, Reason, sort_rows
+from sim.validation.compare import Group, Result, compare
+from sim.validation.fit import Fit, fit_all, write_rates
+from sim.validation.tables import FOLDER, Row, read_folder
+
+from . import UsageError
+from .sizes import add_json_argument, check_outputs, write_json
+
+WIDTH = 120
+NotCompared = Sequence[tuple[Row, Reason]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        default=FOLDER,
+        help="folder with .csv files of the columns of sim/data/README.md, instead of those there",
+    )
+    parser.add_argument("--fit", action="store_true", help="fit the rates to these tables and write sim/rates.toml")
+    add_json_argument(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compare, after fitting if asked to."""
+    check_outputs({"--json": args.json})
+    try:
+        rows = read_folder(args.data)
+    except ValueError as error:
+        raise UsageError(str(error).replace("data must be", "--data must be", 1)) from None
+    cases, rest = sort_rows(rows)
+    fits = _fit(cases) if args.fit else []
+    groups = compare(cases)
+    if args.json != "-":
+        print("\n".join(lines(len(rows), groups, rest, fits)))
+    if args.json:
+        write_json(args.json, as_json(groups, rest, fits))
+    return 0
+
+
+def _fit(cases: Sequence[Case]) -> list[Fit]:
+    fits = fit_all(cases)
+    write_rates(fits)
+    return fits
+
+
+# ---- what people read ----
+
+
+def lines(num_rows: int, groups: Sequence[Group], rest: NotCompared, fits: Sequence[Fit]) -> Iterator[str]:
+    """The whole report."""
+    yield f"simulated beside measured: {num_rows - len(rest)} of {num_rows} published rows"
+    yield "even routing; one rate per policy and GPU, everything else from the hardware presets"
+    if fits:
+        yield from _fit_lines(fits)
+    for group in groups:
+        yield from _group_lines(group)
+    yield from _summary_lines(groups)
+    yield from _rest_lines(rest)
+
+
+def _fit_lines(fits: Sequence[Fit]) -> Iterator[str]:
+    yield ""
+    yield "fitted rates, written to sim/rates.toml"
+    yield f"  {'policy':12}{'GPU':8}{'rows':>5}{'old rate':>10}{'error':>9}{'new rate':>10}{'error':>9}"
+    for fit in fits:
+        old, new = f"{fit.old_rate:10.3g}{fit.old_error:9.1%}", f"{fit.rate:10.3g}{fit.error:9.1%}"
+        yield f"  {fit.policy:12}{fit.gpu:8}{fit.num_rows:5}{old}{new}"
+
+
+def _group_lines(group: Group) -> Iterator[str]:
+    key, rule = group.key, group.results[0].case.rule
+    yield ""
+    yield f"{key.policy} on {key.gpu}, {key.quantity}: {key.system}, {key.source}"
+    if rule.why_not:
+        yield f"  not fitted: {rule.why_not}"
+    units = f"{'simulated ' + key.unit:>16}{'measured ' + key.unit:>15}{'error':>9}"
+    yield f"  {'hardware':10}{'tokens':>7}{'hidden':>7}{'ffn':>7}{'experts':>8}{'k':>3}{units}"
+    for result in group.results:
+        yield _result_line(result)
+
+
+def _result_line(result: Result) -> str:
+    world, config = result.case.world, result.case.world.config
+    sizes = f"{config.num_tokens:7}{config.hidden:7}{config.ffn:7}{config.num_experts:8}{config.num_topk:3}"
+    values = f"{result.simulated:16,.1f}{result.case.measured:15,.1f}{result.error:+9.1%}"
+    return f"  {world.hardware.name:10}{sizes}{values}"
+
+
+def _summary_lines(groups: Sequence[Group]) -> Iterator[str]:
+    yield ""
+    yield "mean of the errors without their signs, and the worst"
+    yield f"  {'policy':10}{'GPU':6}{'rows':>4}{'mean':>8}{'worst':>9}  {'':11}quantity, system, source"
+    for group in groups:
+        key = group.key
+        errors = f"{len(group.results):4}{group.mean_error:8.1%}{group.worst.error:+9.1%}"
+        fitted = "fitted" if group.results[0].case.rule.fitted else "not fitted"
+        yield f"  {key.policy:10}{key.gpu:6}{errors}  {fitted:11}{key.quantity}, {key.system}, {key.source}"
+
+
+def _rest_lines(rest: NotCompared) -> Iterator[str]:
+    yield ""
+    yield f"not compared: {len(rest)} rows"
+    for why, count in Counter(reason.why for _, reason in rest).most_common():
+        what = dict.fromkeys(reason.what for _, reason in rest if reason.why == why)
+        line = f"  {count:4}  {why}: {'; '.join(what)}"
+        yield line if len(line) <= WIDTH else f"{line[: WIDTH - 4].rstrip()} ..."
+
+
+# ---- what programs read ----
+
+
+def as_json(groups: Sequence[Group], rest: NotCompared, fits: Sequence[Fit]) -> dict[str, Any]:
+    return {
+        "groups": [_group_json(group) for group in groups],
+        "not_compared": [{**asdict(row), "reason": reason.why, "what": reason.what} for row, reason in rest],
+        "fits": [asdict(fit) for fit in fits],
+    }
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    rule = group.results[0].case.rule
+    errors = {"mean_error": group.mean_error, "worst_error": group.worst.error}
+    return {
+        **group.key._asdict(),
+        "fitted": rule.fitted,
+        "why_not": rule.why_not,
+        **errors,
+        "results": [_result_json(result) for result in group.results],
+    }
+
+
+def _result_json(result: Result) -> dict[str, Any]:
+    case = result.case
+    return {
+        "row": asdict(case.row),
+        "hardware": case.world.hardware.name,
+        "config": asdict(case.world.config),
+        "precision": case.world.precision.name,
+        "knobs": dict(case.rule.knobs),
+        "simulated": result.simulated,
+        "measured": case.measured,
+        "error": result.error,
+    }

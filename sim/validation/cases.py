@@ -1,0 +1,161 @@
+"""A published row as a simulation: the policy, the world and the quantity; or the reason why it is none.
+
+The published benchmarks do not state their routing, so it is taken as even. Hardware comes from the column's text: a
+GPU kind that has a preset, and as many ranks as the ep column says, else as many GPUs as the text does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from reference import MoEConfig
+
+from ..hardware import Hardware, hardware_names, load_hardware
+from ..policies import POLICY_NAMES, make_knobs
+from ..precision import precision
+from ..rates import gpu_kind
+from ..routing import make_routing
+from ..simulate import Simulation, simulate
+from ..world import World
+from .rules import RULES, Rule
+from .tables import Row
+
+ROUTING = "even"
+DTYPES = {  # of tables: ours
+    "bf16": "bfloat16",
+    "bf16/fp16": "bfloat16",
+    "fp16": "float16",
+    "tf32": "float32",
+    "fp8": "fp8",
+    "fp8 act x fp4 weight": "fp8xfp4",
+}
+GPU_COUNT = re.compile(r"(\d+)\s*x\s*(\d+)?", re.IGNORECASE)  # "8x H100", "8x4 A100"
+GATED = {"swiglu": True, "vanilla ffn": False}  # in notes
+
+
+class Reason(NamedTuple):
+    """Why a row is not compared: in general, and what of the row it is."""
+
+    why: str
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """One row that can be simulated."""
+
+    row: Row
+    rule: Rule
+    world: World
+    measured: float
+
+    @property
+    def rate_key(self) -> tuple[str, str]:
+        """(policy, GPU kind): what the fitted rate belongs to."""
+        return self.rule.policy, gpu_kind(self.world.hardware.name)
+
+    def simulated(self, rate: float | None = None) -> float:
+        """The quantity with this rate, by default the fitted one of the policy on the GPU."""
+        knobs = make_knobs(self.rule.policy, {**self.rule.knobs, "rate": rate})
+
+        def run(world: World) -> Simulation:
+            return simulate(self.rule.policy, world, knobs)
+
+        return self.rule.measure.of(run, self.world)
+
+
+def sort_rows(rows: Sequence[Row]) -> tuple[list[Case], list[tuple[Row, Reason]]]:
+    """The cases, and the other rows with their reasons; together as many as rows."""
+    made = [(row, make_case(row)) for row in rows]
+    cases = [case for _, case in made if isinstance(case, Case)]
+    return cases, [(row, reason) for row, reason in made if isinstance(reason, Reason)]
+
+
+def make_case(row: Row) -> Case | Reason:
+    """The row as a case, by the first rule that matches it."""
+    rule = next((rule for rule in RULES if rule.matches(row)), None)
+    if rule is None:
+        return _no_rule(row)
+    if rule.policy not in POLICY_NAMES:
+        return Reason("its policy is not there yet", rule.policy)
+    if row.unit not in rule.measure.units:
+        return Reason("its unit is not one of the quantity's", row.unit or "none")
+    if row.value is None or row.value <= 0:
+        return Reason("its value is not positive", f"{row.file}, line {row.line}")
+    world = _world(row, rule)
+    if isinstance(world, Reason):
+        return world
+    return Case(row=row, rule=rule, world=world, measured=row.value * rule.measure.units[row.unit])
+
+
+def _no_rule(row: Row) -> Reason:
+    known = any(re.fullmatch(rule.system, row.system, re.IGNORECASE) for rule in RULES)
+    if known:
+        return Reason("the quantity is not simulated", row.metric)
+    return Reason("no policy stands for the system", row.system)
+
+
+def _world(row: Row, rule: Rule) -> World | Reason:
+    hardware = _hardware(row)
+    if isinstance(hardware, Reason):
+        return hardware
+    numbers = row.dtype.lower() or rule.dtype
+    if numbers not in DTYPES:
+        return Reason("its number format is not known", numbers or "not stated")
+    sizes = _sizes(row, rule, hardware.num_gpus)
+    if isinstance(sizes, Reason):
+        return sizes
+    try:
+        config = MoEConfig(**sizes)
+        routing = make_routing(ROUTING, config)
+        return World(config=config, hardware=hardware, routing=routing, precision=precision(DTYPES[numbers]))
+    except ValueError as error:
+        return Reason("it cannot be simulated", str(error))
+
+
+def _hardware(row: Row) -> Hardware | Reason:
+    """The nodes that the row's ranks fill."""
+    kinds = sorted(hardware_names(), key=len, reverse=True)
+    kind = re.search(rf"(?:\b|x)({'|'.join(kinds)})\b", row.hardware, re.IGNORECASE)
+    if kind is None:
+        return Reason("no hardware preset", row.hardware or "not stated")
+    ranks = _num_ranks(row)
+    if ranks is None:
+        return Reason("the number of ranks is not stated", row.hardware)
+    in_node = load_hardware(kind[1]).gpus_per_node
+    nodes, rest = divmod(ranks, in_node)
+    if nodes and rest:
+        return Reason("its ranks do not fill their nodes", f"{ranks} ranks")
+    try:
+        return load_hardware(f"{nodes}x{in_node}x{kind[1]}" if nodes else f"{ranks}x{kind[1]}")
+    except ValueError as error:
+        return Reason("it cannot be simulated", str(error))
+
+
+def _num_ranks(row: Row) -> int | None:
+    """GPUs that share the layer: expert times tensor parallelism, else all that the hardware's text counts."""
+    if row.ep is not None:
+        return int(row.ep * (row.tp or 1))
+    count = GPU_COUNT.match(row.hardware)
+    return int(count[1]) * int(count[2] or 1) if count else None
+
+
+def _sizes(row: Row, rule: Rule, num_ranks: int) -> dict[str, Any] | Reason:
+    """The arguments of a `MoEConfig`."""
+    columns = {
+        "num_tokens": "tokens_per_rank",
+        "hidden": "hidden",
+        "ffn": "intermediate",
+        "num_experts": "experts",
+        "num_topk": "topk",
+    }
+    sizes = {name: getattr(row, column) for name, column in columns.items()} | {"num_ranks": num_ranks}
+    sizes |= {name: value for name, value in rule.sizes.items() if sizes[name] is None}
+    for name, value in sizes.items():
+        if value is None or value != int(value):
+            return Reason("a size is not stated, or not whole", columns[name])
+    gated = next((gated for words, gated in GATED.items() if words in row.notes.lower()), rule.gated)
+    return {name: int(value) for name, value in sizes.items()} | {"gated": gated}
