@@ -6,7 +6,8 @@ what must be complete before, broadcast against the new nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike
 from ..blocks import Blocks
 from ..cost import Cost
 from ..graph import Array, GraphBuilder
-from ..kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, JOIN, LAUNCH, PERMUTE, SEND
+from ..kinds import BARRIER, COMBINE, DISPATCH, ELEMENTWISE, GATE, GEMM0, GEMM1, JOIN, LAUNCH, PERMUTE, SEND
 from ..machine import add_machine
 from ..rates import fitted_rate
 from ..world import World
@@ -60,6 +61,7 @@ class Draft:
         rate = fitted_rate(policy, world.hardware.name) if knobs.rate is None else knobs.rate
         self.cost = Cost(world=world, slots=sm_slots, rate=rate, tile_latency_ns=knobs.tile_latency_ns)
         self.token_block = knobs.token_block
+        self.launched: list[Array] = []  # [num_ranks] each, what the hosts do, in order; parts share it
         self.ranks = np.arange(world.num_ranks)
         owner = world.routing.owner
         order = np.argsort(owner, kind="stable")
@@ -72,12 +74,43 @@ class Draft:
             self.builder.edge(before, nodes)
         return nodes
 
+    def part(self, tokens: slice) -> Draft:
+        """A draft of the same graph, on the same resources, for some tokens of every rank: a micro-batch."""
+        world = self.world
+        topk_idx = world.routing.topk_idx[:, tokens]
+        draft = copy(self)
+        draft.world = replace(
+            world,
+            config=replace(world.config, num_tokens=topk_idx.shape[1], capacity=None),
+            routing=replace(world.routing, topk_idx=topk_idx),
+        )
+        draft.cost = replace(self.cost, world=draft.world)
+        return draft
+
     # ---- by rank
 
-    def launch(self, after: ArrayLike | None = None, duration_ns: int | None = None) -> Array:
+    def launch(self, after: ArrayLike | None = None, duration_ns: ArrayLike | None = None) -> Array:
         """`[num_ranks]`: the host starts a kernel (or does something else for `duration_ns`)."""
         time = self.world.hardware.launch_ns if duration_ns is None else duration_ns
         return self.after(after, self.builder.add(LAUNCH, self.ranks, server=self.machine.host, duration_ns=time))
+
+    def begin(self, after: ArrayLike | None = None, launch_ns: ArrayLike | None = None) -> Array:
+        """`[num_ranks]`: a kernel begins: the host, which does one thing after the other, has launched it.
+
+        `after` is what comes before it in its stream.
+        """
+        self.launched.append(self.launch(self.launched[-1] if self.launched else None, launch_ns))
+        return self.after(after, self.after(self.launched[-1], self.builder.add(JOIN, self.ranks)))
+
+    def sync(self, after: Array) -> None:
+        """The hosts read a result of `after` before they launch more."""
+        read = self.launch(self.launched[-1], self.world.hardware.host_sync_ns)
+        self.launched.append(self.after(after, read))
+
+    def kernel(self, begun: Array, nodes: Array, rank: Array) -> Array:
+        """`[num_ranks]`: a kernel of the tasks `nodes`, each on its `rank`, is complete; a rank may have none."""
+        self.builder.edge(begun[rank], nodes)
+        return self.after(begun, self.gather(nodes, rank))
 
     def gate(self, after: ArrayLike | None) -> Array:
         """`[num_ranks]`: logits and top-k of all tokens of a rank."""
@@ -122,6 +155,15 @@ class Draft:
         self.builder.edge(after[source], sends)
         return self.gather(sends, target)
 
+    def collective(self, begun: Array, nbytes: Array, floor_ns: int) -> Array:
+        """`[num_ranks]`, one node: an all-to-all that begins when the last rank is there and ends for all at once.
+
+        `nbytes` is `[num_ranks, num_ranks]`, from and to; nothing is called where there is one rank.
+        """
+        met = self.barrier(begun, 0)
+        floor = floor_ns if self.world.num_ranks > 1 else 0
+        return self.barrier(self.exchange(met, nbytes, floor), 0)
+
     def gather(self, nodes: Array, rank: Array) -> Array:
         """`[num_ranks]`: joins of the nodes that belong to each rank."""
         joins = self.builder.add(JOIN, self.ranks)
@@ -157,6 +199,20 @@ class Draft:
     def gemm1(self, blocks: Blocks, tile_n: int, priority: ArrayLike = 0, source: Array | None = None) -> Array:
         """`[num_blocks]`: the second product; with `source` `[num_blocks]`, each tile goes to that rank when done."""
         return self._gemm(GEMM1, blocks, self.world.config.hidden, self.world.config.ffn, tile_n, priority, source)
+
+    def ffn(self, after: Array, blocks: Blocks, tile_n: int, launch_ns: int | None = None) -> tuple[Array, Array]:
+        """Three kernels, one after the other: the products, and the activation between them.
+
+        Returns the second product's nodes `[num_blocks]`, and `[num_ranks]`: all three are complete.
+        """
+        owner = self.world.routing.owner[blocks.expert]
+        hidden = self.kernel(self.begin(after, launch_ns), self.gemm0(blocks, tile_n), owner)
+        rows = np.bincount(owner, blocks.rows, self.world.num_ranks)
+        columns = self.world.up_columns * self.world.precision.result_bytes
+        nbytes = rows * (columns + self.world.config.ffn * self.world.precision.hidden_bytes) / 2
+        active = self.stream(self.begin(hidden, launch_ns), nbytes, ELEMENTWISE)
+        results = self.gemm1(blocks, tile_n)
+        return results, self.kernel(self.begin(active, launch_ns), results, owner)
 
     def _gemm(
         self,
