@@ -4,7 +4,8 @@ A tile of a matrix product takes the longest of three: its padded operations ove
 the weights that it must bring from memory over the slot's share of that bandwidth, and all that it reads over its share
 of the L2's; and a fixed latency beside, for filling and draining its pipeline. A GPU is shared by as many tiles as its
 stage has, at most `slots`: few tiles have more of the memory each, as far as one multiprocessor's part of the L2's
-bandwidth goes. Leaves out: that a tile's share changes while it runs.
+bandwidth goes. Fewer slots than multiprocessors are that many of them, the others being somebody else's.
+Leaves out: that a tile's share changes while it runs.
 
 Weights come from memory once per wave: row blocks of one expert that run at the same time read them from the L2. If an
 expert's matrix fits into half of the L2, all its row blocks are one wave.
@@ -49,7 +50,7 @@ class Cost:
         """
         precision, hardware = self.world.precision, self.world.hardware
         active = np.clip(tiles, 1, self.slots)
-        per_sm = np.clip(tiles, min(hardware.sms, self.slots), self.slots)  # a lone tile has a whole multiprocessor
+        per_sm = np.clip(tiles, hardware.sms, max(hardware.sms, self.slots))  # a lone tile has one multiprocessor
         rows = np.asarray(rows, np.float64)
         tensor = 2 * rows * columns * depth / (hardware.tflops[precision.arithmetic] * 1e3 * self.rate)
         weights = columns * depth * precision.weight_bytes
@@ -70,7 +71,9 @@ class Cost:
     def stream(self, nbytes: ArrayLike) -> Array:
         """Moving bytes within the GPU, read and written: each byte crosses the memory twice."""
         hardware = self.world.hardware
-        return _whole(2 * np.asarray(nbytes, np.float64) / (hardware.hbm_gbps * hardware.hbm_achieved) * self.slots)
+        memory = hardware.hbm_gbps * hardware.hbm_achieved / self.slots
+        per_slot = min(memory, hardware.l2_gbps / max(hardware.sms, self.slots))
+        return _whole(2 * np.asarray(nbytes, np.float64) / per_slot)
 
     def store(self, nbytes: ArrayLike, local: ArrayLike) -> Array:
         """Storing bytes to a peer from one slot, or moving them within the rank where `local`."""
@@ -78,10 +81,9 @@ class Cost:
         remote = _whole(np.asarray(nbytes, np.float64) / per_slot)
         return np.where(local, self.stream(nbytes), remote)
 
-    def combine(self, tokens: ArrayLike) -> Array:
-        """Reading the results of this many tokens and writing their sums."""
-        config, precision = self.world.config, self.world.precision
-        nbytes = np.asarray(tokens) * config.hidden * precision.result_bytes * (config.num_topk + 1)
+    def combine(self, tokens: ArrayLike, rows: ArrayLike) -> Array:
+        """Reading this many result rows and writing the sums of this many tokens."""
+        nbytes = (np.asarray(tokens) + np.asarray(rows)) * self.world.config.hidden * self.world.precision.result_bytes
         return self.stream(nbytes / 2) + self.tile_latency_ns
 
 

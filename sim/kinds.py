@@ -2,7 +2,8 @@
 
 RECEIVE is the OS block's work on a packet. Only rival schedules have the rest: LAUNCH is the host starting a kernel,
 BARRIER a meeting of ranks, SEND a transfer that is no packet (a collective's, a copy engine's), PERMUTE a kernel that
-moves rows within a GPU, ELEMENTWISE an activation in a kernel of its own, DENSE work beside the MoE layer. JOIN costs
+moves rows within a GPU, ELEMENTWISE an activation in a kernel of its own, DENSE work beside the MoE layer. LOAD and
+EPILOGUE are the parts of a tile before and after its product, where these run beside other tiles' products. JOIN costs
 nothing: it names the moment at which several tasks are done.
 """
 
@@ -21,8 +22,11 @@ KIND_NAMES = (
     "ELEMENTWISE",
     "DENSE",
     "JOIN",
+    "LOAD",
+    "EPILOGUE",
 )
-RECEIVE, LAUNCH, BARRIER, SEND, PERMUTE, ELEMENTWISE, DENSE, JOIN = range(len(REFERENCE_KIND_NAMES), len(KIND_NAMES))
+_OWN = range(len(REFERENCE_KIND_NAMES), len(KIND_NAMES))
+RECEIVE, LAUNCH, BARRIER, SEND, PERMUTE, ELEMENTWISE, DENSE, JOIN, LOAD, EPILOGUE = _OWN
 
 __all__ = [
     "BARRIER",
@@ -30,12 +34,14 @@ __all__ = [
     "DENSE",
     "DISPATCH",
     "ELEMENTWISE",
+    "EPILOGUE",
     "GATE",
     "GEMM0",
     "GEMM1",
     "JOIN",
     "KIND_NAMES",
     "LAUNCH",
+    "LOAD",
     "PERMUTE",
     "RECEIVE",
     "SEND",

@@ -42,7 +42,7 @@ def round_tokens(routing: SimRouting, tile_m: int, how: str = "nearest", seed: i
         raise ValueError(f"how must be one of {', '.join(WAYS)}; got {how!r}")
     random = stream(seed, ROUNDING_STREAM)
     choices = routing.topk_idx.reshape(-1, routing.num_topk).copy()  # tokens of all ranks
-    present: Array = (choices >= 0).any(axis=1)
+    present = choices.max(axis=1) >= 0
     change = _change(routing.counts.sum(axis=0), tile_m, how, int(present.sum()))
     added = _change_choices(choices, present, change, random)
     wider = _append(choices, *added).reshape(routing.num_ranks, routing.num_tokens, -1)

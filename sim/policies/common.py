@@ -87,6 +87,13 @@ class Draft:
         draft.cost = replace(self.cost, world=draft.world)
         return draft
 
+    def on(self, sm: Array, slots: int) -> Draft:
+        """A draft of the same graph whose kernels run on the servers `sm` `[num_ranks]` of `slots` slots each."""
+        draft = copy(self)
+        draft.machine = replace(self.machine, sm=sm)
+        draft.cost = replace(self.cost, slots=slots)
+        return draft
+
     # ---- by rank
 
     def launch(self, after: ArrayLike | None = None, duration_ns: ArrayLike | None = None) -> Array:
@@ -164,11 +171,17 @@ class Draft:
         floor = floor_ns if self.world.num_ranks > 1 else 0
         return self.barrier(self.exchange(met, nbytes, floor), 0)
 
-    def gather(self, nodes: Array, rank: Array) -> Array:
-        """`[num_ranks]`: joins of the nodes that belong to each rank."""
-        joins = self.builder.add(JOIN, self.ranks)
+    def gather(self, nodes: Array, rank: Array, after: ArrayLike | None = None) -> Array:
+        """`[num_ranks]`: joins of the nodes that belong to each rank; a rank that has none goes on from `after`."""
+        joins = self.after(after, self.builder.add(JOIN, self.ranks))
         self.builder.edge(nodes, joins[rank])
         return joins
+
+    def combine_kernel(self, after: ArrayLike | None, copies: ArrayLike = 0) -> Array:
+        """`[num_ranks]`: one kernel sums the results of all tokens of a rank, and `copies` of tokens with them."""
+        rows = self.world.routing.counts.sum(axis=1) + self.world.routing.num_tokens + copies
+        nbytes = rows * self.world.config.hidden * self.world.precision.result_bytes
+        return self.stream(after, nbytes / 2, COMBINE)
 
     # ---- by packet, row block and piece
 
@@ -196,9 +209,20 @@ class Draft:
         """`[num_blocks]`: the first product of each row block; who waits for what is the caller's to say."""
         return self._gemm(GEMM0, blocks, self.world.up_columns, self.world.config.hidden, tile_n, priority)
 
-    def gemm1(self, blocks: Blocks, tile_n: int, priority: ArrayLike = 0, source: Array | None = None) -> Array:
-        """`[num_blocks]`: the second product; with `source` `[num_blocks]`, each tile goes to that rank when done."""
-        return self._gemm(GEMM1, blocks, self.world.config.hidden, self.world.config.ffn, tile_n, priority, source)
+    def gemm1(
+        self,
+        blocks: Blocks,
+        tile_n: int,
+        priority: ArrayLike = 0,
+        source: Array | None = None,
+        tiles: ArrayLike | None = None,
+    ) -> Array:
+        """`[num_blocks]`: the second product; with `source` `[num_blocks]`, each tile goes to that rank when done.
+
+        With `tiles` `[num_parts, 1]`, column tiles in each part of a row block: a node each, `[num_parts, num_blocks]`.
+        """
+        columns, depth = self.world.config.hidden, self.world.config.ffn
+        return self._gemm(GEMM1, blocks, columns, depth, tile_n, priority, source, tiles)
 
     def ffn(self, after: Array, blocks: Blocks, tile_n: int, launch_ns: int | None = None) -> tuple[Array, Array]:
         """Three kernels, one after the other: the products, and the activation between them.
@@ -223,6 +247,7 @@ class Draft:
         tile_n: int,
         priority: ArrayLike,
         source: Array | None = None,
+        part_tiles: ArrayLike | None = None,
     ) -> Array:
         owner = self.world.routing.owner[blocks.expert]
         tile_n = min(tile_n, columns)
@@ -241,7 +266,7 @@ class Draft:
             peer=owner if source is None else source,
             expert=self.local[blocks.expert],
             m=blocks.m,
-            count=tiles,
+            count=tiles if part_tiles is None else part_tiles,
             server=self.machine.sm[owner],
             priority=priority,
             duration_ns=self.cost.tile(blocks.height, tile_n, depth, on_gpu, reuse),
@@ -250,25 +275,31 @@ class Draft:
             **path,
         )
 
-    def send_pieces(self, blocks: Blocks, after: Array) -> Array:
-        """`[num_pieces]`: the results of each piece go back to its source, once `after` `[num_blocks]` is complete."""
+    def send_pieces(self, blocks: Blocks, after: Array, columns: ArrayLike | None = None) -> Array:
+        """`[num_pieces]`: the results of each piece go back to its source, once `after` `[num_blocks]` is complete.
+
+        With `columns` `[num_parts, 1]` in each part of a row block, and `after` `[num_parts, num_blocks]`: by parts.
+        """
         owner = self.world.routing.owner[blocks.expert[blocks.piece_block]]
-        nbytes = blocks.piece_rows * self.world.config.hidden * self.world.precision.result_bytes
+        columns = np.asarray(self.world.config.hidden if columns is None else columns)
+        nbytes = blocks.piece_rows * columns * self.world.precision.result_bytes
         path = self.machine.transfer(owner, blocks.piece_source, nbytes)
         sends = self.builder.add(SEND, owner, peer=blocks.piece_source, m=blocks.m[blocks.piece_block], **path)
-        return self.after(after[blocks.piece_block], sends)
+        return self.after(after[..., blocks.piece_block], sends)
 
     def combine(self, blocks: Blocks, results: Array, gated: Array) -> Array:
         """`[num_ranks, num_token_blocks]`: a block of tokens is summed when `results` `[num_pieces]` has its rows."""
         routing, block = self.world.routing, self.token_block
         number = -(-routing.num_tokens // block)
-        tokens = np.minimum(block, routing.num_tokens - np.arange(number) * block)
+        start = np.arange(number) * block
+        tokens = np.minimum(block, routing.num_tokens - start)
+        rows = np.add.reduceat((routing.topk_idx >= 0).sum(axis=2), start, axis=1)
         nodes = self.builder.add(
             COMBINE,
             self.ranks[:, None],
             m=np.arange(number),
             server=self.machine.sm[:, None],
-            duration_ns=self.cost.combine(tokens),
+            duration_ns=self.cost.combine(tokens, rows),
         )
         found, pieces = blocks.combine_pieces(routing, block)
         self.builder.edge(results[pieces], nodes[found.rank, found.block])
