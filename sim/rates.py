@@ -31,3 +31,8 @@ def fitted_rate(policy: str, hardware_name: str) -> float:
     if not rates:
         return DEFAULT_RATE
     return rates.get(gpu_kind(hardware_name), sum(rates.values()) / len(rates))
+
+
+def is_fitted(policy: str, hardware_name: str) -> bool:
+    """Whether the rate was fitted to measurements of this policy on this GPU."""
+    return gpu_kind(hardware_name) in fitted_rates().get(policy, {})

@@ -1,0 +1,235 @@
+"""What a simulation says: how long, how busy, what was waited for, and how much was carried.
+
+T is the makespan, R the number of ranks, P the GPU's tensor peak for the arithmetic of the precision. An SM server is
+one whose name begins with "SM": its slots are shares of the GPU's multiprocessors. Slot time is T times all of them.
+
+Idle by cause. A free slot idles until the next task starts on its server, and that one was ready no sooner, or it would
+have taken the slot. What made it ready is the predecessor that was complete last; joins and the OS block's receiving
+are passed over to what they waited for. So all slot time is busy, or has one of the `IDLE_CAUSES`:
+
+    launch      the host's start of a kernel
+    barrier     a meeting of ranks
+    waiting     rows, results or a signal that came over a link, or work on another rank
+    dependency  work on the same GPU
+    tail        nothing more starts on the server
+
+Leaves out: why a task that started late was not ready for longer; its cause is the last one only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .graph import NONE, Array, TaskGraph
+from .kinds import BARRIER, DENSE, DISPATCH, GEMM0, GEMM1, JOIN, LAUNCH, RECEIVE, SEND
+from .rates import fitted_rate, is_fitted
+from .simulate import Simulation
+from .steps import sweep
+
+LAUNCHED, MET, WAITING, DEPENDENCY, TAIL = range(5)
+IDLE_CAUSES = ("launch", "barrier", "waiting", "dependency", "tail")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Numbers of one simulation; `dataclasses.asdict` of it is JSON.
+
+    Args:
+        policy, hardware, precision, routing: names.
+        knobs: of the policy, by name.
+        ranks, tokens: R, and tokens of each rank.
+        latency_us: T, from the start of the first task to the completion of the last on any rank, in microseconds.
+        tokens_per_s: tokens R / T.
+        tensor_busy: operations of all tasks with padding / (P R T), a share of 1.
+        useful: the same of real rows only.
+        resident: slot time in which a task holds the slot / slot time, a share of 1.
+        idle: the rest of the slot time, by `IDLE_CAUSES`; with `resident` the shares sum to 1.
+        exposed_communication_us: mean over ranks of the time in which none of GEMM0, GEMM1 and DENSE runs on the rank
+            while it is at either end of a transfer. A transfer begins when a DISPATCH or SEND starts, or another task
+            that has a path ends, and ends when all its bytes and its signal are there.
+        nvlink_bytes_max, nvlink_bytes_mean, nic_bytes_max, nic_bytes_mean: bytes carried by one link, over the links
+            of that kind of all ranks; each rank has one out and one in.
+        buffer_bytes: rows that the busiest rank holds, see `World.row_bytes`.
+        queue_peak: most nodes (groups of equal tasks) that waited at a time at one server.
+        num_tasks: tasks of all ranks.
+        rate: share of the tensor peak that tiles reach, the one fitted number.
+        rate_fitted: it was fitted to measurements of this policy on this GPU; otherwise it is given by a knob, the mean
+            over other GPUs, or a guess.
+        overlap_efficiency: T on 2 ranks / T, tokens and experts per rank the same; None if it was not asked for.
+        simulated: always true, for whoever finds the numbers alone.
+    """
+
+    policy: str
+    hardware: str
+    precision: str
+    routing: str
+    knobs: Mapping[str, Any]
+    ranks: int
+    tokens: int
+    latency_us: float
+    tokens_per_s: float
+    tensor_busy: float
+    useful: float
+    resident: float
+    idle: Mapping[str, float]
+    exposed_communication_us: float
+    nvlink_bytes_max: int
+    nvlink_bytes_mean: float
+    nic_bytes_max: int
+    nic_bytes_mean: float
+    buffer_bytes: int
+    queue_peak: int
+    num_tasks: int
+    rate: float
+    rate_fitted: bool
+    overlap_efficiency: float | None = None
+    simulated: bool = True
+
+
+def report(simulation: Simulation) -> Report:
+    """The report of a simulation.
+
+    Raises:
+        ValueError: its timeline has no runs, because they were not kept.
+    """
+    check_runs(simulation)
+    world, knobs, graph = simulation.world, simulation.knobs, simulation.graph
+    policy, hardware = simulation.policy, world.hardware.name
+    shares = slot_shares(simulation)
+    return Report(
+        policy=policy,
+        hardware=hardware,
+        precision=world.precision.name,
+        routing=world.routing.name,
+        knobs=asdict(knobs),
+        ranks=world.num_ranks,
+        tokens=world.routing.num_tokens,
+        latency_us=simulation.latency_us,
+        tokens_per_s=world.num_ranks * world.routing.num_tokens / (horizon_ns(simulation) / 1e9),
+        tensor_busy=_tensor_share(simulation, "flops"),
+        useful=_tensor_share(simulation, "useful_flops"),
+        resident=shares["resident"],
+        idle={cause: shares[cause] for cause in IDLE_CAUSES},
+        exposed_communication_us=exposed_communication_us(simulation),
+        **_link_bytes(simulation),
+        buffer_bytes=world.row_bytes,
+        queue_peak=int(simulation.timeline.queue_peak.max(initial=0)),
+        num_tasks=graph.num_tasks,
+        rate=fitted_rate(policy, hardware) if knobs.rate is None else knobs.rate,
+        rate_fitted=knobs.rate is None and is_fitted(policy, hardware),
+    )
+
+
+def horizon_ns(simulation: Simulation) -> int:
+    """The makespan, and 1 where nothing takes time, so that it can be divided by."""
+    return max(1, simulation.timeline.makespan_ns)
+
+
+def check_runs(simulation: Simulation) -> None:
+    if simulation.graph.num_tasks and not len(simulation.timeline.run_node):
+        raise ValueError("simulation must have runs: simulate with keep_runs=True")
+
+
+def _tensor_share(simulation: Simulation, field: str) -> float:
+    nodes, world = simulation.graph.nodes, simulation.world
+    operations = float((nodes["count"] * nodes[field]).sum())
+    peak = world.hardware.tflops[world.precision.arithmetic] * 1e3  # per ns
+    return operations / (peak * world.num_ranks * horizon_ns(simulation))
+
+
+def _link_bytes(simulation: Simulation) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for kind in ("NVLink", "NIC"):
+        mine = [index for index, link in enumerate(simulation.graph.links) if link.name.startswith(kind)]
+        carried = simulation.timeline.link_bytes[mine]
+        result[f"{kind.lower()}_bytes_max"] = int(carried.max(initial=0))
+        result[f"{kind.lower()}_bytes_mean"] = float(carried.mean()) if mine else 0.0
+    return result
+
+
+# ---- slots
+
+
+def sm_servers(graph: TaskGraph) -> Array:
+    """Indices of the SM servers, ascending."""
+    return np.array([index for index, server in enumerate(graph.servers) if server.name.startswith("SM")], np.int64)
+
+
+def slot_shares(simulation: Simulation) -> dict[str, float]:
+    """Shares of the slot time: `resident`, and the `IDLE_CAUSES`."""
+    graph, time, horizon = simulation.graph, simulation.timeline, horizon_ns(simulation)
+    servers = sm_servers(graph)
+    slots = np.array([graph.servers[index].slots for index in servers], np.int64)
+    server = graph.nodes["server"][time.run_node]
+    runs = np.flatnonzero(np.isin(server, servers))
+    place = np.searchsorted(servers, server[runs])
+    start, end = time.run_start_ns[runs], time.run_end_ns[runs]
+    free = sweep(place, start, end, time.run_count[runs], len(servers), horizon)
+    lost = (slots[free.group] - free.level) * (free.right - free.left)
+    order = np.lexsort((start, place))
+    clock = horizon + 1  # server and time as one number
+    following = np.searchsorted((place * clock + start)[order], free.group * clock + free.left, side="right")
+    order = np.append(order, NONE)  # after the last server's last
+    ends = (order[following] == NONE) | (place[order[following]] != free.group)
+    cause = np.where(ends, TAIL, idle_cause(simulation, time.run_node[runs[order[following]]]))
+    total = float(slots.sum()) * horizon
+    idle = np.bincount(cause, lost, minlength=len(IDLE_CAUSES)) / total
+    held = float((time.run_count[runs] * (end - start)).sum())
+    return {"resident": held / total, **dict(zip(IDLE_CAUSES, idle.tolist(), strict=True))}
+
+
+def idle_cause(simulation: Simulation, nodes: Array) -> Array:
+    """What made each of these nodes ready, by its index in `IDLE_CAUSES`."""
+    cause, fields = simulation.timeline.cause, simulation.graph.nodes
+    last = cause[nodes]
+    while True:
+        passed = np.isin(fields["kind"][last], (JOIN, RECEIVE)) & (last != NONE) & (cause[last] != NONE)
+        if not passed.any():
+            break
+        last = np.where(passed, cause[last], last)
+    over_link = (fields["egress"][last] != NONE) | (fields["ingress"][last] != NONE)
+    elsewhere = fields["rank"][last] != fields["rank"][nodes]
+    kind = fields["kind"][last]
+    known = [last == NONE, kind == LAUNCH, kind == BARRIER, over_link | elsewhere]
+    return np.select(known, [DEPENDENCY, LAUNCHED, MET, WAITING], DEPENDENCY)
+
+
+# ---- communication
+
+
+def transfers(simulation: Simulation) -> tuple[Array, Array, Array]:
+    """Rank, start and end of each transfer, once for each of its two ends."""
+    graph, time = simulation.graph, simulation.timeline
+    nodes = {name: graph.nodes[name][time.run_node] for name in ("kind", "rank", "peer", "egress", "ingress")}
+    sends = np.flatnonzero((nodes["egress"] != NONE) | (nodes["ingress"] != NONE))
+    nodes = {name: values[sends] for name, values in nodes.items()}
+    link_rank = np.array([link.rank for link in graph.links], np.int64)
+    source = np.where(nodes["egress"] != NONE, link_rank[nodes["egress"]], nodes["rank"])
+    target = np.where(nodes["ingress"] != NONE, link_rank[nodes["ingress"]], nodes["peer"])
+    whole = np.isin(nodes["kind"], (DISPATCH, SEND))
+    start = np.where(whole, time.run_start_ns[sends], time.run_end_ns[sends])
+    return np.concatenate([source, target]), np.tile(start, 2), np.tile(time.run_arrive_ns[sends], 2)
+
+
+def exposed_communication_us(simulation: Simulation) -> float:
+    """See `Report`."""
+    graph, time = simulation.graph, simulation.timeline
+    computes = np.flatnonzero(np.isin(graph.nodes["kind"][time.run_node], (GEMM0, GEMM1, DENSE)))
+    rank, start, end = transfers(simulation)
+    weight = np.zeros((len(computes) + len(rank), 2), np.int64)
+    weight[: len(computes), 0] = weight[len(computes) :, 1] = 1
+    num_ranks = simulation.world.num_ranks
+    steps = sweep(
+        np.concatenate([graph.nodes["rank"][time.run_node[computes]], rank]),
+        np.concatenate([time.run_start_ns[computes], start]),
+        np.concatenate([time.run_end_ns[computes], end]),
+        weight,
+        num_ranks,
+        horizon_ns(simulation),
+    )
+    exposed = (steps.level[:, 0] == 0) & (steps.level[:, 1] > 0)
+    return float((steps.right - steps.left)[exposed].sum()) / num_ranks / 1000

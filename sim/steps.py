@@ -1,0 +1,39 @@
+"""How many intervals are open at each moment, by group: what shares and counters of a timeline are made of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .graph import Array
+
+
+class Steps(NamedTuple):
+    """A step function of time for each group, ordered by group and time: `level` holds in `[left, right)`.
+
+    The steps of a group cover `[0, horizon)` and none is empty. `level` is `[num_steps]` or `[num_steps, num_weights]`.
+    """
+
+    group: Array
+    left: Array
+    right: Array
+    level: Array
+
+
+def sweep(group: Array, start: Array, end: Array, weight: Array, num_groups: int, horizon: int) -> Steps:
+    """The summed weights of the intervals that are open.
+
+    Args:
+        group, start, end: `[num_intervals]`, each in `[0, horizon]`.
+        weight: integers, `[num_intervals]`, or `[num_intervals, num_weights]` to sum several at once.
+    """
+    every = np.arange(num_groups)
+    edges = np.zeros((2 * num_groups, *weight.shape[1:]), np.int64)  # of the time axis
+    groups = np.concatenate([group, group, every, every])
+    time = np.concatenate([start, end, np.zeros(num_groups, np.int64), np.full(num_groups, horizon)])
+    change = np.concatenate([weight, -weight, edges])
+    order = np.lexsort((time, groups))
+    groups, time, level = groups[order], time[order], np.cumsum(change[order], axis=0)
+    kept = np.flatnonzero((groups[1:] == groups[:-1]) & (time[1:] > time[:-1]))
+    return Steps(groups[kept], time[kept], time[kept + 1], level[kept])
