@@ -13,11 +13,10 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from .engine import RANK_MASK
 from .graph import NONE, Array, TaskGraph
-from .heaps import EMPTY, EVENT, event_pop, event_push, heap_dtype, pop, push
+from .heaps import EMPTY, EVENT, compiled, event_pop, event_push, heap_dtype, pop, push
 from .timeline import Timeline, check_complete
 
 SEQUENCE_BITS = 40
@@ -149,14 +148,14 @@ def _timeline(state: State) -> Timeline:
     )
 
 
-@njit(cache=True)
+@compiled
 def _start(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any) -> None:
     for node in range(nodes.size):
         if nodes[node].preds_left == 0:
             _ready(nodes, servers, counters, runs, events, node, 0)
 
 
-@njit(cache=True)
+@compiled
 def _loop(
     nodes: Any, succ: Any, servers: Any, links: Any, expected: Any, counters: Any, runs: Any, marks: Any, events: Any,
     margin: int,
@@ -182,7 +181,7 @@ def _loop(
     return FULL
 
 
-@njit(cache=True)
+@compiled
 def _key(counters: Any, rank: int) -> Any:
     """The order of an event among those of its time: by rank, or a random number, and then by sequence."""
     sequence = counters[SEQUENCE]
@@ -193,7 +192,7 @@ def _key(counters: Any, rank: int) -> Any:
     return (high << SEQUENCE_BITS) | sequence
 
 
-@njit(cache=True)
+@compiled
 def _mix(number: Any, seed: Any) -> Any:
     """`engine.mix`."""
     z = number + (seed + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -202,7 +201,7 @@ def _mix(number: Any, seed: Any) -> Any:
     return z ^ (z >> np.uint64(31))
 
 
-@njit(cache=True)
+@compiled
 def _schedule(nodes: Any, counters: Any, runs: Any, events: Any, run: int, arrived: int, time: int) -> None:
     key = _key(counters, nodes[runs[run].node].rank)
     event_push(events, counters[NUM_WAITING], time, key, 2 * run + arrived)
@@ -212,7 +211,7 @@ def _schedule(nodes: Any, counters: Any, runs: Any, events: Any, run: int, arriv
 # ---- tasks and servers
 
 
-@njit(cache=True)
+@compiled
 def _ready(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any, node: int, time: int) -> None:
     nodes[node].ready_ns = time
     index = nodes[node].server
@@ -226,7 +225,7 @@ def _ready(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any, node
     servers[index].peak = max(servers[index].peak, servers[index].length)
 
 
-@njit(cache=True)
+@compiled
 def _serve(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any, index: int, time: int) -> None:
     """Give the free slots to what waits."""
     while servers[index].free > 0 and servers[index].root != EMPTY:
@@ -239,7 +238,7 @@ def _serve(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any, inde
         _begin(nodes, counters, runs, events, node, count, time)
 
 
-@njit(cache=True)
+@compiled
 def _begin(nodes: Any, counters: Any, runs: Any, events: Any, node: int, count: int, time: int) -> None:
     if nodes[node].unstarted == nodes[node].count:
         nodes[node].start_ns = time
@@ -260,7 +259,7 @@ def _begin(nodes: Any, counters: Any, runs: Any, events: Any, node: int, count: 
     _schedule(nodes, counters, runs, events, run, 0, end)
 
 
-@njit(cache=True)
+@compiled
 def _end(
     nodes: Any, succ: Any, servers: Any, links: Any, expected: Any, counters: Any, runs: Any, marks: Any, events: Any,
     run: int, time: int,
@@ -279,7 +278,7 @@ def _end(
         _serve(nodes, servers, counters, runs, events, index, time)
 
 
-@njit(cache=True)
+@compiled
 def _arrive(nodes: Any, succ: Any, servers: Any, counters: Any, runs: Any, events: Any, run: int, time: int) -> None:
     node = runs[run].node
     runs[run].arrive_ns = time
@@ -301,7 +300,7 @@ def _arrive(nodes: Any, succ: Any, servers: Any, counters: Any, runs: Any, event
 # ---- links
 
 
-@njit(cache=True)
+@compiled
 def _send(nodes: Any, links: Any, expected: Any, counters: Any, runs: Any, marks: Any, run: int, time: int) -> None:
     node = runs[run].node
     nbytes = runs[run].count * nodes[node].nbytes
@@ -313,7 +312,7 @@ def _send(nodes: Any, links: Any, expected: Any, counters: Any, runs: Any, marks
         _put(links, expected, counters, marks, ingress, 2 * run + 1, nbytes, runs[run].turn, time)
 
 
-@njit(cache=True)
+@compiled
 def _put(
     links: Any, expected: Any, counters: Any, marks: Any, link: int, item: int, nbytes: int, turn: int, time: int
 ) -> None:
@@ -325,12 +324,12 @@ def _put(
     _expect(links, expected, counters, marks, link, time)
 
 
-@njit(cache=True)
+@compiled
 def _share(links: Any, link: int) -> Any:
     return min(links[link].flow_gbps, links[link].gbps / links[link].active)
 
 
-@njit(cache=True)
+@compiled
 def _advance(links: Any, link: int, time: int) -> None:
     if links[link].active:
         passed = time - links[link].since
@@ -339,13 +338,13 @@ def _advance(links: Any, link: int, time: int) -> None:
     links[link].since = time
 
 
-@njit(cache=True)
+@compiled
 def _expect(links: Any, expected: Any, counters: Any, marks: Any, link: int, time: int) -> None:
     wait = ceil((marks[links[link].root].key - links[link].served) / _share(links, link))
     _move(links, expected, link, time + max(np.int64(0), np.int64(wait)), _key(counters, links[link].rank))
 
 
-@njit(cache=True)
+@compiled
 def _through(
     nodes: Any, links: Any, expected: Any, counters: Any, runs: Any, marks: Any, events: Any, link: int, time: int
 ) -> None:
@@ -373,14 +372,14 @@ def _through(
         first = marks[first].child
 
 
-@njit(cache=True)
+@compiled
 def _earlier(expected: Any, a: int, b: int) -> Any:
     return expected[a].time < expected[b].time or (
         expected[a].time == expected[b].time and expected[a].key < expected[b].key
     )
 
 
-@njit(cache=True)
+@compiled
 def _swap(links: Any, expected: Any, a: int, b: int) -> None:
     time, key, item = expected[a].time, expected[a].key, expected[a].item
     expected[a] = expected[b]
@@ -389,7 +388,7 @@ def _swap(links: Any, expected: Any, a: int, b: int) -> None:
     links[item].place = b
 
 
-@njit(cache=True)
+@compiled
 def _move(links: Any, expected: Any, link: int, time: Any, key: int) -> None:
     """Give the link another time, and the place in the heap that goes with it."""
     place = links[link].place
