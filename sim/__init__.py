@@ -1,4 +1,58 @@
 """When things happen: an event-driven simulator of distributed Mixture-of-Experts schedules, on any hardware.
 
+    config = sim.load_preset("llama-4-scout", num_ranks=8, num_tokens=2048)
+    world = sim.World(
+        config=config,
+        hardware=sim.load_hardware("8xH100"),
+        routing=sim.make_routing("uniform", config),
+        precision=sim.precision("bfloat16"),
+    )
+    sim.report(sim.simulate("flashmoe", world)).latency_us
+
 Importing it needs NumPy only; the compiled engine (`sim.fast`) needs Numba, the pictures matplotlib.
 """
+
+from reference import MoEConfig, load_preset
+
+from .hardware import Hardware, hardware_names, load_hardware
+from .placement import balance
+from .plots import plot_timeline
+from .policies import POLICY_NAMES, make_knobs
+from .policies.common import PolicyKnobs
+from .precision import PRECISIONS, Precision, precision
+from .report import IDLE_CAUSES, Report, report
+from .rounding import round_tokens
+from .routing import ROUTING_NAMES, SimRouting, make_routing
+from .simulate import Simulation, simulate
+from .timeline import DeadlockError, Timeline
+from .trace import write_chrome_trace
+from .world import World
+
+__all__ = [
+    "IDLE_CAUSES",
+    "POLICY_NAMES",
+    "PRECISIONS",
+    "ROUTING_NAMES",
+    "DeadlockError",
+    "Hardware",
+    "MoEConfig",
+    "PolicyKnobs",
+    "Precision",
+    "Report",
+    "SimRouting",
+    "Simulation",
+    "Timeline",
+    "World",
+    "balance",
+    "hardware_names",
+    "load_hardware",
+    "load_preset",
+    "make_knobs",
+    "make_routing",
+    "plot_timeline",
+    "precision",
+    "report",
+    "round_tokens",
+    "simulate",
+    "write_chrome_trace",
+]

@@ -37,3 +37,15 @@ def sweep(group: Array, start: Array, end: Array, weight: Array, num_groups: int
     groups, time, level = groups[order], time[order], np.cumsum(change[order], axis=0)
     kept = np.flatnonzero((groups[1:] == groups[:-1]) & (time[1:] > time[:-1]))
     return Steps(groups[kept], time[kept], time[kept + 1], level[kept])
+
+
+def means(steps: Steps, num_groups: int, edges: Array) -> Array:
+    """`[num_groups, len(edges) - 1]`: the mean level of each group between every two edges, which ascend."""
+    result = np.empty((num_groups, len(edges) - 1))
+    begin = np.searchsorted(steps.group, np.arange(num_groups + 1))
+    for group in range(num_groups):
+        mine = slice(begin[group], begin[group + 1])
+        left, right, level = steps.left[mine], steps.right[mine], steps.level[mine]
+        area = np.concatenate([[0], np.cumsum(level * (right - left))])  # up to each bound: linear in between
+        result[group] = np.diff(np.interp(edges, np.append(left, right[-1:]), area)) / np.diff(edges)
+    return result
