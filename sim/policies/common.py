@@ -171,9 +171,9 @@ class Draft:
         floor = floor_ns if self.world.num_ranks > 1 else 0
         return self.barrier(self.exchange(met, nbytes, floor), 0)
 
-    def gather(self, nodes: Array, rank: Array, after: ArrayLike | None = None) -> Array:
-        """`[num_ranks]`: joins of the nodes that belong to each rank; a rank that has none goes on from `after`."""
-        joins = self.after(after, self.builder.add(JOIN, self.ranks))
+    def gather(self, nodes: Array, rank: Array) -> Array:
+        """`[num_ranks]`: joins of the nodes that belong to each rank."""
+        joins = self.builder.add(JOIN, self.ranks)
         self.builder.edge(nodes, joins[rank])
         return joins
 
