@@ -21,6 +21,7 @@ COMMANDS = {
     "validate": "published measurements beside the simulator's, with the errors; fit its rates",
     "compile": "build the kernels for GPUs, without one, and check the machine code that came out",
     "cache": "where compiled kernels are kept and how much room they take; clear them",
+    "sweep": "simulate all combinations of a grid into one file, on all cores",
     "doctor": "what this machine can run and why not, each with the fix",
 }
 

@@ -1,0 +1,265 @@
+"""Sweeps: what a grid means, that a file survives its writers, and that rows do not depend on how they are run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flashmoe_numba import cli
+from flashmoe_numba.bench import launch
+from sim.grid import load_grid
+from sim.pools import process_pool
+from sim.simulate import simulate
+from sim.sweep import RowFile, missing, read_rows, run_point, run_points
+
+ROOT = Path(__file__).resolve().parents[3]
+HEAD = 'schema = 1\n[grid]\npolicy = ["flashmoe"]\nhardware = ["2xH100"]\npreset = ["laptop-tiny"]\n'
+GRID = (
+    HEAD.replace('"2xH100"', '"1xH100", "2xH100"')
+    + 'tokens = [7, 20]\nexperts = [3, 4, 32]\nrouting = ["even", "zipf:1"]\n'
+    + "[knobs]\nflashmoe = [{}, {ladder = true}]\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def outside_mpirun(monkeypatch):
+    for name in launch.RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def grid(tmp_path):
+    return write(tmp_path, GRID)
+
+
+def write(folder, text):
+    path = folder / "grid.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def by_key(rows):
+    return {row["key"]: row for row in rows}
+
+
+def test_a_grid_is_all_combinations_each_once(tmp_path, grid):
+    points = load_grid(grid)
+    assert len(points) == len({point.key for point in points}) == 2 * 2 * 3 * 2 * 2
+    assert {point.experts for point in points} == {3, 4, 32}
+    assert {point.hidden for point in points} == {16}, "sizes that are not given are the preset's"
+    assert load_grid(write(tmp_path, GRID.replace("[7, 20]", "[7, 20, 7]"))) == points
+
+
+def test_keys_are_of_the_parameters_alone(tmp_path, grid):
+    before = [point.key for point in load_grid(grid)]
+    (one,) = load_grid(write(tmp_path, HEAD))
+    assert one.key == "2b018feacf79e987", (
+        "the same on every machine and in every version, or files could not be gone on with"
+    )
+    for change in ("seed = [1]", "topk = [1]", "gated = [false]", "capacity_factor = [1]", 'precision = ["fp8"]'):
+        (other,) = load_grid(write(tmp_path, HEAD + change))
+        assert other.key != one.key
+    assert len(set(before)) == len(before)
+
+
+def test_a_row_has_every_parameter_and_the_report(grid):
+    point = next(point for point in load_grid(grid) if point.hardware == "2xH100" and point.experts == 4)
+    row = run_point(point)
+    assert row.keys() > {
+        "key",
+        "ranks",
+        "policy",
+        "hardware",
+        "preset",
+        "tokens",
+        "experts",
+        "topk",
+        "routing",
+        "knobs",
+    }
+    assert (row["ranks"], row["report"]["ranks"]) == (2, 2)
+    assert row["report"]["latency_us"] == simulate("flashmoe", point.world()).latency_us
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_capacity_is_that_of_the_factor(tmp_path):
+    sizes = "tokens = [10]\nexperts = [4]\ntopk = [2]\ncapacity_factor = [0.5, 1.0, 100.0]\n"
+    worlds = [point.world() for point in load_grid(write(tmp_path, HEAD + sizes))]
+    assert [world.config.capacity for world in worlds] == [3, 6, 10]
+    assert worlds[0].routing.counts.max() <= 3
+
+
+def test_an_impossible_combination_is_a_row_that_says_why(grid):
+    rows = [run_point(point) for point in load_grid(grid)]
+    assert {row["error"] for row in rows if "error" in row} == {
+        "num_experts must be a multiple of num_ranks=2, got 3",
+    }
+    assert sum("error" in row for row in rows) == 2 * 2 * 2
+    assert all(("error" in row) != ("report" in row) for row in rows)
+
+
+def test_rows_do_not_depend_on_the_number_of_jobs(tmp_path, grid, capsys):
+    files = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
+    for jobs, file in enumerate(files, start=1):
+        assert cli.main(["sweep", str(grid), "--out", str(file), "--jobs", str(jobs)]) == 0
+    one, two = map(read_rows, files)
+    assert len(one) == len(two) == 48
+    assert by_key(one) == by_key(two)
+    assert "48 simulated rows of the grid are in" in capsys.readouterr().out
+
+
+def test_half_a_sweep_with_a_torn_line_is_gone_on_with(tmp_path, grid):
+    points, file = load_grid(grid), tmp_path / "rows.jsonl"
+    with RowFile(file) as rows:
+        for row in run_points(missing(points, [])[:20]):
+            rows.append(row)
+    whole = file.read_bytes()
+    last = len(whole.splitlines()[-1])
+    for torn in (1, 5, last - 1):
+        file.write_bytes(whole[: len(whole) - last - 1 + torn])
+        assert len(read_rows(file)) == 19
+        with RowFile(file) as rows:
+            left = missing(points, rows.rows)
+            assert len(left) == len(points) - 19
+            for row in run_points(left):
+                rows.append(row)
+        assert by_key(read_rows(file)) == by_key(map(run_point, points))
+        assert len(read_rows(file)) == len(points)
+
+
+def test_a_sweep_that_is_killed_is_gone_on_with(tmp_path):
+    grid = write(tmp_path, GRID.replace("[7, 20]", str(list(range(100, 140)))))
+    points, file = load_grid(grid), tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "flashmoe_numba", "sweep", str(grid), "--out", str(file), "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    wait_for_rows(file, 3)
+    process.kill()
+    process.communicate()
+    before = read_rows(file)
+    assert 3 <= len(before) < len(points)
+    with RowFile(file) as rows:
+        assert rows.rows == before
+        left = missing(points, before)
+        assert len(left) == len(points) - len(before)
+        rows.append(run_point(left[0]))
+    assert read_rows(file) == [*before, run_point(left[0])]
+
+
+def wait_for_rows(file, number):
+    deadline = time.monotonic() + 60
+    while not file.exists() or file.read_bytes().count(b"\n") < number:
+        assert time.monotonic() < deadline, "the sweep writes nothing"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    grid = write(tmp_path, GRID.replace("[7, 20]", str(list(range(100, 140)))))
+    file = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "flashmoe_numba", "sweep", str(grid), "--out", str(file), "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_rows(file, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130
+    assert error == (
+        f"flashmoe sweep: interrupted; {len(read_rows(file))} of 960 rows are in {file}, "
+        "and the same command goes on from there\n"
+    )
+
+
+def test_a_worker_that_dies_stops_the_sweep_with_a_word(tmp_path, grid, capsys, monkeypatch):
+    monkeypatch.setattr("flashmoe_numba.commands.sweep.run_points", die)
+    assert cli.main(["sweep", str(grid), "--out", str(tmp_path / "rows.jsonl"), "--jobs", "2"]) == 1
+    assert "a process died, maybe for lack of memory: try fewer --jobs; 0 of 48 rows" in capsys.readouterr().err
+
+
+def die(points, pool):
+    yield pool.submit(os._exit, 1).result()
+
+
+def test_processes_end_with_their_pool():
+    with process_pool(1) as pool:
+        pid = pool.submit(os.getpid).result()
+        assert Path(f"/proc/{pid}").exists()
+        pool.submit(time.sleep, 60)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.mpi
+def test_rows_of_an_mpirun_are_the_same(tmp_path, grid):
+    file = tmp_path / "rows.jsonl"
+    command = [launch.find_mpirun(), "-n", "2", sys.executable, "-m", "flashmoe_numba", "sweep", str(grid)]
+    subprocess.run([*command, "--out", str(file)], cwd=ROOT, check=True, timeout=100, capture_output=True)
+    assert by_key(read_rows(file)) == by_key(map(run_point, load_grid(grid)))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("schema = 1\n[grid\n", " is no TOML: Expected ']' at the end of a table declaration (at line 2, column 6)"),
+    (HEAD.replace("1\n", "2\n", 1), ": schema must be 1, got 2"),
+    (HEAD + "token = [1]", ": [grid] must have only policy, hardware, preset, tokens, "),
+    (HEAD + "[knob]", ": the file must have only schema, grid, knobs; unknown: knob"),
+    ("schema = 1\ngrid = 3", ": [grid] must be a table, got 3"),
+    ('schema = 1\n[grid]\npolicy = ["flashmoe"]', ": [grid] must have policy, hardware, preset; missing: hardware"),
+    (HEAD + "tokens = 5", ": [grid] tokens must be a list of integers, got 5"),
+    (HEAD + "tokens = []", ": [grid] tokens must be a list of integers, got []"),
+    (HEAD + "tokens = [true]", ": [grid] tokens must be a list of integers, got True in it"),
+    (HEAD + "tokens = [0]", ": [grid] tokens must be at least 1, got 0"),
+    (HEAD + "gated = [1]", ": [grid] gated must be a list of true or false, got 1 in it"),
+    (HEAD + "capacity_factor = [nan]", ": [grid] capacity_factor must be positive, got nan"),
+    (HEAD + 'routing = ["cold"]', ": [grid] routing: name must be one of: even, uniform"),
+    (HEAD + 'routing = ["no.npz"]', ": [grid] routing: no such recording: no.npz"),
+    (HEAD + 'precision = ["int4"]', ": [grid] precision: precision must be one of"),
+    (HEAD.replace("2xH100", "9xH100"), ": [grid] hardware: hardware '9xH100': H100 has at least one node and 1 to 8"),
+    (HEAD.replace("flashmoe", "flushmoe"), ": [grid] policy: policy must be one of flashmoe"),
+    (HEAD.replace("laptop-tiny", "laptop"), ": [grid] preset: preset must be one of"),
+    (HEAD + "[knobs]\nflashmoe = {ladder = true}", ": [knobs] flashmoe must be a list of tables, got {'ladder': True}"),
+    (HEAD + "[knobs]\nflashmoe = [{lader = true}]", ": [knobs] flashmoe: policy flashmoe has the knobs rate, "),
+    (HEAD + "[knobs]\nflushmoe = [{}]", ": [knobs] must be for policies one of flashmoe"),
+])  # fmt: skip
+def test_a_bad_grid_is_one_line(tmp_path, capsys, text, message):
+    path = write(tmp_path, text)
+    assert cli.main(["sweep", str(path), "--out", str(tmp_path / "rows.jsonl")]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"flashmoe sweep: error: {path}{message}")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", [b"notes of mine", b"notes\n", b"{}\n", b'{"key": 1}\n', b'{"key": "a"}\n[]\n{"k'])
+def test_somebody_elses_file_is_left_alone(tmp_path, grid, capsys, content):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    assert cli.main(["sweep", str(grid), "--out", str(file)]) == 2
+    assert f"argument --out: {file}: line " in capsys.readouterr().err
+    assert file.read_bytes() == content
+
+
+def test_two_sweeps_do_not_share_a_file(tmp_path, grid, capsys):
+    file = tmp_path / "rows.jsonl"
+    with RowFile(file):
+        assert cli.main(["sweep", str(grid), "--out", str(file)]) == 2
+    assert "another sweep is writing to this file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["none.toml", "--out", "x"], "none.toml: no such file"),
+    ([".", "--out", "x"], ".: no such file"),
+    (["none.toml"], "the following arguments are required: --out"),
+    (["none.toml", "--out", "x", "--jobs", "0"], "argument --jobs: must be an integer >= 1, got '0'"),
+])  # fmt: skip
+def test_bad_flags_are_one_line(capsys, flags, message):
+    assert cli.main(["sweep", *flags]) == 2
+    assert capsys.readouterr().err == f"flashmoe sweep: error: {message}\n"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments/grids").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_example_grids_are_grids(path):
+    assert len(load_grid(path)) >= 12
