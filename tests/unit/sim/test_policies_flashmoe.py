@@ -1,0 +1,130 @@
+"""FlashMoE's schedule: all rows once, no waiting but for inputs, and its knobs."""
+
+import numpy as np
+import pytest
+from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
+
+from sim.kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, RECEIVE
+from sim.policies import build, make_knobs
+from sim.simulate import simulate
+
+WORLDS = odd_worlds()
+
+
+def graph_of(world, **knobs):
+    return build("flashmoe", world, make_knobs("flashmoe", knobs))
+
+
+@pytest.mark.parametrize("packing", ["per_source", "per_expert"])
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
+def test_every_row_goes_there_and_back_once(world, packing):
+    graph = graph_of(world, packing=packing, tile_m=16, ladder=False)
+    timeline = run_both(graph)
+    assert_computed_once(graph, world)
+    assert_link_bytes(graph, timeline, world, slack=1)
+
+
+def test_tasks_wait_for_their_own_inputs_only():
+    world = small_world("zipf:1.2")
+    graph = graph_of(world, tile_m=16)
+    kind = graph.nodes["kind"]
+    for node in range(graph.num_nodes):
+        before = graph.predecessors(node)
+        if kind[node] == DISPATCH:
+            assert (kind[before] == GATE).all() and (graph.nodes["rank"][before] == graph.nodes["rank"][node]).all()
+        if kind[node] == GEMM0:  # its packet, from its peer
+            [received] = before
+            assert kind[received] == RECEIVE
+            fields = ("rank", "peer", "expert")
+            source = graph.predecessors(received)
+            assert [graph.nodes[f][received] for f in fields] == [
+                graph.nodes["rank"][node],
+                graph.nodes["rank"][source[0]],
+                graph.nodes["expert"][node],
+            ]
+        if kind[node] == GEMM1:
+            [hidden] = before
+            assert [graph.nodes[f][hidden] for f in ("rank", "expert", "m")] == [
+                graph.nodes[f][node] for f in ("rank", "expert", "m")
+            ]
+
+
+def test_ranks_do_not_wait_for_each_other():
+    """A combine may run while another rank still gates: there is no barrier."""
+    world = small_world("even", num_tokens=2048, num_experts=4, num_topk=1)
+    graph = graph_of(world)
+    timeline = run_both(graph)
+    first = timeline.start_ns[kind_nodes(graph, COMBINE)].min()
+    assert first < timeline.done_ns[kind_nodes(graph, GEMM1)].max()
+
+
+def test_tile_counts_are_those_of_reference():
+    world = small_world("even", hidden=200, ffn=130, num_tokens=64)
+    graph = graph_of(world, tile_n=128)
+    assert set(graph.nodes["count"][kind_nodes(graph, GEMM0)]) == {3}  # 260 columns
+    assert set(graph.nodes["count"][kind_nodes(graph, GEMM1)]) == {2}
+
+
+def test_lower_tiles_and_packing_pad_less():
+    world = small_world("uniform", num_tokens=40)
+
+    def padded(**knobs):
+        graph = graph_of(world, **knobs)
+        return float((graph.nodes["flops"] * graph.nodes["count"])[kind_nodes(graph, GEMM0)].sum())
+
+    assert padded(ladder=True) < padded()
+    assert padded(packing="per_expert") < padded()
+    assert padded(packing="per_expert", ladder=True) <= padded(packing="per_expert")
+
+
+def test_without_a_gate_there_is_none():
+    assert kind_nodes(graph_of(small_world(), gate=False), GATE).size == 0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "slower"),
+    [
+        (dict(rate=0.05), True),
+        (dict(rate=0.2), False),
+        (dict(schedule_ns=10_000), True),
+        (dict(poll_ns=500_000), True),
+        (dict(tile_latency_ns=100_000), True),
+    ],
+)
+def test_knobs_move_the_latency(knobs, slower):
+    world = small_world("even", num_tokens=512, hidden=1024, ffn=1024)
+    usual, changed = (
+        simulate("flashmoe", world, make_knobs("flashmoe", dict(rate=0.1) | more)).timeline.makespan_ns
+        for more in ({}, knobs)
+    )
+    assert changed > usual if slower else changed < usual
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (dict(packing="loose"), "packing must be one of per_source, per_expert; got 'loose'"),
+        (dict(rate=0.0), r"rate must be in \(0, 1\], got 0.0"),
+        (dict(tile_m=0), "tile_m must be at least 1, got 0"),
+        (dict(poll_ns=-1), "poll_ns must be at least 0, got -1"),
+        (dict(speed=1), "policy flashmoe has the knobs rate, .*; got 'speed'"),
+    ],
+)
+def test_wrong_knobs_are_refused(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        make_knobs("flashmoe", knobs)
+
+
+def test_an_unknown_policy_lists_the_good_ones():
+    with pytest.raises(ValueError, match=r"policy must be one of .*flashmoe.*; got 'flashy'"):
+        build("flashy", small_world())
+
+
+def test_one_rank_and_eight_differ_little():
+    """Communication hides: the published Scout curve differs by less than 3 % between 1 and 8 GPUs (data/)."""
+    sizes = dict(hidden=5120, ffn=8192, num_experts=16, num_topk=1, num_tokens=2048)
+    eight = small_world("even", num_ranks=8, hardware="8xH100", **sizes)
+    one = small_world("even", num_ranks=1, hardware="8xH100", **(sizes | dict(num_experts=2)))
+    knobs = dict(rate=0.22, gate=False)
+    times = [simulate("flashmoe", world, make_knobs("flashmoe", knobs)).latency_us for world in (one, eight)]
+    np.testing.assert_allclose(times[0], times[1], rtol=0.03)

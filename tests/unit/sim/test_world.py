@@ -1,0 +1,96 @@
+"""Worlds that do not fit are refused, and paths are the machine's."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from policy_worlds import demanded_rows, odd_worlds, small_world
+
+from reference import load_preset
+from sim.cost import Cost
+from sim.graph import NONE, GraphBuilder
+from sim.hardware import load_hardware
+from sim.machine import add_machine
+from sim.precision import precision
+from sim.routing import make_routing
+from sim.world import World
+
+
+@pytest.mark.parametrize("world", odd_worlds().values(), ids=odd_worlds().keys())
+def test_traffic_is_counted_from_the_choices(world):
+    np.testing.assert_array_equal(world.traffic, demanded_rows(world))
+    np.testing.assert_array_equal(world.rows, demanded_rows(world).sum(axis=0))
+
+
+def test_more_ranks_than_gpus_are_refused():
+    with pytest.raises(ValueError, match="num_ranks must be at most the 2 GPUs of hardware 2xH100, got 4"):
+        small_world(hardware="2xH100")
+
+
+def test_what_does_not_fit_says_how_much_is_missing():
+    config = load_preset("deepseek-v3", num_ranks=8, num_tokens=128)
+    parts = dict(hardware=load_hardware("8xH100"), routing=make_routing("even", config), precision=precision("float32"))
+    # 32 experts of 3 matrices of 7168 x 2048 in 4 bytes: 5.6 GB would fit; 58 layers are not one.
+    assert World(config=config, **parts).weight_bytes == 32 * 3 * 7168 * 2048 * 4
+    small = replace(parts["hardware"], hbm_gb=5)
+    with pytest.raises(ValueError, match=r"needs 5\.\d GB \(weights 5\.6, rows 0\.\d\), 0\.\d GB more than the 5 GB"):
+        World(config=config, **(parts | dict(hardware=small)))
+
+
+def test_a_routing_for_other_sizes_is_refused():
+    world = small_world()
+    with pytest.raises(ValueError, match="routing must be for num_ranks=4, got one for 2"):
+        replace(world, routing=small_world(num_ranks=2, hardware="4xH100").routing)
+    with pytest.raises(ValueError, match="routing must be for num_experts=8, got one for 4"):
+        replace(world, routing=small_world(num_experts=4).routing)
+
+
+def test_a_precision_that_the_hardware_lacks_is_refused():
+    with pytest.raises(ValueError, match="precision fp8 computes in fp8, which 8xA100 has no rate for; it has float"):
+        small_world(hardware="8xA100", precision_name="fp8")
+
+
+def test_paths_are_nvlink_in_a_node_and_nics_between():
+    world = small_world(hardware="2x2xH100")
+    builder = GraphBuilder()
+    machine = add_machine(builder, world, 1)
+    path = machine.transfer([0, 0, 0], [0, 1, 2], 100.2)
+    names = [builder.links[link].name for link in path["egress"][1:]]
+    assert names == ["NVLink out of rank 0", "NIC out of rank 0"]
+    assert [builder.links[link].name for link in path["ingress"][1:]] == ["NVLink in of rank 1", "NIC in of rank 2"]
+    assert (path["egress"][0], path["ingress"][0], path["nbytes"][0], path["latency_ns"][0]) == (NONE, NONE, 0, 0)
+    assert path["nbytes"][1] == 101
+    hardware = world.hardware
+    want = [hardware.nvlink_latency_ns + hardware.flag_ns, hardware.nic_latency_ns + hardware.flag_ns]
+    assert path["latency_ns"][1:].tolist() == want
+
+
+def cost(slots, rate=0.5, **sizes):
+    return Cost(world=small_world(**sizes), slots=slots, rate=rate, tile_latency_ns=100)
+
+
+def test_a_tile_takes_the_longest_of_products_memory_and_cache():
+    made = cost(slots=264, rate=0.25)
+    hardware = made.world.hardware
+    tall = made.tile(128, 128, 4096, tiles=10_000, reuse=8)
+    assert tall == np.ceil(2 * 128 * 128 * 4096 / (989.4e3 * 0.25 / 264)) + 100
+    short = made.tile(1, 128, 4096, tiles=10_000)
+    assert short == np.ceil(128 * 4096 * 2 / (hardware.hbm_gbps * hardware.hbm_achieved / 264)) + 100
+    cached = made.tile(1, 128, 4096, tiles=10_000, reuse=1000)
+    assert cached == np.ceil((128 + 1) * 4096 * 2 / (hardware.l2_gbps / 264)) + 100
+
+
+def test_few_tiles_share_the_memory_among_fewer():
+    made = cost(slots=264)
+    hbm = made.world.hardware.hbm_gbps * made.world.hardware.hbm_achieved
+    tiles = 150  # more than the multiprocessors, fewer than the slots
+    assert made.tile(1, 128, 4096, tiles) == np.ceil(128 * 4096 * 2 / (hbm / 150)) + 100
+    lone, half, all_slots = (made.tile(128, 128, 4096, tiles, reuse=100) for tiles in (1, 132, 264))
+    assert lone == half < all_slots
+
+
+def test_weights_are_read_once_per_wave_unless_they_stay_in_the_cache():
+    made = cost(slots=264)
+    assert made.reuse(5, 1024, 1024, 128) == 5  # 2 MB
+    # 64 column tiles of a matrix of 134 MB: 4 row blocks at a time, so 10 of them are three waves.
+    assert made.reuse(10, 8192, 8192, 128) == 10 / 3
