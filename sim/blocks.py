@@ -7,7 +7,7 @@ of a packet in one block is a piece: what must arrive for the block, and what go
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,8 +69,13 @@ def blocks_per_source(counts: Array, heights: Array) -> Blocks:
     return Blocks(expert, m, rows, height, block, source, rows, start.reshape(counts.shape), zero, heights)
 
 
-def blocks_per_expert(counts: Array, heights: Array) -> Blocks:
-    """Row blocks packed over sources; `counts` is `[num_ranks, num_experts]` and `heights` `[num_experts]`."""
+def blocks_per_expert(counts: Array, heights: Array, leading: Array | None = None) -> Blocks:
+    """Row blocks packed over sources; `counts` is `[num_ranks, num_experts]` and `heights` `[num_experts]`.
+
+    `leading` is `[num_experts]`: the source whose packet comes first, before those of the next ranks, in a circle.
+    """
+    if leading is not None:
+        return _rotated(counts, heights, leading)
     total = counts.sum(axis=0)
     number = -(-total // heights)
     expert = np.repeat(np.arange(len(total)), number)
@@ -92,6 +97,19 @@ def blocks_per_expert(counts: Array, heights: Array) -> Blocks:
         expert, m, rows, heights[expert], block_start[of] + in_expert, source, high - low,
         start.reshape(counts.shape), first % heights, tall,
     )  # fmt: skip
+
+
+def _rotated(counts: Array, heights: Array, leading: Array) -> Blocks:
+    """Packed in the order of `leading`, then told by source again."""
+    source = (leading + np.arange(len(counts))[:, None]) % len(counts)  # [turn, expert]
+    blocks = blocks_per_expert(np.take_along_axis(counts, source, axis=0), heights)
+    turn = np.argsort(source, axis=0)  # [source, expert]
+    return replace(
+        blocks,
+        piece_source=source[blocks.piece_source, blocks.expert[blocks.piece_block]],
+        piece_start=np.take_along_axis(blocks.piece_start, turn, axis=0),
+        row_offset=np.take_along_axis(blocks.row_offset, turn, axis=0),
+    )
 
 
 def _exclusive(values: Array) -> Array:

@@ -34,12 +34,14 @@ class Cost:
     Args:
         rate: share of the tensor peak that a tile's products reach.
         tile_latency_ns: fixed part of a tile.
+        cluster: multiprocessors side by side that read a row tile from the L2 once for all of them.
     """
 
     world: World
     slots: int
     rate: float
     tile_latency_ns: int
+    cluster: int = 1
 
     def tile(self, rows: ArrayLike, columns: int, depth: int, tiles: ArrayLike, reuse: ArrayLike = 1) -> Array:
         """A tile of `[rows, depth] @ [depth, columns]`.
@@ -55,7 +57,7 @@ class Cost:
         tensor = 2 * rows * columns * depth / (hardware.tflops[precision.arithmetic] * 1e3 * self.rate)
         weights = columns * depth * precision.weight_bytes
         memory = weights / np.asarray(reuse) / (hardware.hbm_gbps * hardware.hbm_achieved)
-        cache = (weights + rows * depth * precision.token_bytes) / hardware.l2_gbps
+        cache = (weights + rows * depth * precision.token_bytes / self.cluster) / hardware.l2_gbps
         longest = np.maximum(np.maximum(tensor, cache) * per_sm, memory * active)
         return _whole(longest) + self.tile_latency_ns
 

@@ -94,6 +94,12 @@ class Draft:
         draft.cost = replace(self.cost, slots=slots)
         return draft
 
+    def servers(self, name: str, slots: int) -> Array:
+        """`[num_ranks]`: one more server on each rank."""
+        return np.array(
+            [self.builder.add_server(f"{name} of rank {rank}", rank, slots) for rank in self.ranks.tolist()]
+        )
+
     # ---- by rank
 
     def launch(self, after: ArrayLike | None = None, duration_ns: ArrayLike | None = None) -> Array:
