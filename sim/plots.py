@@ -17,7 +17,7 @@ import numpy as np
 
 from .graph import Array
 from .kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
-from .report import check_runs, horizon_ns, sm_servers, transfers
+from .report import check_runs, horizon_ns, num_slots, sm_runs, transfers
 from .simulate import Simulation
 from .steps import means, sweep
 
@@ -55,13 +55,14 @@ def plot_timeline(simulation: Simulation, file: Path) -> None:
 
 
 def _draw_bands(axes: Any, simulation: Simulation, num_ranks: int) -> None:
-    edges = _edges(simulation)
-    floor = np.zeros((num_ranks, BINS))
+    edges, kinds = _edges(simulation), colours(simulation)
+    held = np.array([held_slots(simulation, kind, num_ranks, edges) for kind in kinds]).reshape(-1, num_ranks, BINS)
+    top = np.cumsum(held, axis=0)
+    top /= max(num_slots(simulation), top.max(initial=0))  # more tasks than slots where engines run beside each other
     foot = np.arange(num_ranks)[:, None] + BAND / 2
-    for kind, colour in colours(simulation).items():
-        top = floor + held_shares(simulation, kind, num_ranks, edges)
-        _fill(axes, edges, foot - BAND * floor, foot - BAND * top, colour, KIND_NAMES[kind].lower())
-        floor = top
+    for index, (kind, colour) in enumerate(kinds.items()):
+        low = top[index - 1] if index else np.zeros((num_ranks, BINS))
+        _fill(axes, edges, foot - BAND * low, foot - BAND * top[index], colour, KIND_NAMES[kind].lower())
 
 
 def _edges(simulation: Simulation) -> Array:
@@ -78,26 +79,21 @@ def _fill(axes: Any, edges: Array, low: Array, high: Array, colour: str, label: 
 
 def colours(simulation: Simulation) -> dict[int, str]:
     """A colour for each kind of task that holds slots of multiprocessors, those that all schedules have first."""
-    graph = simulation.graph
-    on_sm = np.isin(graph.nodes["server"], sm_servers(graph))
-    kinds = set(graph.nodes["kind"][on_sm].tolist())
+    kinds = set(simulation.graph.nodes["kind"][simulation.timeline.run_node[sm_runs(simulation)]].tolist())
     others = [kind for kind in range(len(KIND_NAMES)) if kind not in COLOURS]
-    known = COLOURS | dict(zip(others, cycle(OTHERS)))
+    known = COLOURS | dict(zip(others, cycle(OTHERS), strict=False))
     return {kind: colour for kind, colour in known.items() if kind in kinds}
 
 
-def held_shares(simulation: Simulation, kind: int, num_ranks: int, edges: Array) -> Array:
-    """`[num_ranks, len(edges) - 1]`: the mean share of a rank's slots that tasks of a kind hold between two edges."""
-    graph, time = simulation.graph, simulation.timeline
-    servers = sm_servers(graph)
-    slots = np.bincount(
-        [graph.servers[index].rank for index in servers], [graph.servers[index].slots for index in servers]
-    )
-    mine = np.isin(graph.nodes["server"], servers) & (graph.nodes["kind"] == kind) & (graph.nodes["rank"] < num_ranks)
-    runs = np.flatnonzero(mine[time.run_node])
-    rank = graph.nodes["rank"][time.run_node[runs]]
-    held = (rank, time.run_start_ns[runs], time.run_end_ns[runs], time.run_count[runs])
-    return means(sweep(*held, num_ranks, horizon_ns(simulation)), num_ranks, edges) / slots[:num_ranks, None]
+def held_slots(simulation: Simulation, kind: int, num_ranks: int, edges: Array) -> Array:
+    """`[num_ranks, len(edges) - 1]`: the mean number of tasks of a kind that hold slots between every two edges."""
+    nodes, time = simulation.graph.nodes, simulation.timeline
+    runs = sm_runs(simulation)
+    node = time.run_node[runs]
+    runs = runs[(nodes["kind"][node] == kind) & (nodes["rank"][node] < num_ranks)]
+    held = (time.run_start_ns[runs], time.run_end_ns[runs], time.run_count[runs])
+    steps = sweep(nodes["rank"][time.run_node[runs]], *held, num_ranks, horizon_ns(simulation))
+    return means(steps, num_ranks, edges)
 
 
 def _draw_transfers(axes: Any, simulation: Simulation, num_ranks: int) -> None:

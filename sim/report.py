@@ -1,19 +1,22 @@
 """What a simulation says: how long, how busy, what was waited for, and how much was carried.
 
-T is the makespan, R the number of ranks, P the GPU's tensor peak for the arithmetic of the precision. An SM server is
-one whose name begins with "SM": its slots are shares of the GPU's multiprocessors. Slot time is T times all of them.
+T is the makespan, R the number of ranks, P the GPU's tensor peak for the precision's arithmetic. A GPU has S slots:
+those of its "SM slots", at least one per multiprocessor. All its servers but the OS block and the host are parts of the
+multiprocessors, so the tasks on them hold slots; where a schedule lets engines of a multiprocessor run beside each
+other, more than S tasks hold S. Slot time is T R S.
 
-Idle by cause. A free slot idles until the next task starts on its server, and that one was ready no sooner, or it would
-have taken the slot. What made it ready is the predecessor that was complete last; joins and the OS block's receiving
-are passed over to what they waited for. So all slot time is busy, or has one of the `IDLE_CAUSES`:
+Idle by cause. Free slots idle until the next task starts on the GPU's multiprocessors. What made that one ready is the
+predecessor that was complete last; joins and the OS block's receiving are passed over to what they waited for. So all
+slot time is held by tasks, or has one of the `IDLE_CAUSES`:
 
     launch      the host's start of a kernel
     barrier     a meeting of ranks
     waiting     rows, results or a signal that came over a link, or work on another rank
     dependency  work on the same GPU
-    tail        nothing more starts on the server
+    tail        nothing more starts on the GPU
 
-Leaves out: why a task that started late was not ready for longer; its cause is the last one only.
+Leaves out: all but the last of what a task waited for; tasks that are ready, but whose server has no slot while others
+have; multiprocessors that a schedule sets aside without tasks on them, which count as idle.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from .graph import NONE, Array, TaskGraph
+from .graph import NONE, Array
 from .kinds import BARRIER, DENSE, DISPATCH, GEMM0, GEMM1, JOIN, LAUNCH, RECEIVE, SEND
 from .rates import fitted_rate, is_fitted
 from .simulate import Simulation
-from .steps import sweep
+from .steps import Steps, sweep
 
+OFF_SM = ("OS block", "host")  # how the names of servers begin that are no part of the multiprocessors
 LAUNCHED, MET, WAITING, DEPENDENCY, TAIL = range(5)
 IDLE_CAUSES = ("launch", "barrier", "waiting", "dependency", "tail")
 
@@ -46,7 +50,7 @@ class Report:
         tokens_per_s: tokens R / T.
         tensor_busy: operations of all tasks with padding / (P R T), a share of 1.
         useful: the same of real rows only.
-        resident: slot time in which a task holds the slot / slot time, a share of 1.
+        resident: slot time in which tasks hold slots / slot time, a share of 1.
         idle: the rest of the slot time, by `IDLE_CAUSES`; with `resident` the shares sum to 1.
         exposed_communication_us: mean over ranks of the time in which none of GEMM0, GEMM1 and DENSE runs on the rank
             while it is at either end of a transfer. A transfer begins when a DISPATCH or SEND starts, or another task
@@ -154,32 +158,44 @@ def _link_bytes(simulation: Simulation) -> dict[str, Any]:
 # ---- slots
 
 
-def sm_servers(graph: TaskGraph) -> Array:
-    """Indices of the SM servers, ascending."""
-    return np.array([index for index, server in enumerate(graph.servers) if server.name.startswith("SM")], np.int64)
+def sm_runs(simulation: Simulation) -> Array:
+    """Indices of the runs that hold slots of multiprocessors."""
+    graph = simulation.graph
+    on_sm = [not server.name.startswith(OFF_SM) for server in graph.servers]
+    server = graph.nodes["server"][simulation.timeline.run_node]
+    return np.flatnonzero(np.array([*on_sm, False])[server])  # the last is NONE
+
+
+def num_slots(simulation: Simulation) -> int:
+    """S of the module's docstring."""
+    slots = [server.slots for server in simulation.graph.servers if server.name.startswith("SM slots")]
+    return max([simulation.world.hardware.sms, *slots])
 
 
 def slot_shares(simulation: Simulation) -> dict[str, float]:
     """Shares of the slot time: `resident`, and the `IDLE_CAUSES`."""
     graph, time, horizon = simulation.graph, simulation.timeline, horizon_ns(simulation)
-    servers = sm_servers(graph)
-    slots = np.array([graph.servers[index].slots for index in servers], np.int64)
-    server = graph.nodes["server"][time.run_node]
-    runs = np.flatnonzero(np.isin(server, servers))
-    place = np.searchsorted(servers, server[runs])
-    start, end = time.run_start_ns[runs], time.run_end_ns[runs]
-    free = sweep(place, start, end, time.run_count[runs], len(servers), horizon)
-    lost = (slots[free.group] - free.level) * (free.right - free.left)
-    order = np.lexsort((start, place))
-    clock = horizon + 1  # server and time as one number
-    following = np.searchsorted((place * clock + start)[order], free.group * clock + free.left, side="right")
-    order = np.append(order, NONE)  # after the last server's last
-    ends = (order[following] == NONE) | (place[order[following]] != free.group)
-    cause = np.where(ends, TAIL, idle_cause(simulation, time.run_node[runs[order[following]]]))
-    total = float(slots.sum()) * horizon
-    idle = np.bincount(cause, lost, minlength=len(IDLE_CAUSES)) / total
-    held = float((time.run_count[runs] * (end - start)).sum())
-    return {"resident": held / total, **dict(zip(IDLE_CAUSES, idle.tolist(), strict=True))}
+    runs, slots, num_ranks = sm_runs(simulation), num_slots(simulation), simulation.world.num_ranks
+    rank, start = graph.nodes["rank"][time.run_node[runs]], time.run_start_ns[runs]
+    steps = sweep(rank, start, time.run_end_ns[runs], time.run_count[runs], num_ranks, horizon)
+    passed = steps.right - steps.left
+    held = np.minimum(steps.level, slots)
+    following = _next_runs(rank, start, steps, horizon)
+    nodes = np.append(time.run_node[runs], NONE)[following]
+    cause = np.where(nodes == NONE, TAIL, idle_cause(simulation, nodes))
+    total = num_ranks * slots * horizon
+    idle = np.bincount(cause, (slots - held) * passed, minlength=len(IDLE_CAUSES)) / total
+    resident = float((held * passed).sum()) / total
+    return {"resident": resident, **dict(zip(IDLE_CAUSES, idle.tolist(), strict=True))}
+
+
+def _next_runs(rank: Array, start: Array, steps: Steps, horizon: int) -> Array:
+    """`[num_steps]`: the first of the runs `[num_runs]` that starts on the step's rank when it ends or later, or -1."""
+    order = np.lexsort((start, rank))
+    clock = horizon + 1  # rank and time as one number
+    place = np.searchsorted((rank * np.int64(clock) + start)[order], steps.group * clock + steps.left, side="right")
+    found = np.append(order, NONE)[place]
+    return np.where(np.append(rank, NONE)[found] == steps.group, found, NONE)
 
 
 def idle_cause(simulation: Simulation, nodes: Array) -> Array:
