@@ -1,0 +1,121 @@
+"""SonicMoE: kernels one after the other, whose tiles hide their ends behind the products of other tiles.
+
+Gate, up projection with activation, down projection, and a kernel in which each token gathers and sums its results.
+The rows of an expert are packed over all sources; they are gathered while a tile loads, so no kernel permutes them.
+Two tiles share a multiprocessor and alternate ("ping-pong"): while one multiplies, the other writes its results, and a
+third loads. A stage of many tiles takes as long as the longest of LOAD, product and EPILOGUE, not as long as their sum.
+On more than one GPU an all-to-all brings the rows before the up projection, and another the results back.
+
+Source: SonicMoE (arXiv 2512.14080) section 4 and its public code; token rounding is `sim.rounding`, for any policy.
+Knobs: see `Knobs`. Leaves out: the kernels that sort the routing, that a multiprocessor has room for only two tiles,
+that an EPILOGUE need not wait for the other tiles of its row block, and that loads and stores share the memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..blocks import Blocks, blocks_per_expert
+from ..graph import Array, TaskGraph
+from ..kinds import EPILOGUE, LOAD
+from ..world import World
+from .common import Draft, PolicyKnobs
+
+PRODUCT, LAST = -1, -2  # priorities, for stages that share slots: a tile is finished before another is begun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs(PolicyKnobs):
+    """Args:
+    tile_m, tile_n: of a tile of either product.
+    ping_pong: the stages of a tile run beside those of others; if not, one after the other in its slot.
+    save_up: the first product is written out too, beside the activation: training needs it.
+    """
+
+    tile_m: int = 128
+    tile_n: int = 256
+    ping_pong: bool = True
+    save_up: bool = False
+
+
+class _Stages(NamedTuple):
+    """Servers `[num_ranks]` of the parts of a tile around its product."""
+
+    load: Array
+    epilogue: Array
+
+
+class _Products(NamedTuple):
+    """Nodes `[num_blocks]` of `tiles` tasks each, and what the tiles of a row block write for each row."""
+
+    nodes: Array
+    tiles: int
+    row_bytes: float
+
+
+def build(world: World, knobs: Knobs) -> TaskGraph:
+    """The schedule as a graph."""
+    draft = Draft(world, knobs, "sonic", world.hardware.sms)
+    draft.cost = replace(draft.cost, tile_latency_ns=0)  # it is the time of LOAD
+    stages = _stages(draft, knobs)
+    blocks = blocks_per_expert(world.routing.counts, np.full(world.routing.num_experts, knobs.tile_m))
+    gated = draft.gate(draft.begin())
+    arrived = _exchange(draft, gated, world.traffic, world.precision.token_bytes)
+    hidden = _kernel(draft, stages, arrived, blocks, _up(draft, blocks, knobs), knobs)
+    results = _kernel(draft, stages, hidden, blocks, _down(draft, blocks, knobs), knobs)
+    returned = _exchange(draft, results, world.traffic.T, world.precision.result_bytes)
+    draft.combine_kernel(draft.begin(returned))
+    return draft.builder.build()
+
+
+def _stages(draft: Draft, knobs: Knobs) -> _Stages:
+    def servers(name: str) -> Array:
+        add, slots = draft.builder.add_server, draft.cost.slots
+        return np.array([add(f"{name} of rank {rank}", rank, slots) for rank in draft.ranks.tolist()])
+
+    if knobs.ping_pong:
+        return _Stages(servers("loads"), servers("epilogues"))
+    return _Stages(draft.machine.sm, draft.machine.sm)
+
+
+def _exchange(draft: Draft, after: Array, rows: Array, element_bytes: float) -> Array:
+    if draft.world.num_ranks == 1:
+        return after
+    nbytes = rows * draft.world.config.hidden * element_bytes
+    return draft.collective(draft.begin(after), nbytes, draft.world.hardware.barrier_ns)
+
+
+def _up(draft: Draft, blocks: Blocks, knobs: Knobs) -> _Products:
+    world, columns = draft.world, draft.world.up_columns
+    saved = columns * world.precision.result_bytes if knobs.save_up else 0
+    nodes = draft.gemm0(blocks, knobs.tile_n, PRODUCT)
+    return _Products(nodes, -(-columns // knobs.tile_n), world.config.ffn * world.precision.hidden_bytes + saved)
+
+
+def _down(draft: Draft, blocks: Blocks, knobs: Knobs) -> _Products:
+    columns = draft.world.config.hidden
+    nodes = draft.gemm1(blocks, knobs.tile_n, PRODUCT)
+    return _Products(nodes, -(-columns // knobs.tile_n), columns * draft.world.precision.result_bytes)
+
+
+def _kernel(draft: Draft, stages: _Stages, after: Array, blocks: Blocks, products: _Products, knobs: Knobs) -> Array:
+    """`[num_ranks]`: a kernel of these products, each tile loaded before and written after, is complete."""
+    begun, owner = draft.begin(after), draft.world.routing.owner[blocks.expert]
+    names: dict[str, ArrayLike] = {"expert": draft.local[blocks.expert], "m": blocks.m, "count": products.tiles}
+    loads = draft.builder.add(LOAD, owner, server=stages.load[owner], duration_ns=knobs.tile_latency_ns, **names)
+    draft.builder.edge(begun[owner], loads)
+    written = blocks.rows * products.row_bytes / products.tiles
+    ends = draft.builder.add(
+        EPILOGUE,
+        owner,
+        server=stages.epilogue[owner],
+        priority=LAST,
+        duration_ns=draft.cost.stream(written / 2),  # written, but not read
+        **names,
+    )
+    draft.after(draft.after(loads, products.nodes), ends)
+    return draft.kernel(begun, ends, owner)

@@ -1,0 +1,88 @@
+"""T3: hardware counts the stores of the second product, and copy engines send what is complete.
+
+Gate, an all-to-all of the rows by copy engines, the first product, then the second: a tracker of each GPU counts the
+stores into every part of a row block, and the last one triggers a copy that was programmed before. It costs no slot and
+the product goes on meanwhile. The memory at the destination adds what arrives ("op and store"), so there is no COMBINE.
+So that ranks do not all send to the same one, rank r begins with the row blocks whose rows came from rank r + 1.
+
+Source: T3 (arXiv 2401.16677) sections 4 and 5, which has it for the reduce-scatter of tensor parallelism; here what is
+sent goes straight to the source of its rows. Rows of an expert are packed over all sources.
+Knobs: see `Knobs`. Leaves out: the memory's arbitration between products and copies (here copies cost products
+nothing), the number of copy engines, and the time that memory takes to add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..blocks import Blocks, blocks_per_expert
+from ..graph import Array, TaskGraph
+from ..world import World
+from .common import Draft, PolicyKnobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs(PolicyKnobs):
+    """Args:
+    tile_m, tile_n: of a tile of either product.
+    trigger_tiles: column tiles of a row block that are sent at once.
+    tracker_entries: parts of row blocks that a rank can have under way; an entry is free when its copy is triggered.
+    op_and_store: results are added where they arrive; if not, a COMBINE kernel sums them when all are there.
+    stagger: ranks begin with different destinations; if not, all with rank 0.
+    """
+
+    tile_m: int = 128
+    tile_n: int = 128
+    trigger_tiles: int = 4
+    tracker_entries: int = 256
+    op_and_store: bool = True
+    stagger: bool = True
+
+
+def build(world: World, knobs: Knobs) -> TaskGraph:
+    """The schedule as a graph."""
+    draft = Draft(world, knobs, "t3", world.hardware.sms)
+    blocks = blocks_per_expert(world.routing.counts, np.full(world.routing.num_experts, knobs.tile_m))
+    owner = world.routing.owner[blocks.expert]
+    gated = draft.gate(draft.begin())
+    nbytes = world.traffic * world.config.hidden * world.precision.token_bytes
+    arrived = draft.collective(draft.begin(gated), nbytes, world.hardware.barrier_ns)
+    hidden = draft.kernel(draft.begin(arrived), draft.gemm0(blocks, knobs.tile_n), owner)
+    tiles, columns = _parts(world.config.hidden, knobs)
+    turn = _turn(world, blocks, knobs)
+    parts = draft.gemm1(blocks, knobs.tile_n, turn, tiles=tiles)
+    rank = np.broadcast_to(owner, parts.shape).ravel()
+    by_turn = np.lexsort((parts.ravel(), np.broadcast_to(turn, parts.shape).ravel(), rank))
+    in_turn, rank = parts.ravel()[by_turn], rank[by_turn]  # a kernel starts its tasks in the order given
+    _share_tracker(draft, in_turn, rank, knobs.tracker_entries)
+    produced = draft.kernel(draft.begin(hidden), in_turn, rank)
+    sent = draft.send_pieces(blocks, parts, columns)
+    returned = draft.gather(sent, np.broadcast_to(blocks.piece_source, sent.shape))
+    if not knobs.op_and_store:
+        draft.combine_kernel(draft.after(returned, draft.begin(produced)))
+    return draft.builder.build()
+
+
+def _parts(hidden: int, knobs: Knobs) -> tuple[Array, Array]:
+    """`[num_parts, 1]`: column tiles, and columns, of each part of a row block of results."""
+    step = knobs.trigger_tiles * knobs.tile_n
+    start = np.arange(0, hidden, step)
+    columns = np.minimum(step, hidden - start)[:, None]
+    return -(-columns // knobs.tile_n), columns
+
+
+def _turn(world: World, blocks: Blocks, knobs: Knobs) -> Array:
+    """`[num_blocks]`: which turn a block has on its rank: by the source of its first row."""
+    first = np.full(len(blocks.expert), world.num_ranks)
+    np.minimum.at(first, blocks.piece_block, blocks.piece_source)
+    own = world.routing.owner[blocks.expert] if knobs.stagger else -1
+    turn: Array = (first - own - 1) % world.num_ranks
+    return turn
+
+
+def _share_tracker(draft: Draft, in_turn: Array, rank: Array, entries: int) -> None:
+    """A part of a row block begins when the one of its rank that had its tracker entry before is complete."""
+    same = rank[:-entries] == rank[entries:]
+    draft.builder.edge(in_turn[:-entries][same], in_turn[entries:][same])
