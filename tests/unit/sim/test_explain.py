@@ -119,6 +119,15 @@ def test_who_held_the_server_is_by_slot_time():
     assert (step.slot_ns, shares[GEMM1], shares[GEMM0]) == (8, 16 / 24, 8 / 24)
 
 
+def test_a_slot_is_freed_on_its_own_server():
+    builder = GraphBuilder()
+    other, mine = (builder.add_server(name, 0, 1) for name in ("other", "mine"))
+    builder.add(GEMM0, 0, server=[other, mine, mine], duration_ns=[5, 5, 9])
+    timeline = run(graph := builder.build())
+    (step,) = explain(graph, timeline).steps
+    assert timeline.run_node[step.freed_by] == 1
+
+
 def test_an_empty_graph_has_an_empty_path():
     graph = GraphBuilder().build()
     assert explain(graph, run(graph)).totals_ns == dict.fromkeys(CATEGORIES, 0)
