@@ -105,15 +105,20 @@ def demanded_link_bytes(world, there, back):
     return moved.sum(axis=1), moved.sum(axis=0)
 
 
+def carried_bytes(graph, timeline, num_ranks):
+    """`[2, num_ranks]`: bytes that links carried out of and into each rank."""
+    carried = np.zeros((2, num_ranks), np.int64)
+    for link, nbytes in zip(graph.links, timeline.link_bytes, strict=True):
+        carried[0 if " out " in link.name else 1, link.rank] += nbytes
+    return carried
+
+
 def assert_link_bytes(graph, timeline, world, slack=0):
     """Links carry every row there and every result back, once; `slack`: bytes that rounding may add per transfer."""
     size = world.config.hidden
     out, into = demanded_link_bytes(world, size * world.precision.token_bytes, size * world.precision.result_bytes)
-    carried = {True: np.zeros(world.num_ranks), False: np.zeros(world.num_ranks)}
-    for link, nbytes in zip(graph.links, timeline.link_bytes, strict=True):
-        carried[" out " in link.name][link.rank] += nbytes
     room = slack * graph.num_tasks
-    for want, got in ((out, carried[True]), (into, carried[False])):
+    for want, got in zip((out, into), carried_bytes(graph, timeline, world.num_ranks), strict=True):
         assert (got >= want - 1e-6).all() and (got <= want + room + 1e-6).all(), (want, got)
 
 

@@ -1,0 +1,212 @@
+"""COMET: two fused kernels, in which tiles are ordered so that rows which arrive late and results due early fit.
+
+Layer 0: a copy stream per rank fetches the tokens of the other ranks, one rank after the other and the own ones first,
+while the kernel multiplies: rows of an expert are sorted by source in that order, and a row block runs when the last
+of its sources has arrived. Copy engines move the tokens, so no multiprocessor is spent, but the host issues every copy
+and waits for the counts before it can launch the kernel. A barrier and an activation kernel follow. Layer 1: tiles go
+column block by column block; `num_comm_blocks` of the kernel's blocks sum the results of a finished column block over
+the experts of their rank, one row per token, and store them at the token's rank, which adds up what the ranks sent.
+
+With `tensor_parallel`, a group of that many ranks owns together what its ranks own by blocked placement: each computes
+ffn / tensor_parallel columns of all rows of the group's experts.
+
+Source: COMET (arXiv 2502.19811) and the public code bytedance/flux: src/moe_ag_scatter (copies, sort by source, counts
+read back by the host), src/moe_gather_rs (column blocks, communication blocks), docs/tuning_guide.md (tiles, blocks).
+Knobs: see `Knobs`. Leaves out: fetching tokens of another node once for all its ranks, tiles that wait in their slot
+for rows instead of letting others run, and the tuning of tiles and `num_comm_blocks` for each shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from ..blocks import Blocks, blocks_per_expert
+from ..graph import Array, TaskGraph
+from ..kinds import COMBINE, ELEMENTWISE, JOIN, SEND
+from ..routing import SimRouting
+from ..world import World
+from .common import Draft, PolicyKnobs
+
+INDEX_BYTES = 4  # of a row, in the sorted order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs(PolicyKnobs):
+    """Args:
+    tile_m, tile_n: of a tile of either product; flux's tuned kernels for Hopper have 128 x 256.
+    tensor_parallel: ranks that share each expert's ffn columns; must divide the number of ranks, and ffn.
+    stages: "layer", or "layer0": up to the barrier after the first product, as flux measures it (no gate).
+    gather: "all" tokens go to every rank, as in flux, or only those "routed" to it.
+    column_blocks: column blocks of layer 1, at most one per tile; flux's n_split.
+    num_comm_blocks: blocks of layer 1 that communicate; flux's tuning gives 26, the paper 18 to 46.
+    gate: simulate the gate.
+    """
+
+    tile_m: int = 128
+    tile_n: int = 256
+    tensor_parallel: int = 1
+    stages: str = "layer"
+    gather: str = "all"
+    column_blocks: int = 4
+    num_comm_blocks: int = 26
+    gate: bool = True
+
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"stages": ("layer", "layer0"), "gather": ("all", "routed")}
+
+
+def build(world: World, knobs: Knobs) -> TaskGraph:
+    """The schedule as a graph.
+
+    Raises:
+        ValueError: `tensor_parallel` or `num_comm_blocks` does not fit the world.
+    """
+    sms = world.hardware.sms
+    if knobs.num_comm_blocks >= sms:
+        raise ValueError(f"num_comm_blocks must be less than the {sms} SMs of a GPU, got {knobs.num_comm_blocks}")
+    world = shared_experts(world, knobs.tensor_parallel)
+    draft = Draft(world, knobs, "comet", sms)
+    routing = world.routing
+    blocks = blocks_per_expert(routing.counts, np.full(routing.num_experts, knobs.tile_m), leading=routing.owner)
+    met = _layer0(draft, blocks, knobs)
+    if knobs.stages == "layer":
+        _layer1(draft, blocks, _activate(draft, met), knobs)
+    return draft.builder.build()
+
+
+def shared_experts(world: World, size: int) -> World:
+    """The world in which each expert is cut into `size` experts of ffn / size, one on each rank of its group."""
+    if world.num_ranks % size:
+        raise ValueError(f"tensor_parallel must divide num_ranks={world.num_ranks}, got {size}")
+    if world.config.ffn % size:
+        raise ValueError(f"tensor_parallel must divide ffn={world.config.ffn}, got {size}")
+    routing, part = world.routing, np.arange(size)
+    choices = routing.topk_idx[..., None]
+    topk_idx = np.where(choices < 0, -1, choices * size + part).reshape(*choices.shape[:2], -1)
+    owner = routing.owner[:, None] // size * size + part
+    cut = SimRouting(
+        name=routing.name,
+        num_experts=owner.size,
+        topk_idx=topk_idx.astype(np.int32),
+        owner=owner.ravel().astype(np.int32),
+    )
+    return replace(world, config=replace(world.config, ffn=world.config.ffn // size), routing=cut)
+
+
+def routed_tokens(routing: SimRouting) -> Array:
+    """`[num_ranks, num_ranks]`: tokens of each source with at least one expert on each rank, each counted once."""
+    tokens = np.zeros((routing.num_ranks, routing.num_ranks), np.int64)
+    for source, choices in enumerate(routing.topk_idx):
+        token, choice = np.nonzero(choices >= 0)
+        pairs = np.unique(token * routing.num_ranks + routing.owner[choices[token, choice]])
+        tokens[source] = np.bincount(pairs % routing.num_ranks, minlength=routing.num_ranks)
+    return tokens
+
+
+# ---- layer 0
+
+
+def _layer0(draft: Draft, blocks: Blocks, knobs: Knobs) -> Array:
+    """`[num_ranks]`: all ranks are through with layer 0."""
+    world = draft.world
+    gated = draft.gate(draft.begin()) if knobs.gate and knobs.stages == "layer" else None
+    own_bytes = np.full(world.num_ranks, world.routing.num_tokens * world.config.hidden * world.precision.token_bytes)
+    ready = draft.barrier(draft.stream(draft.begin(gated), own_bytes))  # the own rows are where peers fetch them
+    arrived = _gather(draft, ready, knobs)
+    rows_sorted = draft.stream(draft.begin(ready), INDEX_BYTES * world.rows)
+    draft.sync(rows_sorted)  # the host needs the counts to set the products up
+    owner = world.routing.owner[blocks.expert]
+    products = draft.gemm0(blocks, knobs.tile_n, priority=arrival_turn(world, blocks))
+    draft.builder.edge(arrived[blocks.piece_source, owner[blocks.piece_block]], products[blocks.piece_block])
+    done = draft.kernel(draft.begin(rows_sorted), products, owner)
+    return draft.barrier(np.concatenate([done, arrived.ravel()]))
+
+
+def arrival_turn(world: World, blocks: Blocks) -> Array:
+    """`[num_blocks]`: how many ranks on from the own one the last source of each row block is."""
+    turn = np.zeros(len(blocks.expert), np.int64)
+    owner = world.routing.owner[blocks.expert[blocks.piece_block]]
+    np.maximum.at(turn, blocks.piece_block, (blocks.piece_source - owner) % world.num_ranks)
+    return turn
+
+
+def _gather(draft: Draft, ready: Array, knobs: Knobs) -> Array:
+    """`[num_ranks, num_ranks]`, source and rank: that rank has the source's tokens, fetched one source at a time."""
+    world, rank = draft.world, draft.ranks
+    turn = np.arange(1, world.num_ranks)[:, None]
+    source = (rank + turn) % world.num_ranks  # [turn, rank]
+    tokens = np.full(source.shape, world.routing.num_tokens)
+    if knobs.gather == "routed":
+        tokens = routed_tokens(world.routing)[source, rank]
+    path = draft.machine.transfer(source, rank, tokens * world.config.hidden * world.precision.token_bytes)
+    copies = draft.builder.add(SEND, source, peer=rank, m=turn, **path)
+    issued = draft.begin(ready, world.hardware.launch_ns * len(turn))
+    draft.builder.edge(np.concatenate([issued[None], copies])[:-1], copies)
+    arrived = np.empty((world.num_ranks, world.num_ranks), np.int32)
+    arrived[rank, rank] = ready
+    arrived[source, rank] = copies
+    return arrived
+
+
+# ---- layer 1
+
+
+def _activate(draft: Draft, met: Array) -> Array:
+    """`[num_ranks]`: the activation kernel."""
+    world = draft.world
+    nbytes = world.rows * (world.up_columns + world.config.ffn) / 2 * world.precision.hidden_bytes
+    return draft.stream(draft.begin(met), nbytes, ELEMENTWISE)
+
+
+def _layer1(draft: Draft, blocks: Blocks, activated: Array, knobs: Knobs) -> None:
+    world, sms = draft.world, draft.world.hardware.sms
+    owner = world.routing.owner[blocks.expert]
+    tiles = -(-world.config.hidden // knobs.tile_n)
+    column = np.arange(min(knobs.column_blocks, tiles))[:, None]  # column blocks
+    count = np.diff(np.arange(len(column) + 1) * tiles // len(column))[:, None]
+    compute = draft.on(draft.servers("compute blocks", sms - knobs.num_comm_blocks), sms)  # a slot is still one SM
+    products = compute.gemm1(blocks, knobs.tile_n, priority=column, tiles=count)
+    begun = draft.begin(activated)
+    draft.builder.edge(begun[owner], products)
+    complete = draft.after(begun, draft.builder.add(JOIN, draft.ranks, m=column))
+    draft.builder.edge(products, complete[:, owner])
+    comm = draft.on(draft.servers("communication blocks", knobs.num_comm_blocks), knobs.num_comm_blocks)
+    _reduce(comm, complete, count / tiles)
+
+
+def _reduce(draft: Draft, complete: Array, share: Array) -> None:
+    """Sums over a rank's experts go to the token's rank, which adds up those of all ranks; by column block."""
+    world, comm, cost = draft.world, draft.machine.sm, draft.cost
+    row_bytes = world.config.hidden * world.precision.result_bytes * share  # [column_blocks, 1]
+    column = np.arange(len(share))[:, None]
+    tokens = routed_tokens(world.routing)
+    source, owner = np.nonzero(tokens)
+    count = -(-tokens[source, owner] // draft.token_block)
+    sent = row_bytes * tokens[source, owner] / count
+    read = row_bytes * world.traffic[source, owner] / count
+    sends = draft.builder.add(
+        SEND,
+        owner,
+        peer=source,
+        m=column,
+        count=count,
+        server=comm[owner],
+        priority=column,
+        duration_ns=cost.stream(read / 2) + cost.store(sent, source == owner),
+        **draft.machine.transfer(owner, source, sent),
+    )
+    draft.builder.edge(complete[:, owner], sends)
+    added = (tokens.sum(axis=1) + world.routing.num_tokens) * row_bytes  # read and written, [column_blocks, num_ranks]
+    sums = draft.builder.add(
+        COMBINE,
+        draft.ranks,
+        m=column,
+        count=cost.slots,
+        server=comm,
+        priority=column,
+        duration_ns=cost.stream(added / 2 / cost.slots) + cost.tile_latency_ns,
+    )
+    draft.builder.edge(complete, sums)
+    draft.builder.edge(sends, sums[:, source])

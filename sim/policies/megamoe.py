@@ -1,0 +1,161 @@
+"""MegaMoE: one kernel that pulls rows while it multiplies, expert after expert, and pushes results to their tokens.
+
+Ranks tell each other how many rows each expert gets, and meet in a barrier. Then every multiprocessor runs two engines
+side by side: one pulls the rows of the local experts into a pool, expert by expert, the sources in turn; the other
+multiplies, in waves of experts: the first products of a wave, then its second ones, whose results go to the token's
+rank, into a slot of their own for each choice. A second barrier, and each rank adds up its slots in fixed order.
+Row tiles hold rows of all sources of an expert, and are as high as the expected rows per expert ask for.
+
+Split in two kernels (Hopper): the second products begin when the first are all done; tiles have 64 rows always.
+Fused (Blackwell): two multiprocessors work on neighbouring tiles and share the reading of their rows.
+
+Source: DeepGEMM, the public code deepseek-ai/DeepGEMM: MegaMoE's kernels, its heuristics for tile heights and experts
+per wave (pull requests 304 and 316, and 383 for Hopper).
+Knobs: see `Knobs`. Leaves out: the pool's size (a ring whose slots are used again), results that leave tile by tile
+instead of row block by row block, a third barrier beside the reduction, and that tiles wait in their slot for rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..blocks import Blocks, blocks_per_expert
+from ..graph import Array, TaskGraph
+from ..kinds import DISPATCH, LAUNCH
+from ..world import World
+from .common import Draft, PolicyKnobs
+
+TILE_HEIGHTS = ((8.5, 16), (16.5, 32), (32.5, 64), (64.5, 96), (96.5, 128), (float("inf"), 192))  # up to so many rows
+SPLIT_TILE_HEIGHT = 64
+FUSED_TILE_COLUMNS = 128
+WIDE_FFN = 2560  # from here on, Hopper's first products are 512 columns wide
+COUNT_BYTES = 8  # of one expert's count, told to its owner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs(PolicyKnobs):
+    """Args:
+    split: two kernels instead of one.
+    tile_m: rows of a tile; None: 64 split, else 16 to 192 by the expected rows per expert.
+    tile_n: columns of a tile of either product; None: 128 fused, else by `tile_columns`.
+    cluster: multiprocessors side by side that share the reading of a row tile; None: 1 split, else 2.
+    experts_per_wave: None: the fewest local experts whose first products fill the GPU twice.
+    pull_rows: rows that one multiprocessor pulls at a time, one per pulling warp.
+    gate: simulate the gate; the published figures leave it out.
+    """
+
+    split: bool = False
+    tile_m: int | None = None
+    tile_n: int | None = None
+    cluster: int | None = None
+    experts_per_wave: int | None = None
+    pull_rows: int = 4
+    gate: bool = True
+
+
+def build(world: World, knobs: Knobs) -> TaskGraph:
+    """The schedule as a graph."""
+    draft = Draft(world, knobs, "megamoe", world.hardware.sms)
+    draft.cost = replace(draft.cost, cluster=knobs.cluster or (1 if knobs.split else 2))
+    height = tile_height(world, knobs)
+    routing = world.routing
+    blocks = blocks_per_expert(routing.counts, np.full(routing.num_experts, height), leading=routing.owner)
+    gated = draft.gate(draft.begin()) if knobs.gate else None
+    met = draft.barrier(_tell_counts(draft, draft.begin(gated)))
+    results = _experts(draft, blocks, met, height, knobs)
+    draft.combine_kernel(draft.barrier(np.concatenate([results, met])))
+    return draft.builder.build()
+
+
+def expected_rows(world: World) -> float:
+    """Rows per expert, if they are spread evenly."""
+    return world.num_ranks * world.routing.num_tokens * world.config.num_topk / world.routing.num_experts
+
+
+def tile_height(world: World, knobs: Knobs) -> int:
+    """Rows of every tile."""
+    if knobs.tile_m is not None:
+        return knobs.tile_m
+    if knobs.split:
+        return SPLIT_TILE_HEIGHT
+    return next(height for most, height in TILE_HEIGHTS if expected_rows(world) <= most)
+
+
+def tile_columns(world: World, knobs: Knobs) -> tuple[int, int]:
+    """Columns of a tile of the first and of the second product.
+
+    Split: few rows take narrow tiles, whose products swap rows and columns; a large ffn takes wide ones.
+    """
+    if knobs.tile_n is not None:
+        return knobs.tile_n, knobs.tile_n
+    if not knobs.split:
+        return FUSED_TILE_COLUMNS, FUSED_TILE_COLUMNS
+    wide = world.config.ffn >= WIDE_FFN
+    if expected_rows(world) <= (8 if wide else 12):
+        return 128, 128
+    return (512 if wide else 256), 256
+
+
+def experts_per_wave(world: World, height: int, slots: int, knobs: Knobs) -> int:
+    """The fewest local experts whose first products fill the slots twice, as they may get fewer rows than expected."""
+    local = world.experts_per_rank
+    if knobs.experts_per_wave is not None:
+        return min(knobs.experts_per_wave, local)
+    if expected_rows(world) < 1:
+        return local
+    row_blocks = -(-int(np.ceil(expected_rows(world))) // height)
+    tiles = row_blocks * -(-world.up_columns // tile_columns(world, knobs)[0])
+    fewest = min(local, -(-2 * slots // tiles))
+    return next(number for number in range(fewest, local + 1) if local % number == 0)
+
+
+def _tell_counts(draft: Draft, after: Array) -> Array:
+    """`[num_ranks]`: each rank has what all others will send to its experts."""
+    counts = np.full((len(draft.ranks), len(draft.ranks)), COUNT_BYTES * draft.world.experts_per_rank)
+    return draft.exchange(after, counts)
+
+
+def _experts(draft: Draft, blocks: Blocks, met: Array, height: int, knobs: Knobs) -> Array:
+    """`[num_pieces]`: results of each piece are at their source."""
+    local, owner = draft.local[blocks.expert], draft.world.routing.owner[blocks.expert]
+    wave = local // experts_per_wave(draft.world, height, draft.cost.slots, knobs)
+    columns = tile_columns(draft.world, knobs)
+    first = draft.gemm0(blocks, columns[0], priority=2 * wave)
+    second = draft.gemm1(blocks, columns[1], priority=2 * wave + 1)
+    draft.builder.edge(_pull(draft, blocks, met, knobs), first[blocks.piece_block])
+    before = first
+    if knobs.split:
+        before = _second_kernel(draft, draft.after(met, draft.gather(first, owner)))[owner]
+    return draft.send_pieces(blocks, draft.after(before, second))
+
+
+def _second_kernel(draft: Draft, first_done: Array) -> Array:
+    """`[num_ranks]`: launched while the first kernel runs, it starts after the gap between two."""
+    gap = draft.builder.add(LAUNCH, draft.ranks, duration_ns=draft.world.hardware.graph_launch_ns)
+    return draft.after(draft.begin(first_done), gap)
+
+
+def _pull(draft: Draft, blocks: Blocks, met: Array, knobs: Knobs) -> Array:
+    """`[num_pieces]`: pull engines fetch the rows of each piece, in the order of the owner's experts and row blocks."""
+    world = draft.world
+    engines = draft.servers("pull engines", world.hardware.sms)
+    block, source = blocks.piece_block, blocks.piece_source
+    local, owner = draft.local[blocks.expert[block]], world.routing.owner[blocks.expert[block]]
+    tasks = -(-blocks.piece_rows // knobs.pull_rows)
+    nbytes = blocks.piece_rows / tasks * world.config.hidden * world.precision.token_bytes
+    order = local * (blocks.m.max(initial=0) + 1) + blocks.m[block]
+    pulls = draft.builder.add(
+        DISPATCH,
+        source,
+        peer=owner,
+        expert=local,
+        m=blocks.m[block],
+        count=tasks,
+        server=engines[owner],
+        priority=np.minimum(order, 2**20 - 1),
+        duration_ns=np.ceil(nbytes / world.hardware.sm_read_gbps),
+        **draft.machine.transfer(source, owner, nbytes),
+    )
+    return draft.after(met[owner], pulls)

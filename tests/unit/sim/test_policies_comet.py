@@ -1,0 +1,257 @@
+"""COMET's schedule: tokens gathered once, tiles in the order of arrival and then by column blocks, and its knobs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from policy_worlds import assert_computed_once, carried_bytes, kind_nodes, odd_worlds, run_both, small_world
+
+from sim.blocks import blocks_per_expert
+from sim.kinds import BARRIER, COMBINE, ELEMENTWISE, GATE, GEMM0, GEMM1, LAUNCH, SEND
+from sim.policies import build, make_knobs
+
+WORLDS = odd_worlds()
+
+
+def graph_of(world, **knobs):
+    return build("comet", world, make_knobs("comet", knobs))
+
+
+def token_pairs(world, group=1):
+    """`[num_ranks, num_ranks]`: tokens of each source that some expert on each rank needs, by walking over them.
+
+    With `group`, an expert lives on all ranks of its owner's group.
+    """
+    pairs = np.zeros((world.num_ranks, world.num_ranks), np.int64)
+    for source, tokens in enumerate(world.routing.topk_idx.tolist()):
+        for choices in tokens:
+            groups = {int(world.routing.owner[expert]) // group for expert in choices if expert >= 0}
+            for rank in range(world.num_ranks):
+                pairs[source, rank] += rank // group in groups
+    return pairs
+
+
+def demanded_bytes(world, group=1, gather="all", layer1=True):
+    """Bytes out of and into each rank: tokens to every rank (that needs them), and one sum per token and rank back."""
+    pairs = token_pairs(world, group)
+    fetched = np.full_like(pairs, world.routing.num_tokens) if gather == "all" else pairs.copy()
+    np.fill_diagonal(fetched, 0)
+    np.fill_diagonal(pairs, 0)
+    size = world.config.hidden
+    moved = fetched * size * world.precision.token_bytes + layer1 * pairs.T * size * world.precision.result_bytes
+    return np.array([moved.sum(axis=1), moved.sum(axis=0)])
+
+
+def assert_moved(graph, timeline, world, **how):
+    demand, moved = demanded_bytes(world, **how), carried_bytes(graph, timeline, world.num_ranks)
+    assert (moved >= demand).all() and (moved <= demand + graph.num_tasks).all()  # a task's bytes are rounded up
+
+
+@pytest.mark.parametrize("gather", ["all", "routed"])
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
+def test_every_row_is_computed_and_every_token_moved_once(world, gather):
+    graph = graph_of(world, gather=gather, tile_m=16, tile_n=64)
+    timeline = run_both(graph)
+    assert_computed_once(graph, world)
+    assert_moved(graph, timeline, world, gather=gather)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["uniform", "zipf:1.2", "top-1", "silent rank", "ranks that get nothing"])
+def test_tensor_parallel_ranks_share_the_columns_of_all_rows_of_their_group(name, size):
+    world = WORLDS[name]
+    graph = graph_of(world, tensor_parallel=size, gather="routed", tile_m=16)
+    timeline = run_both(graph)
+    assert_computed_once(graph, world)
+    assert_moved(graph, timeline, world, group=size, gather="routed")
+    work = graph.nodes["useful_flops"] * graph.nodes["count"] * (graph.nodes["kind"] == GEMM0)
+    by_rank = np.bincount(graph.nodes["rank"], work, world.num_ranks).reshape(-1, size)
+    np.testing.assert_allclose(by_rank, by_rank[:, :1].repeat(size, axis=1))
+
+
+def test_one_rank_after_the_other_is_fetched_the_next_first():
+    world = small_world()
+    graph = graph_of(world, stages="layer0")
+    timeline = run_both(graph)
+    for rank in range(world.num_ranks):
+        copies = np.flatnonzero((graph.nodes["kind"] == SEND) & (graph.nodes["peer"] == rank))
+        in_time = copies[np.argsort(timeline.start_ns[copies])]
+        assert graph.nodes["rank"][in_time].tolist() == [(rank + turn) % 4 for turn in (1, 2, 3)]
+        assert (timeline.start_ns[in_time][1:] >= timeline.done_ns[in_time][:-1]).all()
+
+
+@given(
+    counts=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=4),
+    leading=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+)
+def test_packing_begins_with_the_leading_source(counts, leading):
+    counts, leading = np.array(counts), np.array(leading) % len(counts)
+    blocks = blocks_per_expert(counts, np.full(3, 4), leading=leading)
+    for expert in range(3):
+        order = [(leading[expert] + turn) % len(counts) for turn in range(len(counts))]
+        rows = [source for source in order for _ in range(counts[source, expert])]
+        for source in order:  # the pieces of a packet follow each other
+            first, number = blocks.piece_start[source, expert], counts[source, expert]
+            if number:
+                begin = rows.index(source)
+                assert blocks.row_offset[source, expert] == begin % 4
+                assert blocks.m[blocks.piece_block[first]] == begin // 4
+                assert blocks.piece_source[first] == source
+        found = [
+            (int(blocks.m[block]), int(source))
+            for block, source, number in zip(blocks.piece_block, blocks.piece_source, blocks.piece_rows, strict=True)
+            if blocks.expert[block] == expert
+            for _ in range(number)
+        ]
+        assert sorted(found) == sorted((row // 4, int(source)) for row, source in enumerate(rows))
+
+
+def test_tiles_wait_for_their_last_source_and_go_in_the_order_of_arrival():
+    world = small_world("uniform", num_tokens=300)
+    world = replace(world, hardware=replace(world.hardware, sms=32, nvlink_gbps=0.5))
+    graph = graph_of(world, stages="layer0", tile_m=16)
+    timeline = run_both(graph)
+    owner, counts = world.routing.owner, world.routing.counts
+    copy_of = {(int(graph.nodes["rank"][i]), int(graph.nodes["peer"][i])): i for i in kind_nodes(graph, SEND)}
+    for rank in range(world.num_ranks):
+        mine = np.flatnonzero(owner == rank)
+        turns, starts = [], []
+        for node in kind_nodes(graph, GEMM0, rank):
+            expert = mine[graph.nodes["expert"][node]]
+            sources = [(rank + turn) % 4 for turn in range(4)]
+            rows = [source for source in sources for _ in range(counts[source, expert])]
+            m = graph.nodes["m"][node]
+            needed = set(rows[m * 16 : m * 16 + 16])
+            found = {int(graph.nodes["rank"][i]) for i in graph.predecessors(node) if graph.nodes["kind"][i] == SEND}
+            assert found == needed - {rank}
+            assert all(timeline.start_ns[node] >= timeline.done_ns[copy_of[s, rank]] for s in found)
+            turns.append(max((source - rank) % 4 for source in needed))
+            starts.append(timeline.start_ns[node])
+        assert sorted(turns) == [turn for _, turn in sorted(zip(starts, turns, strict=True))]
+        assert set(turns) == {0, 1, 2, 3}
+
+
+def test_the_host_reads_the_counts_before_it_launches_the_products():
+    world = small_world()
+    graph = graph_of(world, stages="layer0")
+    timeline = run_both(graph)
+    launches = kind_nodes(graph, LAUNCH)
+    reads = launches[graph.nodes["duration_ns"][launches] == world.hardware.host_sync_ns]
+    assert len(reads) == world.num_ranks
+    for rank in range(world.num_ranks):
+        read = reads[graph.nodes["rank"][reads] == rank]
+        started = timeline.start_ns[kind_nodes(graph, GEMM0, rank)].min()
+        assert started >= timeline.done_ns[read].max() + world.hardware.launch_ns
+
+
+def test_a_barrier_and_the_activation_part_the_layers():
+    world = small_world("zipf:1.2")
+    graph = graph_of(world)
+    timeline = run_both(graph)
+    ready, parted = kind_nodes(graph, BARRIER)
+    first, second, active = (kind_nodes(graph, kind) for kind in (GEMM0, GEMM1, ELEMENTWISE))
+    copies = kind_nodes(graph, SEND)
+    assert (timeline.start_ns[copies] >= timeline.done_ns[ready]).all()
+    assert (timeline.done_ns[first] <= timeline.start_ns[parted]).all()
+    assert (timeline.start_ns[active] >= timeline.done_ns[parted]).all() and len(active) == world.num_ranks
+    for rank in range(world.num_ranks):
+        begun = timeline.start_ns[second[graph.nodes["rank"][second] == rank]]
+        assert (begun >= timeline.done_ns[active[graph.nodes["rank"][active] == rank]]).all()
+
+
+def layer1(graph, kind, column, rank):
+    """Nodes of a column block of layer 1."""
+    nodes = kind_nodes(graph, kind, rank)
+    if kind == GEMM1:
+        return nodes[graph.nodes["priority"][nodes] == column]
+    on_server = graph.nodes["server"][nodes] >= 0  # copies of layer 0 have none
+    return nodes[on_server & (graph.nodes["m"][nodes] == column)]
+
+
+def test_a_column_block_goes_back_when_its_tiles_are_done_while_the_next_one_is_computed():
+    world = small_world("uniform", num_tokens=2000, hidden=1024, ffn=512)
+    graph = graph_of(world, num_comm_blocks=100, column_blocks=4)
+    timeline = run_both(graph)
+    for rank in range(world.num_ranks):
+        for column in range(4):
+            tiles, sends = layer1(graph, GEMM1, column, rank), layer1(graph, SEND, column, rank)
+            assert len(tiles) and len(sends) == world.num_ranks
+            assert (timeline.start_ns[sends] >= timeline.done_ns[tiles].max()).all()
+            if column:
+                before = layer1(graph, GEMM1, column - 1, rank)
+                assert timeline.start_ns[before].max() <= timeline.start_ns[tiles].min()
+        assert timeline.start_ns[layer1(graph, SEND, 0, rank)].min() < timeline.done_ns[tiles].max()
+
+
+def test_sums_wait_for_all_ranks_that_had_rows():
+    world = small_world("uniform")
+    graph = graph_of(world, tile_n=64, column_blocks=3)
+    timeline = run_both(graph)
+    pairs = token_pairs(world)
+    for rank in range(world.num_ranks):
+        for column in range(3):
+            [total] = layer1(graph, COMBINE, column, rank)
+            before = graph.predecessors(total)
+            sends = before[graph.nodes["kind"][before] == SEND]
+            assert sorted(graph.nodes["rank"][sends]) == np.flatnonzero(pairs[rank]).tolist()
+            assert (graph.nodes["m"][sends] == column).all() and (graph.nodes["peer"][sends] == rank).all()
+            assert timeline.start_ns[total] >= timeline.done_ns[sends].max()
+
+
+@pytest.mark.parametrize(("column_blocks", "tiles"), [(1, [3]), (2, [1, 2]), (3, [1, 1, 1]), (9, [1, 1, 1])])
+def test_column_blocks(column_blocks, tiles):
+    world = small_world(hidden=192)
+    graph = graph_of(world, tile_n=64, column_blocks=column_blocks)
+    for column, count in enumerate(tiles):
+        assert set(graph.nodes["count"][layer1(graph, GEMM1, column, 0)]) == {count}
+    assert_computed_once(graph, world)
+
+
+def test_communication_blocks_take_the_place_of_computing_ones():
+    world = small_world()
+    graph = graph_of(world, num_comm_blocks=30)
+    servers = [graph.servers[graph.nodes["server"][kind_nodes(graph, kind, 1)[-1]]] for kind in (GEMM1, COMBINE)]
+    assert [server.slots for server in servers] == [world.hardware.sms - 30, 30]
+    tall = small_world("even", num_tokens=8192, hidden=1024, ffn=1024)
+    few, many = (run_both(graph_of(tall, num_comm_blocks=blocks)).makespan_ns for blocks in (10, 120))
+    assert many > few  # twelve blocks left to compute
+
+
+def test_layer0_ends_at_the_barrier_without_a_gate():
+    world = small_world()
+    graph = graph_of(world, stages="layer0")
+    for kind in (GATE, ELEMENTWISE, GEMM1, COMBINE):
+        assert not len(kind_nodes(graph, kind))
+    timeline = run_both(graph)
+    assert timeline.makespan_ns == timeline.done_ns[kind_nodes(graph, BARRIER)[-1]]
+    assert_moved(graph, timeline, world, layer1=False)
+
+
+def test_the_gate_is_a_knob():
+    world = small_world()
+    assert len(kind_nodes(graph_of(world), GATE)) == world.num_ranks
+    assert not len(kind_nodes(graph_of(world, gate=False), GATE))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"tensor_parallel": 3}, "tensor_parallel must divide num_ranks=4, got 3"),
+        ({"num_comm_blocks": 132}, "num_comm_blocks must be less than the 132 SMs of a GPU, got 132"),
+        ({"stages": "layer1"}, "stages must be one of layer, layer0; got 'layer1'"),
+        ({"gather": "some"}, "gather must be one of all, routed; got 'some'"),
+        ({"tile_m": 0}, "tile_m must be at least 1, got 0"),
+        ({"column_blocks": 0}, "column_blocks must be at least 1, got 0"),
+        ({"blocks": 1}, "policy comet has the knobs"),
+    ],
+)
+def test_wrong_values_are_errors(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        graph_of(small_world(), **knobs)
+
+
+def test_columns_that_cannot_be_shared_are_an_error():
+    with pytest.raises(ValueError, match="tensor_parallel must divide ffn=81, got 2"):
+        graph_of(small_world(ffn=81), tensor_parallel=2)

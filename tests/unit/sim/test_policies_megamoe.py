@@ -1,0 +1,190 @@
+"""MegaMoE's schedule: all rows once, pulled in order beside the products, in waves, between two barriers."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from policy_worlds import (
+    assert_computed_once,
+    carried_bytes,
+    demanded_link_bytes,
+    kind_nodes,
+    odd_worlds,
+    run_both,
+    small_world,
+)
+
+from sim.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, SEND
+from sim.policies import build, make_knobs
+from sim.policies.megamoe import Knobs, tile_columns, tile_height
+
+WORLDS = odd_worlds()
+COUNT_BYTES = 8
+
+
+def graph_of(world, **knobs):
+    return build("megamoe", world, make_knobs("megamoe", knobs))
+
+
+def on_few_sms(world, sms):
+    return replace(world, hardware=replace(world.hardware, sms=sms))
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
+def test_every_row_goes_there_and_back_once(world, split):
+    graph = graph_of(world, split=split)
+    timeline = run_both(graph)
+    assert_computed_once(graph, world)
+    size, precision = world.config.hidden, world.precision
+    demand = np.array(demanded_link_bytes(world, size * precision.token_bytes, size * precision.result_bytes))
+    demand += (world.num_ranks - 1) * world.config.num_experts_per_rank * COUNT_BYTES
+    moved = carried_bytes(graph, timeline, world.num_ranks)
+    assert (moved >= demand).all() and (moved <= demand + graph.num_tasks).all()  # a task's bytes are rounded up
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
+def test_barriers_come_before_the_pulls_and_before_the_reduction(world):
+    graph = graph_of(world, gate=False)
+    timeline = run_both(graph)
+    first, second = kind_nodes(graph, BARRIER)
+    pulls, sums, sends = (kind_nodes(graph, kind) for kind in (DISPATCH, COMBINE, SEND))
+    assert (timeline.start_ns[pulls] >= timeline.done_ns[first]).all()
+    assert (timeline.start_ns[sums] >= timeline.done_ns[second]).all()
+    assert (timeline.done_ns[sends] <= timeline.start_ns[second]).all()
+    assert timeline.makespan_ns == timeline.done_ns[sums].max()
+
+
+def test_rows_are_pulled_in_the_order_of_experts_and_blocks():
+    world = on_few_sms(small_world("uniform", num_tokens=300, num_experts=12), 3)
+    graph = graph_of(world, tile_m=32)
+    timeline = run_both(graph)
+    for rank in range(world.num_ranks):
+        pulls = np.flatnonzero((graph.nodes["kind"] == DISPATCH) & (graph.nodes["peer"] == rank))
+        order = np.lexsort((graph.nodes["m"][pulls], graph.nodes["expert"][pulls]))
+        assert (np.diff(timeline.start_ns[pulls][order]) >= 0).all()
+
+
+def test_owners_do_not_all_pull_from_the_same_source():
+    world = small_world("even", num_tokens=256, num_experts=4)
+    graph = graph_of(world, tile_m=16)
+    pulls = kind_nodes(graph, DISPATCH)
+    first = pulls[(graph.nodes["expert"][pulls] == 0) & (graph.nodes["m"][pulls] == 0)]
+    assert (graph.nodes["rank"][first] == graph.nodes["peer"][first]).all()  # the own rows come first
+
+
+def test_pulls_run_beside_products():
+    world = on_few_sms(small_world("even", num_tokens=2048), 2)
+    graph = graph_of(world, pull_rows=1)
+    timeline = run_both(graph)
+    pulls, products = kind_nodes(graph, DISPATCH), kind_nodes(graph, GEMM0)
+    assert timeline.start_ns[products].min() < timeline.start_ns[pulls].max()
+    server = graph.nodes["server"]
+    assert not set(server[pulls]) & set(server[products])
+    assert {graph.servers[index].slots for index in set(server[pulls])} == {2}
+
+
+def test_products_wait_for_the_rows_of_their_block():
+    world = small_world("zipf:1.2")
+    graph = graph_of(world, tile_m=16)
+    for node in kind_nodes(graph, GEMM0):
+        before = graph.predecessors(node)
+        assert (graph.nodes["kind"][before] == DISPATCH).all()
+        for field in ("expert", "m"):
+            assert (graph.nodes[field][before] == graph.nodes[field][node]).all()
+        assert (graph.nodes["peer"][before] == graph.nodes["rank"][node]).all()
+    for node in kind_nodes(graph, GEMM1):
+        [hidden] = graph.predecessors(node)
+        for field in ("rank", "expert", "m"):
+            assert graph.nodes[field][hidden] == graph.nodes[field][node]
+
+
+def test_products_go_in_waves_of_experts():
+    world = on_few_sms(small_world("even", num_tokens=256, num_experts=16), 1)
+    graph = graph_of(world, experts_per_wave=2)
+    timeline = run_both(graph)
+    for rank in range(world.num_ranks):
+        starts = []
+        for wave in range(2):
+            for kind in (GEMM0, GEMM1):
+                nodes = kind_nodes(graph, kind, rank)
+                starts.append(timeline.start_ns[nodes[graph.nodes["expert"][nodes] // 2 == wave]])
+        assert all(len(part) for part in starts)
+        # a GPU of one slot has all rows long before it needs them, except at the very beginning
+        for earlier, later in pairwise(starts[1:]):
+            assert earlier.max() < later.min()
+
+
+@pytest.mark.parametrize(("tokens", "per_wave"), [(1, 8), (64, 8), (2048, 8), (4096, 4), (8192, 2)])
+def test_waves_fill_the_gpu_twice(tokens, per_wave):
+    world = small_world("even", num_tokens=tokens, num_experts=32, ffn=512, hidden=256, num_topk=4)
+    graph = graph_of(world)
+    nodes = kind_nodes(graph, GEMM0)
+    np.testing.assert_array_equal(graph.nodes["priority"][nodes], graph.nodes["expert"][nodes] // per_wave * 2)
+
+
+def test_the_second_kernel_waits_for_the_first():
+    world = small_world("uniform", num_tokens=700)
+    for split in (True, False):
+        graph = graph_of(world, split=split)
+        timeline = run_both(graph)
+        for rank in range(world.num_ranks):
+            first = timeline.done_ns[kind_nodes(graph, GEMM0, rank)].max()
+            second = timeline.start_ns[kind_nodes(graph, GEMM1, rank)].min()
+            assert (second >= first + world.hardware.graph_launch_ns) == split
+
+
+def test_idle_experts_read_no_weights():
+    world = small_world("uniform", num_tokens=1, num_experts=64)
+    graph = graph_of(world)
+    active = np.count_nonzero(world.routing.counts.sum(axis=0))
+    assert active < 64
+    assert len(kind_nodes(graph, GEMM0)) == len(kind_nodes(graph, GEMM1)) == active
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fused"),
+    [(8, 16), (34, 16), (35, 32), (66, 32), (67, 64), (130, 64), (131, 96), (258, 96), (259, 128), (387, 192)],
+)
+def test_tile_heights_follow_the_expected_rows(tokens, fused):
+    world = small_world("even", num_tokens=tokens, num_experts=32, num_topk=2)  # tokens / 4 rows per expert
+    assert tile_height(world, Knobs()) == fused
+    assert tile_height(world, Knobs(split=True)) == 64
+    assert tile_height(world, Knobs(tile_m=48)) == 48
+    graph = graph_of(world)
+    products = kind_nodes(graph, GEMM0)
+    rows = world.routing.counts.sum(axis=0)
+    assert len(products) == (-(-rows // fused)).sum()
+
+
+def test_tile_columns():
+    few, many = (small_world("even", num_tokens=tokens, num_experts=32) for tokens in (8, 512))
+    wide = replace(many, config=replace(many.config, ffn=2560))
+    assert tile_columns(few, Knobs(split=True)) == (128, 128)
+    assert tile_columns(many, Knobs(split=True)) == (256, 256)
+    assert tile_columns(wide, Knobs(split=True)) == (512, 256)
+    assert tile_columns(wide, Knobs()) == (128, 128)
+    assert tile_columns(wide, Knobs(split=True, tile_n=64)) == (64, 64)
+
+
+def test_a_cluster_reads_its_rows_once():
+    world = small_world("even", num_tokens=8192, num_experts=4, hidden=2048, ffn=64, num_topk=1)
+    world = replace(world, hardware=replace(world.hardware, l2_gbps=100.0))
+    alone, pair = (graph_of(world, cluster=cluster) for cluster in (1, 2))
+    product = kind_nodes(alone, GEMM0)[0]
+    assert alone.nodes["duration_ns"][product] > pair.nodes["duration_ns"][product]
+
+
+def test_the_gate_is_a_knob():
+    world = small_world()
+    assert len(kind_nodes(graph_of(world), GATE)) == world.num_ranks
+    assert not len(kind_nodes(graph_of(world, gate=False), GATE))
+
+
+@pytest.mark.parametrize("name", ["tile_m", "tile_n", "cluster", "experts_per_wave", "pull_rows"])
+def test_wrong_knobs_are_errors(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        make_knobs("megamoe", {name: 0})
+    with pytest.raises(ValueError, match="policy megamoe has the knobs"):
+        make_knobs("megamoe", {"tiles": 1})
