@@ -152,7 +152,7 @@ def _result_json(result: Result) -> dict[str, Any]:
         "hardware": case.world.hardware.name,
         "config": asdict(case.world.config),
         "precision": case.world.precision.name,
-        "knobs": dict(case.rule.knobs),
+        "knobs": case.knobs,
         "simulated": result.simulated,
         "measured": case.measured,
         "error": result.error,

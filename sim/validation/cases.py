@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from reference import MoEConfig
 
 from ..hardware import Hardware, hardware_names, load_hardware
-from ..policies import POLICY_NAMES, make_knobs
+from ..policies import POLICY_NAMES, build, make_knobs
 from ..precision import precision
 from ..rates import gpu_kind
 from ..routing import make_routing
@@ -24,6 +24,7 @@ from .rules import RULES, Rule
 from .tables import Row
 
 ROUTING = "even"
+IMPOSSIBLE = "it cannot be simulated"
 DTYPES = {  # of tables: ours
     "bf16": "bfloat16",
     "bf16/fp16": "bfloat16",
@@ -53,13 +54,17 @@ class Case:
     measured: float
 
     @property
+    def knobs(self) -> dict[str, Any]:
+        return self.rule.knobs_for(self.row)
+
+    @property
     def rate_key(self) -> tuple[str, str]:
         """(policy, GPU kind): what the fitted rate belongs to."""
         return self.rule.policy, gpu_kind(self.world.hardware.name)
 
     def simulated(self, rate: float | None = None) -> float:
         """The quantity with this rate, by default the fitted one of the policy on the GPU."""
-        knobs = make_knobs(self.rule.policy, {**self.rule.knobs, "rate": rate})
+        knobs = make_knobs(self.rule.policy, {**self.knobs, "rate": rate})
 
         def run(world: World) -> Simulation:
             return simulate(self.rule.policy, world, knobs)
@@ -88,7 +93,12 @@ def make_case(row: Row) -> Case | Reason:
     world = _world(row, rule)
     if isinstance(world, Reason):
         return world
-    return Case(row=row, rule=rule, world=world, measured=row.value * rule.measure.units[row.unit])
+    case = Case(row=row, rule=rule, world=world, measured=row.value * rule.measure.units[row.unit])
+    try:
+        build(rule.policy, world, make_knobs(rule.policy, case.knobs))
+    except ValueError as error:  # the policy's own conditions on worlds
+        return Reason(IMPOSSIBLE, str(error))
+    return case
 
 
 def _no_rule(row: Row) -> Reason:
@@ -113,7 +123,7 @@ def _world(row: Row, rule: Rule) -> World | Reason:
         routing = make_routing(ROUTING, config)
         return World(config=config, hardware=hardware, routing=routing, precision=precision(DTYPES[numbers]))
     except ValueError as error:
-        return Reason("it cannot be simulated", str(error))
+        return Reason(IMPOSSIBLE, str(error))
 
 
 def _hardware(row: Row) -> Hardware | Reason:
@@ -123,22 +133,22 @@ def _hardware(row: Row) -> Hardware | Reason:
     if kind is None:
         return Reason("no hardware preset", row.hardware or "not stated")
     ranks = _num_ranks(row)
-    if ranks is None:
-        return Reason("the number of ranks is not stated", row.hardware)
+    if ranks is None or ranks != int(ranks):
+        return Reason("the number of ranks is not stated, or not whole", row.hardware)
     in_node = load_hardware(kind[1]).gpus_per_node
-    nodes, rest = divmod(ranks, in_node)
+    nodes, rest = divmod(int(ranks), in_node)
     if nodes and rest:
-        return Reason("its ranks do not fill their nodes", f"{ranks} ranks")
+        return Reason("its ranks do not fill their nodes", f"{ranks:g} ranks")
     try:
-        return load_hardware(f"{nodes}x{in_node}x{kind[1]}" if nodes else f"{ranks}x{kind[1]}")
+        return load_hardware(f"{nodes}x{in_node}x{kind[1]}" if nodes else f"{rest}x{kind[1]}")
     except ValueError as error:
-        return Reason("it cannot be simulated", str(error))
+        return Reason(IMPOSSIBLE, str(error))
 
 
-def _num_ranks(row: Row) -> int | None:
+def _num_ranks(row: Row) -> float | None:
     """GPUs that share the layer: expert times tensor parallelism, else all that the hardware's text counts."""
     if row.ep is not None:
-        return int(row.ep * (row.tp or 1))
+        return row.ep * (row.tp or 1)
     count = GPU_COUNT.match(row.hardware)
     return int(count[1]) * int(count[2] or 1) if count else None
 

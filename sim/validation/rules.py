@@ -33,6 +33,7 @@ class Measure:
 class Rule:
     """Args:
     system, metric: patterns that must match all of the row's text; case does not matter.
+    columns: knobs whose value a column of the row has.
     gated, dtype, sizes: of rows that do not say it; sizes by the names of `MoEConfig`.
     fitted: whether the rate of (policy, GPU) is fitted to these rows. If not, `why_not` says why.
     """
@@ -42,6 +43,7 @@ class Rule:
     policy: str
     measure: Measure
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
     gated: bool = False
     dtype: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -55,6 +57,11 @@ class Rule:
         pairs = ((self.system, row.system), (self.metric, row.metric))
         return all(re.fullmatch(pattern, text, re.IGNORECASE) for pattern, text in pairs)
 
+    def knobs_for(self, row: Row) -> dict[str, Any]:
+        """The knobs of a row; a column whose cell is empty leaves the policy's default."""
+        cells = {knob: getattr(row, column) for knob, column in self.columns.items()}
+        return {**self.knobs, **{knob: int(value) for knob, value in cells.items() if value is not None}}
+
 
 def _latency(run: Run, world: World) -> float:
     return run(world).latency_us
@@ -67,21 +74,33 @@ def _weak_scaling(run: Run, world: World) -> float:
     return 100 * run(pair).latency_us / run(world).latency_us
 
 
+def _tflops(run: Run, world: World) -> float:
+    """Products of the real rows, of all ranks, per GPU."""
+    rows = world.routing.counts.sum() / world.num_ranks
+    flops = 2 * rows * world.config.hidden * (world.up_columns + world.config.ffn)
+    return float(flops / run(world).latency_us / 1e6)
+
+
 LATENCY = Measure(name="latency", unit="us", units={"us": 1, "ms": 1000}, of=_latency)
 SCALING = Measure(name="T(2) / T(N)", unit="%", units={"%": 1}, of=_weak_scaling)
+THROUGHPUT = Measure(name="throughput", unit="TFLOPS", units={"TFLOPS": 1}, of=_tflops)
 
-OLDER = "an older version, with other tiles, measured in tf32"
+# Why rows are shown and not fitted.
+OLDER = "an older version of the code, in tf32"
 OFF = "10 to 25 times off any model"
 
-V012 = {"gate": False, "tile_m": 128}  # its C++ benchmark leaves the gate out
-PAPER = {"tile_n": 64}  # tiles of 128 x 64
+# The benchmark of version 0.1.2 leaves the gate out. Of its blocks, with three stages of 128 x 128 tiles, one fits an
+# H100's multiprocessor; two fit an A100's, but share its tensor cores: one slot of the whole is nearer than two halves.
+V012 = {"gate": False, "tile_m": 128, "tile_n": 128, "blocks_per_sm": 1}
+PAPER = {"tile_m": 128, "tile_n": 64, "blocks_per_sm": 2}
+
 MEGATRON = r"Megatron(-LM|-TE|-CUTLASS)?"
 COMET = r"COMET|flux\(COMET\)"
 
 RULES = (
     Rule(system="FlashMoE", metric="layer_fwd_latency_v012", policy="flashmoe", measure=LATENCY, knobs=V012),
     Rule(system=MEGATRON, metric="layer_fwd_latency_v012", policy="bulk", measure=LATENCY),
-    Rule(system=COMET, metric="layer_fwd_latency_v012", policy="comet", measure=LATENCY),
+    Rule(system=COMET, metric="layer_fwd_latency_v012", policy="comet", measure=LATENCY, knobs={"gate": False}),
     Rule(
         system="FlashMoE",
         metric="layer_fwd_latency",
@@ -89,6 +108,14 @@ RULES = (
         measure=LATENCY,
         knobs=PAPER,
         why_not=OLDER,
+    ),
+    Rule(
+        system="Megatron-TE",
+        metric="layer_fwd_latency",
+        policy="bulk",
+        measure=LATENCY,
+        knobs={"num_ops": 261},
+        why_not=OFF,
     ),
     Rule(system=MEGATRON, metric="layer_fwd_latency", policy="bulk", measure=LATENCY, why_not=OFF),
     Rule(system="FasterMoE", metric="layer_fwd_latency", policy="fastermoe", measure=LATENCY, why_not=OFF),
@@ -103,4 +130,29 @@ RULES = (
     ),
     Rule(system=MEGATRON, metric="overlap_efficiency_T2_over_TN", policy="bulk", measure=SCALING, why_not=OFF),
     Rule(system="FasterMoE", metric="overlap_efficiency_T2_over_TN", policy="fastermoe", measure=SCALING, why_not=OFF),
+    Rule(
+        system=COMET,
+        metric="moe_layer0_ag_scatter_gemm",
+        policy="comet",
+        measure=LATENCY,
+        knobs={"stages": "layer0"},
+        columns={"tensor_parallel": "tp"},
+    ),
+    Rule(
+        system=r"MegaMoE.*split.*",
+        metric="layer_latency",
+        policy="megamoe",
+        measure=LATENCY,
+        knobs={"split": True, "gate": False},
+        gated=True,
+    ),
+    Rule(
+        system=r"MegaMoE.*",
+        metric="layer_latency",
+        policy="megamoe",
+        measure=LATENCY,
+        knobs={"gate": False},
+        gated=True,
+    ),
+    Rule(system="SonicMoE", metric="moe_fwd_throughput", policy="sonic", measure=THROUGHPUT),
 )

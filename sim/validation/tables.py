@@ -64,7 +64,7 @@ def read_table(file: Path) -> list[Row]:
     """
     try:
         with file.open(encoding="utf-8", newline="") as stream:
-            return list(_rows(file, csv.DictReader(stream, restval="", strict=True)))
+            return list(_rows(file, csv.DictReader(stream, strict=True)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file}: not a CSV file in UTF-8: {error}") from None
 
@@ -73,10 +73,12 @@ def _rows(file: Path, reader: csv.DictReader[str]) -> Iterator[Row]:
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{file}: must have the columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
+    width = len(reader.fieldnames or ())
     for cells in reader:
         line = reader.line_num
-        if None in cells:
-            raise ValueError(f"{file}, line {line}: must have {len(reader.fieldnames or ())} cells, got more")
+        if None in cells or None in cells.values():  # how the reader shows too many and too few
+            got = "more" if None in cells else sum(cell is not None for cell in cells.values())
+            raise ValueError(f"{file}, line {line}: must have {width} cells, got {got}")
         texts = {name: cells[name].strip() for name in TEXTS}
         numbers = {name: _number(f"{file}, line {line}, column {name}", cells[name]) for name in NUMBERS}
         yield Row(file=file.name, line=line, **texts, **numbers)  # type: ignore[arg-type]

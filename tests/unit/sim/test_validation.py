@@ -1,0 +1,259 @@
+"""Published tables: what becomes of a row, errors of tables, and that a fit finds the rate that made the figures."""
+
+import json
+import tomllib
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from flashmoe_numba import cli
+from sim import rates
+from sim.validation.cases import Case, Reason, make_case, sort_rows
+from sim.validation.compare import compare
+from sim.validation.fit import fit_all, write_rates
+from sim.validation.tables import COLUMNS, Row, read_folder, read_table
+
+SCOUT = dict(
+    source="README", hardware="8x H100", system="FlashMoE", dtype="bf16", metric="layer_fwd_latency_v012", unit="ms",
+    exactness="exact", notes="Llama-4-Scout, swiglu, bf16", tokens_per_rank=128, hidden=5120, intermediate=8192,
+    experts=16, topk=1, ep=8, tp=None, value=2.5,
+)  # fmt: skip
+
+
+def row(**changes) -> Row:
+    return Row(**{"file": "made.csv", "line": 2, **SCOUT, **changes})
+
+
+def write(folder, *rows, columns=COLUMNS, name="made.csv"):
+    """A table with these rows, each given as what differs from `SCOUT`."""
+    cells = [[str({**SCOUT, **changes}[column] or "") for column in columns] for changes in rows]
+    lines = [columns, *([f'"{cell}"' for cell in line] for line in cells)]
+    (folder / name).write_text("".join(",".join(line) + "\n" for line in lines), encoding="utf-8")
+    return folder / name
+
+
+# ---- rows
+
+
+def test_a_row_is_what_it_says():
+    case = make_case(row())
+    assert isinstance(case, Case)
+    assert (case.rule.policy, case.rate_key, case.measured) == ("flashmoe", ("flashmoe", "H100"), 2500.0)
+    config = case.world.config
+    assert (config.num_ranks, config.num_tokens, config.hidden, config.ffn) == (8, 128, 5120, 8192)
+    assert (config.num_experts, config.num_topk, config.gated) == (16, 1, True)
+    assert (case.world.hardware.name, case.world.precision.name) == ("8xH100", "bfloat16")
+    assert (case.world.routing.name, case.knobs["gate"]) == ("even", False)
+
+
+@pytest.mark.parametrize(("changes", "policy", "knobs"), [
+    ({}, "flashmoe", {"gate": False, "tile_n": 128}),
+    (dict(metric="layer_fwd_latency"), "flashmoe", {"tile_n": 64}),
+    (dict(system="Megatron-LM"), "bulk", {}),
+    (dict(system="Megatron-TE", metric="layer_fwd_latency"), "bulk", {"num_ops": 261}),
+    (dict(system="COMET"), "comet", {"gate": False}),
+    (dict(system="Comet", metric="layer_fwd_latency"), "comet", {}),
+    (dict(system="FasterMoE", metric="layer_fwd_latency"), "fastermoe", {}),
+    (dict(system="flux(COMET)", metric="moe_layer0_ag_scatter_gemm", hardware="8x H800", ep=1, tp=8), "comet",
+     {"stages": "layer0", "tensor_parallel": 8}),
+    (dict(system="MegaMoE SM90 split (2 kernels)", metric="layer_latency", dtype="fp8"), "megamoe", {"split": True}),
+    (dict(system="MegaMoE SM90 fused", metric="layer_latency", dtype="fp8"), "megamoe", {"gate": False}),
+    (dict(system="DeepEP high-throughput + DeepGEMM", metric="layer_latency", dtype="fp8"), "deepep", {}),
+])  # fmt: skip
+def test_each_system_has_its_policy(changes, policy, knobs):
+    case = make_case(row(**changes))
+    assert isinstance(case, Case), case
+    assert case.rule.policy == policy
+    assert knobs.items() <= case.knobs.items()
+
+
+@pytest.mark.parametrize(("text", "ep", "tp", "name"), [
+    ("8x H100", 8, None, "8xH100"),
+    ("4x H100-80GB NVLink", 4, None, "4xH100"),
+    ("1x H100", 1, None, "1xH100"),
+    ("8x SM100 (B200-class)", None, None, "8xB200"),
+    ("8x H800", 2, 4, "8xH800"),
+    ("H800 NVLink~160GB/s + CX7 400Gb", 16, None, "2x8xH800"),
+    ("2x8xH200", None, None, "2x8xH200"),
+    ("8x4 A100 (supercomputer)", None, None, "4x8xA100"),
+])  # fmt: skip
+def test_hardware_is_read_from_its_text(text, ep, tp, name):
+    case = make_case(row(hardware=text, ep=ep, tp=tp, experts=64))
+    assert isinstance(case, Case), case
+    assert case.world.hardware.name == name
+
+
+@pytest.mark.parametrize(("dtype", "name"), [
+    ("bf16", "bfloat16"), ("bf16/fp16", "bfloat16"), ("fp16", "float16"), ("tf32", "float32"), ("fp8", "fp8"),
+])  # fmt: skip
+def test_number_formats(dtype, name):
+    assert make_case(row(dtype=dtype)).world.precision.name == name
+
+
+def test_notes_say_whether_experts_are_gated():
+    assert not make_case(row(notes="DeepSeek-V2-Lite, vanilla FFN")).world.config.gated
+    assert not make_case(row(notes="")).world.config.gated
+    megamoe = row(notes="", system="MegaMoE", metric="layer_latency", hardware="8x B200", dtype="fp8 act x fp4 weight")
+    assert make_case(megamoe).world.config.gated
+
+
+@pytest.mark.parametrize(("changes", "why"), [
+    (dict(system="Tutel"), "no policy stands for the system"),
+    (dict(metric="sm_utilization"), "the quantity is not simulated"),
+    (dict(hardware="8x L20"), "no hardware preset"),
+    (dict(hardware="H100", ep=None), "the number of ranks is not stated, or not whole"),
+    (dict(ep=12), "its ranks do not fill their nodes"),
+    (dict(dtype="int4"), "its number format is not known"),
+    (dict(dtype=""), "its number format is not known"),
+    (dict(unit="fortnights"), "its unit is not one of the quantity's"),
+    (dict(value=None), "its value is not positive"),
+    (dict(value=0.0), "its value is not positive"),
+    (dict(hidden=None), "a size is not stated, or not whole"),
+    (dict(intermediate=1.38 * 1024), "a size is not stated, or not whole"),
+    (dict(ep=2.5), "the number of ranks is not stated, or not whole"),
+    (dict(experts=12), "it cannot be simulated"),
+    (dict(intermediate=10**7), "it cannot be simulated"),
+    (dict(system="COMET", metric="moe_layer0_ag_scatter_gemm", tp=3, ep=1), "it cannot be simulated"),
+])  # fmt: skip
+def test_what_cannot_be_compared_has_a_reason(changes, why):
+    reason = make_case(row(**changes))
+    assert isinstance(reason, Reason)
+    assert reason.why == why
+
+
+def test_no_row_of_the_published_tables_is_lost():
+    rows = read_folder()
+    cases, rest = sort_rows(rows)
+    assert len(cases) + len(rest) == len(rows)
+    assert {id(case.row) for case in cases} | {id(row) for row, _ in rest} == {id(row) for row in rows}
+    fitted = Counter(case.rate_key for case in cases if case.rule.fitted)
+    assert (fitted["flashmoe", "H100"], fitted["flashmoe", "A100"]) == (6, 12)
+    assert (fitted["megamoe", "H200"], fitted["megamoe", "B200"], fitted["deepep", "H200"]) == (22, 8, 22)
+    paper = [case for case in cases if case.row.metric == "layer_fwd_latency"]
+    assert len(paper) == 15
+    assert not any(case.rule.fitted for case in paper)
+
+
+# ---- tables
+
+
+def test_a_table_is_read_cell_by_cell(tmp_path):
+    (first, second) = read_table(write(tmp_path, {}, dict(hidden="2K", value="1.5e3", tp="")))
+    assert first == replace(row(), file="made.csv")
+    assert (second.line, second.hidden, second.value, second.tp) == (3, 2048, 1500.0, None)
+
+
+def test_more_columns_and_another_order_are_fine(tmp_path):
+    columns = ("colour", *reversed(COLUMNS))
+    (tmp_path / "made.csv").write_text(
+        ",".join(columns) + "\n" + ",".join(str({**SCOUT, "colour": "red"}[c] or "").replace(",", ";") for c in columns)
+    )
+    (read,) = read_table(tmp_path / "made.csv")
+    assert (read.system, read.value) == ("FlashMoE", 2.5)
+
+
+def test_missing_columns_are_named(tmp_path):
+    file = write(tmp_path, {}, columns=[name for name in COLUMNS if name not in ("topk", "unit")])
+    with pytest.raises(ValueError, match=r"made\.csv: must have the columns .*; missing: unit, topk$"):
+        read_table(file)
+
+
+@pytest.mark.parametrize("cell", ["2.5 ms", "2,5", "nan", "inf", "1e999", "0x10", "K", "--3", "٣"])
+def test_a_malformed_number_is_an_error_with_its_place(tmp_path, cell):
+    file = write(tmp_path, {}, dict(value=cell))
+    with pytest.raises(ValueError, match=r"made\.csv, line 3, column value: must be a number, got "):
+        read_table(file)
+
+
+def test_broken_files_are_errors_that_name_them(tmp_path):
+    with pytest.raises(ValueError, match=r"data must be a folder with \.csv files, got"):
+        read_folder(tmp_path)
+    file = write(tmp_path, {})
+    file.write_bytes(file.read_bytes() + b"\xff")
+    with pytest.raises(ValueError, match=r"made\.csv: not a CSV file in UTF-8"):
+        read_folder(tmp_path)
+    file = write(tmp_path, {})
+    file.write_text(file.read_text() + "1," * len(COLUMNS) + "1\n")
+    with pytest.raises(ValueError, match=r"made\.csv, line 3: must have 16 cells, got more"):
+        read_folder(tmp_path)
+    file = write(tmp_path, {})
+    file.write_text(file.read_text() + "alone\n")
+    with pytest.raises(ValueError, match=r"made\.csv, line 3: must have 16 cells, got 1"):
+        read_folder(tmp_path)
+
+
+# ---- fitting
+
+
+def test_a_fit_finds_the_rate_that_made_the_figures():
+    cases = [make_case(row(tokens_per_rank=tokens)) for tokens in (128, 2048, 4096)]
+    made = [replace(case, measured=case.simulated(0.317)) for case in cases]
+    (fit,) = fit_all(made)
+    assert (fit.policy, fit.gpu, fit.num_rows) == ("flashmoe", "H100", 3)
+    assert fit.rate == pytest.approx(0.317, rel=0.01)
+    assert fit.error < 0.01 < fit.old_error
+    groups = compare(made, {("flashmoe", "H100"): 0.317})
+    assert [group.mean_error for group in groups] == [0.0]
+
+
+def test_rows_that_are_off_any_model_are_not_fitted():
+    assert fit_all([make_case(row(metric="layer_fwd_latency"))]) == []
+
+
+@pytest.fixture
+def rates_file(tmp_path, monkeypatch):
+    """A file of rates of its own."""
+    file = tmp_path / "rates.toml"
+    monkeypatch.setattr(rates, "FILE", file)
+    monkeypatch.setattr("sim.validation.fit.FILE", file)
+    rates.fitted_rates.cache_clear()
+    yield file
+    rates.fitted_rates.cache_clear()
+
+
+def test_written_rates_are_those_that_are_read(rates_file):
+    fits = fit_all([make_case(row()), make_case(row(hardware="8x A100"))])
+    assert rates.fitted_rate("flashmoe", "8xH100") == rates.DEFAULT_RATE
+    write_rates(fits)
+    a100, h100 = (fit.rate for fit in fits)
+    assert tomllib.loads(rates_file.read_text()) == {"flashmoe": {"A100": a100, "H100": h100}}
+    assert rates.fitted_rate("flashmoe", "8xH100") == h100
+    assert f"H100 = {h100} # 1 row, " in rates_file.read_text()
+
+
+# ---- the command
+
+
+def test_the_command_says_what_it_compared(tmp_path, capsys, rates_file):
+    write(tmp_path, {}, dict(tokens_per_rank=4096, value=5.2), dict(system="Tutel"))
+    assert cli.main(["validate", "--data", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("simulated beside measured: 2 of 3 published rows\n")
+    assert "flashmoe on H100, latency: FlashMoE, README\n" in out
+    assert "not compared: 1 rows\n     1  no policy stands for the system: Tutel\n" in out
+    assert not rates_file.exists()
+
+
+def test_json_has_every_row(tmp_path, capsys, rates_file):
+    write(tmp_path, {}, dict(tokens_per_rank=4096, value=5.2), dict(system="Tutel"))
+    assert cli.main(["validate", "--data", str(tmp_path), "--fit", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    ((group,), (left,), (fit,)) = report["groups"], report["not_compared"], report["fits"]
+    assert (left["system"], left["line"], left["reason"]) == ("Tutel", 4, "no policy stands for the system")
+    assert [result["row"]["line"] for result in group["results"]] == [2, 3]
+    errors = [result["error"] for result in group["results"]]
+    assert errors == [result["simulated"] / result["measured"] - 1 for result in group["results"]]
+    assert group["mean_error"] == pytest.approx(sum(map(abs, errors)) / 2) == pytest.approx(fit["error"])
+    assert abs(group["worst_error"]) == max(map(abs, errors))
+    assert rates_file.exists()
+
+
+def test_bad_tables_are_one_line(tmp_path, capsys):
+    assert cli.main(["validate", "--data", str(tmp_path / "nowhere")]) == 2
+    assert "--data must be a folder with .csv files" in capsys.readouterr().err
+    write(tmp_path, dict(value="many"))
+    assert cli.main(["validate", "--data", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("flashmoe validate: error: ")
+    assert error.endswith("made.csv, line 2, column value: must be a number, got 'many'\n")
