@@ -21,6 +21,8 @@ from ..machine import add_machine
 from ..rates import fitted_rate
 from ..world import World
 
+COUNT_BYTES = 8  # of one expert's count on its way
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyKnobs:
@@ -176,6 +178,14 @@ class Draft:
         met = self.barrier(begun, 0)
         floor = floor_ns if self.world.num_ranks > 1 else 0
         return self.barrier(self.exchange(met, nbytes, floor), 0)
+
+    def exchange_counts(self, begun: Array, floor_ns: int) -> Array:
+        """`[num_ranks]`, one node: every rank knows what it will get, and its host reads that before it goes on."""
+        ranks = self.world.num_ranks
+        nbytes = np.full((ranks, ranks), self.world.experts_per_rank * COUNT_BYTES)
+        counted = self.collective(begun, nbytes, floor_ns)
+        self.sync(counted)
+        return counted
 
     def gather(self, nodes: Array, rank: Array) -> Array:
         """`[num_ranks]`: joins of the nodes that belong to each rank."""

@@ -1,0 +1,115 @@
+"""Bulk: kernels and collectives one after the other, as in Megatron-LM.
+
+The host launches each kernel: the gate, many small ones that make indices of its choices, an all-to-all of the token
+counts (which the host then reads, to know sizes), the permutation of the rows by expert, their all-to-all, a sort by
+local expert, grouped products with the activation between them, and the same way back, until the rows of each token
+are summed. Every collective begins when the last rank has come to it and ends for all ranks at once, so the slowest
+rank of each phase holds up all; nothing overlaps but the host's launches with what the GPU still does.
+
+Source: Megatron-LM's all-to-all token dispatcher; kernels per layer as FlashMoE's authors counted them with 32 experts
+per GPU: 261 for Megatron-LM with Transformer Engine, 85 with CUTLASS, 550 for DeepSpeed-MoE (arXiv 2506.04667, table
+1); the floor of a collective from data/nccl_nvshmem.csv: 30 to 41 us for few tokens on 8 H100.
+Knobs: see `Knobs`. Leaves out: the multiprocessors that a collective takes (nothing runs beside it), its hierarchy
+between nodes, capacity factors and padding beyond tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..blocks import blocks_per_expert
+from ..graph import Array, TaskGraph
+from ..kinds import JOIN, PERMUTE
+from ..world import World
+from .common import Draft, PolicyKnobs
+
+NUM_STAGES = 11  # kernels and collectives of `build`; the gate is one, the products and activation are three
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs(PolicyKnobs):
+    """Args:
+    tile_m, tile_n: of a tile of either product; rows are packed over sources.
+    num_ops: kernels of the whole layer. Those beyond the 11 stages are small: half make indices before the counts are
+        exchanged, half after the rows are back.
+    op_ns: time of a small one on the GPU; assumption: less than its launch takes, so that it does not matter.
+    framework_ns: host time per kernel beside its launch, in Python and a framework's dispatcher.
+    collective_ns: floor of an all-to-all.
+    straggler_ns: mean of a random delay of each launch on each rank, exponentially distributed.
+    straggler_seed: of those delays.
+    """
+
+    tile_m: int = 128
+    tile_n: int = 256
+    num_ops: int = 261
+    op_ns: int = 2000
+    framework_ns: int = 0
+    collective_ns: int = 30_000
+    straggler_ns: int = 0
+    straggler_seed: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_ops < NUM_STAGES:
+            raise ValueError(f"num_ops must be at least {NUM_STAGES}, the stages of the layer, got {self.num_ops}")
+
+
+def build(world: World, knobs: Knobs) -> TaskGraph:
+    """The schedule as a graph."""
+    draft = Draft(world, knobs, "bulk", world.hardware.sms)
+    stream = _Stream(draft, knobs)
+    stream.last = draft.gate(stream.begin())
+    extra = knobs.num_ops - NUM_STAGES
+    stream.small(extra // 2)
+    stream.last = draft.exchange_counts(stream.begin(), knobs.collective_ns)
+    _experts(stream, knobs)
+    stream.small(extra - extra // 2)
+    draft.combine_kernel(stream.begin())
+    return draft.builder.build()
+
+
+class _Stream:
+    """The kernels of every rank, each after the one before; `last` is `[num_ranks]`, the newest's end."""
+
+    def __init__(self, draft: Draft, knobs: Knobs) -> None:
+        self.draft = draft
+        self.knobs = knobs
+        self.random = np.random.default_rng(knobs.straggler_seed)
+        self.last: Array = draft.builder.add(JOIN, draft.ranks)  # nothing yet
+
+    def begin(self) -> Array:
+        """`[num_ranks]`: the next kernel begins."""
+        delay = self.random.exponential(self.knobs.straggler_ns, self.draft.world.num_ranks)
+        usual = self.draft.world.hardware.launch_ns + self.knobs.framework_ns
+        return self.draft.begin(self.last, usual + delay)
+
+    def small(self, number: int) -> None:
+        """Kernels too small to fill the GPU."""
+        for _ in range(number):
+            begun = self.begin()
+            op = self.draft.builder.add(PERMUTE, self.draft.ranks, duration_ns=self.knobs.op_ns)
+            self.last = self.draft.after(begun, op)
+
+    def permute(self, rows: Array, element_bytes: float) -> None:
+        """A kernel that reads and writes `rows` `[num_ranks]` of `hidden` elements."""
+        self.last = self.draft.stream(self.begin(), rows * self.draft.world.config.hidden * element_bytes)
+
+    def all_to_all(self, nbytes: Array) -> None:
+        """`nbytes` is `[num_ranks, num_ranks]`, from and to."""
+        self.last = self.draft.collective(self.begin(), nbytes, self.knobs.collective_ns)
+
+
+def _experts(stream: _Stream, knobs: Knobs) -> None:
+    """From rows in token order to results in the same order."""
+    draft, world = stream.draft, stream.draft.world
+    precision, hidden = world.precision, world.config.hidden
+    counts = world.routing.counts
+    blocks = blocks_per_expert(counts, np.full(counts.shape[1], knobs.tile_m))
+    stream.permute(counts.sum(axis=1), precision.token_bytes)
+    stream.all_to_all(world.traffic * hidden * precision.token_bytes)
+    stream.permute(world.rows, precision.token_bytes)
+    _, stream.last = draft.ffn(stream.last, blocks, knobs.tile_n)
+    stream.permute(world.rows, precision.result_bytes)
+    stream.all_to_all(world.traffic.T * hidden * precision.result_bytes)
