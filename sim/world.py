@@ -89,7 +89,7 @@ class World:
         No policy needs less; those that reserve the worst case need more, which `reference.make_plan` tells.
         """
         precision, config = self.precision, self.config
-        sent = self.routing.num_tokens * config.num_topk
+        sent = int(self.routing.counts.sum(axis=1).max(initial=0))  # not num_topk each: choices are dropped and added
         per_row = config.hidden * (precision.token_bytes + precision.result_bytes)
         received = int(self.rows.max(initial=0))
         return int((sent + received) * per_row + received * config.ffn * precision.hidden_bytes)

@@ -63,6 +63,17 @@ def test_a_long_stage_takes_the_longest_of_its_parts_or_their_sum(ping_pong):
     assert expected <= span <= 1.1 * expected
 
 
+def test_epilogues_write_each_row_once_at_the_speed_of_the_memory():
+    world = small_world(num_tokens=3000)
+    nodes = sonic(world)[0].nodes
+    ends, hardware = kind_nodes(sonic(world)[0], EPILOGUE), world.hardware
+    written = (
+        (nodes["duration_ns"] * nodes["count"])[ends].sum() / hardware.sms * hardware.hbm_gbps * hardware.hbm_achieved
+    )
+    expected = 4 * 3000 * 2 * (192 + 80) * 2  # rows, hidden and ffn, bfloat16
+    np.testing.assert_allclose(written, expected, rtol=0.01)
+
+
 def test_training_writes_more():
     world = small_world()
     plain, saving = sonic(world)[0], sonic(world, save_up=True)[0]

@@ -75,7 +75,10 @@ def test_a_rounded_routing_makes_a_world():
     world = small_world(num_tokens=100)
     rounded = round_tokens(world.routing, 64, "up")
     assert rounded.num_topk > world.routing.num_topk
-    assert replace(world, routing=rounded).rows.sum() == rounded.counts.sum() > world.routing.counts.sum()
+    more = replace(world, routing=rounded)
+    assert more.rows.sum() == rounded.counts.sum() > world.routing.counts.sum()
+    sent, received = rounded.counts.sum(axis=1).max(), more.rows.max()
+    assert more.row_bytes == (sent + received) * 192 * (2 + 2) + received * 80 * 2
 
 
 @pytest.mark.parametrize(
