@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from policy_worlds import small_world
+from policy_worlds import assert_computed_once, assert_link_bytes, run_both, small_world
 
+from sim.policies import build
 from sim.rounding import WAYS, round_tokens
 from sim.routing import SimRouting
 
@@ -79,6 +80,16 @@ def test_a_rounded_routing_makes_a_world():
     assert more.rows.sum() == rounded.counts.sum() > world.routing.counts.sum()
     sent, received = rounded.counts.sum(axis=1).max(), more.rows.max()
     assert more.row_bytes == (sent + received) * 192 * (2 + 2) + received * 80 * 2
+
+
+@pytest.mark.parametrize("policy", ["flashmoe", "t3", "nanoflow"])
+@pytest.mark.parametrize("how", WAYS)
+def test_policies_run_rounded_routings(policy, how):
+    world = small_world("zipf:1.2", num_tokens=100)
+    rounded = replace(world, routing=round_tokens(world.routing, 32, how))
+    graph = build(policy, rounded)
+    assert_computed_once(graph, rounded)
+    assert_link_bytes(graph, run_both(graph), rounded, slack=1)
 
 
 @pytest.mark.parametrize(
