@@ -17,7 +17,7 @@ import numpy as np
 
 from .graph import Array
 from .kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
-from .report import check_runs, horizon_ns, num_slots, sm_runs, transfers
+from .report import check_runs, horizon_ns, num_slots, places, sm_runs, transfers
 from .simulate import Simulation
 from .steps import means, sweep
 
@@ -87,12 +87,12 @@ def colours(simulation: Simulation) -> dict[int, str]:
 
 def held_slots(simulation: Simulation, kind: int, num_ranks: int, edges: Array) -> Array:
     """`[num_ranks, len(edges) - 1]`: the mean number of tasks of a kind that hold slots between every two edges."""
-    nodes, time = simulation.graph.nodes, simulation.timeline
-    runs = sm_runs(simulation)
+    graph, time = simulation.graph, simulation.timeline
+    place, runs = places(graph), sm_runs(simulation)
     node = time.run_node[runs]
-    runs = runs[(nodes["kind"][node] == kind) & (nodes["rank"][node] < num_ranks)]
-    held = (time.run_start_ns[runs], time.run_end_ns[runs], time.run_count[runs])
-    steps = sweep(nodes["rank"][time.run_node[runs]], *held, num_ranks, horizon_ns(simulation))
+    runs = runs[(graph.nodes["kind"][node] == kind) & (place[node] < num_ranks)]
+    held = (place[time.run_node[runs]], time.run_start_ns[runs], time.run_end_ns[runs], time.run_count[runs])
+    steps = sweep(*held, num_ranks, horizon_ns(simulation))
     return means(steps, num_ranks, edges)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from .graph import NONE, Array
+from .graph import NONE, Array, TaskGraph
 from .kinds import BARRIER, DENSE, DISPATCH, GEMM0, GEMM1, JOIN, LAUNCH, RECEIVE, SEND
 from .rates import fitted_rate, is_fitted
 from .simulate import Simulation
@@ -158,6 +158,12 @@ def _link_bytes(simulation: Simulation) -> dict[str, Any]:
 # ---- slots
 
 
+def places(graph: TaskGraph) -> Array:
+    """`[num_nodes]`: the rank on which each node runs: that of its server, which for a pull is not the node's own."""
+    server, rank = graph.nodes["server"], graph.nodes["rank"]
+    return np.where(server == NONE, rank, np.array([*(of.rank for of in graph.servers), NONE])[server])
+
+
 def sm_runs(simulation: Simulation) -> Array:
     """Indices of the runs that hold slots of multiprocessors."""
     graph = simulation.graph
@@ -176,7 +182,7 @@ def slot_shares(simulation: Simulation) -> dict[str, float]:
     """Shares of the slot time: `resident`, and the `IDLE_CAUSES`."""
     graph, time, horizon = simulation.graph, simulation.timeline, horizon_ns(simulation)
     runs, slots, num_ranks = sm_runs(simulation), num_slots(simulation), simulation.world.num_ranks
-    rank, start = graph.nodes["rank"][time.run_node[runs]], time.run_start_ns[runs]
+    rank, start = places(graph)[time.run_node[runs]], time.run_start_ns[runs]
     steps = sweep(rank, start, time.run_end_ns[runs], time.run_count[runs], num_ranks, horizon)
     passed = steps.right - steps.left
     held = np.minimum(steps.level, slots)
@@ -208,7 +214,8 @@ def idle_cause(simulation: Simulation, nodes: Array) -> Array:
             break
         last = np.where(passed, cause[last], last)
     over_link = (fields["egress"][last] != NONE) | (fields["ingress"][last] != NONE)
-    elsewhere = fields["rank"][last] != fields["rank"][nodes]
+    place = places(simulation.graph)
+    elsewhere = place[last] != place[nodes]
     kind = fields["kind"][last]
     known = [last == NONE, kind == LAUNCH, kind == BARRIER, over_link | elsewhere]
     return np.select(known, [DEPENDENCY, LAUNCHED, MET, WAITING], DEPENDENCY)
@@ -240,7 +247,7 @@ def exposed_communication_us(simulation: Simulation) -> float:
     weight[: len(computes), 0] = weight[len(computes) :, 1] = 1
     num_ranks = simulation.world.num_ranks
     steps = sweep(
-        np.concatenate([graph.nodes["rank"][time.run_node[computes]], rank]),
+        np.concatenate([places(graph)[time.run_node[computes]], rank]),
         np.concatenate([time.run_start_ns[computes], start]),
         np.concatenate([time.run_end_ns[computes], end]),
         weight,

@@ -1,10 +1,11 @@
 """A simulation as a Chrome trace, in the form of the kernel's own traces, so that the two can be laid side by side.
 
 A process is a rank and a lane is one slot of one of its servers; slices have the names and arguments of
-`reference.Task`, of which a run of several tasks is as many slices. Tasks without a server (meetings, copy engines,
-collectives) have lanes of their own, in which a slice ends when the bytes are there. Counters show the slots that are
-held and the bytes under way on each link, an arrow leads from each packet's DISPATCH to the first GEMM0 that it made
-possible. Open the file at https://ui.perfetto.dev or chrome://tracing.
+`reference.Task`, of which a run of several tasks is as many slices. A task that runs on another rank's server, as a
+pull does, is shown there with its own rank as the peer. Tasks without a server (meetings, copy engines, collectives)
+have lanes of their own, in which a slice ends when the bytes are there. Counters show the slots that are held and the
+bytes under way on each link; an arrow leads from each packet's DISPATCH to the first GEMM0 that it made possible. Open
+the file at https://ui.perfetto.dev or chrome://tracing.
 
 Leaves out: ranks and times beyond `MAX_SLICES` slices, which the file says; JOINs; which slot a real GPU would take.
 """
@@ -24,7 +25,7 @@ import numpy as np
 
 from .graph import NONE, Array
 from .kinds import DISPATCH, GEMM0, JOIN, KIND_NAMES, RECEIVE
-from .report import check_runs, horizon_ns
+from .report import check_runs, horizon_ns, places
 from .simulate import Simulation
 from .steps import sweep
 
@@ -101,7 +102,7 @@ def make_trace(simulation: Simulation, ranks: Sequence[int] | None = None) -> Tr
     check_runs(simulation)
     nodes, time = simulation.graph.nodes, simulation.timeline
     chosen = _choose(simulation, ranks)
-    shown = np.isin(nodes["rank"], chosen) & (nodes["kind"] != JOIN)
+    shown = np.isin(places(simulation.graph), chosen) & (nodes["kind"] != JOIN)
     runs = np.flatnonzero(shown[time.run_node])
     kept = int((np.cumsum(time.run_count[runs], dtype=np.int64) <= MAX_SLICES).sum())
     until = time.makespan_ns if kept == len(runs) else int(time.run_start_ns[runs[kept]])
@@ -115,7 +116,7 @@ def _choose(simulation: Simulation, ranks: Sequence[int] | None) -> list[int]:
     nodes, num_ranks = simulation.graph.nodes, simulation.world.num_ranks
     if ranks is None:
         counts = np.where(nodes["kind"] == JOIN, 0, nodes["count"])
-        tasks = np.bincount(nodes["rank"], counts, minlength=num_ranks)
+        tasks = np.bincount(places(simulation.graph), counts, minlength=num_ranks)
         return list(range(max(1, int((np.cumsum(tasks) <= MAX_SLICES).sum()))))
     for rank in ranks:
         if not 0 <= rank < num_ranks:
@@ -158,7 +159,9 @@ def _slices(simulation: Simulation, runs: Array) -> tuple[list[Slice], dict[int,
     node = time.run_node[runs]
     server = nodes["server"][node]
     end = np.where(server == NONE, time.run_arrive_ns[runs], time.run_end_ns[runs])
-    columns = [nodes[name][node] for name in ("rank", "kind", "peer", "expert", "m")]
+    place = places(simulation.graph)[node]
+    peer = np.where(place == nodes["rank"][node], nodes["peer"][node], nodes["rank"][node])
+    columns = [place, nodes["kind"][node], peer, nodes["expert"][node], nodes["m"][node]]
     columns += [node, server, time.run_count[runs], index_in_node(time.run_node, time.run_count)[runs]]
     columns += [time.run_start_ns[runs], end]
     slices: list[Slice] = []

@@ -47,6 +47,11 @@ def runs_of(simulation):
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
+def place_of(graph, node):
+    server = graph.nodes["server"][node]
+    return graph.nodes["rank"][node] if server == NONE else graph.servers[server].rank
+
+
 def cause_by_hand(simulation, node):
     nodes, cause = simulation.graph.nodes, simulation.timeline.cause
     last = cause[node]
@@ -57,7 +62,8 @@ def cause_by_hand(simulation, node):
     if nodes["kind"][last] in (kinds.LAUNCH, kinds.BARRIER):
         return "launch" if nodes["kind"][last] == kinds.LAUNCH else "barrier"
     linked = nodes["egress"][last] != NONE or nodes["ingress"][last] != NONE
-    return "waiting" if linked or nodes["rank"][last] != nodes["rank"][node] else "dependency"
+    elsewhere = place_of(simulation.graph, last) != place_of(simulation.graph, node)
+    return "waiting" if linked or elsewhere else "dependency"
 
 
 def shares_by_hand(simulation):
@@ -73,7 +79,7 @@ def shares_by_hand(simulation):
         mine = [
             run
             for run in runs_of(simulation)
-            if graph.nodes["rank"][run[0]] == rank
+            if place_of(graph, run[0]) == rank
             and graph.nodes["server"][run[0]] != NONE
             and names[graph.nodes["server"][run[0]]].split(" of ")[0] not in ("OS block", "host")
         ]
@@ -95,7 +101,7 @@ def exposed_by_hand(simulation):
             computing = moving = False
             for node, _, start, end, arrive in runs_of(simulation):
                 kind, egress, ingress = nodes["kind"][node], nodes["egress"][node], nodes["ingress"][node]
-                computing |= bool(nodes["rank"][node] == rank and kind in COMPUTES and start <= now < end)
+                computing |= bool(place_of(graph, node) == rank and kind in COMPUTES and start <= now < end)
                 source = graph.links[egress].rank if egress != NONE else nodes["rank"][node]
                 target = graph.links[ingress].rank if ingress != NONE else nodes["peer"][node]
                 begin = start if kind in (kinds.DISPATCH, kinds.SEND) else end
