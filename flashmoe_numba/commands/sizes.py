@@ -45,12 +45,23 @@ def integer(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def add_size_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--preset` and one flag per size."""
+def integers(minimum: int) -> Callable[[str], list[int]]:
+    """An argparse type: integers of at least `minimum` with commas between them."""
+    one = integer(minimum)
+    return lambda text: [one(part) for part in text.split(",")]
+
+
+def add_size_arguments(
+    parser: argparse.ArgumentParser, preset: str = DEFAULT_PRESET, many_tokens: bool = False
+) -> None:
+    """`--preset`, by default this one, and one flag per size; with `many_tokens`, `--tokens` is a list."""
     add = parser.add_argument_group("sizes", "the preset's where not given").add_argument
-    add("--preset", default=DEFAULT_PRESET, metavar="NAME", help=f"{', '.join(preset_names())} [{DEFAULT_PRESET}]")
+    add("--preset", "--model", default=preset, metavar="NAME", help=f"{', '.join(preset_names())} [{preset}]")
     add("--ranks", type=integer(1), metavar="N", help="ranks of expert parallelism; must divide the experts")
-    add("--tokens", type=integer(1), metavar="N", help="tokens of each rank")
+    if many_tokens:
+        add("--tokens", type=integers(1), metavar="N[,N]", help="tokens of each rank; several are simulated in turn")
+    else:
+        add("--tokens", type=integer(1), metavar="N", help="tokens of each rank")
     add("--hidden", type=integer(1), metavar="N", help="row length of a token")
     add("--ffn", type=integer(1), metavar="N", help="row length inside an expert")
     add("--experts", type=integer(1), metavar="N", help="experts over all ranks")

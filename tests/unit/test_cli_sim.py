@@ -1,0 +1,263 @@
+"""`flashmoe sim` in this process: errors before anything is simulated, tables, JSON, files."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sim
+from flashmoe_numba import cli
+from flashmoe_numba.commands import UsageError
+from flashmoe_numba.commands.knobs import knob_types, knobs_from, parse
+from reference import load_preset
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["sim", "--preset", "laptop-text", "--hardware", "4xH100", "--tokens", "64"]
+KEYS = {
+    *("policy", "hardware", "tokens", "latency_us", "tokens_per_s", "tensor_busy", "useful", "resident", "idle"),
+    *("exposed_communication_us", "nvlink_bytes_max", "nic_bytes_max", "buffer_bytes", "queue_peak", "num_tasks"),
+    *("overlap_efficiency", "rate", "rate_fitted", "simulated", "knobs", "preset", "seed", "layer", "routing"),
+}
+
+
+def run_json(capsys, *flags):
+    """(exit status, objects) of a simulation whose stdout must be JSON alone."""
+    code = cli.main([*SMALL, "--json", "-", *flags])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--policy", "fastest"], "argument --policy: must be of flashmoe, "),
+    (["--policy", "flashmoe,"], "argument --policy: must be of flashmoe, "),
+    (["--hardware", "8xV100"], "argument --hardware: hardware must be a GPU kind (A100, B200,"),
+    (["--hardware", "none.toml"], "argument --hardware: hardware file none.toml: no such file; good names"),
+    (["--hardware", "16xH100"], "argument --hardware: hardware '16xH100': H100 has at least one node and 1 to 8 GPUs"),
+    (["--preset", "gpt-5"], "--preset must be one of"),
+    (["--model", "gpt-5"], "--preset must be one of"),
+    (["--tokens", "64,0"], "argument --tokens: must be an integer >= 1, got '0'"),
+    (["--tokens", "64,,3"], "argument --tokens: must be an integer >= 1, got ''"),
+    (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 32"),
+    (["--ranks", "8"], "the layer: --ranks must be at most the 4 GPUs of hardware 4xH100, got 8"),
+    (["--topk", "33"], "--topk must be in [1, --experts=32], got 33"),
+    (["--tokens", "90000000"], "argument --tokens: the rows that a rank sends need 737.3 GB, and 4xH100 has 80 GB"),
+    (["--hidden", "200000", "--ffn", "200000"], "the layer: the busiest rank needs 3840.5 GB"),
+    (["--routing", "cold"], "argument --routing: name must be one of: even, uniform, zipf:s"),
+    (["--routing", "none.npz"], "argument --routing: name is a recorded workload, but there is no file none.npz"),
+    (["--precision", "int8"], "argument --precision: precision must be one of bfloat16, "),
+    (["--precision", "fp8", "--hardware", "4xA100"], "the layer: precision fp8 computes in fp8, which 4xA100 has no"),
+    (["--replicas", "3"], "argument --replicas: --experts=32 + replicas must be a multiple of --ranks=4, got"),
+    (["--replicas", "-1"], "argument --replicas: must be an integer >= 0, got '-1'"),
+    (["--round-tokens", "away"], "argument --round-tokens: invalid choice: 'away'"),
+    (["--round-tokens", "up", "--policy", "megamoe"], "argument --round-tokens: policy megamoe chooses its row tile"),
+    (["--set", "tile_m"], "argument --set: must be KNOB=VALUE, got 'tile_m'"),
+    (["--set", "tile_m="], "argument --set: must be KNOB=VALUE, got 'tile_m='"),
+    (["--set", "speed=1"], "argument --set: no knob 'speed' in flashmoe; flashmoe has rate, tile_latency_ns, "),
+    (["--set", "tile_m=tall"], "argument --set: tile_m must be an integer, got 'tall'"),
+    (["--set", "tile_m=0"], "argument --set: tile_m must be at least 1, got 0"),
+    (["--set", "rate=1.5"], "argument --set: rate must be in (0, 1], got 1.5"),
+    (["--set", "rate=fast"], "argument --set: rate must be a number or none, got 'fast'"),
+    (["--set", "ladder=yes"], "argument --set: ladder must be true or false, got 'yes'"),
+    (["--set", "packing=loose"], "argument --set: packing must be one of per_source, per_expert; got 'loose'"),
+    (["--set", "packing=per_expert", "--policy", "flashmoe,bulk,comet"], "argument --set: no knob 'packing' in bulk, "),
+    (["--seed", "-1"], "argument --seed: must be an integer >= 0, got '-1'"),
+    (["--overlap", "--topk", "17"], "argument --overlap: of 2 ranks: --topk must be in [1, --experts=16], got 17"),
+    (["--json", "/proc/none/x.json"], "argument --json: cannot write '/proc/none/x.json'"),
+    (["--trace", "/"], "argument --trace: cannot write '/'"),
+    (["--plot", "-"], "argument --plot: must be a file, got '-'"),
+    (["--plot", "a.png", "--tokens", "3,4"], "argument --plot: needs one policy and one --tokens, got 2 combinations"),
+    (["--trace", "a", "--policy", "flashmoe,bulk"], "argument --trace: needs one policy and one --tokens, got 2 comb"),
+    (["--engine", "pure"], "unrecognized arguments: --engine pure"),
+])  # fmt: skip
+def test_bad_flags_are_one_line(capsys, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*SMALL, *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"flashmoe sim: error: {message}")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_is_a_list_in_the_given_order(capsys):
+    code, rows = run_json(capsys, "--policy", "megamoe,flashmoe", "--tokens", "32,16", "--seed", "5")
+    assert code == 0
+    assert [(row["policy"], row["tokens"]) for row in rows] == [
+        ("megamoe", 32), ("flashmoe", 32), ("megamoe", 16), ("flashmoe", 16)
+    ]  # fmt: skip
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["simulated"] is True
+        assert (row["hardware"], row["ranks"], row["preset"], row["seed"]) == ("4xH100", 4, "laptop-text", 5)
+        assert row["resident"] + sum(row["idle"].values()) == pytest.approx(1)
+
+
+def test_json_is_the_report_of_the_library(capsys):
+    flags = ["--routing", "zipf:1", "--seed", "3", "--precision", "fp8", "--set", "ladder=true", "--set", "rate=0.25"]
+    _, (row,) = run_json(capsys, *flags, "--hidden", "256", "--ranks", "2", "--capacity", "9")
+    config = load_preset("laptop-text", num_ranks=2, num_tokens=64, hidden=256, capacity=9)
+    world = sim.World(
+        config=config,
+        hardware=sim.load_hardware("4xH100"),
+        routing=sim.make_routing("zipf:1", config, 3),
+        precision=sim.precision("fp8"),
+    )
+    knobs = sim.make_knobs("flashmoe", {"ladder": True, "rate": 0.25})
+    expected = asdict(sim.report(sim.simulate("flashmoe", world, knobs)))
+    assert {name: row[name] for name in expected} == expected
+    assert row["layer"] == {name: value for name, value in asdict(config).items() if name != "num_tokens"}
+
+
+def test_a_default_precision_is_the_layers_type(capsys):
+    _, (row,) = run_json(capsys, "--dtype", "float16")
+    assert row["precision"] == "float16"
+
+
+def test_all_policies(capsys):
+    code, rows = run_json(capsys, "--policy", "all")
+    assert code == 0
+    assert [row["policy"] for row in rows] == list(sim.POLICY_NAMES)
+
+
+def test_rounded_tokens_leave_no_padding(capsys):
+    flags = ["--tokens", "1000", "--set", "packing=per_expert", "--set", "tile_m=16", "--set", "gate=false"]
+    _, (before,) = run_json(capsys, *flags)
+    _, (after,) = run_json(capsys, *flags, "--round-tokens", "up")
+    assert before["useful"] < before["tensor_busy"]
+    assert after["useful"] == pytest.approx(after["tensor_busy"])
+    assert "rounded (up) to 16" in after["routing"]
+
+
+def test_replicas_relieve_the_busy_rank(capsys):
+    flags = ["--routing", "hot", "--tokens", "4096"]
+    _, (before,) = run_json(capsys, *flags)
+    _, (after,) = run_json(capsys, *flags, "--replicas", "4")
+    assert after["latency_us"] < before["latency_us"]
+    assert "4 replicas" in after["routing"]
+
+
+def test_overlap_is_the_time_of_two_ranks_with_as_many_experts_each(capsys):
+    _, (four,) = run_json(capsys, "--overlap")
+    _, (two,) = run_json(capsys, "--ranks", "2", "--experts", "16")
+    assert four["overlap_efficiency"] == pytest.approx(two["latency_us"] / four["latency_us"])
+    _, (two,) = run_json(capsys, "--ranks", "2", "--experts", "16", "--overlap")
+    assert two["overlap_efficiency"] == 1
+
+
+def test_overlap_with_replicas(capsys):
+    _, (four,) = run_json(capsys, "--overlap", "--routing", "hot", "--replicas", "8")
+    _, (two,) = run_json(capsys, "--ranks", "2", "--experts", "16", "--routing", "hot", "--replicas", "4")
+    assert four["overlap_efficiency"] == pytest.approx(two["latency_us"] / four["latency_us"])
+
+
+def test_the_table_says_simulated_and_has_units(capsys):
+    assert cli.main([*SMALL, "--policy", "flashmoe,bulk"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("simulated on 4xH100: laptop-text on 4 ranks, hidden ")
+    names, units, first, second = out.splitlines()[3:7]
+    assert names.split()[:5] == ["policy", "tokens", "latency", "tokens", "tensor"]
+    assert units.split()[:4] == ["/rank", "us", "M/s", "%"]
+    assert first.split()[:2] == ["flashmoe", "64"]
+    assert second.split()[:2] == ["bulk", "64"]
+    assert len({line.rindex(line.split()[-1]) for line in (first, second)}) == 1
+    assert "NIC" not in names
+    assert max(map(len, out.splitlines())) <= 120
+    assert err == "", "progress is drawn though stderr is no terminal"
+
+
+def test_the_table_shows_what_goes_between_nodes(capsys):
+    assert cli.main([*SMALL, "--hardware", "2x2xH100"]) == 0
+    names, units = capsys.readouterr().out.splitlines()[3:5]
+    assert names.index("NIC") + 1 == units.rindex("MB")
+
+
+def test_the_defaults_are_a_model_on_a_node(capsys):
+    assert cli.main(["sim"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("simulated on 8xH100: llama-4-scout on 8 ranks, ")
+    assert "bfloat16, routing uniform, seed 0" in out
+
+
+def test_a_rate_that_was_not_fitted_is_marked(capsys, monkeypatch):
+    from sim import rates
+
+    monkeypatch.setattr(rates, "fitted_rates", lambda: {"flashmoe": {"H100": 0.5}})
+    assert cli.main([*SMALL, "--policy", "flashmoe"]) == 0
+    fitted = capsys.readouterr().out
+    assert "0.500" in fitted and "*" not in fitted
+    assert cli.main([*SMALL, "--policy", "flashmoe,bulk"]) == 0
+    out = capsys.readouterr().out
+    assert "0.600*" in out and "* not fitted to measurements of this policy on this GPU" in out
+
+
+def test_list_has_policies_knobs_hardware_and_routings(capsys):
+    assert cli.main(["sim", "--list"]) == 0
+    out = capsys.readouterr().out
+    for text in (*sim.POLICY_NAMES, *sim.hardware_names(), *sim.ROUTING_NAMES, *sim.PRECISIONS):
+        assert text in out
+    assert "FlashMoE: one persistent kernel per rank" in out
+    assert "packing=per_source (per_source|per_expert)" in out.replace("\n      ", " ")
+
+
+def test_files_are_written_into_new_folders(capsys, tmp_path):
+    files = {flag: tmp_path / "new" / flag for flag in ("json", "trace", "plot")}
+    assert cli.main([*SMALL, *(str(part) for flag, file in files.items() for part in (f"--{flag}", file))]) == 0
+    (row,) = json.loads(files["json"].read_text())
+    trace = json.loads(files["trace"].read_text())
+    assert trace["otherData"]["note"].startswith("simulated flashmoe on 4xH100")
+    slices = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert len(slices) == row["num_tasks"]
+    assert max(event["ts"] + event["dur"] for event in slices) == pytest.approx(row["latency_us"])
+    assert files["plot"].read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.startswith("simulated on 4xH100")
+
+
+def test_a_machine_of_ones_own(capsys, tmp_path):
+    hardware = sim.load_hardware("2xH100")
+    from sim.hardware import to_toml
+
+    (tmp_path / "mine.toml").write_text(to_toml(hardware).replace('name = "2xH100"', 'name = "mine"', 1))
+    _, (row,) = run_json(capsys, "--hardware", str(tmp_path / "mine.toml"))
+    assert (row["hardware"], row["ranks"]) == ("mine", 2)
+
+
+def test_a_recorded_routing(capsys, tmp_path):
+    np.savez(tmp_path / "recorded.npz", topk_idx=np.zeros((4 * 64, 1), np.int64))
+    _, (row,) = run_json(capsys, "--routing", str(tmp_path / "recorded.npz"), "--topk", "1", "--set", "gate=false")
+    assert row["routing"].endswith("recorded.npz")
+    assert row["nvlink_bytes_max"] > 0
+
+
+@pytest.mark.parametrize(("text", "kind", "value"), [
+    ("7", int, 7), ("-3", int, -3), ("0.5", float, 0.5), ("1", float, 1.0), ("true", bool, True),
+    ("False", bool, False),
+    ("word", str, "word"), ("none", int | None, None), ("7", int | None, 7), ("None", float | None, None),
+    ("none", str, "none"),
+])  # fmt: skip
+def test_knobs_are_of_the_type_of_their_annotation(text, kind, value):
+    parsed = parse("knob", text, kind)
+    assert (parsed, type(parsed)) == (value, type(value))
+
+
+@pytest.mark.parametrize("policy", sim.POLICY_NAMES)
+def test_every_knob_of_every_policy_can_be_set_to_its_default(policy):
+    defaults = sim.make_knobs(policy, {})
+    pairs = [f"{name}={getattr(defaults, name)}" for name in knob_types(policy)]
+    assert knobs_from([policy], pairs) == {policy: defaults}
+
+
+def test_a_knob_is_set_in_all_policies_and_the_last_value_counts():
+    made = knobs_from(["flashmoe", "bulk"], ["tile_m=32", "tile_m=64"])
+    assert [knobs.tile_m for knobs in made.values()] == [64, 64]
+    with pytest.raises(UsageError, match="no knob 'num_ops' in flashmoe; flashmoe has rate"):
+        knobs_from(["bulk", "flashmoe"], ["num_ops=100"])
+
+
+def test_importing_the_simulator_for_a_notebook_loads_no_numba():
+    program = "import sys, sim; sim.load_hardware('8xH100'); print(sorted({'numba', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert all(hasattr(sim, name) for name in sim.__all__)
