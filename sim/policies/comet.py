@@ -118,9 +118,11 @@ def _layer0(draft: Draft, blocks: Blocks, knobs: Knobs) -> Array:
     rows_sorted = draft.stream(draft.begin(ready), INDEX_BYTES * world.rows)
     draft.sync(rows_sorted)  # the host needs the counts to set the products up
     owner = world.routing.owner[blocks.expert]
-    products = draft.gemm0(blocks, knobs.tile_n, priority=arrival_turn(world, blocks))
+    turn = arrival_turn(world, blocks)
+    products = draft.gemm0(blocks, knobs.tile_n, priority=turn)
     draft.builder.edge(arrived[blocks.piece_source, owner[blocks.piece_block]], products[blocks.piece_block])
-    done = draft.kernel(draft.begin(rows_sorted), products, owner)
+    order = np.argsort(turn, kind="stable")  # also of those that are ready when the kernel begins
+    done = draft.kernel(draft.begin(rows_sorted), products[order], owner[order])
     return draft.barrier(np.concatenate([done, arrived.ravel()]))
 
 

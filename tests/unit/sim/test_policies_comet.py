@@ -108,9 +108,10 @@ def test_packing_begins_with_the_leading_source(counts, leading):
         assert sorted(found) == sorted((row // 4, int(source)) for row, source in enumerate(rows))
 
 
-def test_tiles_wait_for_their_last_source_and_go_in_the_order_of_arrival():
+@pytest.mark.parametrize("nvlink_gbps", [0.5, 1000.0])  # slots wait for rows, or rows for slots
+def test_tiles_wait_for_their_last_source_and_go_in_the_order_of_arrival(nvlink_gbps):
     world = small_world("uniform", num_tokens=300)
-    world = replace(world, hardware=replace(world.hardware, sms=32, nvlink_gbps=0.5))
+    world = replace(world, hardware=replace(world.hardware, sms=32, nvlink_gbps=nvlink_gbps))
     graph = graph_of(world, stages="layer0", tile_m=16)
     timeline = run_both(graph)
     owner, counts = world.routing.owner, world.routing.counts
@@ -128,6 +129,7 @@ def test_tiles_wait_for_their_last_source_and_go_in_the_order_of_arrival():
             assert found == needed - {rank}
             assert all(timeline.start_ns[node] >= timeline.done_ns[copy_of[s, rank]] for s in found)
             turns.append(max((source - rank) % 4 for source in needed))
+            assert graph.nodes["priority"][node] == turns[-1]
             starts.append(timeline.start_ns[node])
         assert sorted(turns) == [turn for _, turn in sorted(zip(starts, turns, strict=True))]
         assert set(turns) == {0, 1, 2, 3}

@@ -120,8 +120,10 @@ def test_products_go_in_waves_of_experts():
 def test_waves_fill_the_gpu_twice(tokens, per_wave):
     world = small_world("even", num_tokens=tokens, num_experts=32, ffn=512, hidden=256, num_topk=4)
     graph = graph_of(world)
-    nodes = kind_nodes(graph, GEMM0)
-    np.testing.assert_array_equal(graph.nodes["priority"][nodes], graph.nodes["expert"][nodes] // per_wave * 2)
+    for kind, second in ((GEMM0, 0), (GEMM1, 1)):
+        nodes = kind_nodes(graph, kind)
+        wave = graph.nodes["expert"][nodes] // per_wave
+        np.testing.assert_array_equal(graph.nodes["priority"][nodes], 2 * wave + second)
 
 
 def test_the_second_kernel_waits_for_the_first():
@@ -158,14 +160,21 @@ def test_tile_heights_follow_the_expected_rows(tokens, fused):
     assert len(products) == (-(-rows // fused)).sum()
 
 
-def test_tile_columns():
-    few, many = (small_world("even", num_tokens=tokens, num_experts=32) for tokens in (8, 512))
-    wide = replace(many, config=replace(many.config, ffn=2560))
-    assert tile_columns(few, Knobs(split=True)) == (128, 128)
-    assert tile_columns(many, Knobs(split=True)) == (256, 256)
-    assert tile_columns(wide, Knobs(split=True)) == (512, 256)
-    assert tile_columns(wide, Knobs()) == (128, 128)
-    assert tile_columns(wide, Knobs(split=True, tile_n=64)) == (64, 64)
+@pytest.mark.parametrize(
+    ("tokens", "ffn", "columns"),
+    [
+        (48, 80, (128, 128)),  # 12 rows per expert
+        (52, 80, (256, 256)),
+        (32, 2560, (128, 128)),  # 8 rows
+        (36, 2560, (512, 256)),
+        (36, 2559, (128, 128)),
+    ],
+)
+def test_tile_columns_follow_the_expected_rows_and_the_ffn(tokens, ffn, columns):
+    world = small_world("even", num_tokens=tokens, num_experts=32, ffn=ffn)
+    assert tile_columns(world, Knobs(split=True)) == columns
+    assert tile_columns(world, Knobs()) == (128, 128)
+    assert tile_columns(world, Knobs(split=True, tile_n=64)) == (64, 64)
 
 
 def test_a_cluster_reads_its_rows_once():
