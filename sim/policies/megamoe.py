@@ -12,7 +12,8 @@ Fused (Blackwell): two multiprocessors work on neighbouring tiles and share the 
 Source: DeepGEMM, the public code deepseek-ai/DeepGEMM: MegaMoE's kernels, its heuristics for tile heights and experts
 per wave (pull requests 304 and 316, and 383 for Hopper).
 Knobs: see `Knobs`. Leaves out: the pool's size (a ring whose slots are used again), results that leave tile by tile
-instead of row block by row block, a third barrier beside the reduction, and that tiles wait in their slot for rows.
+instead of row block by row block, a third barrier beside the reduction, that tiles wait in their slot for rows, and the
+exceptions in Hopper's table of tile shapes. The launch is part of the time, which the published ones leave out.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from ..blocks import Blocks, blocks_per_expert
 from ..graph import Array, TaskGraph
 from ..kinds import DISPATCH, LAUNCH
 from ..world import World
-from .common import Draft, PolicyKnobs
+from .common import COUNT_BYTES, Draft, PolicyKnobs
 
 TILE_HEIGHTS = ((8.5, 16), (16.5, 32), (32.5, 64), (64.5, 96), (96.5, 128), (float("inf"), 192))  # up to so many rows
 SPLIT_TILE_HEIGHT = 64
 FUSED_TILE_COLUMNS = 128
 WIDE_FFN = 2560  # from here on, Hopper's first products are 512 columns wide
-COUNT_BYTES = 8  # of one expert's count, told to its owner
 
 
 @dataclass(frozen=True, kw_only=True)
