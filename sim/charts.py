@@ -1,0 +1,161 @@
+"""The three charts that figures of sweeps are made of: curves, bars, a coloured table. Needs matplotlib.
+
+Numbers come keyed by (line, x); a `Style` gives each line the same colour and marker in all figures of one sweep.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7B4173", "#637939", "#F0E442")
+MARKERS = "osD^vP*X<>"
+SHARE_COLOURS = ("#56B4E9", "#009E73", "#999999")
+EMPTY = "0.93"
+DPI = 130
+LEAST_FACTOR = 4  # between the ends of an axis that is logarithmic
+MANY_FACTOR = 500  # from which on an axis has ticks at powers of ten only
+MOST_TICKS = 9
+LEGEND_ROW = 0.19  # inches
+
+
+class Style:
+    """Colour and marker of each line."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.index = {line: number for number, line in enumerate(lines)}
+
+    def colour(self, line: str) -> str:
+        return COLOURS[self.index[line] % len(COLOURS)]
+
+    def marker(self, line: str) -> str:
+        return MARKERS[(self.index[line] + self.index[line] // len(COLOURS)) % len(MARKERS)]
+
+
+def curves(title: str, x_label: str, panels: Mapping[str, Mapping[tuple[Any, ...], float]], style: Style) -> Any:
+    """A panel for each quantity, side by side, a line for each policy; x in powers of two."""
+    figure = _figure(5.2 * len(panels), 4.6, title)
+    lines = sorted({key[0] for values in panels.values() for key in values}, key=style.index.__getitem__)
+    for axes, (y_label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for line in lines:
+            points = sorted((x, value) for (name, x), value in values.items() if name == line)
+            axes.plot(*zip(*points, strict=True), color=style.colour(line), marker=style.marker(line), label=line)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+        _scale_x(axes, sorted({key[1] for key in values}))
+        _scale_y(axes, list(values.values()))
+    _legend(figure, axes)
+    return figure
+
+
+def bars(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]]) -> Any:
+    """A group of bars for each line, a bar in it for each of `groups`, in percent."""
+    lines = sorted(next(iter(groups.values())))
+    figure = _figure(max(6.5, 1.6 + 1.25 * len(lines)), 4.6, title)
+    axes = figure.add_subplot()
+    width = 0.8 / len(groups)
+    for number, (name, values) in enumerate(groups.items()):
+        place = np.arange(len(lines)) + (number - (len(groups) - 1) / 2) * width
+        drawn = axes.bar(place, [100 * values[line] for line in lines], width, color=SHARE_COLOURS[number], label=name)
+        axes.bar_label(drawn, fmt="%.0f", fontsize=8, padding=1)
+    axes.set_xticks(range(len(lines)), [textwrap.fill(line, 16, break_long_words=False) for line in lines])
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel(y_label)
+    axes.margins(y=0.08)
+    _legend(figure, axes)
+    return figure
+
+
+def table(
+    title: str,
+    labels: tuple[str, str],
+    order: tuple[Sequence[Any], Sequence[Any]],
+    cells: Mapping[tuple[Any, Any], tuple[str, float | None]],
+    style: Style,
+) -> Any:
+    """Cells by (x, y): the first line and how much longer the next one takes, None if there is no other."""
+    xs, ys = order
+    figure = _figure(max(7.0, 2.4 + 0.95 * len(xs)), 2.2 + 0.55 * len(ys), title)
+    axes = figure.add_subplot()
+    for row, y in enumerate(ys):
+        for column, x in enumerate(xs):
+            _draw_cell(axes, column, row, cells.get((x, y)), style)
+    axes.set(xlim=(-0.5, len(xs) - 0.5), ylim=(len(ys) - 0.5, -0.5), xlabel=labels[0], ylabel=labels[1])
+    axes.set_xticks(range(len(xs)), [_number(x) for x in xs])
+    axes.set_yticks(range(len(ys)), [_number(y) for y in ys])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for name in sorted({line for line, _ in cells.values()}, key=style.index.__getitem__):
+        axes.bar(0, 0, color=style.colour(name), label=name)
+    _legend(figure, axes)
+    return figure
+
+
+def save(figure: Any, file: Path) -> None:
+    """As PNG; the folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, format="png")
+
+
+def _figure(width: float, height: float, title: str) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'flashmoe-numba[plots]'") from error
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    heading, _, rest = title.partition("\n")
+    figure.suptitle("\n".join([heading, *textwrap.wrap(rest, int(11 * width))]), fontsize=11)
+    return figure
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    longest = max(map(len, names))
+    columns = max(1, min(len(names), int(figure.get_figwidth() * 11 / (longest + 5))))
+    rows = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (rows - 1))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _scale_x(axes: Any, ticks: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    step = -(-len(ticks) // MOST_TICKS)
+    axes.set_xticks(ticks[::step], [_number(tick) for tick in ticks[::step]])
+    axes.minorticks_off()
+
+
+def _scale_y(axes: Any, values: Sequence[float]) -> None:
+    """Logarithmic where the values are far apart, with numbers that can be read; else from zero."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if max(values) < LEAST_FACTOR * min(values):
+        axes.set_ylim(0, 1.08 * max(values))
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < MANY_FACTOR * min(values) else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+
+
+def _draw_cell(axes: Any, column: int, row: int, cell: tuple[str, float | None] | None, style: Style) -> None:
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Rectangle
+
+    colour = style.colour(cell[0]) if cell else EMPTY
+    axes.add_patch(Rectangle((column - 0.48, row - 0.47), 0.96, 0.94, facecolor=colour, linewidth=0))
+    if cell is None:
+        return
+    line, ratio = cell
+    text = f"{line.partition(',')[0]}\n{'alone' if ratio is None else f'{ratio:.2f}x'}"
+    dark = np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) < 0.55  # brightness as the eye sees it
+    axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color="white" if dark else "black")
+
+
+def _number(value: object) -> str:
+    return f"{value:,.10g}" if isinstance(value, (int, float)) else str(value)
