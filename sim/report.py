@@ -243,16 +243,15 @@ def exposed_communication_us(simulation: Simulation) -> float:
     graph, time = simulation.graph, simulation.timeline
     computes = np.flatnonzero(np.isin(graph.nodes["kind"][time.run_node], (GEMM0, GEMM1, DENSE)))
     rank, start, end = transfers(simulation)
-    weight = np.zeros((len(computes) + len(rank), 2), np.int64)
-    weight[: len(computes), 0] = weight[len(computes) :, 1] = 1
+    transfer = np.int64(2**32)  # more than there are computing tasks: one number counts both
     num_ranks = simulation.world.num_ranks
     steps = sweep(
         np.concatenate([places(graph)[time.run_node[computes]], rank]),
         np.concatenate([time.run_start_ns[computes], start]),
         np.concatenate([time.run_end_ns[computes], end]),
-        weight,
+        np.repeat([np.int64(1), transfer], [len(computes), len(rank)]),
         num_ranks,
         horizon_ns(simulation),
     )
-    exposed = (steps.level[:, 0] == 0) & (steps.level[:, 1] > 0)
+    exposed = (steps.level >= transfer) & (steps.level % transfer == 0)
     return float((steps.right - steps.left)[exposed].sum()) / num_ranks / 1000

@@ -12,7 +12,7 @@ from .graph import Array
 class Steps(NamedTuple):
     """A step function of time for each group, ordered by group and time: `level` holds in `[left, right)`.
 
-    The steps of a group cover `[0, horizon)` and none is empty. `level` is `[num_steps]` or `[num_steps, num_weights]`.
+    The steps of a group cover `[0, horizon)` and none is empty.
     """
 
     group: Array
@@ -26,15 +26,14 @@ def sweep(group: Array, start: Array, end: Array, weight: Array, num_groups: int
 
     Args:
         group, start, end: `[num_intervals]`, each in `[0, horizon]`.
-        weight: integers, `[num_intervals]`, or `[num_intervals, num_weights]` to sum several at once.
+        weight: `[num_intervals]` integers.
     """
     every = np.arange(num_groups)
-    edges = np.zeros((2 * num_groups, *weight.shape[1:]), np.int64)  # of the time axis
     groups = np.concatenate([group, group, every, every])
     time = np.concatenate([start, end, np.zeros(num_groups, np.int64), np.full(num_groups, horizon)])
-    change = np.concatenate([weight, -weight, edges])
-    order = np.lexsort((time, groups))
-    groups, time, level = groups[order], time[order], np.cumsum(change[order], axis=0)
+    change = np.concatenate([weight, -weight, np.zeros(2 * num_groups, np.int64)])
+    order = np.argsort(groups * np.int64(horizon + 1) + time, kind="stable")  # by group, then time
+    groups, time, level = groups[order], time[order], np.cumsum(change[order], dtype=np.int64)
     kept = np.flatnonzero((groups[1:] == groups[:-1]) & (time[1:] > time[:-1]))
     return Steps(groups[kept], time[kept], time[kept + 1], level[kept])
 
