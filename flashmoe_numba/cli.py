@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "run one layer on this machine, check it against the reference, and time it beside BLAS",
     "plan": "what a layer needs, without running it: bytes, packets, tiles, operations",
     "sim": "simulate schedules of a layer on hardware that need not be here: time, shares, causes",
+    "explain": "where the time of one simulation goes, and what would make it shorter",
     "validate": "published measurements beside the simulator's, with the errors; fit its rates",
     "compile": "build the kernels for GPUs, without one, and check the machine code that came out",
     "cache": "where compiled kernels are kept and how much room they take; clear them",

@@ -32,7 +32,7 @@ from .hardware import load_hardware
 from .policies import POLICY_NAMES, make_knobs
 from .precision import precision
 from .routing import make_routing
-from .world import World
+from .world import World, check_sent_rows
 
 SCHEMA = 1
 WANTED = ("policy", "hardware", "preset")
@@ -104,8 +104,10 @@ class Point:
         if self.capacity_factor is not None:
             most = min(self.tokens, int(self.capacity_factor * -(-self.tokens // self.experts) * self.topk))
         config = load_preset(self.preset, num_ranks=hardware.num_gpus, gated=self.gated, capacity=most, **sizes)
+        formats = precision(self.precision)
+        check_sent_rows(config, hardware, formats)
         routing = make_routing(self.routing, config, self.seed)
-        return World(config=config, hardware=hardware, routing=routing, precision=precision(self.precision))
+        return World(config=config, hardware=hardware, routing=routing, precision=formats)
 
 
 def load_grid(path: Path) -> list[Point]:

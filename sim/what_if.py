@@ -123,7 +123,7 @@ def _routings(world: World) -> Iterator[tuple[str, SimRouting]]:
             continue
 
 
-def lines(found: Iterable[Gain], most: int = 3) -> Iterator[str]:
+def gain_lines(found: Iterable[Gain], most: int = 3) -> Iterator[str]:
     """The best changes, for people."""
     worth = [gain for gain in found if gain.gain > WORTH][:most]
     if not worth:

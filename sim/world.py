@@ -104,3 +104,16 @@ class World:
         result = np.zeros((self.num_ranks, self.num_ranks), np.int64)
         np.add.at(result.T, self.routing.owner, self.routing.counts.T)
         return result
+
+
+def check_sent_rows(config: MoEConfig, hardware: Hardware, precision: Precision) -> None:
+    """Nothing, if a GPU can hold the rows that it sends; known before a routing is made of more than fits this machine.
+
+    Raises:
+        ValueError: naming what is needed and what there is.
+    """
+    row = config.hidden * (precision.token_bytes + precision.result_bytes)
+    needed = config.num_tokens * config.num_topk * row / 1e9
+    if needed > hardware.hbm_gb:
+        there = f"and {hardware.name} has {hardware.hbm_gb:g} GB: take fewer"
+        raise ValueError(f"the rows that a rank sends need {needed:,.1f} GB, {there}")

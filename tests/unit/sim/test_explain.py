@@ -1,5 +1,7 @@
 """The critical path of a simulation, where its time went, and what would make it shorter."""
 
+import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -8,6 +10,7 @@ import pytest
 from graphs import graphs
 from hypothesis import given
 
+from flashmoe_numba import cli
 from reference import load_preset
 from sim import what_if
 from sim.engine import run
@@ -189,13 +192,48 @@ def test_a_bottleneck_is_found():
     assert found[0].change.name == "NVLink twice as fast"
     totals = explain(simulation.graph, simulation.timeline).totals_ns
     assert max(totals, key=totals.get) == "transfer"
-    assert "NVLink" in "\n".join(what_if.lines(found))
+    assert "NVLink" in "\n".join(what_if.gain_lines(found))
 
 
 def test_a_gain_below_a_percent_is_none():
     simulation = simulate("flashmoe", world())
     (change, *_) = what_if.changes(simulation)
     small = what_if.Gain(change=change, latency_us=99.5, gain=0.005)
-    assert list(what_if.lines([small])) == ["none of the changes that were simulated helps by more than 1%"]
+    assert list(what_if.gain_lines([small])) == ["none of the changes that were simulated helps by more than 1%"]
     large = [replace(small, gain=gain) for gain in np.linspace(0.9, 0.1, 9)]
-    assert len(list(what_if.lines(large))) == 1 + 3
+    assert len(list(what_if.gain_lines(large))) == 1 + 3
+
+
+# ---- the command
+
+FLAGS = ["explain", "--preset", "laptop-text", "--hardware", "4xH100", "--tokens", "64"]
+
+
+def test_the_command_explains_what_sim_simulates(capsys):
+    flags = ["--policy", "flashmoe", "--routing", "hot", "--set", "tile_m=64"]
+    assert cli.main([*FLAGS, *flags]) == 0
+    said, errors = capsys.readouterr()
+    assert cli.main(["sim", *FLAGS[1:], *flags, "--json", "-"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert "flashmoe, simulated on 4xH100: laptop-text, 32 experts, top-2, 64 tokens on each of 4 ranks" in said
+    assert f"the simulated {report['latency_us']:.1f} us" in said
+    totals = re.findall(r"^  (?:" + "|".join(CATEGORIES) + r") +([\d.]+) us", said, re.MULTILINE)
+    assert sum(map(float, totals)) == pytest.approx(report["latency_us"], abs=0.05 * len(CATEGORIES))
+    assert "changes that would help most" in said
+    assert errors == "", "progress is drawn though stderr is no terminal"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--policy", "all"], "argument --policy: invalid choice: 'all' (choose from "),
+    (["--policy", "flashmoe,bulk"], "argument --policy: invalid choice: 'flashmoe,bulk' (choose from "),
+    (["--tokens", "64,128"], "argument --tokens: must be an integer >= 1, got '64,128'"),
+    (["--hardware", "8xV100"], "argument --hardware: hardware must be a GPU kind"),
+    (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 32"),
+    (["--set", "speed=1"], "argument --set: no knob 'speed' in flashmoe"),
+    (["--json", "-"], "unrecognized arguments: --json -"),
+])  # fmt: skip
+def test_bad_flags_are_one_line(capsys, flags, message):
+    assert cli.main([*FLAGS, *flags]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"flashmoe explain: error: {message}")
