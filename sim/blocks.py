@@ -39,6 +39,14 @@ class Blocks:
     row_offset: Array
     packet_height: Array
 
+    def sources(self, otherwise: Array) -> Array:
+        """`[num_blocks]`: the source of each block's rows; `otherwise`, if some blocks have rows of several."""
+        if len(self.piece_block) > len(self.expert):
+            return otherwise
+        result = np.empty_like(otherwise)
+        result[self.piece_block] = self.piece_source
+        return result
+
     def combine_pieces(self, routing: SimRouting, token_block: int) -> tuple[BlockPackets, Array]:
         """(rank, token block) beside the pieces that hold rows of its tokens: what its COMBINE waits for."""
         found = token_block_packets(routing, self.packet_height, token_block, self.row_offset)

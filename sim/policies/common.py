@@ -279,7 +279,7 @@ class Draft:
         return self.builder.add(
             kind,
             owner,
-            peer=owner if source is None else source,
+            peer=blocks.sources(owner) if source is None else source,
             expert=self.local[blocks.expert],
             m=blocks.m,
             count=tiles if part_tiles is None else part_tiles,

@@ -190,3 +190,9 @@ def test_a_rank_that_does_not_fit_is_cut_off(simulation, monkeypatch, tmp_path):
 
 def test_the_limit_is_what_viewers_bear():
     assert MAX_SLICES == 200_000
+
+
+def test_tiles_of_one_source_name_it_as_the_kernel_does(simulation):
+    tiles = [task for task in make_trace(simulation).slices if task.kind == kinds.GEMM0 and task.m == task.n == 0]
+    packets = {(task.peer, 2 * task.rank + task.expert) for task in tiles}  # two experts to a rank
+    assert packets == set(zip(*(index.tolist() for index in np.nonzero(simulation.world.routing.counts)), strict=True))
