@@ -14,7 +14,7 @@ from ..graph import TaskGraph
 from ..world import World
 from .common import PolicyKnobs
 
-POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe")
+POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
 
 
 def make_knobs(policy: str, values: Mapping[str, Any]) -> PolicyKnobs:

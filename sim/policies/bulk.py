@@ -21,7 +21,7 @@ import numpy as np
 
 from ..blocks import blocks_per_expert
 from ..graph import Array, TaskGraph
-from ..kinds import JOIN, PERMUTE
+from ..kinds import PERMUTE
 from ..world import World
 from .common import Draft, PolicyKnobs
 
@@ -77,7 +77,7 @@ class _Stream:
         self.draft = draft
         self.knobs = knobs
         self.random = np.random.default_rng(knobs.straggler_seed)
-        self.last: Array = draft.builder.add(JOIN, draft.ranks)  # nothing yet
+        self.last: Array = draft.idle()
 
     def begin(self) -> Array:
         """`[num_ranks]`: the next kernel begins."""

@@ -63,6 +63,7 @@ class Draft:
         rate = fitted_rate(policy, world.hardware.name) if knobs.rate is None else knobs.rate
         self.cost = Cost(world=world, slots=sm_slots, rate=rate, tile_latency_ns=knobs.tile_latency_ns)
         self.token_block = knobs.token_block
+        self.cuda_graph = False  # kernels are nodes of one
         self.launched: list[Array] = []  # [num_ranks] each, what the hosts do, in order; parts share it
         self.ranks = np.arange(world.num_ranks)
         owner = world.routing.owner
@@ -112,8 +113,11 @@ class Draft:
     def begin(self, after: ArrayLike | None = None, launch_ns: ArrayLike | None = None) -> Array:
         """`[num_ranks]`: a kernel begins: the host, which does one thing after the other, has launched it.
 
-        `after` is what comes before it in its stream.
+        `after` is what comes before it in its stream. With `cuda_graph` no host is asked: it begins a while after that.
         """
+        if self.cuda_graph:
+            gap = self.builder.add(LAUNCH, self.ranks, duration_ns=self.world.hardware.graph_launch_ns)
+            return self.after(after, gap)
         self.launched.append(self.launch(self.launched[-1] if self.launched else None, launch_ns))
         return self.after(after, self.after(self.launched[-1], self.builder.add(JOIN, self.ranks)))
 
@@ -143,6 +147,10 @@ class Draft:
             useful_flops=flops,
         )
         return self.after(after, gates)
+
+    def idle(self) -> Array:
+        """`[num_ranks]`: the beginning of time, for what follows nothing."""
+        return self.builder.add(JOIN, self.ranks)
 
     def barrier(self, after: ArrayLike, duration_ns: int | None = None) -> Array:
         """`[num_ranks]`, one node: all ranks have met."""
@@ -240,19 +248,19 @@ class Draft:
         columns, depth = self.world.config.hidden, self.world.config.ffn
         return self._gemm(GEMM1, blocks, columns, depth, tile_n, priority, source, tiles)
 
-    def ffn(self, after: Array, blocks: Blocks, tile_n: int, launch_ns: int | None = None) -> tuple[Array, Array]:
+    def ffn(self, after: ArrayLike, blocks: Blocks, tile_n: int) -> tuple[Array, Array]:
         """Three kernels, one after the other: the products, and the activation between them.
 
         Returns the second product's nodes `[num_blocks]`, and `[num_ranks]`: all three are complete.
         """
         owner = self.world.routing.owner[blocks.expert]
-        hidden = self.kernel(self.begin(after, launch_ns), self.gemm0(blocks, tile_n), owner)
+        hidden = self.kernel(self.begin(after), self.gemm0(blocks, tile_n), owner)
         rows = np.bincount(owner, blocks.rows, self.world.num_ranks)
         columns = self.world.up_columns * self.world.precision.result_bytes
         nbytes = rows * (columns + self.world.config.ffn * self.world.precision.hidden_bytes) / 2
-        active = self.stream(self.begin(hidden, launch_ns), nbytes, ELEMENTWISE)
+        active = self.stream(self.begin(hidden), nbytes, ELEMENTWISE)
         results = self.gemm1(blocks, tile_n)
-        return results, self.kernel(self.begin(active, launch_ns), results, owner)
+        return results, self.kernel(self.begin(active), results, owner)
 
     def _gemm(
         self,

@@ -1,0 +1,333 @@
+"""DeepEP with grouped products: dispatch, experts and combine as kernels, of which few multiprocessors communicate.
+
+Normal mode: ranks exchange their counts, which the host waits for; then a dispatch kernel on `comm_sms` multiprocessors
+sends each token's row once to each rank it goes to, over NVLink, and once to each node, over the network, where a relay
+forwards it (`sim.hops`). The rows are spread out by expert, and multiplied in row blocks packed over all sources, with
+the activation between the products; the results of a token on one rank are summed, sent back the same way by a combine
+kernel, summed at the relay and at the source. With two micro-batches, communication of one runs beside the experts of
+the other, which then have `comm_sms` multiprocessors less.
+
+Low-latency mode: a row goes straight to each of its experts, and each result straight back; kernels are nodes of a CUDA
+graph, no host waits, and no multiprocessor is needed while rows are on their way (DeepEP's receiving hook), so that
+two micro-batches take nothing from each other. Results go back when all are there, or row block by row block.
+
+Source: deepseek-ai/DeepEP: docs/legacy.md (V1), tests/test_internode.py, and for the number of multiprocessors
+deep_ep/buffers/elastic.py (V2); DeepGEMM's contiguous layout with row blocks of 128.
+Knobs: see `Knobs`. Leaves out: the copy from a receive buffer to its place, queues of the NIC, quantising of rows,
+multiprocessors that communicate and are free again while the other micro-batch still computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import ceil, comb
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..blocks import Blocks, blocks_per_expert
+from ..graph import NONE, Array, TaskGraph
+from ..hops import make_hops
+from ..kinds import COMBINE, DISPATCH, SEND
+from ..world import World
+from .common import Draft, PolicyKnobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs(PolicyKnobs):
+    """Args:
+    mode: "normal" or "low_latency".
+    stages: what is simulated: the whole "layer", or "dispatch" or "combine" alone, as DeepEP's tests time them, with
+        a layout that is known and kernels that are launched already.
+    comm_sms: multiprocessors of normal mode's kernels; None: DeepEP V2's count, see `analytic_comm_sms`.
+    micro_batches: 1, or 2 halves of the tokens.
+    combine: "kernel", or "row_block": results leave as soon as their row block is done (low-latency mode only).
+    chunk_rows: rows that one multiprocessor sends at a time.
+    window_rows: rows under way between two ranks; DeepEP's receive buffers hold 128 to 512.
+    tile_m, tile_n: of a tile of either product.
+    cluster: multiprocessors side by side that share the reading of a row tile.
+    gate: simulate the gate; published figures of layers leave it out.
+    """
+
+    mode: str = "normal"
+    stages: str = "layer"
+    comm_sms: int | None = None
+    micro_batches: int = 1
+    combine: str = "kernel"
+    chunk_rows: int = 16
+    window_rows: int = 256
+    tile_m: int = 128
+    tile_n: int = 128
+    cluster: int = 2
+    gate: bool = True
+
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "mode": ("normal", "low_latency"),
+        "stages": ("layer", "dispatch", "combine"),
+        "combine": ("kernel", "row_block"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.micro_batches > 2:
+            raise ValueError(f"micro_batches must be 1 or 2, got {self.micro_batches}")
+        if self.window_rows < self.chunk_rows:
+            raise ValueError(f"window_rows must be at least chunk_rows={self.chunk_rows}, got {self.window_rows}")
+        if self.combine == "row_block" and self.mode == "normal":
+            raise ValueError("combine must be kernel in mode normal, which sums results before it sends; got row_block")
+
+
+def build(world: World, knobs: Knobs) -> TaskGraph:
+    """The schedule as a graph.
+
+    Raises:
+        ValueError: communication leaves no multiprocessor, or there are too few tokens to cut.
+    """
+    if knobs.micro_batches > world.routing.num_tokens:
+        raise ValueError(
+            f"micro_batches must be at most num_tokens={world.routing.num_tokens}, got {knobs.micro_batches}"
+        )
+    batches: Sequence[_Normal | _LowLatency] = (
+        _low_latency(world, knobs) if knobs.mode == "low_latency" else _normal(world, knobs)
+    )
+    if knobs.stages == "layer":
+        _layer(batches, knobs)
+    else:
+        last = batches[0].draft.idle()
+        for batch in batches:
+            last = batch.dispatch(batch.meet(last)) if knobs.stages == "dispatch" else batch.combine(last)
+    return batches[0].draft.builder.build()
+
+
+def _layer(batches: Sequence[_Normal | _LowLatency], knobs: Knobs) -> None:
+    """Two streams: the gates and experts of all micro-batches, and their dispatches, then their combines."""
+    gated = [batches[0].draft.idle()]
+    for batch in batches:
+        gated.append(batch.draft.gate(batch.draft.begin(gated[-1])) if knobs.gate else gated[-1])
+    computed, sent = gated[-1:], gated[0]
+    for batch, ready in zip(batches, gated[1:], strict=True):
+        sent = batch.dispatch(batch.notify([ready, sent]))
+        computed.append(batch.experts([computed[-1], sent]))
+    for batch, ready in zip(batches, computed[1:], strict=True):
+        sent = batch.combine(batch.draft.begin([sent, batch.results(ready)]))
+
+
+def _normal(world: World, knobs: Knobs) -> list[_Normal]:
+    comm_sms = analytic_comm_sms(world) if knobs.comm_sms is None else knobs.comm_sms
+    if comm_sms >= world.hardware.sms:
+        raise ValueError(f"comm_sms must be less than the {world.hardware.sms} of the GPU, got {comm_sms}")
+    beside = comm_sms if knobs.micro_batches > 1 else 0
+    draft = _draft(world, knobs, world.hardware.sms - beside)
+    comm = draft.servers("communicating SMs", comm_sms)
+    return [_Normal(part, comm, knobs) for part in _parts(draft, knobs)]
+
+
+def _low_latency(world: World, knobs: Knobs) -> list[_LowLatency]:
+    draft = _draft(world, knobs, world.hardware.sms)
+    draft.cuda_graph = True
+    return [_LowLatency(part, knobs) for part in _parts(draft, knobs)]
+
+
+def _draft(world: World, knobs: Knobs, slots: int) -> Draft:
+    draft = Draft(world, knobs, "deepep", slots)
+    draft.cost = replace(draft.cost, cluster=knobs.cluster)
+    return draft
+
+
+def _parts(draft: Draft, knobs: Knobs) -> list[Draft]:
+    tokens = draft.world.routing.num_tokens
+    ends = [tokens * part // knobs.micro_batches for part in range(knobs.micro_batches + 1)]
+    return [draft.part(slice(*pair)) for pair in pairwise(ends)]
+
+
+class _Normal:
+    """Kernels of normal mode for one micro-batch; methods take and give what is complete, `[num_ranks]`."""
+
+    def __init__(self, draft: Draft, comm: Array, knobs: Knobs) -> None:
+        self.draft = draft
+        self.world = draft.world
+        self.comm = comm
+        self.hops = make_hops(draft.world, knobs.chunk_rows, draft.token_block)
+        self.blocks = _blocks(draft.world, knobs)
+        self.tile_n = knobs.tile_n
+        self.window = knobs.window_rows // knobs.chunk_rows
+        self.one_node = self.world.num_ranks <= self.world.hardware.gpus_per_node
+
+    def meet(self, begun: Array) -> Array:
+        """A barrier with which dispatch and combine begin."""
+        network = 0 if self.one_node else self.world.hardware.nic_latency_ns
+        return self.draft.barrier(begun, self.world.hardware.barrier_ns + network)
+
+    def notify(self, after: ArrayLike) -> Array:
+        """Choices are counted, the counts exchanged and read by the host, and the dispatch kernel begins."""
+        choices = self.world.routing.topk_idx[0].nbytes
+        counted = self.draft.stream(self.draft.begin(after), np.full(self.world.num_ranks, choices / 2))
+        met = self.meet(self.draft.begin(counted))
+        self.draft.sync(met)
+        return self.draft.begin(met)
+
+    def dispatch(self, begun: Array) -> Array:
+        """Each row to the relay of each node, from there to each rank."""
+        hops, size = self.hops, self.world.config.hidden * self.world.precision.token_bytes
+        first = self._send(DISPATCH, hops.source, hops.relay, hops.rows * size, busy=not self.one_node)
+        self.draft.after(begun[hops.source], first)
+        relay = hops.relay[hops.share_chunk]
+        second = self._send(DISPATCH, relay, hops.share_rank, hops.share_rows * size, of=hops.source[hops.share_chunk])
+        self.draft.after(first[hops.share_chunk], second)
+        return self.draft.after(begun, self.draft.gather(second, hops.share_rank))
+
+    def experts(self, after: ArrayLike) -> Array:
+        """Rows are spread out by expert, multiplied, and the results of each token summed."""
+        draft, hops, precision = self.draft, self.hops, self.world.precision
+        hidden, rows = self.world.config.hidden, self.world.rows
+        spread = draft.stream(draft.begin(after), rows * hidden * precision.token_bytes)
+        _, done = draft.ffn(spread, self.blocks, self.tile_n)
+        copies = np.bincount(hops.share_rank, hops.share_rows, self.world.num_ranks)
+        return draft.stream(draft.begin(done), (rows + copies) / 2 * hidden * precision.result_bytes)
+
+    def results(self, computed: Array) -> Array:
+        """What combine waits for."""
+        return computed
+
+    def combine(self, begun: Array) -> Array:
+        """The way back, with sums at the relays and at the source."""
+        hops, size = self.hops, self.world.config.hidden * self.world.precision.result_bytes
+        met, relay = self.meet(begun), hops.relay[hops.share_chunk]
+        first = self._send(SEND, hops.share_rank, relay, hops.share_rows * size, of=hops.source[hops.share_chunk])
+        self.draft.after(met[hops.share_rank], first)
+        read = np.bincount(hops.share_chunk, hops.share_rows, len(hops.rows)) * size
+        second = self._send(SEND, hops.relay, hops.source, hops.rows * size, read=read, busy=not self.one_node)
+        self.draft.builder.edge(first, second[hops.share_chunk])
+        return self._sum(met, second, size)
+
+    def _sum(self, met: Array, arrived: Array, size: float) -> Array:
+        """Blocks of tokens are summed when `arrived` `[num_chunks]` has their rows."""
+        hops, draft = self.hops, self.draft
+        rows = hops.copies if self.one_node else hops.visits
+        block = np.arange(rows.shape[1])
+        tokens = np.minimum(draft.token_block, self.world.routing.num_tokens - block * draft.token_block)
+        time = self._time(rows * size, tokens * size)
+        sums = draft.builder.add(COMBINE, draft.ranks[:, None], m=block, server=self.comm[:, None], duration_ns=time)
+        draft.builder.edge(arrived[hops.block_chunk], sums[hops.block_source, hops.block])
+        return draft.kernel(met, sums.ravel(), np.repeat(draft.ranks, len(block)))
+
+    def _send(
+        self,
+        kind: int,
+        source: Array,
+        target: Array,
+        nbytes: Array,
+        of: Array | int = 0,
+        read: Array | None = None,
+        busy: bool = True,
+    ) -> Array:
+        """Chunks on one hop, a window of them under way in each stream (source, target, `of`)."""
+        time = self._time(nbytes if read is None else read, nbytes) if busy else 0
+        server = self.comm[source] if busy else NONE
+        path = self.draft.machine.transfer(source, target, nbytes)
+        nodes = self.draft.builder.add(kind, source, peer=target, server=server, duration_ns=time, **path)
+        stream = (source * self.world.num_ranks + target) * self.world.num_ranks + of
+        order = np.argsort(stream, kind="stable")
+        before, after = order[: -self.window], order[self.window :]
+        same = stream[before] == stream[after]
+        self.draft.builder.edge(nodes[before[same]], nodes[after[same]])
+        return nodes
+
+    def _time(self, read: ArrayLike, written: ArrayLike) -> Array:
+        """One multiprocessor reads and writes this many bytes."""
+        hardware = self.world.hardware
+        time = np.maximum(np.asarray(read) / hardware.sm_read_gbps, np.asarray(written) / hardware.sm_write_gbps)
+        return np.asarray(np.ceil(time))
+
+
+class _LowLatency:
+    """Kernels of low-latency mode for one micro-batch; methods take and give what is complete, `[num_ranks]`."""
+
+    def __init__(self, draft: Draft, knobs: Knobs) -> None:
+        self.draft = draft
+        self.world = draft.world
+        self.blocks = _blocks(draft.world, knobs)
+        self.owner = draft.world.routing.owner[self.blocks.expert]
+        self.knobs = knobs
+        self.products: Array | None = None  # [num_blocks], the second ones, if they say when they are done
+
+    def meet(self, begun: Array) -> Array:
+        """No barrier."""
+        return begun
+
+    def notify(self, after: ArrayLike) -> Array:
+        """The dispatch kernel begins; counts go with the rows."""
+        return self.draft.begin(after)
+
+    def dispatch(self, begun: Array) -> Array:
+        """Each row to each of its experts."""
+        packets = np.nonzero(self.world.routing.counts)
+        sent = self.draft.dispatch(begun, packets, self.knobs.chunk_rows)
+        return self.draft.after(begun, self.draft.gather(sent, self.world.routing.owner[packets[1]]))
+
+    def experts(self, after: ArrayLike) -> Array:
+        """Rows lie by expert already."""
+        products, done = self.draft.ffn(after, self.blocks, self.knobs.tile_n)
+        self.products = products if self.knobs.combine == "row_block" else None
+        return done
+
+    def results(self, computed: Array) -> Array:
+        """What the combine kernel waits for, if its rows do not."""
+        return computed if self.products is None else self.draft.idle()
+
+    def combine(self, begun: Array) -> Array:
+        """Each result to its source, which sums the tokens when all are there."""
+        draft = self.draft
+        sends = draft.send_pieces(self.blocks, begun[self.owner])
+        if self.products is not None:
+            draft.after(self.products[self.blocks.piece_block], sends)
+        return draft.combine_kernel(draft.after(begun, draft.gather(sends, self.blocks.piece_source)))
+
+
+def _blocks(world: World, knobs: Knobs) -> Blocks:
+    return blocks_per_expert(world.routing.counts, np.full(world.routing.num_experts, knobs.tile_m))
+
+
+def analytic_comm_sms(world: World) -> int:
+    """The multiprocessors that keep the slower kind of link busy, by DeepEP V2's `get_theoretical_num_sms`.
+
+    Per row that arrives at a rank: what a multiprocessor reads and writes, and what crosses the links; the ratio of
+    their bandwidths, and a quarter more. Expects a balanced routing without groups. With one rank, which has no links,
+    the least it allows.
+    """
+    ranks, per_node, hardware = world.num_ranks, world.hardware.gpus_per_node, world.hardware
+    nodes, near = -(-ranks // per_node), min(ranks, per_node)
+    per_token = _expected_groups(world, ranks)
+    read, written, gbps = 1 / per_token, 1.0, hardware.nvlink_gbps
+    nvlink, rdma = 1 - 1 / near, 0.0
+    if nodes > 1:
+        visits = _expected_groups(world, nodes) / per_token
+        read, written, rdma = read + visits, 1 / per_token + visits / nodes + 1, visits * (1 - 1 / nodes)
+    traffic = nvlink
+    if rdma / hardware.nic_gbps > nvlink / gbps:
+        traffic, gbps = rdma, hardware.nic_gbps
+    speed = max(read / hardware.sm_read_gbps, written / hardware.sm_write_gbps)
+    needed = ceil(1.25 * gbps * speed / traffic) if traffic else 0
+    return min(max(4, needed + needed % 2), hardware.sms - 1)
+
+
+def _expected_groups(world: World, groups: int) -> float:
+    """Of so many equal groups of experts, those that hold an expert of a token."""
+    experts, topk = world.config.num_experts, world.config.num_topk
+    return groups * (1 - comb(experts - experts // groups, topk) / comb(experts, topk))
+
+
+def bottleneck_gbps(world: World, stage: str, time_ns: int) -> float:
+    """The "bottleneck bandwidth" of DeepEP's tables for a dispatch or combine that takes `time_ns`; mean over ranks.
+
+    As tests/test_intranode.py and test_internode.py define it, with all bytes that stay within the rank or the node:
+    on one node (tokens x ranks they go to) x bytes of a row, called NVLink; on more (tokens x nodes they go to) x bytes
+    of a row, called RDMA. So it may exceed what the link carries: by 8/7 on 8 ranks, by 2 on 2 nodes.
+    """
+    hops = make_hops(world, world.routing.num_tokens, world.routing.num_tokens)
+    rows = hops.copies if world.num_ranks <= world.hardware.gpus_per_node else hops.visits
+    size = world.precision.token_bytes if stage == "dispatch" else world.precision.result_bytes
+    return float(rows.sum() / world.num_ranks * world.config.hidden * size / time_ns)
