@@ -103,6 +103,11 @@ def test_an_impossible_combination_is_a_row_that_says_why(grid):
     assert all(("error" in row) != ("report" in row) for row in rows)
 
 
+def test_more_tokens_than_a_gpu_holds_are_known_before_they_are_routed(tmp_path):
+    (point,) = load_grid(write(tmp_path, HEAD + "tokens = [2000000000]"))
+    assert "the rows that a rank sends need" in run_point(point)["error"]
+
+
 def test_rows_do_not_depend_on_the_number_of_jobs(tmp_path, grid, capsys):
     files = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
     for jobs, file in enumerate(files, start=1):
@@ -222,6 +227,8 @@ def test_rows_of_an_mpirun_are_the_same(tmp_path, grid):
     (HEAD.replace("laptop-tiny", "laptop"), ": [grid] preset: preset must be one of"),
     (HEAD + "[knobs]\nflashmoe = {ladder = true}", ": [knobs] flashmoe must be a list of tables, got {'ladder': True}"),
     (HEAD + "[knobs]\nflashmoe = [{lader = true}]", ": [knobs] flashmoe: policy flashmoe has the knobs rate, "),
+    (HEAD + "[knobs]\nflashmoe = [{tile_m = true}]", ": [knobs] flashmoe: tile_m must be of type int, got True"),
+    (HEAD + "[knobs]\nflashmoe = [{rate = 'high'}]", ": [knobs] flashmoe: rate must be of type float, got 'high'"),
     (HEAD + "[knobs]\nflushmoe = [{}]", ": [knobs] must be for policies one of flashmoe"),
 ])  # fmt: skip
 def test_a_bad_grid_is_one_line(tmp_path, capsys, text, message):
