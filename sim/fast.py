@@ -31,7 +31,7 @@ NODE = np.dtype(
     [(name, np.int32) for name in (*GIVEN[:6], "preds_left", "unstarted", "undone", "cause")]
     + [(name, np.int64) for name in (*GIVEN[6:], *TIMES, "succ_start", "succ_end", *(HEAP.names or ()))]
 )
-SERVER = np.dtype([(name, np.int64) for name in ("free", "root", "length", "peak")])
+SERVER = np.dtype([(name, np.int64) for name in ("free", "head", "tail", "root", "length", "peak")])
 LINK = np.dtype(
     [(name, np.float64) for name in ("gbps", "flow_gbps", "served")]
     + [(name, np.int64) for name in ("rank", "since", "active", "root", "nbytes", "busy_ns", "peak", "place")]
@@ -113,7 +113,7 @@ def _nodes(graph: TaskGraph) -> Array:
 def _servers(graph: TaskGraph) -> Array:
     servers = np.zeros(len(graph.servers), SERVER)
     servers["free"] = [server.slots for server in graph.servers]
-    servers["root"] = EMPTY
+    servers["head"] = servers["root"] = EMPTY
     return servers
 
 
@@ -218,23 +218,64 @@ def _ready(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any, node
     if index == NONE:
         _begin(nodes, counters, runs, events, node, nodes[node].count, time)
         return
-    servers[index].root = push(nodes, servers[index].root, node, nodes[node].priority, counters[TURN])
-    counters[TURN] += 1
-    servers[index].length += 1
+    _enqueue(nodes, servers, counters, index, node)
     _serve(nodes, servers, counters, runs, events, index, time)
     servers[index].peak = max(servers[index].peak, servers[index].length)
 
 
 @compiled
+def _enqueue(nodes: Any, servers: Any, counters: Any, index: int, node: int) -> None:
+    """Nodes mostly come in the order in which they go: those are a list, and only the others are put into a heap."""
+    turn = counters[TURN]
+    counters[TURN] += 1
+    servers[index].length += 1
+    tail = servers[index].tail
+    if servers[index].head != EMPTY and nodes[node].priority < nodes[tail].priority:
+        servers[index].root = push(nodes, servers[index].root, node, nodes[node].priority, turn)
+        return
+    nodes[node].key = nodes[node].priority
+    nodes[node].turn = turn
+    nodes[node].sibling = EMPTY
+    if servers[index].head == EMPTY:
+        servers[index].head = node
+    else:
+        nodes[tail].sibling = node
+    servers[index].tail = node
+
+
+@compiled
+def _first(nodes: Any, servers: Any, index: int) -> int:
+    """The node that is next, of a queue that has some."""
+    head: int = servers[index].head
+    root: int = servers[index].root
+    if head == EMPTY:
+        return root
+    if root == EMPTY:
+        return head
+    heap_first = nodes[root].key < nodes[head].key or (
+        nodes[root].key == nodes[head].key and nodes[root].turn < nodes[head].turn
+    )
+    return root if heap_first else head
+
+
+@compiled
+def _dequeue(nodes: Any, servers: Any, index: int, node: int) -> None:
+    servers[index].length -= 1
+    if node == servers[index].head:
+        servers[index].head = nodes[node].sibling
+    else:
+        servers[index].root = pop(nodes, node)
+
+
+@compiled
 def _serve(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any, index: int, time: int) -> None:
     """Give the free slots to what waits."""
-    while servers[index].free > 0 and servers[index].root != EMPTY:
-        node = servers[index].root
+    while servers[index].free > 0 and servers[index].length > 0:
+        node = _first(nodes, servers, index)
         count = min(servers[index].free, np.int64(nodes[node].unstarted))
         servers[index].free -= count
         if count == nodes[node].unstarted:
-            servers[index].root = pop(nodes, node)
-            servers[index].length -= 1
+            _dequeue(nodes, servers, index, node)
         _begin(nodes, counters, runs, events, node, count, time)
 
 
