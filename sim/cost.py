@@ -51,8 +51,7 @@ class Cost:
             reuse: row blocks that share one reading of the tile's weights from memory.
         """
         precision, hardware = self.world.precision, self.world.hardware
-        active = np.clip(tiles, 1, self.slots)
-        per_sm = np.clip(tiles, hardware.sms, max(hardware.sms, self.slots))  # a lone tile has one multiprocessor
+        active, per_sm = self._sharing(tiles)
         rows = np.asarray(rows, np.float64)
         tensor = 2 * rows * columns * depth / (hardware.tflops[precision.arithmetic] * 1e3 * self.rate)
         weights = columns * depth * precision.weight_bytes
@@ -70,11 +69,20 @@ class Cost:
         wave = max(1, self.slots // -(-columns // tile_columns))
         return np.asarray(blocks / -(-blocks // wave))
 
-    def stream(self, nbytes: ArrayLike) -> Array:
-        """Moving bytes within the GPU, read and written: each byte crosses the memory twice."""
+    def _sharing(self, tasks: ArrayLike) -> tuple[Array, Array]:
+        """How many of a stage's tasks share the memory, and how many the multiprocessors: a lone one has one."""
+        sms = self.world.hardware.sms
+        return np.clip(tasks, 1, self.slots), np.clip(tasks, sms, max(sms, self.slots))
+
+    def stream(self, nbytes: ArrayLike, tasks: ArrayLike | None = None) -> Array:
+        """Moving bytes within the GPU, read and written: each byte crosses the memory twice.
+
+        Args:
+            tasks: of this stage on the GPU, over the whole call; None: enough for all slots.
+        """
         hardware = self.world.hardware
-        memory = hardware.hbm_gbps * hardware.hbm_achieved / self.slots
-        per_slot = min(memory, hardware.l2_gbps / max(hardware.sms, self.slots))
+        active, per_sm = self._sharing(self.slots if tasks is None else tasks)
+        per_slot = np.minimum(hardware.hbm_gbps * hardware.hbm_achieved / active, hardware.l2_gbps / per_sm)
         return _whole(2 * np.asarray(nbytes, np.float64) / per_slot)
 
     def store(self, nbytes: ArrayLike, local: ArrayLike) -> Array:
@@ -83,10 +91,10 @@ class Cost:
         remote = _whole(np.asarray(nbytes, np.float64) / per_slot)
         return np.where(local, self.stream(nbytes), remote)
 
-    def combine(self, tokens: ArrayLike, rows: ArrayLike) -> Array:
-        """Reading this many result rows and writing the sums of this many tokens."""
+    def combine(self, tokens: ArrayLike, rows: ArrayLike, tasks: ArrayLike) -> Array:
+        """Reading this many result rows and writing the sums of this many tokens, one of `tasks` on the GPU."""
         nbytes = (np.asarray(tokens) + np.asarray(rows)) * self.world.config.hidden * self.world.precision.result_bytes
-        return self.stream(nbytes / 2) + self.tile_latency_ns
+        return self.stream(nbytes / 2, tasks) + self.tile_latency_ns
 
 
 def _whole(nanoseconds: Array) -> Array:

@@ -323,7 +323,7 @@ class Draft:
             self.ranks[:, None],
             m=np.arange(number),
             server=self.machine.sm[:, None],
-            duration_ns=self.cost.combine(tokens, rows),
+            duration_ns=self.cost.combine(tokens, rows, number),
         )
         found, pieces = blocks.combine_pieces(routing, block)
         self.builder.edge(results[pieces], nodes[found.rank, found.block])

@@ -78,12 +78,13 @@ def _blocks(world: World, knobs: Knobs) -> Blocks:
 
 
 def _receive(draft: Draft, sent: Array, packets: tuple[Array, ...], blocks: Blocks, knobs: Knobs) -> Array:
-    """The OS block of the owner sees each packet's signal and queues its tiles."""
+    """The OS block of the owner sees each packet's signal and queues its tiles, or its share of those it is part of."""
     world, (source, expert) = draft.world, packets
     owner = world.routing.owner[expert]
-    pieces = np.diff(np.append(blocks.piece_start.ravel(), len(blocks.piece_block)))
+    share = 1 / np.bincount(blocks.piece_block)[blocks.piece_block]
+    row_blocks = np.diff(np.append(0, np.cumsum(share))[np.append(blocks.piece_start.ravel(), len(share))])
     tiles = (world.up_columns + world.config.hidden) / knobs.tile_n
-    work = pieces.reshape(world.routing.counts.shape)[source, expert] * tiles * knobs.schedule_ns
+    work = row_blocks.reshape(world.routing.counts.shape)[source, expert] * tiles * knobs.schedule_ns
     nodes = draft.builder.add(
         RECEIVE,
         owner,

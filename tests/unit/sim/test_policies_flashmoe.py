@@ -77,6 +77,21 @@ def test_lower_tiles_and_packing_pad_less():
     assert padded(packing="per_expert", ladder=True) <= padded(packing="per_expert")
 
 
+@pytest.mark.parametrize("packing", ["per_source", "per_expert"])
+def test_each_tile_is_handed_out_once(packing):
+    """Also where a row block has rows of many sources: the OS block's time is that of its packets and tiles."""
+    world = small_world("zipf:1.2", hidden=256, ffn=128)
+    graph = graph_of(world, packing=packing, poll_ns=1000, schedule_ns=100)
+    nodes = graph.nodes
+    received = kind_nodes(graph, RECEIVE)
+    for rank in range(world.num_ranks):
+        mine = nodes["rank"] == rank
+        tiles = nodes["count"][mine & np.isin(nodes["kind"], (GEMM0, GEMM1))].sum()
+        signals = received[mine[received]]
+        spent = nodes["duration_ns"][signals].sum() - 1000 * len(signals)
+        assert tiles * 100 <= spent <= tiles * 100 + len(signals)  # each is rounded up
+
+
 def test_without_a_gate_there_is_none():
     assert kind_nodes(graph_of(small_world(), gate=False), GATE).size == 0
 

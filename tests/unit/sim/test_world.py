@@ -89,6 +89,16 @@ def test_few_tiles_share_the_memory_among_fewer():
     assert lone == half < all_slots
 
 
+def test_few_streams_share_the_memory_among_fewer():
+    made = cost(slots=264)
+    hardware = made.world.hardware
+    crossing = 3 * 4096 * made.world.config.hidden * 2  # 4,096 tokens, and two rows of each
+    memory = hardware.hbm_gbps * hardware.hbm_achieved
+    for tasks, gbps in ((1, hardware.l2_gbps / 132), (132, memory / 132), (150, memory / 150), (1000, memory / 264)):
+        assert made.combine(4096, 8192, tasks) == np.ceil(crossing / gbps) + 100
+    assert made.stream(1e6) == made.stream(1e6, tasks=264) == made.stream(1e6, tasks=1000)
+
+
 def test_weights_are_read_once_per_wave_unless_they_stay_in_the_cache():
     made = cost(slots=264)
     assert made.reuse(5, 1024, 1024, 128) == 5  # 2 MB
