@@ -18,7 +18,7 @@ SHARE_COLOURS = ("#56B4E9", "#009E73", "#999999")
 EMPTY = "0.93"
 DPI = 130
 LEAST_FACTOR = 4  # between the ends of an axis that is logarithmic
-MANY_FACTOR = 500  # from which on an axis has ticks at powers of ten only
+TICKS = ((20, (1, 1.5, 2, 3, 5, 7)), (500, (1, 2, 5)), (float("inf"), (1,)))  # below that factor, in each decade
 MOST_TICKS = 9
 LEGEND_ROW = 0.19  # inches
 
@@ -57,14 +57,14 @@ def curves(title: str, x_label: str, panels: Mapping[str, Mapping[tuple[Any, ...
 def bars(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]]) -> Any:
     """A group of bars for each line, a bar in it for each of `groups`, in percent."""
     lines = sorted(next(iter(groups.values())))
-    figure = _figure(max(6.5, 1.6 + 1.25 * len(lines)), 4.6, title)
+    figure = _figure(max(6.5, 1.6 + 1.4 * len(lines)), 4.6, title)
     axes = figure.add_subplot()
     width = 0.8 / len(groups)
     for number, (name, values) in enumerate(groups.items()):
         place = np.arange(len(lines)) + (number - (len(groups) - 1) / 2) * width
         drawn = axes.bar(place, [100 * values[line] for line in lines], width, color=SHARE_COLOURS[number], label=name)
         axes.bar_label(drawn, fmt="%.0f", fontsize=8, padding=1)
-    axes.set_xticks(range(len(lines)), [textwrap.fill(line, 16, break_long_words=False) for line in lines])
+    axes.set_xticks(range(len(lines)), [textwrap.fill(line, 16, break_long_words=False) for line in lines], fontsize=9)
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel(y_label)
     axes.margins(y=0.08)
@@ -138,7 +138,8 @@ def _scale_y(axes: Any, values: Sequence[float]) -> None:
         axes.set_ylim(0, 1.08 * max(values))
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < MANY_FACTOR * min(values) else (1,)))
+    subs = next(subs for factor, subs in TICKS if max(values) < factor * min(values))
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
 
@@ -152,7 +153,8 @@ def _draw_cell(axes: Any, column: int, row: int, cell: tuple[str, float | None] 
     if cell is None:
         return
     line, ratio = cell
-    text = f"{line.partition(',')[0]}\n{'alone' if ratio is None else f'{ratio:.2f}x'}"
+    policy, comma, _ = line.partition(",")
+    text = f"{policy}{' ...' if comma else ''}\n{'alone' if ratio is None else f'{ratio:.2f}x'}"
     dark = np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) < 0.55  # brightness as the eye sees it
     axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color="white" if dark else "black")
 
