@@ -9,7 +9,8 @@
 
 A line is a policy with the knobs that were changed. What a figure does not vary is the same for all its rows and stands
 in its title; other choices of it are figures of their own. Of several seeds the median counts. Combinations that cannot
-be leave gaps; of equally fast policies a map names the first by name. Leaves out: how far simulated and measured are apart (`flashmoe validate`).
+be leave gaps; of equally fast policies a map shows the first by name. Leaves out: how far simulated and measured are
+apart (`flashmoe validate`).
 """
 
 from __future__ import annotations
