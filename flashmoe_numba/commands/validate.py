@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sim.validation.cases import Case, Reason, sort_rows
+from sim.validation.cases import Reason, sort_rows
 from sim.validation.compare import Group, Result, compare
 from sim.validation.fit import Fit, fit_all, write_rates
 from sim.validation.tables import FOLDER, Row, read_folder
@@ -44,8 +44,12 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error).replace("data must be", "--data must be", 1)) from None
     cases, rest = sort_rows(rows)
-    fits = _fit(cases) if args.fit else []
-    groups = compare(cases)
+    groups, refused = compare(cases)
+    fits = []
+    if args.fit:
+        fits = _fit(groups)
+        groups, refused = compare(cases)
+    rest += refused
     if args.json != "-":
         print("\n".join(lines(len(rows), groups, rest, fits)))
     if args.json:
@@ -53,8 +57,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fit(cases: Sequence[Case]) -> list[Fit]:
-    fits = fit_all(cases)
+def _fit(groups: Sequence[Group]) -> list[Fit]:
+    fits = fit_all(result.case for group in groups for result in group.results)
     write_rates(fits)
     return fits
 
@@ -65,7 +69,7 @@ def _fit(cases: Sequence[Case]) -> list[Fit]:
 def lines(num_rows: int, groups: Sequence[Group], rest: NotCompared, fits: Sequence[Fit]) -> Iterator[str]:
     """The whole report."""
     yield f"simulated beside measured: {num_rows - len(rest)} of {num_rows} published rows"
-    yield "even routing; one rate per policy and GPU, everything else from the hardware presets"
+    yield "one rate per policy and GPU, everything else from the hardware presets; routing even where none is stated"
     if fits:
         yield from _fit_lines(fits)
     for group in groups:
@@ -90,14 +94,14 @@ def _group_lines(group: Group) -> Iterator[str]:
     if rule.why_not:
         yield f"  not fitted: {rule.why_not}"
     units = f"{'simulated ' + key.unit:>16}{'measured ' + key.unit:>15}{'error':>9}"
-    yield f"  {'hardware':10}{'tokens':>7}{'hidden':>7}{'ffn':>7}{'experts':>8}{'k':>3}{units}"
+    yield f"  {'hardware':10}{'tokens':>7}{'hidden':>7}{'ffn':>7}{'experts':>8}{'k':>3} {units}"
     for result in group.results:
         yield _result_line(result)
 
 
 def _result_line(result: Result) -> str:
     world, config = result.case.world, result.case.world.config
-    sizes = f"{config.num_tokens:7}{config.hidden:7}{config.ffn:7}{config.num_experts:8}{config.num_topk:3}"
+    sizes = f"{config.num_tokens:7}{config.hidden:7}{config.ffn:7}{config.num_experts:8}{config.num_topk:3} "
     values = f"{result.simulated:16,.1f}{result.case.measured:15,.1f}{result.error:+9.1%}"
     return f"  {world.hardware.name:10}{sizes}{values}"
 
@@ -152,6 +156,7 @@ def _result_json(result: Result) -> dict[str, Any]:
         "hardware": case.world.hardware.name,
         "config": asdict(case.world.config),
         "precision": case.world.precision.name,
+        "routing": case.world.routing.name,
         "knobs": case.knobs,
         "simulated": result.simulated,
         "measured": case.measured,

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .cases import Case
+from .cases import IMPOSSIBLE, Case, Reason
+from .tables import Row
 
 Rates = Mapping[tuple[str, str], float]  # by policy and GPU kind
 
@@ -50,13 +51,21 @@ class Group:
         return max(self.results, key=lambda result: abs(result.error))
 
 
-def compare(cases: Iterable[Case], rates: Rates | None = None) -> list[Group]:
-    """Run all cases, with these rates where given and the fitted ones elsewhere, and group them."""
+def compare(cases: Iterable[Case], rates: Rates | None = None) -> tuple[list[Group], list[tuple[Row, Reason]]]:
+    """Run all cases, with these rates where given and the fitted ones elsewhere, and group them.
+
+    Comes with the rows whose worlds break a rule of their policy.
+    """
     groups: dict[GroupKey, list[Result]] = {}
+    refused = []
     for case in cases:
-        result = Result(case=case, simulated=case.simulated((rates or {}).get(case.rate_key)))
+        try:
+            result = Result(case=case, simulated=case.simulated((rates or {}).get(case.rate_key)))
+        except ValueError as error:
+            refused.append((case.row, Reason(IMPOSSIBLE, str(error))))
+            continue
         groups.setdefault(_key(case), []).append(result)
-    return [Group(key=key, results=tuple(results)) for key, results in groups.items()]
+    return [Group(key=key, results=tuple(results)) for key, results in groups.items()], refused
 
 
 def mean_error(results: Iterable[Result]) -> float:

@@ -15,8 +15,8 @@ from ..rates import FILE, fitted_rate, fitted_rates
 from .cases import Case
 from .compare import Result, mean_error
 
-LOWEST = 0.02
-POINTS = 13
+LOWEST = 0.05
+POINTS = 8
 ROUNDS = 3
 HEADER = """\
 # Share of the tensor peak that the tiles of each policy reach on each GPU, see rates.py.

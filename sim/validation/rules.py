@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from ..policies.deepep import bottleneck_gbps
+from ..published import megamoe_columns
 from ..routing import make_routing
-from ..simulate import Simulation
 from ..world import World
 from .tables import Row
 
-Run = Callable[[World], Simulation]
+Run = Callable[[str, World], int]  # the time of a policy in a world, in nanoseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +28,14 @@ class Measure:
     name: str
     unit: str
     units: Mapping[str, float]
-    of: Callable[[Run, World], float]
+    of: Callable[[Run, str, World], float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Args:
     system, metric: patterns that must match all of the row's text; case does not matter.
+    routing: that of the benchmark, where its public code says it.
     columns: knobs whose value a column of the row has.
     gated, dtype, sizes: of rows that do not say it; sizes by the names of `MoEConfig`.
     fitted: whether the rate of (policy, GPU) is fitted to these rows. If not, `why_not` says why.
@@ -44,6 +47,7 @@ class Rule:
     measure: Measure
     knobs: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
+    routing: str = "even"
     gated: bool = False
     dtype: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -63,31 +67,53 @@ class Rule:
         return {**self.knobs, **{knob: int(value) for knob, value in cells.items() if value is not None}}
 
 
-def _latency(run: Run, world: World) -> float:
-    return run(world).latency_us
+def _latency(run: Run, policy: str, world: World) -> float:
+    return run(policy, world) / 1000
 
 
-def _weak_scaling(run: Run, world: World) -> float:
+def _weak_scaling(run: Run, policy: str, world: World) -> float:
     """T(2 ranks) over T(all ranks), with the same tokens on each rank and the same experts in all."""
     config = replace(world.config, num_ranks=2)
     pair = replace(world, config=config, routing=make_routing(world.routing.name, config))
-    return 100 * run(pair).latency_us / run(world).latency_us
+    return 100 * run(policy, pair) / run(policy, world)
 
 
-def _tflops(run: Run, world: World) -> float:
+def _tflops(run: Run, policy: str, world: World) -> float:
     """Products of the real rows, of all ranks, per GPU."""
     rows = world.routing.counts.sum() / world.num_ranks
     flops = 2 * rows * world.config.hidden * (world.up_columns + world.config.ffn)
-    return float(flops / run(world).latency_us / 1e6)
+    return float(flops / run(policy, world) / 1e3)
+
+
+def _bottleneck(stage: str, run: Run, policy: str, world: World) -> float:
+    return bottleneck_gbps(world, stage, run(policy, world))
+
+
+def _column(name: str, run: Run, policy: str, world: World) -> float:
+    return megamoe_columns(world, run(policy, world) / 1000)[name]
+
+
+def _speedup(run: Run, policy: str, world: World) -> float:
+    """Over DeepEP with DeepGEMM in the same world."""
+    return run("deepep", world) / run(policy, world)
+
+
+def _rate(name: str, unit: str, of: Callable[[Run, str, World], float]) -> Measure:
+    return Measure(name=name, unit=unit, units={unit: 1}, of=of)
 
 
 LATENCY = Measure(name="latency", unit="us", units={"us": 1, "ms": 1000}, of=_latency)
-SCALING = Measure(name="T(2) / T(N)", unit="%", units={"%": 1}, of=_weak_scaling)
-THROUGHPUT = Measure(name="throughput", unit="TFLOPS", units={"TFLOPS": 1}, of=_tflops)
+SCALING = _rate("T(2) / T(N)", "%", _weak_scaling)
+THROUGHPUT = _rate("throughput", "TFLOPS", _tflops)
+DISPATCH = _rate("bottleneck bandwidth of dispatch", "GB/s", partial(_bottleneck, "dispatch"))
+COMBINE = _rate("bottleneck bandwidth of combine", "GB/s", partial(_bottleneck, "combine"))
+SPEEDUP = _rate("speedup over DeepEP + DeepGEMM", "x", _speedup)
 
 # Why rows are shown and not fitted.
 OLDER = "an older version of the code, in tf32"
 OFF = "10 to 25 times off any model"
+NO_PRODUCT = "there is no product in it"
+SAME_TIME = "it follows from the latency"
 
 # The benchmark of version 0.1.2 leaves the gate out. Of its blocks, with three stages of 128 x 128 tiles, one fits an
 # H100's multiprocessor; two fit an A100's, but share its tensor cores: one slot of the whole is nearer than two halves.
@@ -96,6 +122,10 @@ PAPER = {"tile_m": 128, "tile_n": 64, "blocks_per_sm": 2}
 
 MEGATRON = r"Megatron(-LM|-TE|-CUTLASS)?"
 COMET = r"COMET|flux\(COMET\)"
+RANDOM = "uniform"  # the tests of DeepEP and DeepGEMM, which measure, take the top k of random numbers
+MEGAMOE = {"gate": False}  # its benchmark begins with a routing that is there
+LOW_LATENCY = {"mode": "low_latency", "token_block": 1}  # its combine gives a token to a multiprocessor
+ANY_FFN = {"ffn": 2048}  # rows only move
 
 RULES = (
     Rule(system="FlashMoE", metric="layer_fwd_latency_v012", policy="flashmoe", measure=LATENCY, knobs=V012),
@@ -143,7 +173,8 @@ RULES = (
         metric="layer_latency",
         policy="megamoe",
         measure=LATENCY,
-        knobs={"split": True, "gate": False},
+        knobs={**MEGAMOE, "split": True},
+        routing=RANDOM,
         gated=True,
     ),
     Rule(
@@ -151,8 +182,76 @@ RULES = (
         metric="layer_latency",
         policy="megamoe",
         measure=LATENCY,
-        knobs={"gate": False},
+        knobs=MEGAMOE,
+        routing=RANDOM,
         gated=True,
+    ),
+    *(
+        Rule(
+            system="MegaMoE",
+            metric=name,
+            policy="megamoe",
+            measure=_rate(name, unit, partial(_column, name)),
+            knobs=MEGAMOE,
+            routing=RANDOM,
+            gated=True,
+            why_not=SAME_TIME,
+        )
+        for name, unit in (("compute_throughput", "TFLOPS"), ("hbm_bw", "GB/s"), ("nvlink_bw", "GB/s"))
+    ),
+    Rule(
+        system="MegaMoE",
+        metric=r"speedup_vs_DeepEP\+DeepGEMM",
+        policy="megamoe",
+        measure=SPEEDUP,
+        knobs=MEGAMOE,
+        routing=RANDOM,
+        gated=True,
+        why_not=SAME_TIME,
+    ),
+    Rule(
+        system=r"DeepEP high-throughput \+ DeepGEMM",
+        metric="layer_latency",
+        policy="deepep",
+        measure=LATENCY,
+        routing=RANDOM,
+        gated=True,
+    ),
+    Rule(
+        system=r"DeepEP low-latency \+ DeepGEMM",
+        metric="layer_latency",
+        policy="deepep",
+        measure=LATENCY,
+        knobs=LOW_LATENCY,
+        routing=RANDOM,
+        gated=True,
+    ),
+    *(
+        Rule(
+            system=r"DeepEP V1 normal.*",
+            metric=f"{stage}_bottleneck_bw_(NVLink|RDMA)",
+            policy="deepep",
+            measure=measure,
+            knobs={"stages": stage},
+            dtype="fp8",
+            routing=RANDOM,
+            sizes=ANY_FFN,
+            why_not=NO_PRODUCT,
+        )
+        for stage, measure in (("dispatch", DISPATCH), ("combine", COMBINE))
+    ),
+    *(
+        Rule(
+            system=r"DeepEP V1 low-latency \(NVLink allowed.*",
+            metric=f"ll_{stage}_latency",
+            policy="deepep",
+            measure=LATENCY,
+            knobs={**LOW_LATENCY, "stages": stage},
+            routing=RANDOM,
+            sizes=ANY_FFN,
+            why_not=NO_PRODUCT,
+        )
+        for stage in ("dispatch", "combine")
     ),
     Rule(system="SonicMoE", metric="moe_fwd_throughput", policy="sonic", measure=THROUGHPUT),
 )
