@@ -5,6 +5,7 @@ the weights that it must bring from memory over the slot's share of that bandwid
 of the L2's; and a fixed latency beside, for filling and draining its pipeline. A GPU is shared by as many tiles as its
 stage has, at most `slots`: few tiles have more of the memory each, as far as one multiprocessor's part of the L2's
 bandwidth goes. Fewer slots than multiprocessors are that many of them, the others being somebody else's.
+A processor that cannot load operands while it multiplies takes the sum of products and reading instead of the longest.
 Leaves out: that a tile's share changes while it runs.
 
 Weights come from memory once per wave: row blocks of one expert that run at the same time read them from the L2. If an
@@ -35,6 +36,7 @@ class Cost:
         rate: share of the tensor peak that a tile's products reach.
         tile_latency_ns: fixed part of a tile.
         cluster: multiprocessors side by side that read a row tile from the L2 once for all of them.
+        async_loads: reading goes on beside the products; False on processors without a way to do so, such as CPUs.
     """
 
     world: World
@@ -42,6 +44,7 @@ class Cost:
     rate: float
     tile_latency_ns: int
     cluster: int = 1
+    async_loads: bool = True
 
     def tile(self, rows: ArrayLike, columns: int, depth: int, tiles: ArrayLike, reuse: ArrayLike = 1) -> Array:
         """A tile of `[rows, depth] @ [depth, columns]`.
@@ -57,8 +60,9 @@ class Cost:
         weights = columns * depth * precision.weight_bytes
         memory = weights / np.asarray(reuse) / (hardware.hbm_gbps * hardware.hbm_achieved)
         cache = (weights + rows * depth * precision.token_bytes / self.cluster) / hardware.l2_gbps
-        longest = np.maximum(np.maximum(tensor, cache) * per_sm, memory * active)
-        return _whole(longest) + self.tile_latency_ns
+        reading = np.maximum(cache * per_sm, memory * active)
+        time = np.maximum(tensor * per_sm, reading) if self.async_loads else tensor * per_sm + reading
+        return _whole(time) + self.tile_latency_ns
 
     def reuse(self, row_blocks: ArrayLike, columns: int, depth: int, tile_columns: int) -> Array:
         """Row blocks that share one reading of a `[depth, columns]` matrix; `row_blocks` are those of its expert."""

@@ -12,7 +12,7 @@ slots that idle while a block looks for work.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -35,6 +35,9 @@ class Knobs(PolicyKnobs):
     packing: "per_source", or "per_expert": rows of all sources of an expert share tiles.
     gate: simulate the gate; the published v0.1.2 benchmark leaves it out.
     dispatch_rows: rows of a packet that one block stores at a time.
+    row_unit: rows that are multiplied together: a tile computes its real rows, rounded up to whole units; None: all of
+        its height, padding included.
+    async_loads: a tile's operands are read while products run; False: before them, as on CPUs.
     poll_ns, schedule_ns: the OS block's time per packet, and per tile that it hands out.
     """
 
@@ -45,6 +48,8 @@ class Knobs(PolicyKnobs):
     packing: str = "per_source"
     gate: bool = True
     dispatch_rows: int = 32
+    row_unit: int | None = None
+    async_loads: bool = True
     poll_ns: int = 300
     schedule_ns: int = 10
 
@@ -55,6 +60,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     slots = world.hardware.sms * knobs.blocks_per_sm - 1  # one is the OS block
     draft = Draft(world, knobs, "flashmoe", slots)
+    draft.cost = replace(draft.cost, async_loads=knobs.async_loads)
     blocks = _blocks(world, knobs)
     launched = draft.launch()
     gated = draft.gate(launched) if knobs.gate else launched
@@ -73,8 +79,12 @@ def _blocks(world: World, knobs: Knobs) -> Blocks:
     counts = world.routing.counts
     shortest = 16 if knobs.ladder else knobs.tile_m
     if knobs.packing == "per_expert":
-        return blocks_per_expert(counts, ladder(counts.sum(axis=0), shortest, knobs.tile_m))
-    return blocks_per_source(counts, ladder(counts, shortest, knobs.tile_m))
+        blocks = blocks_per_expert(counts, ladder(counts.sum(axis=0), shortest, knobs.tile_m))
+    else:
+        blocks = blocks_per_source(counts, ladder(counts, shortest, knobs.tile_m))
+    if knobs.row_unit is None:
+        return blocks
+    return replace(blocks, height=-(-blocks.rows // knobs.row_unit) * knobs.row_unit)
 
 
 def _receive(draft: Draft, sent: Array, packets: tuple[Array, ...], blocks: Blocks, knobs: Knobs) -> Array:

@@ -1,5 +1,7 @@
 """FlashMoE's schedule: all rows once, no waiting but for inputs, and its knobs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
@@ -78,6 +80,35 @@ def test_lower_tiles_and_packing_pad_less():
 
 
 @pytest.mark.parametrize("packing", ["per_source", "per_expert"])
+def test_a_row_unit_pads_real_rows_and_nothing_else(packing):
+    world = small_world("zipf:1.2")
+    whole, units = (graph_of(world, packing=packing, tile_m=32, row_unit=unit) for unit in (None, 6))
+    assert_computed_once(units, world)
+    for kind in (GEMM0, GEMM1):
+        nodes = kind_nodes(units, kind)
+        per_row = units.nodes["flops"][nodes].max() / 36  # a full tile takes six units
+        rows = np.rint(units.nodes["useful_flops"][nodes] / per_row)
+        assert (np.rint(units.nodes["flops"][nodes] / per_row) == -(-rows // 6) * 6).all()
+        assert (units.nodes["count"][nodes] == whole.nodes["count"][nodes]).all()
+
+
+def test_reading_before_products_takes_the_sum_of_both():
+    world = small_world("even", num_tokens=64, hidden=512, ffn=512)
+    tflops = dict(world.hardware.tflops)
+    slow = replace(world.hardware, tflops=tflops | {"bfloat16": 1.0})
+
+    def tile_ns(hardware, **knobs):
+        graph = graph_of(replace(world, hardware=hardware), rate=1.0, tile_latency_ns=0, **knobs)
+        return int(graph.nodes["duration_ns"][kind_nodes(graph, GEMM1)][0])
+
+    reading = tile_ns(replace(slow, tflops=tflops | {"bfloat16": 1e9}))
+    products = tile_ns(replace(slow, hbm_gbps=1e9, l2_gbps=1e9))
+    assert 0 < reading < products
+    assert tile_ns(slow) == products
+    assert tile_ns(slow, async_loads=False) == pytest.approx(products + reading, abs=2)
+
+
+@pytest.mark.parametrize("packing", ["per_source", "per_expert"])
 def test_each_tile_is_handed_out_once(packing):
     """Also where a row block has rows of many sources: the OS block's time is that of its packets and tiles."""
     world = small_world("zipf:1.2", hidden=256, ffn=128)
@@ -121,6 +152,7 @@ def test_knobs_move_the_latency(knobs, slower):
         (dict(packing="loose"), "packing must be one of per_source, per_expert; got 'loose'"),
         (dict(rate=0.0), r"rate must be in \(0, 1\], got 0.0"),
         (dict(tile_m=0), "tile_m must be at least 1, got 0"),
+        (dict(row_unit=0), "row_unit must be at least 1, got 0"),
         (dict(poll_ns=-1), "poll_ns must be at least 0, got -1"),
         (dict(speed=1), "policy flashmoe has the knobs rate, .*; got 'speed'"),
     ],
