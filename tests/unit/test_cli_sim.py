@@ -148,8 +148,9 @@ def test_overlap_is_the_time_of_two_ranks_with_as_many_experts_each(capsys):
 
 
 def test_overlap_with_replicas(capsys):
-    _, (four,) = run_json(capsys, "--overlap", "--routing", "hot", "--replicas", "8")
-    _, (two,) = run_json(capsys, "--ranks", "2", "--experts", "16", "--routing", "hot", "--replicas", "4")
+    flags = ["--routing", "zipf:1", "--tokens", "2048", "--replicas"]
+    _, (four,) = run_json(capsys, "--overlap", *flags, "8")
+    _, (two,) = run_json(capsys, "--ranks", "2", "--experts", "16", *flags, "4")
     assert four["overlap_efficiency"] == pytest.approx(two["latency_us"] / four["latency_us"])
 
 

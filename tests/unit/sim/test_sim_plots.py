@@ -51,6 +51,7 @@ def test_bands_hold_all_slot_time(policy):
         expected = np.bincount(place, (nodes["count"] * nodes["duration_ns"])[mine], 4)
         held = held_slots(simulation, kind, 4, edges)
         np.testing.assert_allclose((held * np.diff(edges)).sum(axis=1), expected)
+        np.testing.assert_array_equal(held_slots(simulation, kind, 2, edges), held[:2])
 
 
 @pytest.fixture

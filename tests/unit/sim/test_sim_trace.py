@@ -12,7 +12,7 @@ from test_report import simulations
 
 from flashmoe_numba.trace import TRACE_KIND_NAMES, TraceRecord, chrome_trace
 from sim import kinds, trace
-from sim.policies import POLICY_NAMES
+from sim.policies import POLICY_NAMES, make_knobs
 from sim.simulate import simulate
 from sim.trace import MAX_SLICES, make_trace, note, write_chrome_trace
 
@@ -127,6 +127,19 @@ def test_flows_lead_from_each_packet_to_its_first_tile(simulation, tmp_path):
         assert (sent["name"], used["name"]) == ("DISPATCH", "GEMM0")
         assert (sent["args"]["peer"], sent["args"]["expert"]) == (used["pid"], used["args"]["expert"])
         assert sent["ts"] + sent["dur"] <= used["ts"]
+
+
+def test_a_flow_ends_at_the_first_tile_to_start(tmp_path):
+    knobs = make_knobs("flashmoe", {"tile_m": 16, "blocks_per_sm": 1})
+    simulation = simulate("flashmoe", small_world(num_tokens=2000), knobs)
+    first = {}
+    for task in make_trace(simulation).slices:
+        if task.kind == kinds.GEMM0:
+            first.setdefault((task.peer, task.rank, task.expert), task.start_ns / 1000)
+    events = written(simulation, tmp_path)["traceEvents"]
+    slices = {(e["pid"], e["tid"], e["ts"]): e for e in slices_of(events)}
+    ends = [slices[e["pid"], e["tid"], e["ts"]] for e in events if e["ph"] == "f"]
+    assert {(e["args"]["peer"], e["pid"], e["args"]["expert"]): e["ts"] for e in ends} == first
 
 
 def test_flows_are_capped(simulation, tmp_path, monkeypatch):
