@@ -18,7 +18,7 @@ from .hardware import Hardware, hardware_names, load_hardware
 from .placement import balance
 from .plots import plot_timeline
 from .policies import POLICY_NAMES, make_knobs
-from .policies.common import PolicyKnobs
+from .policies.knobs import PolicyKnobs
 from .precision import PRECISIONS, Precision, precision
 from .report import IDLE_CAUSES, Report, report
 from .rounding import round_tokens

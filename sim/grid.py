@@ -24,14 +24,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from reference import MoEConfig, load_preset
 
 from .hardware import load_hardware
 from .policies import POLICY_NAMES, make_knobs
-from .policies.common import PolicyKnobs
 from .precision import precision
 from .routing import make_routing
 from .world import World, check_sent_rows
@@ -214,16 +212,6 @@ def _check_knobs(knobs: dict[str, Any], policies: list[str]) -> None:
             raise TypeError(f"[knobs] {policy} must be a list of tables, got {sets!r}")
         for values in sets:
             try:
-                _check_knob_types(type(make_knobs(policy, {})), values)
                 make_knobs(policy, values)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"[knobs] {policy}: {error}") from None
-
-
-def _check_knob_types(kind: type[PolicyKnobs], values: dict[str, Any]) -> None:
-    types = get_type_hints(kind)
-    for name, value in values.items():
-        wanted = get_args(types.get(name)) or (types.get(name, type(value)),)
-        if type(value) not in (*wanted, *((int,) if float in wanted else ())):
-            nouns = " or ".join(option.__name__ for option in wanted if option is not NoneType)
-            raise TypeError(f"{name} must be of type {nouns}, got {value!r}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .graph import TaskGraph
 from .policies import build, make_knobs
-from .policies.common import PolicyKnobs
+from .policies.knobs import PolicyKnobs
 from .timeline import Timeline
 from .world import World
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .hardware import Hardware
 from .placement import balance
-from .policies.common import PolicyKnobs
+from .policies.knobs import PolicyKnobs
 from .routing import SimRouting, make_routing
 from .simulate import Simulation, simulate
 from .world import World

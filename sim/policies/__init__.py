@@ -12,7 +12,7 @@ from typing import Any
 
 from ..graph import TaskGraph
 from ..world import World
-from .common import PolicyKnobs
+from .knobs import PolicyKnobs
 
 POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
 

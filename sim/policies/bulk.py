@@ -23,7 +23,8 @@ from ..blocks import blocks_per_expert
 from ..graph import Array, TaskGraph
 from ..kinds import PERMUTE
 from ..world import World
-from .common import Draft, PolicyKnobs
+from .common import Draft
+from .knobs import PolicyKnobs
 
 NUM_STAGES = 11  # kernels and collectives of `build`; the gate is one, the products and activation are three
 

@@ -28,7 +28,8 @@ from ..graph import Array, TaskGraph
 from ..kinds import COMBINE, ELEMENTWISE, JOIN, SEND
 from ..routing import SimRouting
 from ..world import World
-from .common import Draft, PolicyKnobs
+from .common import Draft
+from .knobs import PolicyKnobs
 
 INDEX_BYTES = 4  # of a row, in the sorted order
 

@@ -7,8 +7,7 @@ what must be complete before, broadcast against the new nodes.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,37 +19,9 @@ from ..kinds import BARRIER, COMBINE, DISPATCH, ELEMENTWISE, GATE, GEMM0, GEMM1,
 from ..machine import add_machine
 from ..rates import fitted_rate
 from ..world import World
+from .knobs import PolicyKnobs
 
 COUNT_BYTES = 8  # of one expert's count on its way
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyKnobs:
-    """Knobs of every policy; each policy adds its own.
-
-    Args:
-        rate: share of the tensor peak that tiles reach; None: the fitted one of this policy on this GPU.
-        tile_latency_ns: fixed part of a tile, for filling and draining its pipeline.
-        token_block: tokens per gate task and per combine task.
-
-    Raises:
-        TypeError, ValueError: naming the knob, its value and the rule.
-    """
-
-    rate: float | None = None
-    tile_latency_ns: int = 1000
-    token_block: int = 32
-
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # of knobs that are words
-
-    def __post_init__(self) -> None:
-        if self.rate is not None and not 0 < self.rate <= 1:
-            raise ValueError(f"rate must be in (0, 1], got {self.rate}")
-        for name, value in vars(self).items():
-            if name in self.choices and value not in self.choices[name]:
-                raise ValueError(f"{name} must be one of {', '.join(self.choices[name])}; got {value!r}")
-            if type(value) is int and value < (0 if name.endswith("_ns") else 1):
-                raise ValueError(f"{name} must be at least {0 if name.endswith('_ns') else 1}, got {value}")
 
 
 class Draft:

@@ -33,7 +33,8 @@ from ..graph import NONE, Array, TaskGraph
 from ..hops import make_hops
 from ..kinds import COMBINE, DISPATCH, SEND
 from ..world import World
-from .common import Draft, PolicyKnobs
+from .common import Draft
+from .knobs import PolicyKnobs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ from ..graph import Array, TaskGraph
 from ..kinds import JOIN, SEND
 from ..shadow import choose_shadows, shadowed
 from ..world import World
-from .common import Draft, PolicyKnobs
+from .common import Draft
+from .knobs import PolicyKnobs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from ..blocks import Blocks, blocks_per_expert, blocks_per_source, ladder
 from ..graph import NONE, Array, TaskGraph
 from ..kinds import RECEIVE
 from ..world import World
-from .common import Draft, PolicyKnobs
+from .common import Draft
+from .knobs import PolicyKnobs
 
 FIRST = -1  # rows go before tiles, which wait for nothing else
 

@@ -26,7 +26,8 @@ from ..blocks import Blocks, blocks_per_expert
 from ..graph import Array, TaskGraph
 from ..kinds import DISPATCH, LAUNCH
 from ..world import World
-from .common import COUNT_BYTES, Draft, PolicyKnobs
+from .common import COUNT_BYTES, Draft
+from .knobs import PolicyKnobs
 
 TILE_HEIGHTS = ((8.5, 16), (16.5, 32), (32.5, 64), (64.5, 96), (96.5, 128), (float("inf"), 192))  # up to so many rows
 SPLIT_TILE_HEIGHT = 64

@@ -21,7 +21,8 @@ from ..blocks import Blocks, blocks_per_expert
 from ..graph import Array, TaskGraph
 from ..kinds import SEND
 from ..world import World
-from .common import Draft, PolicyKnobs
+from .common import Draft
+from .knobs import PolicyKnobs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ from ..graph import Array, TaskGraph
 from ..kinds import DENSE
 from ..routing import SimRouting
 from ..world import World
-from .common import Draft, PolicyKnobs
+from .common import Draft
+from .knobs import PolicyKnobs
 
 ZERO_STREAM = 18  # routing.py has 16, rounding.py 17
 DENSE_STAGES = ("ffn", "qkv", "output", "ffn")

@@ -23,7 +23,8 @@ from ..blocks import Blocks, blocks_per_expert
 from ..graph import Array, TaskGraph
 from ..kinds import EPILOGUE, LOAD
 from ..world import World
-from .common import Draft, PolicyKnobs
+from .common import Draft
+from .knobs import PolicyKnobs
 
 PRODUCT, LAST = -1, -2  # priorities, for stages that share slots: a tile is finished before another is begun
 

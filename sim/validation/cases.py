@@ -16,7 +16,7 @@ from reference import MoEConfig
 
 from ..hardware import Hardware, hardware_names, load_hardware
 from ..policies import make_knobs
-from ..policies.common import PolicyKnobs
+from ..policies.knobs import PolicyKnobs
 from ..precision import precision
 from ..rates import fitted_rate, gpu_kind
 from ..routing import make_routing

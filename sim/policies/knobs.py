@@ -1,0 +1,44 @@
+"""What can be changed about a schedule: the knobs that every policy has, and the rules for those that it adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import NoneType
+from typing import ClassVar, get_args, get_type_hints
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyKnobs:
+    """Knobs of every policy; each policy adds its own.
+
+    Args:
+        rate: share of the tensor peak that tiles reach; None: the fitted one of this policy on this GPU.
+        tile_latency_ns: fixed part of a tile, for filling and draining its pipeline.
+        token_block: tokens per gate task and per combine task.
+
+    Raises:
+        TypeError, ValueError: naming the knob, its value and the rule.
+    """
+
+    rate: float | None = None
+    tile_latency_ns: int = 1000
+    token_block: int = 32
+
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # of knobs that are words
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            self._check_type(name, value)
+            if name in self.choices and value not in self.choices[name]:
+                raise ValueError(f"{name} must be one of {', '.join(self.choices[name])}; got {value!r}")
+            if type(value) is int and value < (0 if name.endswith("_ns") else 1):
+                raise ValueError(f"{name} must be at least {0 if name.endswith('_ns') else 1}, got {value}")
+        if self.rate is not None and not 0 < self.rate <= 1:
+            raise ValueError(f"rate must be in (0, 1], got {self.rate}")
+
+    def _check_type(self, name: str, value: object) -> None:
+        kind = get_type_hints(type(self))[name]
+        kinds = get_args(kind) or (kind,)
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            nouns = " or ".join(option.__name__ for option in kinds if option is not NoneType)
+            raise TypeError(f"{name} must be of type {nouns}, got {value!r}")
