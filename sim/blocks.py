@@ -77,13 +77,13 @@ def blocks_per_source(counts: Array, heights: Array) -> Blocks:
     return Blocks(expert, m, rows, height, block, source, rows, start.reshape(counts.shape), zero, heights)
 
 
-def blocks_per_expert(counts: Array, heights: Array, leading: Array | None = None) -> Blocks:
+def blocks_per_expert(counts: Array, heights: Array, order: Array | None = None) -> Blocks:
     """Row blocks packed over sources; `counts` is `[num_ranks, num_experts]` and `heights` `[num_experts]`.
 
-    `leading` is `[num_experts]`: the source whose packet comes first, before those of the next ranks, in a circle.
+    `order` is `[num_ranks, num_experts]`: whose packet comes first, second, ... last; else that of the ranks.
     """
-    if leading is not None:
-        return _rotated(counts, heights, leading)
+    if order is not None:
+        return _ordered(counts, heights, order)
     total = counts.sum(axis=0)
     number = -(-total // heights)
     expert = np.repeat(np.arange(len(total)), number)
@@ -107,9 +107,8 @@ def blocks_per_expert(counts: Array, heights: Array, leading: Array | None = Non
     )  # fmt: skip
 
 
-def _rotated(counts: Array, heights: Array, leading: Array) -> Blocks:
-    """Packed in the order of `leading`, then told by source again."""
-    source = (leading + np.arange(len(counts))[:, None]) % len(counts)  # [turn, expert]
+def _ordered(counts: Array, heights: Array, source: Array) -> Blocks:
+    """Packed in the order of `source` `[turn, expert]`, then told by source again."""
     blocks = blocks_per_expert(np.take_along_axis(counts, source, axis=0), heights)
     turn = np.argsort(source, axis=0)  # [source, expert]
     return replace(

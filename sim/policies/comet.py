@@ -12,8 +12,8 @@ ffn / tensor_parallel columns of all rows of the group's experts.
 
 Source: COMET (arXiv 2502.19811) and the public code bytedance/flux: src/moe_ag_scatter (copies, sort by source, counts
 read back by the host), src/moe_gather_rs (column blocks, communication blocks), docs/tuning_guide.md (tiles, blocks).
-Knobs: see `Knobs`. Leaves out: fetching tokens of another node once for all its ranks, tiles that wait in their slot
-for rows instead of letting others run, and the tuning of tiles and `num_comm_blocks` for each shape.
+Knobs: see `Knobs`. Leaves out: two hops for results between nodes, tiles that wait in their slot for rows instead of
+letting others run, and the tuning of tiles and `num_comm_blocks` for each shape.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     world = shared_experts(world, knobs.tensor_parallel)
     draft = Draft(world, knobs, "comet", sms)
     routing = world.routing
-    blocks = blocks_per_expert(routing.counts, np.full(routing.num_experts, knobs.tile_m), leading=routing.owner)
+    order = fetch_order(world)[:, routing.owner]
+    blocks = blocks_per_expert(routing.counts, np.full(routing.num_experts, knobs.tile_m), order)
     met = _layer0(draft, blocks, knobs)
     if knobs.stages == "layer":
         _layer1(draft, blocks, _activate(draft, met), knobs)
@@ -127,30 +128,62 @@ def _layer0(draft: Draft, blocks: Blocks, knobs: Knobs) -> Array:
     return draft.barrier(np.concatenate([done, arrived.ravel()]))
 
 
+def fetch_order(world: World) -> Array:
+    """`[num_ranks, num_ranks]`, turn and rank: whose tokens each rank has first, second, ... last.
+
+    The own node comes first, then the others in a circle; in each, the rank in the own place, and then its next ones.
+    """
+    node, place = np.divmod(np.arange(world.num_ranks), world.hardware.gpus_per_node)
+    nodes_on = (node[:, None] - node) % (node[-1] + 1)  # [source, rank]
+    return np.lexsort(((place[:, None] - place) % world.hardware.gpus_per_node, nodes_on), axis=0)
+
+
 def arrival_turn(world: World, blocks: Blocks) -> Array:
-    """`[num_blocks]`: how many ranks on from the own one the last source of each row block is."""
+    """`[num_blocks]`: in which turn the last source of each row block is fetched; the own rows are there in turn 0."""
     turn = np.zeros(len(blocks.expert), np.int64)
     owner = world.routing.owner[blocks.expert[blocks.piece_block]]
-    np.maximum.at(turn, blocks.piece_block, (blocks.piece_source - owner) % world.num_ranks)
+    turn_of = np.argsort(fetch_order(world), axis=0)  # [source, rank]
+    np.maximum.at(turn, blocks.piece_block, turn_of[blocks.piece_source, owner])
     return turn
 
 
 def _gather(draft: Draft, ready: Array, knobs: Knobs) -> Array:
-    """`[num_ranks, num_ranks]`, source and rank: that rank has the source's tokens, fetched one source at a time."""
-    world, rank = draft.world, draft.ranks
+    """`[num_ranks, num_ranks]`, source and rank: that rank has the source's tokens.
+
+    Two streams of each rank copy one after the other: one from its node, one from other nodes. All tokens of a source
+    in another node are fetched by the rank in its place, and from there by the others; routed ones by each on its own.
+    """
+    world, rank, machine = draft.world, draft.ranks, draft.machine
+    source = fetch_order(world)[1:]  # [turn, rank]
     turn = np.arange(1, world.num_ranks)[:, None]
-    source = (rank + turn) % world.num_ranks  # [turn, rank]
     tokens = np.full(source.shape, world.routing.num_tokens)
+    holder = _holder(world, source)
     if knobs.gather == "routed":
-        tokens = routed_tokens(world.routing)[source, rank]
-    path = draft.machine.transfer(source, rank, tokens * world.config.hidden * world.precision.token_bytes)
-    copies = draft.builder.add(SEND, source, peer=rank, m=turn, **path)
-    issued = draft.begin(ready, world.hardware.launch_ns * len(turn))
-    draft.builder.edge(np.concatenate([issued[None], copies])[:-1], copies)
+        tokens, holder = routed_tokens(world.routing)[source, rank], source
+    sender = np.where(holder == rank, source, holder)
+    path = machine.transfer(sender, rank, tokens * world.config.hidden * world.precision.token_bytes)
+    copies = draft.builder.add(SEND, sender, peer=rank, m=turn, **path)
+    draft.builder.edge(draft.begin(ready, world.hardware.launch_ns * len(turn)), copies)
     arrived = np.empty((world.num_ranks, world.num_ranks), np.int32)
     arrived[rank, rank] = ready
     arrived[source, rank] = copies
+    relayed = (sender != source).nonzero()
+    draft.builder.edge(arrived[source, sender][relayed], copies[relayed])
+    far = sender // world.hardware.gpus_per_node != rank // world.hardware.gpus_per_node
+    for stream in (far, ~far):
+        of, which = stream.T.nonzero()  # by rank, then by turn
+        same = of[1:] == of[:-1]
+        in_turn = copies[which, of]
+        draft.builder.edge(in_turn[:-1][same], in_turn[1:][same])
     return arrived
+
+
+def _holder(world: World, source: Array) -> Array:
+    """`source` is `[turn, rank]`: who in the rank's node has these tokens first: itself, or the rank in its place."""
+    per_node = world.hardware.gpus_per_node
+    first = np.arange(world.num_ranks) // per_node * per_node
+    holder: Array = first + source % per_node % np.minimum(per_node, world.num_ranks - first)
+    return holder
 
 
 # ---- layer 1

@@ -62,7 +62,8 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     draft.cost = replace(draft.cost, cluster=knobs.cluster or (1 if knobs.split else 2))
     height = tile_height(world, knobs)
     routing = world.routing
-    blocks = blocks_per_expert(routing.counts, np.full(routing.num_experts, height), leading=routing.owner)
+    order = (routing.owner + draft.ranks[:, None]) % world.num_ranks  # the own rows first
+    blocks = blocks_per_expert(routing.counts, np.full(routing.num_experts, height), order)
     gated = draft.gate(draft.begin()) if knobs.gate else None
     met = draft.barrier(_tell_counts(draft, draft.begin(gated)))
     results = _experts(draft, blocks, met, height, knobs)

@@ -11,6 +11,7 @@ from policy_worlds import assert_computed_once, carried_bytes, kind_nodes, odd_w
 from sim.blocks import blocks_per_expert
 from sim.kinds import BARRIER, COMBINE, ELEMENTWISE, GATE, GEMM0, GEMM1, LAUNCH, SEND
 from sim.policies import build, make_knobs
+from sim.policies.comet import fetch_order
 
 WORLDS = odd_worlds()
 
@@ -84,13 +85,13 @@ def test_one_rank_after_the_other_is_fetched_the_next_first():
 
 @given(
     counts=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=4),
-    leading=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    random=st.randoms(use_true_random=False),
 )
-def test_packing_begins_with_the_leading_source(counts, leading):
-    counts, leading = np.array(counts), np.array(leading) % len(counts)
-    blocks = blocks_per_expert(counts, np.full(3, 4), leading=leading)
-    for expert in range(3):
-        order = [(leading[expert] + turn) % len(counts) for turn in range(len(counts))]
+def test_packing_keeps_the_order_of_the_sources(counts, random):
+    counts = np.array(counts)
+    orders = np.array([random.sample(range(len(counts)), len(counts)) for _ in range(3)])
+    blocks = blocks_per_expert(counts, np.full(3, 4), orders.T)
+    for expert, order in enumerate(orders.tolist()):
         rows = [source for source in order for _ in range(counts[source, expert])]
         for source in order:  # the pieces of a packet follow each other
             first, number = blocks.piece_start[source, expert], counts[source, expert]
@@ -106,6 +107,29 @@ def test_packing_begins_with_the_leading_source(counts, leading):
             for _ in range(number)
         ]
         assert sorted(found) == sorted((row // 4, int(source)) for row, source in enumerate(rows))
+
+
+def test_between_nodes_one_rank_fetches_for_its_node():
+    world = small_world(num_ranks=6, num_experts=6, hardware="2x3xH100")
+    graph = graph_of(world, stages="layer0")
+    timeline = run_both(graph)
+    size = world.routing.num_tokens * world.config.hidden * world.precision.token_bytes
+    carried = {link.name: nbytes for link, nbytes in zip(graph.links, timeline.link_bytes, strict=True)}
+    for rank in range(6):
+        place, node = rank % 3, rank // 3 * 3
+        other = (node + 3) % 6
+        assert carried[f"NIC in of rank {rank}"] == size
+        assert carried[f"NVLink in of rank {rank}"] == 4 * size
+        order = fetch_order(world)[:, rank]
+        assert order.tolist() == [first + (place + turn) % 3 for first in (node, other) for turn in range(3)]
+        copies = kind_nodes(graph, SEND)
+        copies = copies[graph.nodes["peer"][copies] == rank]
+        fetched = {int(m): int(node) for m, node in zip(graph.nodes["m"][copies], copies, strict=True)}
+        assert [graph.nodes["rank"][fetched[turn]] for turn in (1, 2, 4, 5)] == [*order[1:3], *order[1:3]]
+        assert graph.nodes["rank"][fetched[3]] == other + place
+        for turn in (4, 5):  # from the peer that fetched them, when it has them
+            first_hop = graph.nodes["rank"][graph.predecessors(fetched[turn])] // 3 != node // 3
+            assert first_hop.sum() == 1
 
 
 @pytest.mark.parametrize("nvlink_gbps", [0.5, 1000.0])  # slots wait for rows, or rows for slots
