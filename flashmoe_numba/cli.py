@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "what a layer needs, without running it: bytes, packets, tiles, operations",
     "sim": "simulate schedules of a layer on hardware that need not be here: time, shares, causes",
     "explain": "where the time of one simulation goes, and what would make it shorter",
+    "calibrate": "measure this machine by the kernel's trace, as hardware for sim",
     "validate": "published measurements beside the simulator's, with the errors; fit its rates",
     "compile": "build the kernels for GPUs, without one, and check the machine code that came out",
     "cache": "where compiled kernels are kept and how much room they take; clear them",
@@ -75,7 +76,7 @@ def _say(message: str) -> None:
 
 def _choose(argv: list[str]) -> str:
     """The command's name; prints the help and leaves if that is what is asked for."""
-    table = "\n".join(f"  {name:9}{summary}" for name, summary in COMMANDS.items())
+    table = "\n".join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())
     parser = _Parser(
         prog="flashmoe",
         usage="flashmoe COMMAND [--help] ...",
