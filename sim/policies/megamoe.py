@@ -7,7 +7,8 @@ rank, into a slot of their own for each choice. A second barrier, and each rank 
 Row tiles hold rows of all sources of an expert, and are as high as the expected rows per expert ask for.
 
 Split in two kernels (Hopper): the second products begin when the first are all done; tiles have 64 rows always.
-Fused (Blackwell): two multiprocessors work on neighbouring tiles and share the reading of their rows.
+Fused: two multiprocessors work on neighbouring tiles and share the reading of their rows. Hopper's tiles are fewer and
+larger, as it has no tensor memory for results and no fp4 weights.
 
 Source: DeepGEMM, the public code deepseek-ai/DeepGEMM: MegaMoE's kernels, its heuristics for tile heights and experts
 per wave (pull requests 304 and 316, and 383 for Hopper).
@@ -31,7 +32,6 @@ from .knobs import PolicyKnobs
 
 TILE_HEIGHTS = ((8.5, 16), (16.5, 32), (32.5, 64), (64.5, 96), (96.5, 128), (float("inf"), 192))  # up to so many rows
 SPLIT_TILE_HEIGHT = 64
-FUSED_TILE_COLUMNS = 128
 WIDE_FFN = 2560  # from here on, Hopper's first products are 512 columns wide
 
 
@@ -39,8 +39,8 @@ WIDE_FFN = 2560  # from here on, Hopper's first products are 512 columns wide
 class Knobs(PolicyKnobs):
     """Args:
     split: two kernels instead of one.
-    tile_m: rows of a tile; None: 64 split, else 16 to 192 by the expected rows per expert.
-    tile_n: columns of a tile of either product; None: 128 fused, else by `tile_columns`.
+    tile_m: rows of a tile; None: 64 split, else by the expected rows per expert: 16 to 192, on Hopper 64 or 128.
+    tile_n: columns of a tile of either product; None: by `tile_columns`.
     cluster: multiprocessors side by side that share the reading of a row tile; None: 1 split, else 2.
     experts_per_wave: None: the fewest local experts whose first products fill the GPU twice.
     pull_rows: rows that one multiprocessor pulls at a time, one per pulling warp.
@@ -82,18 +82,27 @@ def tile_height(world: World, knobs: Knobs) -> int:
         return knobs.tile_m
     if knobs.split:
         return SPLIT_TILE_HEIGHT
+    if not is_blackwell(world):
+        return 128 if expected_rows(world) >= 64 else 64
     return next(height for most, height in TILE_HEIGHTS if expected_rows(world) <= most)
+
+
+def is_blackwell(world: World) -> bool:
+    """Whether the GPU is a Blackwell: Hopper has no fp4."""
+    return "fp4" in world.hardware.tflops
 
 
 def tile_columns(world: World, knobs: Knobs) -> tuple[int, int]:
     """Columns of a tile of the first and of the second product.
 
-    Split: few rows take narrow tiles, whose products swap rows and columns; a large ffn takes wide ones.
+    Fused: 128, on Hopper 256. Split: few rows take narrow tiles, whose products swap rows and columns; a large ffn
+    takes wide ones.
     """
     if knobs.tile_n is not None:
         return knobs.tile_n, knobs.tile_n
     if not knobs.split:
-        return FUSED_TILE_COLUMNS, FUSED_TILE_COLUMNS
+        columns = 128 if is_blackwell(world) else 256
+        return columns, columns
     wide = world.config.ffn >= WIDE_FFN
     if expected_rows(world) <= (8 if wide else 12):
         return 128, 128

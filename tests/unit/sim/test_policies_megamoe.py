@@ -100,6 +100,14 @@ def test_products_wait_for_the_rows_of_their_block():
             assert graph.nodes[field][hidden] == graph.nodes[field][node]
 
 
+def on_blackwell(world):
+    """The same world, where the GPUs have fp4 too: by that the policy knows a Blackwell."""
+    hardware = world.hardware
+    tflops = {**hardware.tflops, "fp4": 4000.0}
+    sources = {**hardware.sources, "tflops.fp4": "made up"}
+    return replace(world, hardware=replace(hardware, tflops=tflops, sources=sources))
+
+
 def test_products_go_in_waves_of_experts():
     world = on_few_sms(small_world("even", num_tokens=256, num_experts=16), 1)
     graph = graph_of(world, experts_per_wave=2)
@@ -118,7 +126,7 @@ def test_products_go_in_waves_of_experts():
 
 @pytest.mark.parametrize(("tokens", "per_wave"), [(1, 8), (64, 8), (2048, 8), (4096, 4), (8192, 2)])
 def test_waves_fill_the_gpu_twice(tokens, per_wave):
-    world = small_world("even", num_tokens=tokens, num_experts=32, ffn=512, hidden=256, num_topk=4)
+    world = on_blackwell(small_world("even", num_tokens=tokens, num_experts=32, ffn=512, hidden=256, num_topk=4))
     graph = graph_of(world)
     for kind, second in ((GEMM0, 0), (GEMM1, 1)):
         nodes = kind_nodes(graph, kind)
@@ -150,7 +158,9 @@ def test_idle_experts_read_no_weights():
     [(8, 16), (34, 16), (35, 32), (66, 32), (67, 64), (130, 64), (131, 96), (258, 96), (259, 128), (387, 192)],
 )
 def test_tile_heights_follow_the_expected_rows(tokens, fused):
-    world = small_world("even", num_tokens=tokens, num_experts=32, num_topk=2)  # tokens / 4 rows per expert
+    hopper = small_world("even", num_tokens=tokens, num_experts=32, num_topk=2)  # tokens / 4 rows per expert
+    world = on_blackwell(hopper)
+    assert tile_height(hopper, Knobs()) == (128 if tokens >= 256 else 64)
     assert tile_height(world, Knobs()) == fused
     assert tile_height(world, Knobs(split=True)) == 64
     assert tile_height(world, Knobs(tile_m=48)) == 48
@@ -173,7 +183,8 @@ def test_tile_heights_follow_the_expected_rows(tokens, fused):
 def test_tile_columns_follow_the_expected_rows_and_the_ffn(tokens, ffn, columns):
     world = small_world("even", num_tokens=tokens, num_experts=32, ffn=ffn)
     assert tile_columns(world, Knobs(split=True)) == columns
-    assert tile_columns(world, Knobs()) == (128, 128)
+    assert tile_columns(world, Knobs()) == (256, 256)
+    assert tile_columns(on_blackwell(world), Knobs()) == (128, 128)
     assert tile_columns(world, Knobs(split=True, tile_n=64)) == (64, 64)
 
 
