@@ -1,0 +1,49 @@
+"""What the studies of the simulator share: worlds by name, equal terms for all schedules, and titles.
+
+Equal terms: the policies' own tiles and fitted rates say how fast published kernels are; a study of schedules gives all
+of them the same tiles and the same share of the tensor peak, so that what differs is the order of the work. The row
+tiles that MegaMoE chooses by load belong to its schedule, but are no higher than the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sim import PolicyKnobs, SimRouting, World, load_hardware, load_preset, make_knobs, make_routing, precision
+from sim.policies import megamoe
+
+TILE_M, TILE_N, RATE, CLUSTER = 128, 256, 0.6, 1
+PRECISION = "bfloat16"
+PRESETS = {"scout": "llama-4-scout", "olmoe": "olmoe-1b-7b", "deepseek-v3-like": "deepseek-v3"}
+
+
+def world_of(preset: str, hardware: str, tokens: int, routing: str | SimRouting = "even") -> World:
+    """A model's layer with so many tokens on each GPU; all GPUs of the hardware are ranks.
+
+    Raises:
+        ValueError: the machine cannot hold it, or the experts cannot be divided among its GPUs.
+    """
+    machine = load_hardware(hardware)
+    config = load_preset(PRESETS.get(preset, preset), num_ranks=machine.num_gpus, num_tokens=tokens)
+    made = make_routing(routing, config) if isinstance(routing, str) else routing
+    return World(config=config, hardware=machine, routing=made, precision=precision(PRECISION))
+
+
+def equal_terms(policy: str, world: World, changes: Mapping[str, Any] | None = None) -> PolicyKnobs:
+    """The policy's knobs with the tiles and the rate that all get, and then `changes`."""
+    known = vars(make_knobs(policy, {}))
+    terms: dict[str, Any] = {"tile_m": TILE_M, "tile_n": TILE_N, "rate": RATE, "cluster": CLUSTER}
+    if policy == "megamoe":
+        terms["tile_m"] = min(TILE_M, megamoe.tile_height(world, megamoe.Knobs()))
+    return make_knobs(policy, {name: value for name, value in terms.items() if name in known} | dict(changes or {}))
+
+
+def terms_text() -> str:
+    """The equal terms, for titles."""
+    return f"equal terms for all: tiles {TILE_M} x {TILE_N}, {RATE:.0%} of the tensor peak"
+
+
+def heading(text: str) -> None:
+    """A table's title. It says what numbers these are, because nobody has measured them."""
+    print(f"\nsimulated, {PRECISION}: {text}", flush=True)
