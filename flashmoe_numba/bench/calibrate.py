@@ -1,17 +1,19 @@
 """Measure this machine with the kernel's own trace: how fast its blocks multiply, store, signal and combine.
 
-Two kinds of calls are made. In most the routing comes from outside and gives every packet the same number of rows, a
-whole row tile of the ladder, so that slices of one kind are alike; depths and heights vary from probe to probe. In the
-others the kernel gates for itself. Each figure is a median over slices, so a slice that another program interrupted
-does not count; figures of tiles are then fitted by
+Two kinds of calls are made. In most the routing comes from outside and gives every packet the same number of rows, at
+most one row tile, so that slices of one kind are alike; depths and rows vary from probe to probe. In the others the
+kernel gates for itself. Each figure is a median over slices, so a slice that another program interrupted does not
+count; those of tiles are then fitted by
 
     time = latency + operations / rate + bytes read / bandwidth
 
 with the relative errors of all tiles alike. The bytes are those of the tile's weights and rows: on a CPU nothing copies
 them ahead, so their time adds to that of the products.
 
-Leaves out: how rates change with the number of blocks at work, and what the OS block does beside RECEIVE, of which the
-trace keeps no record. Ranks are threads of this process, or virtual ranks of one GPU.
+Leaves out: activations, which take a time per element of a GEMM0 tile and so count for more where products are short
+(at a depth of 384 a tile of 64 rows took 13 % longer than a fit said that knows nothing of it): the probes' are long.
+Nor does it see how rates change with the number of blocks at work, or what the OS block does beside RECEIVE, of which
+the trace keeps no record. Ranks are threads of this process, or virtual ranks of one GPU; it has not run on one yet.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from ..trace import TraceRecord, decode
 from .measure import SETTLE_S
 from .memory import make_memory
 
-HEIGHTS = (16, 32, 64, 128)  # rows of each packet: the whole ladder of `MoEConfig`
-DEPTHS = ((384, 1280), (640, 256))  # hidden and ffn: depths of GEMM0 and GEMM1
+ROWS = (4, 16, 32, 64, 128)  # of each packet: the ladder of `MoEConfig`, and next to none, where reading is most of it
+DEPTHS = ((768, 2048), (1536, 640))  # hidden and ffn, depths of GEMM0 and GEMM1: not short, see "Leaves out"
 EXPERTS_PER_RANK = 8
 GATE_TOKENS, GATE_EXPERTS = 512, 16
 
@@ -122,9 +124,9 @@ def row_unit(backend: str) -> int | None:
 def _even_calls(settings: Settings, hidden: int, ffn: int) -> Iterator[Call]:
     """Calls of one layer with packets of each height."""
     experts = EXPERTS_PER_RANK * settings.num_ranks
-    config = _config(settings, max(HEIGHTS) * experts, hidden, ffn, experts)
+    config = _config(settings, max(ROWS) * experts, hidden, ffn, experts)
     with _layer(settings, config) as layer:
-        probes = [(rows, *_even_tokens(config, rows, settings.backend)) for rows in HEIGHTS]
+        probes = [(rows, *_even_tokens(config, rows, settings.backend)) for rows in ROWS]
         for repeat, (rows, x, routing) in product(range(settings.repeats + 1), probes):
             call = _call(layer, x, routing, rows)
             if repeat:  # the first one warms up
@@ -219,7 +221,7 @@ class Tile(NamedTuple):
 
 
 def _tiles(calls: Iterable[Call], unit: int | None) -> Iterator[Tile]:
-    """One per depth, width and height."""
+    """One per depth, width and computed rows, of packets of one row tile."""
     times: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
     for config, rows, records, _ in calls:
         shapes = {GEMM0: (config.hidden, config.ffn), GEMM1: (config.ffn, config.hidden)}
@@ -227,10 +229,10 @@ def _tiles(calls: Iterable[Call], unit: int | None) -> Iterator[Tile]:
             if record.kind in shapes and rows is not None:
                 depth, width = shapes[record.kind]
                 columns = min(config.tile_n, width - record.n * config.tile_n)
-                key = (depth, columns, min(rows, config.tile_m), config.numpy_dtype.itemsize)
+                computed = max(rows, config.tile_m_min) if unit is None else -(-rows // unit) * unit
+                key = (depth, columns, computed, config.numpy_dtype.itemsize)
                 times[key].append(record.end_ns - record.start_ns)
-    for (depth, columns, height, item), durations in times.items():
-        rows = height if unit is None else -(-height // unit) * unit
+    for (depth, columns, rows, item), durations in times.items():
         yield Tile(2 * depth * columns * rows, item * depth * (columns + rows), median(durations))
 
 

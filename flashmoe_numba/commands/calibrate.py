@@ -134,13 +134,13 @@ def hardware_of(found: Rates, settings: Settings) -> sim.Hardware:
 
 def knobs_of(found: Rates, settings: Settings) -> dict[str, Any]:
     """Knobs of the policy flashmoe with which it does what the kernel does here, for `MoEConfig`'s own tiles."""
-    from ..bench.calibrate import HEIGHTS, row_unit
+    from ..bench.calibrate import ROWS, row_unit
 
     return {
         "rate": 1.0,
         "tile_latency_ns": round(found.tile_latency_ns),
         "blocks_per_sm": 1,
-        "tile_m": max(HEIGHTS),
+        "tile_m": max(ROWS),
         "ladder": True,
         "dispatch_rows": 2**31 - 1,
         "async_loads": found.read_gbps is None,

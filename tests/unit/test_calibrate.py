@@ -9,7 +9,7 @@ import sim
 from flashmoe_numba import FlashMoEError, cli
 from flashmoe_numba.bench import calibrate as bench
 from flashmoe_numba.bench import launch
-from flashmoe_numba.bench.calibrate import HEIGHTS, Call, Rates, Settings, fit_tiles, rates
+from flashmoe_numba.bench.calibrate import ROWS, Call, Rates, Settings, fit_tiles, rates
 from flashmoe_numba.commands import calibrate as command
 from flashmoe_numba.kernel.trace import RECEIVE
 from flashmoe_numba.trace import TraceRecord
@@ -70,7 +70,7 @@ def fake_call(config, rows):
 
 
 def fake_calls(num_ranks=2):
-    probes = product(((384, 1280), (640, 256)), HEIGHTS)
+    probes = product(((384, 1280), (640, 256)), ROWS)
     return [fake_call(config_of(*depths, num_ranks), rows) for depths, rows in probes] + [
         fake_call(config_of(384, 1280, num_ranks), None)
     ]
@@ -90,6 +90,12 @@ def test_known_rates_are_found_again():
     assert found.receive_ns == RECEIVE_NS
     assert found.gate_ns == GATE_NS
     assert found.outside_ns == OUTSIDE_NS
+
+
+def test_whole_tiles_are_padded_to_the_lowest_height_there_is():
+    """On a GPU a packet of 4 rows computes 16."""
+    [tile] = {tile.flops for tile in bench._tiles([fake_call(config_of(256, 256), 4)], None)}
+    assert tile == 2 * 16 * 256 * 128
 
 
 def test_one_rank_puts_nothing_to_another():
@@ -122,7 +128,7 @@ def test_a_signal_counts_only_where_the_os_block_was_idle():
 
 @pytest.mark.parametrize(("latency", "gflops", "gbps"), [(0.0, 50.0, None), (3000.0, 50.0, None), (0.0, 50.0, 5.0)])
 def test_terms_that_are_not_there_are_not_found(latency, gflops, gbps):
-    shapes = list(product((256, 1024), HEIGHTS))
+    shapes = list(product((256, 1024), ROWS))
     tiles = []
     for depth, rows in shapes:
         flops, nbytes = 2 * depth * rows * 128, 4 * depth * (rows + 128)
@@ -134,15 +140,15 @@ def test_terms_that_are_not_there_are_not_found(latency, gflops, gbps):
 
 
 def test_times_that_do_not_grow_with_the_work_are_refused():
-    tiles = [bench.Tile(1e6 * rows, 1e3, 1e6 / rows) for rows in HEIGHTS]
+    tiles = [bench.Tile(1e6 * rows, 1e3, 1e6 / rows) for rows in ROWS]
     with pytest.raises(ValueError, match="the times of tiles must grow with their operations"):
         fit_tiles(tiles)
 
 
 def test_the_probes_are_the_ladder_of_the_default_config():
     config = MoEConfig(num_ranks=1, num_tokens=1, hidden=1, ffn=1, num_experts=1, num_topk=1)
-    assert (HEIGHTS[0], HEIGHTS[-1]) == (config.tile_m_min, config.tile_m)
-    assert all(2 * low == high for low, high in pairwise(HEIGHTS))
+    assert (ROWS[1], ROWS[-1]) == (config.tile_m_min, config.tile_m)
+    assert all(2 * low == high for low, high in pairwise(ROWS[1:]))
 
 
 # ---- the machine and the knobs
