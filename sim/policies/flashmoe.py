@@ -30,7 +30,9 @@ FIRST = -1  # rows go before tiles, which wait for nothing else
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    blocks_per_sm: resident blocks, each of which runs one tile at a time.
+    blocks_per_sm: resident blocks, each of which runs one tile at a time. Of version 0.1.2's, with three stages of
+        128 x 128 tiles, one fits an H100's multiprocessor; two fit an A100's, but share its tensor cores, and one slot
+        of the whole is nearer than two halves. The paper's version had two.
     tile_m, tile_n: of a tile of either product.
     ladder: packets take the lowest of 16, 32, ... tile_m rows that holds them, instead of always tile_m.
     packing: "per_source", or "per_expert": rows of all sources of an expert share tiles.
@@ -42,7 +44,7 @@ class Knobs(PolicyKnobs):
     poll_ns, schedule_ns: the OS block's time per packet, and per tile that it hands out.
     """
 
-    blocks_per_sm: int = 2
+    blocks_per_sm: int = 1
     tile_m: int = 128
     tile_n: int = 128
     ladder: bool = False

@@ -48,11 +48,11 @@ def test_a_row_is_what_it_says():
 
 
 @pytest.mark.parametrize(("changes", "policy", "knobs"), [
-    ({}, "flashmoe", {"gate": False, "tile_n": 128}),
+    ({}, "flashmoe", {"gate": False}),
     (dict(metric="layer_fwd_latency"), "flashmoe", {"tile_n": 64}),
-    (dict(system="Megatron-LM"), "bulk", {"num_ops": 261, "framework_ns": 5000}),
+    (dict(system="Megatron-LM"), "bulk", {}),
     (dict(system="Megatron-CUTLASS", metric="layer_fwd_latency"), "bulk", {"num_ops": 85}),
-    (dict(system="Megatron-TE", metric="layer_fwd_latency"), "bulk", {"num_ops": 261}),
+    (dict(system="Megatron-TE", metric="layer_fwd_latency"), "bulk", {}),
     (dict(system="COMET"), "comet", {"gate": False}),
     (dict(system="Comet", metric="layer_fwd_latency"), "comet", {}),
     (dict(system="FasterMoE", metric="layer_fwd_latency"), "fastermoe", {}),
