@@ -2,9 +2,10 @@
 
 Command:  python experiments/12_small_batches.py [--hardware NAME] [--json FILE]
 Expected: with one tile height for each (source, expert), latency is flat from 32 to 512 tokens, within 15 %. Packing
-          rows over sources gains most (at 64 tokens more than 2.5 times), a ladder of heights alone less, because every
-          source's tile still reads the expert's weights; with both, what is left at few tokens is reading the weights,
-          and nothing is faster than that. Rounding to whole tiles leaves no rows of so few. That is checked.
+          rows over sources gains most (at 64 tokens more than 2.5 times), a ladder of heights alone less, because the
+          tiles of every source still read the expert's weights, from the cache or even from memory; with both, what is
+          left at few tokens is reading the weights once, and nothing is faster than that. Rounding to whole tiles
+          leaves no rows of so few. That is checked.
 
 Tiles of 128 rows for each (source, expert) pay for 128 rows where one came: that is the padding floor. Whatever the
 tiles, an expert that gets a row is read from memory once: that is the weights floor. Rounding changes the routing
