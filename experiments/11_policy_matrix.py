@@ -1,10 +1,10 @@
 """Question: which schedule is fastest where, and where does overlap stop paying?
 
 Command:  python experiments/11_policy_matrix.py [--preset scout|olmoe|deepseek-v3-like|NAME] [--own] [--json FILE]
-Expected: a schedule that fuses or overlaps wins every cell, MegaMoE's most of them, by a few per cent; bulk kernels and
-          FasterMoE's steps win none. FlashMoE beats bulk where its tiles are full, from 8,192 tokens on at the latest;
-          with few rows for each (source, expert) padding can cost more than overlap gains. Packed it beats bulk
-          everywhere. That is checked.
+Expected: a schedule that fuses or overlaps wins every cell, most often MegaMoE's, by a few per cent; between nodes,
+          with many experts, one that sends a token to a node once. Bulk kernels and FasterMoE's steps win none.
+          FlashMoE beats bulk where its tiles are full, from 8,192 tokens on at the latest; with few rows for each
+          (source, expert) padding can cost more than overlap gains. Packed it beats bulk everywhere. That is checked.
 
 All schedules get the same routing of a (hardware, routing, tokens) cell, and the same tiles and rate: schedules are
 compared, not kernels. `--own` gives each its own tiles and fitted rate instead, as published systems have them, where
