@@ -19,7 +19,7 @@ from .graph import Array
 from .kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
 from .report import check_runs, horizon_ns, num_slots, places, sm_runs, transfers
 from .simulate import Simulation
-from .steps import means, sweep
+from .steps import levels, means
 
 COLOURS = {  # Okabe and Ito's, told apart by everybody, where the kernel's pictures have them too
     GATE: "#CC79A7",
@@ -92,7 +92,7 @@ def held_slots(simulation: Simulation, kind: int, num_ranks: int, edges: Array) 
     node = time.run_node[runs]
     runs = runs[(graph.nodes["kind"][node] == kind) & (place[node] < num_ranks)]
     held = (place[time.run_node[runs]], time.run_start_ns[runs], time.run_end_ns[runs], time.run_count[runs])
-    steps = sweep(*held, num_ranks, horizon_ns(simulation))
+    steps = levels(*held, num_ranks, horizon_ns(simulation))
     return means(steps, num_ranks, edges)
 
 
@@ -101,7 +101,7 @@ def _draw_transfers(axes: Any, simulation: Simulation, num_ranks: int) -> None:
     rank, start, end = transfers(simulation)
     mine = rank < num_ranks
     one = np.ones(mine.sum(), np.int64)
-    steps = sweep(rank[mine], start[mine], end[mine], one, num_ranks, horizon_ns(simulation))
+    steps = levels(rank[mine], start[mine], end[mine], one, num_ranks, horizon_ns(simulation))
     share = means(steps._replace(level=steps.level > 0), num_ranks, edges)
     foot = np.broadcast_to(np.arange(num_ranks)[:, None] - BAND / 2 - STRIP, share.shape)
     _fill(axes, edges, foot, foot - STRIP * share, "0.35", "transfer under way")

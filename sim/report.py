@@ -31,7 +31,7 @@ from .graph import NONE, Array, TaskGraph
 from .kinds import BARRIER, DENSE, DISPATCH, GEMM0, GEMM1, JOIN, LAUNCH, RECEIVE, SEND
 from .rates import fitted_rate, is_fitted
 from .simulate import Simulation
-from .steps import Steps, sweep
+from .steps import Steps, levels
 
 OFF_SM = ("OS block", "host")  # how the names of servers begin that are no part of the multiprocessors
 LAUNCHED, MET, WAITING, DEPENDENCY, TAIL = range(5)
@@ -183,7 +183,7 @@ def slot_shares(simulation: Simulation) -> dict[str, float]:
     graph, time, horizon = simulation.graph, simulation.timeline, horizon_ns(simulation)
     runs, slots, num_ranks = sm_runs(simulation), num_slots(simulation), simulation.world.num_ranks
     rank, start = places(graph)[time.run_node[runs]], time.run_start_ns[runs]
-    steps = sweep(rank, start, time.run_end_ns[runs], time.run_count[runs], num_ranks, horizon)
+    steps = levels(rank, start, time.run_end_ns[runs], time.run_count[runs], num_ranks, horizon)
     passed = steps.right - steps.left
     held = np.minimum(steps.level, slots)
     following = _next_runs(rank, start, steps, horizon)
@@ -245,7 +245,7 @@ def exposed_communication_us(simulation: Simulation) -> float:
     rank, start, end = transfers(simulation)
     transfer = np.int64(2**32)  # more than there are computing tasks: one number counts both
     num_ranks = simulation.world.num_ranks
-    steps = sweep(
+    steps = levels(
         np.concatenate([places(graph)[time.run_node[computes]], rank]),
         np.concatenate([time.run_start_ns[computes], start]),
         np.concatenate([time.run_end_ns[computes], end]),

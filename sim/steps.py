@@ -21,7 +21,7 @@ class Steps(NamedTuple):
     level: Array
 
 
-def sweep(group: Array, start: Array, end: Array, weight: Array, num_groups: int, horizon: int) -> Steps:
+def levels(group: Array, start: Array, end: Array, weight: Array, num_groups: int, horizon: int) -> Steps:
     """The summed weights of the intervals that are open.
 
     Args:

@@ -27,7 +27,7 @@ from .graph import NONE, Array
 from .kinds import DISPATCH, GEMM0, JOIN, KIND_NAMES, RECEIVE
 from .report import check_runs, horizon_ns, places
 from .simulate import Simulation
-from .steps import sweep
+from .steps import levels
 
 MAX_SLICES = 200_000  # viewers get slow with more
 MAX_FLOWS = 4096
@@ -261,7 +261,7 @@ def _counters(
 ) -> Iterator[dict[str, Any]]:
     """The levels of the resources of the trace's ranks that were used, up to where it is cut off."""
     used, owner = np.unique(held[0]), np.array([resource.rank for resource in resources] or [0])
-    steps = sweep(*held, len(resources), horizon_ns(simulation))
+    steps = levels(*held, len(resources), horizon_ns(simulation))
     shown = np.isin(steps.group, used) & np.isin(owner[steps.group], trace.ranks) & (steps.left < trace.until_ns)
     kept = (steps.group[shown].tolist(), steps.left[shown].tolist(), steps.level[shown].tolist())
     for index, left, level in zip(*kept, strict=True):

@@ -13,7 +13,7 @@ from sim import kinds, plots
 from sim.plots import colours, held_slots, plot_timeline
 from sim.policies import POLICY_NAMES
 from sim.simulate import simulate
-from sim.steps import means, sweep
+from sim.steps import levels, means
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20), st.integers(0, 20), st.integers(1, 5)))
 
@@ -27,14 +27,14 @@ def test_means_are_those_counted_by_hand(intervals, edges):
     for of, begin, until, height in zip(group, start, end, weight, strict=True):
         level[of, begin:until] += height
     expected = [[level[of, low:high].mean() for low, high in pairwise(edges)] for of in range(3)]
-    steps = sweep(group, start, end, weight, 3, 20)
+    steps = levels(group, start, end, weight, 3, 20)
     np.testing.assert_allclose(means(steps, 3, edges), expected, atol=1e-12)
 
 
 @given(intervals=INTERVALS)
 def test_steps_cover_all_time_of_every_group(intervals):
     group, one, other, weight = np.array(intervals, np.int64).reshape(-1, 4).T
-    steps = sweep(group, np.minimum(one, other), np.maximum(one, other), weight, 3, 20)
+    steps = levels(group, np.minimum(one, other), np.maximum(one, other), weight, 3, 20)
     assert (steps.right > steps.left).all()
     np.testing.assert_array_equal(np.bincount(steps.group, steps.right - steps.left), [20, 20, 20])
 
