@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -48,8 +49,13 @@ class Draft:
             self.builder.edge(before, nodes)
         return nodes
 
-    def part(self, tokens: slice) -> Draft:
-        """A draft of the same graph, on the same resources, for some tokens of every rank: a micro-batch."""
+    def parts(self, number: int) -> list[Draft]:
+        """Drafts of the same graph, on the same resources, each for an equal part of every rank's tokens."""
+        tokens = self.world.routing.num_tokens
+        ends = [tokens * part // number for part in range(number + 1)]
+        return [self._part(slice(*pair)) for pair in pairwise(ends)]
+
+    def _part(self, tokens: slice) -> Draft:
         world = self.world
         topk_idx = world.routing.topk_idx[:, tokens]
         draft = copy(self)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import ceil, comb
 from typing import ClassVar
 
@@ -123,25 +122,19 @@ def _normal(world: World, knobs: Knobs) -> list[_Normal]:
     beside = comm_sms if knobs.micro_batches > 1 else 0
     draft = _draft(world, knobs, world.hardware.sms - beside)
     comm = draft.servers("communicating SMs", comm_sms)
-    return [_Normal(part, comm, knobs) for part in _parts(draft, knobs)]
+    return [_Normal(part, comm, knobs) for part in draft.parts(knobs.micro_batches)]
 
 
 def _low_latency(world: World, knobs: Knobs) -> list[_LowLatency]:
     draft = _draft(world, knobs, world.hardware.sms)
     draft.cuda_graph = True
-    return [_LowLatency(part, knobs) for part in _parts(draft, knobs)]
+    return [_LowLatency(part, knobs) for part in draft.parts(knobs.micro_batches)]
 
 
 def _draft(world: World, knobs: Knobs, slots: int) -> Draft:
     draft = Draft(world, knobs, "deepep", slots)
     draft.cost = replace(draft.cost, cluster=knobs.cluster)
     return draft
-
-
-def _parts(draft: Draft, knobs: Knobs) -> list[Draft]:
-    tokens = draft.world.routing.num_tokens
-    ends = [tokens * part // knobs.micro_batches for part in range(knobs.micro_batches + 1)]
-    return [draft.part(slice(*pair)) for pair in pairwise(ends)]
 
 
 class _Normal:

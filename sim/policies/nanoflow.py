@@ -85,23 +85,17 @@ def _batches(world: World, knobs: Knobs) -> list[_Batch]:
     sms = world.hardware.sms
     slots = max(1, int(sms * knobs.compute_share)) if knobs.overlap else sms
     draft = Draft(world, knobs, "nanoflow", slots)
-    transfer = _transfer_draft(draft, max(1, int(sms * knobs.transfer_share))) if knobs.overlap else draft
+    transfer = draft
+    if knobs.overlap:
+        sending = max(1, int(sms * knobs.transfer_share))
+        transfer = draft.on(draft.servers("transfer SMs", sending), sending)
     number = min(knobs.nano_batches, world.routing.num_tokens)
-    bounds = np.arange(number + 1) * world.routing.num_tokens // number
-    result = []
-    for index in range(number):
-        tokens = slice(int(bounds[index]), int(bounds[index + 1]))
-        compute = draft.part(tokens)
-        counts = compute.world.routing.counts
-        blocks = blocks_per_expert(counts, np.full(counts.shape[1], knobs.tile_m))
-        result.append(_Batch(compute, transfer.part(tokens), blocks, index))
-    return result
+    parts = zip(draft.parts(number), transfer.parts(number), strict=True)
+    return [_Batch(part, sends, _blocks(part.world, knobs), index) for index, (part, sends) in enumerate(parts)]
 
 
-def _transfer_draft(draft: Draft, slots: int) -> Draft:
-    add = draft.builder.add_server
-    servers = [add(f"transfer SMs of rank {rank}", rank, slots) for rank in draft.ranks.tolist()]
-    return draft.on(np.array(servers), slots)
+def _blocks(world: World, knobs: Knobs) -> Blocks:
+    return blocks_per_expert(world.routing.counts, np.full(world.routing.num_experts, knobs.tile_m))
 
 
 def _gate(batch: _Batch, after: Array | None, knobs: Knobs) -> Array:

@@ -74,12 +74,8 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
 
 
 def _stages(draft: Draft, knobs: Knobs) -> _Stages:
-    def servers(name: str) -> Array:
-        add, slots = draft.builder.add_server, draft.cost.slots
-        return np.array([add(f"{name} of rank {rank}", rank, slots) for rank in draft.ranks.tolist()])
-
     if knobs.ping_pong:
-        return _Stages(servers("loads"), servers("epilogues"))
+        return _Stages(draft.servers("loads", draft.cost.slots), draft.servers("epilogues", draft.cost.slots))
     return _Stages(draft.machine.sm, draft.machine.sm)
 
 
