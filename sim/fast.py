@@ -47,10 +47,11 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, keep_runs: bool = True
     Raises:
         DeadlockError: a node can never run; says who waits for what.
     """
-    # One event starts no more runs than there are slots, or than become ready by it.
+    # One event starts no more runs than there are slots or tasks, or than become ready by it.
     most_ready = int(np.diff(graph.succ_start).max(initial=0))
-    margin = sum(server.slots for server in graph.servers) + most_ready + 1
-    state = _state(graph, room=2 * graph.num_nodes + margin)
+    margin = min(sum(server.slots for server in graph.servers), graph.num_tasks) + most_ready + 1
+    guess = min(graph.num_tasks, (8 if keep_runs else 1) * graph.num_nodes)
+    state = _state(graph, room=guess + graph.num_nodes + margin)
     state.counters[loop.SEED] = NONE if tie_seed is None else tie_seed
     state.counters[loop.KEEP_RUNS] = keep_runs
     state.counters[loop.FREE_RUN] = NONE
