@@ -2,17 +2,21 @@
 
 The rows of one (source, expert) packet follow each other. Per source, a packet begins a row block of its own; packed,
 the packets of an expert are laid end to end, in the order of their sources, and cut into blocks of one height. The part
-of a packet in one block is a piece: what must arrive for the block, and what goes back to that source from it.
+of a packet in one block is a piece: what must arrive for the block, and what goes back to that source from it; the
+blocks of tokens that its rows belong to can be combined when it is back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from reference.arrays import check_array
+
 from .graph import Array
-from .routing import BlockPackets, SimRouting, token_block_packets
+from .routing import SimRouting, packet_slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,3 +126,67 @@ def _ordered(counts: Array, heights: Array, source: Array) -> Blocks:
 def _exclusive(values: Array) -> Array:
     result: Array = np.cumsum(values) - values
     return result
+
+
+# ---- what a COMBINE waits for
+
+
+class BlockPackets(NamedTuple):
+    """One entry for each row block of a packet and each token block with rows in it; equal lengths, int64.
+
+    Sorted by (rank, block, expert, row_block).
+    """
+
+    block: Array
+    rank: Array
+    expert: Array
+    row_block: Array
+
+
+def token_block_packets(
+    routing: SimRouting, row_height: Array, token_block: int, row_offset: Array | None = None
+) -> BlockPackets:
+    """Which row blocks of their packets the tokens of each block are in: what a COMBINE of that block waits for.
+
+    Args:
+        row_height: `[num_ranks, num_experts]` integers, rows per row block of each (source, expert) packet.
+        token_block: tokens per block.
+        row_offset: `[num_ranks, num_experts]`, rows of others before the packet in its first row block, default none.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+    """
+    _check_heights(row_height, routing)
+    if token_block < 1:
+        raise ValueError(f"token_block must be >= 1, got {token_block}")
+    offset = np.zeros(row_height.shape, np.int64) if row_offset is None else row_offset
+    slots = packet_slots(routing.topk_idx, routing.num_experts)
+    parts = [
+        _packets_of_rank(choices, of_rank, heights.astype(np.int64), offsets, token_block)
+        for choices, of_rank, heights, offsets in zip(routing.topk_idx, slots, row_height, offset, strict=True)
+    ]
+    rank = np.repeat(np.arange(routing.num_ranks), [len(block) for block, _, _ in parts])
+    block, expert, row_block = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return BlockPackets(block, rank, expert, row_block)
+
+
+def _packets_of_rank(
+    choices: Array, slots: Array, heights: Array, offsets: Array, token_block: int
+) -> tuple[Array, Array, Array]:
+    """The distinct (block, expert, row block) of one source, sorted."""
+    token, _ = sent = np.nonzero(choices >= 0)
+    expert = choices[sent]
+    row_block = (slots[sent] + offsets[expert]) // heights[expert]
+    num_row_blocks = int(row_block.max(initial=0)) + 1
+    key = np.unique((token // token_block * len(heights) + expert) * num_row_blocks + row_block)
+    packet, row_block = np.divmod(key, num_row_blocks)
+    block, expert = np.divmod(packet, len(heights))
+    return block, expert, row_block
+
+
+def _check_heights(row_height: Array, routing: SimRouting) -> None:
+    check_array("row_height", row_height, (routing.num_ranks, routing.num_experts))
+    if row_height.dtype.kind not in "iu":
+        raise TypeError(f"row_height must have an integer dtype, got {row_height.dtype}")
+    if row_height.size and row_height.min() < 1:
+        raise ValueError(f"row_height must be >= 1, got {row_height.min()}")

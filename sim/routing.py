@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -273,64 +272,3 @@ def _slots_of_rank(expert: Array, num_experts: int) -> Array:
     slot[order] = np.arange(expert.size) - np.repeat(np.cumsum(counts) - counts, counts)
     slot[expert < 0] = -1
     return slot
-
-
-class BlockPackets(NamedTuple):
-    """One entry for each row block of a packet and each token block with rows in it; equal lengths, int64.
-
-    Sorted by (rank, block, expert, row_block).
-    """
-
-    block: Array
-    rank: Array
-    expert: Array
-    row_block: Array
-
-
-def token_block_packets(
-    routing: SimRouting, row_height: Array, token_block: int, row_offset: Array | None = None
-) -> BlockPackets:
-    """Which row blocks of their packets the tokens of each block are in: what a COMBINE of that block waits for.
-
-    Args:
-        row_height: `[num_ranks, num_experts]` integers, rows per row block of each (source, expert) packet.
-        token_block: tokens per block.
-        row_offset: `[num_ranks, num_experts]`, rows of others before the packet in its first row block, default none.
-
-    Raises:
-        TypeError, ValueError: naming the argument, its value and the rule.
-    """
-    _check_heights(row_height, routing)
-    if token_block < 1:
-        raise ValueError(f"token_block must be >= 1, got {token_block}")
-    offset = np.zeros(row_height.shape, np.int64) if row_offset is None else row_offset
-    slots = packet_slots(routing.topk_idx, routing.num_experts)
-    parts = [
-        _packets_of_rank(choices, of_rank, heights.astype(np.int64), offsets, token_block)
-        for choices, of_rank, heights, offsets in zip(routing.topk_idx, slots, row_height, offset, strict=True)
-    ]
-    rank = np.repeat(np.arange(routing.num_ranks), [len(block) for block, _, _ in parts])
-    block, expert, row_block = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return BlockPackets(block, rank, expert, row_block)
-
-
-def _packets_of_rank(
-    choices: Array, slots: Array, heights: Array, offsets: Array, token_block: int
-) -> tuple[Array, Array, Array]:
-    """The distinct (block, expert, row block) of one source, sorted."""
-    token, _ = sent = np.nonzero(choices >= 0)
-    expert = choices[sent]
-    row_block = (slots[sent] + offsets[expert]) // heights[expert]
-    num_row_blocks = int(row_block.max(initial=0)) + 1
-    key = np.unique((token // token_block * len(heights) + expert) * num_row_blocks + row_block)
-    packet, row_block = np.divmod(key, num_row_blocks)
-    block, expert = np.divmod(packet, len(heights))
-    return block, expert, row_block
-
-
-def _check_heights(row_height: Array, routing: SimRouting) -> None:
-    check_array("row_height", row_height, (routing.num_ranks, routing.num_experts))
-    if row_height.dtype.kind not in "iu":
-        raise TypeError(f"row_height must have an integer dtype, got {row_height.dtype}")
-    if row_height.size and row_height.min() < 1:
-        raise ValueError(f"row_height must be >= 1, got {row_height.min()}")
