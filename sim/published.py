@@ -4,13 +4,16 @@ MegaMoE's table (deepseek-ai/DeepGEMM pull request 316, formulas of its tests/te
 bytes over the time without the reduction, which is taken to stream at 6.5 TB/s. Bytes are those of the elements alone:
 scales are not counted, and weights only of experts that have rows. Per GPU, the mean of all ranks.
 
-Leaves out: shared experts, which the benchmark got later.
+DeepEP's tables (deepseek-ai/DeepEP, docs/legacy.md): the "bottleneck bandwidth" of a dispatch or a combine.
+
+Leaves out: shared experts, which MegaMoE's benchmark got later.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from .hops import make_hops
 from .world import World
 
 REDUCTION_BYTES_PER_S = 6.5e12
@@ -40,3 +43,16 @@ def megamoe_columns(world: World, latency_us: float) -> dict[str, float]:
         "hbm_bw": float(hbm / overlapped * 1e-9),
         "nvlink_bw": float(rows * hidden * NVLINK_BYTES / overlapped * 1e-9),
     }
+
+
+def bottleneck_gbps(world: World, stage: str, time_ns: int) -> float:
+    """The "bottleneck bandwidth" of DeepEP's tables for a dispatch or combine that takes `time_ns`; mean over ranks.
+
+    As tests/test_intranode.py and test_internode.py define it, with all bytes that stay within the rank or the node:
+    on one node (tokens x ranks they go to) x bytes of a row, called NVLink; on more (tokens x nodes they go to) x bytes
+    of a row, called RDMA. So it may exceed what the link carries: by 8/7 on 8 ranks, by 2 on 2 nodes.
+    """
+    hops = make_hops(world, world.routing.num_tokens, world.routing.num_tokens)
+    rows = hops.copies if world.num_ranks <= world.hardware.gpus_per_node else hops.visits
+    size = world.precision.token_bytes if stage == "dispatch" else world.precision.result_bytes
+    return float(rows.sum() / world.num_ranks * world.config.hidden * size / time_ns)

@@ -312,16 +312,3 @@ def _expected_groups(world: World, groups: int) -> float:
     """Of so many equal groups of experts, those that hold an expert of a token."""
     experts, topk = world.config.num_experts, world.config.num_topk
     return groups * (1 - comb(experts - experts // groups, topk) / comb(experts, topk))
-
-
-def bottleneck_gbps(world: World, stage: str, time_ns: int) -> float:
-    """The "bottleneck bandwidth" of DeepEP's tables for a dispatch or combine that takes `time_ns`; mean over ranks.
-
-    As tests/test_intranode.py and test_internode.py define it, with all bytes that stay within the rank or the node:
-    on one node (tokens x ranks they go to) x bytes of a row, called NVLink; on more (tokens x nodes they go to) x bytes
-    of a row, called RDMA. So it may exceed what the link carries: by 8/7 on 8 ranks, by 2 on 2 nodes.
-    """
-    hops = make_hops(world, world.routing.num_tokens, world.routing.num_tokens)
-    rows = hops.copies if world.num_ranks <= world.hardware.gpus_per_node else hops.visits
-    size = world.precision.token_bytes if stage == "dispatch" else world.precision.result_bytes
-    return float(rows.sum() / world.num_ranks * world.config.hidden * size / time_ns)

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ..policies.deepep import bottleneck_gbps
-from ..published import megamoe_columns
+from ..published import bottleneck_gbps, megamoe_columns
 from ..routing import make_routing
 from ..world import World
 from .tables import Row
