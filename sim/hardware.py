@@ -113,16 +113,6 @@ class Hardware:
     def num_gpus(self) -> int:
         return self.num_nodes * self.gpus_per_node
 
-    def node(self, rank: int) -> int:
-        """Node on which a rank lives: ranks fill one node after the other."""
-        if not 0 <= rank < self.num_gpus:
-            raise ValueError(f"rank must be in [0, {self.num_gpus - 1}] on {self.name}, got {rank}")
-        return rank // self.gpus_per_node
-
-    def same_node(self, a: int, b: int) -> bool:
-        """Whether two ranks reach each other over NVLink."""
-        return self.node(a) == self.node(b)
-
 
 def hardware_names() -> list[str]:
     """The GPU kinds that have a preset, sorted."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .graph import Array
+from .routing import SimRouting
 from .world import World
 
 
@@ -48,8 +49,8 @@ class Hops:
 def make_hops(world: World, chunk_rows: int, token_block: int) -> Hops:
     """The chunks of all sources, those of `chunk_rows` rows but for the last of each (source, node)."""
     ranks, tokens, per_node = world.num_ranks, world.routing.num_tokens, world.hardware.gpus_per_node
-    nodes, blocks, most = -(-ranks // per_node), -(-tokens // token_block), -(-tokens // chunk_rows)
-    source, token, rank = _copies(world)
+    nodes, blocks, most = world.num_nodes, -(-tokens // token_block), -(-tokens // chunk_rows)
+    source, token, rank = token_copies(world.routing)
     copies = np.bincount(source * blocks + token // token_block, minlength=ranks * blocks)
     visit, visit_of = np.unique((source * nodes + rank // per_node) * tokens + token, return_inverse=True)
     stream, token = np.divmod(visit, tokens)
@@ -60,22 +61,25 @@ def make_hops(world: World, chunk_rows: int, token_block: int) -> Hops:
     block_chunk, block = np.divmod(np.unique(chunk_of * blocks + token // token_block), blocks)
     origin, node = np.divmod(chunk // most, nodes)
     return Hops(
-        origin, _relay(origin, node, ranks, per_node), chunk % most, rows,
+        origin, relay(world, origin, node), chunk % most, rows,
         share // ranks, share % ranks, share_rows, origin[block_chunk], block, block_chunk,
         visits.reshape(ranks, blocks), copies.reshape(ranks, blocks),
     )  # fmt: skip
 
 
-def _copies(world: World) -> tuple[Array, Array, Array]:
-    """(source, token, rank), each once, sorted."""
-    source, token, choice = np.nonzero(world.routing.topk_idx >= 0)
-    rank = world.routing.owner[world.routing.topk_idx[source, token, choice]]
-    shape = (world.num_ranks, world.routing.num_tokens, world.num_ranks)
-    source, token, rank = np.unravel_index(np.unique(np.ravel_multi_index((source, token, rank), shape)), shape)
-    return source, token, rank
+def token_copies(routing: SimRouting) -> tuple[Array, Array, Array]:
+    """(source, token, rank), sorted: each token once for each rank that has some of its experts."""
+    keys = []
+    for choices in routing.topk_idx:  # many short sorts take less time and memory than a long one
+        token, choice = np.nonzero(choices >= 0)
+        keys.append(np.unique(token * routing.num_ranks + routing.owner[choices[token, choice]]))
+    token, rank = np.divmod(np.concatenate(keys), routing.num_ranks)
+    return np.repeat(np.arange(routing.num_ranks), [len(key) for key in keys]), token, rank
 
 
-def _relay(source: Array, node: Array, num_ranks: int, per_node: int) -> Array:
-    """The rank of the node in the source's place, or in the next that a last, smaller node has."""
-    relay: Array = node * per_node + source % per_node % np.minimum(per_node, num_ranks - node * per_node)
-    return relay
+def relay(world: World, source: Array, node: Array) -> Array:
+    """The rank of each `node` that has the place of `source` in it, or the next place that a last, smaller node has."""
+    per_node = world.hardware.gpus_per_node
+    first = node * per_node
+    result: Array = first + source % per_node % np.minimum(per_node, world.num_ranks - first)
+    return result

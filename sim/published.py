@@ -53,6 +53,6 @@ def bottleneck_gbps(world: World, stage: str, time_ns: int) -> float:
     of a row, called RDMA. So it may exceed what the link carries: by 8/7 on 8 ranks, by 2 on 2 nodes.
     """
     hops = make_hops(world, world.routing.num_tokens, world.routing.num_tokens)
-    rows = hops.copies if world.num_ranks <= world.hardware.gpus_per_node else hops.visits
+    rows = hops.copies if world.num_nodes == 1 else hops.visits
     size = world.precision.token_bytes if stage == "dispatch" else world.precision.result_bytes
     return float(rows.sum() / world.num_ranks * world.config.hidden * size / time_ns)

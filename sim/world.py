@@ -62,6 +62,11 @@ class World:
         return self.config.num_ranks
 
     @property
+    def num_nodes(self) -> int:
+        """Nodes that the ranks fill, the last one maybe in part."""
+        return -(-self.num_ranks // self.hardware.gpus_per_node)
+
+    @property
     def up_columns(self) -> int:
         """Columns of the first product: gate and up of a gated expert."""
         return self.config.ffn * (2 if self.config.gated else 1)

@@ -25,6 +25,7 @@ import numpy as np
 
 from ..blocks import Blocks, blocks_per_expert
 from ..graph import Array, TaskGraph
+from ..hops import relay, token_copies
 from ..kinds import COMBINE, ELEMENTWISE, JOIN, SEND
 from ..routing import SimRouting
 from ..world import World
@@ -99,12 +100,9 @@ def shared_experts(world: World, size: int) -> World:
 
 def routed_tokens(routing: SimRouting) -> Array:
     """`[num_ranks, num_ranks]`: tokens of each source with at least one expert on each rank, each counted once."""
-    tokens = np.zeros((routing.num_ranks, routing.num_ranks), np.int64)
-    for source, choices in enumerate(routing.topk_idx):
-        token, choice = np.nonzero(choices >= 0)
-        pairs = np.unique(token * routing.num_ranks + routing.owner[choices[token, choice]])
-        tokens[source] = np.bincount(pairs % routing.num_ranks, minlength=routing.num_ranks)
-    return tokens
+    source, _, rank = token_copies(routing)
+    ranks = routing.num_ranks
+    return np.bincount(source * ranks + rank, minlength=ranks**2).reshape(ranks, ranks)
 
 
 # ---- layer 0
@@ -157,7 +155,8 @@ def _gather(draft: Draft, ready: Array, knobs: Knobs) -> Array:
     source = fetch_order(world)[1:]  # [turn, rank]
     turn = np.arange(1, world.num_ranks)[:, None]
     tokens = np.full(source.shape, world.routing.num_tokens)
-    holder = _holder(world, source)
+    node = rank // world.hardware.gpus_per_node
+    holder = relay(world, source, node)  # who in the rank's node has these tokens first
     if knobs.gather == "routed":
         tokens, holder = routed_tokens(world.routing)[source, rank], source
     sender = np.where(holder == rank, source, holder)
@@ -169,21 +168,13 @@ def _gather(draft: Draft, ready: Array, knobs: Knobs) -> Array:
     arrived[source, rank] = copies
     relayed = (sender != source).nonzero()
     draft.builder.edge(arrived[source, sender][relayed], copies[relayed])
-    far = sender // world.hardware.gpus_per_node != rank // world.hardware.gpus_per_node
+    far = sender // world.hardware.gpus_per_node != node
     for stream in (far, ~far):
         of, which = stream.T.nonzero()  # by rank, then by turn
         same = of[1:] == of[:-1]
         in_turn = copies[which, of]
         draft.builder.edge(in_turn[:-1][same], in_turn[1:][same])
     return arrived
-
-
-def _holder(world: World, source: Array) -> Array:
-    """`source` is `[turn, rank]`: who in the rank's node has these tokens first: itself, or the rank in its place."""
-    per_node = world.hardware.gpus_per_node
-    first = np.arange(world.num_ranks) // per_node * per_node
-    holder: Array = first + source % per_node % np.minimum(per_node, world.num_ranks - first)
-    return holder
 
 
 # ---- layer 1

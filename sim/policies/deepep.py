@@ -148,7 +148,7 @@ class _Normal:
         self.blocks = _blocks(draft.world, knobs)
         self.tile_n = knobs.tile_n
         self.window = knobs.window_rows // knobs.chunk_rows
-        self.one_node = self.world.num_ranks <= self.world.hardware.gpus_per_node
+        self.one_node = self.world.num_nodes == 1
 
     def meet(self, begun: Array) -> Array:
         """A barrier with which dispatch and combine begin."""
@@ -292,8 +292,8 @@ def analytic_comm_sms(world: World) -> int:
     their bandwidths, and a quarter more. Expects a balanced routing without groups. With one rank, which has no links,
     the least it allows.
     """
-    ranks, per_node, hardware = world.num_ranks, world.hardware.gpus_per_node, world.hardware
-    nodes, near = -(-ranks // per_node), min(ranks, per_node)
+    ranks, nodes, hardware = world.num_ranks, world.num_nodes, world.hardware
+    near = min(ranks, hardware.gpus_per_node)
     per_token = _expected_groups(world, ranks)
     read, written, gbps = 1 / per_token, 1.0, hardware.nvlink_gbps
     nvlink, rdma = 1 - 1 / near, 0.0

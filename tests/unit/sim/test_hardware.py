@@ -137,16 +137,6 @@ def test_a_name_is_a_string():
         load_hardware(8)  # type: ignore[arg-type]
 
 
-def test_nodes():
-    machine = load_hardware("2x8xH100")
-    assert [machine.node(rank) for rank in (0, 7, 8, 15)] == [0, 0, 1, 1]
-    assert machine.same_node(8, 15)
-    assert not machine.same_node(7, 8)
-    for rank in (-1, 16):
-        with pytest.raises(ValueError, match=rf"rank must be in \[0, 15\] on 2x8xH100, got {rank}"):
-            machine.node(rank)
-
-
 # ---- values ----
 
 
