@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 from .charts import Style, bars, curves, save, table
+from .rates import gpu_kind
 
 Row = dict[str, Any]
 FIXED: tuple[str, ...] = ("hardware", "preset", "hidden", "ffn", "gated", "experts", "topk", "capacity_factor")
@@ -112,7 +113,7 @@ def draw_figures(rows: Iterable[Row], folder: Path, most: int = 12) -> tuple[lis
 def _prepared(row: Row) -> Row:
     knobs = ", ".join(f"{name}={_plain(value)}" for name, value in sorted(row["knobs"].items()))
     line = f"{row['policy']}, {knobs}" if knobs else row["policy"]
-    gpu = re.sub(r"^(\d+x)+", "", row["hardware"])
+    gpu = gpu_kind(row["hardware"])
     return row | {"line": line, "gpu": gpu, "gpus": row["ranks"], "experts_per_gpu": row["experts"] / row["ranks"]}
 
 

@@ -6,6 +6,7 @@ A GPU for which nothing is published gets the mean of the policy's other GPUs, a
 
 from __future__ import annotations
 
+import re
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -21,8 +22,8 @@ def fitted_rates() -> dict[str, dict[str, float]]:
 
 
 def gpu_kind(hardware_name: str) -> str:
-    """ "H100" of "2x8xH100"."""
-    return hardware_name.rpartition("x")[2]
+    """ "H100" of "2x8xH100"; a machine of the user's own is a kind of its own."""
+    return re.sub(r"^(\d+x)+", "", hardware_name)
 
 
 def fitted_rate(policy: str, hardware_name: str) -> float:

@@ -84,6 +84,12 @@ class SimRouting:
         rows = [np.bincount(choices[choices >= 0], minlength=self.num_experts) for choices in flat]
         return np.array(rows, np.int64).reshape(self.num_ranks, self.num_experts)
 
+    def traffic(self, counts: Array) -> Array:
+        """`[num_ranks, num_ranks]`, rows from each source to each owner, of `counts` `[num_ranks, num_experts]`."""
+        result = np.zeros((self.num_ranks, self.num_ranks), np.int64)
+        np.add.at(result.T, self.owner, counts.T)
+        return result
+
 
 def _check_range(name: str, values: Array, low: int, high: int) -> None:
     if values.size and not low <= values.min() <= values.max() < high:

@@ -34,8 +34,9 @@ def choose_shadows(world: World, rate: float) -> Array:
 def predicted_ns(world: World, shadows: Array, rate: float) -> float:
     """What a layer with these shadows is predicted to take."""
     config, hardware, precision = world.config, world.hardware, world.precision
-    sent = np.zeros((world.num_ranks, world.num_ranks))
-    np.add.at(sent.T, np.delete(world.routing.owner, shadows), np.delete(world.routing.counts, shadows, axis=1).T)
+    counts = world.routing.counts.copy()
+    counts[:, shadows] = 0
+    sent = world.routing.traffic(counts)
     rows = sent.sum(axis=0) + world.routing.counts[:, shadows].sum(axis=1)
     np.fill_diagonal(sent, 0)
     busiest_link = max(sent.sum(axis=0).max(), sent.sum(axis=1).max())

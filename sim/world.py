@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from reference import MoEConfig
 
 from .graph import Array
@@ -106,9 +104,7 @@ class World:
     @cached_property
     def traffic(self) -> Array:
         """`[num_ranks, num_ranks]`, rows from each source to each owner."""
-        result = np.zeros((self.num_ranks, self.num_ranks), np.int64)
-        np.add.at(result.T, self.routing.owner, self.routing.counts.T)
-        return result
+        return self.routing.traffic(self.routing.counts)
 
 
 def check_sent_rows(config: MoEConfig, hardware: Hardware, precision: Precision) -> None:

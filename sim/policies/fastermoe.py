@@ -86,7 +86,7 @@ def _fill(draft: Draft, shadows: Array, knobs: Knobs) -> None:
     steps = _steps(world, np.where(is_copy, 0, counts), knobs)
     packed = _pack(draft, knobs)
     sends = _Sends(draft, knobs, packed)
-    arrived = [sends.swap(None, _traffic(world, step), precision.token_bytes) for step in steps]
+    arrived = [sends.swap(None, world.routing.traffic(step), precision.token_bytes) for step in steps]
     for rank in owner[shadows]:
         sends.broadcast(rank)
     weights, computed, results = sends.last, packed, []
@@ -96,7 +96,7 @@ def _fill(draft: Draft, shadows: Array, knobs: Knobs) -> None:
     if shadows.size:
         computed = _compute(draft, np.where(is_copy, counts, 0), computed, weights, knobs)
     for step, ready in zip(steps, results, strict=True):
-        sends.swap(ready, _traffic(world, step).T, precision.result_bytes)
+        sends.swap(ready, world.routing.traffic(step).T, precision.result_bytes)
     draft.combine_kernel(draft.begin([sends.last, computed]))
 
 
@@ -109,13 +109,6 @@ def _steps(world: World, counts: Array, knobs: Knobs) -> list[Array]:
     group, groups = np.arange(world.num_ranks) // size, world.num_ranks // size
     distance = (group[world.routing.owner] - group[:, None]) % groups
     return [np.where(distance == step, counts, 0) for step in range(groups)]
-
-
-def _traffic(world: World, counts: Array) -> Array:
-    """`[num_ranks, num_ranks]`, rows from each source to each owner."""
-    result = np.zeros((world.num_ranks, world.num_ranks), np.int64)
-    np.add.at(result.T, world.routing.owner, counts.T)
-    return result
 
 
 def _pack(draft: Draft, knobs: Knobs) -> Array:

@@ -231,6 +231,15 @@ def test_written_rates_are_those_that_are_read(rates_file):
     assert f"H100 = {h100} # 1 row, " in rates_file.read_text()
 
 
+def test_a_gpu_without_a_rate_gets_the_mean_of_the_others_and_says_so(rates_file):
+    rates_file.write_text("[comet]\nH100 = 0.5\nA100 = 0.3\n")
+    assert rates.fitted_rate("comet", "2x8xH100") == 0.5
+    for name in ("8xB200", "box", "a machine of fastxH100"):  # a name that only ends like one
+        assert rates.fitted_rate("comet", name) == 0.4
+        assert not rates.is_fitted("comet", name)
+    assert rates.is_fitted("comet", "1xA100") and not rates.is_fitted("bulk", "1xA100")
+
+
 # ---- the command
 
 
