@@ -34,12 +34,13 @@ import sim
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.bench.calibrate import Settings, calibrate
 from flashmoe_numba.bench.measure import SETTLE_S
+from flashmoe_numba.bench.memory import make_memory
 from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands.calibrate import hardware_of, knobs_of, lines, settings_from
 from flashmoe_numba.commands.knobs import knobs_from
 from flashmoe_numba.commands.sizes import integer
 from flashmoe_numba.trace import TRACE_KIND_NAMES, TraceRecord, decode, write_chrome_trace
-from reference import MoEConfig, Weights, make_workload
+from reference import DTYPES, MoEConfig, Weights, make_workload
 from sim.kinds import JOIN, KIND_NAMES
 from sim.routing import blocked_owner
 
@@ -87,7 +88,8 @@ def main() -> int:
     except (UsageError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    runs = [Run(case, hardware.num_gpus, hardware.sms - 1) for case in (SMOKE_CASES if args.smoke else CASES)]
+    cases = SMOKE_CASES if args.smoke else CASES
+    runs = [Run(case, hardware.num_gpus, hardware.sms - 1, args.backend, args.dtype) for case in cases]
     for _ in range(2 if args.smoke else args.repeats):
         for run in runs:
             run.measure()
@@ -114,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="goes with --hardware")
     parser.add_argument("--ranks", type=integer(1), default=1, help="ranks, as threads, of the calibration here [1]")
     parser.add_argument("--processors", type=integer(1), help="blocks of a rank beside its OS block [a core for each]")
+    parser.add_argument(
+        "--backend", choices=("cpu", "cuda"), default="cpu", help="cuda: virtual ranks of one GPU [cpu]"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="element type [float32]")
     parser.add_argument("--repeats", type=integer(1), default=9, help="measured calls of each layer [9]")
     parser.add_argument("--traces", type=Path, default=Path("out/beside_the_kernel"), metavar="FOLDER")
     return parser
@@ -125,7 +131,8 @@ def _machine(args: argparse.Namespace) -> tuple[sim.Hardware, sim.PolicyKnobs]:
         raise UsageError("--hardware and --set go together: the first line of a calibrated file has the flags")
     if args.hardware:
         return sim.load_hardware(args.hardware), knobs_from(["flashmoe"], args.set)["flashmoe"]
-    settings: Settings = settings_from(args.ranks, args.processors, "cpu", "float32", 1 if args.smoke else 5)
+    repeats = 1 if args.smoke else 5
+    settings: Settings = settings_from(args.ranks, args.processors, args.backend, args.dtype, repeats)
     found = calibrate(settings)
     hardware = hardware_of(found, settings)
     print("\n".join(lines(found, hardware)), flush=True)
@@ -135,7 +142,7 @@ def _machine(args: argparse.Namespace) -> tuple[sim.Hardware, sim.PolicyKnobs]:
 class Run:
     """One case on the kernel, and beside it in the simulator."""
 
-    def __init__(self, case: Case, num_ranks: int, num_processors: int) -> None:
+    def __init__(self, case: Case, num_ranks: int, num_processors: int, backend: str, dtype: str) -> None:
         self.case = case
         self.config = MoEConfig(
             num_ranks=num_ranks,
@@ -146,23 +153,29 @@ class Run:
             num_topk=case.topk,
             gated=case.gated,
             activation="silu",
+            dtype=dtype,
         )
         workload = make_workload(case.workload, self.config)
-        self._x, self._routing = workload.x, {}
+        memory = make_memory(backend, self.config)
+        self._x, self._routing = [memory.to_device(part) for part in workload.x], {}
         if workload.topk_idx is not None:
             self._routing = {"topk_idx": workload.topk_idx, "topk_weights": workload.topk_weights}
         weights = Weights.random(self.config)
-        self._layer = FlashMoE(self.config, weights, num_processors=num_processors, trace=True)
-        self._layer(self._x, **self._routing)
+        self._layer = FlashMoE(self.config, weights, backend=backend, num_processors=num_processors, trace=True)
+        self._call()
         self._wall_ns: list[int] = []
         self._records: list[TraceRecord] = []  # of the fastest call
         self._times: dict[tuple[int, ...], list[int]] = defaultdict(list)  # of each task
+
+    def _call(self) -> None:
+        self._layer(self._x, **self._routing)
+        self._layer.synchronize()
 
     def measure(self) -> None:
         """One call; of the fastest the records are kept, of all the times of each task."""
         time.sleep(SETTLE_S / 10)
         start = time.perf_counter_ns()
-        self._layer(self._x, **self._routing)
+        self._call()
         self._wall_ns.append(time.perf_counter_ns() - start)
         records = decode(self._layer.traces)
         if self._wall_ns[-1] == min(self._wall_ns):

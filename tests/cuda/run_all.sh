@@ -41,6 +41,8 @@ fi
 step roof "$python" experiments/20_gpu_roof.py --json "$results/roof.jsonl"
 step signals "$python" experiments/21_gpu_signals.py --json "$results/signals.jsonl"
 step virtual_ranks "$python" experiments/22_gpu_virtual_ranks.py --json "$results/virtual_ranks.jsonl"
+step calibrate "$python" -m flashmoe_numba calibrate --backend cuda --ranks 8 --dtype float16 --out "$results/calibrated.toml"
+step beside "$python" experiments/16_beside_the_kernel.py --backend cuda --ranks 8 --dtype float16 --traces "$results/traces" --json "$results/beside.jsonl"
 step run "$python" -m flashmoe_numba run --backend cuda --virtual-ranks 8 --dtype float16 --preset laptop-gemm --tokens 256
 printf '\n%d steps failed; results are in %s\n' "$failed" "$results"
 exit "$failed"
