@@ -85,7 +85,7 @@ def main() -> int:
     args = _parser().parse_args()
     try:
         hardware, knobs = _machine(args)
-    except (UsageError, ValueError, FileNotFoundError) as error:
+    except (UsageError, ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     cases = SMOKE_CASES if args.smoke else CASES
