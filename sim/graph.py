@@ -24,6 +24,7 @@ from .kinds import KIND_NAMES
 
 Array = NDArray[Any]
 NONE = -1  # no server, no link
+MOST_BYTES = 2**53  # at once on a link: exact as a float
 FIELDS: dict[str, tuple[Any, Any]] = {  # of a node: dtype and default
     "kind": (np.int8, None),
     "rank": (np.int32, None),
@@ -140,7 +141,7 @@ class GraphBuilder:
         size = int(np.prod(shape, dtype=np.int64))
         part = {}
         for name, (dtype, default) in FIELDS.items():
-            part[name] = np.broadcast_to(np.asarray(given.get(name, default), dtype), shape).reshape(size)
+            part[name] = np.broadcast_to(_cast(name, given.get(name, default), dtype), shape).reshape(size)
         self._parts.append(part)
         first = self._num_nodes
         self._num_nodes += size
@@ -176,6 +177,15 @@ class GraphBuilder:
         return TaskGraph(tuple(self.servers), tuple(self.links), nodes, start, succ[order], num_preds)
 
 
+def _cast(name: str, value: Any, dtype: Any) -> Array:
+    """Checked, because NumPy wraps integers that are too large for a type without a word."""
+    given = np.asarray(value)
+    made = given.astype(dtype, copy=False)
+    if given.dtype.kind in "iu" and (made != given).any():
+        raise ValueError(f"{name} must fit into {made.dtype}, got {given.flat[(made != given).argmax()]}")
+    return made
+
+
 def _check(nodes: dict[str, Array], pred: Array, succ: Array, servers: Sequence[Server], links: Sequence[Link]) -> None:
     num_nodes = len(nodes["kind"])
     bounds = {
@@ -185,7 +195,7 @@ def _check(nodes: dict[str, Array], pred: Array, succ: Array, servers: Sequence[
         "server": (NONE, len(servers)),
         "priority": (-(2**20), 2**20),
         "duration_ns": (0, 2**62),
-        "nbytes": (0, 2**53),  # exact as a float
+        "nbytes": (0, MOST_BYTES),
         "egress": (NONE, len(links)),
         "ingress": (NONE, len(links)),
         "latency_ns": (0, 2**62),
@@ -194,6 +204,11 @@ def _check(nodes: dict[str, Array], pred: Array, succ: Array, servers: Sequence[
         _check_range(name, nodes[name], low, high)
     for name, ends in (("before", pred), ("after", succ)):
         _check_range(f"edge {name}", ends, 0, num_nodes)
+    _check_paths(nodes)
+
+
+def _check_paths(nodes: dict[str, Array]) -> None:
+    _check_range("nbytes of all tasks of a node", nodes["nbytes"] * nodes["count"].astype(np.float64), 0, MOST_BYTES)
     lonely = np.flatnonzero((nodes["nbytes"] > 0) & (nodes["egress"] < 0) & (nodes["ingress"] < 0))
     if lonely.size:
         raise ValueError(f"node {lonely[0]} has nbytes={nodes['nbytes'][lonely[0]]} but neither egress nor ingress")

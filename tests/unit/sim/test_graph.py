@@ -50,6 +50,7 @@ def test_kinds_begin_with_those_of_the_kernels_trace():
         (dict(egress=2), r"egress must be in \[-1, 2\), got 2"),
         (dict(nbytes=5), "nbytes=5 but neither egress nor ingress"),
         (dict(nbytes=5, egress=1, ingress=1), "must be two links, got 1 twice"),
+        (dict(nbytes=2**33, egress=0, count=2**20), "nbytes of all tasks of a node must be in"),
         (dict(priority=2**20), "priority must be in"),
         (dict(rank=-1), "rank must be in"),
     ],
@@ -62,6 +63,16 @@ def test_nodes_out_of_range_are_refused(values, message):
     builder.add(GEMM0, **(dict(rank=0) | values))
     with pytest.raises(ValueError, match=message):
         builder.build()
+
+
+@pytest.mark.parametrize("values", [dict(count=np.array([2**32 + 1])), dict(server=np.array(2**33))])
+def test_numbers_are_not_wrapped(values):
+    """As 32 bits these would be 1 task, and server 0."""
+    builder = GraphBuilder()
+    builder.add_server("desk", 0, 1)
+    ((name, value),) = values.items()
+    with pytest.raises(ValueError, match=f"{name} must fit into int32, got {value.max()}"):
+        builder.add(GEMM0, 0, **values)
 
 
 def test_edges_to_nowhere_are_refused():
