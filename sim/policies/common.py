@@ -111,7 +111,7 @@ class Draft:
     def gate(self, after: ArrayLike | None) -> Array:
         """`[num_ranks]`: logits and top-k of all tokens of a rank."""
         config, tokens = self.world.config, self.world.routing.num_tokens
-        flops = 2 * min(self.token_block, tokens) * config.num_experts * config.hidden
+        per_token = 2 * config.num_experts * config.hidden
         count = -(-tokens // self.token_block)
         time = self.cost.tile(self.token_block, config.num_experts, config.hidden, tiles=count, reuse=count)
         gates = self.builder.add(
@@ -120,8 +120,8 @@ class Draft:
             server=self.machine.sm,
             count=count,
             duration_ns=time,
-            flops=flops,
-            useful_flops=flops,
+            flops=self.token_block * per_token,
+            useful_flops=tokens / count * per_token,
         )
         return self.after(after, gates)
 

@@ -96,7 +96,7 @@ def _receive(draft: Draft, sent: Array, packets: tuple[Array, ...], blocks: Bloc
     owner = world.routing.owner[expert]
     share = 1 / np.bincount(blocks.piece_block)[blocks.piece_block]
     row_blocks = np.diff(np.append(0, np.cumsum(share))[np.append(blocks.piece_start.ravel(), len(share))])
-    tiles = (world.up_columns + world.config.hidden) / knobs.tile_n
+    tiles = sum(-(-columns // knobs.tile_n) for columns in (world.up_columns, world.config.hidden))
     work = row_blocks.reshape(world.routing.counts.shape)[source, expert] * tiles * knobs.schedule_ns
     nodes = draft.builder.add(
         RECEIVE,

@@ -7,7 +7,7 @@ import numpy as np
 from reference import MoEConfig
 from sim import engine, fast
 from sim.hardware import load_hardware
-from sim.kinds import GEMM0, GEMM1
+from sim.kinds import GATE, GEMM0, GEMM1
 from sim.precision import precision
 from sim.routing import make_routing
 from sim.world import World
@@ -86,14 +86,16 @@ def demanded_rows(world):
 
 
 def assert_computed_once(graph, world):
-    """GEMM0 and GEMM1 multiply every routed row once."""
+    """GEMM0 and GEMM1 multiply every routed row once, and GATE every token, where it is simulated."""
     config, nodes = world.config, graph.nodes
     rows = demanded_rows(world).sum()
     up = config.ffn * (2 if config.gated else 1)
-    for kind, per_row in ((GEMM0, 2 * config.hidden * up), (GEMM1, 2 * config.hidden * config.ffn)):
+    tokens = world.num_ranks * world.routing.num_tokens * (nodes["kind"] == GATE).any()
+    products = [(GEMM0, rows, 2 * config.hidden * up), (GEMM1, rows, 2 * config.hidden * config.ffn)]
+    for kind, number, per_row in [*products, (GATE, tokens, 2 * config.hidden * config.num_experts)]:
         mine = nodes["kind"] == kind
         useful = (nodes["useful_flops"] * nodes["count"])[mine].sum()
-        np.testing.assert_allclose(useful, rows * per_row, rtol=1e-9)
+        np.testing.assert_allclose(useful, number * per_row, rtol=1e-9)
         assert (nodes["flops"][mine] >= nodes["useful_flops"][mine]).all()
 
 
