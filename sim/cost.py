@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from .graph import Array
 from .world import World
 
+MOST_NS = 2.0**40  # of a task: what is summed over a schedule, and multiplied by its slots, still fits 64 bits
 L2_SHARE = 0.5  # of the L2 that weights may keep, the rest is rows and results in flight
 
 
@@ -102,5 +103,8 @@ class Cost:
 
 
 def _whole(nanoseconds: Array) -> Array:
+    longest = np.max(nanoseconds, initial=0.0)
+    if not longest < MOST_NS:
+        raise ValueError(f"a task must take less than {MOST_NS / 1e9:.0f} s, got {longest / 1e9:.3g} s")
     result: Array = np.ceil(nanoseconds).astype(np.int64)
     return result

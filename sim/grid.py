@@ -102,7 +102,7 @@ class Point:
         sizes = {name: getattr(self, axis) for axis, name in SIZES.items()}
         most = None
         if self.capacity_factor is not None:
-            most = min(self.tokens, int(self.capacity_factor * -(-self.tokens // self.experts) * self.topk))
+            most = int(min(self.tokens, self.capacity_factor * -(-self.tokens // self.experts) * self.topk))
         config = load_preset(self.preset, num_ranks=hardware.num_gpus, gated=self.gated, capacity=most, **sizes)
         formats = precision(self.precision)
         check_sent_rows(config, hardware, formats)

@@ -184,7 +184,7 @@ def slot_shares(simulation: Simulation) -> dict[str, float]:
     runs, slots, num_ranks = sm_runs(simulation), num_slots(simulation), simulation.world.num_ranks
     rank, start = places(graph)[time.run_node[runs]], time.run_start_ns[runs]
     steps = levels(rank, start, time.run_end_ns[runs], time.run_count[runs], num_ranks, horizon)
-    passed = steps.right - steps.left
+    passed = (steps.right - steps.left).astype(np.float64)  # times slots, it may be more than 64 bits hold
     held = np.minimum(steps.level, slots)
     following = _next_runs(rank, start, steps, horizon)
     nodes = np.append(time.run_node[runs], NONE)[following]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import ClassVar, get_args, get_type_hints
 
+MOST = 2**31 - 1  # of a whole number: what a graph's counts hold, and 2 s as a time
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyKnobs:
@@ -33,6 +35,8 @@ class PolicyKnobs:
                 raise ValueError(f"{name} must be one of {', '.join(self.choices[name])}; got {value!r}")
             if type(value) is int and value < (0 if name.endswith("_ns") else 1):
                 raise ValueError(f"{name} must be at least {0 if name.endswith('_ns') else 1}, got {value}")
+            if type(value) is int and value > MOST:
+                raise ValueError(f"{name} must be at most {MOST}, got {value}")
         if self.rate is not None and not 0 < self.rate <= 1:
             raise ValueError(f"rate must be in (0, 1], got {self.rate}")
 

@@ -44,6 +44,14 @@ class Ledger(engine.Instrument):
         self.done.append(node)
 
 
+def test_room_is_made_for_tasks_not_for_slots():
+    builder = GraphBuilder()
+    server = builder.add_server("huge", 0, 2**31)
+    builder.add(KIND, 0, server=server, count=3, duration_ns=7)
+    graph = builder.build()
+    assert_same(engine.run(graph), fast.run(graph))
+
+
 @given(graph=graphs())
 def test_the_engines_agree(graph):
     assert_same(engine.run(graph), fast.run(graph))

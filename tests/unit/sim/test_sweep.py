@@ -88,9 +88,9 @@ def test_a_row_has_every_parameter_and_the_report(grid):
 
 
 def test_capacity_is_that_of_the_factor(tmp_path):
-    sizes = "tokens = [10]\nexperts = [4]\ntopk = [2]\ncapacity_factor = [0.5, 1.0, 100.0]\n"
+    sizes = "tokens = [10]\nexperts = [4]\ntopk = [2]\ncapacity_factor = [0.5, 1.0, 100.0, 1e308]\n"
     worlds = [point.world() for point in load_grid(write(tmp_path, HEAD + sizes))]
-    assert [world.config.capacity for world in worlds] == [3, 6, 10]
+    assert [world.config.capacity for world in worlds] == [3, 6, 10, 10]
     assert worlds[0].routing.counts.max() <= 3
 
 

@@ -80,6 +80,12 @@ def test_a_tile_takes_the_longest_of_products_memory_and_cache():
     assert cached == np.ceil((128 + 1) * 4096 * 2 / (hardware.l2_gbps / 264)) + 100
 
 
+def test_a_task_of_hours_is_refused():
+    for rate in (1e-14, 1e-300):  # the second is more than 64 bits hold
+        with pytest.raises(ValueError, match=r"^a task must take less than 1100 s, got \d\S* s$"):
+            cost(slots=264, rate=rate).tile(128, 128, 4096, tiles=1000)
+
+
 def test_few_tiles_share_the_memory_among_fewer():
     made = cost(slots=264)
     hbm = made.world.hardware.hbm_gbps * made.world.hardware.hbm_achieved
