@@ -6,7 +6,10 @@ items, and an item is pushed in constant time. Of equal keys the one of the lowe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,14 +18,25 @@ from numba import njit
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled(function: Function) -> Function:
-    """By Numba, in one piece and without its reference counts, for nothing here makes an array.
+SOURCES = ("heaps.py", "loop.py", "engine.py", "graph.py")  # of what is compiled, constants included
 
-    Counting takes a third of an event's time, and handing arrays from function to function a quarter.
+
+def compiled(function: Function) -> Function:
+    """By Numba, without its reference counts: nothing here makes an array, and they take a third of an event's time.
+
+    Numba's disk cache looks at the file of a function alone, and would go on with old heaps in the loop.
     """
-    options: dict[str, Any] = dict(cache=True, nogil=True, error_model="numpy", _nrt=False, forceinline=True)
-    made: Function = njit(**options)(function)
-    return made
+    options: dict[str, Any] = dict(cache=True, nogil=True, error_model="numpy", _nrt=False)
+    made: Any = njit(**options)(function)
+    made._cache._cache_file._source_stamp = _source_hash()
+    result: Function = made
+    return result
+
+
+@cache
+def _source_hash() -> str:
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()
 
 
 EMPTY = -1
