@@ -62,17 +62,23 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, instruments: Sequence[
     """The timeline of a graph.
 
     Args:
-        tie_seed: shuffle events of the same time by this seed, which is at least 0.
+        tie_seed: shuffle events of the same time by this seed, in [0, 2**63).
         instruments: told of everything that happens, in order.
 
     Raises:
-        DeadlockError: a node can never run; says who waits for what.
+        ValueError: no such seed. DeadlockError: a node can never run; says who waits for what.
     """
+    check_tie_seed(tie_seed)
     engine = _Engine(graph, tie_seed, instruments)
     engine.start()
     engine.loop()
     check_complete(graph, engine.preds_left)
     return engine.timeline()
+
+
+def check_tie_seed(tie_seed: int | None) -> None:
+    if tie_seed is not None and not 0 <= tie_seed < 2**63:
+        raise ValueError(f"tie_seed must be in [0, 2**63), got {tie_seed}")
 
 
 class _Link:

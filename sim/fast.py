@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import loop
+from .engine import check_tie_seed
 from .graph import NONE, Array, TaskGraph
 from .heaps import EMPTY, EVENT
 from .timeline import Timeline, check_complete
@@ -45,8 +46,9 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, keep_runs: bool = True
         keep_runs: False leaves the arrays of runs empty, which saves 100 bytes for each of millions.
 
     Raises:
-        DeadlockError: a node can never run; says who waits for what.
+        ValueError: no such seed. DeadlockError: a node can never run; says who waits for what.
     """
+    check_tie_seed(tie_seed)
     # One event starts no more runs than there are slots or tasks, or than become ready by it.
     most_ready = int(np.diff(graph.succ_start).max(initial=0))
     margin = min(sum(server.slots for server in graph.servers), graph.num_tasks) + most_ready + 1

@@ -1,7 +1,9 @@
 """The two engines agree event for event, and what they say obeys the laws of schedules; SimPy is the oracle."""
 
+import ast
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from graphs import KIND, graphs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim import engine, fast
+from sim import engine, fast, heaps, loop
 from sim.graph import NONE, GraphBuilder
 from sim.timeline import DeadlockError
 
@@ -251,6 +253,25 @@ def test_growing_arrays_change_nothing(monkeypatch):
     monkeypatch.setattr(fast.State, "longer", lambda state: grown.append(state) or longer(state))
     assert_same(fast.run(graph), engine.run(graph))
     assert len(grown) > 5
+
+
+@pytest.mark.parametrize("run", [engine.run, fast.run])
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_out_of_range_are_refused(run, seed):
+    """-1 is how the compiled engine says "none"."""
+    with pytest.raises(ValueError, match=rf"tie_seed must be in \[0, 2\*\*63\), got {seed}"):
+        run(GraphBuilder().build(), tie_seed=seed)
+
+
+def test_the_cache_of_the_compiled_loop_knows_all_its_sources():
+    """Numba inlines functions and constants of other modules and does not notice when these change."""
+    sources = {"loop.py", "heaps.py"}
+    for module in (loop, heaps):
+        for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                sources.add(f"{node.module}.py")
+    assert sources == set(heaps.SOURCES)
+    assert loop.loop._cache._cache_file._source_stamp == heaps._source_hash()
 
 
 def test_an_empty_graph_takes_no_time():
