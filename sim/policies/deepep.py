@@ -12,7 +12,7 @@ graph, no host waits, and no multiprocessor is needed while rows are on their wa
 two micro-batches take nothing from each other. Results go back when all are there, or row block by row block.
 
 Source: deepseek-ai/DeepEP: docs/legacy.md (V1), tests/test_internode.py, and for the number of multiprocessors
-deep_ep/buffers/elastic.py (V2); DeepGEMM's contiguous layout with row blocks of 128.
+`comm_sms.py` beside this file (V2); DeepGEMM's contiguous layout with row blocks of 128.
 Knobs: see `Knobs`. Leaves out: the copy from a receive buffer to its place, queues of the NIC, quantising of rows,
 multiprocessors that communicate and are free again while the other micro-batch still computes.
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, comb
 from typing import ClassVar
 
 import numpy as np
@@ -32,6 +31,7 @@ from ..graph import NONE, Array, TaskGraph
 from ..hops import make_hops
 from ..kinds import COMBINE, DISPATCH, SEND
 from ..world import World
+from .comm_sms import analytic_comm_sms
 from .common import Draft
 from .knobs import PolicyKnobs
 
@@ -283,32 +283,3 @@ class _LowLatency:
 
 def _blocks(world: World, knobs: Knobs) -> Blocks:
     return blocks_per_expert(world.routing.counts, np.full(world.routing.num_experts, knobs.tile_m))
-
-
-def analytic_comm_sms(world: World) -> int:
-    """The multiprocessors that keep the slower kind of link busy, by DeepEP V2's `get_theoretical_num_sms`.
-
-    Per row that arrives at a rank: what a multiprocessor reads and writes, and what crosses the links; the ratio of
-    their bandwidths, and a quarter more. Expects a balanced routing without groups. With one rank, which has no links,
-    the least it allows.
-    """
-    ranks, nodes, hardware = world.num_ranks, world.num_nodes, world.hardware
-    near = min(ranks, hardware.gpus_per_node)
-    per_token = _expected_groups(world, ranks)
-    read, written, gbps = 1 / per_token, 1.0, hardware.nvlink_gbps
-    nvlink, rdma = 1 - 1 / near, 0.0
-    if nodes > 1:
-        visits = _expected_groups(world, nodes) / per_token
-        read, written, rdma = read + visits, 1 / per_token + visits / nodes + 1, visits * (1 - 1 / nodes)
-    traffic = nvlink
-    if rdma / hardware.nic_gbps > nvlink / gbps:
-        traffic, gbps = rdma, hardware.nic_gbps
-    speed = max(read / hardware.sm_read_gbps, written / hardware.sm_write_gbps)
-    needed = ceil(1.25 * gbps * speed / traffic) if traffic else 0
-    return min(max(4, needed + needed % 2), hardware.sms - 1)
-
-
-def _expected_groups(world: World, groups: int) -> float:
-    """Of so many equal groups of experts, those that hold an expert of a token."""
-    experts, topk = world.config.num_experts, world.config.num_topk
-    return groups * (1 - comb(experts - experts // groups, topk) / comb(experts, topk))

@@ -9,7 +9,7 @@ from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, o
 from sim.hops import make_hops
 from sim.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND
 from sim.policies import build, make_knobs
-from sim.policies.deepep import analytic_comm_sms
+from sim.policies.comm_sms import analytic_comm_sms
 from sim.published import bottleneck_gbps
 
 WORLDS = odd_worlds() | {
