@@ -103,12 +103,21 @@ def save(figure: Any, file: Path) -> None:
     figure.savefig(file, format="png")
 
 
-def _figure(width: float, height: float, title: str) -> Any:
+def blank(width: float, height: float) -> Any:
+    """An empty figure of so many inches.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'flashmoe-numba[plots]'") from error
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        raise ImportError("pictures need matplotlib: pip install 'flashmoe-numba[plots]'") from error
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def _figure(width: float, height: float, title: str) -> Any:
+    figure = blank(width, height)
     heading, _, rest = title.partition("\n")
     figure.suptitle("\n".join([heading, *textwrap.wrap(rest, int(11 * width))]), fontsize=11)
     return figure

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .charts import blank
 from .graph import Array
 from .kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
 from .report import check_runs, horizon_ns, num_slots, places, sm_runs, transfers
@@ -40,13 +41,9 @@ def plot_timeline(simulation: Simulation, file: Path) -> None:
     Raises:
         ImportError: matplotlib is missing; names the extra. ValueError: the runs were not kept.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'flashmoe-numba[plots]'") from error
     check_runs(simulation)
     num_ranks = min(simulation.world.num_ranks, MAX_RANKS)
-    figure = Figure(figsize=(12, 1.6 + 0.75 * num_ranks), dpi=130, layout="constrained")
+    figure = blank(12, 1.6 + 0.75 * num_ranks)
     axes = figure.add_subplot()
     _draw_bands(axes, simulation, num_ranks)
     _draw_transfers(axes, simulation, num_ranks)
