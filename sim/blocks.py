@@ -58,7 +58,10 @@ class Blocks:
 
 
 def ladder(rows: Array, shortest: int, tallest: int) -> Array:
-    """The tile height of each packet: the first of shortest, twice that, ... tallest that holds its rows."""
+    """The height of each packet's tiles: the lowest that holds its rows of tallest, half of it, ... not below shortest.
+
+    The heights of `reference.layout.tile_height`, where tallest is shortest times a power of two.
+    """
     heights = np.full(rows.shape, tallest, np.int64)
     height = tallest // 2
     while height >= shortest:

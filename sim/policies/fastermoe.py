@@ -37,7 +37,7 @@ class Knobs(PolicyKnobs):
     group_size: ranks of a group; more than there are is all of them.
     degree: parts into which "rows" cuts each packet.
     shadow: shadow busy experts, as many as `sim.shadow` predicts to pay.
-    comm_sms: multiprocessors that send, and that products cannot have.
+    comm_sms: multiprocessors that send, and that products cannot have; NCCL takes 16 to 32.
     send_ns: floor of one call that sends; a step of groups makes one for each local expert.
     collective_ns: floor of the exchange of counts.
     """

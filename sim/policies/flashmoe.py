@@ -34,14 +34,14 @@ class Knobs(PolicyKnobs):
         128 x 128 tiles, one fits an H100's multiprocessor; two fit an A100's, but share its tensor cores, and one slot
         of the whole is nearer than two halves. The paper's version had two.
     tile_m, tile_n: of a tile of either product.
-    ladder: packets take the lowest of 16, 32, ... tile_m rows that holds them, instead of always tile_m.
+    ladder: packets take the lowest of tile_m, half of it, ... (16 at least) that holds them, instead of always tile_m.
     packing: "per_source", or "per_expert": rows of all sources of an expert share tiles.
     gate: simulate the gate; the published v0.1.2 benchmark leaves it out.
     dispatch_rows: rows of a packet that one block stores at a time.
     row_unit: rows that are multiplied together: a tile computes its real rows, rounded up to whole units; None: all of
         its height, padding included.
     async_loads: a tile's operands are read while products run; False: before them, as on CPUs.
-    poll_ns, schedule_ns: the OS block's time per packet, and per tile that it hands out.
+    poll_ns, schedule_ns: the OS block's time per packet, and per tile that it hands out; assumptions.
     """
 
     blocks_per_sm: int = 1

@@ -15,7 +15,7 @@ class PolicyKnobs:
 
     Args:
         rate: share of the tensor peak that tiles reach; None: the fitted one of this policy on this GPU.
-        tile_latency_ns: fixed part of a tile, for filling and draining its pipeline.
+        tile_latency_ns: fixed part of a tile, for filling and draining its pipeline; assumption: 1 us.
         token_block: tokens per gate task and per combine task.
 
     Raises:
