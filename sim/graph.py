@@ -45,7 +45,10 @@ FIELDS: dict[str, tuple[Any, Any]] = {  # of a node: dtype and default
 
 
 class Server(NamedTuple):
-    """`slots` tasks at a time; next is the one of the lowest priority number, and of those the first to be ready."""
+    """`slots` tasks at a time; next is the one of the lowest priority number, and of those the first to be ready.
+
+    `name` says what it is, and is the same on all ranks.
+    """
 
     name: str
     rank: int
@@ -116,7 +119,7 @@ class GraphBuilder:
     def add_server(self, name: str, rank: int, slots: int) -> int:
         """A server with this many slots; returns its index."""
         if slots < 1:
-            raise ValueError(f"slots of server {name} must be at least 1, got {slots}")
+            raise ValueError(f"slots of server {name} of rank {rank} must be at least 1, got {slots}")
         self.servers.append(Server(name, rank, slots))
         return len(self.servers) - 1
 
@@ -124,7 +127,7 @@ class GraphBuilder:
         """A link of `gbps` GB/s, of which one transfer gets at most `flow_gbps` (default: all); returns its index."""
         cap = gbps if flow_gbps is None else flow_gbps
         if not (0 < gbps < float("inf") and cap > 0):
-            raise ValueError(f"gbps and flow_gbps of link {name} must be positive, got {gbps} and {cap}")
+            raise ValueError(f"gbps and flow_gbps of link {name} of rank {rank} must be positive, got {gbps} and {cap}")
         self.links.append(Link(name, rank, float(gbps), float(min(cap, gbps))))
         return len(self.links) - 1
 

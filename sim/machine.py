@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike
 from .graph import NONE, Array, GraphBuilder
 from .world import World
 
+SM_SLOTS, OS_BLOCK, HOST = "SM slots", "OS block", "host"  # names by which reports know them
+
 
 @dataclass(frozen=True, eq=False)
 class Machine:
@@ -52,16 +54,16 @@ def add_machine(builder: GraphBuilder, world: World, sm_slots: int) -> Machine:
     hardware, ranks = world.hardware, range(world.num_ranks)
 
     def servers(name: str, slots: int) -> Array:
-        return np.array([builder.add_server(f"{name} of rank {rank}", rank, slots) for rank in ranks])
+        return np.array([builder.add_server(name, rank, slots) for rank in ranks])
 
     def links(name: str, gbps: float) -> Array:
-        return np.array([builder.add_link(f"{name} of rank {rank}", rank, gbps) for rank in ranks])
+        return np.array([builder.add_link(name, rank, gbps) for rank in ranks])
 
     return Machine(
         world,
-        sm=servers("SM slots", sm_slots),
-        os=servers("OS block", 1),
-        host=servers("host", 1),
+        sm=servers(SM_SLOTS, sm_slots),
+        os=servers(OS_BLOCK, 1),
+        host=servers(HOST, 1),
         nvlink_out=links("NVLink out", hardware.nvlink_gbps),
         nvlink_in=links("NVLink in", hardware.nvlink_gbps),
         nic_out=links("NIC out", hardware.nic_gbps),

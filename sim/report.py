@@ -29,11 +29,12 @@ import numpy as np
 
 from .graph import NONE, Array, TaskGraph
 from .kinds import BARRIER, DENSE, DISPATCH, GEMM0, GEMM1, JOIN, LAUNCH, RECEIVE, SEND
+from .machine import HOST, OS_BLOCK, SM_SLOTS
 from .rates import fitted_rate, is_fitted
 from .simulate import Simulation
 from .steps import Steps, levels
 
-OFF_SM = ("OS block", "host")  # how the names of servers begin that are no part of the multiprocessors
+OFF_SM = (OS_BLOCK, HOST)  # servers that are no part of the multiprocessors
 LAUNCHED, MET, WAITING, DEPENDENCY, TAIL = range(5)
 IDLE_CAUSES = ("launch", "barrier", "waiting", "dependency", "tail")
 
@@ -167,14 +168,14 @@ def places(graph: TaskGraph) -> Array:
 def sm_runs(simulation: Simulation) -> Array:
     """Indices of the runs that hold slots of multiprocessors."""
     graph = simulation.graph
-    on_sm = [not server.name.startswith(OFF_SM) for server in graph.servers]
+    on_sm = [server.name not in OFF_SM for server in graph.servers]
     server = graph.nodes["server"][simulation.timeline.run_node]
     return np.flatnonzero(np.array([*on_sm, False])[server])  # the last is NONE
 
 
 def num_slots(simulation: Simulation) -> int:
     """S of the module's docstring."""
-    slots = [server.slots for server in simulation.graph.servers if server.name.startswith("SM slots")]
+    slots = [server.slots for server in simulation.graph.servers if server.name == SM_SLOTS]
     return max([simulation.world.hardware.sms, *slots])
 
 

@@ -193,9 +193,8 @@ def _lane_names(simulation: Simulation) -> dict[int, Any]:
     first, room = _first_lanes(simulation)
     names: dict[int, dict[int, str]] = defaultdict(dict)
     for index, server in enumerate(simulation.graph.servers):
-        what = server.name.split(" of rank")[0]
         for slot in range(server.slots):
-            names[server.rank][first[index] + slot] = f"{what} {slot}" if server.slots > 1 else what
+            names[server.rank][first[index] + slot] = f"{server.name} {slot}" if server.slots > 1 else server.name
 
     def named(rank: int) -> Any:
         return lambda lane: names[rank].get(lane, f"no server {lane - room[rank]}")
@@ -265,7 +264,7 @@ def _counters(
     shown = np.isin(steps.group, used) & np.isin(owner[steps.group], trace.ranks) & (steps.left < trace.until_ns)
     kept = (steps.group[shown].tolist(), steps.left[shown].tolist(), steps.level[shown].tolist())
     for index, left, level in zip(*kept, strict=True):
-        name = f"{resources[index].name.split(' of rank')[0]}: {unit}"
+        name = f"{resources[index].name}: {unit}"
         yield {"ph": "C", "name": name, "pid": resources[index].rank, "ts": left / 1000, "args": {unit: level}}
 
 

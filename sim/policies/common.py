@@ -76,9 +76,7 @@ class Draft:
 
     def servers(self, name: str, slots: int) -> Array:
         """`[num_ranks]`: one more server on each rank."""
-        return np.array(
-            [self.builder.add_server(f"{name} of rank {rank}", rank, slots) for rank in self.ranks.tolist()]
-        )
+        return np.array([self.builder.add_server(name, rank, slots) for rank in self.ranks.tolist()])
 
     # ---- by rank
 

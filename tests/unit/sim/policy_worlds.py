@@ -111,7 +111,7 @@ def carried_bytes(graph, timeline, num_ranks):
     """`[2, num_ranks]`: bytes that links carried out of and into each rank."""
     carried = np.zeros((2, num_ranks), np.int64)
     for link, nbytes in zip(graph.links, timeline.link_bytes, strict=True):
-        carried[0 if " out " in link.name else 1, link.rank] += nbytes
+        carried[0 if link.name.endswith("out") else 1, link.rank] += nbytes
     return carried
 
 

@@ -84,10 +84,10 @@ def test_edges_to_nowhere_are_refused():
 
 def test_resources_out_of_range_are_refused():
     builder = GraphBuilder()
-    with pytest.raises(ValueError, match="slots of server desk must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="slots of server desk of rank 0 must be at least 1, got 0"):
         builder.add_server("desk", 0, 0)
     for gbps, flow in ((0.0, None), (1.0, 0.0), (float("inf"), None), (float("nan"), None)):
-        with pytest.raises(ValueError, match="gbps and flow_gbps of link wire must be positive"):
+        with pytest.raises(ValueError, match="gbps and flow_gbps of link wire of rank 0 must be positive"):
             builder.add_link("wire", 0, gbps, flow)
     with pytest.raises(TypeError, match=r"a node has the fields kind, .*; got colour"):
         builder.add(GEMM0, 0, colour=1)

@@ -34,8 +34,8 @@ def test_every_row_is_moved_and_computed_once(name):
     size, precision, ranks = world.config.hidden, world.precision, world.num_ranks
     counts = (ranks - 1) * world.config.num_experts // ranks * COUNT_BYTES
     moved = demanded_link_bytes(world, size * precision.token_bytes, size * precision.result_bytes)
-    for way, want in zip((" out ", " in "), moved, strict=True):
-        carried = [timeline.link_bytes[i] for i, link in enumerate(graph.links) if way in link.name]
+    for way, want in zip(("out", "in"), moved, strict=True):
+        carried = [timeline.link_bytes[i] for i, link in enumerate(graph.links) if link.name.endswith(way)]
         np.testing.assert_array_equal(np.reshape(carried, (2, ranks)).sum(axis=0), want + counts)
 
 

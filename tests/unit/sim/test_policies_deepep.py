@@ -25,7 +25,7 @@ def deepep(world, **values):
 
 def carried(graph, timeline, name):
     """`[num_ranks]`, bytes of the links of a name."""
-    return np.array([timeline.link_bytes[i] for i, link in enumerate(graph.links) if link.name.startswith(name)])
+    return np.array([timeline.link_bytes[i] for i, link in enumerate(graph.links) if link.name == name])
 
 
 def ranks_of(world):
@@ -185,13 +185,13 @@ def test_a_window_hides_the_latency_of_links():
 def test_two_micro_batches_overlap_and_cost_multiprocessors():
     world = small_world("even", num_tokens=4096, hidden=2048, ffn=2048, hardware="4xH800")
     graph, timeline = deepep(world, micro_batches=2, comm_sms=20)
-    assert {server.slots for server in graph.servers if server.name.startswith("SM")} == {132 - 20}
+    assert {server.slots for server in graph.servers if server.name == "SM slots"} == {132 - 20}
     products = kind_nodes(graph, GEMM0, 0)
     sends = kind_nodes(graph, DISPATCH, 0)
     assert timeline.start_ns[products].min() < timeline.done_ns[sends].max()
     assert timeline.makespan_ns < deepep(world, comm_sms=20)[1].makespan_ns
     low, _ = deepep(small_world(), mode="low_latency", micro_batches=2)
-    assert {server.slots for server in low.servers if server.name.startswith("SM")} == {132}
+    assert {server.slots for server in low.servers if server.name == "SM slots"} == {132}
 
 
 @pytest.mark.parametrize("mode", ["normal", "low_latency"])

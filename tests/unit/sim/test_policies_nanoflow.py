@@ -88,10 +88,10 @@ def test_every_batch_reads_the_weights_again():
 def test_shares_are_slots():
     graph, _ = nanoflow(small_world(), compute_share=0.5, transfer_share=0.25)
     slots = {server.name: server.slots for server in graph.servers}
-    assert slots["SM slots of rank 0"] == 66 and slots["transfer SMs of rank 0"] == 33
+    assert slots["SM slots"] == 66 and slots["transfer SMs"] == 33
     sends, products = kind_nodes(graph, SEND), kind_nodes(graph, GEMM0)
-    names = [{graph.servers[server].name[:8] for server in graph.nodes["server"][nodes]} for nodes in (sends, products)]
-    assert names == [{"transfer"}, {"SM slots"}]
+    names = [{graph.servers[server].name for server in graph.nodes["server"][nodes]} for nodes in (sends, products)]
+    assert names == [{"transfer SMs"}, {"SM slots"}]
 
 
 def test_products_slow_down_with_their_share_and_links_do_not():

@@ -36,7 +36,7 @@ def simulations(draw):
     num_ranks = len(graph.servers)
     graph.nodes["peer"][:] = random.integers(0, num_ranks, graph.num_nodes)
     names = random.choice(["SM slots", "SM slots", "pull engines", "OS block", "host"], num_ranks)
-    servers = [server._replace(name=f"{name} of rank") for server, name in zip(graph.servers, names, strict=True)]
+    servers = [server._replace(name=name) for server, name in zip(graph.servers, names, strict=True)]
     return simulation_of(replace(graph, servers=tuple(servers)), num_ranks, sms=draw(st.integers(1, 3)))
 
 
@@ -71,7 +71,7 @@ def shares_by_hand(simulation):
     graph, time = simulation.graph, simulation.timeline
     names = [server.name for server in graph.servers]
     slots = max(
-        [simulation.world.hardware.sms] + [server.slots for server in graph.servers if "SM slots" in server.name]
+        [simulation.world.hardware.sms] + [server.slots for server in graph.servers if server.name == "SM slots"]
     )
     shares = dict.fromkeys(("resident", *IDLE_CAUSES), 0)
     horizon = max(1, time.makespan_ns)
@@ -81,7 +81,7 @@ def shares_by_hand(simulation):
             for run in runs_of(simulation)
             if place_of(graph, run[0]) == rank
             and graph.nodes["server"][run[0]] != NONE
-            and names[graph.nodes["server"][run[0]]].split(" of ")[0] not in ("OS block", "host")
+            and names[graph.nodes["server"][run[0]]] not in ("OS block", "host")
         ]
         for now in range(horizon):
             held = min(slots, sum(count for _, count, start, end, _ in mine if start <= now < end))
@@ -138,10 +138,10 @@ def test_shares_of_every_policy_add_up(policy, world):
 def test_every_cause_of_idling():
     """Rank 0 has two slots: each interval before a task, and the tail, has another cause."""
     builder = GraphBuilder()
-    slots = builder.add_server("SM slots of rank 0", 0, 2)
-    far = builder.add_server("SM slots of rank 1", 1, 2)
-    host = builder.add_server("host of rank 0", 0, 1)
-    links = {"egress": builder.add_link("NVLink out of rank 1", 1, 1.0), "nbytes": 3, "latency_ns": 4}
+    slots = builder.add_server("SM slots", 0, 2)
+    far = builder.add_server("SM slots", 1, 2)
+    host = builder.add_server("host", 0, 1)
+    links = {"egress": builder.add_link("NVLink out", 1, 1.0), "nbytes": 3, "latency_ns": 4}
     launch = builder.add(kinds.LAUNCH, 0, server=host, duration_ns=10)  # until 10
     gate = builder.add(kinds.GATE, 0, server=slots, duration_ns=5)  # 10 to 15
     alone = builder.add(kinds.GATE, 0, duration_ns=20)  # nothing that holds a slot, on the same GPU: 15 to 35
@@ -216,7 +216,7 @@ def test_a_rate_that_is_given_is_not_fitted():
 def test_engines_beside_each_other_hold_no_more_slots_than_there_are():
     builder = GraphBuilder()
     for name in ("SM slots", "pull engines"):
-        server = builder.add_server(f"{name} of rank 0", 0, 3)
+        server = builder.add_server(name, 0, 3)
         builder.add(kinds.GEMM0, 0, server=server, duration_ns=7, count=3)
     simulation = simulation_of(builder.build(), num_ranks=1)
     assert num_slots(simulation) == 3

@@ -112,7 +112,7 @@ def test_slices_look_like_those_of_the_kernel(simulation, tmp_path):
 
 def slots_of(simulation):
     """Slots of one rank's multiprocessors."""
-    (slots,) = {server.slots for server in simulation.graph.servers if server.name.startswith("SM slots")}
+    (slots,) = {server.slots for server in simulation.graph.servers if server.name == "SM slots"}
     return slots
 
 

@@ -55,9 +55,9 @@ def test_paths_are_nvlink_in_a_node_and_nics_between():
     builder = GraphBuilder()
     machine = add_machine(builder, world, 1)
     path = machine.transfer([0, 0, 0], [0, 1, 2], 100.2)
-    names = [builder.links[link].name for link in path["egress"][1:]]
-    assert names == ["NVLink out of rank 0", "NIC out of rank 0"]
-    assert [builder.links[link].name for link in path["ingress"][1:]] == ["NVLink in of rank 1", "NIC in of rank 2"]
+    out, into = ([builder.links[link][:2] for link in path[side][1:]] for side in ("egress", "ingress"))
+    assert out == [("NVLink out", 0), ("NIC out", 0)]
+    assert into == [("NVLink in", 1), ("NIC in", 2)]
     assert (path["egress"][0], path["ingress"][0], path["nbytes"][0], path["latency_ns"][0]) == (NONE, NONE, 0, 0)
     assert path["nbytes"][1] == 101
     hardware = world.hardware
