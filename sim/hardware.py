@@ -30,6 +30,7 @@ TABLES: dict[str, tuple[str, ...]] = {  # the tables of a file and their values;
     "host": ("launch_ns", "graph_launch_ns", "host_sync_ns"),
 }
 VALUES = tuple(name for names in TABLES.values() for name in names)
+LEAST_RATE, MOST_WHOLE = 1e-6, 10**9  # so that times of whatever fits a GPU's memory fit 64 bits
 
 _FOLDER = Path(__file__).parent / "presets"
 _NAME = re.compile(r"(?:(?:(\d{1,6})x)?(\d{1,6})x)?([a-z0-9]+)", re.IGNORECASE | re.ASCII)
@@ -86,7 +87,8 @@ class Hardware:
     def __post_init__(self) -> None:
         check_text("name", self.name)
         for name in (*COUNTS, *VALUES):
-            check_positive(name, getattr(self, name), whole=name in COUNTS or name == "sms" or name.endswith("_ns"))
+            whole = name in COUNTS or name == "sms" or name.endswith("_ns")
+            _check_value(name, getattr(self, name), whole)
         if self.hbm_achieved > 1:
             raise ValueError(f"hbm_achieved must be a share in (0, 1], got {self.hbm_achieved}")
         self._check_tflops()
@@ -100,7 +102,7 @@ class Hardware:
         for arithmetic, value in self.tflops.items():
             if arithmetic not in ARITHMETICS:
                 raise ValueError(f"tflops must have keys from {', '.join(ARITHMETICS)}; got {arithmetic!r}")
-            check_positive(f"tflops.{arithmetic}", value)
+            _check_value(f"tflops.{arithmetic}", value)
 
     def _check_sources(self) -> None:
         if not isinstance(self.sources, Mapping):
@@ -247,6 +249,14 @@ def _check_keys(where: str, table: object, required: Iterable[str], optional: It
     unknown = [str(name) for name in table if name not in (*required, *optional)]
     if unknown:
         raise ValueError(f"{where} must have only {', '.join((*required, *optional))}; unknown: {', '.join(unknown)}")
+
+
+def _check_value(name: str, value: float, whole: bool = False) -> None:
+    check_positive(name, value, whole)
+    if not whole and value < LEAST_RATE:
+        raise ValueError(f"{name} must be at least {LEAST_RATE:g}, got {value}")
+    if whole and value > MOST_WHOLE:
+        raise ValueError(f"{name} must be at most {MOST_WHOLE}, got {value}")
 
 
 def check_text(name: str, value: object) -> None:
