@@ -17,7 +17,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .report import report
 from .simulate import simulate
 
 Row = dict[str, Any]
+PARAMETERS = {"key", "ranks", *(field.name for field in fields(Point))}  # that every row has
 BEGINNING = b'{"key": "'  # of every row; a last line that begins otherwise belongs to somebody else's file
 
 
@@ -38,6 +39,8 @@ class RowFile:
     """
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file():  # a device or a pipe can be read for ever
+            raise ValueError(f"{path}: must be a file or not there yet")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
@@ -116,7 +119,8 @@ def _parse(path: Path, data: bytes) -> tuple[list[Row], int]:
     good_bytes = 0
     for number, line in enumerate(lines, start=1):
         row = _row(line)
-        if row is None and number == len(lines) and line[: len(BEGINNING)] == BEGINNING[: len(line)]:
+        torn = number == len(lines) and not line.endswith(b"\n")
+        if row is None and torn and line[: len(BEGINNING)] == BEGINNING[: len(line)]:
             break
         if row is None:
             raise ValueError(f"{path}: line {number} is no row of a sweep")
@@ -130,4 +134,4 @@ def _row(line: bytes) -> Row | None:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("key"), str) else None
+    return row if isinstance(row, dict) and row.keys() >= PARAMETERS and isinstance(row["key"], str) else None

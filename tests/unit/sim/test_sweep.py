@@ -240,13 +240,18 @@ def test_a_bad_grid_is_one_line(tmp_path, capsys, text, message):
     assert not (tmp_path / "rows.jsonl").exists()
 
 
-@pytest.mark.parametrize("content", [b"notes of mine", b"notes\n", b"{}\n", b'{"key": 1}\n', b'{"key": "a"}\n[]\n{"k'])
+@pytest.mark.parametrize("content", [b"notes of mine", b"notes\n", b"{}\n", b'{"key": "a"}\n', b'[]\n{"k'])
 def test_somebody_elses_file_is_left_alone(tmp_path, grid, capsys, content):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content)
     assert cli.main(["sweep", str(grid), "--out", str(file)]) == 2
     assert f"argument --out: {file}: line " in capsys.readouterr().err
     assert file.read_bytes() == content
+
+
+def test_a_device_is_no_file_for_rows(grid, capsys):
+    assert cli.main(["sweep", str(grid), "--out", "/dev/zero"]) == 2
+    assert "argument --out: /dev/zero: must be a file or not there yet" in capsys.readouterr().err
 
 
 def test_two_sweeps_do_not_share_a_file(tmp_path, grid, capsys):
