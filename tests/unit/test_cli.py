@@ -221,6 +221,15 @@ def test_outputs_and_sizes_that_cannot_be(capsys, tmp_path, monkeypatch, flags, 
     assert not list(tmp_path.iterdir())
 
 
+def test_too_little_memory_is_no_traceback(capsys, monkeypatch):
+    def grow(*_):
+        raise MemoryError("Unable to allocate 23.6 GiB")
+
+    monkeypatch.setattr(cli, "_run", grow)
+    assert cli.main(["sim"]) == 1
+    assert capsys.readouterr().err == "flashmoe sim: error: out of memory: Unable to allocate 23.6 GiB\n"
+
+
 def test_a_full_disk_and_a_closed_pipe_are_no_tracebacks():
     command = [sys.executable, "-m", "flashmoe_numba", "plan", "--preset", "laptop-tiny", "--json"]
     full = subprocess.run([*command, "/dev/full"], capture_output=True, text=True)
