@@ -216,7 +216,7 @@ def test_round_trip(name, tmp_path):
 def test_round_trip_of_odd_texts_and_numbers(tmp_path):
     odd = 'this "machine", 4 ranks\\ \t\n\x00\x1f\x7f é 日本 😀 # = [x]'
     machine = load_hardware("4xH100")
-    values = {"hbm_gbps": 1e21, "nvlink_gbps": 0.1 + 0.2, "nic_gbps": 5e-324, "l2_gbps": np.float64(0.1)}
+    values = {"hbm_gbps": 1e21, "nvlink_gbps": 0.1 + 0.2, "nic_gbps": 1e-6, "l2_gbps": np.float64(0.1)}
     machine = replace(machine, name=odd, sources={**machine.sources, "sms": odd}, **values)
     assert load_hardware(write(tmp_path, text=to_toml(machine))) == machine
 
