@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from reference.arrays import check_array
 
@@ -84,11 +85,12 @@ def blocks_per_source(counts: Array, heights: Array) -> Blocks:
     return Blocks(expert, m, rows, height, block, source, rows, start.reshape(counts.shape), zero, heights)
 
 
-def blocks_per_expert(counts: Array, heights: Array, order: Array | None = None) -> Blocks:
-    """Row blocks packed over sources; `counts` is `[num_ranks, num_experts]` and `heights` `[num_experts]`.
+def blocks_per_expert(counts: Array, heights: ArrayLike, order: Array | None = None) -> Blocks:
+    """Row blocks packed over sources; `counts` is `[num_ranks, num_experts]`, `heights` `[num_experts]` or one for all.
 
     `order` is `[num_ranks, num_experts]`: whose packet comes first, second, ... last; else that of the ranks.
     """
+    heights = np.broadcast_to(np.asarray(heights), counts.shape[1:])
     if order is not None:
         return _ordered(counts, heights, order)
     total = counts.sum(axis=0)

@@ -108,7 +108,7 @@ def _experts(stream: _Stream, knobs: Knobs) -> None:
     draft, world = stream.draft, stream.draft.world
     precision, hidden = world.precision, world.config.hidden
     counts = world.routing.counts
-    blocks = blocks_per_expert(counts, np.full(counts.shape[1], knobs.tile_m))
+    blocks = blocks_per_expert(counts, knobs.tile_m)
     stream.permute(counts.sum(axis=1), precision.token_bytes)
     stream.all_to_all(world.traffic * hidden * precision.token_bytes)
     stream.permute(world.rows, precision.token_bytes)

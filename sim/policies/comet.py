@@ -72,7 +72,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     draft = Draft(world, knobs, "comet", sms)
     routing = world.routing
     order = fetch_order(world)[:, routing.owner]
-    blocks = blocks_per_expert(routing.counts, np.full(routing.num_experts, knobs.tile_m), order)
+    blocks = blocks_per_expert(routing.counts, knobs.tile_m, order)
     met = _layer0(draft, blocks, knobs)
     if knobs.stages == "layer":
         _layer1(draft, blocks, _activate(draft, met), knobs)

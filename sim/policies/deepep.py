@@ -26,7 +26,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..blocks import Blocks, blocks_per_expert
+from ..blocks import blocks_per_expert
 from ..graph import NONE, Array, TaskGraph
 from ..hops import make_hops
 from ..kinds import COMBINE, DISPATCH, SEND
@@ -145,7 +145,7 @@ class _Normal:
         self.world = draft.world
         self.comm = comm
         self.hops = make_hops(draft.world, knobs.chunk_rows, draft.token_block)
-        self.blocks = _blocks(draft.world, knobs)
+        self.blocks = blocks_per_expert(draft.world.routing.counts, knobs.tile_m)
         self.tile_n = knobs.tile_n
         self.window = knobs.window_rows // knobs.chunk_rows
         self.one_node = self.world.num_nodes == 1
@@ -243,7 +243,7 @@ class _LowLatency:
     def __init__(self, draft: Draft, knobs: Knobs) -> None:
         self.draft = draft
         self.world = draft.world
-        self.blocks = _blocks(draft.world, knobs)
+        self.blocks = blocks_per_expert(draft.world.routing.counts, knobs.tile_m)
         self.owner = draft.world.routing.owner[self.blocks.expert]
         self.knobs = knobs
         self.products: Array | None = None  # [num_blocks], the second ones, if they say when they are done
@@ -279,7 +279,3 @@ class _LowLatency:
         if self.products is not None:
             draft.after(self.products[self.blocks.piece_block], sends)
         return draft.combine_kernel(draft.after(begun, draft.gather(sends, self.blocks.piece_source)))
-
-
-def _blocks(world: World, knobs: Knobs) -> Blocks:
-    return blocks_per_expert(world.routing.counts, np.full(world.routing.num_experts, knobs.tile_m))

@@ -131,11 +131,10 @@ def _compute(draft: Draft, counts: Array, before: Array, rows: Array, knobs: Kno
 
 def _kernels(draft: Draft, counts: Array, knobs: Knobs) -> list[Blocks]:
     """Row blocks of each local expert's kernels, or of those of all experts."""
-    heights = np.full(counts.shape[1], knobs.tile_m)
     if knobs.cut == "rows":
-        return [blocks_per_expert(counts, heights)]
+        return [blocks_per_expert(counts, knobs.tile_m)]
     busy = np.unique(draft.local[counts.any(axis=0)])
-    return [blocks_per_expert(np.where(draft.local == expert, counts, 0), heights) for expert in busy]
+    return [blocks_per_expert(np.where(draft.local == expert, counts, 0), knobs.tile_m) for expert in busy]
 
 
 class _Sends:

@@ -63,7 +63,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     height = tile_height(world, knobs)
     routing = world.routing
     order = (routing.owner + draft.ranks[:, None]) % world.num_ranks  # the own rows first
-    blocks = blocks_per_expert(routing.counts, np.full(routing.num_experts, height), order)
+    blocks = blocks_per_expert(routing.counts, height, order)
     gated = draft.gate(draft.begin()) if knobs.gate else None
     met = draft.barrier(_tell_counts(draft, draft.begin(gated)))
     results = _experts(draft, blocks, met, height, knobs)

@@ -91,11 +91,10 @@ def _batches(world: World, knobs: Knobs) -> list[_Batch]:
         transfer = draft.on(draft.servers("transfer SMs", sending), sending)
     number = min(knobs.nano_batches, world.routing.num_tokens)
     parts = zip(draft.parts(number), transfer.parts(number), strict=True)
-    return [_Batch(part, sends, _blocks(part.world, knobs), index) for index, (part, sends) in enumerate(parts)]
-
-
-def _blocks(world: World, knobs: Knobs) -> Blocks:
-    return blocks_per_expert(world.routing.counts, np.full(world.routing.num_experts, knobs.tile_m))
+    return [
+        _Batch(part, sends, blocks_per_expert(part.world.routing.counts, knobs.tile_m), index)
+        for index, (part, sends) in enumerate(parts)
+    ]
 
 
 def _gate(batch: _Batch, after: Array | None, knobs: Knobs) -> Array:

@@ -113,7 +113,7 @@ def _dispatch(draft: Draft, gated: Array) -> Array:
 def _experts(draft: Draft, after: Array, knobs: Knobs) -> Array:
     """`[num_ranks]`: both products, a kernel each."""
     routing = draft.world.routing
-    blocks = blocks_per_expert(routing.counts, np.full(routing.num_experts, knobs.tile_m))
+    blocks = blocks_per_expert(routing.counts, knobs.tile_m)
     owner = routing.owner[blocks.expert]
     hidden = draft.kernel(_begin(draft, after), draft.gemm0(blocks, knobs.tile_n), owner)
     return draft.kernel(_begin(draft, hidden), draft.gemm1(blocks, knobs.tile_n), owner)

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from ..blocks import Blocks, blocks_per_expert
@@ -63,7 +62,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     draft = Draft(world, knobs, "sonic", world.hardware.sms)
     draft.cost = replace(draft.cost, tile_latency_ns=0)  # it is the time of LOAD
     stages = _stages(draft, knobs)
-    blocks = blocks_per_expert(world.routing.counts, np.full(world.routing.num_experts, knobs.tile_m))
+    blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
     gated = draft.gate(draft.begin())
     arrived = _exchange(draft, gated, world.traffic, world.precision.token_bytes)
     hidden = _kernel(draft, stages, arrived, blocks, _up(draft, blocks, knobs), knobs)

@@ -45,7 +45,7 @@ class Knobs(PolicyKnobs):
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     draft = Draft(world, knobs, "t3", world.hardware.sms)
-    blocks = blocks_per_expert(world.routing.counts, np.full(world.routing.num_experts, knobs.tile_m))
+    blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
     owner = world.routing.owner[blocks.expert]
     gated = draft.gate(draft.begin())
     nbytes = world.traffic * world.config.hidden * world.precision.token_bytes

@@ -36,7 +36,7 @@ def as_dict(blocks):
 @given(counts=counts_strategy, height=st.sampled_from([1, 4, 16]))
 def test_packed_blocks_are_the_rows_end_to_end(counts, height):
     counts = np.array(counts)
-    blocks = blocks_per_expert(counts, np.full(counts.shape[1], height))
+    blocks = blocks_per_expert(counts, height)
     want = walk_packed(counts, height)
     assert as_dict(blocks) == want
     rows = {(int(e), int(m)): int(r) for e, m, r in zip(blocks.expert, blocks.m, blocks.rows, strict=True)}
@@ -102,7 +102,7 @@ def test_packed_combines_wait_for_the_pieces_that_hold_their_rows():
     world = small_world("zipf:1")
     routing = world.routing
     height = 16
-    blocks = blocks_per_expert(routing.counts, np.full(routing.num_experts, height))
+    blocks = blocks_per_expert(routing.counts, height)
     found, pieces = blocks.combine_pieces(routing, 8)
     got = set(zip(found.rank.tolist(), found.block.tolist(), pieces.tolist(), strict=True))
     first = np.cumsum(routing.counts, axis=0) - routing.counts

@@ -90,7 +90,7 @@ def test_one_rank_after_the_other_is_fetched_the_next_first():
 def test_packing_keeps_the_order_of_the_sources(counts, random):
     counts = np.array(counts)
     orders = np.array([random.sample(range(len(counts)), len(counts)) for _ in range(3)])
-    blocks = blocks_per_expert(counts, np.full(3, 4), orders.T)
+    blocks = blocks_per_expert(counts, 4, orders.T)
     for expert, order in enumerate(orders.tolist()):
         rows = [source for source in order for _ in range(counts[source, expert])]
         for source in order:  # the pieces of a packet follow each other
