@@ -1,7 +1,7 @@
 """The two engines agree event for event, and what they say obeys the laws of schedules; SimPy is the oracle."""
 
 import ast
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -141,6 +141,37 @@ def test_work_conserving_is_within_twice_the_bound(graph, seed):
         for index, server in enumerate(graph.servers)
     )
     assert time.makespan_ns <= work + critical_path_ns(graph)
+
+
+def anomaly(slots):
+    """R. L. Graham's example (1969): nine tasks of which one frees four, and the last is long."""
+    builder = GraphBuilder()
+    server = builder.add_server("desk", 0, slots)
+    nodes = builder.add(KIND, 0, server=server, duration_ns=[3, 2, 2, 2, 4, 4, 4, 4, 9], expert=np.arange(9))
+    builder.edge(nodes[0], nodes[8])
+    builder.edge(nodes[3], nodes[4:8])
+    return fast.run(builder.build()).makespan_ns
+
+
+def test_a_slot_more_can_take_longer_within_grahams_bound():
+    assert (anomaly(3), anomaly(4)) == (12, 15)
+
+
+@given(graph=graphs(links=False, max_nodes=15), factor=st.integers(2, 3))
+def test_more_slots_never_take_longer_than_the_bound_of_anomalies(graph, factor):
+    """Graham: with at least as many slots everywhere no more than twice the time, for one kind of server."""
+    servers = tuple(server._replace(slots=server.slots * factor) for server in graph.servers)
+    one_kind = replace(graph, nodes=graph.nodes | {"server": np.zeros_like(graph.nodes["server"])})
+    usual = fast.run(one_kind).makespan_ns
+    assert fast.run(replace(one_kind, servers=servers)).makespan_ns <= (1 + 1 - 1 / servers[0].slots) * usual
+
+
+@given(graph=graphs(max_nodes=15), factor=st.integers(2, 3))
+def test_without_queues_faster_links_never_hurt(graph, factor):
+    """Nothing waits for a slot, so no order changes: every node is done no later."""
+    free = replace(graph, nodes=graph.nodes | {"server": np.full_like(graph.nodes["server"], NONE)})
+    links = tuple(link._replace(gbps=link.gbps * factor, flow_gbps=link.flow_gbps * factor) for link in graph.links)
+    assert fast.run(replace(free, links=links)).makespan_ns <= fast.run(free).makespan_ns
 
 
 def queue_graph(arrivals, services, slots):
