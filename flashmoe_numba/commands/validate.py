@@ -1,6 +1,7 @@
 """Published measurements beside what the simulator says of the same layers, row by row, with the errors by group.
 
-With --fit, first finds the one rate per policy and GPU that brings its rows closest, and keeps them in sim/rates.toml.
+With --fit, first finds the one rate per policy and GPU that brings its rows closest, and writes them to sim/rates.toml;
+with --data too, the rates of policies and GPUs that its tables say nothing of stay.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
     groups, refused = compare(cases)
     fits = []
     if args.fit:
-        fits = _fit(groups)
+        fits = _fit(groups, keep=args.data != FOLDER)
         groups, refused = compare(cases)
     rest += refused
     if args.json != "-":
@@ -57,9 +58,9 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fit(groups: Sequence[Group]) -> list[Fit]:
+def _fit(groups: Sequence[Group], keep: bool) -> list[Fit]:
     fits = fit_all(result.case for group in groups for result in group.results)
-    write_rates(fits)
+    write_rates(fits, keep=keep)
     return fits
 
 

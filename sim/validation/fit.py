@@ -6,6 +6,7 @@ finer ones between the neighbours of the best. A rate is kept with three digits:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -78,14 +79,25 @@ def _error(cases: Sequence[Case], rate: float) -> float:
     return mean_error(Result(case=case, simulated=case.simulated(rate)) for case in cases)
 
 
-def write_rates(fits: Sequence[Fit]) -> None:
-    """All rates into the file that `sim.rates` reads; those that were there and are not among `fits` are gone."""
-    lines = [HEADER]
-    for policy in dict.fromkeys(fit.policy for fit in fits):
-        lines.append(f"\n[{policy}]\n")
-        for fit in fits:
-            if fit.policy == policy:
-                rows = "1 row" if fit.num_rows == 1 else f"{fit.num_rows} rows"
-                lines.append(f"{fit.gpu} = {fit.rate} # {rows}, {fit.error:.1%}\n")
-    FILE.write_text("".join(lines), encoding="utf-8")
+def write_rates(fits: Iterable[Fit], *, keep: bool = False) -> None:
+    """The rates into the file that `sim.rates` reads; with `keep`, beside those of others that are there."""
+    lines = _lines_there() if keep and FILE.exists() else {}
+    for fit in fits:
+        rows = "1 row" if fit.num_rows == 1 else f"{fit.num_rows} rows"
+        lines[fit.policy, fit.gpu] = f"{fit.gpu} = {fit.rate} # {rows}, {fit.error:.1%}\n"
+    text = HEADER
+    for policy, group in itertools.groupby(sorted(lines), key=lambda key: key[0]):
+        text += f"\n[{policy}]\n" + "".join(lines[key] for key in group)
+    FILE.write_text(text, encoding="utf-8")
     fitted_rates.cache_clear()
+
+
+def _lines_there() -> dict[tuple[str, str], str]:
+    """Each rate's line with what is said beside it, by policy and GPU."""
+    lines, policy = {}, ""
+    for line in FILE.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.startswith("["):
+            policy = line.strip().strip("[]")
+        elif not line.startswith("#") and "=" in line:
+            lines[policy, line.partition("=")[0].strip()] = line
+    return lines

@@ -231,6 +231,25 @@ def test_written_rates_are_those_that_are_read(rates_file):
     assert f"H100 = {h100} # 1 row, " in rates_file.read_text()
 
 
+def test_rates_that_other_tables_gave_stay_if_asked(rates_file):
+    write_rates(fit_all([make_case(row()), make_case(row(hardware="8x A100"))]))
+    before = rates_file.read_text()
+    write_rates([], keep=True)
+    assert rates_file.read_text() == before
+    write_rates(fit_all([make_case(row(value=1.0))]), keep=True)
+    old, new = tomllib.loads(before)["flashmoe"], tomllib.loads(rates_file.read_text())["flashmoe"]
+    assert new["A100"] == old["A100"] and new["H100"] != old["H100"]
+    write_rates([])
+    assert tomllib.loads(rates_file.read_text()) == {}
+
+
+def test_tables_of_ones_own_leave_other_rates_alone(rates_file, tmp_path):
+    rates_file.write_text("[comet]\nH100 = 0.5\n")
+    write(tmp_path)
+    assert cli.main(["validate", "--data", str(tmp_path), "--fit"]) == 0
+    assert tomllib.loads(rates_file.read_text()) == {"comet": {"H100": 0.5}}
+
+
 def test_a_gpu_without_a_rate_gets_the_mean_of_the_others_and_says_so(rates_file):
     rates_file.write_text("[comet]\nH100 = 0.5\nA100 = 0.3\n")
     assert rates.fitted_rate("comet", "2x8xH100") == 0.5
