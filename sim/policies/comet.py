@@ -170,11 +170,16 @@ def _gather(draft: Draft, ready: Array, knobs: Knobs) -> Array:
     draft.builder.edge(arrived[source, sender][relayed], copies[relayed])
     far = sender // world.hardware.gpus_per_node != node
     for stream in (far, ~far):
-        of, which = stream.T.nonzero()  # by rank, then by turn
-        same = of[1:] == of[:-1]
-        in_turn = copies[which, of]
-        draft.builder.edge(in_turn[:-1][same], in_turn[1:][same])
+        _one_after_the_other(draft, copies, stream)
     return arrived
+
+
+def _one_after_the_other(draft: Draft, copies: Array, stream: Array) -> None:
+    """Of `copies` `[turn, rank]`, those of each rank that are in the `stream`."""
+    rank, turn = stream.T.nonzero()  # by rank, then by turn
+    same = rank[1:] == rank[:-1]
+    in_turn = copies[turn, rank]
+    draft.builder.edge(in_turn[:-1][same], in_turn[1:][same])
 
 
 # ---- layer 1
@@ -204,36 +209,52 @@ def _layer1(draft: Draft, blocks: Blocks, activated: Array, knobs: Knobs) -> Non
 
 
 def _reduce(draft: Draft, complete: Array, share: Array) -> None:
-    """Sums over a rank's experts go to the token's rank, which adds up those of all ranks; by column block."""
-    world, comm, cost = draft.world, draft.machine.sm, draft.cost
-    row_bytes = world.config.hidden * world.precision.result_bytes * share  # [column_blocks, 1]
-    column = np.arange(len(share))[:, None]
+    """Sums over a rank's experts go to the token's rank, which adds up those of all ranks; by column block.
+
+    `complete` is `[column_blocks, num_ranks]`, `share` of the columns `[column_blocks, 1]`.
+    """
+    world = draft.world
+    row_bytes = world.config.hidden * world.precision.result_bytes * share
     tokens = routed_tokens(world.routing)
     source, owner = np.nonzero(tokens)
+    sends = _send_sums(draft, tokens, source, owner, row_bytes)
+    draft.builder.edge(complete[:, owner], sends)
+    sums = _add_up(draft, tokens, row_bytes)
+    draft.builder.edge(complete, sums)
+    draft.builder.edge(sends, sums[:, source])
+
+
+def _send_sums(draft: Draft, tokens: Array, source: Array, owner: Array, row_bytes: Array) -> Array:
+    """`[column_blocks, num_pairs]`: a rank sums the results of each token over its experts, and stores the sums."""
+    world, cost = draft.world, draft.cost
+    column = np.arange(len(row_bytes))[:, None]
     count = -(-tokens[source, owner] // draft.token_block)
     sent = row_bytes * tokens[source, owner] / count
     read = row_bytes * world.traffic[source, owner] / count
-    sends = draft.builder.add(
+    return draft.builder.add(
         SEND,
         owner,
         peer=source,
         m=column,
         count=count,
-        server=comm[owner],
+        server=draft.machine.sm[owner],
         priority=column,
         duration_ns=cost.stream(read / 2) + cost.store(sent, source == owner),
         **draft.machine.transfer(owner, source, sent),
     )
-    draft.builder.edge(complete[:, owner], sends)
+
+
+def _add_up(draft: Draft, tokens: Array, row_bytes: Array) -> Array:
+    """`[column_blocks, num_ranks]`: a rank adds up what the ranks sent for its tokens."""
+    world, cost = draft.world, draft.cost
+    column = np.arange(len(row_bytes))[:, None]
     added = (tokens.sum(axis=1) + world.routing.num_tokens) * row_bytes  # read and written, [column_blocks, num_ranks]
-    sums = draft.builder.add(
+    return draft.builder.add(
         COMBINE,
         draft.ranks,
         m=column,
         count=cost.slots,
-        server=comm,
+        server=draft.machine.sm,
         priority=column,
         duration_ns=cost.stream(added / 2 / cost.slots) + cost.tile_latency_ns,
     )
-    draft.builder.edge(complete, sums)
-    draft.builder.edge(sends, sums[:, source])

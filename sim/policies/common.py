@@ -9,6 +9,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,14 +29,18 @@ COUNT_BYTES = 8  # of one expert's count on its way
 class Draft:
     """A graph in the making, on a world's machine whose GPUs run `sm_slots` tasks at a time."""
 
-    def __init__(self, world: World, knobs: PolicyKnobs, policy: str, sm_slots: int) -> None:
+    def __init__(
+        self, world: World, knobs: PolicyKnobs, policy: str, sm_slots: int, *, cuda_graph: bool = False, **cost: Any
+    ) -> None:
+        """`cuda_graph`: kernels are nodes of one. `cost`: fields of `Cost` beside the usual ones, or in their place."""
         self.world = world
         self.builder = GraphBuilder()
         self.machine = add_machine(self.builder, world, sm_slots)
         rate = fitted_rate(policy, world.hardware.name) if knobs.rate is None else knobs.rate
-        self.cost = Cost(world=world, slots=sm_slots, rate=rate, tile_latency_ns=knobs.tile_latency_ns)
+        fields = {"rate": rate, "tile_latency_ns": knobs.tile_latency_ns} | cost
+        self.cost = Cost(world=world, slots=sm_slots, **fields)
         self.token_block = knobs.token_block
-        self.cuda_graph = False  # kernels are nodes of one
+        self.cuda_graph = cuda_graph
         self.launched: list[Array] = []  # [num_ranks] each, what the hosts do, in order; parts share it
         self.ranks = np.arange(world.num_ranks)
         owner = world.routing.owner

@@ -20,7 +20,7 @@ multiprocessors that communicate and are free again while the other micro-batch 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -120,21 +120,14 @@ def _normal(world: World, knobs: Knobs) -> list[_Normal]:
     if comm_sms >= world.hardware.sms:
         raise ValueError(f"comm_sms must be less than the {world.hardware.sms} of the GPU, got {comm_sms}")
     beside = comm_sms if knobs.micro_batches > 1 else 0
-    draft = _draft(world, knobs, world.hardware.sms - beside)
+    draft = Draft(world, knobs, "deepep", world.hardware.sms - beside, cluster=knobs.cluster)
     comm = draft.servers("communicating SMs", comm_sms)
     return [_Normal(part, comm, knobs) for part in draft.parts(knobs.micro_batches)]
 
 
 def _low_latency(world: World, knobs: Knobs) -> list[_LowLatency]:
-    draft = _draft(world, knobs, world.hardware.sms)
-    draft.cuda_graph = True
+    draft = Draft(world, knobs, "deepep", world.hardware.sms, cluster=knobs.cluster, cuda_graph=True)
     return [_LowLatency(part, knobs) for part in draft.parts(knobs.micro_batches)]
-
-
-def _draft(world: World, knobs: Knobs, slots: int) -> Draft:
-    draft = Draft(world, knobs, "deepep", slots)
-    draft.cost = replace(draft.cost, cluster=knobs.cluster)
-    return draft
 
 
 class _Normal:

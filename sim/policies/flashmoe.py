@@ -62,8 +62,7 @@ class Knobs(PolicyKnobs):
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     slots = world.hardware.sms * knobs.blocks_per_sm - 1  # one is the OS block
-    draft = Draft(world, knobs, "flashmoe", slots)
-    draft.cost = replace(draft.cost, async_loads=knobs.async_loads)
+    draft = Draft(world, knobs, "flashmoe", slots, async_loads=knobs.async_loads)
     blocks = _blocks(world, knobs)
     launched = draft.launch()
     gated = draft.gate(launched) if knobs.gate else launched

@@ -19,7 +19,7 @@ exceptions in Hopper's table of tile shapes. The launch is part of the time, whi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -58,8 +58,8 @@ class Knobs(PolicyKnobs):
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
-    draft = Draft(world, knobs, "megamoe", world.hardware.sms)
-    draft.cost = replace(draft.cost, cluster=knobs.cluster or (1 if knobs.split else 2))
+    cluster = knobs.cluster or (1 if knobs.split else 2)
+    draft = Draft(world, knobs, "megamoe", world.hardware.sms, cluster=cluster)
     height = tile_height(world, knobs)
     routing = world.routing
     order = (routing.owner + draft.ranks[:, None]) % world.num_ranks  # the own rows first

@@ -13,7 +13,7 @@ that an EPILOGUE need not wait for the other tiles of its row block, and that lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from numpy.typing import ArrayLike
@@ -59,8 +59,7 @@ class _Products(NamedTuple):
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
-    draft = Draft(world, knobs, "sonic", world.hardware.sms)
-    draft.cost = replace(draft.cost, tile_latency_ns=0)  # it is the time of LOAD
+    draft = Draft(world, knobs, "sonic", world.hardware.sms, tile_latency_ns=0)  # it is the time of LOAD
     stages = _stages(draft, knobs)
     blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
     gated = draft.gate(draft.begin())
