@@ -17,10 +17,10 @@ import numpy as np
 
 from reference.arrays import Array, stream
 
+from . import streams
 from .routing import SimRouting
 
 WAYS = ("nearest", "up", "down")
-ROUNDING_STREAM = 17  # routing.py has 16
 
 
 def round_tokens(routing: SimRouting, tile_m: int, how: str = "nearest", seed: int = 0) -> SimRouting:
@@ -40,7 +40,7 @@ def round_tokens(routing: SimRouting, tile_m: int, how: str = "nearest", seed: i
         raise ValueError(f"tile_m must be an integer >= 1, got {tile_m!r}")
     if how not in WAYS:
         raise ValueError(f"how must be one of {', '.join(WAYS)}; got {how!r}")
-    random = stream(seed, ROUNDING_STREAM)
+    random = stream(seed, streams.ROUNDING)
     choices = routing.topk_idx.reshape(-1, routing.num_topk).copy()  # tokens of all ranks
     present = choices.max(axis=1) >= 0
     change = _change(routing.counts.sum(axis=0), tile_m, how, int(present.sum()))

@@ -28,10 +28,11 @@ from reference.config import MoEConfig
 from reference.routers import external_routing, route
 from reference.workloads import flat_rows, make_workload, read_recording
 
+from . import streams
+
 ROUTING_NAMES = (
     "even", "uniform", "zipf:s (s a number >= 0)", "hot", "hot-rank", "text", "a path ending in .npz or .safetensors",
 )  # fmt: skip
-ROUTING_STREAM = 16  # the streams below belong to reference/
 TEXT_HIDDEN = 64
 CHUNK = 1 << 20  # random numbers at once: they stay in the cache
 
@@ -121,7 +122,7 @@ def blocked_owner(num_experts: int, num_ranks: int) -> Array:
 
 def _choices(name: str, config: MoEConfig, seed: int) -> Array:
     """The choices of all tokens, rank after rank, nothing dropped."""
-    random = stream(seed, ROUTING_STREAM)
+    random = stream(seed, streams.ROUTING)
     if name.endswith((".npz", ".safetensors")):
         return _recorded(Path(name), config)
     kind, _, parameter = name.partition(":")

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
+from reference import arrays
 
+from .. import streams
 from ..blocks import blocks_per_expert
 from ..graph import Array, TaskGraph
 from ..kinds import PERMUTE
@@ -78,7 +79,7 @@ class _Stream:
     def __init__(self, draft: Draft, knobs: Knobs) -> None:
         self.draft = draft
         self.knobs = knobs
-        self.random = np.random.default_rng(knobs.straggler_seed)
+        self.random = arrays.stream(knobs.straggler_seed, streams.STRAGGLERS)
         self.last: Array = draft.idle()
 
     def begin(self) -> Array:

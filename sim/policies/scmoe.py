@@ -22,6 +22,7 @@ import numpy as np
 
 from reference.arrays import stream
 
+from .. import streams
 from ..blocks import blocks_per_expert
 from ..graph import Array, TaskGraph
 from ..kinds import DENSE
@@ -30,7 +31,6 @@ from ..world import World
 from .common import Draft
 from .knobs import PolicyKnobs
 
-ZERO_STREAM = 18  # routing.py has 16, rounding.py 17
 DENSE_STAGES = ("ffn", "qkv", "output", "ffn")
 
 
@@ -70,7 +70,7 @@ class Knobs(PolicyKnobs):
 
 def with_zero_experts(routing: SimRouting, share: float, seed: int) -> SimRouting:
     """The routing in which each choice is, with probability `share`, of a zero-computation expert: -1."""
-    zero = stream(seed, ZERO_STREAM).random(routing.topk_idx.shape) < share
+    zero = stream(seed, streams.ZERO_EXPERTS).random(routing.topk_idx.shape) < share
     return replace(routing, topk_idx=np.where(zero, np.int32(-1), routing.topk_idx))
 
 
