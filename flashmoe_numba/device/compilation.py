@@ -47,24 +47,25 @@ def interpreted(package: str) -> ModuleType:
     """The package loaded a second time with `jit` switched off, its relative imports included."""
     twin = f"{package}_interpreted"
     with _lock:
-        return _load_twin(package, twin)
+        if twin not in sys.modules:
+            load_interpreted(Path(importlib.import_module(package).__path__[0]), twin)
+        return sys.modules[twin]
 
 
-def _load_twin(package: str, twin: str) -> ModuleType:
-    if twin not in sys.modules:
-        folder = importlib.import_module(package).__path__[0]
-        spec = importlib.util.spec_from_file_location(
-            twin, Path(folder) / "__init__.py", submodule_search_locations=[folder]
-        )
-        assert spec and spec.loader
-        module = sys.modules[twin] = importlib.util.module_from_spec(spec)
-        try:
-            with _interpretation():
-                spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[twin]
-            raise
-    return sys.modules[twin]
+def load_interpreted(folder: Path, name: str) -> ModuleType:
+    """The package in `folder` loaded under a name of its own, with `jit` switched off."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec and spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        with _interpretation():
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The interpreted target: every thread of every block of every rank is a fiber under one deterministic scheduler.
 
-A fiber (a greenlet) gives way only at a verb of the vocabulary: with probability `preempt` before and after an atomic
-access, always while it polls, and at block barriers. Which fiber runs next is drawn from the seed, so a run is replayed
-by its seed.
+A fiber (a greenlet) gives way only at a verb of the vocabulary: perhaps at a *step*, before and after an atomic access,
+always while it polls, and at block barriers. A strategy decides at which steps, and who runs next: by default both are
+drawn from a seed, so a run is replayed by its seed.
 
 When every live fiber has polled again and again since the last write, no one can ever go on: `Deadlock` names each
 fiber and its place in the source. Plain accesses take effect at once here (sequential consistency).
@@ -13,14 +13,14 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from greenlet import getcurrent, greenlet
 
 QUIET_POLLS = 50
 PLACE_DEPTH = 3
-LIBRARY_FILES = ("device/vocabulary.py", "device/fibers.py")
+IS_VERB = True  # modules with this are verbs, not kernel code: places in the source leave them out
 
 
 class Deadlock(RuntimeError):
@@ -43,7 +43,16 @@ class Fiber(greenlet):
         super().__init__(self._run, scheduler.hub)
         self.scheduler, self.block, self.lane, self.lanes, self.body = scheduler, block, lane, lanes, body
         self.polls = 0  # since the last write
-        self.writes_seen = -1
+        self.writes_seen = -1  # writes by anybody when the last poll began
+
+    @property
+    def found_nothing(self) -> bool:
+        """It looked at all that it waits for, and nobody has written since."""
+        return self.polls > 0 and self.writes_seen == self.scheduler.writes
+
+    def forget_polls_before_writes(self) -> None:
+        if self.writes_seen != self.scheduler.writes:
+            self.writes_seen, self.polls = self.scheduler.writes, 0
 
     def _run(self) -> None:
         with np.errstate(over="ignore", invalid="ignore"):  # compiled code is silent about them, too
@@ -56,24 +65,61 @@ class Fiber(greenlet):
         names = []
         frame = self.gr_frame
         while frame and len(names) < PLACE_DEPTH:
-            if not frame.f_code.co_filename.endswith(LIBRARY_FILES):
+            if "IS_VERB" not in frame.f_globals:
                 names.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
             frame = frame.f_back
         return f"{self.block.name} lane {self.lane} at {' in '.join(names) or 'its start'}"
 
 
+class Strategy(Protocol):
+    """Who runs. It must depend on nothing but what it is told and its seed, so that a run can be replayed."""
+
+    def added(self, fiber: Fiber) -> None:
+        """A fiber is ready for the first time."""
+
+    def take_next(self, ready: list[Fiber]) -> Fiber:
+        """Remove the fiber that runs next from `ready`, which is not empty; fibers are put back at its end."""
+
+    def switches(self, fiber: Fiber, ready: list[Fiber]) -> bool:
+        """Does the running fiber give way at this step?"""
+
+
+class RandomStrategy:
+    """Any ready fiber is next with the same probability, and gives way at a step with probability `preempt`."""
+
+    def __init__(self, seed: int, preempt: float = 0.3) -> None:
+        self._draw, self._preempt = random.Random(seed).random, preempt
+
+    def added(self, fiber: Fiber) -> None:
+        pass
+
+    def take_next(self, ready: list[Fiber]) -> Fiber:
+        i = int(self._draw() * len(ready))
+        ready[i], ready[-1] = ready[-1], ready[i]
+        return ready.pop()
+
+    def switches(self, fiber: Fiber, ready: list[Fiber]) -> bool:
+        return self._draw() < self._preempt
+
+
 class Scheduler:
-    """Runs fibers to the end, interleaved by a seed.
+    """Runs fibers to the end.
 
     Args:
         seed: decides every switch.
         preempt: probability of a switch at an atomic access.
         max_switches: gives up with a RuntimeError beyond this (a livelock).
+        strategy: decides every switch instead of `seed` and `preempt`.
     """
 
-    def __init__(self, seed: int = 0, preempt: float = 0.3, max_switches: int = 50_000_000) -> None:
-        self.random = random.Random(seed)
-        self.probability = preempt
+    def __init__(
+        self,
+        seed: int = 0,
+        preempt: float = 0.3,
+        max_switches: int = 50_000_000,
+        strategy: Strategy | None = None,
+    ) -> None:
+        self.strategy = strategy or RandomStrategy(seed, preempt)
         self.max_switches = max_switches
         self.ready: list[Fiber] = []
         self.live = 0
@@ -84,7 +130,10 @@ class Scheduler:
     def add_block(self, name: str, kernel: Callable[..., object], args: Sequence[Any], lanes: int = 1) -> None:
         block = Block(name, lanes)
         self.live += lanes
-        self.ready += [Fiber(self, block, lane, lanes, lambda: kernel(*args)) for lane in range(lanes)]
+        for lane in range(lanes):
+            fiber = Fiber(self, block, lane, lanes, lambda: kernel(*args))
+            self.strategy.added(fiber)
+            self.ready.append(fiber)
 
     def run(self) -> None:
         """Run until every fiber has returned.
@@ -94,7 +143,7 @@ class Scheduler:
         """
         self.hub = getcurrent()
         while self.ready:
-            fiber = self._draw()
+            fiber = self.strategy.take_next(self.ready)
             fiber.parent = self.hub
             fiber.switch()
             self.switches += 1
@@ -108,12 +157,7 @@ class Scheduler:
             raise Deadlock(f"{self.live} threads wait in a block barrier that never fills")
 
     def _only_polls(self, fiber: Fiber) -> bool:
-        return fiber.polls > QUIET_POLLS and fiber.writes_seen == self.writes
-
-    def _draw(self) -> Fiber:
-        i = int(self.random.random() * len(self.ready))
-        self.ready[i], self.ready[-1] = self.ready[-1], self.ready[i]
-        return self.ready.pop()
+        return fiber.found_nothing and fiber.polls > QUIET_POLLS
 
     def open_barrier_if_full(self, block: Block) -> None:
         if block.waiting and len(block.waiting) == block.live:
@@ -132,19 +176,21 @@ def current() -> Fiber:
 def preempt() -> None:
     """Maybe let another fiber run."""
     fiber = current()
-    if fiber.scheduler.random.random() < fiber.scheduler.probability:
-        fiber.scheduler.ready.append(fiber)
-        fiber.scheduler.hub.switch()
+    scheduler = fiber.scheduler
+    if scheduler.strategy.switches(fiber, scheduler.ready):
+        scheduler.ready.append(fiber)
+        scheduler.hub.switch()
 
 
 def idle() -> None:
     """Let another fiber run, because this one found nothing to do."""
     fiber = current()
-    if fiber.writes_seen != fiber.scheduler.writes:
-        fiber.writes_seen, fiber.polls = fiber.scheduler.writes, 0
+    scheduler = fiber.scheduler
+    fiber.forget_polls_before_writes()
     fiber.polls += 1
-    fiber.scheduler.ready.append(fiber)
-    fiber.scheduler.hub.switch()
+    scheduler.ready.append(fiber)
+    scheduler.hub.switch()
+    fiber.forget_polls_before_writes()
 
 
 def note_progress() -> None:

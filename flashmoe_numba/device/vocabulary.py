@@ -19,6 +19,7 @@ from . import fibers
 from .records import read_record
 
 LOCAL_ELEMENTS = 16
+IS_VERB = True  # places in the source are those of callers (fibers.py)
 
 
 def lane() -> int:

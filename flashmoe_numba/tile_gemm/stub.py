@@ -19,6 +19,7 @@ from .matrices import Matrices
 from .panels import num_tiles
 
 INTERPRETED_PANEL_WIDTH = 4
+IS_VERB = True  # places in the source are those of callers (device/fibers.py)
 
 
 class Scratch(NamedTuple):
