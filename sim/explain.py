@@ -5,9 +5,9 @@ ready when the last predecessor was complete (`Timeline.cause`, the next node of
 a slot, ran, had its bytes on a path, and its signal under way. These four times fill the time from ready to complete,
 so those of the whole path fill the makespan, to the nanosecond.
 
-Categories: running is `compute`, but for LAUNCH and BARRIER, which are their own, DISPATCH, whose slots store rows
-(`transfer`), and RECEIVE and SEND, which run for the cost of a signal and of a call (`latency`). A wait for a slot
-means that the server was full; `behind` says of what. Leaves out: other paths that are nearly as long.
+Categories: running is `compute`, but for LAUNCH and BARRIER, which are their own, DISPATCH and SEND, whose slots move
+rows (`transfer`), and RECEIVE and a SEND without slots, which run for the cost of a signal and of a call (`latency`). A
+wait for a slot means that the server was full; `behind` says of what. Leaves out: other paths that are nearly as long.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .timeline import Timeline
 CATEGORIES = ("compute", "waiting for a slot", "transfer", "latency", "launch", "barrier")
 COMPUTE, SLOT, TRANSFER, LATENCY, LAUNCHING, MEETING = CATEGORIES
 HEADINGS = "     ready   complete  nodes for a slot    running      bytes    latency  what"
-RUNNING = {LAUNCH: LAUNCHING, BARRIER: MEETING, DISPATCH: TRANSFER, RECEIVE: LATENCY, SEND: LATENCY}
+RUNNING = {LAUNCH: LAUNCHING, BARRIER: MEETING, DISPATCH: TRANSFER, RECEIVE: LATENCY, SEND: TRANSFER}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,20 @@ def explain(graph: TaskGraph, timeline: Timeline) -> Explanation:
     totals = dict.fromkeys(CATEGORIES, 0)
     behind = np.zeros(len(KIND_NAMES))
     for step in steps:
-        totals[RUNNING.get(int(graph.nodes["kind"][step.node]), COMPUTE)] += step.run_ns
+        totals[_running(graph, step.node)] += step.run_ns
         totals[SLOT] += step.slot_ns
         totals[TRANSFER] += step.transfer_ns
         totals[LATENCY] += step.latency_ns
         behind += step.slot_ns * held_by(graph, timeline, step)
     named = {KIND_NAMES[kind]: float(behind[kind]) for kind in np.argsort(-behind, kind="stable") if behind[kind]}
     return Explanation(steps=steps, totals_ns=totals, behind=named)
+
+
+def _running(graph: TaskGraph, node: int) -> str:
+    kind = int(graph.nodes["kind"][node])
+    if kind == SEND and graph.nodes["server"][node] == NONE:
+        return LATENCY
+    return RUNNING.get(kind, COMPUTE)
 
 
 def held_by(graph: TaskGraph, timeline: Timeline, step: Step) -> Array:

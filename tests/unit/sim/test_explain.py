@@ -80,7 +80,7 @@ def test_waits_are_behind_something_and_merging_loses_no_time(graph):
 
 @pytest.fixture
 def by_hand():
-    """LAUNCH 5; two GEMM0 of 10 and 7 compete for a slot; a DISPATCH of 8 bytes at 2 GB/s; a meeting; a SEND."""
+    """LAUNCH 5; two GEMM0 of 10 and 7 compete for a slot; a DISPATCH of 8 bytes at 2 GB/s; a meeting; two SENDs."""
     builder = GraphBuilder()
     slot, out = builder.add_server("SM slots", 0, 1), builder.add_link("out", 0, 2.0)
     launch = builder.add(LAUNCH, 0, duration_ns=5)
@@ -88,8 +88,10 @@ def by_hand():
     second = builder.add(GEMM0, 0, server=slot, duration_ns=7)
     store = builder.add(DISPATCH, 0, server=slot, duration_ns=3, nbytes=8, egress=out, latency_ns=2, peer=1)
     met = builder.add(BARRIER, 0, duration_ns=4)
-    sent = builder.add(SEND, 1, duration_ns=6)
-    for before, after in ((launch, first), (launch, second), (second, store), (store, met), (met, sent)):
+    sent = builder.add(SEND, 1, duration_ns=6)  # a copy engine's
+    pushed = builder.add(SEND, 0, server=slot, duration_ns=9)
+    edges = ((launch, first), (launch, second), (second, store), (store, met), (met, sent), (sent, pushed))
+    for before, after in edges:
         builder.edge(before, after)
     return builder.build()
 
@@ -97,10 +99,10 @@ def by_hand():
 def test_a_path_by_hand(by_hand):
     found = explain(by_hand, run(by_hand))
     assert [KIND_NAMES[by_hand.nodes["kind"][step.node]] for step in found.steps] == [
-        "LAUNCH", "GEMM0", "DISPATCH", "BARRIER", "SEND",
+        "LAUNCH", "GEMM0", "DISPATCH", "BARRIER", "SEND", "SEND",
     ]  # fmt: skip
     assert found.totals_ns == {
-        "compute": 7, "waiting for a slot": 10, "transfer": 3 + 4, "latency": 2 + 6, "launch": 5, "barrier": 4,
+        "compute": 7, "waiting for a slot": 10, "transfer": 3 + 4 + 9, "latency": 2 + 6, "launch": 5, "barrier": 4,
     }  # fmt: skip
     assert found.behind == {"GEMM1": 10.0}
     text = "\n".join(lines(by_hand, found))
