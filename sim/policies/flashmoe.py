@@ -6,8 +6,8 @@ block frees its GEMM1 tiles, whose results go straight into the source's memory;
 its results are there. One queue per rank, first come first served, no barrier anywhere.
 
 Source: FlashMoE (arXiv 2506.04667) sections 3 and 4, and its public code, v0.1.2.
-Knobs: see `Knobs`. Leaves out: the doorbells between scheduler and processors (their cost is in `schedule_ns`), and
-slots that idle while a block looks for work.
+Knobs: see `Knobs`. Leaves out: the doorbells between scheduler and processors (their cost is in `schedule_ns`), slots
+that idle while a block looks for work, and the signals of empty packets, which the OS block has to see as well.
 """
 
 from __future__ import annotations
