@@ -1,0 +1,605 @@
+"""Planted bugs: small, realistic faults of the kernel, each one edit of its source, that the tools must find.
+
+`planted(PLANTS[name])` makes the interpreted kernel one with that fault in it. An edit has to fit exactly one place, so
+that a plant cannot outlive the code it was made for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from ..device.compilation import PACKAGE, _interpretation
+
+KERNEL = PACKAGE / "kernel"
+INTERPRETED = "flashmoe_numba.kernel_interpreted"  # where device.compilation.interpreted looks first
+
+WRONG_RESULT, RACE, DEADLOCK, OUT_OF_BOUNDS = "wrong result", "race", "deadlock", "out of bounds"
+POISON, CONFLICT, COUNT = "poison", "conflict", "count"
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One fault.
+
+    Args:
+        name: for `--plant`.
+        summary: one line.
+        file, old, new: in `flashmoe_numba/kernel/file`, `old` becomes `new`.
+        found_by: the kinds of report that fit it. Which of them comes first depends on the world and the schedule.
+    """
+
+    name: str
+    summary: str
+    file: str
+    old: str
+    new: str
+    found_by: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def planted(plant: Plant) -> Iterator[ModuleType]:
+    """The interpreted kernel, everywhere in this process, is an edited copy; afterwards it is what it was.
+
+    Raises:
+        ValueError: the edit does not fit exactly one place.
+    """
+    with tempfile.TemporaryDirectory(prefix="flashmoe-plant-") as temporary, _without_the_interpreted_kernel():
+        folder = Path(temporary) / "kernel"
+        shutil.copytree(KERNEL, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        _edit(folder / plant.file, plant)
+        yield _load(folder)
+
+
+def _edit(file: Path, plant: Plant) -> None:
+    source = file.read_text(encoding="utf-8")
+    places = source.count(plant.old)
+    if places != 1:
+        raise ValueError(f"plant {plant.name} must fit one place of {plant.file}, but {plant.old!r} is there {places}x")
+    file.write_text(source.replace(plant.old, plant.new), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _without_the_interpreted_kernel() -> Iterator[None]:
+    """Take its modules away, and bring them back in the end in place of those that came meanwhile."""
+    before = _take_modules()
+    try:
+        yield
+    finally:
+        _take_modules()
+        sys.modules.update(before)
+
+
+def _take_modules() -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if f"{name}.".startswith(f"{INTERPRETED}.")]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _load(folder: Path) -> ModuleType:
+    """The package in `folder` as the interpreted kernel."""
+    spec = importlib.util.spec_from_file_location(
+        INTERPRETED, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec and spec.loader
+    module = sys.modules[INTERPRETED] = importlib.util.module_from_spec(spec)
+    with _interpretation():
+        spec.loader.exec_module(module)
+    return module
+
+
+_ALL = (
+    # Signals without release or acquire: the plain access orders nothing, which an interleaving cannot show.
+    Plant(
+        "dispatch-not-released",
+        "a packet's signal is a plain store",
+        "dispatch.py",
+        "        st_release(flags, packet, signal_word(p.epoch, tokens.sent[e]))",
+        "        flags[packet] = signal_word(p.epoch, tokens.sent[e])",
+        (RACE,),
+    ),
+    Plant(
+        "result-not-released",
+        "a result tile's signal is a plain store",
+        "processor.py",
+        "        st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))",
+        "        flags[e * p.row_blocks + m] = signal_word(p.epoch, rows)",
+        (RACE,),
+    ),
+    Plant(
+        "task-not-released",
+        "a task's stamp is a plain store",
+        "queue.py",
+        "    st_release(queue.tasks, at + STAMP, p.epoch)",
+        "    queue.tasks[at + STAMP] = p.epoch",
+        (RACE,),
+    ),
+    Plant(
+        "gate-not-released",
+        "the word that opens the gate is a plain store",
+        "gate.py",
+        "        st_release(queue.counters, counter(p, GATE_OPEN), 1)",
+        "        queue.counters[counter(p, GATE_OPEN)] = 1",
+        (RACE,),
+    ),
+    Plant(
+        "dispatch-not-acquired",
+        "a packet's signal is read by a plain load",
+        "subscriber.py",
+        "word = ld_acquire(segments.dispatch_flag, packet)",
+        "word = segments.dispatch_flag[packet]",
+        (RACE,),
+    ),
+    Plant(
+        "dispatch-acquired-relaxed",
+        "a packet's signal is read by a relaxed load",
+        "subscriber.py",
+        "word = ld_acquire(segments.dispatch_flag, packet)",
+        "word = ld_relaxed(segments.dispatch_flag, packet)",
+        (RACE,),
+    ),
+    Plant(
+        "result-not-acquired",
+        "a result tile's signal is polled, and not acquired",
+        "subscriber.py",
+        "                    ld_acquire(segments.result_flag, i)\n",
+        "",
+        (RACE,),
+    ),
+    Plant(
+        "task-not-acquired",
+        "a task's stamp is read by a plain load",
+        "processor.py",
+        "ld_acquire(queue.tasks, stamp_at) != p.epoch",
+        "queue.tasks[stamp_at] != p.epoch",
+        (RACE,),
+    ),
+    Plant(
+        "gate-not-acquired",
+        "the word that opens the gate is read by a relaxed load",
+        "subscriber.py",
+        "ld_acquire(queue.counters, counter(p, GATE_OPEN)) != 0",
+        "ld_relaxed(queue.counters, counter(p, GATE_OPEN)) != 0",
+        (RACE,),
+    ),
+    # Block barriers
+    Plant(
+        "no-barrier-after-logits",
+        "tokens choose experts before all lanes have made logits",
+        "gate.py",
+        "        compute_logits(p, tokens, experts, scratch, first, rows)\n        block_sync()\n",
+        "        compute_logits(p, tokens, experts, scratch, first, rows)\n",
+        (WRONG_RESULT, RACE, POISON),
+    ),
+    Plant(
+        "no-barrier-before-dispatch-signal",
+        "a packet is signalled before all lanes have copied",
+        "dispatch.py",
+        "    block_sync()\n    if lane() == 0:\n        flags",
+        "    if lane() == 0:\n        flags",
+        (WRONG_RESULT, RACE, POISON),
+    ),
+    Plant(
+        "no-barrier-after-gemm0",
+        "a down projection begins before all lanes have multiplied",
+        "processor.py",
+        "    block_sync()\n    if lane() == 0 and finished_last(packets.up_done",
+        "    if lane() == 0 and finished_last(packets.up_done",
+        (WRONG_RESULT, RACE, POISON),
+    ),
+    Plant(
+        "no-barrier-before-result-signal",
+        "a result tile is signalled before all lanes have multiplied",
+        "processor.py",
+        "    block_sync()\n    if lane() == 0 and finished_last(packets.down_done",
+        "    if lane() == 0 and finished_last(packets.down_done",
+        (WRONG_RESULT, RACE, POISON),
+    ),
+    Plant(
+        "no-barrier-after-ticket",
+        "lanes run the task of the block's last ticket",
+        "processor.py",
+        "    block_sync()\n    return box[PLACE]",
+        "    return box[PLACE]",
+        (WRONG_RESULT, DEADLOCK, RACE, COUNT, OUT_OF_BOUNDS),
+    ),
+    Plant(
+        "no-barrier-before-ticket",
+        "the next ticket overwrites one that slower lanes have not read",
+        "processor.py",
+        "    block_sync()\n    if lane() == 0:\n        box[PLACE]",
+        "    if lane() == 0:\n        box[PLACE]",
+        (WRONG_RESULT, DEADLOCK, RACE, COUNT),
+    ),
+    # Order
+    Plant(
+        "task-before-its-fields",
+        "a task is published before its fields are written",
+        "queue.py",
+        "    queue.tasks[at + KIND] = kind\n",
+        "    st_release(queue.tasks, at + STAMP, p.epoch)\n    queue.tasks[at + KIND] = kind\n",
+        (WRONG_RESULT, DEADLOCK, RACE, COUNT),
+    ),
+    Plant(
+        "signal-before-data",
+        "a packet is signalled before its rows are stored",
+        "dispatch.py",
+        "    for b in range(num_token_blocks(p)):\n",
+        "    if lane() == 0:\n"
+        "        flags = array_at(segments.address[owner] + p.dispatch_flag_at, p.num_experts, segments.control)\n"
+        "        st_release(flags, packet, signal_word(p.epoch, tokens.sent[e]))\n"
+        "    for b in range(num_token_blocks(p)):\n",
+        (WRONG_RESULT, RACE, POISON, COUNT),
+    ),
+    Plant(
+        "gemm1-early",
+        "the last GEMM0 of a row tile to begin, not to end, queues its GEMM1",
+        "processor.py",
+        """\
+    tile_gemm(
+        packets.hidden, packets.first_row[packet] + first,
+        segments.dispatch, packet * p.slots + first, rows, experts.up, expert, n, p.activation, scratch,
+    )  # fmt: skip
+    block_sync()
+    if lane() == 0 and finished_last(packets.up_done, packet * p.row_blocks + m, up_tiles(p)):
+        place = reserve(p, queue, down_tiles(p))
+        for down_n in range(down_tiles(p)):
+            fill(p, queue, place + down_n, GEMM1, source, expert, m, down_n)
+""",
+        """\
+    if lane() == 0 and finished_last(packets.up_done, packet * p.row_blocks + m, up_tiles(p)):
+        place = reserve(p, queue, down_tiles(p))
+        for down_n in range(down_tiles(p)):
+            fill(p, queue, place + down_n, GEMM1, source, expert, m, down_n)
+    tile_gemm(
+        packets.hidden, packets.first_row[packet] + first,
+        segments.dispatch, packet * p.slots + first, rows, experts.up, expert, n, p.activation, scratch,
+    )  # fmt: skip
+""",
+        (WRONG_RESULT, RACE, POISON),
+    ),
+    Plant(
+        "combine-early",
+        "a token block is combined one result tile early",
+        "gate.py",
+        "    return tiles\n",
+        "    return max(tiles - 1, min(tiles, 1))\n",
+        (WRONG_RESULT, RACE, POISON),
+    ),
+    # Who writes what where
+    Plant(
+        "slot-twice",
+        "two rows of a packet share a slot",
+        "dispatch.py",
+        "copy_row(target, (packet * p.slots + slot)",
+        "copy_row(target, (packet * p.slots + max(slot - 1, 0))",
+        (WRONG_RESULT, POISON, CONFLICT),
+    ),
+    Plant(
+        "slot-off-by-one",
+        "rows go one slot too far",
+        "dispatch.py",
+        "copy_row(target, (packet * p.slots + slot)",
+        "copy_row(target, (packet * p.slots + slot + 1)",
+        (WRONG_RESULT, OUT_OF_BOUNDS, POISON, CONFLICT),
+    ),
+    Plant(
+        "two-writers",
+        "rows of all sources go to the region of source 0",
+        "dispatch.py",
+        "copy_row(target, (packet * p.slots + slot)",
+        "copy_row(target, (expert * p.slots + slot)",
+        (WRONG_RESULT, RACE, POISON, CONFLICT),
+    ),
+    Plant(
+        "wrong-source-region",
+        "packets go to the region of their owner, not of their source",
+        "dispatch.py",
+        "packet = p.rank_idx * p.experts_per_rank + expert",
+        "packet = owner * p.experts_per_rank + expert",
+        (WRONG_RESULT, DEADLOCK, RACE, CONFLICT),
+    ),
+    Plant(
+        "expert-forgotten",
+        "all packets of a source go to its first expert's region",
+        "dispatch.py",
+        "packet = p.rank_idx * p.experts_per_rank + expert",
+        "packet = p.rank_idx * p.experts_per_rank",
+        (WRONG_RESULT, DEADLOCK, RACE, CONFLICT),
+    ),
+    Plant(
+        "capacity-ignored",
+        "rows beyond the capacity are sent",
+        "dispatch.py",
+        "min(tokens.counts[i], p.slots - slot)",
+        "tokens.counts[i]",
+        (WRONG_RESULT, OUT_OF_BOUNDS, RACE, CONFLICT),
+    ),
+    Plant(
+        "bases-at-zero",
+        "slots of every token block begin at 0",
+        "gate.py",
+        "+ e] = slot\n",
+        "+ e] = 0\n",
+        (WRONG_RESULT, DEADLOCK, POISON, CONFLICT),
+    ),
+    Plant(
+        "hidden-rows-shared",
+        "hidden rows of all packets lie in one place",
+        "subscriber.py",
+        "packets.first_row[packet] = fetch_add",
+        "packets.first_row[packet] = 0 * fetch_add",
+        (WRONG_RESULT, RACE),
+    ),
+    # Epochs
+    Plant(
+        "epoch-not-compared",
+        "a packet's signal of any earlier call is taken",
+        "subscriber.py",
+        ", packet)) >= p.epoch",
+        ", packet)) > 0",
+        (WRONG_RESULT, DEADLOCK, RACE, COUNT),
+    ),
+    Plant(
+        "result-epoch-not-compared",
+        "a result tile's signal of any earlier call is taken",
+        "subscriber.py",
+        ", i)) == p.epoch",
+        ", i)) > 0",
+        (WRONG_RESULT, RACE, POISON),
+    ),
+    Plant(
+        "stale-epoch-accepted",
+        "a result tile's signal of the call before is taken",
+        "subscriber.py",
+        ", i)) == p.epoch",
+        ", i)) >= p.epoch - 1",
+        (WRONG_RESULT, RACE, POISON),
+    ),
+    Plant(
+        "stale-task-accepted",
+        "a place of the queue that an earlier call filled is taken",
+        "processor.py",
+        "ld_acquire(queue.tasks, stamp_at) != p.epoch",
+        "ld_acquire(queue.tasks, stamp_at) == 0",
+        (WRONG_RESULT, DEADLOCK, RACE, COUNT, OUT_OF_BOUNDS),
+    ),
+    Plant(
+        "overtaken-signal-used",
+        "a peer one epoch ahead overwrites an empty packet's signal, and its rows count for this epoch",
+        "subscriber.py",
+        "rows = word_rows(word) if word_epoch(word) == p.epoch else 0",
+        "rows = word_rows(word)",
+        (WRONG_RESULT, DEADLOCK, COUNT, RACE),
+    ),
+    Plant(
+        "overtaken-signal-missed",
+        "a peer one epoch ahead overwrites an empty packet's signal, which is then waited for",
+        "subscriber.py",
+        ", packet)) >= p.epoch",
+        ", packet)) == p.epoch",
+        (DEADLOCK,),
+    ),
+    Plant(
+        "rows-remembered",
+        "rows of an earlier call's packet are remembered where this call's is empty",
+        "subscriber.py",
+        "    packets.rows[packet] = rows\n",
+        "    if rows > 0:\n        packets.rows[packet] = rows\n",
+        (WRONG_RESULT, COUNT),
+    ),
+    Plant(
+        "counters-not-zeroed",
+        "the counters of a call begin where those of the last but one ended",
+        "subscriber.py",
+        "        zero_next_counters(p, queue)\n",
+        "",
+        (DEADLOCK, WRONG_RESULT, COUNT, OUT_OF_BOUNDS),
+    ),
+    # Signals that are not set, counts that are wrong
+    Plant(
+        "empty-packet-not-signalled",
+        "an empty packet sets no signal",
+        "dispatch.py",
+        "    if lane() == 0:\n",
+        "    if lane() == 0 and tokens.sent[e] > 0:\n",
+        (DEADLOCK,),
+    ),
+    Plant(
+        "later-row-tiles-not-signalled",
+        "only the first row tile of a packet is signalled",
+        "processor.py",
+        "        st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))",
+        "        if m == 0:\n            st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))",
+        (DEADLOCK,),
+    ),
+    Plant(
+        "counter-decremented-twice",
+        "a result tile counts down its token block by two",
+        "subscriber.py",
+        "fetch_add(tokens.tiles_left, b, -1) == 1",
+        "fetch_add(tokens.tiles_left, b, -2) == 1",
+        (DEADLOCK, WRONG_RESULT, RACE, POISON, COUNT),
+    ),
+    Plant(
+        "result-counted-twice",
+        "a result tile counts as two of its expert's",
+        "subscriber.py",
+        "tokens.results_left[e] -= 1",
+        "tokens.results_left[e] -= 2",
+        (DEADLOCK, COUNT),
+    ),
+    Plant(
+        "last-finisher-early",
+        "the last but one tile finished is taken for the last",
+        "processor.py",
+        "fetch_add(done, i, 1) + 1 <",
+        "fetch_add(done, i, 1) + 2 <",
+        (WRONG_RESULT, DEADLOCK, RACE, POISON, COUNT),
+    ),
+    Plant(
+        "last-finisher-late",
+        "one more finished tile is waited for than there are",
+        "processor.py",
+        "fetch_add(done, i, 1) + 1 <",
+        "fetch_add(done, i, 1) <",
+        (DEADLOCK, COUNT),
+    ),
+    Plant(
+        "finished-tiles-not-reset",
+        "the last finisher leaves its counter as it is",
+        "processor.py",
+        "    done[i] = 0\n",
+        "",
+        (WRONG_RESULT, DEADLOCK, RACE, COUNT),
+    ),
+    Plant(
+        "one-token-block-too-many",
+        "a result tile counts for one token block too many",
+        "subscriber.py",
+        "+ e] < end:",
+        "+ e] <= end:",
+        (WRONG_RESULT, DEADLOCK, RACE, POISON, COUNT),
+    ),
+    Plant(
+        "one-token-block-too-early",
+        "a result tile counts from one token block too early",
+        "subscriber.py",
+        "middle * p.num_experts + e] <= slot",
+        "middle * p.num_experts + e] < slot",
+        (WRONG_RESULT, DEADLOCK, RACE, POISON, COUNT),
+    ),
+    Plant(
+        "dropped-block-not-combined",
+        "a token block that lost all its rows is never combined",
+        "gate.py",
+        "if tokens.tiles_left[b] == 0:",
+        "if tokens.tiles_left[b] < 0:",
+        (DEADLOCK, COUNT),
+    ),
+    # The queue and its end
+    Plant(
+        "ticket-twice",
+        "two processors may draw one ticket",
+        "processor.py",
+        "    place = fetch_add(queue.counters, counter(p, HEAD), 1)\n",
+        "    place = ld_acquire(queue.counters, counter(p, HEAD))\n"
+        "    st_release(queue.counters, counter(p, HEAD), place + 1)\n",
+        (WRONG_RESULT, DEADLOCK, RACE, COUNT),
+    ),
+    Plant(
+        "place-twice",
+        "two tasks may be given one place of the queue",
+        "queue.py",
+        "    return fetch_add(queue.counters, counter(p, TAIL), num_tasks)\n",
+        "    place = fetch_add(queue.counters, counter(p, TAIL), 0)\n"
+        "    fetch_add(queue.counters, counter(p, TAIL), num_tasks)\n"
+        "    return place\n",
+        (DEADLOCK, WRONG_RESULT, RACE, COUNT),
+    ),
+    Plant(
+        "bound-short",
+        "processors leave before the last task of the queue",
+        "subscriber.py",
+        "counter(p, TOTAL), total + 1)",
+        "counter(p, TOTAL), total)",
+        (WRONG_RESULT, DEADLOCK, COUNT),
+    ),
+    Plant(
+        "bound-long",
+        "processors wait for one more task than there are",
+        "subscriber.py",
+        "counter(p, TOTAL), total + 1)",
+        "counter(p, TOTAL), total + 2)",
+        (DEADLOCK, COUNT),
+    ),
+    Plant(
+        "combines-not-in-bound",
+        "processors leave before the combines",
+        "subscriber.py",
+        " + num_token_blocks(p) + gemms",
+        " + gemms",
+        (WRONG_RESULT, DEADLOCK, COUNT),
+    ),
+    Plant(
+        "abort-ignored",
+        "waits do not look at the abort word",
+        "signals.py",
+        "return ld_relaxed(segments.control, ABORT) != 0",
+        "return False",
+        (DEADLOCK,),
+    ),
+    # Arithmetic and indices: no matter of order, but the checks must see these, too.
+    Plant(
+        "combine-reversed",
+        "results are added in the order k - 1 to 0",
+        "combine.py",
+        "            pair = token * p.num_topk + j\n            e =",
+        "            pair = token * p.num_topk + p.num_topk - 1 - j\n            e =",
+        (WRONG_RESULT,),
+    ),
+    Plant(
+        "dropped-pair-added",
+        "a dropped pair is added",
+        "combine.py",
+        "if slot < p.slots:",
+        "if slot <= p.slots:",
+        (WRONG_RESULT, OUT_OF_BOUNDS, RACE, POISON),
+    ),
+    Plant(
+        "first-row-tile-again",
+        "the down projection takes the first row tile's hidden rows",
+        "processor.py",
+        "packets.hidden, packets.first_row[packet] + first, rows, experts.down",
+        "packets.hidden, packets.first_row[packet], rows, experts.down",
+        (WRONG_RESULT, RACE),
+    ),
+    Plant(
+        "tile-heights-disagree",
+        "owner and source disagree on the height of row tiles",
+        "processor.py",
+        "height = tile_height(packets.rows[packet], p.tile_m_min, p.tile_m)",
+        "height = p.tile_m_min",
+        (WRONG_RESULT, POISON),
+    ),
+    Plant(
+        "column-tile-twice",
+        "a column tile of weights is used twice",
+        "processor.py",
+        "experts.up, expert, n,",
+        "experts.up, expert, max(n - 1, 0),",
+        (WRONG_RESULT,),
+    ),
+    Plant(
+        "first-experts-weights",
+        "every expert has the first one's down projection",
+        "processor.py",
+        "experts.down, expert, n,",
+        "experts.down, 0, n,",
+        (WRONG_RESULT,),
+    ),
+    Plant(
+        "not-renormalised",
+        "weights of the chosen experts are not normalised",
+        "gate.py",
+        "    if p.renormalize:\n",
+        "    if False:\n",
+        (WRONG_RESULT,),
+    ),
+    Plant(
+        "softmax-without-sum",
+        "the softmax is not divided by its sum",
+        "gate.py",
+        " - highest) / total",
+        " - highest)",
+        (WRONG_RESULT,),
+    ),
+)
+
+PLANTS = {plant.name: plant for plant in _ALL}
