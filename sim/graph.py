@@ -25,6 +25,7 @@ from .kinds import KIND_NAMES
 Array = NDArray[Any]
 NONE = -1  # no server, no link
 MOST_BYTES = 2**53  # at once on a link: exact as a float
+MOST_NS = 2**62
 FIELDS: dict[str, tuple[Any, Any]] = {  # of a node: dtype and default
     "kind": (np.int8, None),
     "rank": (np.int32, None),
@@ -208,6 +209,17 @@ def _check(nodes: dict[str, Array], pred: Array, succ: Array, servers: Sequence[
     for name, ends in (("before", pred), ("after", succ)):
         _check_range(f"edge {name}", ends, 0, num_nodes)
     _check_paths(nodes)
+    _check_total(nodes, links)
+
+
+def _check_total(nodes: dict[str, Array], links: Sequence[Link]) -> None:
+    """No schedule is longer than all tasks one after the other: if that fits the engines' clock, all times do."""
+    pace = np.array([*(1 / link.flow_gbps for link in links), 0.0])  # the last is NONE
+    each = nodes["duration_ns"] + nodes["latency_ns"].astype(np.float64)
+    each += nodes["nbytes"] * (pace[nodes["egress"]] + pace[nodes["ingress"]])
+    total = float((nodes["count"] * each).sum())
+    if not total < MOST_NS:
+        raise ValueError(f"all tasks one after the other must take less than {MOST_NS} ns, got {total:.3g}")
 
 
 def _check_paths(nodes: dict[str, Array]) -> None:

@@ -52,6 +52,7 @@ def test_kinds_begin_with_those_of_the_kernels_trace():
         (dict(nbytes=5, egress=1, ingress=1), "must be two links, got 1 twice"),
         (dict(nbytes=2**33, egress=0, count=2**20), "nbytes of all tasks of a node must be in"),
         (dict(priority=2**20), "priority must be in"),
+        (dict(duration_ns=2**61, count=2), "all tasks one after the other must take less than .* ns, got 4.61e"),
         (dict(rank=-1), "rank must be in"),
     ],
 )
@@ -62,6 +63,14 @@ def test_nodes_out_of_range_are_refused(values, message):
     builder.add_link("wire", 0, 1.0)
     builder.add(GEMM0, **(dict(rank=0) | values))
     with pytest.raises(ValueError, match=message):
+        builder.build()
+
+
+def test_times_that_the_clock_cannot_hold_are_refused():
+    """The compiled engine's integers would wrap: a link this slow carried its bytes at once."""
+    builder = GraphBuilder()
+    builder.add(GEMM0, 0, nbytes=2**52, egress=builder.add_link("wire", 0, 1e-4))
+    with pytest.raises(ValueError, match=r"all tasks one after the other must take less than \d+ ns, got 4.5e\+19"):
         builder.build()
 
 
