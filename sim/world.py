@@ -15,6 +15,8 @@ from .hardware import Hardware
 from .precision import Precision
 from .routing import SimRouting
 
+PARTS = {"config": MoEConfig, "hardware": Hardware, "routing": SimRouting, "precision": Precision}
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class World:
@@ -26,7 +28,8 @@ class World:
         routing: may have more experts than `config`, if it has copies of some.
 
     Raises:
-        ValueError: the parts do not go together, or the machine's memory cannot hold them.
+        TypeError: a part is of another kind; ValueError: they do not go together, or the machine's memory cannot hold
+            them.
     """
 
     config: MoEConfig
@@ -35,11 +38,17 @@ class World:
     precision: Precision
 
     def __post_init__(self) -> None:
+        for name, kind in PARTS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be of type {kind.__name__}, got {getattr(self, name)!r}")
         ranks, gpus = self.config.num_ranks, self.hardware.num_gpus
         if ranks > gpus:
             raise ValueError(f"num_ranks must be at most the {gpus} GPUs of hardware {self.hardware.name}, got {ranks}")
         if self.routing.num_ranks != ranks:
             raise ValueError(f"routing must be for num_ranks={ranks}, got one for {self.routing.num_ranks}")
+        if self.routing.num_tokens != self.config.num_tokens:
+            tokens = self.config.num_tokens
+            raise ValueError(f"routing must be for num_tokens={tokens}, got one for {self.routing.num_tokens}")
         if self.routing.num_experts < self.config.num_experts:
             experts = self.config.num_experts
             raise ValueError(f"routing must be for num_experts={experts}, got one for {self.routing.num_experts}")

@@ -33,8 +33,16 @@ def make_knobs(policy: str, values: Mapping[str, Any]) -> PolicyKnobs:
 
 
 def build(policy: str, world: World, knobs: PolicyKnobs | None = None) -> TaskGraph:
-    """The graph of a policy in a world; default knobs where none are given."""
-    graph: TaskGraph = _module(policy).build(world, make_knobs(policy, {}) if knobs is None else knobs)
+    """The graph of a policy in a world; default knobs where none are given.
+
+    Raises:
+        ValueError: no such policy, or its knobs do not go with the world; TypeError: knobs of another policy.
+    """
+    module = _module(policy)
+    knobs = make_knobs(policy, {}) if knobs is None else knobs
+    if not isinstance(knobs, module.Knobs):
+        raise TypeError(f"knobs must be of policy {policy}, such as make_knobs({policy!r}, {{}}); got {knobs!r}")
+    graph: TaskGraph = module.build(world, knobs)
     return graph
 
 

@@ -43,6 +43,15 @@ def test_a_routing_for_other_sizes_is_refused():
         replace(world, routing=small_world(num_ranks=2, hardware="4xH100").routing)
     with pytest.raises(ValueError, match="routing must be for num_experts=8, got one for 4"):
         replace(world, routing=small_world(num_experts=4).routing)
+    with pytest.raises(ValueError, match="routing must be for num_tokens=67, got one for 0"):
+        replace(world, routing=replace(world.routing, topk_idx=world.routing.topk_idx[:, :0]))
+
+
+def test_names_in_place_of_parts_are_refused():
+    with pytest.raises(TypeError, match="hardware must be of type Hardware, got '8xH100'"):
+        replace(small_world(), hardware="8xH100")
+    with pytest.raises(TypeError, match="precision must be of type Precision, got 'fp8'"):
+        replace(small_world(), precision="fp8")
 
 
 def test_a_precision_that_the_hardware_lacks_is_refused():
