@@ -134,4 +134,6 @@ def _row(line: bytes) -> Row | None:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-    return row if isinstance(row, dict) and row.keys() >= PARAMETERS and isinstance(row["key"], str) else None
+    if not isinstance(row, dict) or not row.keys() >= PARAMETERS or not isinstance(row["key"], str):
+        return None
+    return row if isinstance(row.get("report", {}), dict) else None

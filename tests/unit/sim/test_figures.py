@@ -193,6 +193,13 @@ def test_no_rows_no_figures(tmp_path, capsys):
     assert "no over_tokens: there are no rows with a report" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("change", [{"report": 3}, {"tokens": None}])
+def test_a_line_that_is_no_row_is_named(tmp_path, capsys, change):
+    rows = [stored(row()), {name: value for name, value in (stored(row()) | change).items() if value is not None}]
+    assert cli.main(["plot", str(write(tmp_path / "rows.jsonl", rows)), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"flashmoe plot: error: {tmp_path}/rows.jsonl: line 2 is no row of a sweep\n"
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["none.jsonl", "--out", "x"], "none.jsonl: no such file"),
     (["ROWS"], "the following arguments are required: --out"),

@@ -20,9 +20,7 @@ def test_whole_numbers_beyond_32_bits_are_refused(policy):
 
 @pytest.mark.parametrize("knobs", [{"tile_m": 64}, make_knobs("bulk", {})])
 def test_knobs_of_another_kind_are_refused(knobs):
-    with pytest.raises(
-        TypeError, match=r"^knobs must be of policy flashmoe, such as .*; got "
-    ):
+    with pytest.raises(TypeError, match=r"^knobs must be of policy flashmoe, such as .*; got "):
         simulate("flashmoe", small_world(), knobs)
 
 
