@@ -64,7 +64,7 @@ class Trace:
     until_ns: int
 
 
-def write_chrome_trace(simulation: Simulation, file: Path, ranks: Sequence[int] | None = None) -> None:
+def write_chrome_trace(simulation: Simulation, file: Path | str, ranks: Sequence[int] | None = None) -> None:
     """Write the trace of these ranks, one event per line; by default of as many as `MAX_SLICES` allows.
 
     Raises:
@@ -73,7 +73,7 @@ def write_chrome_trace(simulation: Simulation, file: Path, ranks: Sequence[int] 
     trace = make_trace(simulation, ranks)
     events = ",\n".join(json.dumps(event) for event in chrome_events(simulation, trace))
     other = json.dumps({"simulated": True, "note": note(simulation, trace)})
-    file.write_text(
+    Path(file).write_text(
         f'{{"displayTimeUnit": "ns", "otherData": {other}, "traceEvents": [\n{events}\n]}}\n', encoding="utf-8"
     )
 

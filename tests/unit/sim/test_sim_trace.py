@@ -26,7 +26,7 @@ def simulation():
 
 def written(simulation, folder, ranks=None):
     """The file of a simulation, read back."""
-    write_chrome_trace(simulation, folder / "trace.json", ranks)
+    write_chrome_trace(simulation, str(folder / "trace.json"), ranks)
     return json.loads((folder / "trace.json").read_text())
 
 
