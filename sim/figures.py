@@ -69,7 +69,7 @@ class Kind:
         varies: what its rows must differ in; nothing else of `FIXED` may.
         lines: the fewest policies.
         free: what they may differ in as well.
-    instead: names in place of those of `FIXED`.
+        instead: names in place of those of `FIXED`.
     """
 
     name: str

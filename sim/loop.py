@@ -1,6 +1,7 @@
 """The event loop of `fast.py`, compiled: what happens at each event, on arrays of records.
 
-Functions take the arrays that they touch. Each follows the method of the same name in `engine.py`.
+Functions take the arrays that they touch. Those named like a method of `engine.py` follow it; the others keep queues
+and heaps, which Python has, and numbers in place of its objects.
 """
 
 from __future__ import annotations
