@@ -8,8 +8,8 @@ Expected: a schedule that fuses or overlaps wins every cell, most often MegaMoE'
 
 All schedules get the same routing of a (hardware, routing, tokens) cell, and the same tiles and rate: schedules are
 compared, not kernels. `--own` gives each its own tiles and fitted rate instead, as published systems have them, where
-there is one; then nothing is checked. `flashmoe+` is FlashMoE with tiles packed over sources, low ones for few rows;
-`lean` is bulk with no more kernels than the layer has stages, where Megatron-LM launches 261. So `flashmoe+` against
+there is one; then nothing is checked. `packed` is FlashMoE with tiles packed over sources, low ones for few rows;
+`lean` is bulk with no more kernels than the layer has stages, where Megatron-LM launches 261. So `packed` against
 `lean` is what overlap and fusion gain, launches and padding aside.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import Row, parser_of, show, store
-from sim_common import equal_terms, heading, terms_text, world_of
+from sim_common import PACKED, equal_terms, heading, terms_text, world_of
 
 from sim import World, make_knobs, simulate
 from sim.policies.bulk import NUM_STAGES
@@ -31,7 +31,7 @@ ROUTINGS = ("even", "zipf:1", "hot-rank")
 HARDWARE = ("8xH100", "8xH800", "8xA100", "2x8xH100", "8xB200")
 SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
     "flashmoe": ("flashmoe", {}),
-    "flashmoe+": ("flashmoe", {"packing": "per_expert", "ladder": True}),
+    "packed": ("flashmoe", PACKED),
     "comet": ("comet", {}),
     "megamoe": ("megamoe", {}),
     "nanoflow": ("nanoflow", {}),
@@ -44,7 +44,7 @@ SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
     "scmoe": ("scmoe", {}),
 }
 CANNOT_WIN = {"t3": "needs hardware that no GPU has", "scmoe": "its time has the block's dense work in it"}
-PAIRS = (("flashmoe", "bulk"), ("flashmoe+", "lean"))
+PAIRS = (("flashmoe", "bulk"), ("packed", "lean"))
 
 
 def main() -> int:
@@ -81,7 +81,7 @@ def cell(preset: str, own: bool, hardware: str, routing: str, tokens: int) -> Ro
 def holds(row: Row) -> bool:
     """What the docstring expects of a cell."""
     full = row["tokens"] < 8192 or ratio(row, "flashmoe", "bulk") > 1
-    return row["winner"] not in ("bulk", "lean", "fastermoe") and full and ratio(row, "flashmoe+", "bulk") > 1
+    return row["winner"] not in ("bulk", "lean", "fastermoe") and full and ratio(row, "packed", "bulk") > 1
 
 
 def latency_us(name: str, world: World, own: bool) -> float:
