@@ -15,7 +15,7 @@ LAYERS = {
     "what is asked for, and what it costs": "world machine cost blocks hops shadow",
     "schedules": "policies",
     "a simulation": "simulate",
-    "what it says": "report explain what_if trace charts plots",
+    "what it says": "report explain what_if lanes trace charts plots",
     "many of them": "grid sweep pools figures",
     "beside measurements": "published validation",
 }

@@ -11,10 +11,11 @@ from policy_worlds import odd_worlds, small_world
 from test_report import simulations
 
 from flashmoe_numba.trace import TRACE_KIND_NAMES, TraceRecord, chrome_trace
-from sim import kinds, trace
+from sim import kinds, lanes, trace
+from sim.lanes import make_trace
 from sim.policies import POLICY_NAMES, make_knobs
 from sim.simulate import simulate
-from sim.trace import make_trace, note, write_chrome_trace
+from sim.trace import note, write_chrome_trace
 
 ODD_WORLDS = odd_worlds()
 
@@ -75,7 +76,7 @@ def test_slices_of_schedules(policy, name):
 
 
 def test_the_tasks_of_a_node_are_numbered_in_the_order_in_which_they_start():
-    indices = trace.index_in_node(np.array([7, 3, 7, 7, 3]), np.array([2, 1, 1, 4, 2]))
+    indices = lanes.index_in_node(np.array([7, 3, 7, 7, 3]), np.array([2, 1, 1, 4, 2]))
     assert indices.tolist() == [0, 0, 2, 3, 1]
 
 
@@ -189,7 +190,7 @@ def test_ranks_that_are_not_there(simulation, tmp_path):
 def test_what_does_not_fit_is_left_out_rank_by_rank(simulation, monkeypatch):
     whole = make_trace(simulation)
     per_rank = Counter(task.rank for task in whole.slices)
-    monkeypatch.setattr(trace, "MAX_SLICES", per_rank[0] + per_rank[1] + 3)
+    monkeypatch.setattr(lanes, "MAX_SLICES", per_rank[0] + per_rank[1] + 3)
     some = make_trace(simulation)
     assert some.ranks == [0, 1]
     assert len(some.slices) == per_rank[0] + per_rank[1]
@@ -197,7 +198,7 @@ def test_what_does_not_fit_is_left_out_rank_by_rank(simulation, monkeypatch):
 
 
 def test_a_rank_that_does_not_fit_is_cut_off(simulation, monkeypatch, tmp_path):
-    monkeypatch.setattr(trace, "MAX_SLICES", 20)
+    monkeypatch.setattr(lanes, "MAX_SLICES", 20)
     made = make_trace(simulation)
     assert made.ranks == [0]
     assert 0 < len(made.slices) <= 20
