@@ -20,9 +20,9 @@ class PctStrategy:
     probability of at least 1 / (n k^(d - 1)). Source: Burckhardt, Kothari, Musuvathi, Nagarakatte, "A Randomized
     Scheduler with Probabilistic Guarantees of Finding Bugs", ASPLOS 2010, sections 2 and 3.
 
-    There a fiber that waits is blocked. Here it polls: while it found nothing and nobody has written since, it counts as
-    blocked, and runs only if all others do. So polls starve nobody, and the bound holds for k the steps of the longest
-    run with its polls.
+    There a fiber that waits is blocked. Here it polls: while it found nothing and nobody has written since, it counts
+    as blocked, and runs only if all others do. So polls starve nobody, and the bound holds with k the steps of the
+    longest run, polls included.
 
     Args:
         num_steps: k, an estimate: change points are drawn from [1, num_steps].
@@ -34,20 +34,30 @@ class PctStrategy:
         points = [self._random.randint(1, max(1, num_steps)) for _ in range(depth - 1)]
         self._falls = {step: -1 - i for i, step in enumerate(sorted(points))}  # others are in [0, 1)
         self._priority: dict[Fiber, float] = {}
+        self._known = (
+            -1,
+            -1,
+        )  # writes, and number of ready fibers, when the running one was last known to be the first
         self.steps = 0
 
     def added(self, fiber: Fiber) -> None:
         self._priority[fiber] = self._random.random()
 
     def take_next(self, ready: list[Fiber]) -> Fiber:
-        i = max(range(len(ready)), key=lambda i: self._rank(ready[i]))
-        fiber = ready.pop(i)
+        fiber = max(ready, key=self._rank)
+        ready.remove(fiber)
+        self._known = fiber.scheduler.writes, len(ready)
         return fiber
 
     def switches(self, fiber: Fiber, ready: list[Fiber]) -> bool:
         self.steps += 1
-        if self.steps in self._falls:
+        falls = self.steps in self._falls
+        if falls:
             self._priority[fiber] = self._falls[self.steps]
+        known = fiber.scheduler.writes, len(ready)
+        if known == self._known and not falls:
+            return False
+        self._known = known
         mine = self._rank(fiber)
         return any(self._rank(other) > mine for other in ready)
 

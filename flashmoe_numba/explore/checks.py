@@ -1,0 +1,109 @@
+"""Is what a run computed right? Each call against the float64 oracle, its tasks against the reference's graph.
+
+The same world computes the same bits under every seed, so what one run of a process was found to be right need not be
+computed again: later ones are compared with it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from reference import GATE, MoEConfig, Packets, Task, Workload, make_packets, task_graph
+
+from ..bench.check import check_layer
+from .reports import Report
+from .world import Call, Run, World
+
+MOST_TASKS = 4  # named in a report
+
+
+class Checker:
+    """Judges runs of one world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._right: dict[int, list[Call]] = {}  # by call: of all ranks, found to be right
+
+    def check(self, run: Run) -> list[Report]:
+        """Everything that is wrong with a run; the memory's reports are among them."""
+        reports = list(run.reports)
+        for epoch in range(1, min(map(len, run.calls)) + 1):
+            calls = [calls[epoch - 1] for calls in run.calls]
+            reports += self._differences(epoch, calls) if epoch in self._right else self._judge(epoch, calls)
+        return reports
+
+    def _differences(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
+        reports = []
+        for rank, (call, right) in enumerate(zip(calls, self._right[epoch], strict=True)):
+            case = f"rank {rank}, call {epoch}:"
+            if not np.array_equal(bits(call.y), bits(right.y)):
+                rows = np.flatnonzero((bits(call.y) != bits(right.y)).any(axis=1)).tolist()
+                reports.append(Report("wrong result", f"{case} rows {rows} have other bits than under another seed"))
+            if not np.array_equal(call.routing.topk_idx, right.routing.topk_idx):
+                reports.append(Report("wrong result", f"{case} routed otherwise than under another seed"))
+            reports += _count_reports(case, call, right.rows, right.tasks)
+        return reports
+
+    def _judge(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
+        """Against the reference, everything."""
+        config, packets = self.world.spec.config, [self._packets(call) for call in calls]
+        reports = self._compare_with_oracle(epoch, calls)
+        graph = task_graph(packets, config)
+        sent = np.array([packet.sent for packet in packets]).reshape(config.num_ranks, config.num_ranks, -1)
+        for rank, call in enumerate(calls):
+            case = f"rank {rank}, call {epoch}:"
+            wrong = np.argwhere(bits(call.y) != bits(ordered_sums(call, packets[rank], config)))
+            if len(wrong):
+                text = f"{case} y{wrong[0].tolist()} is not the sum of its results in the order of choices"
+                reports.append(Report("wrong result", text))
+            tasks = Counter(task for task in graph if task.rank == rank)
+            tasks[Task(GATE, rank)] = 1  # a rank without tokens runs one, too, which tells every peer so
+            reports += _count_reports(case, call, sent[:, rank], tasks)
+        if not reports:
+            self._right[epoch] = list(calls)
+        return reports
+
+    def _packets(self, call: Call) -> Packets:
+        return make_packets(call.routing.topk_idx, self.world.spec.config)
+
+    def _compare_with_oracle(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
+        x, given = self.world.data[epoch - 1]
+        idx = [routing.topk_idx for routing in given if routing]
+        factors = [routing.topk_weights for routing in given if routing]
+        workload = Workload(x, idx or None, factors or None)
+        routing, y = [call.routing for call in calls], [call.y for call in calls]
+        verdict = check_layer(self.world.spec.config, self.world.weights, workload, routing, y)
+        return [Report("wrong result", f"call {epoch}: {failure}") for failure in verdict.failures]
+
+
+def ordered_sums(call: Call, packets: Packets, config: MoEConfig) -> np.ndarray:
+    """`[num_tokens, hidden]`: results summed in the accumulator's type in the order of choices, rounded once."""
+    sums = np.zeros((len(call.y), config.hidden), config.accumulator)
+    for token, (experts, factors) in enumerate(zip(call.routing.topk_idx, call.routing.topk_weights, strict=True)):
+        for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
+            if packets.slot[token, j] >= 0:
+                owner, local = divmod(expert, config.num_experts_per_rank)
+                row = call.results[owner, local, packets.slot[token, j]]
+                sums[token] += factor * row.astype(config.accumulator)
+    return sums.astype(config.numpy_dtype)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.itemsize}")
+
+
+def _count_reports(case: str, call: Call, rows: np.ndarray, tasks: Counter[Task]) -> list[Report]:
+    """Rows of the packets `[num_ranks, num_experts_per_rank]` and tasks, against what they should be."""
+    reports = []
+    if not np.array_equal(call.rows, rows):
+        text = f"{case} packets of {call.rows.tolist()} rows, wanted {rows.tolist()}"
+        reports.append(Report("count", text))
+    if call.tasks != tasks:
+        wrong = [task for task in sorted(call.tasks | tasks) if call.tasks[task] != tasks[task]]
+        texts = [f"{task} ran {call.tasks[task]} times, wanted {tasks[task]}" for task in wrong[:MOST_TASKS]]
+        texts += [f"and {len(wrong) - MOST_TASKS} more"] if len(wrong) > MOST_TASKS else []
+        reports.append(Report("count", f"{case} {'; '.join(texts)}"))
+    return reports

@@ -1,0 +1,302 @@
+"""Memory that knows who touched which cell, in which order, and whether anything ordered it.
+
+Every fiber has a vector clock. A release store, a fetch_add or a successful cas leaves the fiber's clock at the word;
+an acquire load, a fetch_add or a cas that reads the word takes it over; a barrier gives all its lanes the same clock;
+and a call's fibers begin with the clocks of all fibers of their rank's last call. Two accesses of one cell, not both
+plain reads or both atomic, must be ordered by these clocks, in whatever order this run had them: so one run finds races
+that other interleavings of the same synchronisation would show. Cells remember as in FastTrack (Flanagan and Freund,
+"FastTrack: Efficient and Precise Dynamic Race Detection", PLDI 2009): the last write, and the reads since that nothing
+orders among each other.
+
+A program without races has, under the memory model of device/vocabulary.py, only the results of interleavings as far as
+plain cells go: so values need not come late here for a missing release or barrier to be found. Leaves out: atomic words
+themselves are sequentially consistent here, while relaxed or acquire loads of two different words may be reordered on a
+GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from greenlet import getcurrent
+
+from .reports import Report, Stopped, kernel_frame, place
+
+Access = tuple["Actor", int, Any, int]  # who, its clock then, code and instruction
+_frame = sys._getframe
+IS_VERB = True  # reports name the caller
+
+
+class Actor:
+    """One fiber in one call. `index` is its place in clocks, the same in every call of the run."""
+
+    def __init__(self, memory: Memory, index: int, name: str, rank: int, epoch: int, clock: list[int]) -> None:
+        self.memory, self.index, self.name, self.rank, self.epoch = memory, index, name, rank, epoch
+        self.clock = clock
+        self.tick()
+        self.looked: dict[tuple[Region, int], int] = {}  # words it read since it last found something
+
+    def tick(self) -> None:
+        """Begin a new stretch: what comes now is not covered by what was given to others before."""
+        self.clock = self.clock.copy()  # others may hold the old list
+        self.clock[self.index] += 1
+
+    def join(self, clock: list[int]) -> None:
+        self.clock = list(map(max, self.clock, clock))
+
+    def comes_after(self, access: Access) -> bool:
+        return access[1] <= self.clock[access[0].index]
+
+
+class Region:
+    """One array: indexed by kernel code as the array itself, with every access checked.
+
+    Args:
+        name: for reports.
+        array: one-dimensional; the memory itself.
+        initialised: False if nothing may be read before it is written.
+        num_writers: if not 0, the array has one part for each of that many ranks, who alone may write there, and each
+            place once in a call.
+    """
+
+    def __init__(self, memory: Memory, name: str, array: np.ndarray, initialised: bool, num_writers: int = 0) -> None:
+        self.memory, self.name, self.array, self.initialised = memory, name, array, initialised
+        self.size, self.dtype = array.size, array.dtype
+        self.cells: Any = memoryview(array) if array.dtype.kind in "iu" else array  # integers as Python's: much faster
+        self.writer_cells = array.size // num_writers if num_writers else 0
+        self.forget()
+
+    def forget(self) -> None:
+        """No access has been made yet."""
+        self.writes: list[Access | None] = [None] * self.size
+        self.reads: list[Access | dict[int, Access] | None] = [None] * self.size
+        self.atomic_writes: dict[int, dict[int, Access]] = {}
+        self.atomic_reads: dict[int, dict[int, Access]] = {}
+        self.released: dict[int, list[int]] = {}
+
+    # ---- plain accesses
+
+    def __getitem__(self, i: Any) -> Any:
+        if i.__class__ is slice:
+            return self._read_slice(i)
+        if not 0 <= i < self.size:
+            self._out_of_bounds(i)
+        actor, frame = getcurrent().actor, _frame(1)
+        if "IS_VERB" in frame.f_globals:
+            frame = kernel_frame(frame)
+        self._read(i, (actor, actor.clock[actor.index], frame.f_code, frame.f_lasti))
+        return self.cells[i]
+
+    def __setitem__(self, i: Any, value: Any) -> None:
+        if not 0 <= i < self.size:
+            self._out_of_bounds(i)
+        actor, frame = getcurrent().actor, _frame(1)
+        if "IS_VERB" in frame.f_globals:
+            frame = kernel_frame(frame)
+        self._write(i, (actor, actor.clock[actor.index], frame.f_code, frame.f_lasti))
+        self.cells[i] = value
+
+    def _read_slice(self, cells: slice) -> np.ndarray:
+        start, stop = cells.start or 0, self.size if cells.stop is None else cells.stop
+        if not 0 <= start <= stop <= self.size or cells.step is not None:
+            self._out_of_bounds(stop)
+        actor, frame = getcurrent().actor, kernel_frame(_frame(2))
+        access = (actor, actor.clock[actor.index], frame.f_code, frame.f_lasti)
+        for i in range(start, stop):
+            self._read(i, access)
+        return self.array[start:stop]
+
+    def _read(self, i: int, access: Access) -> None:
+        actor, write = access[0], self.writes[i]
+        if write is None:
+            if not self.initialised:
+                self._report("poison", i, access)
+        elif write[0] is not actor and write[1] > actor.clock[write[0].index]:
+            self._race(i, write, "write", access, "read")
+        if i in self.atomic_writes:
+            self._check_against(i, self.atomic_writes[i], "atomic write", access, "read")
+        read = self.reads[i]
+        if read is None or (read.__class__ is tuple and (read[0] is actor or actor.comes_after(read))):
+            self.reads[i] = access
+        elif read.__class__ is dict:
+            read[actor.index] = access
+        else:
+            self.reads[i] = {read[0].index: read, actor.index: access}
+
+    def _write(self, i: int, access: Access) -> None:
+        actor, write, read = access[0], self.writes[i], self.reads[i]
+        if write is not None and write[0] is not actor and write[1] > actor.clock[write[0].index]:
+            self._race(i, write, "write", access, "write")
+        if read is not None:
+            if read.__class__ is dict:
+                self._check_against(i, read, "read", access, "write")
+            elif read[0] is not actor and not actor.comes_after(read):
+                self._race(i, read, "read", access, "write")
+            self.reads[i] = None
+        if i in self.atomic_writes:
+            self._check_against(i, self.atomic_writes[i], "atomic write", access, "write")
+        if i in self.atomic_reads:
+            self._check_against(i, self.atomic_reads[i], "atomic read", access, "write")
+        if self.writer_cells:
+            self._check_layout(i, access, write)
+        self.writes[i] = access
+
+    # ---- atomic accesses: watched.py makes a step before and after them
+
+    def load(self, i: int, acquire: bool) -> int:
+        access = self._atomic(i)
+        self._record_atomic(i, access, self.atomic_reads)
+        actor, value = access[0], self.cells[i]
+        if acquire and i in self.released:
+            actor.join(self.released[i])
+        actor.looked[self, i] = value
+        self.memory.log(actor, "acquires" if acquire else "reads", self, i, value)
+        return value
+
+    def release(self, i: int, value: int) -> None:
+        access = self._atomic(i)
+        self._record_atomic(i, access, self.atomic_writes)
+        actor = access[0]
+        self.cells[i] = value
+        self.released[i] = actor.clock
+        actor.tick()
+        self.memory.log(actor, "releases", self, i, value)
+
+    def exchange(self, i: int, value: int, expected: int | None) -> int:
+        """Add `value`, or store it if the word holds `expected`; returns what it held."""
+        access = self._atomic(i)
+        actor, old = access[0], self.cells[i]
+        if i in self.released:
+            actor.join(self.released[i])
+        if expected is None or old == expected:
+            self._record_atomic(i, access, self.atomic_writes)
+            self.cells[i] = old + value if expected is None else value
+            self.released[i] = actor.clock
+            actor.tick()
+        else:
+            self._record_atomic(i, access, self.atomic_reads)
+        self.memory.log(actor, "adds to" if expected is None else "swaps", self, i, self.cells[i])
+        return old
+
+    def _atomic(self, i: int) -> Access:
+        if not 0 <= i < self.size:
+            self._out_of_bounds(i)
+        actor, frame = getcurrent().actor, kernel_frame(_frame(2))
+        return actor, actor.clock[actor.index], frame.f_code, frame.f_lasti
+
+    def _record_atomic(self, i: int, access: Access, kind: dict[int, dict[int, Access]]) -> None:
+        """Check against plain accesses, and keep it for those to come."""
+        is_write = kind is self.atomic_writes
+        actor, write, read = access[0], self.writes[i], self.reads[i]
+        what = "atomic write" if is_write else "atomic read"
+        if write is None and not self.initialised and i not in self.atomic_writes and not is_write:
+            self._report("poison", i, access)
+        if write is not None and not actor.comes_after(write):
+            self._race(i, write, "write", access, what)
+        if is_write:
+            if read is not None:
+                reads = read if read.__class__ is dict else {read[0].index: read}
+                self._check_against(i, reads, "read", access, what)
+            if self.writer_cells:
+                before = self.atomic_writes.get(i, {}).values()
+                self._check_layout(i, access, max(before, key=lambda a: a[0].epoch, default=None))
+        kind.setdefault(i, {})[actor.index] = access
+
+    # ---- reports
+
+    def _check_against(self, i: int, accesses: dict[int, Access], one: str, access: Access, other: str) -> None:
+        for before in accesses.values():
+            if not access[0].comes_after(before):
+                self._race(i, before, one, access, other)
+
+    def _check_layout(self, i: int, access: Access, before: Access | None) -> None:
+        owner = i // self.writer_cells
+        if owner != access[0].rank:
+            self._report("conflict", i, access, f"written by rank {access[0].rank}, but it is rank {owner}'s to write")
+        if before is not None and before[0].epoch == access[0].epoch:
+            self._report("conflict", i, access, f"written twice in call {access[0].epoch}, before by {_who(before)}")
+
+    def _race(self, i: int, first: Access, one: str, second: Access, other: str) -> None:
+        text = f"{self.name}[{i}]: {one} by {_who(first)} and {other} by {_who(second)}"
+        self.memory.add("race", text, (self.name, _where(first), _where(second)))
+
+    def _report(self, kind: str, i: int, access: Access, why: str = "read, but never written:") -> None:
+        self.memory.add(kind, f"{self.name}[{i}]: {why} {_who(access)}", (self.name, _where(access), why[:20]))
+
+    def _out_of_bounds(self, i: Any) -> None:
+        frame = kernel_frame(_frame(2))
+        where = place(frame.f_code, frame.f_lasti)
+        self.memory.add(
+            "out of bounds", f"{self.name}[{i}] of {self.size} elements, by {getcurrent().actor.name} at {where}"
+        )
+        raise Stopped
+
+
+class Memory:
+    """All regions of a run, and what was found in them.
+
+    Args:
+        num_actors: entries of a clock.
+        keep_history: record every atomic access, to be read as a story.
+    """
+
+    MOST_REPORTS = 20
+
+    def __init__(self, num_actors: int, keep_history: bool = False) -> None:
+        self.num_actors = num_actors
+        self.reports: list[Report] = []
+        self.history: list[tuple[str, str, str, int, int]] | None = [] if keep_history else None
+        self._known: set[Any] = set()
+        self._regions: dict[int, Region] = {}  # by address
+
+    def region(self, name: str, array: np.ndarray, *, initialised: bool = True, num_writers: int = 0) -> Region:
+        """Watch an array; it must stay where it is."""
+        region = Region(self, name, array, initialised, num_writers)
+        self._regions[array.ctypes.data] = region
+        return region
+
+    def at(self, address: int, num_elements: int) -> Region:
+        """The region that begins at an address."""
+        region = self._regions.get(address)
+        if region is None or num_elements > region.size:
+            frame = kernel_frame(_frame(1))
+            what = "no array begins there" if region is None else f"{region.name} has {region.size} elements"
+            where = place(frame.f_code, frame.f_lasti)
+            actor = getcurrent().actor
+            self.add("out of bounds", f"array_at of {num_elements} elements: {what}, by {actor.name} at {where}")
+            raise Stopped
+        return region
+
+    def begin(self) -> None:
+        """A new run: no access, no report. The arrays' contents are the caller's."""
+        self.reports, self._known = [], set()
+        if self.history is not None:
+            self.history = []
+        for region in self._regions.values():
+            region.forget()
+
+    def add(self, kind: str, text: str, key: Any = None) -> None:
+        """Report, unless the same has been said of the same places."""
+        if (kind, key) not in self._known and len(self.reports) < self.MOST_REPORTS:
+            self._known.add((kind, key))
+            self.reports.append(Report(kind, text))
+
+    def log(self, actor: Actor, verb: str, region: Region, i: int, value: int) -> None:
+        if self.history is not None:
+            self.history.append((actor.name, verb, region.name, i, value))
+
+
+def joined(clocks: Sequence[list[int]]) -> list[int]:
+    """The clock of whoever knows all that these know."""
+    return [max(entries) for entries in zip(*clocks, strict=True)]
+
+
+def _where(access: Access) -> str:
+    return place(access[2], access[3])
+
+
+def _who(access: Access) -> str:
+    return f"{access[0].name} in call {access[0].epoch} at {_where(access)}"

@@ -1,0 +1,48 @@
+"""What can be wrong with a run, and where in the kernel's source."""
+
+from __future__ import annotations
+
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+KINDS = {
+    "race": "two accesses to one cell, one of them a write and not both atomic, that nothing orders",
+    "poison": "a cell is read that nobody has written",
+    "out of bounds": "an index outside of its array, or an address where no array begins",
+    "conflict": "a rank wrote where another's rows or flags belong, or one place twice in a call",
+    "barrier": "lanes of a block meet at barriers in different places",
+    "deadlock": "nobody can go on",
+    "livelock": "nobody finishes",
+    "wrong result": "not what the reference computes, or other bits than under another seed",
+    "count": "a task ran twice, never, or is none of the layer's",
+    "error": "the kernel raised an exception",
+}
+
+
+class Report(NamedTuple):
+    """One finding."""
+
+    kind: str  # of KINDS
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
+class Stopped(Exception):
+    """The kernel cannot go on after this finding, which has been reported."""
+
+
+def place(code: CodeType, instruction: int) -> str:
+    """`function:line` of an instruction."""
+    for start, end, line in code.co_lines():
+        if start <= instruction < end and line is not None:
+            return f"{code.co_name}:{line}"
+    return code.co_name
+
+
+def kernel_frame(frame: FrameType) -> FrameType:
+    """The innermost frame that is not of a verb: verbs mark their module with `IS_VERB`."""
+    while "IS_VERB" in frame.f_globals and frame.f_back:
+        frame = frame.f_back
+    return frame

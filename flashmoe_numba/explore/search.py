@@ -1,0 +1,119 @@
+"""Many runs of one world: an explorer in each process, seeds dealt out among them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from types import ModuleType
+from typing import Any
+
+from ..device.compilation import PACKAGE, load_interpreted
+from .checks import Checker
+from .plants import PLANTS, planted
+from .reports import Report
+from .strategies import RoundRobinStrategy, make_strategy
+from .watched import watch
+from .world import World, WorldSpec
+
+SEEDS_PER_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is explored: the same seed of the same search gives the same run.
+
+    Args:
+        strategy: one of strategies.STRATEGIES.
+        depth: of bugs that PCT looks for.
+        plant: name of a planted bug, or None for the kernel as it is.
+        keep_history: record every atomic access.
+    """
+
+    spec: WorldSpec
+    strategy: str = "random"
+    depth: int = 3
+    plant: str | None = None
+    keep_history: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One seed's run."""
+
+    seed: int
+    reports: list[Report]
+    switches: int
+    seconds: float
+    history: list[tuple[str, str, str, int, int]] | None = None
+
+
+class Explorer:
+    """Runs seeds of a search in this process."""
+
+    def __init__(self, search: Search, kernel: ModuleType) -> None:
+        self.search = search
+        self.world = World(search.spec, kernel, search.keep_history)
+        self.checker = Checker(self.world)
+        self.num_steps = self._measure_steps() if search.strategy == "pct" else 0
+
+    def _measure_steps(self) -> int:
+        """PCT's k: the steps of a run in turns, which is the same one for every seed."""
+        strategy = RoundRobinStrategy(0)
+        self.world.run(strategy)
+        return strategy.steps
+
+    def run(self, seed: int) -> Outcome:
+        start = time.perf_counter()
+        search = self.search
+        strategy = make_strategy(search.strategy, seed, num_steps=self.num_steps, depth=search.depth)
+        run = self.world.run(strategy)
+        reports = self.checker.check(run)
+        return Outcome(seed, reports, run.switches, time.perf_counter() - start, run.history)
+
+
+@contextlib.contextmanager
+def watched_kernel(plant: str | None) -> Iterator[ModuleType]:
+    """The kernel for `World`, with a planted bug if one is named."""
+    with contextlib.ExitStack() as stack:
+        if plant is None:
+            yield watch(load_interpreted(PACKAGE / "kernel", "flashmoe_numba.kernel_watched"))
+        else:
+            yield watch(stack.enter_context(planted(PLANTS[plant])))
+
+
+def explore(search: Search, seeds: Sequence[int], jobs: int = 1) -> Iterator[Outcome]:
+    """The outcome of every seed, as they come."""
+    if jobs == 1:
+        with watched_kernel(search.plant) as kernel:
+            explorer = Explorer(search, kernel)
+            yield from map(explorer.run, seeds)
+        return
+    batches = [seeds[i : i + SEEDS_PER_BATCH] for i in range(0, len(seeds), SEEDS_PER_BATCH)]
+    workers = ProcessPoolExecutor(
+        jobs, get_context("spawn"), _begin, (search,)
+    )  # not fork: the caller may have threads
+    with workers:
+        pending: set[Future[list[Outcome]]] = {workers.submit(_run, batch) for batch in batches}
+        try:
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield from future.result()
+        finally:
+            workers.shutdown(cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}  # this process's explorer, and what keeps its kernel
+
+
+def _begin(search: Search) -> None:
+    stack = _worker["stack"] = contextlib.ExitStack()
+    _worker["explorer"] = Explorer(search, stack.enter_context(watched_kernel(search.plant)))
+
+
+def _run(seeds: Sequence[int]) -> list[Outcome]:
+    return [_worker["explorer"].run(seed) for seed in seeds]
