@@ -1,7 +1,8 @@
 """The one fitted number per (policy, GPU): the share of the tensor peak that its tiles reach.
 
 `flashmoe validate --fit` fits them to the published tables and writes rates.toml beside this file; nobody does by hand.
-A GPU for which nothing is published gets the mean of the policy's other GPUs, a policy without any `DEFAULT_RATE`.
+A GPU for which nothing is published gets the mean of the policy's GPUs of the same chip, which differ in memory and
+clocks, and without these that of all its GPUs; a policy without any `DEFAULT_RATE`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 DEFAULT_RATE = 0.6  # assumption: between FlashMoE's third of the peak and the four fifths of large matrix products
+CHIPS = (("H100", "H200", "H800", "H20"), ("B200", "GB200"))  # GH100 and GB100; the other presets are alone
 FILE = Path(__file__).with_name("rates.toml")
 
 
@@ -31,7 +33,10 @@ def fitted_rate(policy: str, hardware_name: str) -> float:
     rates = fitted_rates().get(policy, {})
     if not rates:
         return DEFAULT_RATE
-    return rates.get(gpu_kind(hardware_name), sum(rates.values()) / len(rates))
+    kind = gpu_kind(hardware_name)
+    same_chip = [rates[gpu] for chip in CHIPS if kind in chip for gpu in chip if gpu in rates]
+    others = same_chip or list(rates.values())
+    return rates.get(kind, sum(others) / len(others))
 
 
 def is_fitted(policy: str, hardware_name: str) -> bool:

@@ -259,6 +259,19 @@ def test_a_gpu_without_a_rate_gets_the_mean_of_the_others_and_says_so(rates_file
     assert rates.is_fitted("comet", "1xA100") and not rates.is_fitted("bulk", "1xA100")
 
 
+def test_a_gpu_without_a_rate_is_as_those_of_its_chip(rates_file):
+    """Or an H200 would be faster than an H100 at products, and a DGX of H100s slower because A100s are."""
+    rates_file.write_text(
+        "[comet]\nH800 = 0.5\nH200 = 0.7\nA100 = 0.1\nH100 = 0.3\n[megamoe]\nB200 = 0.6\nH200 = 0.4\n"
+    )
+    assert rates.fitted_rate("comet", "8xH20") == pytest.approx(0.5)
+    assert rates.fitted_rate("comet", "8xH200") == 0.7
+    assert rates.fitted_rate("megamoe", "8xH100") == 0.4
+    assert rates.fitted_rate("megamoe", "1x72xGB200") == 0.6
+    assert rates.fitted_rate("megamoe", "8xA100") == 0.5
+    assert not rates.is_fitted("megamoe", "8xH100")
+
+
 # ---- the command
 
 
