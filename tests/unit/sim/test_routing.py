@@ -129,6 +129,12 @@ def test_zipf_exponent_sets_the_shares(exponent, num_experts):
         assert_shares(counts, popularity / popularity.sum())
 
 
+@pytest.mark.parametrize("digits", [39, 400])
+def test_zipf_of_any_steepness_is_one_expert_first(digits):
+    counts = make_routing("zipf:" + "9" * digits, make_config(num_topk=1)).counts.sum(axis=0)
+    assert sorted(counts.tolist())[-2:] == [0, 200]
+
+
 def test_zipf_deals_popularity_to_experts_by_the_seed():
     hottest = {int(make_routing("zipf:2", make_config(), seed).counts.sum(axis=0).argmax()) for seed in range(20)}
     assert len(hottest) > 5
