@@ -22,6 +22,7 @@ COMMANDS = {
     "explain": "where the time of one simulation goes, and what would make it shorter",
     "calibrate": "measure this machine by the kernel's trace, as hardware for sim",
     "validate": "published measurements beside the simulator's, with the errors; fit its rates",
+    "explore": "run the kernel's source under many interleavings: races, deadlocks, wrong results",
     "compile": "build the kernels for GPUs, without one, and check the machine code that came out",
     "cache": "where compiled kernels are kept and how much room they take; clear them",
     "sweep": "simulate all combinations of a grid into one file, on all cores",

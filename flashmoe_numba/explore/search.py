@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from types import ModuleType
@@ -86,25 +86,19 @@ def watched_kernel(plant: str | None) -> Iterator[ModuleType]:
 
 
 def explore(search: Search, seeds: Sequence[int], jobs: int = 1) -> Iterator[Outcome]:
-    """The outcome of every seed, as they come."""
+    """The outcome of every seed, in order."""
     if jobs == 1:
         with watched_kernel(search.plant) as kernel:
             explorer = Explorer(search, kernel)
             yield from map(explorer.run, seeds)
         return
     batches = [seeds[i : i + SEEDS_PER_BATCH] for i in range(0, len(seeds), SEEDS_PER_BATCH)]
-    workers = ProcessPoolExecutor(
-        jobs, get_context("spawn"), _begin, (search,)
-    )  # not fork: the caller may have threads
-    with workers:
-        pending: set[Future[list[Outcome]]] = {workers.submit(_run, batch) for batch in batches}
-        try:
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield from future.result()
-        finally:
-            workers.shutdown(cancel_futures=True)
+    workers = ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (search,))  # fork would copy locks of threads
+    try:
+        for outcomes in workers.map(_run, batches):
+            yield from outcomes
+    finally:
+        workers.shutdown(cancel_futures=True)
 
 
 _worker: dict[str, Any] = {}  # this process's explorer, and what keeps its kernel

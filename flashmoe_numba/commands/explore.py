@@ -1,0 +1,195 @@
+"""Run the kernel's own source under many interleavings of a small world, with every access to memory watched.
+
+A run is clean if nothing raced, no cell was read before it was written, no index was out of bounds, no rank wrote where
+another's rows belong, nobody waits for ever, every task ran once, and the results are the reference's, with the same
+bits under every seed. The first seed that is not clean is reported with the command that replays it; exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from reference import DTYPES, MoEConfig
+
+from ..explore.plants import PLANTS
+from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore
+from ..explore.strategies import STRATEGIES
+from ..explore.world import WorldSpec
+from . import UsageError
+from .sizes import add_json_argument, check_outputs, in_flags, integer, write_json
+
+TILES = dict(tile_m=4, tile_m_min=2, tile_n=4, token_block=2)  # so small that a world of a few rows has many tiles
+REPLACED = ("--seed", "--seeds", "--jobs", "--history")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `flashmoe explore`."""
+    add = parser.add_argument_group("world").add_argument
+    for flag, default, what in (
+        ("ranks", 2, "ranks of expert parallelism; must divide the experts"),
+        ("processors", 2, "processor blocks of a rank, beside its OS block"),
+        ("lanes", 1, "threads of a block"),
+        ("tokens", 4, "most tokens of a rank"),
+        ("experts", 4, "experts over all ranks"),
+        ("topk", 2, "experts of each token"),
+        ("hidden", 5, "row length of a token"),
+        ("ffn", 3, "row length inside an expert"),
+        ("epochs", 2, "calls in a row; later ones have fewer tokens on some ranks, or routing from outside"),
+    ):
+        add(f"--{flag}", type=integer(1), default=default, metavar="N", help=f"{what} [{default}]")
+    add("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert [no limit]")
+    add("--dtype", choices=DTYPES, default="float32", help="[float32]")
+    add("--gated", action=argparse.BooleanOptionalAction, default=True, help="act(gate) * up instead of act(up)")
+    add("--renormalize", action=argparse.BooleanOptionalAction, default=True, help="weights of a token add up to 1")
+    add("--world", type=integer(0), default=0, metavar="N", help="seed of weights, tokens, counts and routing [0]")
+    _add_search(parser)
+    add_json_argument(parser)
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("search").add_argument
+    add("--strategy", choices=STRATEGIES, default="random", help="who runs next, and when it gives way [random]")
+    add("--depth", type=integer(1), default=3, metavar="N", help="of the bugs that pct looks for [3]")
+    add("--seed", type=integer(0), default=0, metavar="N", help="first seed [0]")
+    add("--seeds", type=integer(1), default=100, metavar="N", help="how many [100]")
+    add("--jobs", type=integer(1), metavar="N", help="processes [the cores]")
+    add("--history", type=integer(0), default=0, metavar="N", help="of a bad run, print the last N atomic accesses [0]")
+    add("--plant", metavar="NAME", help="put this bug into the kernel first; it should be found")
+    add("--list-plants", action="store_true", help="say which bugs there are, and run nothing")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what the flags describe."""
+    check_outputs({"--json": args.json})
+    if args.list_plants:
+        return _list_plants(args.json)
+    search = _search(args)
+    jobs = args.jobs or len(os.sched_getaffinity(0))
+    seeds = range(args.seed, args.seed + args.seeds)
+    if args.json != "-":
+        print(_describe(search), flush=True)
+    tally = _tally(_progress(explore(search, seeds, jobs if len(seeds) > SEEDS_PER_BATCH else 1), len(seeds)))
+    replay = _replay(args.argv, tally.bad.seed) if tally.bad else None
+    if args.json != "-":
+        print("\n".join(_lines(tally, replay, args.history)), flush=True)
+    if args.json:
+        write_json(args.json, _as_json(args, search, jobs, tally, replay))
+    return 1 if tally.bad else 0
+
+
+def _search(args: argparse.Namespace) -> Search:
+    if args.plant is not None and args.plant not in PLANTS:
+        raise UsageError(f"argument --plant: there is no {args.plant!r}; see --list-plants")
+    try:
+        config = MoEConfig(
+            num_ranks=args.ranks, num_tokens=args.tokens, hidden=args.hidden, ffn=args.ffn, num_experts=args.experts,
+            num_topk=args.topk, gated=args.gated, activation="silu", dtype=args.dtype, capacity=args.capacity,
+            renormalize=args.renormalize, **TILES,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise UsageError(in_flags(str(error))) from None
+    spec = WorldSpec(
+        config=config, num_processors=args.processors, lanes=args.lanes, epochs=args.epochs, data_seed=args.world
+    )
+    return Search(spec=spec, strategy=args.strategy, depth=args.depth, plant=args.plant, keep_history=args.history > 0)
+
+
+# ---- the runs
+
+
+@dataclass
+class _Tally:
+    runs: int = 0
+    switches: int = 0
+    busy_s: float = 0.0  # of all processes together
+    wall_s: float = 0.0
+    bad: Outcome | None = field(default=None)
+
+
+def _tally(outcomes: Iterable[Outcome]) -> _Tally:
+    """Count runs until the first that is not clean."""
+    tally, start = _Tally(), time.perf_counter()
+    for outcome in outcomes:
+        tally.runs += 1
+        tally.switches += outcome.switches
+        tally.busy_s += outcome.seconds
+        if outcome.reports:
+            tally.bad = outcome
+            break
+    tally.wall_s = time.perf_counter() - start
+    return tally
+
+
+def _progress(outcomes: Iterator[Outcome], num_runs: int) -> Iterable[Outcome]:
+    if num_runs == 1 or not sys.stderr.isatty():
+        return outcomes
+    from tqdm import tqdm
+
+    return tqdm(outcomes, total=num_runs, unit="run", leave=False)
+
+
+# ---- what is said
+
+
+def _describe(search: Search) -> str:
+    spec, c = search.spec, search.spec.config
+    capacity = "no limit" if c.capacity is None else f"capacity {c.capacity}"
+    sizes = f"{c.num_tokens} tokens a rank, top {c.num_topk} of {c.num_experts} experts, {capacity}"
+    blocks = f"{c.num_ranks} ranks x {spec.num_processors} processors + 1, {spec.lanes} lanes, {spec.epochs} calls"
+    return f"{blocks}: {sizes}; strategy {search.strategy}{f', plant {search.plant}' if search.plant else ''}"
+
+
+def _lines(tally: _Tally, replay: str | None, history: int) -> list[str]:
+    rate = f"{tally.runs / tally.wall_s:,.0f} runs/s, {tally.switches / tally.wall_s:,.0f} switches/s"
+    per_core = f"{tally.runs / tally.busy_s:,.0f} runs/s in each process"
+    counted = f"{tally.runs} runs in {tally.wall_s:.1f} s: {rate}; {per_core}"
+    if tally.bad is None:
+        return [counted, "clean"]
+    told = [f"  {report}" for report in tally.bad.reports]
+    story = [f"  {who} {verb} {what}[{i}]: {value}" for who, verb, what, i, value in tally.bad.history or []]
+    return [counted, f"seed {tally.bad.seed} is not clean:", *told, *story[-history:], f"replay: {replay}"]
+
+
+def _replay(argv: list[str], seed: int) -> str:
+    """The command that runs this seed alone."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word in REPLACED:
+            next(words, None)
+        elif word.partition("=")[0] not in REPLACED:
+            kept.append(word)
+    return shlex.join(["flashmoe", *kept, "--seed", str(seed), "--seeds", "1"])
+
+
+def _as_json(args: argparse.Namespace, search: Search, jobs: int, tally: _Tally, replay: str | None) -> dict[str, Any]:
+    bad = tally.bad
+    return {
+        "search": asdict(search),
+        "first_seed": args.seed,
+        "jobs": jobs,
+        "runs": tally.runs,
+        "runs_per_s": tally.runs / tally.wall_s,
+        "switches_per_s": tally.switches / tally.wall_s,
+        "runs_per_process_s": tally.runs / tally.busy_s,
+        "clean": bad is None,
+        "bad_seed": bad.seed if bad else None,
+        "reports": [report._asdict() for report in bad.reports] if bad else [],
+        "history": bad.history[-args.history :] if bad and bad.history else [],
+        "replay": replay,
+    }
+
+
+def _list_plants(json: str | None) -> int:
+    if json != "-":
+        for plant in PLANTS.values():
+            print(f"{plant.name:34}{plant.file:15}{plant.summary} [{', '.join(plant.found_by)}]")
+    if json:
+        write_json(json, [asdict(plant) for plant in PLANTS.values()])
+    return 0
