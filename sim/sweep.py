@@ -5,8 +5,9 @@ A row is one object: its `key`, every parameter (see `grid.Point`), and `report`
 order: the time left is honest then, and a sweep that was stopped has something of everything.
 
 Invariants: a line that was written stays; whoever is killed leaves at most one torn line, the last, which the next one
-cuts off; nobody else writes to the file meanwhile. Leaves out: which version of the simulator made a row. When the
-simulator has changed, begin a new file.
+cuts off; nobody else writes to the file meanwhile. Leaves out: which version of the simulator made a row, and what a
+recording or a hardware file held. When one of them has changed, or an error was not the combination's fault, begin a
+new file.
 """
 
 from __future__ import annotations

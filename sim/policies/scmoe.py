@@ -38,7 +38,8 @@ DENSE_STAGES = ("ffn", "qkv", "output", "ffn")
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of any product.
-    zero_share: share of the choices, in [0, 1], that are of zero-computation experts.
+    zero_share: share of the choices, in [0, 1], that are of zero-computation experts. By default none, so that all
+        policies compute the same; LongCat-Flash has about a third.
     zero_seed: which ones.
     dense_ffn: inner size of the dense FFNs; None: twice the hidden size, as in LongCat-Flash.
     overlap: the dense work runs beside the MoE layer; if not, after it.
@@ -49,7 +50,7 @@ class Knobs(PolicyKnobs):
 
     tile_m: int = 128
     tile_n: int = 128
-    zero_share: float = 1 / 3
+    zero_share: float = 0.0
     zero_seed: int = 1
     dense_ffn: int | None = None
     overlap: bool = True

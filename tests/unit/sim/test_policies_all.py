@@ -12,11 +12,9 @@ from sim.placement import balance
 from sim.policies import POLICY_NAMES, build, make_knobs
 from sim.what_if import NOT_CHOICES
 
-ALL_ROWS = {"scmoe": {"zero_share": 0.0}}  # knobs with which a policy computes every choice
-
 
 def graph_of(policy, world):
-    return build(policy, world, make_knobs(policy, ALL_ROWS.get(policy, {})))
+    return build(policy, world, make_knobs(policy, {}))
 
 
 @pytest.mark.parametrize("hardware", ["4xH100", "2x2xH100"])
