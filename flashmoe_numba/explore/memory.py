@@ -37,7 +37,8 @@ class Actor:
         self.memory, self.index, self.name, self.rank, self.epoch = memory, index, name, rank, epoch
         self.clock = clock
         self.tick()
-        self.looked: dict[tuple[Region, int], int] = {}  # words it read since it last found something
+        self.looked: dict[tuple[Region, int], int] = {}  # words it has loaded, and their values, since its last pause
+        self.looked_before: dict[tuple[Region, int], int] = {}  # between its last two pauses
 
     def tick(self) -> None:
         """Begin a new stretch: what comes now is not covered by what was given to others before."""

@@ -1,4 +1,4 @@
-"""What a fiber that cannot go on waits for: the words it looked at since it last did something, and what it wants."""
+"""What a fiber that cannot go on waits for: the words it looked at since it last paused, and what it wants."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TAS
 def waiting(fiber: Fiber) -> str:
     """One line: who, where, and the words with their values."""
     actor: Any = getattr(fiber, "actor", None)
-    looked = actor.looked.items() if actor else ()
-    words = [_word(region, i, value, actor.epoch) for (region, i), value in looked]
+    looked = actor.looked_before | actor.looked if actor else {}
+    words = [_word(region, i, value, actor.epoch) for (region, i), value in looked.items()]
     if fiber in fiber.block.waiting:
         words = [f"a barrier that {len(fiber.block.waiting)} of {fiber.block.live} lanes have reached"]
     return f"{fiber.place()}: {'; '.join(words) or 'has not looked at anything'}"

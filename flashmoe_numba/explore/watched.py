@@ -54,8 +54,9 @@ def cas(words: Region, i: int, expected: int, value: int) -> int:
 
 
 def pause(attempt: int) -> int:
+    actor = getcurrent().actor
+    actor.looked_before, actor.looked = actor.looked, {}
     fibers.idle()
-    getcurrent().actor.looked.clear()
     return attempt + 1
 
 

@@ -1,0 +1,44 @@
+"""Small hand-written kernels on watched memory, to see what the detectors say of them."""
+
+import contextlib
+
+import numpy as np
+
+from flashmoe_numba.device.fibers import Scheduler, current
+from flashmoe_numba.explore.memory import Actor, Memory
+from flashmoe_numba.explore.reports import Stopped
+
+
+class Bench:
+    """Watched arrays, and a run of one kernel in several blocks; arrays are given by name and size.
+
+    Args:
+        empty: names of arrays that begin unwritten.
+    """
+
+    def __init__(self, lanes=1, blocks=2, empty=(), writers=0, **sizes):
+        self.lanes, self.blocks, self.initial = lanes, blocks, sizes
+        self.memory = Memory(lanes * blocks, keep_history=True)
+        self.arrays = [
+            self.memory.region(name, np.zeros(size, np.int64), initialised=name not in empty, num_writers=writers)
+            for name, size in sizes.items()
+        ]
+
+    def run(self, kernel, strategy):
+        """Kinds of the reports; `kernel(block, *arrays)` runs in every lane of every block."""
+        self.memory.begin()
+        for region in self.arrays:
+            region.array[:] = 0
+        scheduler = Scheduler(strategy=strategy, max_switches=100_000)
+        for block in range(self.blocks):
+            scheduler.add_block(f"block {block}", self._enter, (kernel, block), self.lanes)
+        with contextlib.suppress(Stopped):
+            scheduler.run()
+        return sorted({report.kind for report in self.memory.reports})
+
+    def _enter(self, kernel, block):
+        fiber = current()
+        name = f"block {block} lane {fiber.lane}"
+        index = block * self.lanes + fiber.lane
+        fiber.actor = Actor(self.memory, index, name, block, 1, [0] * self.memory.num_actors)
+        kernel(block, *self.arrays)

@@ -1,0 +1,147 @@
+"""The real kernel is clean in many small worlds, runs are replayed, and what goes wrong is told."""
+
+import json
+import re
+
+import pytest
+
+from flashmoe_numba.cli import main
+from flashmoe_numba.explore.search import Explorer, Search, explore, watched_kernel
+from flashmoe_numba.explore.world import WorldSpec
+from reference import MoEConfig
+
+TINY = dict(
+    num_ranks=2, num_tokens=4, hidden=5, ffn=3, num_experts=4, num_topk=2, gated=True, activation="silu",
+    tile_m=4, tile_m_min=2, tile_n=4, token_block=2,
+)  # fmt: skip
+WORLDS = {
+    "one rank": dict(num_ranks=1, lanes=2),
+    "one processor": dict(num_processors=1, epochs=3),
+    "three lanes": dict(lanes=3, num_processors=1),
+    "three processors, three ranks": dict(num_ranks=3, num_experts=6, num_processors=3, num_topk=3),
+    "four ranks, few packets with rows": dict(num_ranks=4, num_topk=1, epochs=3),
+    "drops": dict(capacity=1, num_topk=3, lanes=2, epochs=3),
+    "several tiles a packet": dict(num_tokens=9, num_experts=2, num_processors=3),
+    "float16": dict(dtype="float16", renormalize=False),
+    "bfloat16": dict(dtype="bfloat16", gated=False),
+    "float64": dict(dtype="float64", lanes=4, num_processors=1),
+}
+
+
+def spec(num_processors=2, lanes=1, epochs=2, data_seed=0, **changes):
+    config = MoEConfig(**(TINY | changes))
+    return WorldSpec(config=config, num_processors=num_processors, lanes=lanes, epochs=epochs, data_seed=data_seed)
+
+
+@pytest.mark.parametrize("strategy", ["random", "pct", "round-robin"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_kernel_is_clean(world, strategy):
+    for data_seed in (0, 1):  # other counts of tokens, and other routing in later calls
+        search = Search(spec=spec(**WORLDS[world], data_seed=data_seed), strategy=strategy)
+        for outcome in explore(search, range(4)):
+            assert outcome.reports == [], f"{search}, seed {outcome.seed}: {outcome.reports}"
+
+
+@pytest.mark.parametrize("strategy", ["random", "pct", "round-robin"])
+def test_a_seed_replays_the_history_whatever_ran_before(strategy):
+    search = Search(spec=spec(lanes=2), strategy=strategy, keep_history=True)
+    together = {outcome.seed: outcome for outcome in explore(search, range(4))}
+    (alone,) = explore(search, [3])
+    assert alone.history == together[3].history
+    assert alone.switches == together[3].switches
+    assert together[2].history != together[3].history
+
+
+def test_ranks_are_a_call_apart():
+    """A host that has nothing to wait for goes on, while the other rank is still in the call before."""
+    bench = Search(spec=spec(epochs=3, num_topk=1, num_processors=1, data_seed=2), strategy="pct", keep_history=True)
+    apart = 0
+    for outcome in explore(bench, range(20)):
+        calls = {0: 0, 1: 0}
+        for who, verb, what, i, value in outcome.history:
+            if verb == "releases" and what.endswith("queue.tasks") and i % 8 == 0:
+                calls[int(who[5])] = value
+                apart += abs(calls[0] - calls[1]) == 1 and min(calls.values()) > 0
+                assert abs(calls[0] - calls[1]) <= 1, f"seed {outcome.seed}: {calls}"
+    assert apart > 0
+
+
+def test_outcomes_of_many_processes_come_in_order():
+    search = Search(spec=spec(num_processors=1, epochs=1))
+    alone = list(explore(search, range(20)))
+    spread = list(explore(search, range(20), jobs=2))
+    assert [(o.seed, o.switches) for o in spread] == [(o.seed, o.switches) for o in alone]
+
+
+def test_wrong_bits_are_told():
+    with watched_kernel(None) as kernel:
+        explorer = Explorer(Search(spec=spec()), kernel)
+        assert explorer.run(0).reports == []
+        explorer.checker._right[2][1].y.view("u4")[0, 0] ^= 1
+        (report,) = explorer.run(1).reports
+    assert report == ("wrong result", "rank 1, call 2: rows [0] have other bits than under another seed")
+
+
+def flashmoe(capsys, *argv):
+    status = main(["explore", *argv])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_a_clean_search(capsys):
+    status, out, _ = flashmoe(capsys, "--seeds", "3", "--epochs", "1")
+    assert status == 0
+    assert out.splitlines()[-1] == "clean"
+    status, out, _ = flashmoe(capsys, "--seeds", "3", "--epochs", "1", "--json", "-")
+    found = json.loads(out)
+    assert (status, found["clean"], found["runs"], found["replay"]) == (0, True, 3, None)
+
+
+def test_a_bad_seed_is_replayed_by_its_command(capsys):
+    flags = ["--plant", "gemm1-early", "--strategy", "pct", "--processors", "3"]
+    status, out, _ = flashmoe(capsys, *flags, "--seeds=8", "--seed", "5", "--jobs", "1", "--history", "3")
+    assert status == 1
+    assert re.search(r"race: rank \d packets.hidden\[\d+\]: .* at gemm\d:\d+ and .* at gemm\d:\d+", out), out
+    replay = out.splitlines()[-1].removeprefix("replay: flashmoe explore ").split()
+    assert replay[:-4] == flags
+    assert replay[-4::2] == ["--seed", "--seeds"]
+    status, again, _ = flashmoe(capsys, *replay, "--json", "-")
+    found = json.loads(again)
+    assert (status, found["bad_seed"], found["runs"]) == (1, int(replay[-3]), 1)
+    for report in found["reports"]:
+        assert f"  {report['kind']}: {report['text']}" in out, f"{report} is new"
+
+
+def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
+    status, out, _ = flashmoe(capsys, "--plant", "empty-packet-not-signalled", "--topk", "1", "--seeds", "8")
+    assert status == 1
+    assert re.search(
+        r"OS block .* at .*: rank \d segments.dispatch_flag\[\d\] is \(call 1, \d rows\), wanted call 2", out
+    ), out
+    told = [line for line in out.splitlines() if "processor" in line and "wait_for_place" in line]
+    assert len(told) == 4, out
+    for line in told:
+        assert re.search(
+            r"tasks\[\d+\], the stamp of place \d+, is \d, wanted 2; .*TOTAL, is 0; .*abort word, is 0", line
+        ), out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--plant", "none"], "argument --plant: there is no 'none'; see --list-plants"),
+        (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 4"),
+        (["--topk", "5"], "--topk must be in [1, --experts=4], got 5"),
+        (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
+    ],
+)
+def test_what_cannot_be_explored(capsys, argv, message):
+    status, _, err = flashmoe(capsys, *argv)
+    assert (status, err) == (2, f"flashmoe explore: error: {message}\n")
+
+
+def test_the_list_of_plants(capsys):
+    from flashmoe_numba.explore.plants import PLANTS
+
+    status, out, _ = flashmoe(capsys, "--list-plants")
+    assert (status, [line.split()[0] for line in out.splitlines()]) == (0, list(PLANTS))
