@@ -7,7 +7,6 @@ that a plant cannot outlive the code it was made for.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shutil
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from ..device.compilation import PACKAGE, _interpretation
+from ..device.compilation import PACKAGE, load_interpreted
 
 KERNEL = PACKAGE / "kernel"
 INTERPRETED = "flashmoe_numba.kernel_interpreted"  # where device.compilation.interpreted looks first
@@ -55,7 +54,7 @@ def planted(plant: Plant) -> Iterator[ModuleType]:
         folder = Path(temporary) / "kernel"
         shutil.copytree(KERNEL, folder, ignore=shutil.ignore_patterns("__pycache__"))
         _edit(folder / plant.file, plant)
-        yield _load(folder)
+        yield load_interpreted(folder, INTERPRETED)
 
 
 def _edit(file: Path, plant: Plant) -> None:
@@ -80,18 +79,6 @@ def _without_the_interpreted_kernel() -> Iterator[None]:
 def _take_modules() -> dict[str, ModuleType]:
     names = [name for name in sys.modules if f"{name}.".startswith(f"{INTERPRETED}.")]
     return {name: sys.modules.pop(name) for name in names}
-
-
-def _load(folder: Path) -> ModuleType:
-    """The package in `folder` as the interpreted kernel."""
-    spec = importlib.util.spec_from_file_location(
-        INTERPRETED, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec and spec.loader
-    module = sys.modules[INTERPRETED] = importlib.util.module_from_spec(spec)
-    with _interpretation():
-        spec.loader.exec_module(module)
-    return module
 
 
 _ALL = (
