@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gated", action=argparse.BooleanOptionalAction, default=True, help="act(gate) * up instead of act(up)")
     add("--renormalize", action=argparse.BooleanOptionalAction, default=True, help="weights of a token add up to 1")
     add("--world", type=integer(0), default=0, metavar="N", help="seed of weights, tokens, counts and routing [0]")
+    add("--leaver", type=integer(0), metavar="RANK", help="this rank gives up in the last call, and all must stop")
     _add_search(parser)
     add_json_argument(parser)
 
@@ -95,8 +96,15 @@ def _search(args: argparse.Namespace) -> Search:
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise UsageError(in_flags(str(error))) from None
+    if args.leaver is not None and args.leaver >= args.ranks:
+        raise UsageError(f"argument --leaver: must be a rank in [0, {args.ranks - 1}], got {args.leaver}")
     spec = WorldSpec(
-        config=config, num_processors=args.processors, lanes=args.lanes, epochs=args.epochs, data_seed=args.world
+        config=config,
+        num_processors=args.processors,
+        lanes=args.lanes,
+        epochs=args.epochs,
+        data_seed=args.world,
+        leaver=args.leaver,
     )
     return Search(spec=spec, strategy=args.strategy, depth=args.depth, plant=args.plant, keep_history=args.history > 0)
 

@@ -25,7 +25,7 @@ from greenlet import getcurrent
 
 from .reports import Report, Stopped, kernel_frame, place
 
-Access = tuple["Actor", int, Any, int]  # who, its clock then, code and instruction
+Access = tuple["Actor", int, Any, int]  # who, its clock then, code and instruction, or None and 0 without places
 _frame = sys._getframe
 IS_VERB = True  # reports name the caller
 
@@ -44,6 +44,7 @@ class Actor:
         """Begin a new stretch: what comes now is not covered by what was given to others before."""
         self.clock = self.clock.copy()  # others may hold the old list
         self.clock[self.index] += 1
+        self.now: Access | None = None if self.memory.with_places else (self, self.clock[self.index], None, 0)
 
     def join(self, clock: list[int]) -> None:
         self.clock = list(map(max, self.clock, clock))
@@ -85,29 +86,27 @@ class Region:
             return self._read_slice(i)
         if not 0 <= i < self.size:
             self._out_of_bounds(i)
-        actor, frame = getcurrent().actor, _frame(1)
-        if "IS_VERB" in frame.f_globals:
-            frame = kernel_frame(frame)
-        self._read(i, (actor, actor.clock[actor.index], frame.f_code, frame.f_lasti))
+        access = getcurrent().actor.now or _placed()
+        if self.writes[i] is not access and self.reads[i] is not access:  # else nothing is new
+            self._read(i, access)
         return self.cells[i]
 
     def __setitem__(self, i: Any, value: Any) -> None:
         if not 0 <= i < self.size:
             self._out_of_bounds(i)
-        actor, frame = getcurrent().actor, _frame(1)
-        if "IS_VERB" in frame.f_globals:
-            frame = kernel_frame(frame)
-        self._write(i, (actor, actor.clock[actor.index], frame.f_code, frame.f_lasti))
+        access = getcurrent().actor.now or _placed()
+        if self.writes[i] is not access or self.writer_cells:
+            self._write(i, access)
         self.cells[i] = value
 
     def _read_slice(self, cells: slice) -> np.ndarray:
         start, stop = cells.start or 0, self.size if cells.stop is None else cells.stop
         if not 0 <= start <= stop <= self.size or cells.step is not None:
             self._out_of_bounds(stop)
-        actor, frame = getcurrent().actor, kernel_frame(_frame(2))
-        access = (actor, actor.clock[actor.index], frame.f_code, frame.f_lasti)
+        access = getcurrent().actor.now or _placed()
         for i in range(start, stop):
-            self._read(i, access)
+            if self.writes[i] is not access and self.reads[i] is not access:
+                self._read(i, access)
         return self.array[start:stop]
 
     def _read(self, i: int, access: Access) -> None:
@@ -185,8 +184,7 @@ class Region:
     def _atomic(self, i: int) -> Access:
         if not 0 <= i < self.size:
             self._out_of_bounds(i)
-        actor, frame = getcurrent().actor, kernel_frame(_frame(2))
-        return actor, actor.clock[actor.index], frame.f_code, frame.f_lasti
+        return getcurrent().actor.now or _placed()
 
     def _record_atomic(self, i: int, access: Access, kind: dict[int, dict[int, Access]]) -> None:
         """Check against plain accesses, and keep it for those to come."""
@@ -248,6 +246,7 @@ class Memory:
 
     def __init__(self, num_actors: int, keep_history: bool = False) -> None:
         self.num_actors = num_actors
+        self.with_places = True
         self.reports: list[Report] = []
         self.history: list[tuple[str, str, str, int, int]] | None = [] if keep_history else None
         self._known: set[Any] = set()
@@ -271,8 +270,14 @@ class Memory:
             raise Stopped
         return region
 
-    def begin(self) -> None:
-        """A new run: no access, no report. The arrays' contents are the caller's."""
+    def begin(self, with_places: bool = True) -> None:
+        """A new run: no access, no report. The arrays' contents are the caller's.
+
+        Args:
+            with_places: note of every access where in the source it was made. It takes twice the time, so it may be
+                left to a second run under the same strategy and seed, once there is something to report.
+        """
+        self.with_places = with_places
         self.reports, self._known = [], set()
         if self.history is not None:
             self.history = []
@@ -295,8 +300,14 @@ def joined(clocks: Sequence[list[int]]) -> list[int]:
     return [max(entries) for entries in zip(*clocks, strict=True)]
 
 
+def _placed() -> Access:
+    """The access that kernel code is making."""
+    actor, frame = getcurrent().actor, kernel_frame(_frame(1))
+    return actor, actor.clock[actor.index], frame.f_code, frame.f_lasti
+
+
 def _where(access: Access) -> str:
-    return place(access[2], access[3])
+    return place(access[2], access[3]) if access[2] else "an unknown place"
 
 
 def _who(access: Access) -> str:

@@ -62,15 +62,19 @@ class Explorer:
 
     def _measure_steps(self) -> int:
         """PCT's k: the steps of a run in turns, which is the same one for every seed."""
-        strategy = RoundRobinStrategy(0)
-        self.world.run(strategy)
-        return strategy.steps
+        made: list[RoundRobinStrategy] = []
+
+        def make() -> RoundRobinStrategy:
+            made.append(RoundRobinStrategy(0))
+            return made[-1]
+
+        self.world.run(make)
+        return made[-1].steps
 
     def run(self, seed: int) -> Outcome:
         start = time.perf_counter()
         search = self.search
-        strategy = make_strategy(search.strategy, seed, num_steps=self.num_steps, depth=search.depth)
-        run = self.world.run(strategy)
+        run = self.world.run(lambda: make_strategy(search.strategy, seed, num_steps=self.num_steps, depth=search.depth))
         reports = self.checker.check(run)
         return Outcome(seed, reports, run.switches, time.perf_counter() - start, run.history)
 

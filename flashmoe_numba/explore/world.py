@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from reference.plan import max_tasks
 from ..backends.fibers import FiberBackend
 from ..device.fibers import Deadlock, Fiber, Scheduler, Strategy, current
 from ..device.storage import as_storage
+from ..kernel.signals import ABORT
 from ..kernel.state import Experts
 from ..kernel.trace import RECEIVE, RECORD_WORDS
 from ..rank import Rank
@@ -45,6 +47,7 @@ class WorldSpec:
     lanes: int = 1
     epochs: int = 1
     data_seed: int = 0
+    leaver: int | None = None  # this rank's host gives up some time in the last call, and all must stop
 
     def calls(self) -> list[tuple[list[np.ndarray], list[Routing | None]]]:
         """(tokens, routing from outside or None) of each rank, for each call."""
@@ -103,7 +106,7 @@ class World:
         self.spec, self.kernel, self.data = spec, kernel, spec.calls()
         self.weights = Weights.random(c, seed=spec.data_seed, bias=True)
         self.num_blocks = spec.num_processors + 1
-        self.memory = Memory(c.num_ranks * self.num_blocks * spec.lanes, keep_history)
+        self.memory = Memory(c.num_ranks * self.num_blocks * spec.lanes + 1, keep_history)  # the last is the leaver
         self.regions: dict[int, Region] = {}  # by id of the array
         self._backend = _WatchedBackend()
         segments = [np.empty(Layout(c).num_bytes, np.uint8) for _ in range(c.num_ranks)]
@@ -111,9 +114,18 @@ class World:
         self._make_tokens()
         self._first = [(region, _first_content(region)) for region in self.regions.values()]
 
-    def run(self, strategy: Strategy) -> Run:
-        """One run from the beginning; whatever goes wrong in it is a report."""
-        self.memory.begin()
+    def run(self, make_strategy: Callable[[], Strategy]) -> Run:
+        """One run from the beginning; whatever goes wrong in it is a report.
+
+        Args:
+            make_strategy: one that has not run yet. If there is something to report, the same run is made once more, to
+                note the places.
+        """
+        run = self._run(make_strategy(), with_places=False)
+        return self._run(make_strategy(), with_places=True) if run.reports else run
+
+    def _run(self, strategy: Strategy, with_places: bool) -> Run:
+        self.memory.begin(with_places)
         for region, content in self._first:
             region.array[:] = content
         scheduler = Scheduler(max_switches=MAX_SWITCHES, strategy=strategy)
@@ -220,9 +232,9 @@ class _Host:
         self._running = 0
 
     def begin(self) -> None:
-        """Start the next call, if there is one."""
+        """Start the next call, if there is one and nobody has given up."""
         epoch = len(self.calls) + 1
-        if epoch > len(self.world.data):
+        if epoch > len(self.world.data) or self._given_up():
             return
         x, routings = self.world.data[epoch - 1]
         rank_idx, lanes = self.rank.rank_idx, self.world.spec.lanes
@@ -230,6 +242,17 @@ class _Host:
         self._running, self.fibers = len(blocks) * lanes, []
         for name, arguments in blocks:
             self.scheduler.add_block(name, self._lane, self.world.watched(arguments), lanes)
+        if self.world.spec.leaver == rank_idx and epoch == len(self.world.data):
+            arguments = self.world.watched(self.rank.leaving(epoch))
+            self.scheduler.add_block(f"rank {rank_idx} host", self._leave, (epoch, *arguments))
+
+    def _given_up(self) -> bool:
+        return bool(self.rank.control[ABORT] != 0)
+
+    def _leave(self, epoch: int, *arguments: Any) -> None:
+        fiber, memory = current(), self.world.memory
+        fiber.actor = Actor(memory, memory.num_actors - 1, fiber.block.name, self.rank.rank_idx, epoch, self._clock)  # type: ignore[attr-defined]
+        self.world.kernel.leave(*arguments)
 
     def _lane(self, block: int, *arguments: Any) -> None:
         fiber, world = current(), self.world
@@ -245,6 +268,8 @@ class _Host:
             self.begin()
 
     def _end(self, epoch: int) -> None:
+        if self._given_up():  # then nothing is said of what the call computed
+            return
         c = self.rank.config
         self._clock = joined([fiber.actor.clock for fiber in self.fibers])  # type: ignore[attr-defined]
         shape = (c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)

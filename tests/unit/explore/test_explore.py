@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from flashmoe_numba.cli import main
 from flashmoe_numba.explore.search import Explorer, Search, explore, watched_kernel
 from flashmoe_numba.explore.world import WorldSpec
+from flashmoe_numba.kernel.signals import ABORT
 from reference import MoEConfig
 
 TINY = dict(
@@ -40,6 +42,25 @@ def test_the_kernel_is_clean(world, strategy):
         search = Search(spec=spec(**WORLDS[world], data_seed=data_seed), strategy=strategy)
         for outcome in explore(search, range(4)):
             assert outcome.reports == [], f"{search}, seed {outcome.seed}: {outcome.reports}"
+
+
+@pytest.mark.parametrize("strategy", ["random", "pct", "round-robin"])
+def test_all_stop_when_a_host_gives_up(strategy):
+    world, stopped = replace(spec(lanes=2, data_seed=1), leaver=1), 0
+    with watched_kernel(None) as kernel:
+        explorer = Explorer(Search(spec=world, strategy=strategy), kernel)
+        for seed in range(20):
+            assert explorer.run(seed).reports == [], f"seed {seed}"
+            stopped += any(rank.control[ABORT] for rank in explorer.world.ranks)
+    assert stopped == 20
+
+
+def test_ranks_that_do_not_stop_are_found():
+    found = [
+        outcome.reports for outcome in explore(Search(spec=replace(spec(), leaver=1), plant="abort-ignored"), range(20))
+    ]
+    kinds = {report.kind for reports in found for report in reports}
+    assert kinds == {"deadlock"}
 
 
 @pytest.mark.parametrize("strategy", ["random", "pct", "round-robin"])
@@ -132,6 +153,7 @@ def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
         (["--plant", "none"], "argument --plant: there is no 'none'; see --list-plants"),
         (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 4"),
         (["--topk", "5"], "--topk must be in [1, --experts=4], got 5"),
+        (["--leaver", "2"], "argument --leaver: must be a rank in [0, 1], got 2"),
         (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
     ],
 )
