@@ -152,8 +152,12 @@ def test_only_a_swap_that_succeeds_releases():
         st_release(flag, 0, 0)
 
     def no_lock(block, data, flag):
-        cas(flag, 0, 5, 1)
-        data[0] += 1
+        if block == 0:
+            data[0] = 1
+            cas(flag, 0, 5, 1)
+        else:
+            cas(flag, 0, 5, 1)
+            data[0]
 
     assert_clean(lock, blocks=3, data=1, flag=1)
     assert_found("race", no_lock, data=1, flag=1)
