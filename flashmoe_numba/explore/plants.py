@@ -32,7 +32,8 @@ class Plant:
         name: for `--plant`.
         summary: one line.
         file, old, new: in `flashmoe_numba/kernel/file`, `old` becomes `new`.
-        found_by: the kinds of report that fit it. Which of them comes first depends on the world and the schedule.
+        found_by: the kinds of report (reports.KINDS) that it was found by, the most frequent one first. Which one comes
+            first in a run depends on the world and the schedule.
     """
 
     name: str
@@ -162,7 +163,7 @@ _ALL = (
         "gate.py",
         "        compute_logits(p, tokens, experts, scratch, first, rows)\n        block_sync()\n",
         "        compute_logits(p, tokens, experts, scratch, first, rows)\n",
-        (WRONG_RESULT, RACE, POISON),
+        (WRONG_RESULT, POISON, RACE),
     ),
     Plant(
         "no-barrier-before-dispatch-signal",
@@ -170,7 +171,7 @@ _ALL = (
         "dispatch.py",
         "    block_sync()\n    if lane() == 0:\n        flags",
         "    if lane() == 0:\n        flags",
-        (WRONG_RESULT, RACE, POISON),
+        (RACE, WRONG_RESULT),
     ),
     Plant(
         "no-barrier-after-gemm0",
@@ -178,7 +179,7 @@ _ALL = (
         "processor.py",
         "    block_sync()\n    if lane() == 0 and finished_last(packets.up_done",
         "    if lane() == 0 and finished_last(packets.up_done",
-        (WRONG_RESULT, RACE, POISON),
+        (RACE, WRONG_RESULT),
     ),
     Plant(
         "no-barrier-before-result-signal",
@@ -186,7 +187,7 @@ _ALL = (
         "processor.py",
         "    block_sync()\n    if lane() == 0 and finished_last(packets.down_done",
         "    if lane() == 0 and finished_last(packets.down_done",
-        (WRONG_RESULT, RACE, POISON),
+        (RACE, WRONG_RESULT, POISON),
     ),
     Plant(
         "no-barrier-after-ticket",
@@ -194,7 +195,7 @@ _ALL = (
         "processor.py",
         "    block_sync()\n    return box[PLACE]",
         "    return box[PLACE]",
-        (WRONG_RESULT, DEADLOCK, RACE, COUNT, OUT_OF_BOUNDS),
+        (RACE, DEADLOCK, POISON, WRONG_RESULT, COUNT),
     ),
     Plant(
         "no-barrier-before-ticket",
@@ -202,7 +203,7 @@ _ALL = (
         "processor.py",
         "    block_sync()\n    if lane() == 0:\n        box[PLACE]",
         "    if lane() == 0:\n        box[PLACE]",
-        (WRONG_RESULT, DEADLOCK, RACE, COUNT),
+        (RACE, WRONG_RESULT),
     ),
     # Order
     Plant(
@@ -211,18 +212,40 @@ _ALL = (
         "queue.py",
         "    queue.tasks[at + KIND] = kind\n",
         "    st_release(queue.tasks, at + STAMP, p.epoch)\n    queue.tasks[at + KIND] = kind\n",
-        (WRONG_RESULT, DEADLOCK, RACE, COUNT),
+        (RACE, DEADLOCK, COUNT, WRONG_RESULT, CONFLICT, POISON),
     ),
     Plant(
         "signal-before-data",
         "a packet is signalled before its rows are stored",
         "dispatch.py",
-        "    for b in range(num_token_blocks(p)):\n",
-        "    if lane() == 0:\n"
-        "        flags = array_at(segments.address[owner] + p.dispatch_flag_at, p.num_experts, segments.control)\n"
-        "        st_release(flags, packet, signal_word(p.epoch, tokens.sent[e]))\n"
-        "    for b in range(num_token_blocks(p)):\n",
-        (WRONG_RESULT, RACE, POISON, COUNT),
+        """\
+    for b in range(num_token_blocks(p)):
+        i = b * p.num_experts + e
+        slot = tokens.bases[i]
+        first = b * p.token_block * p.num_topk + tokens.starts[i]
+        for pair in range(first, first + min(tokens.counts[i], p.slots - slot)):
+            token = tokens.order[pair] // p.num_topk
+            copy_row(target, (packet * p.slots + slot) * p.hidden, tokens.x, token * p.hidden, p.hidden)
+            slot += 1
+    block_sync()
+    if lane() == 0:
+        flags = array_at(segments.address[owner] + p.dispatch_flag_at, p.num_experts, segments.control)
+        st_release(flags, packet, signal_word(p.epoch, tokens.sent[e]))
+""",
+        """\
+    if lane() == 0:
+        flags = array_at(segments.address[owner] + p.dispatch_flag_at, p.num_experts, segments.control)
+        st_release(flags, packet, signal_word(p.epoch, tokens.sent[e]))
+    for b in range(num_token_blocks(p)):
+        i = b * p.num_experts + e
+        slot = tokens.bases[i]
+        first = b * p.token_block * p.num_topk + tokens.starts[i]
+        for pair in range(first, first + min(tokens.counts[i], p.slots - slot)):
+            token = tokens.order[pair] // p.num_topk
+            copy_row(target, (packet * p.slots + slot) * p.hidden, tokens.x, token * p.hidden, p.hidden)
+            slot += 1
+""",
+        (RACE, POISON, WRONG_RESULT),
     ),
     Plant(
         "gemm1-early",
@@ -249,7 +272,7 @@ _ALL = (
         segments.dispatch, packet * p.slots + first, rows, experts.up, expert, n, p.activation, scratch,
     )  # fmt: skip
 """,
-        (WRONG_RESULT, RACE, POISON),
+        (RACE, WRONG_RESULT, POISON),
     ),
     Plant(
         "combine-early",
@@ -257,7 +280,7 @@ _ALL = (
         "gate.py",
         "    return tiles\n",
         "    return max(tiles - 1, min(tiles, 1))\n",
-        (WRONG_RESULT, RACE, POISON),
+        (RACE, WRONG_RESULT, POISON),
     ),
     # Who writes what where
     Plant(
@@ -266,7 +289,7 @@ _ALL = (
         "dispatch.py",
         "copy_row(target, (packet * p.slots + slot)",
         "copy_row(target, (packet * p.slots + max(slot - 1, 0))",
-        (WRONG_RESULT, POISON, CONFLICT),
+        (CONFLICT, WRONG_RESULT, POISON),
     ),
     Plant(
         "slot-off-by-one",
@@ -274,7 +297,7 @@ _ALL = (
         "dispatch.py",
         "copy_row(target, (packet * p.slots + slot)",
         "copy_row(target, (packet * p.slots + slot + 1)",
-        (WRONG_RESULT, OUT_OF_BOUNDS, POISON, CONFLICT),
+        (POISON, WRONG_RESULT, CONFLICT, OUT_OF_BOUNDS, RACE),
     ),
     Plant(
         "two-writers",
@@ -282,7 +305,7 @@ _ALL = (
         "dispatch.py",
         "copy_row(target, (packet * p.slots + slot)",
         "copy_row(target, (expert * p.slots + slot)",
-        (WRONG_RESULT, RACE, POISON, CONFLICT),
+        (CONFLICT, WRONG_RESULT, POISON, RACE),
     ),
     Plant(
         "wrong-source-region",
@@ -290,7 +313,7 @@ _ALL = (
         "dispatch.py",
         "packet = p.rank_idx * p.experts_per_rank + expert",
         "packet = owner * p.experts_per_rank + expert",
-        (WRONG_RESULT, DEADLOCK, RACE, CONFLICT),
+        (CONFLICT, DEADLOCK, RACE, POISON),
     ),
     Plant(
         "expert-forgotten",
@@ -298,7 +321,7 @@ _ALL = (
         "dispatch.py",
         "packet = p.rank_idx * p.experts_per_rank + expert",
         "packet = p.rank_idx * p.experts_per_rank",
-        (WRONG_RESULT, DEADLOCK, RACE, CONFLICT),
+        (CONFLICT, DEADLOCK, RACE),
     ),
     Plant(
         "capacity-ignored",
@@ -306,7 +329,7 @@ _ALL = (
         "dispatch.py",
         "min(tokens.counts[i], p.slots - slot)",
         "tokens.counts[i]",
-        (WRONG_RESULT, OUT_OF_BOUNDS, RACE, CONFLICT),
+        (CONFLICT, WRONG_RESULT, RACE, OUT_OF_BOUNDS),
     ),
     Plant(
         "bases-at-zero",
@@ -314,7 +337,7 @@ _ALL = (
         "gate.py",
         "+ e] = slot\n",
         "+ e] = 0\n",
-        (WRONG_RESULT, DEADLOCK, POISON, CONFLICT),
+        (CONFLICT, POISON, DEADLOCK, RACE, WRONG_RESULT),
     ),
     Plant(
         "hidden-rows-shared",
@@ -331,7 +354,7 @@ _ALL = (
         "subscriber.py",
         ", packet)) >= p.epoch",
         ", packet)) > 0",
-        (WRONG_RESULT, DEADLOCK, RACE, COUNT),
+        (DEADLOCK,),
     ),
     Plant(
         "result-epoch-not-compared",
@@ -347,7 +370,7 @@ _ALL = (
         "subscriber.py",
         ", i)) == p.epoch",
         ", i)) >= p.epoch - 1",
-        (WRONG_RESULT, RACE, POISON),
+        (WRONG_RESULT, POISON, RACE),
     ),
     Plant(
         "stale-task-accepted",
@@ -355,7 +378,7 @@ _ALL = (
         "processor.py",
         "ld_acquire(queue.tasks, stamp_at) != p.epoch",
         "ld_acquire(queue.tasks, stamp_at) == 0",
-        (WRONG_RESULT, DEADLOCK, RACE, COUNT, OUT_OF_BOUNDS),
+        (RACE, DEADLOCK, CONFLICT, WRONG_RESULT, COUNT, POISON),
     ),
     Plant(
         "overtaken-signal-used",
@@ -363,7 +386,7 @@ _ALL = (
         "subscriber.py",
         "rows = word_rows(word) if word_epoch(word) == p.epoch else 0",
         "rows = word_rows(word)",
-        (WRONG_RESULT, DEADLOCK, COUNT, RACE),
+        (COUNT,),
     ),
     Plant(
         "overtaken-signal-missed",
@@ -379,7 +402,7 @@ _ALL = (
         "subscriber.py",
         "    packets.rows[packet] = rows\n",
         "    if rows > 0:\n        packets.rows[packet] = rows\n",
-        (WRONG_RESULT, COUNT),
+        (COUNT, WRONG_RESULT),
     ),
     Plant(
         "counters-not-zeroed",
@@ -387,7 +410,7 @@ _ALL = (
         "subscriber.py",
         "        zero_next_counters(p, queue)\n",
         "",
-        (DEADLOCK, WRONG_RESULT, COUNT, OUT_OF_BOUNDS),
+        (OUT_OF_BOUNDS, WRONG_RESULT, DEADLOCK),
     ),
     # Signals that are not set, counts that are wrong
     Plant(
@@ -412,7 +435,7 @@ _ALL = (
         "subscriber.py",
         "fetch_add(tokens.tiles_left, b, -1) == 1",
         "fetch_add(tokens.tiles_left, b, -2) == 1",
-        (DEADLOCK, WRONG_RESULT, RACE, POISON, COUNT),
+        (DEADLOCK, RACE, POISON, WRONG_RESULT),
     ),
     Plant(
         "result-counted-twice",
@@ -420,7 +443,7 @@ _ALL = (
         "subscriber.py",
         "tokens.results_left[e] -= 1",
         "tokens.results_left[e] -= 2",
-        (DEADLOCK, COUNT),
+        (DEADLOCK,),
     ),
     Plant(
         "last-finisher-early",
@@ -428,7 +451,7 @@ _ALL = (
         "processor.py",
         "fetch_add(done, i, 1) + 1 <",
         "fetch_add(done, i, 1) + 2 <",
-        (WRONG_RESULT, DEADLOCK, RACE, POISON, COUNT),
+        (CONFLICT, RACE, COUNT, OUT_OF_BOUNDS, WRONG_RESULT, POISON),
     ),
     Plant(
         "last-finisher-late",
@@ -436,7 +459,7 @@ _ALL = (
         "processor.py",
         "fetch_add(done, i, 1) + 1 <",
         "fetch_add(done, i, 1) <",
-        (DEADLOCK, COUNT),
+        (DEADLOCK,),
     ),
     Plant(
         "finished-tiles-not-reset",
@@ -444,7 +467,7 @@ _ALL = (
         "processor.py",
         "    done[i] = 0\n",
         "",
-        (WRONG_RESULT, DEADLOCK, RACE, COUNT),
+        (CONFLICT, COUNT, RACE, OUT_OF_BOUNDS, WRONG_RESULT, POISON),
     ),
     Plant(
         "one-token-block-too-many",
@@ -452,7 +475,7 @@ _ALL = (
         "subscriber.py",
         "+ e] < end:",
         "+ e] <= end:",
-        (WRONG_RESULT, DEADLOCK, RACE, POISON, COUNT),
+        (RACE, WRONG_RESULT, POISON),
     ),
     Plant(
         "one-token-block-too-early",
@@ -460,7 +483,7 @@ _ALL = (
         "subscriber.py",
         "middle * p.num_experts + e] <= slot",
         "middle * p.num_experts + e] < slot",
-        (WRONG_RESULT, DEADLOCK, RACE, POISON, COUNT),
+        (RACE, WRONG_RESULT, POISON),
     ),
     Plant(
         "dropped-block-not-combined",
@@ -468,7 +491,7 @@ _ALL = (
         "gate.py",
         "if tokens.tiles_left[b] == 0:",
         "if tokens.tiles_left[b] < 0:",
-        (DEADLOCK, COUNT),
+        (DEADLOCK,),
     ),
     # The queue and its end
     Plant(
@@ -478,7 +501,7 @@ _ALL = (
         "    place = fetch_add(queue.counters, counter(p, HEAD), 1)\n",
         "    place = ld_acquire(queue.counters, counter(p, HEAD))\n"
         "    st_release(queue.counters, counter(p, HEAD), place + 1)\n",
-        (WRONG_RESULT, DEADLOCK, RACE, COUNT),
+        (COUNT, RACE, CONFLICT, WRONG_RESULT, POISON, OUT_OF_BOUNDS, DEADLOCK),
     ),
     Plant(
         "place-twice",
@@ -488,7 +511,7 @@ _ALL = (
         "    place = fetch_add(queue.counters, counter(p, TAIL), 0)\n"
         "    fetch_add(queue.counters, counter(p, TAIL), num_tasks)\n"
         "    return place\n",
-        (DEADLOCK, WRONG_RESULT, RACE, COUNT),
+        (DEADLOCK, RACE),
     ),
     Plant(
         "bound-short",
@@ -496,7 +519,7 @@ _ALL = (
         "subscriber.py",
         "counter(p, TOTAL), total + 1)",
         "counter(p, TOTAL), total)",
-        (WRONG_RESULT, DEADLOCK, COUNT),
+        (WRONG_RESULT, COUNT),
     ),
     Plant(
         "bound-long",
@@ -504,7 +527,7 @@ _ALL = (
         "subscriber.py",
         "counter(p, TOTAL), total + 1)",
         "counter(p, TOTAL), total + 2)",
-        (DEADLOCK, COUNT),
+        (DEADLOCK,),
     ),
     Plant(
         "combines-not-in-bound",
@@ -512,7 +535,7 @@ _ALL = (
         "subscriber.py",
         " + num_token_blocks(p) + gemms",
         " + gemms",
-        (WRONG_RESULT, DEADLOCK, COUNT),
+        (WRONG_RESULT, COUNT),
     ),
     Plant(
         "abort-ignored",
@@ -537,7 +560,7 @@ _ALL = (
         "combine.py",
         "if slot < p.slots:",
         "if slot <= p.slots:",
-        (WRONG_RESULT, OUT_OF_BOUNDS, RACE, POISON),
+        (WRONG_RESULT, RACE, POISON, OUT_OF_BOUNDS),
     ),
     Plant(
         "first-row-tile-again",
@@ -545,7 +568,7 @@ _ALL = (
         "processor.py",
         "packets.hidden, packets.first_row[packet] + first, rows, experts.down",
         "packets.hidden, packets.first_row[packet], rows, experts.down",
-        (WRONG_RESULT, RACE),
+        (WRONG_RESULT,),
     ),
     Plant(
         "tile-heights-disagree",
@@ -561,7 +584,7 @@ _ALL = (
         "processor.py",
         "experts.up, expert, n,",
         "experts.up, expert, max(n - 1, 0),",
-        (WRONG_RESULT,),
+        (WRONG_RESULT, POISON, RACE),
     ),
     Plant(
         "first-experts-weights",
