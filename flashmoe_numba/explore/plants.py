@@ -174,6 +174,14 @@ _ALL = (
         (RACE, WRONG_RESULT),
     ),
     Plant(
+        "no-barrier-before-gate-opens",
+        "the gate opens before all lanes have counted the tiles of their token blocks",
+        "gate.py",
+        "    block_sync()\n    if lane() == 0:\n        first",
+        "    if lane() == 0:\n        first",
+        (RACE, COUNT, POISON, WRONG_RESULT, OUT_OF_BOUNDS),
+    ),
+    Plant(
         "no-barrier-after-gemm0",
         "a down projection begins before all lanes have multiplied",
         "processor.py",
