@@ -103,6 +103,18 @@ def test_without_release_or_acquire_it_is_a_race(kernel):
     assert any(report.text.startswith(("data[3]:", "flag[0]:")) for report in reports)
 
 
+@pytest.mark.parametrize("atomic", [ld_relaxed, ld_acquire, lambda words, i: fetch_add(words, i, 1)])
+def test_a_plain_access_beside_an_atomic_one_is_a_race(atomic):
+    def write(block, flag):
+        if block == 0:
+            atomic(flag, 0)
+        else:
+            flag[0] = 1
+
+    reports = assert_found("race", write, flag=1)
+    assert reports[0].text.startswith("flag[0]: ")
+
+
 def test_a_race_names_both_places():
     (report,) = assert_found("race", signal_before_the_data, data=4, flag=1)
     lines, first = inspect.getsourcelines(signal_before_the_data)
