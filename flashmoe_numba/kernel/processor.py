@@ -86,7 +86,7 @@ def wait_for_place(p, block, segments, queue):
         if silence_ns(wait) > p.deadline_ns + p.deadline_ns // 2:  # the OS block knows more, so it should speak first
             give_up(p, segments, block, PROCESSOR, TASK_FLAG, p.rank_idx, 0, place, total, 1)
             return -1
-    return place
+    return -1 if aborted(segments) else place  # nobody wants the rest of the queue any more
 
 
 @jit

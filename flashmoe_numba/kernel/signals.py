@@ -90,7 +90,8 @@ def keep_waiting(p, segments, wait):
     if time - wait.looked < p.deadline_ns // LOOKS_PER_DEADLINE:
         return Wait(attempt, wait.since, wait.looked, wait.progress)
     progress = total_progress(p, segments)
-    moved = wait.progress >= 0 and progress != wait.progress
+    slept = time - wait.looked > p.deadline_ns // 4  # the process was stopped: it cannot tell of the others
+    moved = slept or (wait.progress >= 0 and progress != wait.progress)
     return Wait(attempt, time if moved else wait.since, time, progress)
 
 
