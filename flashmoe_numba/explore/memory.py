@@ -17,7 +17,7 @@ GPU.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -178,7 +178,8 @@ class Region:
             actor.tick()
         else:
             self._record_atomic(i, access, self.atomic_reads)
-        self.memory.log(actor, "adds to" if expected is None else "swaps", self, i, self.cells[i])
+        verb = "adds to" if expected is None else "swaps" if old == expected else "does not swap"
+        self.memory.log(actor, verb, self, i, self.cells[i])
         return old
 
     def _atomic(self, i: int) -> Access:
@@ -249,6 +250,7 @@ class Memory:
         self.with_places = True
         self.reports: list[Report] = []
         self.history: list[tuple[str, str, str, int, int]] | None = [] if keep_history else None
+        self.listener: Callable[[Actor, str, Region, int, int], None] | None = None  # is told every atomic access
         self._known: set[Any] = set()
         self._regions: dict[int, Region] = {}  # by address
 
@@ -293,6 +295,8 @@ class Memory:
     def log(self, actor: Actor, verb: str, region: Region, i: int, value: int) -> None:
         if self.history is not None:
             self.history.append((actor.name, verb, region.name, i, value))
+        if self.listener is not None:
+            self.listener(actor, verb, region, i, value)
 
 
 def joined(clocks: Sequence[list[int]]) -> list[int]:
