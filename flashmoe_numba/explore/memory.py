@@ -39,6 +39,8 @@ class Actor:
         self.tick()
         self.looked: dict[tuple[Region, int], int] = {}  # words it has loaded, and their values, since its last pause
         self.looked_before: dict[tuple[Region, int], int] = {}  # between its last two pauses
+        self.pauses = 0
+        self.poll = 0  # number of the poll that it is in: one begins after a pause, and whenever the time is taken
 
     def tick(self) -> None:
         """Begin a new stretch: what comes now is not covered by what was given to others before."""

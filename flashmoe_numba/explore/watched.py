@@ -56,8 +56,16 @@ def cas(words: Region, i: int, expected: int, value: int) -> int:
 def pause(attempt: int) -> int:
     actor = getcurrent().actor
     actor.looked_before, actor.looked = actor.looked, {}
+    actor.pauses += 1
     fibers.idle()
+    actor.poll += 1
     return attempt + 1
+
+
+def now() -> int:
+    """Kernel code takes the time when a wait begins, so what was looked at before is no part of it."""
+    getcurrent().actor.poll += 1
+    return fibers.clock()
 
 
 def block_sync() -> None:
@@ -91,7 +99,7 @@ def array_at(address: int, num_elements: int, like: Region) -> Region:
     return like.memory.at(address, num_elements)
 
 
-WATCHED = (ld_acquire, ld_relaxed, st_release, fetch_add, cas, pause, block_sync, array_at)
+WATCHED = (ld_acquire, ld_relaxed, st_release, fetch_add, cas, pause, now, block_sync, array_at)
 
 
 def watch(kernel: ModuleType) -> ModuleType:
