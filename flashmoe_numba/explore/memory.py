@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from greenlet import getcurrent
 
-from .reports import Report, Stopped, kernel_frame, place
+from .reports import Report, Site, Stopped, kernel_frame, place
 
 Access = tuple["Actor", int, Any, int]  # who, its clock then, code and instruction, or None and 0 without places
 _frame = sys._getframe
@@ -112,6 +112,8 @@ class Region:
         return self.array[start:stop]
 
     def _read(self, i: int, access: Access) -> None:
+        if self.memory.plain_listener is not None:
+            self.memory.plain_listener(access, "reads", self, i)
         actor, write = access[0], self.writes[i]
         if write is None:
             if not self.initialised:
@@ -129,6 +131,8 @@ class Region:
             self.reads[i] = {read[0].index: read, actor.index: access}
 
     def _write(self, i: int, access: Access) -> None:
+        if self.memory.plain_listener is not None:
+            self.memory.plain_listener(access, "writes", self, i)
         actor, write, read = access[0], self.writes[i], self.reads[i]
         if write is not None and write[0] is not actor and write[1] > actor.clock[write[0].index]:
             self._race(i, write, "write", access, "write")
@@ -223,17 +227,18 @@ class Region:
 
     def _race(self, i: int, first: Access, one: str, second: Access, other: str) -> None:
         text = f"{self.name}[{i}]: {one} by {_who(first)} and {other} by {_who(second)}"
-        self.memory.add("race", text, (self.name, _where(first), _where(second)))
+        key = self.name, _where(first), _where(second)
+        self.memory.add("race", text, key, (self.name, i), (_site(first), _site(second)))
 
     def _report(self, kind: str, i: int, access: Access, why: str = "read, but never written:") -> None:
-        self.memory.add(kind, f"{self.name}[{i}]: {why} {_who(access)}", (self.name, _where(access), why[:20]))
+        text, key = f"{self.name}[{i}]: {why} {_who(access)}", (self.name, _where(access), why[:20])
+        self.memory.add(kind, text, key, (self.name, i), (_site(access),))
 
     def _out_of_bounds(self, i: Any) -> None:
-        frame = kernel_frame(_frame(2))
+        frame, actor = kernel_frame(_frame(2)), getcurrent().actor
         where = place(frame.f_code, frame.f_lasti)
-        self.memory.add(
-            "out of bounds", f"{self.name}[{i}] of {self.size} elements, by {getcurrent().actor.name} at {where}"
-        )
+        text = f"{self.name}[{i}] of {self.size} elements, by {actor.name} at {where}"
+        self.memory.add("out of bounds", text, None, (self.name, i), (Site(actor.name, actor.epoch, where),))
         raise Stopped
 
 
@@ -253,6 +258,7 @@ class Memory:
         self.reports: list[Report] = []
         self.history: list[tuple[str, str, str, int, int]] | None = [] if keep_history else None
         self.listener: Callable[[Actor, str, Region, int, int], None] | None = None  # is told every atomic access
+        self.plain_listener: Callable[[Access, str, Region, int], None] | None = None  # every plain one, before it
         self._known: set[Any] = set()
         self._regions: dict[int, Region] = {}  # by address
 
@@ -288,11 +294,13 @@ class Memory:
         for region in self._regions.values():
             region.forget()
 
-    def add(self, kind: str, text: str, key: Any = None) -> None:
+    def add(
+        self, kind: str, text: str, key: Any = None, cell: tuple[str, Any] | None = None, sites: tuple[Site, ...] = ()
+    ) -> None:
         """Report, unless the same has been said of the same places."""
         if (kind, key) not in self._known and len(self.reports) < self.MOST_REPORTS:
             self._known.add((kind, key))
-            self.reports.append(Report(kind, text))
+            self.reports.append(Report(kind, text, cell, sites))
 
     def log(self, actor: Actor, verb: str, region: Region, i: int, value: int) -> None:
         if self.history is not None:
@@ -314,6 +322,10 @@ def _placed() -> Access:
 
 def _where(access: Access) -> str:
     return place(access[2], access[3]) if access[2] else "an unknown place"
+
+
+def _site(access: Access) -> Site:
+    return Site(access[0].name, access[0].epoch, _where(access))
 
 
 def _who(access: Access) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KINDS = {
     "race": "two accesses to one cell, one of them a write and not both atomic, that nothing orders",
@@ -19,11 +19,21 @@ KINDS = {
 }
 
 
+class Site(NamedTuple):
+    """An access that a report is about."""
+
+    who: str
+    call: int
+    where: str  # function:line
+
+
 class Report(NamedTuple):
-    """One finding."""
+    """One finding; `cell` and `sites`, in the order of the run, where it is about accesses."""
 
     kind: str  # of KINDS
     text: str
+    cell: tuple[str, Any] | None = None  # array and index
+    sites: tuple[Site, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.text}"

@@ -14,7 +14,7 @@ from greenlet import getcurrent
 from ..device import fibers
 from ..device.fibers import note_progress, preempt
 from .memory import Region, joined
-from .reports import kernel_frame, place
+from .reports import Site, kernel_frame, place
 
 IS_VERB = True  # reports name the caller
 
@@ -91,8 +91,9 @@ def _check_places(meeting: list[Any]) -> None:
     first = meeting[0]
     for other in meeting[1:]:
         if other[1:] != first[1:]:
-            one, two = (f"{who.name} at {place(*where)}" for who, *where in (first, other))
-            first[0].memory.add("barrier", f"{one} meets {two}", (place(*first[1:]), place(*other[1:])))
+            one, two = (Site(who.name, who.epoch, place(*where)) for who, *where in (first, other))
+            text = f"{one.who} at {one.where} meets {two.who} at {two.where}"
+            first[0].memory.add("barrier", text, (one.where, two.where), None, (one, two))
 
 
 def array_at(address: int, num_elements: int, like: Region) -> Region:

@@ -100,7 +100,7 @@ def test_wrong_bits_are_told():
         assert explorer.run(0).reports == []
         explorer.checker._right[2][1].y.view("u4")[0, 0] ^= 1
         (report,) = explorer.run(1).reports
-    assert report == ("wrong result", "rank 1, call 2: rows [0] have other bits than under another seed")
+    assert str(report) == "wrong result: rank 1, call 2: rows [0] have other bits than under another seed"
 
 
 def flashmoe(capsys, *argv):
