@@ -61,6 +61,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=integer(0), default=0, metavar="N", help="first seed [0]")
     add("--seeds", type=integer(1), default=100, metavar="N", help="how many [100]")
     add("--jobs", type=integer(1), metavar="N", help="processes [the cores]")
+    add("--weak", action=argparse.BooleanOptionalAction, default=True, help="loads of atomic words may be late")
     add("--history", type=integer(0), default=0, metavar="N", help="of a bad run, print the last N atomic accesses [0]")
     add("--plant", metavar="NAME", help="put this bug into the kernel first; it should be found")
     add("--list-plants", action="store_true", help="say which bugs there are, and run nothing")
@@ -106,7 +107,14 @@ def _search(args: argparse.Namespace) -> Search:
         data_seed=args.world,
         leaver=args.leaver,
     )
-    return Search(spec=spec, strategy=args.strategy, depth=args.depth, plant=args.plant, keep_history=args.history > 0)
+    return Search(
+        spec=spec,
+        strategy=args.strategy,
+        depth=args.depth,
+        plant=args.plant,
+        keep_history=args.history > 0,
+        weak=args.weak,
+    )
 
 
 # ---- the runs

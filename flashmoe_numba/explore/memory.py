@@ -8,14 +8,16 @@ that other interleavings of the same synchronisation would show. Cells remember 
 "FastTrack: Efficient and Precise Dynamic Race Detection", PLDI 2009): the last write, and the reads since that nothing
 orders among each other.
 
-A program without races has, under the memory model of device/vocabulary.py, only the results of interleavings as far as
-plain cells go: so values need not come late here for a missing release or barrier to be found. Leaves out: atomic words
-themselves are sequentially consistent here, while relaxed or acquire loads of two different words may be reordered on a
-GPU.
+Loads of atomic words may be late (words.py says which stores they may read), or are sequentially consistent, as the run
+wants. Plain loads are never late: it would show nothing. Take the first one of a run that could read anything but the
+last store before it. That store does not happen before it, or coherence would hide all older ones; so the two race, and
+are reported here whatever the load reads. Up to there the run is one of the memory model's. (This is the argument that
+programs without data races need no weak plain memory: Adve and Hill, "Weak Ordering - A New Definition", ISCA 1990.)
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +26,7 @@ import numpy as np
 from greenlet import getcurrent
 
 from .reports import Report, Site, Stopped, kernel_frame, place
+from .words import MOST_LATE_POLLS, Word
 
 Access = tuple["Actor", int, Any, int]  # who, its clock then, code and instruction, or None and 0 without places
 _frame = sys._getframe
@@ -79,7 +82,7 @@ class Region:
         self.reads: list[Access | dict[int, Access] | None] = [None] * self.size
         self.atomic_writes: dict[int, dict[int, Access]] = {}
         self.atomic_reads: dict[int, dict[int, Access]] = {}
-        self.released: dict[int, list[int]] = {}
+        self.words: dict[int, Word] = {}  # that an atomic has stored to since the last plain store
 
     # ---- plain accesses
 
@@ -148,6 +151,7 @@ class Region:
             self._check_against(i, self.atomic_reads[i], "atomic read", access, "write")
         if self.writer_cells:
             self._check_layout(i, access, write)
+        self.words.pop(i, None)
         self.writes[i] = access
 
     # ---- atomic accesses: watched.py makes a step before and after them
@@ -156,8 +160,10 @@ class Region:
         access = self._atomic(i)
         self._record_atomic(i, access, self.atomic_reads)
         actor, value = access[0], self.cells[i]
-        if acquire and i in self.released:
-            actor.join(self.released[i])
+        if i in self.words:
+            value, _, _, clock = self.words[i].load(actor.index, actor.clock, self.memory.lateness())
+            if acquire and clock:
+                actor.join(clock)
         actor.looked[self, i] = value
         self.memory.log(actor, "acquires" if acquire else "reads", self, i, value)
         return value
@@ -166,27 +172,32 @@ class Region:
         access = self._atomic(i)
         self._record_atomic(i, access, self.atomic_writes)
         actor = access[0]
-        self.cells[i] = value
-        self.released[i] = actor.clock
-        actor.tick()
+        self._store(i, actor, value)
         self.memory.log(actor, "releases", self, i, value)
 
     def exchange(self, i: int, value: int, expected: int | None) -> int:
         """Add `value`, or store it if the word holds `expected`; returns what it held."""
         access = self._atomic(i)
         actor, old = access[0], self.cells[i]
-        if i in self.released:
-            actor.join(self.released[i])
+        if i in self.words:
+            newest = self.words[i].load(actor.index, actor.clock, None)
+            if newest.clock:
+                actor.join(newest.clock)
         if expected is None or old == expected:
             self._record_atomic(i, access, self.atomic_writes)
-            self.cells[i] = old + value if expected is None else value
-            self.released[i] = actor.clock
-            actor.tick()
+            self._store(i, actor, old + value if expected is None else value)
         else:
             self._record_atomic(i, access, self.atomic_reads)
         verb = "adds to" if expected is None else "swaps" if old == expected else "does not swap"
         self.memory.log(actor, verb, self, i, self.cells[i])
         return old
+
+    def _store(self, i: int, actor: Actor, value: int) -> None:
+        if i not in self.words:
+            self.words[i] = Word(self.cells[i])
+        self.words[i].store(value, actor.index, actor.clock)
+        self.cells[i] = value
+        actor.tick()
 
     def _atomic(self, i: int) -> Access:
         if not 0 <= i < self.size:
@@ -255,6 +266,7 @@ class Memory:
     def __init__(self, num_actors: int, keep_history: bool = False) -> None:
         self.num_actors = num_actors
         self.with_places = True
+        self._draw: Callable[[], float] | None = None
         self.reports: list[Report] = []
         self.history: list[tuple[str, str, str, int, int]] | None = [] if keep_history else None
         self.listener: Callable[[Actor, str, Region, int, int], None] | None = None  # is told every atomic access
@@ -280,19 +292,26 @@ class Memory:
             raise Stopped
         return region
 
-    def begin(self, with_places: bool = True) -> None:
+    def begin(self, with_places: bool = True, late_seed: int | None = None) -> None:
         """A new run: no access, no report. The arrays' contents are the caller's.
 
         Args:
             with_places: note of every access where in the source it was made. It takes twice the time, so it may be
                 left to a second run under the same strategy and seed, once there is something to report.
+            late_seed: decides which loads of words are late, and how late; None: none is.
         """
         self.with_places = with_places
+        self._draw = None if late_seed is None else random.Random(late_seed).random
         self.reports, self._known = [], set()
         if self.history is not None:
             self.history = []
         for region in self._regions.values():
             region.forget()
+
+    def lateness(self) -> Callable[[], float] | None:
+        """For a load that the running fiber makes now: stores have arrived where it polled for long after the last."""
+        fiber = getcurrent()
+        return None if fiber.polls > MOST_LATE_POLLS and fiber.found_nothing else self._draw
 
     def add(
         self, kind: str, text: str, key: Any = None, cell: tuple[str, Any] | None = None, sites: tuple[Site, ...] = ()

@@ -31,6 +31,7 @@ class Search:
         depth: of bugs that PCT looks for.
         plant: name of a planted bug, or None for the kernel as it is.
         keep_history: record every atomic access.
+        weak: loads of atomic words may be late (words.py); False: they are sequentially consistent.
     """
 
     spec: WorldSpec
@@ -38,6 +39,7 @@ class Search:
     depth: int = 3
     plant: str | None = None
     keep_history: bool = False
+    weak: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ class Explorer:
     def run(self, seed: int) -> Outcome:
         start = time.perf_counter()
         search = self.search
-        run = self.world.run(lambda: make_strategy(search.strategy, seed, num_steps=self.num_steps, depth=search.depth))
+        run = self.world.run(
+            lambda: make_strategy(search.strategy, seed, num_steps=self.num_steps, depth=search.depth),
+            late_seed=seed if search.weak else None,
+        )
         reports = self.checker.check(run)
         return Outcome(seed, reports, run.switches, time.perf_counter() - start, run.history)
 

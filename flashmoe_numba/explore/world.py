@@ -158,18 +158,19 @@ class World:
         self._make_tokens()
         self._first = [(region, _first_content(region)) for region in self.regions.values()]
 
-    def run(self, make_strategy: Callable[[], Strategy]) -> Run:
+    def run(self, make_strategy: Callable[[], Strategy], late_seed: int | None = None) -> Run:
         """One run from the beginning; whatever goes wrong in it is a report.
 
         Args:
             make_strategy: one that has not run yet. If there is something to report, the same run is made once more, to
                 note the places.
+            late_seed: decides which loads of atomic words are late; None: words are sequentially consistent.
         """
-        run = self._run(make_strategy(), with_places=False)
-        return self._run(make_strategy(), with_places=True) if run.reports else run
+        run = self._run(make_strategy(), late_seed, with_places=False)
+        return self._run(make_strategy(), late_seed, with_places=True) if run.reports else run
 
-    def _run(self, strategy: Strategy, with_places: bool) -> Run:
-        self.memory.begin(with_places)
+    def _run(self, strategy: Strategy, late_seed: int | None, with_places: bool) -> Run:
+        self.memory.begin(with_places, late_seed)
         for region, content in self._first:
             region.array[:] = content
         scheduler = Scheduler(max_switches=MAX_SWITCHES, strategy=strategy)

@@ -1,0 +1,63 @@
+"""Atomic words whose stores arrive late and out of order: what a load of one may read.
+
+A word keeps its modification order: the stores to it, each with who made it and the clock that it released. A load may
+read any of them but those that coherence and happens-before hide: older than a store that happens before the load, or
+older than what a load that happens before it, or an earlier one of its own fiber, has read of this word. So two words
+may be seen in different orders by different readers, while no reader sees one word go backwards. This is release and
+acquire as in RC11 (Lahav, Vafeiadis, Kang, Hur, Dreyer, "Repairing Sequential Consistency in C/C++11", PLDI 2017)
+without its fences and SC accesses, which the vocabulary has not, run step by step as a history of stores with a view of
+each fiber (Kang, Hur, Lahav, Vafeiadis, Dreyer, "A Promising Semantics for Relaxed-Memory Concurrency", POPL 2017,
+without promises). Which store is read is drawn at random, as in C11Tester (Luo and Demsky, ASPLOS 2021).
+
+Leaves out: a store that takes its place in the modification order before one that was made earlier, so that of two
+unordered stores to one word the later one loses; and loads that read what is stored later in the run (load buffering).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+LATE = 0.25
+"""How often a load that may be late is drawn to be. A bug often wants one word new and another one old, which happens
+most often at 1/2; polls that are late only cost time, which speaks for less. 1/4 has three quarters of the former."""
+MOST_LATE_POLLS = 8  # much less than device.fibers.QUIET_POLLS: who is said to wait for ever has looked at the newest
+
+
+class Message(NamedTuple):
+    """One store: its value, by which entry of whose clock, and the clock it released, if it did."""
+
+    value: int
+    writer: int
+    entry: int
+    clock: list[int] | None
+
+
+class Word:
+    """The modification order of one word since the last plain store to it, with which all must be ordered anyhow."""
+
+    def __init__(self, value: int) -> None:
+        self.messages = [Message(value, 0, 0, None)]  # happens before all
+        self._read: dict[int, list[tuple[int, int]]] = {}  # by reader: its clock's entry and the position; both grow
+
+    def store(self, value: int, writer: int, clock: list[int]) -> None:
+        self.messages.append(Message(value, writer, clock[writer], clock))
+
+    def load(self, reader: int, clock: list[int], draw: Callable[[], float] | None) -> Message:
+        """Read one of the messages that may be read: the newest without `draw`, which gives numbers in [0, 1)."""
+        position = newest = len(self.messages) - 1
+        if draw and draw() < LATE:
+            position -= int(draw() * (newest - self._oldest(clock) + 1))
+        read = self._read.setdefault(reader, [])
+        if not read or read[-1][1] < position:
+            read.append((clock[reader], position))
+        return self.messages[position]
+
+    def _oldest(self, clock: list[int]) -> int:
+        """Position of the oldest message that whoever has this clock may read."""
+        oldest = len(self.messages) - 1
+        while self.messages[oldest].entry > clock[self.messages[oldest].writer]:
+            oldest -= 1
+        for reader, read in self._read.items():
+            oldest = max(oldest, next((at for entry, at in reversed(read) if entry <= clock[reader]), 0))
+        return oldest
