@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reference import GATE, MoEConfig, Packets, Task, Workload, make_packets, task_graph
+from reference import GATE, KIND_NAMES, MoEConfig, Packets, Task, Workload, make_packets, task_graph
 
 from ..bench.check import check_layer
 from .reports import Report
@@ -30,9 +30,10 @@ class Checker:
     def check(self, run: Run) -> list[Report]:
         """Everything that is wrong with a run; the memory's reports are among them."""
         reports = list(run.reports)
-        for epoch in range(1, min(map(len, run.calls)) + 1):
-            calls = [calls[epoch - 1] for calls in run.calls]
-            reports += self._differences(epoch, calls) if epoch in self._right else self._judge(epoch, calls)
+        with np.errstate(over="ignore", invalid="ignore"):  # as in the kernel: wrong numbers are a report, no warning
+            for epoch in range(1, min(map(len, run.calls)) + 1):
+                calls = [calls[epoch - 1] for calls in run.calls]
+                reports += self._differences(epoch, calls) if epoch in self._right else self._judge(epoch, calls)
         return reports
 
     def _differences(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
@@ -48,7 +49,10 @@ class Checker:
         return reports
 
     def _judge(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
-        """Against the reference, everything."""
+        """Against the reference, everything; or the routing alone, where nothing can follow from it."""
+        illegal = [report for rank, call in enumerate(calls) for report in self._illegal_experts(rank, epoch, call)]
+        if illegal:
+            return illegal
         config, packets = self.world.spec.config, [self._packets(call) for call in calls]
         reports = self._compare_with_oracle(epoch, calls)
         graph = task_graph(packets, config)
@@ -65,6 +69,16 @@ class Checker:
         if not reports:
             self._right[epoch] = list(calls)
         return reports
+
+    def _illegal_experts(self, rank: int, epoch: int, call: Call) -> list[Report]:
+        """The first token whose experts are not distinct ones of the layer."""
+        num_experts = self.world.spec.config.num_experts
+        for token, experts in enumerate(call.routing.topk_idx.tolist()):
+            bad = [e for i, e in enumerate(experts) if not 0 <= e < num_experts or e in experts[:i]]
+            if bad:
+                text = f"token {token} goes to expert {bad[0]} of {experts}: not in [0, {num_experts}), or twice"
+                return [Report("wrong result", f"rank {rank}, call {epoch}: {text}")]
+        return []
 
     def _packets(self, call: Call) -> Packets:
         return make_packets(call.routing.topk_idx, self.world.spec.config)
@@ -95,6 +109,11 @@ def bits(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.itemsize}")
 
 
+def _name(task: Task) -> str:
+    """A spoilt queue may hold tasks of no kind there is."""
+    return str(task) if 0 <= task.kind < len(KIND_NAMES) else f"kind {task.kind}{tuple(task[1:])}"
+
+
 def _count_reports(case: str, call: Call, rows: np.ndarray, tasks: Counter[Task]) -> list[Report]:
     """Rows of the packets `[num_ranks, num_experts_per_rank]` and tasks, against what they should be."""
     reports = []
@@ -103,7 +122,7 @@ def _count_reports(case: str, call: Call, rows: np.ndarray, tasks: Counter[Task]
         reports.append(Report("count", text))
     if call.tasks != tasks:
         wrong = [task for task in sorted(call.tasks | tasks) if call.tasks[task] != tasks[task]]
-        texts = [f"{task} ran {call.tasks[task]} times, wanted {tasks[task]}" for task in wrong[:MOST_TASKS]]
+        texts = [f"{_name(task)} ran {call.tasks[task]} times, wanted {tasks[task]}" for task in wrong[:MOST_TASKS]]
         texts += [f"and {len(wrong) - MOST_TASKS} more"] if len(wrong) > MOST_TASKS else []
         reports.append(Report("count", f"{case} {'; '.join(texts)}"))
     return reports

@@ -1,0 +1,56 @@
+"""What a bug has spoilt is a report, whatever the values are: the checks themselves never raise."""
+
+import numpy as np
+import pytest
+
+from flashmoe_numba.device.fibers import RandomStrategy
+from flashmoe_numba.explore.search import Explorer, Search, watched_kernel
+from flashmoe_numba.explore.world import WorldSpec
+from reference import MoEConfig, Task
+
+CONFIG = MoEConfig(num_ranks=2, num_tokens=3, hidden=5, ffn=3, num_experts=4, num_topk=2, tile_m=4, tile_m_min=2)
+EXPERTS = [
+    ([[0, 3], [4, 1], [2, 0]], "token 1 goes to expert 4 of [4, 1]: not in [0, 4), or twice"),
+    ([[-1, 3], [4, 1], [2, 0]], "token 0 goes to expert -1 of [-1, 3]: not in [0, 4), or twice"),
+    ([[0, 3], [0, 1], [2, 2]], "token 2 goes to expert 2 of [2, 2]: not in [0, 4), or twice"),
+    ([[1 << 30, 3], [0, 0], [0, 0]], f"token 0 goes to expert {1 << 30} of [{1 << 30}, 3]: not in [0, 4), or twice"),
+]
+
+
+@pytest.fixture
+def ended():
+    """(checker that has judged nothing, a clean run)."""
+    with watched_kernel(None) as kernel:
+        explorer = Explorer(Search(spec=WorldSpec(config=CONFIG)), kernel)
+        yield explorer.checker, explorer.world.run(lambda: RandomStrategy(0))
+
+
+@pytest.mark.parametrize(("experts", "why"), EXPERTS)
+def test_experts_that_there_are_not(ended, experts, why):
+    checker, run = ended
+    run.calls[1][0].routing.topk_idx[:] = experts
+    assert [tuple(report)[:2] for report in checker.check(run)] == [("wrong result", f"rank 1, call 1: {why}")]
+    assert checker.check(run), "spoilt calls are not what later ones are compared with"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("what", ["y", "results", "factors"])
+def test_numbers_that_are_none(ended, what, value):
+    checker, run = ended
+    call = run.calls[0][0]
+    array = {"y": call.y, "results": call.results, "factors": call.routing.topk_weights}[what]
+    array[:] = value
+    assert "wrong result" in {report.kind for report in checker.check(run)}
+
+
+def test_a_task_of_no_kind(ended):
+    checker, run = ended
+    run.calls[0][0].tasks[Task(7, 0, m=1)] += 1
+    (report,) = checker.check(run)
+    assert tuple(report)[:2] == ("count", "rank 0, call 1: kind 7(0, 0, 0, 1, 0) ran 1 times, wanted 0")
+
+
+def test_nothing_ended(ended):
+    checker, run = ended
+    run.calls[1].clear()
+    assert checker.check(run) == []
