@@ -32,6 +32,7 @@ def mpi_pool() -> Iterator[Executor | None]:
     from mpi4py import MPI
     from mpi4py.futures import MPICommExecutor
 
+    _hear_ctrl_c(MPI.COMM_WORLD.rank)
     pool: Any  # by its methods an Executor
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as pool:
         try:
@@ -39,6 +40,17 @@ def mpi_pool() -> Iterator[Executor | None]:
         finally:
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _hear_ctrl_c(rank: int) -> None:
+    """Rank 0 hears Ctrl-C once, though the terminal and mpirun both send it; it then tells the others to leave."""
+    left = [KeyboardInterrupt] if rank == 0 else []
+
+    def hear(*_: object) -> None:
+        if left:
+            raise left.pop()
+
+    signal.signal(signal.SIGINT, hear)
 
 
 def _begin_worker(alive: Connection) -> None:

@@ -8,22 +8,24 @@ bits under every seed. The first seed that is not clean is reported with the com
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from reference import DTYPES, MoEConfig
 
+from ..bench import launch
 from ..explore.plants import PLANTS
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore
 from ..explore.strategies import STRATEGIES
 from ..explore.world import WorldSpec
 from . import UsageError
 from .sizes import add_json_argument, check_outputs, in_flags, integer, write_json
+from .spread import STOPS, add_jobs_argument, num_processes, open_pool, progress, stopped_status, why_stopped
 
 TILES = dict(tile_m=4, tile_m_min=2, tile_n=4, token_block=2)  # so small that a world of a few rows has many tiles
 REPLACED = ("--seed", "--seeds", "--jobs", "--history")
@@ -60,7 +62,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add("--depth", type=integer(1), default=3, metavar="N", help="of the bugs that pct looks for [3]")
     add("--seed", type=integer(0), default=0, metavar="N", help="first seed [0]")
     add("--seeds", type=integer(1), default=100, metavar="N", help="how many [100]")
-    add("--jobs", type=integer(1), metavar="N", help="processes [the cores]")
+    add_jobs_argument(add)
     add("--weak", action=argparse.BooleanOptionalAction, default=True, help="loads of atomic words may be late")
     add("--history", type=integer(0), default=0, metavar="N", help="of a bad run, print the last N atomic accesses [0]")
     add("--plant", metavar="NAME", help="put this bug into the kernel first; it should be found")
@@ -73,16 +75,25 @@ def main(args: argparse.Namespace) -> int:
     if args.list_plants:
         return _list_plants(args.json)
     search = _search(args)
-    jobs = args.jobs or len(os.sched_getaffinity(0))
+    few = args.seeds <= SEEDS_PER_BATCH and not launch.inside_mpirun()
+    with open_pool(1 if few else args.jobs) as pool:
+        return _explore(args, search, pool) if launch.is_first_rank() else 0
+
+
+def _explore(args: argparse.Namespace, search: Search, pool: Executor | None) -> int:
     seeds = range(args.seed, args.seed + args.seeds)
     if args.json != "-":
         print(_describe(search), flush=True)
-    tally = _tally(_progress(explore(search, seeds, jobs if len(seeds) > SEEDS_PER_BATCH else 1), len(seeds)))
+    tally = _tally(progress(explore(search, seeds, pool), len(seeds), "runs"))
     replay = _replay(args.argv, tally.bad.seed) if tally.bad else None
     if args.json != "-":
         print("\n".join(_lines(tally, replay, args.history)), flush=True)
     if args.json:
-        write_json(args.json, _as_json(args, search, jobs, tally, replay))
+        write_json(args.json, _as_json(args, search, num_processes(pool), tally, replay))
+    if tally.stop:
+        state = f"{tally.runs} of {len(seeds)} runs are done, and --seed {args.seed + tally.runs} goes on from there"
+        print(f"flashmoe explore: {why_stopped(tally.stop)}; {state}", file=sys.stderr)
+        return stopped_status(tally.stop)
     return 1 if tally.bad else 0
 
 
@@ -127,28 +138,24 @@ class _Tally:
     busy_s: float = 0.0  # of all processes together
     wall_s: float = 0.0
     bad: Outcome | None = field(default=None)
+    stop: BaseException | None = field(default=None)  # what ended the search early
 
 
 def _tally(outcomes: Iterable[Outcome]) -> _Tally:
-    """Count runs until the first that is not clean."""
+    """Count runs until the first that is not clean, or until something ends the search early."""
     tally, start = _Tally(), time.perf_counter()
-    for outcome in outcomes:
-        tally.runs += 1
-        tally.switches += outcome.switches
-        tally.busy_s += outcome.seconds
-        if outcome.reports:
-            tally.bad = outcome
-            break
+    try:
+        for outcome in outcomes:
+            tally.runs += 1
+            tally.switches += outcome.switches
+            tally.busy_s += outcome.seconds
+            if outcome.reports:
+                tally.bad = outcome
+                break
+    except STOPS as stop:
+        tally.stop = stop
     tally.wall_s = time.perf_counter() - start
     return tally
-
-
-def _progress(outcomes: Iterator[Outcome], num_runs: int) -> Iterable[Outcome]:
-    if num_runs == 1 or not sys.stderr.isatty():
-        return outcomes
-    from tqdm import tqdm
-
-    return tqdm(outcomes, total=num_runs, unit="run", leave=False)
 
 
 # ---- what is said
@@ -164,10 +171,10 @@ def _describe(search: Search) -> str:
 
 def _lines(tally: _Tally, replay: str | None, history: int) -> list[str]:
     rate = f"{tally.runs / tally.wall_s:,.0f} runs/s, {tally.switches / tally.wall_s:,.0f} switches/s"
-    per_core = f"{tally.runs / tally.busy_s:,.0f} runs/s in each process"
+    per_core = f"{tally.runs / (tally.busy_s or 1):,.0f} runs/s in each process"
     counted = f"{tally.runs} runs in {tally.wall_s:.1f} s: {rate}; {per_core}"
     if tally.bad is None:
-        return [counted, "clean"]
+        return [counted, "clean so far" if tally.stop else "clean"]
     told = [f"  {report}" for report in tally.bad.reports]
     story = [f"  {who} {verb} {what}[{i}]: {value}" for who, verb, what, i, value in tally.bad.history or []]
     return [counted, f"seed {tally.bad.seed} is not clean:", *told, *story[-history:], f"replay: {replay}"]
@@ -184,16 +191,19 @@ def _replay(argv: list[str], seed: int) -> str:
     return shlex.join(["flashmoe", *kept, "--seed", str(seed), "--seeds", "1"])
 
 
-def _as_json(args: argparse.Namespace, search: Search, jobs: int, tally: _Tally, replay: str | None) -> dict[str, Any]:
+def _as_json(
+    args: argparse.Namespace, search: Search, processes: int, tally: _Tally, replay: str | None
+) -> dict[str, Any]:
     bad = tally.bad
     return {
         "search": asdict(search),
         "first_seed": args.seed,
-        "jobs": jobs,
+        "jobs": processes,
         "runs": tally.runs,
         "runs_per_s": tally.runs / tally.wall_s,
         "switches_per_s": tally.switches / tally.wall_s,
-        "runs_per_process_s": tally.runs / tally.busy_s,
+        "runs_per_process_s": tally.runs / (tally.busy_s or 1),
+        "stopped": why_stopped(tally.stop) if tally.stop else None,
         "clean": bad is None,
         "bad_seed": bad.seed if bad else None,
         "reports": [report._asdict() for report in bad.reports] if bad else [],

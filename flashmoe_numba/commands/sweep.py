@@ -7,22 +7,18 @@ experiments/grids has examples.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from sim.grid import Point, load_grid
-from sim.pools import mpi_pool, process_pool
 from sim.sweep import Row, RowFile, missing, run_points
 
 from ..bench import launch
 from . import UsageError
-from .sizes import integer
+from .spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped
 
 MOST_ERRORS = 5
 
@@ -30,26 +26,17 @@ MOST_ERRORS = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", type=Path, metavar="FILE.toml", help="what to combine")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="rows as JSON lines; goes on with it")
-    parser.add_argument("--jobs", type=integer(1), metavar="N", help="processes [cores]; not under mpirun")
+    add_jobs_argument(parser.add_argument)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing of the grid."""
-    if launch.inside_mpirun() and args.jobs is not None:
-        raise UsageError("argument --jobs: under mpirun its ranks are the processes")
     try:
         points = load_grid(args.grid)
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from None
-    with _pool(args.jobs) as pool:
+    with open_pool(args.jobs) as pool:
         return _run(args.out, points, pool) if launch.is_first_rank() else 0
-
-
-def _pool(jobs: int | None) -> AbstractContextManager[Executor | None]:
-    if launch.inside_mpirun():
-        return mpi_pool()
-    jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
-    return nullcontext() if jobs == 1 else process_pool(jobs)
 
 
 def _run(out: Path, points: Sequence[Point], pool: Executor | None) -> int:
@@ -62,31 +49,15 @@ def _run(out: Path, points: Sequence[Point], pool: Executor | None) -> int:
         keys = {point.key for point in points}
         rows = [row for row in file.rows if row["key"] in keys]
         try:
-            for row in _progress(left, pool):
+            for row in progress(run_points(left, pool), len(left), "points"):
                 file.append(row)
                 rows.append(row)
-        except (KeyboardInterrupt, BrokenProcessPool, MemoryError) as error:
-            return _say_stopped(error, f"{len(rows)} of {len(points)} rows are in {out}")
+        except STOPS as error:
+            state = f"{len(rows)} of {len(points)} rows are in {out}, and the same command goes on from there"
+            print(f"flashmoe sweep: {why_stopped(error)}; {state}", file=sys.stderr)
+            return stopped_status(error)
     print("\n".join(_summary(out, rows, len(left))))
     return 0
-
-
-def _progress(points: Sequence[Point], pool: Executor | None) -> Iterator[Row]:
-    """Rows as they finish, with the time left where stderr is a terminal."""
-    from tqdm import tqdm
-
-    disable = None if not os.environ.get(launch.TERMINAL_VARIABLE) else False
-    with tqdm(total=len(points), desc="simulated", unit="point", disable=disable, dynamic_ncols=True) as bar:
-        for row in run_points(points, pool):
-            yield row
-            bar.update()
-
-
-def _say_stopped(error: BaseException, state: str) -> int:
-    reasons: dict[type, str] = {BrokenProcessPool: "a process died, maybe for lack of memory: try fewer --jobs"}
-    reasons |= {KeyboardInterrupt: "interrupted", MemoryError: "out of memory: try fewer --jobs"}
-    print(f"flashmoe sweep: {reasons[type(error)]}; {state}, and the same command goes on from there", file=sys.stderr)
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _summary(out: Path, rows: Sequence[Row], num_new: int) -> Iterator[str]:

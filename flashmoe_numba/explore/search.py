@@ -1,15 +1,14 @@
-"""Many runs of one world: an explorer in each process, seeds dealt out among them."""
+"""Many runs of one world: seeds in batches, and an explorer in each process that has some of them."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
 from ..device.compilation import PACKAGE, load_interpreted
 from .checks import Checker
@@ -94,29 +93,29 @@ def watched_kernel(plant: str | None) -> Iterator[ModuleType]:
             yield watch(stack.enter_context(planted(PLANTS[plant])))
 
 
-def explore(search: Search, seeds: Sequence[int], jobs: int = 1) -> Iterator[Outcome]:
-    """The outcome of every seed, in order."""
-    if jobs == 1:
+def explore(search: Search, seeds: Sequence[int], pool: Executor | None = None) -> Iterator[Outcome]:
+    """The outcome of every seed, in order; in this process without a pool."""
+    if pool is None:
         with watched_kernel(search.plant) as kernel:
             explorer = Explorer(search, kernel)
             yield from map(explorer.run, seeds)
         return
     batches = [seeds[i : i + SEEDS_PER_BATCH] for i in range(0, len(seeds), SEEDS_PER_BATCH)]
-    workers = ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (search,))  # fork would copy locks of threads
+    for future in [pool.submit(_run_batch, search, batch) for batch in batches]:
+        yield from future.result()
+
+
+def _run_batch(search: Search, seeds: Sequence[int]) -> list[Outcome]:
+    explorer = _explorer(search)
     try:
-        for outcomes in workers.map(_run, batches):
-            yield from outcomes
-    finally:
-        workers.shutdown(cancel_futures=True)
+        return [explorer.run(seed) for seed in seeds]
+    except Exception as error:
+        error.add_note(f"while exploring seeds {seeds} of {search}")
+        raise
 
 
-_worker: dict[str, Any] = {}  # this process's explorer, and what keeps its kernel
-
-
-def _begin(search: Search) -> None:
-    stack = _worker["stack"] = contextlib.ExitStack()
-    _worker["explorer"] = Explorer(search, stack.enter_context(watched_kernel(search.plant)))
-
-
-def _run(seeds: Sequence[int]) -> list[Outcome]:
-    return [_worker["explorer"].run(seed) for seed in seeds]
+@lru_cache(maxsize=1)  # making one costs as much as many runs
+def _explorer(search: Search) -> Explorer:
+    """This process's explorer; a planted kernel is loaded whole, so that its folder need not stay."""
+    with watched_kernel(search.plant) as kernel:
+        return Explorer(search, kernel)

@@ -11,6 +11,7 @@ from flashmoe_numba.explore.search import Explorer, Search, explore, watched_ker
 from flashmoe_numba.explore.world import WorldSpec
 from flashmoe_numba.kernel.signals import ABORT
 from reference import MoEConfig
+from sim.pools import process_pool
 
 TINY = dict(
     num_ranks=2, num_tokens=4, hidden=5, ffn=3, num_experts=4, num_topk=2, gated=True, activation="silu",
@@ -90,7 +91,8 @@ def test_ranks_are_a_call_apart():
 def test_outcomes_of_many_processes_come_in_order():
     search = Search(spec=spec(num_processors=1, epochs=1))
     alone = list(explore(search, range(20)))
-    spread = list(explore(search, range(20), jobs=2))
+    with process_pool(2) as pool:
+        spread = list(explore(search, range(20), pool))
     assert [(o.seed, o.switches) for o in spread] == [(o.seed, o.switches) for o in alone]
 
 
