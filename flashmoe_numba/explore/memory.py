@@ -162,7 +162,7 @@ class Region:
         actor, value = access[0], self.cells[i]
         if i in self.words:
             value, _, _, clock = self.words[i].load(actor.index, actor.clock, self.memory.lateness())
-            if acquire and clock:
+            if acquire:
                 actor.join(clock)
         actor.looked[self, i] = value
         self.memory.log(actor, "acquires" if acquire else "reads", self, i, value)
@@ -180,9 +180,7 @@ class Region:
         access = self._atomic(i)
         actor, old = access[0], self.cells[i]
         if i in self.words:
-            newest = self.words[i].load(actor.index, actor.clock, None)
-            if newest.clock:
-                actor.join(newest.clock)
+            actor.join(self.words[i].messages[-1].clock)
         if expected is None or old == expected:
             self._record_atomic(i, access, self.atomic_writes)
             self._store(i, actor, old + value if expected is None else value)
@@ -194,7 +192,7 @@ class Region:
 
     def _store(self, i: int, actor: Actor, value: int) -> None:
         if i not in self.words:
-            self.words[i] = Word(self.cells[i])
+            self.words[i] = Word(self.cells[i], self.memory.num_actors)
         self.words[i].store(value, actor.index, actor.clock)
         self.cells[i] = value
         actor.tick()

@@ -16,28 +16,29 @@ unordered stores to one word the later one loses; and loads that read what is st
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import ceil
 from typing import NamedTuple
 
 LATE = 0.25
-"""How often a load that may be late is drawn to be. A bug often wants one word new and another one old, which happens
+"""How often a load that may be late is. A bug often wants one word new and another one old, which happens
 most often at 1/2; polls that are late only cost time, which speaks for less. 1/4 has three quarters of the former."""
 MOST_LATE_POLLS = 8  # much less than device.fibers.QUIET_POLLS: who is said to wait for ever has looked at the newest
 
 
 class Message(NamedTuple):
-    """One store: its value, by which entry of whose clock, and the clock it released, if it did."""
+    """One store: its value, by which entry of whose clock, and the clock it released."""
 
     value: int
     writer: int
     entry: int
-    clock: list[int] | None
+    clock: list[int]
 
 
 class Word:
     """The modification order of one word since the last plain store to it, with which all must be ordered anyhow."""
 
-    def __init__(self, value: int) -> None:
-        self.messages = [Message(value, 0, 0, None)]  # happens before all
+    def __init__(self, value: int, num_actors: int) -> None:
+        self.messages = [Message(value, 0, 0, [0] * num_actors)]  # happens before all, and brings nothing
         self._read: dict[int, list[tuple[int, int]]] = {}  # by reader: its clock's entry and the position; both grow
 
     def store(self, value: int, writer: int, clock: list[int]) -> None:
@@ -47,7 +48,7 @@ class Word:
         """Read one of the messages that may be read: the newest without `draw`, which gives numbers in [0, 1)."""
         position = newest = len(self.messages) - 1
         if draw and draw() < LATE:
-            position -= int(draw() * (newest - self._oldest(clock) + 1))
+            position -= ceil(draw() * (newest - self._oldest(clock)))
         read = self._read.setdefault(reader, [])
         if not read or read[-1][1] < position:
             read.append((clock[reader], position))

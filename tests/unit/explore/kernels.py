@@ -24,9 +24,9 @@ class Bench:
             for name, size in sizes.items()
         ]
 
-    def run(self, kernel, strategy):
+    def run(self, kernel, strategy, late_seed=None):
         """Kinds of the reports; `kernel(block, *arrays)` runs in every lane of every block."""
-        self.memory.begin()
+        self.memory.begin(late_seed=late_seed)
         for region in self.arrays:
             region.array[:] = 0
         scheduler = Scheduler(strategy=strategy, max_switches=100_000)
