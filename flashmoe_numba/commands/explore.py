@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     check_outputs({"--json": args.json})
     if args.list_plants:
         return _list_plants(args.json)
-    search = _search(args)
+    search = make_search(args)
     few = args.seeds <= SEEDS_PER_BATCH and not launch.inside_mpirun()
     with open_pool(1 if few else args.jobs) as pool:
         return _explore(args, search, pool) if launch.is_first_rank() else 0
@@ -97,7 +97,12 @@ def _explore(args: argparse.Namespace, search: Search, pool: Executor | None) ->
     return 1 if tally.bad else 0
 
 
-def _search(args: argparse.Namespace) -> Search:
+def make_search(args: argparse.Namespace) -> Search:
+    """What the flags describe.
+
+    Raises:
+        UsageError: they fit no layer, or there is no such rank or plant.
+    """
     if args.plant is not None and args.plant not in PLANTS:
         raise UsageError(f"argument --plant: there is no {args.plant!r}; see --list-plants")
     try:
