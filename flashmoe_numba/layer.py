@@ -18,6 +18,7 @@ from .backends import make_backend
 from .device.compilation import usable_cache_folder
 from .errors import FlashMoEError, explain
 from .heap import make_heap
+from .kernel.signals import ABORT
 from .rank import Rank, Stats
 
 LAST_EPOCH = 2**31 - 1
@@ -225,12 +226,10 @@ class FlashMoE:
         return [self._backend.to_host(segment[control:]).view(np.int64) for segment in self._heap.segments]
 
     def _raise_if_given_up(self) -> None:
-        controls = self._controls()
         for rank in self._ranks:
-            message = explain(rank.rank_idx, controls)
-            if message is not None:
-                self._closed = message
-                raise FlashMoEError(message)
+            if self._backend.to_host(rank.control)[ABORT] != 0:  # then the record that it points to is complete
+                self._closed = explain(rank.rank_idx, self._controls())
+                raise FlashMoEError(self._closed)
 
     def _leave(self) -> None:
         """Tell all ranks that this process will not go on, so that they stop now and not at the deadline.

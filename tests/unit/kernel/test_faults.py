@@ -138,6 +138,30 @@ def test_nothing_is_explained_without_a_fault():
         assert [describe(rank, control) for rank, control in enumerate(controls)] == [None, None]
 
 
+@pytest.mark.parametrize("moment", range(3))
+def test_a_host_that_looks_while_another_rank_gives_up_hears_the_whole_reason_or_nothing(moment):
+    config = tiny_config()
+    with FlashMoE(config, Weights.random(config)) as layer:
+        layer(random_tokens(config))
+        other, layer._ranks = layer._ranks[0], layer._ranks[1:]  # as in the process of rank 1
+        honest, copies = layer._backend.to_host, []
+
+        def to_host(array):
+            if len(copies) == moment:
+                layer._backend.leave(*other.leaving(layer._epoch))
+            copies.append(array)
+            return honest(array)
+
+        layer._backend.to_host = to_host
+        said = []
+        for _ in range(4):
+            try:
+                layer._raise_if_given_up()
+            except FlashMoEError as error:
+                said.append(str(error))
+        assert set(said) == {"rank 1 stopped: rank 0 left in epoch 1 because of an error of its own"}, f"at {moment}"
+
+
 def test_work_that_takes_longer_than_the_deadline_is_no_fault():
     """The deadline is for silence: it is not spent while any rank finishes tasks."""
     sizes = dict(num_tokens=2**15, hidden=2048, ffn=2048, num_experts=2, num_topk=1)
