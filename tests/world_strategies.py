@@ -1,0 +1,73 @@
+"""Whole worlds for the explorer, drawn: a layer, its calls with their token counts and routings, and a schedule.
+
+All of it is a value (`Search` and a seed), so what Hypothesis shrinks to can be copied into a test.
+"""
+
+from hypothesis import strategies as st
+from worlds import configs
+
+from flashmoe_numba.explore.search import Search
+from flashmoe_numba.explore.strategies import STRATEGIES
+from flashmoe_numba.explore.world import GivenCall, WorldSpec
+
+
+@st.composite
+def routings(draw, config, counts):
+    """A routing from outside: each rank's tokens go through a pool of experts, so many on at each token.
+
+    A small pool leaves some ranks without rows, and a stride of 0 sends all tokens of a rank to the same experts.
+    """
+    experts = st.sampled_from(range(config.num_experts))
+    pool = draw(st.lists(experts, min_size=config.num_topk, unique=True))
+    stride, firsts = draw(st.integers(0, 2)), [draw(st.integers(0, len(pool) - 1)) for _ in counts]
+    return tuple(
+        tuple(
+            tuple(pool[(first + token * stride + j) % len(pool)] for j in range(config.num_topk))
+            for token in range(count)
+        )
+        for first, count in zip(firsts, counts, strict=True)
+    )
+
+
+@st.composite
+def given_calls(draw, config):
+    most = config.num_tokens
+    one = st.sampled_from([1, most, most, 0]) | st.integers(0, most)
+    counts = tuple(draw(st.lists(one, min_size=config.num_ranks, max_size=config.num_ranks)))
+    return GivenCall(counts, draw(st.none() | routings(config, counts)))
+
+
+@st.composite
+def specs(draw, max_ranks=4, max_calls=3, max_tokens=4, **fixed):
+    num_tokens, tile_m_min = draw(st.integers(1, max_tokens)), draw(st.integers(1, 3))
+    sizes = dict(
+        tile_m_min=tile_m_min,
+        tile_m=tile_m_min * draw(st.sampled_from([1, 1, 2])),
+        num_tokens=num_tokens,
+        capacity=draw(st.none() | st.integers(1, (num_tokens + 1) // 2)),
+        hidden=draw(st.sampled_from([1, 3, 5])),
+        ffn=draw(st.sampled_from([1, 3, 4])),
+    )
+    config = draw(configs(max_ranks=max_ranks, **(sizes | fixed)))
+    calls = draw(st.lists(given_calls(config), min_size=1, max_size=max_calls))
+    return WorldSpec(
+        config=config,
+        num_processors=draw(st.integers(1, 3)),
+        lanes=draw(st.integers(1, 3)),
+        epochs=len(calls),
+        data_seed=draw(st.integers(0, 9)),
+        given=tuple(calls),
+    )
+
+
+def schedules():
+    """What of a search does not change the world, and the seed."""
+    choices = dict(strategy=st.sampled_from(STRATEGIES), weak=st.booleans(), depth=st.integers(1, 4))
+    return st.tuples(st.fixed_dictionaries(choices), st.integers(0, 999))
+
+
+@st.composite
+def explored_worlds(draw, **options):
+    """(search, seed): one run."""
+    spec, (schedule, seed) = draw(specs(**options)), draw(schedules())
+    return Search(spec=spec, **schedule), seed
