@@ -25,6 +25,7 @@ WRITING, COMPLETE = 1, 2
 RECORD_BLOCK, RECORD_ROLE, RECORD_FLAG, RECORD_PEER, RECORD_EXPERT, RECORD_M, RECORD_EPOCH, RECORD_FOUND = range(9, 17)
 RECORD_MISSING, RECORD_DEADLINE_NS = 17, 18
 PROGRESS = 24  # tasks that this rank has finished, ever
+SILENT = 25  # the last epoch in which this rank's OS block waited for half a deadline
 
 LOOKS_PER_DEADLINE = 16
 
@@ -99,6 +100,20 @@ def keep_waiting(p, segments, wait):
 def silence_ns(wait):
     """How long no rank has been seen to make progress."""
     return wait.looked - wait.since
+
+
+@jit
+def note_silence(p, segments, wait):
+    """After half a deadline, tell the others that this rank waits itself, and is not the one to blame."""
+    if silence_ns(wait) > p.deadline_ns // 2:
+        st_release(segments.control, SILENT, p.epoch)
+
+
+@jit
+def waits_itself(p, segments, rank_idx):
+    """Does this rank wait for others in this epoch, or in the last one if it is not beyond that?"""
+    control = array_at(segments.address[rank_idx] + p.control_at, segments.control.size, segments.control)
+    return ld_relaxed(control, SILENT) >= max(1, p.epoch - 1)
 
 
 @jit

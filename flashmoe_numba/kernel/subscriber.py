@@ -32,7 +32,9 @@ from .signals import (
     begin_wait,
     give_up,
     keep_waiting,
+    note_silence,
     silence_ns,
+    waits_itself,
     word_epoch,
     word_rows,
 )
@@ -73,6 +75,7 @@ def subscribe(p, block, segments, tokens, packets, queue, trace):
             if aborted(segments):
                 return
             wait = keep_waiting(p, segments, wait)
+            note_silence(p, segments, wait)
             if silence_ns(wait) > p.deadline_ns:
                 blame(p, block, segments, tokens, packets, packets_left, results_left)
                 return
@@ -184,17 +187,17 @@ def block_of_slot(p, tokens, e, slot):
 
 @jit
 def blame(p, block, segments, tokens, packets, packets_left, results_left):
-    """Name the first flag that this lane still waits for."""
+    """Name a flag that this lane still waits for."""
     if results_left < 0:
         give_up(p, segments, block, SUBSCRIBER, GATE_FLAG, p.rank_idx, 0, 0, 0, 1)
         return
     missing = packets_left + results_left
-    for packet in range(p.num_experts):
+    packet = overdue_packet(p, segments, packets)
+    if packet >= 0:
         source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
-        if expert % lanes() == lane() and packets.seen[packet] != p.epoch:
-            found = ld_relaxed(segments.dispatch_flag, packet)
-            give_up(p, segments, block, SUBSCRIBER, DISPATCH_FLAG, source, expert, 0, found, missing)
-            return
+        found = ld_relaxed(segments.dispatch_flag, packet)
+        give_up(p, segments, block, SUBSCRIBER, DISPATCH_FLAG, source, expert, 0, found, missing)
+        return
     for e in range(lane(), p.num_experts, lanes()):
         for m in range(num_row_blocks(tokens.sent[e], p.tile_m_min, p.tile_m)):
             i = e * p.row_blocks + m
@@ -203,3 +206,17 @@ def blame(p, block, segments, tokens, packets, packets_left, results_left):
                 found = ld_relaxed(segments.result_flag, i)
                 give_up(p, segments, block, SUBSCRIBER, RESULT_FLAG, owner, expert, m, found, missing)
                 return
+
+
+@jit
+def overdue_packet(p, segments, packets):
+    """The first packet that this lane misses of a rank that does not wait itself, else the first it misses, or -1."""
+    first = -1
+    for packet in range(p.num_experts):
+        source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
+        if expert % lanes() == lane() and packets.seen[packet] != p.epoch:
+            if not waits_itself(p, segments, source):
+                return packet
+            if first < 0:
+                first = packet
+    return first

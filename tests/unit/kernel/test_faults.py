@@ -79,6 +79,23 @@ def test_a_rank_that_does_not_come_is_named_by_all_others(missing, num_processor
             layer(x)
 
 
+@pytest.mark.parametrize(("silent", "named"), [(None, 0), (0, 1), (1, 0)])
+def test_a_rank_that_waits_itself_is_not_the_one_to_name(silent, named):
+    """Rank 2 is alone in epoch 2. One of the others says that it has long been waiting, in epoch 1."""
+    config = tiny_config(num_ranks=3, num_experts=6)
+    x = random_tokens(config)
+    with FlashMoE(config, Weights.random(config), num_processors=1) as layer:
+        layer(x)
+        layer._epoch += 1
+        _, blocks = layer._ranks[2].call(x[2], None, layer._epoch, int(DEADLINE_S * 1e9))
+        if silent is not None:
+            layer._ranks[silent].control[s.SILENT] = 1
+        layer._backend.run(blocks, layer._leave)
+        message = explain(2, [rank.control for rank in layer._ranks])
+        assert f"waited for the dispatch flag of rank {named} for expert 0 here; it holds epoch 1" in message, message
+        assert layer._ranks[2].control[s.SILENT] == 2, "rank 2 has been waiting itself"
+
+
 def test_a_missing_result_is_named():
     """Rank 1 dispatches nothing wrong but its experts do no work: its processors are not there."""
     config = tiny_config()
