@@ -24,11 +24,12 @@ from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore
 from ..explore.strategies import STRATEGIES
 from ..explore.world import WorldSpec
 from . import UsageError
+from .failures import add_failure_arguments, describe_world, replay, shrink, tell
 from .sizes import add_json_argument, check_outputs, in_flags, integer, write_json
 from .spread import STOPS, add_jobs_argument, num_processes, open_pool, progress, stopped_status, why_stopped
 
 TILES = dict(tile_m=4, tile_m_min=2, tile_n=4, token_block=2)  # so small that a world of a few rows has many tiles
-REPLACED = ("--seed", "--seeds", "--jobs", "--history")
+REPLACED = ("--seed", "--seeds", "--jobs", "--history", "--shrink")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--world", type=integer(0), default=0, metavar="N", help="seed of weights, tokens, counts and routing [0]")
     add("--leaver", type=integer(0), metavar="RANK", help="this rank gives up in the last call, and all must stop")
     _add_search(parser)
+    add_failure_arguments(parser.add_argument_group("a run that is not clean").add_argument)
     add_json_argument(parser)
 
 
@@ -64,16 +66,17 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=integer(1), default=100, metavar="N", help="how many [100]")
     add_jobs_argument(add)
     add("--weak", action=argparse.BooleanOptionalAction, default=True, help="loads of atomic words may be late")
-    add("--history", type=integer(0), default=0, metavar="N", help="of a bad run, print the last N atomic accesses [0]")
     add("--plant", metavar="NAME", help="put this bug into the kernel first; it should be found")
     add("--list-plants", action="store_true", help="say which bugs there are, and run nothing")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run what the flags describe."""
-    check_outputs({"--json": args.json})
+    check_outputs({"--json": args.json, "--shrink": args.shrink})
     if args.list_plants:
         return _list_plants(args.json)
+    if args.replay is not None:
+        return replay(args) if launch.is_first_rank() else 0
     search = make_search(args)
     few = args.seeds <= SEEDS_PER_BATCH and not launch.inside_mpirun()
     with open_pool(1 if few else args.jobs) as pool:
@@ -85,16 +88,26 @@ def _explore(args: argparse.Namespace, search: Search, pool: Executor | None) ->
     if args.json != "-":
         print(_describe(search), flush=True)
     tally = _tally(progress(explore(search, seeds, pool), len(seeds), "runs"))
-    replay = _replay(args.argv, tally.bad.seed) if tally.bad else None
     if args.json != "-":
-        print("\n".join(_lines(tally, replay, args.history)), flush=True)
+        print("\n".join(_lines(args, tally)), flush=True)
+    found = _look_closer(args, search, tally.bad) if tally.bad else {}
     if args.json:
-        write_json(args.json, _as_json(args, search, num_processes(pool), tally, replay))
+        write_json(args.json, _as_json(args, search, num_processes(pool), tally) | found)
     if tally.stop:
         state = f"{tally.runs} of {len(seeds)} runs are done, and --seed {args.seed + tally.runs} goes on from there"
         print(f"flashmoe explore: {why_stopped(tally.stop)}; {state}", file=sys.stderr)
         return stopped_status(tally.stop)
     return 1 if tally.bad else 0
+
+
+def _look_closer(args: argparse.Namespace, search: Search, bad: Outcome) -> dict[str, Any]:
+    """Tell of a bad run, or of what it can be shrunk to; for JSON, of both."""
+    shrunk = shrink(search, bad, args.shrink) if args.shrink else None
+    story = tell(search, bad) if args.json or (args.history and not shrunk) else None
+    if args.json != "-":
+        lines = shrunk.text(args.shrink, args.history) if shrunk else story.text(args.history) if story else []
+        print("\n".join([*lines, *([] if shrunk else [f"replay: {_replay(args.argv, bad.seed)}"])]), flush=True)
+    return (story.as_json() if story else {}) | {"shrunk": shrunk.as_json() if shrunk else None}
 
 
 def make_search(args: argparse.Namespace) -> Search:
@@ -128,7 +141,6 @@ def make_search(args: argparse.Namespace) -> Search:
         strategy=args.strategy,
         depth=args.depth,
         plant=args.plant,
-        keep_history=args.history > 0,
         weak=args.weak,
     )
 
@@ -167,22 +179,18 @@ def _tally(outcomes: Iterable[Outcome]) -> _Tally:
 
 
 def _describe(search: Search) -> str:
-    spec, c = search.spec, search.spec.config
-    capacity = "no limit" if c.capacity is None else f"capacity {c.capacity}"
-    sizes = f"{c.num_tokens} tokens a rank, top {c.num_topk} of {c.num_experts} experts, {capacity}"
-    blocks = f"{c.num_ranks} ranks x {spec.num_processors} processors + 1, {spec.lanes} lanes, {spec.epochs} calls"
-    return f"{blocks}: {sizes}; strategy {search.strategy}{f', plant {search.plant}' if search.plant else ''}"
+    plant = f", plant {search.plant}" if search.plant else ""
+    return f"{describe_world(search.spec)}; strategy {search.strategy}{plant}"
 
 
-def _lines(tally: _Tally, replay: str | None, history: int) -> list[str]:
+def _lines(args: argparse.Namespace, tally: _Tally) -> list[str]:
     rate = f"{tally.runs / tally.wall_s:,.0f} runs/s, {tally.switches / tally.wall_s:,.0f} switches/s"
     per_core = f"{tally.runs / (tally.busy_s or 1):,.0f} runs/s in each process"
     counted = f"{tally.runs} runs in {tally.wall_s:.1f} s: {rate}; {per_core}"
     if tally.bad is None:
-        return [counted, "clean so far" if tally.stop else "clean"]
-    told = [f"  {report}" for report in tally.bad.reports]
-    story = [f"  {who} {verb} {what}[{i}]: {value}" for who, verb, what, i, value in tally.bad.history or []]
-    return [counted, f"seed {tally.bad.seed} is not clean:", *told, *story[-history:], f"replay: {replay}"]
+        clean = "clean so far" if tally.stop else "clean"
+        return [counted, *(["nothing to shrink"] if args.shrink else []), clean]
+    return [counted, f"seed {tally.bad.seed} is not clean:", *[f"  {report}" for report in tally.bad.reports]]
 
 
 def _replay(argv: list[str], seed: int) -> str:
@@ -196,9 +204,7 @@ def _replay(argv: list[str], seed: int) -> str:
     return shlex.join(["flashmoe", *kept, "--seed", str(seed), "--seeds", "1"])
 
 
-def _as_json(
-    args: argparse.Namespace, search: Search, processes: int, tally: _Tally, replay: str | None
-) -> dict[str, Any]:
+def _as_json(args: argparse.Namespace, search: Search, processes: int, tally: _Tally) -> dict[str, Any]:
     bad = tally.bad
     return {
         "search": asdict(search),
@@ -212,8 +218,9 @@ def _as_json(
         "clean": bad is None,
         "bad_seed": bad.seed if bad else None,
         "reports": [report._asdict() for report in bad.reports] if bad else [],
-        "history": bad.history[-args.history :] if bad and bad.history else [],
-        "replay": replay,
+        "history": [],
+        "shrunk": None,
+        "replay": _replay(args.argv, bad.seed) if bad else None,
     }
 
 

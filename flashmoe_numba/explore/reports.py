@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -37,6 +38,13 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.text}"
+
+
+def finding(report: Report) -> tuple[str, ...]:
+    """What makes reports of worlds of any size the same finding: kind, array without its rank, and places."""
+    array = re.sub(r"^rank \d+ | of (block|call) \d+$", "", report.cell[0]) if report.cell else ""
+    raised = report.text.partition(":")[0] if report.kind == "error" else ""
+    return report.kind, array, raised, *sorted(site.where for site in report.sites)
 
 
 class Stopped(Exception):

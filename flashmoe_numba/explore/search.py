@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
 from ..device.compilation import PACKAGE, load_interpreted
+from ..device.fibers import Strategy
 from .checks import Checker
 from .plants import PLANTS, planted
 from .reports import Report
@@ -72,13 +73,17 @@ class Explorer:
         self.world.run(make)
         return made[-1].steps
 
+    def strategy(self, seed: int) -> Callable[[], Strategy]:
+        """Makes the strategy of a seed's run, as often as it is made."""
+        name, depth = self.search.strategy, self.search.depth
+        return lambda: make_strategy(name, seed, num_steps=self.num_steps, depth=depth)
+
+    def late_seed(self, seed: int) -> int | None:
+        return seed if self.search.weak else None
+
     def run(self, seed: int) -> Outcome:
         start = time.perf_counter()
-        search = self.search
-        run = self.world.run(
-            lambda: make_strategy(search.strategy, seed, num_steps=self.num_steps, depth=search.depth),
-            late_seed=seed if search.weak else None,
-        )
+        run = self.world.run(self.strategy(seed), self.late_seed(seed))
         reports = self.checker.check(run)
         return Outcome(seed, reports, run.switches, time.perf_counter() - start, run.history)
 

@@ -158,16 +158,22 @@ class World:
         self._make_tokens()
         self._first = [(region, _first_content(region)) for region in self.regions.values()]
 
-    def run(self, make_strategy: Callable[[], Strategy], late_seed: int | None = None) -> Run:
+    def run(
+        self, make_strategy: Callable[[], Strategy], late_seed: int | None = None, with_places: bool = False
+    ) -> Run:
         """One run from the beginning; whatever goes wrong in it is a report.
 
         Args:
             make_strategy: one that has not run yet. If there is something to report, the same run is made once more, to
                 note the places.
             late_seed: decides which loads of atomic words are late; None: words are sequentially consistent.
+            with_places: note the places at once, whether there is something to report or not.
         """
-        run = self._run(make_strategy(), late_seed, with_places=False)
-        return self._run(make_strategy(), late_seed, with_places=True) if run.reports else run
+        if not with_places:
+            run = self._run(make_strategy(), late_seed, with_places=False)
+            if not run.reports:
+                return run
+        return self._run(make_strategy(), late_seed, with_places=True)
 
     def _run(self, strategy: Strategy, late_seed: int | None, with_places: bool) -> Run:
         self.memory.begin(with_places, late_seed)

@@ -136,7 +136,8 @@ def test_a_bad_seed_is_replayed_by_its_command(capsys):
 
 
 def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
-    status, out, _ = flashmoe(capsys, "--plant", "empty-packet-not-signalled", "--topk", "1", "--seeds", "8")
+    flags = ["--plant", "empty-packet-not-signalled", "--topk", "1", "--seeds", "8", "--history", "0"]
+    status, out, _ = flashmoe(capsys, *flags)
     assert status == 1
     assert re.search(
         r"OS block .* at .*: rank \d segments.dispatch_flag\[\d\] is \(call 1, \d rows\), wanted call 2", out
