@@ -157,7 +157,7 @@ def _vain_polls(turns: Sequence[Turn], stuck: bool) -> set[Event]:
 
 
 def _count_polls(turns: Sequence[Turn], vain: set[Event]) -> tuple[dict[Event, int], dict[Actor, Collection[Place]]]:
-    """How often the word of a load was polled till it found something; and what was polled last, by whoever still is."""
+    """How often a load's word was polled till it found something; and what they poll who still do."""
     polled: dict[Event, int] = {}
     counts: defaultdict[Actor, Counter[Place]] = defaultdict(Counter)
     last: dict[Actor, Event] = {}
