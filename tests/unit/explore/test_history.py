@@ -1,0 +1,175 @@
+"""The history of small kernels, line by line, and what cells and words are called."""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+from kernels import Bench
+
+from flashmoe_numba.device.fibers import Deadlock
+from flashmoe_numba.explore.cells import Cells, value_of, word
+from flashmoe_numba.explore.history import Recorder
+from flashmoe_numba.explore.reports import Report
+from flashmoe_numba.explore.schedules import Choice, Scheduled
+from flashmoe_numba.explore.telling import Line, Teller, as_text
+from flashmoe_numba.explore.watched import fetch_add, ld_acquire, ld_relaxed, pause, st_release
+from flashmoe_numba.explore.words import LATE
+from flashmoe_numba.kernel.queue import COUNTER_STRIDE
+from reference import MoEConfig
+
+CONFIG = MoEConfig(
+    num_ranks=2, num_tokens=4, hidden=5, ffn=3, num_experts=4, num_topk=2, gated=True, activation="silu",
+    tile_m=4, tile_m_min=2, tile_n=4, token_block=2,
+)  # fmt: skip
+FLAG, DATA, COUNTERS = "rank 0 segments.dispatch_flag", "rank 0 segments.dispatch", "rank 1 queue.counters"
+
+
+def wait_for(flag, i):
+    attempt = 0
+    while ld_acquire(flag, i) == 0:
+        attempt = pause(attempt)
+
+
+def signal(block, flag, data, counters):
+    if block == 1:
+        for column in range(5):
+            data[column] = 7
+        st_release(flag, 0, (1 << 32) | 2)
+        fetch_add(counters, COUNTER_STRIDE, 3)
+        return
+    wait_for(flag, 0)
+    data[0]
+
+
+def signal_early(block, flag, data, counters):
+    if block == 1:
+        st_release(flag, 0, (1 << 32) | 2)
+        data[3] = 7
+        return
+    wait_for(flag, 0)
+    data[3]
+
+
+def wait_for_ever(block, flag, data, counters):
+    wait_for(flag, block)
+
+
+def at(function, text):
+    """`function:line` of the line that ends with this text."""
+    lines, first = inspect.getsourcelines(function)
+    return f"{function.__name__}:{first + next(i for i, line in enumerate(lines) if line.rstrip().endswith(text))}"
+
+
+def tell(kernel, choices=(), report=None):
+    bench = Bench(blocks=2, **{FLAG: 4, DATA: 80, COUNTERS: 256})
+    recorder = Recorder(Scheduled(choices), bench.memory, report)
+    bench.run(kernel, recorder)
+    return told(recorder, report), bench.memory.reports
+
+
+def told(recorder, report=None):
+    return Teller(CONFIG, report).tell([turn for turn in recorder.turns if turn.events])
+
+
+def test_a_signal():
+    zero, one = "block 0 lane 0", "block 1 lane 0"
+    flag = "dispatch_flag(source 0, expert 0)"
+    assert tell(signal)[0] == [
+        Line(
+            one, 1, at(signal, "2)"),
+            "writes rank 0's dispatch(source 0, expert 0, slot 0); "
+            f"releases rank 0's {flag} = (call 1, 2 rows)", False,
+        ),
+        Line(one, 1, at(signal, "3)"), "adds to TAIL, now 3", False),
+        Line(zero, 1, at(wait_for, "== 0:"), f"acquires {flag} = (call 1, 2 rows), polled 2 times", False),
+        Line(zero, 1, at(signal, "data[0]"), "reads dispatch(source 0, expert 0, slot 0, column 0)", False),
+    ]  # fmt: skip
+
+
+def test_a_race_is_marked_and_the_history_ends_there():
+    (report,) = tell(signal_early, [Choice("block 1", 1, "block 0")])[1]
+    lines, _ = tell(signal_early, [Choice("block 1", 1, "block 0")], report)
+    where, read = at(signal_early, "= 7"), at(signal_early, "data[3]")
+    missing = f"no chain of releases and acquires leads from block 0 lane 0 at {read} to here"
+    marked = [(line.who, line.where, line.what) for line in lines if line.marked]
+    assert marked == [
+        ("block 0 lane 0", read, "reads dispatch(source 0, expert 0, slot 0, column 3)"),
+        ("block 1 lane 0", where, "writes rank 0's dispatch(source 0, expert 0, slot 0, column 3)"),
+        ("block 1 lane 0", "", missing),
+    ]
+    assert [line for line in lines if not line.marked][-1].what.startswith("acquires dispatch_flag")
+
+
+def test_a_deadlock_ends_with_what_all_wait_for():
+    bench = Bench(blocks=2, **{FLAG: 4, DATA: 80, COUNTERS: 256})
+    recorder = Recorder(Scheduled(), bench.memory)
+    with pytest.raises(Deadlock):
+        bench.run(wait_for_ever, recorder)
+    assert [line.what for line in told(recorder, Report("deadlock", ""))] == [
+        "still polls dispatch_flag(source 0, expert 0) = (call 0, 0 rows)",
+        "still polls rank 0's dispatch_flag(source 0, expert 1) = (call 0, 0 rows)",
+    ]
+
+
+def test_a_late_load_says_what_it_missed():
+    def look(block, flag, data, counters):
+        if block == 0:
+            st_release(flag, 0, (1 << 32) | 2)
+        else:
+            ld_relaxed(flag, 0)
+
+    bench = Bench(blocks=2, **{FLAG: 4, DATA: 80, COUNTERS: 256})
+    recorder = Recorder(Scheduled(), bench.memory)
+    bench.memory.lateness = lambda: iter([LATE / 2, 0.99]).__next__
+    bench.run(look, recorder, late_seed=0)
+    late = "reads rank 0's dispatch_flag(source 0, expert 0) = (call 0, 0 rows), late: (call 1, 2 rows) is there"
+    assert told(recorder)[-1].what == late
+
+
+@pytest.mark.parametrize(
+    ("array", "cells", "wanted"),
+    [
+        ("rank 1 segments.dispatch", range(40, 50), "dispatch(source 1, expert 0, slots 0-1)"),
+        ("rank 1 segments.result", [61, 62], "result(owner 1, expert 1, slot 0, columns 1-2)"),
+        ("rank 0 segments.result_flag", [3], "result_flag(owner 1, expert 1, m 0)"),
+        ("rank 0 packets.hidden", range(3, 9), "hidden(rows 1-2)"),
+        ("rank 0 tokens.x of call 2", [5], "x(token 1, column 0)"),
+        ("rank 0 packets.rows", [1, 2, 3, 7], "rows[1-3, 7]"),
+        ("rank 0 queue.counters", [48], "GATE_OPEN"),
+        ("data", [3], "data[3]"),
+    ],
+)
+def test_cells_are_told_by_what_they_hold(array, cells, wanted):
+    assert Cells(CONFIG).tell(array, dict.fromkeys(cells)) == wanted
+
+
+def test_a_row_tile_has_an_index_of_its_own():
+    tall = replace(CONFIG, num_tokens=9)  # three tiles a packet
+    assert Cells(tall).tell("rank 0 segments.result_flag", {5: None}) == "result_flag(owner 0, expert 1, m 2)"
+
+
+def test_a_task_is_told_where_all_its_fields_are_known():
+    fields = {17: 2, 18: 1, 19: 0, 20: 1, 21: 0}  # kind, peer, expert, m, n of place 2
+    assert Cells(CONFIG).tell("rank 0 queue.tasks", fields) == "place 2: GEMM0(source 1, expert 0, m 1, n 0)"
+    assert Cells(CONFIG).tell("rank 0 queue.tasks", {17: 2}) == "place 2"
+
+
+def test_words():
+    assert word("rank 1 queue.tasks", 16) == "the stamp of place 2"
+    assert word("rank 1 segments.control", 0) == "the abort word"
+    assert word("rank 1 segments.dispatch_flag", 0) is None
+    assert value_of("rank 1 segments.result_flag", (3 << 32) | 4) == "(call 3, 4 rows)"
+    assert value_of("rank 1 queue.counters", 4) == "4"
+
+
+def test_the_last_lines_and_all_marked_ones_are_shown():
+    lines = [Line("a" if i < 6 else "b", 1, f"f:{i}", f"does {i}", marked=i == 1) for i in range(8)]
+    assert as_text(lines, 3) == [
+        "  ... 1 lines",
+        "> a  f:1  does 1",
+        "  ... 3 lines",
+        "  a  f:5  does 5",
+        "  b  f:6  does 6",
+        "     f:7  does 7",
+    ]
+    assert as_text(lines[6:], 40) == ["  b  f:6  does 6", "     f:7  does 7"]
