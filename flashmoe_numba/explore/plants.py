@@ -34,6 +34,7 @@ class Plant:
         file, old, new: in `flashmoe_numba/kernel/file`, `old` becomes `new`.
         found_by: the kinds of report (reports.KINDS) that it was found by, the most frequent one first. Which one comes
             first in a run depends on the world and the schedule.
+        weak: it shows only where loads of atomic words may be late (words.py).
     """
 
     name: str
@@ -42,6 +43,7 @@ class Plant:
     old: str
     new: str
     found_by: tuple[str, ...]
+    weak: bool = False
 
 
 @contextlib.contextmanager
@@ -552,6 +554,41 @@ _ALL = (
         "return ld_relaxed(segments.control, ABORT) != 0",
         "return False",
         (DEADLOCK,),
+    ),
+    # Order between two words, which sequentially consistent words have for nothing
+    Plant(
+        "packets-counted-by-lanes",
+        "each lane of the OS block counts its packets in a word of its own, then adds up: the last two miss each other",
+        "subscriber.py",
+        """\
+    if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
+""",
+        """\
+    all_seen, mine = 0, counter(p, PACKETS_SEEN) + lane()
+    if seen > 0:
+        st_release(queue.counters, mine, ld_relaxed(queue.counters, mine) + seen)
+        for other in range(lanes()):
+            all_seen += ld_acquire(queue.counters, counter(p, PACKETS_SEEN) + other)
+    if all_seen == p.num_experts:
+""",
+        (DEADLOCK,),
+        weak=True,
+    ),
+    Plant(
+        "last-packet-noticed-relaxed",
+        "whichever lane notices that all packets were seen says how many tasks there are, which its look did not bring",
+        "subscriber.py",
+        """\
+    if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
+""",
+        """\
+    if seen > 0:
+        fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen)
+    all_seen = ld_relaxed(queue.counters, counter(p, PACKETS_SEEN)) == p.num_experts
+    if all_seen and ld_relaxed(queue.counters, counter(p, TOTAL)) == 0:
+""",
+        (COUNT, WRONG_RESULT, DEADLOCK),
+        weak=True,
     ),
     # Arithmetic and indices: no matter of order, but the checks must see these, too.
     Plant(

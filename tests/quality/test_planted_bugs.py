@@ -1,7 +1,7 @@
 """Bugs planted in a copy of the kernel, which the interpreted layer and its checks must find.
 
 Here a find is an assertion of the checks, a deadlock report, or a wild index. Bugs that change no result under
-sequential consistency, such as a signal without its release, are left to a race detector.
+sequential consistency, such as a signal without its release, are left to the explorer.
 """
 
 import random
@@ -23,7 +23,8 @@ NUM_WORLDS, NUM_WORLDS_OF_A_BUG = 30, 600
 NO_CHANGE = Plant("no-change", "", "dispatch.py", "import annotations", "import annotations  # no change", ())
 OVERTAKEN = ("overtaken-signal-used", "overtaken-signal-missed")  # all ranks of a world are in the same epoch
 ABORTED = ("abort-ignored",)  # no rank of a world gives up
-IN_WORLDS = [name for name in PLANTS if PLANTS[name].found_by != (RACE,) and name not in OVERTAKEN + ABORTED]
+UNSEEN = [name for name, plant in PLANTS.items() if plant.found_by == (RACE,) or plant.weak]
+IN_WORLDS = [name for name in PLANTS if name not in [*UNSEEN, *OVERTAKEN, *ABORTED]]
 
 
 def make_world(seed):
