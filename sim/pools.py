@@ -6,28 +6,57 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
 
+class Pool(Executor):
+    """An executor that Ctrl-C does not tear, and the number of its processes."""
+
+    def __init__(self, executor: Executor, processes: int) -> None:
+        self._executor, self.processes = executor, processes
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        with _ctrl_c_held():
+            return self._executor.submit(fn, *args, **kwargs)
+
+
 @contextmanager
-def process_pool(jobs: int) -> Iterator[Executor]:
+def _ctrl_c_held() -> Iterator[None]:
+    """Ctrl-C comes when the block ends: within, it may leave a lock taken for which this process then waits for ever.
+
+    A process that begins within does not hear it either until `_begin_worker`: it would end with a traceback.
+    """
+    came: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, before)
+        if came and callable(before):
+            before(*came[0])
+
+
+@contextmanager
+def process_pool(jobs: int) -> Iterator[Pool]:
     """`jobs` processes, which end with the block and with this process, however these end."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit the lock on the sweep's file
     alive, end = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(alive,))
     try:
-        yield pool
+        yield Pool(pool, jobs)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         end.close()
 
 
 @contextmanager
-def mpi_pool() -> Iterator[Executor | None]:
+def mpi_pool() -> Iterator[Pool | None]:
     """All ranks come here: rank 0 gets a pool of the others, which work in it until rank 0 leaves and get None."""
     from mpi4py import MPI
     from mpi4py.futures import MPICommExecutor
@@ -36,7 +65,7 @@ def mpi_pool() -> Iterator[Executor | None]:
     pool: Any  # by its methods an Executor
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as pool:
         try:
-            yield pool
+            yield None if pool is None else Pool(pool, pool.num_workers)
         finally:
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -56,6 +85,7 @@ def _hear_ctrl_c(rank: int) -> None:
 def _begin_worker(alive: Connection) -> None:
     """Ctrl-C ends a worker without a word, and so does the end of the other end of `alive`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
 
 

@@ -12,11 +12,11 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from reference import DTYPES, MoEConfig
+from sim.pools import Pool
 
 from ..bench import launch
 from ..explore.plants import PLANTS
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
         return _explore(args, search, pool) if launch.is_first_rank() else 0
 
 
-def _explore(args: argparse.Namespace, search: Search, pool: Executor | None) -> int:
+def _explore(args: argparse.Namespace, search: Search, pool: Pool | None) -> int:
     seeds = range(args.seed, args.seed + args.seeds)
     if args.json != "-":
         print(_describe(search), flush=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
-from concurrent.futures import BrokenExecutor, Executor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-from sim.pools import mpi_pool, process_pool
+from sim.pools import Pool, mpi_pool, process_pool
 
 from ..bench import launch
 from . import UsageError
@@ -24,7 +24,7 @@ def add_jobs_argument(add: Any) -> None:
     add("--jobs", type=integer(1), metavar="N", help="processes [cores]; not under mpirun")
 
 
-def open_pool(jobs: int | None) -> AbstractContextManager[Executor | None]:
+def open_pool(jobs: int | None) -> AbstractContextManager[Pool | None]:
     """None instead of a pool of one process; under mpirun also in ranks other than 0, which work before they get it.
 
     Under mpirun this process begins again, once, as the child of a guard that says so if it is killed.
@@ -43,18 +43,17 @@ def open_pool(jobs: int | None) -> AbstractContextManager[Executor | None]:
     return mpi_pool()
 
 
-def num_processes(pool: Any) -> int:
-    """That work; the standard library's executor does not say it, mpi4py's does."""
-    return 1 if pool is None else int(getattr(pool, "num_workers", 0) or pool._max_workers)
+def num_processes(pool: Pool | None) -> int:
+    """That work."""
+    return 1 if pool is None else pool.processes
 
 
-def progress(items: Iterable[T], total: int, unit: str) -> Iterable[T]:
+def progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
     """The items, with their number, their rate and the time left where stderr ends at a terminal."""
     from tqdm import tqdm
 
     disable = None if not os.environ.get(launch.TERMINAL_VARIABLE) else False
-    bar: Iterable[T] = tqdm(items, total=total, unit=f" {unit}", disable=disable, dynamic_ncols=True, leave=False)
-    return bar
+    yield from tqdm(items, total=total, unit=f" {unit}", disable=disable, dynamic_ncols=True, leave=False)
 
 
 def why_stopped(error: BaseException) -> str:

@@ -10,10 +10,10 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
 from pathlib import Path
 
 from sim.grid import Point, load_grid
+from sim.pools import Pool
 from sim.sweep import Row, RowFile, missing, run_points
 
 from ..bench import launch
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
         return _run(args.out, points, pool) if launch.is_first_rank() else 0
 
 
-def _run(out: Path, points: Sequence[Point], pool: Executor | None) -> int:
+def _run(out: Path, points: Sequence[Point], pool: Pool | None) -> int:
     try:
         file = RowFile(out)
     except (OSError, ValueError) as error:
