@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..device.fibers import Fiber, Strategy
+from .reports import Stopped
 
 
 class Choice(NamedTuple):
@@ -84,14 +85,18 @@ class Scheduled:
 
 
 class Recorded:
-    """A strategy with its run's schedule: `Scheduled(recorded.choices)` makes the same run."""
+    """A strategy with its run's schedule: `Scheduled(recorded.choices)` makes the same run.
 
-    def __init__(self, strategy: Strategy) -> None:
-        self._strategy = strategy
+    Args:
+        most_turns: the run is stopped after as many.
+    """
+
+    def __init__(self, strategy: Strategy, most_turns: int | None = None) -> None:
+        self._strategy, self._most_turns = strategy, most_turns
         self._at = _Points()
         self._left: tuple[str, int] | None = None  # where the running fiber gave way
         self.choices: list[Choice] = []
-        self.steps = 0
+        self.steps = self.turns = 0
 
     def added(self, fiber: Fiber) -> None:
         self._at.added(fiber)
@@ -104,6 +109,9 @@ class Recorded:
         return gives_way
 
     def take_next(self, ready: list[Fiber]) -> Fiber:
+        if self.turns == self._most_turns:
+            raise Stopped
+        self.turns += 1
         default = self._at.last if self._left else name_of(self._at.follower(ready))
         point = self._left or self._at.pass_one()
         fiber = self._strategy.take_next(ready)

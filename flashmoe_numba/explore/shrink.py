@@ -26,8 +26,10 @@ SEEDS = 5  # of each strategy, in a smaller world
 DEPTH = 3  # of PCT
 FEW_CHOICES = 3  # more are worth another start
 SIZES = (
-    "epochs", "num_ranks", "num_experts", "num_topk", "num_tokens", "num_processors", "lanes", "hidden", "ffn",
+    "epochs", "num_ranks", "num_experts", "num_topk", "num_tokens", "capacity", "num_processors", "lanes", "hidden",
+    "ffn",
 )  # fmt: skip
+MANY = 4  # times the turns of the first run: a smaller world should need fewer
 JUDGED = ("wrong result", "count")  # kinds that come from checks.py, not from the run itself
 
 
@@ -56,6 +58,7 @@ class Shrinker:
     ) -> None:
         self._kernel, self._plant, self._finding = kernel, plant, finding(report)
         self._most_runs, self._told = most_runs, told
+        self._most_turns: int | None = None  # of a run: one that goes astray may go on for long
         self.runs = 0
         self.complete = False  # nothing more can be left out
         self.best: Case | None = None
@@ -147,13 +150,14 @@ class Shrinker:
         made: list[Recorded] = []
 
         def record() -> Recorded:
-            made.append(Recorded(make()))
+            made.append(Recorded(make(), self._most_turns))
             return made[-1]
 
         run = world.run(record, late_seed)
         reports = Checker(world).check(run) if self._finding[0] in JUDGED else run.reports
         report = next((report for report in reports if finding(report) == self._finding), None)
         self._steps = made[-1].steps
+        self._most_turns = self._most_turns or MANY * made[-1].turns
         if report is None:
             return None
         return Case(
@@ -172,7 +176,7 @@ def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:
         if changed != spec:
             yield changed
     for name in SIZES:
-        now = getattr(config if hasattr(config, name) else spec, name)
+        now = getattr(config if hasattr(config, name) else spec, name) or 1  # a capacity may be None
         for value in sorted({*range(1, min(now, 4)), now // 2, now - 1} - {0, now}):
             with contextlib.suppress(ValueError):  # such a world there is not
                 yield _resized(spec, name, value)
