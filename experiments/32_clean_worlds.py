@@ -24,6 +24,7 @@ from pathlib import Path
 from common import Row, parser_of, show, store
 
 from flashmoe_numba.bench import launch
+from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands import explore as command
 from flashmoe_numba.commands.spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped
 from flashmoe_numba.explore.search import Search, explore
@@ -58,8 +59,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=10_000, metavar="N", help="of each world [10000]")
     add_jobs_argument(parser.add_argument)
     args = parser.parse_args()
-    with open_pool(1 if args.smoke else args.jobs) as pool:
-        return run_all(args, pool) if launch.is_first_rank() else 0
+    alone = args.smoke and not launch.inside_mpirun()
+    try:
+        with open_pool(1 if alone else args.jobs) as pool:
+            return run_all(args, pool) if launch.is_first_rank() else 0
+    except UsageError as error:
+        parser.error(str(error))
 
 
 def run_all(args: argparse.Namespace, pool: Executor | None) -> int:

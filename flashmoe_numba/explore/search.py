@@ -44,13 +44,14 @@ class Search:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One seed's run."""
+    """One seed's run; of an exhaustive search, the seed is the run's number, and `end` is one of choice_tree.py."""
 
     seed: int
     reports: list[Report]
     switches: int
     seconds: float
     history: list[tuple[str, str, str, int, int]] | None = None
+    end: str = "complete"
 
 
 class Explorer:
@@ -121,6 +122,7 @@ def _run_batch(search: Search, seeds: Sequence[int]) -> list[Outcome]:
 
 @lru_cache(maxsize=1)  # making one costs as much as many runs
 def _explorer(search: Search) -> Explorer:
-    """This process's explorer; a planted kernel is loaded whole, so that its folder need not stay."""
+    """This process's explorer; a planted kernel is loaded whole, so that its folder goes before anything can end us."""
     with watched_kernel(search.plant) as kernel:
-        return Explorer(search, kernel)
+        pass
+    return Explorer(search, kernel)
