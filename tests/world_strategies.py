@@ -1,6 +1,6 @@
 """Whole worlds for the explorer, drawn: a layer, its calls with their token counts and routings, and a schedule.
 
-Beside them one example for each case that matters (`watched_runs.CASES`). All of it is a value (`Search` and a seed), so
+Beside them one example for each case that matters (`watched_runs.CASES`). All is a value (`Search` and a seed), so
 what Hypothesis shrinks to can be copied into a test.
 """
 
