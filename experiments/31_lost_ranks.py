@@ -1,0 +1,114 @@
+"""Question: what do the other ranks of a layer get when one is killed, stopped or slowed down at any moment?
+
+Command:  python experiments/31_lost_ranks.py [--runs N] [--mpirun N] [--json FILE]
+Expected: on every rank the undisturbed results, bit for bit, or an error that names what it waited for, not later than
+          the deadline and a slack; never anything else. Exit status 1 if there was anything else.
+
+A run is 2 to 4 forked processes that make calls in a row by the compiled kernel on shared memory. At a moment drawn
+from the seed one of them suffers a fault: see experiments/lost/faults.py. With --mpirun, runs of `flashmoe run` under
+mpirun are added, of which a rank is killed or stopped.
+
+`right` and `named` count ranks: all its results were right, or its error names the victim. `other`: it names a rank
+that waited itself. `over_ms` is the longest time from a fault to an error, less the deadline (under mpirun to the end
+of all processes). `problems` are hangs, wrong results, crashes, late errors, errors without a name, and things left
+behind. The second table shows where signals met their rank: in a kind of task, or at what else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import platform
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from common import Row, parser_of, show, store
+from lost import mpi
+from lost.faults import FAULTS
+from lost.lose import lose_one
+from lost.memory import PLACES
+from lost.verdict import Verdict
+from lost.world import make_world
+
+RANKS = (2, 3, 4)
+COLUMNS = {"fault": "", "runs": "d", "right": "d", "named": "d", "other": "d", "over_ms": "", "problems": "d"}
+
+
+def main() -> int:
+    args = arguments()
+    worlds = {n: make_world(n, args.calls, args.deadline_s) for n in RANKS}
+    names = args.fault or list(FAULTS)
+    runs = list(zip(range(len(names) if args.smoke else args.runs), itertools.cycle(names), strict=False))
+    runs += list(zip(range(args.mpirun), itertools.cycle(mpi.FAULTS), strict=False))
+    verdicts: dict[str, list[Verdict]] = {name: [] for _, name in runs}
+    for number, name in runs:
+        rng = np.random.default_rng([args.seed, number])
+        if name in mpi.FAULTS:
+            verdict = mpi.one_run(name, rng)
+        else:
+            world = worlds[int(rng.choice(RANKS[1:] if name == "kill-two" else RANKS))]
+            verdict = lose_one(world, FAULTS[name], rng, args.slack_s)
+        verdicts[name].append(verdict)
+        for problem in verdict.problems:
+            print(f"run {number}, {name}: {problem}", flush=True)
+        for text in verdict.other:
+            print(f"run {number}, {name}, other: {text}", flush=True)
+    rows = [row(name, of_fault) for name, of_fault in verdicts.items()]
+    report(rows)
+    store([row | terms(args) for row in rows], args.json)
+    return 1 if any(row["problems"] for row in rows) else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    parser.add_argument("--runs", type=int, default=400, help="of forked ranks, over all faults [400]")
+    parser.add_argument("--mpirun", type=int, default=0, metavar="N", help="runs under mpirun [0]")
+    parser.add_argument("--calls", type=int, default=20, help="of each rank in a run [20]")
+    parser.add_argument("--deadline-s", type=float, default=0.5, help="of a call [0.5]")
+    parser.add_argument("--slack-s", type=float, default=0.2, help="what an error may take beyond the deadline [0.2]")
+    parser.add_argument("--fault", choices=FAULTS, action="append", help="only this one; may be repeated")
+    parser.add_argument("--seed", type=int, default=0)
+    args: argparse.Namespace = parser.parse_args()
+    return args
+
+
+def terms(args: argparse.Namespace) -> Row:
+    """What a row was measured on, and how."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        **{name: getattr(args, name) for name in ("calls", "deadline_s", "slack_s", "seed")},
+    }
+
+
+def row(fault: str, verdicts: Sequence[Verdict]) -> Row:
+    return {
+        "fault": fault,
+        "runs": len(verdicts),
+        "right": sum(verdict.right for verdict in verdicts),
+        "named": sum(verdict.named for verdict in verdicts),
+        "other": sum(len(verdict.other) for verdict in verdicts),
+        "over_ms": max((ms for verdict in verdicts for ms in verdict.over_ms), default=None),
+        "problems": sum(len(verdict.problems) for verdict in verdicts),
+        "fell": dict(Counter(place for verdict in verdicts for place in verdict.fell)),
+    }
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Both tables."""
+    show([row | {"over_ms": "" if row["over_ms"] is None else f"{row['over_ms']:.0f}"} for row in rows], COLUMNS)
+    print()
+    where = [{"fault": row["fault"]} | {place: row["fell"].get(place, 0) for place in PLACES} for row in rows]
+    show([row for row in where if any(row[place] for place in PLACES)], {"fault": ""} | dict.fromkeys(PLACES, "d"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Ranks as processes, one of them killed, stopped or slowed down at a random moment: experiments/lost, a few runs each.
+
+Nothing here is timed: an error may take as long as the machine lets it, and only a hang (half a minute) is too late.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashmoe_numba import FlashMoE
+
+sys.path.append(str(Path(__file__).parents[3] / "experiments"))
+from lost.faults import FAULTS
+from lost.lose import lose_one
+from lost.memory import AFTER, PLACES
+from lost.run import running
+from lost.world import make_world
+
+NUM_RUNS, NUM_RANKS, DEADLINE_S, ANY_TIME_S = 2, 3, 0.3, 1e9
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make_world(NUM_RANKS, num_calls=10, deadline_s=DEADLINE_S)
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if name != "none"])
+def test_every_rank_has_the_right_results_or_an_error_with_a_name(fault, world):
+    for seed in range(NUM_RUNS):
+        verdict = lose_one(world, FAULTS[fault], np.random.default_rng(seed), ANY_TIME_S)
+        assert verdict.problems == [], "\n".join(verdict.problems)
+        assert verdict.right + verdict.named + len(verdict.other) >= NUM_RANKS - 2
+        assert set(verdict.fell) <= set(PLACES)
+
+
+def test_ranks_that_nobody_disturbs_are_right_and_nothing_is_left():
+    with running(make_world(NUM_RANKS, num_calls=10, deadline_s=60), np.random.default_rng(0)) as run:
+        run.wait_for_all()
+        assert [run.memory.place(rank) for rank in range(NUM_RANKS)] == [AFTER] * NUM_RANKS
+    for pid in run.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_host_that_does_not_look_whether_its_call_was_given_up_is_found_out(monkeypatch, world):
+    monkeypatch.setattr(FlashMoE, "_raise_if_given_up", lambda layer: None)
+    problems = []
+    for seed in range(4):
+        problems += lose_one(world, FAULTS["kill"], np.random.default_rng(seed), ANY_TIME_S).problems
+    assert any("wrong" in problem for problem in problems), problems
