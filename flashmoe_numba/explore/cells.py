@@ -28,7 +28,9 @@ def split_name(array: str) -> tuple[int | None, str]:
 
 
 def counter_name(i: int) -> str:
-    return COUNTERS[i // queue.COUNTER_STRIDE % queue.NUM_COUNTERS]
+    """Of this word, or of the one that it comes after."""
+    number, after = divmod(i, queue.COUNTER_STRIDE)
+    return COUNTERS[number % queue.NUM_COUNTERS] + (f" + {after}" if after else "")
 
 
 def word(array: str, i: int) -> str | None:

@@ -37,6 +37,10 @@ class Event:
     instruction: int
 
     @property
+    def is_late(self) -> bool:
+        return self.atomic and self.verb in LOADS and self.value != self.newest
+
+    @property
     def where(self) -> str:
         return place_of(self.code, self.instruction)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,9 +69,11 @@ class Teller:
         return [line for line in lines if line.what] + self._last_lines(polled_last)
 
     def _marked(self, turns: Sequence[Turn]) -> set[Event]:
-        """The last access at each of the report's places."""
-        if self._report is None or self._report.cell is None:
+        """The last access at each of the report's places; if it has none, all late loads."""
+        if self._report is None:
             return set()
+        if self._report.cell is None:
+            return {event for event in _events(turns) if event.is_late}
         found = {}
         for event in _events(turns):
             if (event.region.name, event.i) == self._report.cell:
@@ -123,7 +125,7 @@ class Teller:
         name, value = event.region.name, value_of(event.region.name, event.value)
         cell = self._cell(actor, event.region, event.i)
         if event.verb in LOADS:
-            late = f", late: {value_of(name, event.newest)} is there" if event.value != event.newest else ""
+            late = f", late: {value_of(name, event.newest)} is there" if event.is_late else ""
             after = f", polled {self._polled[event]} times" if event in self._polled else ""
             return f"{event.verb} {cell} = {value}{late}{after}"
         return f"{event.verb} {cell}{', now' if event.verb == 'adds to' else ' ='} {value}"
@@ -142,7 +144,7 @@ def _events(turns: Sequence[Turn]) -> itertools.chain[Event]:
 
 
 def _vain_polls(turns: Sequence[Turn], stuck: bool) -> set[Event]:
-    """All that fibers looked at since they last did anything else, or paused, when they paused or are stuck."""
+    """What fibers looked at in the last round before a pause; also in one that they are stuck in."""
     vain: set[Event] = set()
     looked: defaultdict[Actor, list[Event]] = defaultdict(list)
     for turn in turns:
@@ -150,10 +152,21 @@ def _vain_polls(turns: Sequence[Turn], stuck: bool) -> set[Event]:
         for event in turn.events:
             looked[actor] = [*looked[actor], event] if event.verb in LOADS else []
         if turn.paused or (stuck and turn is turns[-1]):
-            vain.update(looked[actor])
+            vain.update(_last_round(looked[actor]))
         if not turn.gave_way:
             looked[actor] = []
     return vain.union(*looked.values()) if stuck else vain
+
+
+def _last_round(looked: Sequence[Event]) -> Iterator[Event]:
+    """From the end, until a word is met that this place has looked at already: that was the round before."""
+    seen = set()
+    for event in reversed(looked):
+        at = event.region, event.i, event.code, event.instruction
+        if event.atomic and at in seen:
+            return
+        seen.add(at)
+        yield event
 
 
 def _count_polls(turns: Sequence[Turn], vain: set[Event]) -> tuple[dict[Event, int], dict[Actor, Collection[Place]]]:

@@ -123,7 +123,18 @@ def test_a_late_load_says_what_it_missed():
     bench.memory.lateness = lambda: iter([LATE / 2, 0.99]).__next__
     bench.run(look, recorder, late_seed=0)
     late = "reads rank 0's dispatch_flag(source 0, expert 0) = (call 0, 0 rows), late: (call 1, 2 rows) is there"
-    assert told(recorder)[-1].what == late
+    assert (told(recorder)[-1].what, told(recorder)[-1].marked) == (late, False)
+    assert told(recorder, Report("count", "of no access"))[-1].marked
+
+
+def test_only_the_last_round_before_a_pause_found_nothing():
+    def look(block, flag, data, counters):
+        for i in (0, 1, 0, 1):
+            ld_relaxed(flag, i)
+        pause(0)
+
+    what = [f"reads dispatch_flag(source 0, expert {i}) = (call 0, 0 rows)" for i in (0, 1)]
+    assert [line.what for line in tell(look)[0] if line.who == "block 0 lane 0"] == what
 
 
 @pytest.mark.parametrize(
@@ -160,6 +171,7 @@ def test_words():
     assert word("rank 1 segments.dispatch_flag", 0) is None
     assert value_of("rank 1 segments.result_flag", (3 << 32) | 4) == "(call 3, 4 rows)"
     assert value_of("rank 1 queue.counters", 4) == "4"
+    assert word("rank 1 queue.counters", 8 * 16 + 17) == "TAIL + 1"
 
 
 def test_the_last_lines_and_all_marked_ones_are_shown():
