@@ -17,7 +17,12 @@ from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
 from ..kernel import queue, signals
 
 COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TASKS", "HIDDEN_ROWS", "TOTAL")
-CONTROL = {signals.ABORT: "the abort word", signals.RECORD: "RECORD", signals.PROGRESS: "PROGRESS"}
+CONTROL = {
+    signals.ABORT: "the abort word",
+    signals.RECORD: "RECORD",
+    signals.PROGRESS: "PROGRESS",
+    signals.SILENT: "SILENT",
+}
 FIELDS = range(queue.KIND, queue.N + 1)
 
 
