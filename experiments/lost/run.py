@@ -67,8 +67,8 @@ class Run:
             return
         if signum == signal.SIGKILL:
             self.lost.add(victim)
+        self.faults_ns.append(time.monotonic_ns())  # before it: a rank that continues may end at once
         os.kill(self.pids[victim], signum)
-        self.faults_ns.append(time.monotonic_ns())
         if signum != signal.SIGCONT:
             _, status = os.waitpid(self.pids[victim], os.WUNTRACED)
             if not os.WIFSTOPPED(status):
