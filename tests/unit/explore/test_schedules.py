@@ -72,9 +72,13 @@ def test_who_polls_in_vain_comes_last():
         attempt = 0
         while block < 2 and ld_acquire(words, 0) == 0:
             attempt = pause(attempt)
-        st_release(words, 0, 1)
+        if block == 2:
+            ld_acquire(words, 1)
+            ld_acquire(words, 1)
+            st_release(words, 0, 1)
 
     bench = Bench(blocks=3, words=4)
-    bench.run(wait, Scheduled())
+    bench.run(wait, Scheduled([Choice("block 2", 1, "block 0")]))
     told = [(name.removesuffix(" lane 0"), verb) for name, verb, *_ in bench.memory.history]
-    assert told[:3] == [("block 0", "acquires"), ("block 1", "acquires"), ("block 2", "releases")]
+    assert told[:3] == [("block 0", "acquires"), ("block 1", "acquires"), ("block 2", "acquires")]
+    assert told[3:6] == [("block 0", "acquires"), ("block 2", "acquires"), ("block 2", "releases")]  # not block 1

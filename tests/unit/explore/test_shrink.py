@@ -83,6 +83,18 @@ def test_ctrl_c_gives_the_best_so_far():
     assert case == shrinker("gemm1-early", 5)[1]
 
 
+def test_loads_are_late_where_it_takes_that():
+    plant, sizes = "packets-counted-by-lanes", dict(num_ranks=1, num_experts=2, num_topk=1, hidden=2, ffn=1)
+    search = Search(spec=spec(**sizes, num_tokens=1, num_processors=1, lanes=2, epochs=1), plant=plant)
+    with watched_kernel(plant) as kernel:
+        explorer = Explorer(search, kernel)
+        bad = next(outcome for outcome in map(explorer.run, range(50)) if outcome.reports)
+        shrinking = Shrinker(kernel, plant, bad.reports[0])
+        case = shrinking.shrink(explorer.world, explorer.strategy(bad.seed), explorer.late_seed(bad.seed))
+    assert case.late_seed is not None
+    assert (case.spec.config.hidden, case.spec.lanes) == (1, 2)
+
+
 def test_a_run_without_the_report_is_not_shrunk():
     with watched_kernel(None) as kernel:
         explorer = Explorer(Search(spec=spec(num_processors=1, epochs=1)), kernel)
