@@ -95,6 +95,18 @@ def test_loads_are_late_where_it_takes_that():
     assert (case.spec.config.hidden, case.spec.lanes) == (1, 2)
 
 
+def test_another_finding_does_not_do():
+    plant = "two-writers"
+    with watched_kernel(plant) as kernel:
+        explorer = Explorer(Search(spec=spec(num_processors=1, epochs=1), plant=plant), kernel)
+        reports = explorer.run(0).reports
+        poison = next(report for report in reports if report.kind == "poison")
+        assert reports[0].kind != "poison"
+        case = Shrinker(kernel, plant, poison).shrink(explorer.world, explorer.strategy(0), None)
+    assert case.report.startswith("poison: ")
+    assert case.spec.config.num_ranks == 2
+
+
 def test_a_run_without_the_report_is_not_shrunk():
     with watched_kernel(None) as kernel:
         explorer = Explorer(Search(spec=spec(num_processors=1, epochs=1)), kernel)
