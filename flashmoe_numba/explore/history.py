@@ -85,12 +85,15 @@ class Recorder:
     # ---- accesses
 
     def _atomic(self, actor: Actor, verb: str, region: Region, i: int, value: int) -> None:
-        frame = kernel_frame(sys._getframe(1))
-        self._note(Event(actor, verb, True, region, i, value, int(region.cells[i]), frame.f_code, frame.f_lasti))
-        self._stop_if_reported()
+        """An atomic access is judged before it is told: the report may be of this one or of the one before."""
+        frame, reported = kernel_frame(sys._getframe(1)), self._until in self._memory.reports
+        if not reported or (self._until is not None and self._until.cell == (region.name, i)):
+            self._note(Event(actor, verb, True, region, i, value, int(region.cells[i]), frame.f_code, frame.f_lasti))
+        self.done = self.done or reported
 
     def _plain(self, access: Access, verb: str, region: Region, i: int) -> None:
-        self._stop_if_reported()  # of the access before: this one is not judged yet
+        """A plain access is told before it is judged."""
+        self.done = self.done or self._until in self._memory.reports
         self._note(Event(access[0], verb, False, region, i, None, None, access[2], access[3]))
 
     def _note(self, event: Event) -> None:
@@ -103,9 +106,6 @@ class Recorder:
         events = self.turns[-1].events
         if events and events[-1].value is None and np.issubdtype(events[-1].region.dtype, np.integer):
             events[-1].value = int(events[-1].region.cells[events[-1].i])
-
-    def _stop_if_reported(self) -> None:
-        self.done = self.done or self._until in self._memory.reports
 
 
 def record(world: World, make: Callable[[], Strategy], late_seed: int | None, until: Report | None) -> list[Turn]:

@@ -44,6 +44,7 @@ def signal_early(block, flag, data, counters):
     if block == 1:
         st_release(flag, 0, (1 << 32) | 2)
         data[3] = 7
+        fetch_add(counters, 0, 1)
         return
     wait_for(flag, 0)
     data[3]
@@ -96,7 +97,26 @@ def test_a_race_is_marked_and_the_history_ends_there():
         ("block 1 lane 0", where, "writes rank 0's dispatch(source 0, expert 0, slot 0, column 3)"),
         ("block 1 lane 0", "", missing),
     ]
-    assert [line for line in lines if not line.marked][-1].what.startswith("acquires dispatch_flag")
+    assert [line.what for line in lines if not line.marked] == [
+        "releases rank 0's dispatch_flag(source 0, expert 0) = (call 1, 2 rows)",
+        "acquires dispatch_flag(source 0, expert 0) = (call 1, 2 rows), polled 2 times",
+    ]
+
+
+def test_an_atomic_access_may_be_the_last_one():
+    def signal_plainly(block, flag, data, counters):
+        if block == 0:
+            flag[0] = 1 << 32
+            return
+        fetch_add(flag, 0, 1)
+        fetch_add(flag, 0, 1)
+
+    (report,) = tell(signal_plainly)[1]
+    lines, _ = tell(signal_plainly, report=report)
+    assert [(line.who, line.what, line.marked) for line in lines[:-1]] == [
+        ("block 0 lane 0", "writes dispatch_flag(source 0, expert 0)", True),
+        ("block 1 lane 0", "adds to rank 0's dispatch_flag(source 0, expert 0), now (call 1, 1 rows)", True),
+    ]
 
 
 def test_a_deadlock_ends_with_what_all_wait_for():
