@@ -1,23 +1,15 @@
-"""One run of a world under the explorer, and what must hold in it, by other means than the explorer's own.
-
-A `Story` hears every atomic access of the run; the properties compare it, and what each call left behind, with sums
-over the reference's packets.
-"""
+"""One run of a world under the explorer, every atomic access heard, and which of the cases that matter it was."""
 
 from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
-from cases import assert_equals_oracle, assert_same_bits
 
 from flashmoe_numba.explore.search import Explorer
 from flashmoe_numba.explore.strategies import make_strategy
-from flashmoe_numba.kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
-from flashmoe_numba.kernel.signals import PROGRESS
-from reference import GATE, make_packets, make_plan, num_row_blocks, tile_height
-from reference.tiles import KIND_NAMES, num_token_blocks, tiles_n0, tiles_n1
+from flashmoe_numba.kernel.queue import TASK_WORDS
+from reference import make_packets, tile_height
 
-COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TASKS", "HIDDEN_ROWS", "TOTAL")
 STORES = ("releases", "adds to", "swaps")
 
 
@@ -119,172 +111,6 @@ def watch_run(kernel, search, seed):
         return make_strategy(search.strategy, seed, num_steps=explorer.num_steps, depth=search.depth)
 
     return WatchedRun(explorer, story, explorer.world.run(begin, late_seed=seed if search.weak else None))
-
-
-# ---- the properties: each asserts one thing of a run that has ended
-
-
-def equals_the_oracle(run):
-    for (x, given), calls in zip(run.world.data, run.calls, strict=True):
-        external = any(routing is not None for routing in given)
-        y, routings = [call.y for call in calls], [call.routing for call in calls]
-        if external:
-            assert_same_bits([r.topk_idx for r in routings], [r.topk_idx for r in given], "routing")
-            assert_same_bits([r.topk_weights for r in routings], [r.topk_weights for r in given], "factors")
-        assert_equals_oracle(y, x, run.world.weights, run.config, routings, external)
-
-
-def combine_is_ordered(run):
-    """Bit for bit the sum of the results in the accumulator's type, in the order of choices, rounded once."""
-    c = run.config
-    for call, (calls, packets) in enumerate(zip(run.calls, run.packets, strict=True), start=1):
-        for rank, (one, packet) in enumerate(zip(calls, packets, strict=True)):
-            sums = np.zeros(one.y.shape, c.accumulator)
-            results = one.results.reshape(c.num_experts, c.slots, c.hidden)
-            for j in range(c.num_topk):
-                kept = packet.slot[:, j] >= 0
-                rows = results[one.routing.topk_idx[kept, j], packet.slot[kept, j]].astype(c.accumulator)
-                sums[kept] += one.routing.topk_weights[kept, j, None] * rows
-            assert_same_bits(one.y, sums.astype(c.numpy_dtype), f"rank {rank}, call {call}")
-
-
-def every_task_runs_once(run):
-    """By the traces; and by kind over all ranks as many as the plan says."""
-    for call, (calls, packets) in enumerate(zip(run.calls, run.packets, strict=True), start=1):
-        tasks = sum((one.tasks for one in calls), Counter())
-        assert set(tasks.values()) == {1}, f"call {call}: {[task for task, times in tasks.items() if times != 1]}"
-        kinds = Counter(task.kind for task in tasks)
-        planned = make_plan(run.config, np.array([packet.counts for packet in packets])).num_tasks
-        planned[KIND_NAMES[GATE]] += sum(len(one.y) == 0 for one in calls)  # a rank without tokens runs one, too
-        assert {name: kinds[kind] for kind, name in enumerate(KIND_NAMES)} == planned, f"call {call}"
-
-
-def flags_are_written_once(run):
-    """Every flag of each call by its owner, with the right number of rows, which are there at that moment."""
-    wanted = {"dispatch": _wanted_packets(run), "result": _wanted_tiles(run)}
-    for kind, rows in wanted.items():
-        signals = run.story.signals[kind]
-        written = Counter((s.writer, s.call, s.reader, s.i, s.word) for s in signals)
-        assert written == Counter(rows.keys()), f"{kind} flags (writer, call, reader, index, word): {written}"
-        for s in signals:
-            assert_same_bits(s.rows, rows[s[:5]], f"{kind} rows when they were signalled, {s[:5]}")
-
-
-def _wanted_packets(run):
-    """Rows of x by (writer, call, reader, index, word) of the packet's signal."""
-    c, wanted = run.config, {}
-    for call, ((x, _), packets) in enumerate(zip(run.world.data, run.packets, strict=True), start=1):
-        for source, packet in enumerate(packets):
-            for e, sent in enumerate(packet.sent.tolist()):
-                owner, local = divmod(e, c.num_experts_per_rank)
-                i = source * c.num_experts_per_rank + local
-                wanted[source, call, owner, i, call << 32 | sent] = x[source][packet.pairs(e) // c.num_topk]
-    return wanted
-
-
-def _wanted_tiles(run):
-    """Rows that the source has at the call's end, by (writer, call, reader, index, word) of the row tile's signal."""
-    c, row_blocks, wanted = run.config, run.world.ranks[0].layout.row_blocks, {}
-    for call, (calls, packets) in enumerate(zip(run.calls, run.packets, strict=True), start=1):
-        for source, (one, packet) in enumerate(zip(calls, packets, strict=True)):
-            results = one.results.reshape(c.num_experts, c.slots, c.hidden)
-            for e, sent in enumerate(packet.sent.tolist()):
-                height = tile_height(sent, c.tile_m_min, c.tile_m)
-                for m, first in enumerate(range(0, sent, height)):
-                    rows = results[e, first : min(first + height, sent)]
-                    key = c.owner(e), call, source, e * row_blocks + m, call << 32 | len(rows)
-                    wanted[key] = rows
-    return wanted
-
-
-def rows_sent_are_received(run):
-    for call, (calls, packets) in enumerate(zip(run.calls, run.packets, strict=True), start=1):
-        sent, received = run.sent(packets), np.array([one.rows for one in calls])
-        np.testing.assert_array_equal(received, sent.transpose(1, 0, 2), f"call {call}: [owner, source, expert]")
-
-
-def ranks_are_a_call_apart_at_most(run):
-    assert run.story.most_apart <= 1, f"{run.story.most_apart} calls apart"
-
-
-def counters_add_up(run):
-    """What each counter holds at the end of each call, from the routing's counts."""
-    c, progress = run.config, Counter()
-    for call, (calls, packets) in enumerate(zip(run.calls, run.packets, strict=True), start=1):
-        sent = run.sent(packets)
-        for rank, one in enumerate(calls):
-            wanted = _wanted_counters(run, len(one.y), sent[:, rank].ravel().tolist())
-            words = [(rank, call, "queue.counters", _word(call, counter)) for counter in range(NUM_COUNTERS)]
-            got = dict(zip(COUNTERS, [run.story.last.get(word, 0) for word in words], strict=True))
-            assert got == wanted, f"rank {rank}, call {call}: {got}, wanted {wanted}"
-            places = {place for owner, stamp, place in run.story.stamps if (owner, stamp) == (rank, call)}
-            assert places == set(range(wanted["TAIL"])), f"rank {rank}, call {call}: places {sorted(places)}"
-            progress[rank] += wanted["TAIL"]
-    assert set(run.story.stamps.values()) == {1}, "a place was filled twice in a call"
-    done = {rank: int(run.world.ranks[rank].control[PROGRESS]) for rank in range(c.num_ranks)}
-    assert done == progress, f"tasks finished {done}, wanted {progress}"
-
-
-def _wanted_counters(run, num_tokens, packet_rows):
-    c, token_blocks = run.config, num_token_blocks(num_tokens, run.config)
-    tiles = [num_row_blocks(rows, c.tile_m_min, c.tile_m) for rows in packet_rows]
-    heights = [tile_height(rows, c.tile_m_min, c.tile_m) for rows in packet_rows]
-    gates, gemms = max(1, token_blocks), sum(tiles) * (tiles_n0(c) + tiles_n1(c))
-    total = gates + c.num_experts + token_blocks + gemms
-    return {
-        "HEAD": total + run.spec.num_processors,  # each draws one ticket that there is no task for
-        "TAIL": total,
-        "GATES_DONE": gates,
-        "GATE_OPEN": 1,
-        "PACKETS_SEEN": c.num_experts,
-        "GEMM_TASKS": gemms,
-        "HIDDEN_ROWS": sum(map(int.__mul__, tiles, heights)),
-        "TOTAL": total + 1,
-    }
-
-
-def _word(call, counter):
-    return ((call & 1) * NUM_COUNTERS + counter) * COUNTER_STRIDE
-
-
-def nothing_is_left_over(run):
-    """At the end finished tiles are zero everywhere, the other set of counters is, and no block waits for a result."""
-    for rank in run.world.ranks:
-        case = f"rank {rank.rank_idx}"
-        assert not rank.packets.up_done.any() and not rank.packets.down_done.any(), f"{case}: finished tiles"
-        assert not rank.packets.tiles_to_queue.any(), f"{case}: tiles to queue"
-        assert not rank.tokens.results_left.any(), f"{case}: results left {rank.tokens.results_left}"
-        counters = rank.queue.counters.reshape(2, -1)
-        assert not counters[1 - (run.spec.epochs & 1)].any(), f"{case}: counters of the next call"
-    left = {key: value for key, value in run.story.last.items() if key[2] == "tokens.tiles_left" and value != 0}
-    assert not left, f"result tiles that a token block did not get: {left}"
-
-
-PROPERTIES = (
-    equals_the_oracle, combine_is_ordered, every_task_runs_once, flags_are_written_once, rows_sent_are_received,
-    ranks_are_a_call_apart_at_most, counters_add_up, nothing_is_left_over,
-)  # fmt: skip
-
-
-def check_run(run):
-    """No report of the explorer, and all properties."""
-    assert run.reports == [], "\n".join(map(str, run.reports))
-    assert run.ended
-    for holds in PROPERTIES:
-        holds(run)
-
-
-def broken(run):
-    """Names of the properties that do not hold, of a run that may have been spoilt in any way."""
-    return [holds.__name__ for holds in PROPERTIES if not _holds(holds, run)]
-
-
-def _holds(holds, run):
-    try:
-        holds(run)
-    except Exception:  # an assertion, or values that nothing can be computed from
-        return False
-    return True
 
 
 # ---- what happened in a run, to show that the properties were asked where they matter

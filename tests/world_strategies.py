@@ -95,16 +95,16 @@ def to(experts, *counts):
 
 
 EXAMPLES = {
-    "a rank sends nothing": (search(GivenCall((0, 2)), lanes=2), 0),
-    "a rank receives nothing": (search(to((1, 0), 2, 1)), 0),
-    "nobody sends anything": (search(GivenCall((0, 0)), GivenCall((0, 0)), num_processors=1), 0),
-    "token counts change": (search(*map(GivenCall, [(3, 0), (0, 3), (1, 3), (3, 3)])), 0),
-    "all tokens go to one expert": (search(to((2,), 3, 3), num_topk=1, lanes=3), 0),
-    "pairs are dropped": (search(to((0, 3), 2, 2), capacity=1), 0),
-    "a token loses all its experts": (search(to((0, 3), 3, 3), capacity=1, token_block=1), 0),
-    "a packet has several row tiles": (search(to((0, 3), 3, 3), num_processors=3), 0),
-    "a rank is a call ahead of another": (search(to((3, 2), 0, 2), GivenCall((3, 1)), num_processors=1), 0),
-    "an empty packet's signal is overtaken": (
-        search(to((3, 2), 0, 2), GivenCall((3, 1)), to((3, 2), 0, 1), strategy="pct", num_processors=1), 1,
+    "a rank sends nothing": search(GivenCall((0, 2)), lanes=2),
+    "a rank receives nothing": search(to((1, 0), 2, 1)),
+    "nobody sends anything": search(GivenCall((0, 0)), GivenCall((0, 0)), num_processors=1),
+    "token counts change": search(*map(GivenCall, [(3, 0), (0, 3), (1, 3), (3, 3)])),
+    "all tokens go to one expert": search(to((2,), 3, 3), num_topk=1, lanes=3),
+    "pairs are dropped": search(to((0, 3), 2, 2), capacity=1),
+    "a token loses all its experts": search(to((0, 3), 3, 3), capacity=1, token_block=1),
+    "a packet has several row tiles": search(to((0, 3), 3, 3), num_processors=3),
+    "a rank is a call ahead of another": search(to((3, 2), 0, 2), GivenCall((3, 1)), num_processors=1),
+    "an empty packet's signal is overtaken": search(
+        to((3, 2), 0, 2), GivenCall((3, 1)), to((3, 2), 0, 1), strategy="pct", num_processors=1
     ),
-}  # fmt: skip
+}

@@ -3,11 +3,13 @@
 import pytest
 from cases import assert_same_bits
 from hypothesis import event, given, settings, target
-from watched_runs import CASES, check_run, happened, watch_run
+from run_properties import check_run
+from watched_runs import CASES, happened, watch_run
 from world_strategies import EXAMPLES, explored_worlds, schedules
 
 from flashmoe_numba.explore.search import Search, watched_kernel
 
+NUM_SEEDS = 50  # of these a signal is overtaken in every third or so; all else happens in the first
 few = settings(max_examples=max(5, settings().max_examples // 5))
 
 
@@ -29,9 +31,12 @@ def test_everything_holds(kernel, world):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_cases_that_matter_do_happen(kernel, case):
-    run = watch_run(kernel, *EXAMPLES[case])
-    check_run(run)
-    assert case in happened(run)
+    for seed in range(NUM_SEEDS):
+        run = watch_run(kernel, EXAMPLES[case], seed)
+        check_run(run)
+        if case in happened(run):
+            return
+    pytest.fail(f"did not happen in {NUM_SEEDS} schedules")
 
 
 @few

@@ -3,9 +3,10 @@
 import random
 
 import pytest
-import watched_runs as properties
+import run_properties as properties
 from hypothesis import HealthCheck, Phase, find, settings
-from watched_runs import broken, watch_run
+from run_properties import broken
+from watched_runs import watch_run
 from world_strategies import EXAMPLES, explored_worlds, search, to
 
 from flashmoe_numba.explore.search import watched_kernel
@@ -18,7 +19,7 @@ BROKEN_BY = {
     properties.every_task_runs_once: ("bound-short", EXAMPLES["token counts change"]),
     properties.flags_are_written_once: ("signal-before-data", EXAMPLES["token counts change"]),
     properties.rows_sent_are_received: ("rows-remembered", EXAMPLES["token counts change"]),
-    properties.ranks_are_a_call_apart_at_most: ("epoch-not-compared", (search(*[to((3, 2), 0, 2)] * 4), 0)),
+    properties.ranks_are_a_call_apart_at_most: ("epoch-not-compared", search(*[to((3, 2), 0, 2)] * 4)),
     properties.counters_add_up: ("ticket-twice", EXAMPLES["token counts change"]),
     properties.nothing_is_left_over: ("result-counted-twice", EXAMPLES["token counts change"]),
 }
@@ -37,11 +38,17 @@ def test_each_property_can_be_broken():
 
 @pytest.mark.parametrize("holds", BROKEN_BY)
 def test_a_planted_bug_breaks_a_property(holds):
-    plant, (world, seed) = BROKEN_BY[holds]
+    plant, world = BROKEN_BY[holds]
     with watched_kernel(plant) as kernel:
-        run = watch_run(kernel, world, seed)
-    with pytest.raises(AssertionError):
+        assert any(is_broken(holds, watch_run(kernel, world, seed)) for seed in range(5))
+
+
+def is_broken(holds, run):
+    try:
         holds(run)
+    except AssertionError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("plant", DRAWN)
