@@ -111,7 +111,7 @@ def test_an_atomic_access_may_be_the_last_one():
         fetch_add(flag, 0, 1)
         fetch_add(flag, 0, 1)
 
-    (report,) = tell(signal_plainly)[1]
+    report = tell(signal_plainly)[1][0]
     lines, _ = tell(signal_plainly, report=report)
     assert [(line.who, line.what, line.marked) for line in lines[:-1]] == [
         ("block 0 lane 0", "writes dispatch_flag(source 0, expert 0)", True),
