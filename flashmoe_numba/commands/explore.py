@@ -102,12 +102,16 @@ def _explore(args: argparse.Namespace, search: Search, pool: Pool | None) -> int
 
 def _look_closer(args: argparse.Namespace, search: Search, bad: Outcome) -> dict[str, Any]:
     """Tell of a bad run, or of what it can be shrunk to; for JSON, of both."""
-    shrunk = shrink(search, bad, args.shrink) if args.shrink else None
-    story = tell(search, bad) if args.json or (args.history and not shrunk) else None
-    if args.json != "-":
-        lines = shrunk.text(args.shrink, args.history) if shrunk else story.text(args.history) if story else []
-        print("\n".join([*lines, *([] if shrunk else [f"replay: {_replay(args.argv, bad.seed)}"])]), flush=True)
-    return (story.as_json() if story else {}) | {"shrunk": shrunk.as_json() if shrunk else None}
+    say = print if args.json != "-" else lambda *lines, **_: None
+    replay = f"replay: {_replay(args.argv, bad.seed)}"
+    story = tell(search, bad) if args.json or (args.history and not args.shrink) else None
+    if args.shrink is None:
+        say(*(story.text(args.history) if story else []), replay, sep="\n", flush=True)
+        return (story.as_json() if story else {}) | {"shrunk": None}
+    say(replay, flush=True)
+    shrunk = shrink(search, bad, args.shrink)
+    say(*shrunk.text(args.shrink, args.history), sep="\n", flush=True)
+    return (story.as_json() if story else {}) | {"shrunk": shrunk.as_json()}
 
 
 def make_search(args: argparse.Namespace) -> Search:
