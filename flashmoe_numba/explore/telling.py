@@ -1,5 +1,7 @@
 """A history as lines that can be read: who did what to which cells, and where in the source.
 
+Plain accesses read and write; atomic ones acquire, load (relaxed), release, add and swap.
+
 Polls that found nothing are left out, and counted at the load that found something. Between two atomic accesses nobody
 else can tell in which order a fiber made its plain ones, so there they are put together by function. Left out, unless
 a report is about them: what a block keeps for itself, reads of what its rank keeps for itself, progress counts, and
@@ -127,7 +129,7 @@ class Teller:
         if event.verb in LOADS:
             late = f", late: {value_of(name, event.newest)} is there" if event.is_late else ""
             after = f", polled {self._polled[event]} times" if event in self._polled else ""
-            return f"{event.verb} {cell} = {value}{late}{after}"
+            return f"{'loads' if event.verb == 'reads' else event.verb} {cell} = {value}{late}{after}"
         return f"{event.verb} {cell}{', now' if event.verb == 'adds to' else ' ='} {value}"
 
     def _cell(self, actor: Actor, region: Region, i: int) -> str:

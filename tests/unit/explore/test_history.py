@@ -138,7 +138,7 @@ def test_a_late_load_says_what_it_missed():
             ld_relaxed(flag, 0)
 
     bench = Bench(blocks=2, **{FLAG: 4, DATA: 80, COUNTERS: 256})
-    late = "reads rank 0's dispatch_flag(source 0, expert 0) = (call 0, 0 rows), late: (call 1, 2 rows) is there"
+    late = "loads rank 0's dispatch_flag(source 0, expert 0) = (call 0, 0 rows), late: (call 1, 2 rows) is there"
     for seed in range(100):
         recorder = Recorder(Scheduled(), bench.memory)
         bench.run(look, recorder, late_seed=seed)
@@ -167,7 +167,7 @@ def test_only_the_last_round_before_a_pause_found_nothing():
             ld_relaxed(flag, i)
         pause(0)
 
-    what = [f"reads dispatch_flag(source 0, expert {i}) = (call 0, 0 rows)" for i in (0, 1)]
+    what = [f"loads dispatch_flag(source 0, expert {i}) = (call 0, 0 rows)" for i in (0, 1)]
     assert [line.what for line in tell(look)[0] if line.who == "block 0 lane 0"] == what
 
 
