@@ -2,7 +2,8 @@
 
 A run is clean if nothing raced, no cell was read before it was written, no index was out of bounds, no rank wrote where
 another's rows belong, nobody waits for ever, every task ran once, and the results are the reference's, with the same
-bits under every seed. The first seed that is not clean is reported with the command that replays it; exit status 1.
+bits under every seed. The first seed that is not clean is reported, with what happened in it and the command that
+replays it; exit status 1. --shrink makes of it a small world with few switches, in a file for --replay.
 """
 
 from __future__ import annotations
