@@ -9,7 +9,7 @@ from world_strategies import EXAMPLES, explored_worlds, schedules
 
 from flashmoe_numba.explore.search import Search, watched_kernel
 
-NUM_SEEDS = 50  # of these a signal is overtaken in every third or so; all else happens in the first
+NUM_SEEDS = 50  # a signal is overtaken in about a quarter of them; all else happens in the first
 few = settings(max_examples=max(5, settings().max_examples // 5))
 
 
