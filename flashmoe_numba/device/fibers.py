@@ -44,6 +44,7 @@ class Fiber(greenlet):
         self.scheduler, self.block, self.lane, self.lanes, self.body = scheduler, block, lane, lanes, body
         self.polls = 0  # since the last write
         self.writes_seen = -1  # writes by anybody when the last poll began
+        self.polls_in_vain = False  # known to find nothing until one of the words that it looked at is written
 
     @property
     def found_nothing(self) -> bool:

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from greenlet import getcurrent
 
+from ..device.fibers import Fiber
 from .reports import Report, Site, Stopped, kernel_frame, place
-from .words import MOST_LATE_POLLS, Word
+from .words import MOST_LATE_POLLS, Message, Word
 
 Access = tuple["Actor", int, Any, int]  # who, its clock then, code and instruction, or None and 0 without places
 _frame = sys._getframe
@@ -54,6 +55,21 @@ class Actor:
     def join(self, clock: list[int]) -> None:
         self.clock = list(map(max, self.clock, clock))
 
+    def take_over(self, message: Message) -> None:
+        """The clock that a store released, unless it is known: whoever knows the store's entry knows its clock."""
+        _, writer, entry, clock = message
+        if entry > self.clock[writer]:
+            self.join(clock)
+
+    def wait_for_store(self, fiber: Fiber) -> None:
+        """The fiber pauses: if it saw the newest, it would find nothing before one of these words is stored to."""
+        self.looked_before, self.looked = self.looked, {}
+        self.pauses += 1
+        if self.looked_before and all(region.cells[i] == value for (region, i), value in self.looked_before.items()):
+            fiber.polls_in_vain = True
+            for region, i in self.looked_before:
+                region.word(i).polled_by.add(fiber)
+
     def comes_after(self, access: Access) -> bool:
         return access[1] <= self.clock[access[0].index]
 
@@ -80,9 +96,7 @@ class Region:
         """No access has been made yet."""
         self.writes: list[Access | None] = [None] * self.size
         self.reads: list[Access | dict[int, Access] | None] = [None] * self.size
-        self.atomic_writes: dict[int, dict[int, Access]] = {}
-        self.atomic_reads: dict[int, dict[int, Access]] = {}
-        self.words: dict[int, Word] = {}  # that an atomic has stored to since the last plain store
+        self.words: dict[int, Word] = {}  # cells with an atomic access since the last plain store
 
     # ---- plain accesses
 
@@ -123,8 +137,8 @@ class Region:
                 self._report("poison", i, access)
         elif write[0] is not actor and write[1] > actor.clock[write[0].index]:
             self._race(i, write, "write", access, "read")
-        if i in self.atomic_writes:
-            self._check_against(i, self.atomic_writes[i], "atomic write", access, "read")
+        if i in self.words:
+            self._check_against(i, self.words[i].writes, "atomic write", access, "read")
         read = self.reads[i]
         if read is None or (read.__class__ is tuple and (read[0] is actor or actor.comes_after(read))):
             self.reads[i] = access
@@ -145,80 +159,89 @@ class Region:
             elif read[0] is not actor and not actor.comes_after(read):
                 self._race(i, read, "read", access, "write")
             self.reads[i] = None
-        if i in self.atomic_writes:
-            self._check_against(i, self.atomic_writes[i], "atomic write", access, "write")
-        if i in self.atomic_reads:
-            self._check_against(i, self.atomic_reads[i], "atomic read", access, "write")
+        if i in self.words:
+            word = self.words.pop(i)
+            self._check_against(i, word.writes, "atomic write", access, "write")
+            self._check_against(i, word.reads, "atomic read", access, "write")
+            word.wake()
         if self.writer_cells:
             self._check_layout(i, access, write)
-        self.words.pop(i, None)
         self.writes[i] = access
 
     # ---- atomic accesses: watched.py makes a step before and after them
 
     def load(self, i: int, acquire: bool) -> int:
-        access = self._atomic(i)
-        self._record_atomic(i, access, self.atomic_reads)
-        actor, value = access[0], self.cells[i]
-        if i in self.words:
-            value, _, _, clock = self.words[i].load(actor.index, actor.clock, self.memory.lateness())
+        word, fiber = self.word(i), getcurrent()
+        actor = fiber.actor
+        self._record_read(i, word, actor.now or _placed())
+        if word.messages:
+            message = word.load(actor.index, actor.clock, self.memory.lateness(fiber))
+            value = message[0]
             if acquire:
-                actor.join(clock)
+                actor.take_over(message)
+        else:
+            value = self.cells[i]
         actor.looked[self, i] = value
         self.memory.log(actor, "acquires" if acquire else "reads", self, i, value)
         return value
 
     def release(self, i: int, value: int) -> None:
-        access = self._atomic(i)
-        self._record_atomic(i, access, self.atomic_writes)
-        actor = access[0]
-        self._store(i, actor, value)
+        word, actor = self.word(i), getcurrent().actor
+        self._record_write(i, word, actor.now or _placed())
+        self._store(i, word, actor, value)
         self.memory.log(actor, "releases", self, i, value)
 
     def exchange(self, i: int, value: int, expected: int | None) -> int:
         """Add `value`, or store it if the word holds `expected`; returns what it held."""
-        access = self._atomic(i)
-        actor, old = access[0], self.cells[i]
-        if i in self.words:
-            actor.join(self.words[i].messages[-1].clock)
+        word, actor = self.word(i), getcurrent().actor
+        access, old = actor.now or _placed(), self.cells[i]
+        if word.messages:
+            actor.take_over(word.messages[-1])
+        actor.looked[self, i] = old
         if expected is None or old == expected:
-            self._record_atomic(i, access, self.atomic_writes)
-            self._store(i, actor, old + value if expected is None else value)
+            self._record_write(i, word, access)
+            self._store(i, word, actor, old + value if expected is None else value)
         else:
-            self._record_atomic(i, access, self.atomic_reads)
+            self._record_read(i, word, access)
         verb = "adds to" if expected is None else "swaps" if old == expected else "does not swap"
         self.memory.log(actor, verb, self, i, self.cells[i])
         return old
 
-    def _store(self, i: int, actor: Actor, value: int) -> None:
-        if i not in self.words:
-            self.words[i] = Word(self.cells[i], self.memory.num_actors)
-        self.words[i].store(value, actor.index, actor.clock)
+    def word(self, i: int) -> Word:
+        word = self.words.get(i)
+        if word is None:
+            if not 0 <= i < self.size:
+                self._out_of_bounds(i)
+            word = self.words[i] = Word()
+        return word
+
+    def _store(self, i: int, word: Word, actor: Actor, value: int) -> None:
+        word.store(self.cells[i], value, actor.index, actor.clock)
         self.cells[i] = value
         actor.tick()
 
-    def _atomic(self, i: int) -> Access:
-        if not 0 <= i < self.size:
-            self._out_of_bounds(i)
-        return getcurrent().actor.now or _placed()
-
-    def _record_atomic(self, i: int, access: Access, kind: dict[int, dict[int, Access]]) -> None:
+    def _record_read(self, i: int, word: Word, access: Access) -> None:
         """Check against plain accesses, and keep it for those to come."""
-        is_write = kind is self.atomic_writes
+        actor, write = access[0], self.writes[i]
+        if write is None:
+            if not self.initialised and not word.writes:
+                self._report("poison", i, access)
+        elif write[1] > actor.clock[write[0].index]:
+            self._race(i, write, "write", access, "atomic read")
+        word.reads[actor.index] = access
+
+    def _record_write(self, i: int, word: Word, access: Access) -> None:
+        """The same."""
         actor, write, read = access[0], self.writes[i], self.reads[i]
-        what = "atomic write" if is_write else "atomic read"
-        if write is None and not self.initialised and i not in self.atomic_writes and not is_write:
-            self._report("poison", i, access)
-        if write is not None and not actor.comes_after(write):
-            self._race(i, write, "write", access, what)
-        if is_write:
-            if read is not None:
-                reads = read if read.__class__ is dict else {read[0].index: read}
-                self._check_against(i, reads, "read", access, what)
-            if self.writer_cells:
-                before = self.atomic_writes.get(i, {}).values()
-                self._check_layout(i, access, max(before, key=lambda a: a[0].epoch, default=None))
-        kind.setdefault(i, {})[actor.index] = access
+        if write is not None and write[1] > actor.clock[write[0].index]:
+            self._race(i, write, "write", access, "atomic write")
+        if read is not None:
+            reads = read if read.__class__ is dict else {read[0].index: read}
+            self._check_against(i, reads, "read", access, "atomic write")
+        if self.writer_cells:
+            before = max(word.writes.values(), key=lambda a: a[0].epoch, default=None)
+            self._check_layout(i, access, before)
+        word.writes[actor.index] = access
 
     # ---- reports
 
@@ -306,9 +329,8 @@ class Memory:
         for region in self._regions.values():
             region.forget()
 
-    def lateness(self) -> Callable[[], float] | None:
-        """For a load that the running fiber makes now: stores have arrived where it polled for long after the last."""
-        fiber = getcurrent()
+    def lateness(self, fiber: Fiber) -> Callable[[], float] | None:
+        """For a load that this fiber makes now: all stores have arrived where it polled for long after the last."""
         return None if fiber.polls > MOST_LATE_POLLS and fiber.found_nothing else self._draw
 
     def add(

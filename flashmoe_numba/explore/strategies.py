@@ -20,9 +20,9 @@ class PctStrategy:
     probability of at least 1 / (n k^(d - 1)). Source: Burckhardt, Kothari, Musuvathi, Nagarakatte, "A Randomized
     Scheduler with Probabilistic Guarantees of Finding Bugs", ASPLOS 2010, sections 2 and 3.
 
-    There a fiber that waits is blocked. Here it polls: while it found nothing and nobody has written since, it counts
-    as blocked, and runs only if all others do. So polls starve nobody, and the bound holds with k the steps of the
-    longest run, polls included.
+    There a fiber that waits is blocked. Here it polls: while it found nothing and nobody has written since, or nobody
+    one of the words that it looked at, it counts as blocked, and runs only if all others do. So polls starve nobody,
+    and the bound holds with k the steps of the longest run, polls included.
 
     Args:
         num_steps: k, an estimate: change points are drawn from [1, num_steps].
@@ -63,7 +63,7 @@ class PctStrategy:
 
     def _rank(self, fiber: Fiber) -> tuple[bool, float]:
         """Fibers that poll in vain come last, in turn: whoever polled least often comes first among them."""
-        idle = fiber.found_nothing
+        idle = fiber.polls_in_vain or fiber.found_nothing
         return not idle, -fiber.polls if idle else self._priority[fiber]
 
 

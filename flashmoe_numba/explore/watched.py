@@ -54,10 +54,11 @@ def cas(words: Region, i: int, expected: int, value: int) -> int:
 
 
 def pause(attempt: int) -> int:
-    actor = getcurrent().actor
-    actor.looked_before, actor.looked = actor.looked, {}
-    actor.pauses += 1
+    fiber = getcurrent()
+    actor = fiber.actor
+    actor.wait_for_store(fiber)
     fibers.idle()
+    fiber.polls_in_vain = False
     actor.poll += 1
     return attempt + 1
 

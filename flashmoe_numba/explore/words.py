@@ -17,48 +17,60 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
-from typing import NamedTuple
+from typing import Any
 
 LATE = 0.25
-"""How often a load that may be late is. A bug often wants one word new and another one old, which happens
-most often at 1/2; polls that are late only cost time, which speaks for less. 1/4 has three quarters of the former."""
+"""How often a load that may be late is. A bug often wants one word new and another one old, which happens most often at
+1/2; polls that are late only cost time, which speaks for less. 1/4 has three quarters of the former."""
 MOST_LATE_POLLS = 8  # much less than device.fibers.QUIET_POLLS: who is said to wait for ever has looked at the newest
 
-
-class Message(NamedTuple):
-    """One store: its value, by which entry of whose clock, and the clock it released."""
-
-    value: int
-    writer: int
-    entry: int
-    clock: list[int]
+Message = tuple[int, int, int, list[int]]  # one store: its value, by which entry of whose clock, the clock it released
 
 
 class Word:
-    """The modification order of one word since the last plain store to it, with which all must be ordered anyhow."""
+    """One word since the last plain store to it, with which all must be ordered anyhow.
 
-    def __init__(self, value: int, num_actors: int) -> None:
-        self.messages = [Message(value, 0, 0, [0] * num_actors)]  # happens before all, and brings nothing
-        self._read: dict[int, list[tuple[int, int]]] = {}  # by reader: its clock's entry and the position; both grow
+    `messages` is its modification order, empty before the first atomic store; `writes` and `reads` are the last atomic
+    accesses of each actor, by its index; `polled_by` are fibers that wait for a store.
+    """
 
-    def store(self, value: int, writer: int, clock: list[int]) -> None:
-        self.messages.append(Message(value, writer, clock[writer], clock))
+    __slots__ = ("_seen", "messages", "polled_by", "reads", "writes")
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.writes: dict[int, Any] = {}
+        self.reads: dict[int, Any] = {}
+        self.polled_by: set[Any] = set()
+        self._seen: dict[int, list[tuple[int, int]]] = {}  # by reader: its clock's entry and the position; both grow
+
+    def store(self, before: int, value: int, writer: int, clock: list[int]) -> None:
+        """`before` is what it held."""
+        if not self.messages:
+            self.messages.append((before, writer, 0, []))  # happens before all
+        self.messages.append((value, writer, clock[writer], clock))
+        self.wake()
+
+    def wake(self) -> None:
+        """It has been stored to: polling again may find something."""
+        for fiber in self.polled_by:
+            fiber.polls_in_vain = False
+        self.polled_by.clear()
 
     def load(self, reader: int, clock: list[int], draw: Callable[[], float] | None) -> Message:
         """Read one of the messages that may be read: the newest without `draw`, which gives numbers in [0, 1)."""
         position = newest = len(self.messages) - 1
         if draw and draw() < LATE:
             position -= ceil(draw() * (newest - self._oldest(clock)))
-        read = self._read.setdefault(reader, [])
-        if not read or read[-1][1] < position:
-            read.append((clock[reader], position))
+        seen = self._seen.setdefault(reader, [])
+        if not seen or seen[-1][1] < position:
+            seen.append((clock[reader], position))
         return self.messages[position]
 
     def _oldest(self, clock: list[int]) -> int:
         """Position of the oldest message that whoever has this clock may read."""
         oldest = len(self.messages) - 1
-        while self.messages[oldest].entry > clock[self.messages[oldest].writer]:
+        while self.messages[oldest][2] > clock[self.messages[oldest][1]]:
             oldest -= 1
-        for reader, read in self._read.items():
-            oldest = max(oldest, next((at for entry, at in reversed(read) if entry <= clock[reader]), 0))
+        for reader, seen in self._seen.items():
+            oldest = max(oldest, next((at for entry, at in reversed(seen) if entry <= clock[reader]), 0))
         return oldest

@@ -24,7 +24,7 @@ from ..backends.fibers import FiberBackend
 from ..device.fibers import Deadlock, Fiber, Scheduler, Strategy, current
 from ..device.storage import as_storage
 from ..kernel.signals import ABORT
-from ..kernel.state import Experts
+from ..kernel.state import Experts, Problem
 from ..kernel.trace import RECEIVE, RECORD_WORDS
 from ..rank import Rank
 from .memory import Actor, Memory, Region, joined
@@ -237,10 +237,10 @@ class World:
                 self._watch(rank_idx, f"tokens.y of call {epoch}", adopted[1])
 
     def watched(self, value: Any) -> Any:
-        """Kernel arguments with regions in place of arrays; weights, which nobody writes, stay as they are."""
+        """Kernel arguments with regions for arrays; sizes, and weights, which nobody writes, stay as they are."""
         if isinstance(value, np.ndarray):
             return self.regions[id(value)]
-        if isinstance(value, tuple) and not isinstance(value, Experts):
+        if isinstance(value, tuple) and not isinstance(value, Experts | Problem):
             parts = [self.watched(part) for part in value]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         return value

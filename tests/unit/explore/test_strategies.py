@@ -11,7 +11,7 @@ from flashmoe_numba.device import pause as plain_pause
 from flashmoe_numba.device import st_release as plain_st_release
 from flashmoe_numba.device.fibers import Deadlock, RandomStrategy, Scheduler
 from flashmoe_numba.explore.strategies import STRATEGIES, PctStrategy, RoundRobinStrategy, make_strategy
-from flashmoe_numba.explore.watched import fetch_add, ld_relaxed, st_release
+from flashmoe_numba.explore.watched import fetch_add, ld_relaxed, pause, st_release
 
 BUSY, LOOKS = 20, 20
 
@@ -114,3 +114,25 @@ def test_pct_runs_one_fiber_until_a_change_point():
 def test_a_strategy_that_there_is_not():
     with pytest.raises(ValueError, match="strategy must be one of random, pct, round-robin; got 'dfs'"):
         make_strategy("dfs", 0, num_steps=1, depth=1)
+
+
+def test_pct_leaves_who_polls_in_vain_alone_until_a_store():
+    """Others write other words all the time; what a wait looks at is stored to once."""
+
+    def work_or_wait(block, words):
+        if block == 0:
+            for _ in range(BUSY):
+                fetch_add(words, 0, 1)
+            st_release(words, 1, 1)
+            for _ in range(BUSY):
+                fetch_add(words, 0, 1)
+        else:
+            while ld_relaxed(words, 1) == 0:
+                pause(0)
+
+    bench, most = Bench(blocks=3, words=2), 0
+    for seed in range(50):
+        bench.run(work_or_wait, PctStrategy(seed, num_steps=90))
+        looks = [who for who, verb, *_ in bench.memory.history if verb == "reads"]
+        most = max(most, looks.count("block 1 lane 0"), looks.count("block 2 lane 0"))
+    assert most == 2, "one look before the store, and one after"
