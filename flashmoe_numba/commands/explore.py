@@ -12,14 +12,18 @@ import argparse
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from reference import DTYPES, MoEConfig
 from sim.pools import Pool
 
 from ..bench import launch
+from ..explore.choice_tree import COMPLETE, REDUNDANT, UNFINISHED
+from ..explore.exhaustive import EXHAUSTIVE, check_search, explore_all
 from ..explore.plants import PLANTS
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore
 from ..explore.strategies import STRATEGIES
@@ -30,6 +34,7 @@ from .sizes import add_json_argument, check_outputs, in_flags, integer, write_js
 from .spread import STOPS, add_jobs_argument, num_processes, open_pool, progress, stopped_status, why_stopped
 
 TILES = dict(tile_m=4, tile_m_min=2, tile_n=4, token_block=2)  # so small that a world of a few rows has many tiles
+SEEDS = 100
 REPLACED = ("--seed", "--seeds", "--jobs", "--history", "--shrink")
 
 
@@ -61,12 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("search").add_argument
-    add("--strategy", choices=STRATEGIES, default="random", help="who runs next, and when it gives way [random]")
+    what = (
+        "who runs next, and when it gives way; exhaustive: all there is in a very small world, in one process [random]"
+    )
+    add("--strategy", choices=(*STRATEGIES, EXHAUSTIVE), default="random", help=what)
     add("--depth", type=integer(1), default=3, metavar="N", help="of the bugs that pct looks for [3]")
     add("--seed", type=integer(0), default=0, metavar="N", help="first seed [0]")
-    add("--seeds", type=integer(1), default=100, metavar="N", help="how many [100]")
+    add("--seeds", type=integer(1), metavar="N", help="how many [100]; of exhaustive, the most runs [no limit]")
     add_jobs_argument(add)
-    add("--weak", action=argparse.BooleanOptionalAction, default=True, help="loads of atomic words may be late")
+    what = "loads of atomic words may be late [yes; not with exhaustive]"
+    add("--weak", action=argparse.BooleanOptionalAction, help=what)
     add("--plant", metavar="NAME", help="put this bug into the kernel first; it should be found")
     add("--list-plants", action="store_true", help="say which bugs there are, and run nothing")
 
@@ -79,23 +88,31 @@ def main(args: argparse.Namespace) -> int:
     if args.replay is not None:
         return replay(args) if launch.is_first_rank() else 0
     search = make_search(args)
-    few = args.seeds <= SEEDS_PER_BATCH or (args.plant and args.jobs is None)  # a planted bug shows soon
+    if search.strategy == EXHAUSTIVE:
+        return _explore(args, search, None, None) if launch.is_first_rank() else 0
+    seeds = range(args.seed, args.seed + (args.seeds or SEEDS))
+    few = len(seeds) <= SEEDS_PER_BATCH or (args.plant and args.jobs is None)  # a planted bug shows soon
     with open_pool(1 if few and not launch.inside_mpirun() else args.jobs) as pool:
-        return _explore(args, search, pool) if launch.is_first_rank() else 0
+        return _explore(args, search, seeds, pool) if launch.is_first_rank() else 0
 
 
-def _explore(args: argparse.Namespace, search: Search, pool: Pool | None) -> int:
-    seeds = range(args.seed, args.seed + args.seeds)
+def _explore(args: argparse.Namespace, search: Search, seeds: range | None, pool: Pool | None) -> int:
+    """Seeds, or all that there is."""
     if args.json != "-":
         print(_describe(search), flush=True)
-    tally = _tally(progress(explore(search, seeds, pool), len(seeds), "runs"))
+    if seeds is None:
+        tally = _tally(progress(islice(explore_all(search), args.seeds), args.seeds, "runs"))
+    else:
+        tally = _tally(progress(explore(search, seeds, pool), len(seeds), "runs"))
     if args.json != "-":
-        print("\n".join(_lines(args, tally)), flush=True)
+        print("\n".join(_lines(args, search, tally)), flush=True)
     found = _look_closer(args, search, tally.bad) if tally.bad else {}
     if args.json:
         write_json(args.json, _as_json(args, search, num_processes(pool), tally) | found)
     if tally.stop:
-        state = f"{tally.runs} of {len(seeds)} runs are done, and --seed {args.seed + tally.runs} goes on from there"
+        state = f"{tally.runs} runs are done"
+        if seeds is not None:
+            state = f"{tally.runs} of {len(seeds)} runs are done, and --seed {seeds[0] + tally.runs} goes on from there"
         print(f"flashmoe explore: {why_stopped(tally.stop)}; {state}", file=sys.stderr)
         return stopped_status(tally.stop)
     return 1 if tally.bad else 0
@@ -104,7 +121,7 @@ def _explore(args: argparse.Namespace, search: Search, pool: Pool | None) -> int
 def _look_closer(args: argparse.Namespace, search: Search, bad: Outcome) -> dict[str, Any]:
     """Tell of a bad run, or of what it can be shrunk to; for JSON, of both."""
     say = print if args.json != "-" else lambda *lines, **_: None
-    replay = f"replay: {_replay(args.argv, bad.seed)}"
+    replay = f"replay: {_replay(args.argv, search, bad.seed)}"
     story = tell(search, bad) if args.json or (args.history and not args.shrink) else None
     if args.shrink is None:
         say(*(story.text(args.history) if story else []), replay, sep="\n", flush=True)
@@ -141,13 +158,18 @@ def make_search(args: argparse.Namespace) -> Search:
         data_seed=args.world,
         leaver=args.leaver,
     )
-    return Search(
-        spec=spec,
-        strategy=args.strategy,
-        depth=args.depth,
-        plant=args.plant,
-        weak=args.weak,
-    )
+    weak = args.strategy != EXHAUSTIVE if args.weak is None else args.weak
+    search = Search(spec=spec, strategy=args.strategy, depth=args.depth, plant=args.plant, weak=weak)
+    if args.strategy == EXHAUSTIVE:
+        _check_exhaustive(search)
+    return search
+
+
+def _check_exhaustive(search: Search) -> None:
+    try:
+        check_search(search)
+    except ValueError as error:
+        raise UsageError(f"argument --strategy: {error}") from None
 
 
 # ---- the runs
@@ -156,6 +178,8 @@ def make_search(args: argparse.Namespace) -> Search:
 @dataclass
 class _Tally:
     runs: int = 0
+    ends: Counter[str] = field(default_factory=Counter)
+    all_made: bool = False
     switches: int = 0
     busy_s: float = 0.0  # of all processes together
     wall_s: float = 0.0
@@ -169,11 +193,13 @@ def _tally(outcomes: Iterable[Outcome]) -> _Tally:
     try:
         for outcome in outcomes:
             tally.runs += 1
+            tally.ends[outcome.end] += 1
             tally.switches += outcome.switches
             tally.busy_s += outcome.seconds
             if outcome.reports:
                 tally.bad = outcome
                 break
+            tally.all_made = outcome.is_last
     except STOPS as stop:
         tally.stop = stop
     tally.wall_s = time.perf_counter() - start
@@ -188,18 +214,30 @@ def _describe(search: Search) -> str:
     return f"{describe_world(search.spec)}; strategy {search.strategy}{plant}"
 
 
-def _lines(args: argparse.Namespace, tally: _Tally) -> list[str]:
+def _lines(args: argparse.Namespace, search: Search, tally: _Tally) -> list[str]:
     rate = f"{tally.runs / tally.wall_s:,.0f} runs/s, {tally.switches / tally.wall_s:,.0f} switches/s"
     per_core = f"{tally.runs / (tally.busy_s or 1):,.0f} runs/s in each process"
     counted = f"{tally.runs} runs in {tally.wall_s:.1f} s: {rate}; {per_core}"
+    lines = [counted, *([_covered(tally)] if search.strategy == EXHAUSTIVE else [])]
     if tally.bad is None:
         clean = "clean so far" if tally.stop else "clean"
-        return [counted, *(["nothing to shrink"] if args.shrink else []), clean]
-    return [counted, f"seed {tally.bad.seed} is not clean:", *[f"  {report}" for report in tally.bad.reports]]
+        return [*lines, *(["nothing to shrink"] if args.shrink else []), clean]
+    name = "run" if search.strategy == EXHAUSTIVE else "seed"
+    return [*lines, f"{name} {tally.bad.seed} is not clean:", *[f"  {report}" for report in tally.bad.reports]]
 
 
-def _replay(argv: list[str], seed: int) -> str:
-    """The command that runs this seed alone."""
+def _covered(tally: _Tally) -> str:
+    """Of an exhaustive search."""
+    ends = tally.ends
+    whole = "all there are" if tally.all_made else "not all there are"
+    others = f"{ends[UNFINISHED]:,} runs could not be completed, {ends[REDUNDANT]:,} were cut short as redundant"
+    return f"{ends[COMPLETE]:,} interleavings up to the order of independent accesses, {whole}; {others}"
+
+
+def _replay(argv: list[str], search: Search, seed: int) -> str:
+    """The command that runs this seed alone; an exhaustive search comes to the same run again."""
+    if search.strategy == EXHAUSTIVE:
+        return shlex.join(["flashmoe", *argv])
     kept, words = [], iter(argv)
     for word in words:
         if word in REPLACED:
@@ -216,6 +254,8 @@ def _as_json(args: argparse.Namespace, search: Search, processes: int, tally: _T
         "first_seed": args.seed,
         "jobs": processes,
         "runs": tally.runs,
+        "ends": dict(tally.ends),
+        "all_made": tally.all_made,
         "runs_per_s": tally.runs / tally.wall_s,
         "switches_per_s": tally.switches / tally.wall_s,
         "runs_per_process_s": tally.runs / (tally.busy_s or 1),
@@ -225,7 +265,7 @@ def _as_json(args: argparse.Namespace, search: Search, processes: int, tally: _T
         "reports": [report._asdict() for report in bad.reports] if bad else [],
         "history": [],
         "shrunk": None,
-        "replay": _replay(args.argv, bad.seed) if bad else None,
+        "replay": _replay(args.argv, search, bad.seed) if bad else None,
     }
 
 

@@ -83,7 +83,7 @@ def tell(search: Search, bad: Outcome) -> Story:
     """What happened in a bad run, by making it once more in this process."""
     with watched_kernel(search.plant) as kernel:
         explorer = Explorer(search, kernel)
-        return _story(explorer.world, explorer.strategy(bad.seed), explorer.late_seed(bad.seed), bad.reports)
+        return _story(explorer.world, explorer.again(bad), explorer.late_seed(bad.seed), bad.reports)
 
 
 def shrink(search: Search, bad: Outcome, file: str) -> Shrunk:
@@ -102,7 +102,7 @@ def shrink(search: Search, bad: Outcome, file: str) -> Shrunk:
         explorer = Explorer(search, kernel)
         shrinker = Shrinker(kernel, search.plant, bad.reports[0], told=told)
         try:
-            case = shrinker.shrink(explorer.world, explorer.strategy(bad.seed), explorer.late_seed(bad.seed))
+            case = shrinker.shrink(explorer.world, explorer.again(bad), explorer.late_seed(bad.seed))
         except ValueError:
             return Shrunk(None, shrinker.runs, complete=False, story=None)
         save(case, Path(file))

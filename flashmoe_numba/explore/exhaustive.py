@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from ..device.fibers import Fiber
+from ..device.fibers import Fiber, Strategy
 from .checks import Checker
 from .choice_tree import RETRY, ChoiceTree
+from .schedules import Choice, Recorded
 from .search import Outcome, Search, watched_kernel
 from .world import World
+
+EXHAUSTIVE = "exhaustive"  # beside strategies.STRATEGIES
 
 
 def check_search(search: Search) -> None:
     """Raises ValueError where the tree would not hold everything."""
     spec = search.spec
     if spec.lanes > 1:
-        raise ValueError(f"lanes must be 1 for an exhaustive search, got {spec.lanes}")
+        raise ValueError(f"exhaustive search needs lanes=1, got {spec.lanes}")
     if spec.leaver is not None:
-        raise ValueError(f"leaver must be None for an exhaustive search, got {spec.leaver}")
+        raise ValueError(f"exhaustive search needs leaver=None, got {spec.leaver}")
     if search.weak:
-        raise ValueError("weak must be False for an exhaustive search, got True")
+        raise ValueError("exhaustive search needs weak=False, got True")
 
 
 def explore_all(search: Search) -> Iterator[Outcome]:
@@ -35,14 +38,26 @@ def explore_all(search: Search) -> Iterator[Outcome]:
         checker, tree = Checker(world), ChoiceTree(world.memory, _rank)
         number, start, more = 0, time.perf_counter(), True
         while more:
-            strategies = iter([tree.begin()])
-            run = world.run(lambda: next(strategies, None) or tree.replay())  # noqa: B023
+            run = world.run(_once(tree))
             reports = checker.check(run)
-            end = tree.end()
+            schedule = _schedule(world, tree) if reports else None
+            end, more = tree.end(), tree.turn()
             if end != RETRY:
-                yield Outcome(number, reports, run.switches, time.perf_counter() - start, run.history, end)
+                seconds = time.perf_counter() - start
+                yield Outcome(number, reports, run.switches, seconds, run.history, schedule, end, is_last=not more)
                 number, start = number + 1, time.perf_counter()
-            more = tree.turn()
+
+
+def _once(tree: ChoiceTree) -> Callable[[], Strategy]:
+    """Makes the next run's strategy, then others that make the same run."""
+    strategies = iter([tree.begin()])
+    return lambda: next(strategies, None) or tree.replay()
+
+
+def _schedule(world: World, tree: ChoiceTree) -> tuple[Choice, ...]:
+    recorded = Recorded(tree.replay())
+    world.run(lambda: recorded)
+    return tuple(recorded.choices)
 
 
 def _rank(fiber: Fiber) -> str:

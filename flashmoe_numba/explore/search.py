@@ -15,6 +15,7 @@ from ..device.fibers import Strategy
 from .checks import Checker
 from .plants import PLANTS, planted
 from .reports import Report
+from .schedules import Choice, Scheduled
 from .strategies import RoundRobinStrategy, make_strategy
 from .watched import watch
 from .world import World, WorldSpec
@@ -44,14 +45,22 @@ class Search:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One seed's run; of an exhaustive search, the seed is the run's number, and `end` is one of choice_tree.py."""
+    """One seed's run; of an exhaustive search, the seed is the run's number.
+
+    Args:
+        schedule: of a bad run that no seed gives.
+        end: one of choice_tree.py.
+        is_last: there are no more runs to make.
+    """
 
     seed: int
     reports: list[Report]
     switches: int
     seconds: float
     history: list[tuple[str, str, str, int, int]] | None = None
+    schedule: tuple[Choice, ...] | None = None
     end: str = "complete"
+    is_last: bool = False
 
 
 class Explorer:
@@ -78,6 +87,11 @@ class Explorer:
         """Makes the strategy of a seed's run, as often as it is made."""
         name, depth = self.search.strategy, self.search.depth
         return lambda: make_strategy(name, seed, num_steps=self.num_steps, depth=depth)
+
+    def again(self, bad: Outcome) -> Callable[[], Strategy]:
+        """Makes a strategy of the same run."""
+        schedule = bad.schedule
+        return self.strategy(bad.seed) if schedule is None else lambda: Scheduled(schedule)
 
     def late_seed(self, seed: int) -> int | None:
         return seed if self.search.weak else None

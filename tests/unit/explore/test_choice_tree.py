@@ -334,8 +334,8 @@ def test_a_planted_bug_is_found(plant, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(lanes=2), "lanes must be 1 for an exhaustive search, got 2"),
-        (dict(leaver=0), "leaver must be None for an exhaustive search, got 0"),
+        (dict(lanes=2), "exhaustive search needs lanes=1, got 2"),
+        (dict(leaver=0), "exhaustive search needs leaver=None, got 0"),
     ],
 )
 def test_what_cannot_be_searched(changes, message):
@@ -344,5 +344,5 @@ def test_what_cannot_be_searched(changes, message):
 
 
 def test_late_loads_cannot_be_searched():
-    with pytest.raises(ValueError, match="weak must be False for an exhaustive search, got True"):
+    with pytest.raises(ValueError, match="exhaustive search needs weak=False, got True"):
         next(explore_all(Search(spec=small_world())))

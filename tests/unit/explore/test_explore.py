@@ -158,6 +158,10 @@ def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
         (["--topk", "5"], "--topk must be in [1, --experts=4], got 5"),
         (["--leaver", "2"], "argument --leaver: must be a rank in [0, 1], got 2"),
         (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
+        (
+            ["--strategy", "exhaustive", "--lanes", "2"],
+            "argument --strategy: exhaustive search needs lanes=1, got 2",
+        ),
     ],
 )
 def test_what_cannot_be_explored(capsys, argv, message):
@@ -170,3 +174,30 @@ def test_the_list_of_plants(capsys):
 
     status, out, _ = flashmoe(capsys, "--list-plants")
     assert (status, [line.split()[0] for line in out.splitlines()]) == (0, list(PLANTS))
+
+
+ONE_OF_EACH = [
+    f"--{flag}={value}" for flag, value in dict(ranks=1, processors=1, tokens=1, experts=2, topk=1, epochs=1).items()
+]
+
+
+def test_all_there_is_in_a_small_world(capsys):
+    status, out, _ = flashmoe(capsys, "--strategy=exhaustive", *ONE_OF_EACH)
+    assert status == 0
+    assert re.search(
+        r"^14 interleavings up to the order of independent accesses, all there are; \d+ runs", out, re.MULTILINE
+    )
+    status, out, _ = flashmoe(capsys, "--strategy=exhaustive", *ONE_OF_EACH, "--seeds", "10", "--json", "-")
+    found = json.loads(out)
+    assert (status, found["runs"], found["all_made"], found["clean"]) == (0, 10, False, True)
+
+
+def test_a_bad_run_of_an_exhaustive_search_is_told_and_shrunk(capsys, tmp_path):
+    planted = ["--plant", "task-before-its-fields", "--shrink", f"{tmp_path}/case"]
+    status, out, _ = flashmoe(capsys, "--strategy=exhaustive", *ONE_OF_EACH, *planted)
+    assert status == 1
+    assert re.search(r"\nrun \d+ is not clean:\n  race: rank 0 queue.tasks\[\d+\]: ", out), out
+    assert "\nshrunk in " in out
+    status, again, _ = flashmoe(capsys, "--replay", f"{tmp_path}/case")
+    assert status == 1
+    assert "race: rank 0 queue.tasks[" in again
