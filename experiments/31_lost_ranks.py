@@ -9,9 +9,10 @@ from the seed one of them suffers a fault: see experiments/lost/faults.py. With 
 mpirun are added, of which a rank is killed or stopped.
 
 `right` and `named` count ranks: all its results were right, or its error names the victim. `other`: it names a rank
-that waited itself, under mpirun also one that gave up between two calls and left. `over_ms` is the longest time from a fault to an error, less the deadline (under mpirun to the end
-of all processes). `problems` are hangs, wrong results, crashes, late errors, errors without a name, and things left
-behind. The second table shows where signals met their rank: in a kind of task, or at what else.
+that waited itself, under mpirun also one that gave up between two calls and left. `over_ms` is the longest time from a
+fault to an error, less the deadline (under mpirun to the end of all processes). `problems` are hangs, wrong results,
+crashes, late errors, errors without a name, and things left behind. The second table shows where signals met their
+rank: in a kind of task, or at what else.
 """
 
 from __future__ import annotations
