@@ -65,7 +65,9 @@ def pause(attempt: int) -> int:
 
 def now() -> int:
     """Kernel code takes the time when a wait begins, so what was looked at before is no part of it."""
-    getcurrent().actor.poll += 1
+    actor = getcurrent().actor
+    actor.poll += 1
+    actor.looked.clear()
     return fibers.clock()
 
 
