@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -22,12 +21,12 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from common import Row, parser_of, show, store
+from explore_common import search_of
 
 from flashmoe_numba.bench import launch
 from flashmoe_numba.commands import UsageError
-from flashmoe_numba.commands import explore as command
 from flashmoe_numba.commands.spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped
-from flashmoe_numba.explore.search import Search, explore
+from flashmoe_numba.explore.search import explore
 
 # Small, so that a run takes some 20 ms, but each with something that the others have not.
 # --world chooses the counts of tokens and the routing of all calls but the first.
@@ -116,12 +115,6 @@ def run(flags: str, seeds: int, pool: Executor | None) -> Row:
             break
     wall_s = time.perf_counter() - start
     return dict(runs=runs, seconds=wall_s, busy_s=busy_s, switches=switches, reports=reports, replay=replay)
-
-
-def search_of(flags: str) -> Search:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.make_search(parser.parse_args(shlex.split(flags)))
 
 
 def summary(world: str, rows: list[Row]) -> Row:

@@ -189,18 +189,18 @@ class ChoiceTree:
         if len(new) == len(looks):
             if thread.clock_before_poll is not None:
                 thread.clock = actor.clock = thread.clock_before_poll
-        elif new:
+        elif new and self._awake():  # it should stand before these looks while others go on
             self.nodes[-1].rests[thread.name] = new
             self._stop(RETRY)
 
     def _choose(self) -> _Thread:
-        """The thread that ran, if it can, else the first that can."""
+        """The thread that ran, if it can, else the first that can; one that looked early comes last."""
+        awake = self._awake()
+        if awake:
+            return min(awake, key=lambda thread: (self._looked_early(thread), thread is not self._running))
         asleep = self._asleep()
         live = [thread for thread in self._threads.values() if not thread.ended]
         able = [thread for thread in live if not self._waits(thread)]
-        awake = [thread for thread in able if thread.name not in asleep]
-        if awake:
-            return self._running if self._running in awake else awake[0]
         if able:
             self._look_early(live, asleep)
             self._stop(REDUNDANT)
@@ -211,6 +211,15 @@ class ChoiceTree:
 
     def _waits(self, thread: _Thread) -> bool:
         return thread.rest is not None and all(self._versions[word] == version for word, version in thread.rest)
+
+    def _awake(self) -> list[_Thread]:
+        asleep = self._asleep()
+        live = [thread for thread in self._threads.values() if not thread.ended and thread.name not in asleep]
+        return [thread for thread in live if not self._waits(thread)]
+
+    def _looked_early(self, thread: _Thread) -> bool:
+        """It was made to, and its poll is likely to be in vain: then it could not go on where it stands now."""
+        return bool(thread.looks) and thread.looks[0][0] < self._fixed
 
     def _look_early(self, live: list[_Thread], asleep: dict[str, Event]) -> None:
         """If a thread that waits looks at a word that one asleep writes next, that look, kept, wakes the writer."""
