@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..device.fibers import Deadlock, Fiber
 from .memory import Actor, Memory, Region
@@ -108,8 +107,8 @@ class ChoiceTree:
     def added(self, fiber: Fiber) -> None:
         family = [t for t in self._threads.values() if self._family(t.fiber) == self._family(fiber)]
         ended = [t.name for t in family if t.ended or t is self._running]
-        call = 1 + sum(t.fiber.block.name == fiber.block.name for t in self._threads.values())
-        name = f"{fiber.block.name} call {call}"
+        call = 1 + sum(t.fiber.name == fiber.name for t in self._threads.values())
+        name = f"{fiber.name} call {call}"
         self._threads[name] = _Thread(name, fiber, ended)
 
     def take_next(self, ready: list[Fiber]) -> Fiber:
@@ -146,7 +145,7 @@ class ChoiceTree:
             self._note(thread, self._event)
             self._event = None
         thread.ended = thread.fiber.dead
-        actor = getattr(thread.fiber, "actor", None)
+        actor: Actor | None = thread.fiber.actor
         if actor is not None:
             thread.clock = actor.clock
             if actor.pauses != thread.pauses:
@@ -177,7 +176,7 @@ class ChoiceTree:
             other = self._threads[name]
             other.rest, other.failed = rest, [look for _, look in other.looks] + rest
 
-    def _poll_failed(self, thread: _Thread, actor: Any) -> None:
+    def _poll_failed(self, thread: _Thread, actor: Actor) -> None:
         if thread.poll != actor.poll or not thread.looks:
             return
         looks, thread.looks = thread.looks, []

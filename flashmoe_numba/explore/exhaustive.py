@@ -35,7 +35,7 @@ def explore_all(search: Search) -> Iterator[Outcome]:
     check_search(search)
     with watched_kernel(search.plant) as kernel:
         world = World(search.spec, kernel, search.keep_history)
-        checker, tree = Checker(world), ChoiceTree(world.memory, _rank)
+        checker, tree = Checker(world), ChoiceTree(world.memory, rank_of)
         number, start, more = 0, time.perf_counter(), True
         while more:
             run = world.run(_once(tree))
@@ -60,6 +60,6 @@ def _schedule(world: World, tree: ChoiceTree) -> tuple[Choice, ...]:
     return tuple(recorded.choices)
 
 
-def _rank(fiber: Fiber) -> str:
-    """A rank's next call begins when all its blocks have left the last one."""
+def rank_of(fiber: Fiber) -> str:
+    """The family of a fiber: a rank's next call begins when all its blocks have left the last one."""
     return fiber.block.name.split()[1]

@@ -19,14 +19,9 @@ from .reports import Stopped
 class Choice(NamedTuple):
     """At its point number `point`, `fiber` gives way to `next`."""
 
-    fiber: str  # "" at the beginning of the run
+    fiber: str  # its name; "" at the beginning of the run
     point: int
     next: str
-
-
-def name_of(fiber: Fiber) -> str:
-    """The same in every call of a run, and of one fiber at a time."""
-    return f"{fiber.block.name} lane {fiber.lane}" if fiber.lanes > 1 else fiber.block.name
 
 
 class _Points:
@@ -38,7 +33,7 @@ class _Points:
         self.last = ""
 
     def added(self, fiber: Fiber) -> None:
-        self._order.setdefault(name_of(fiber), len(self._order))
+        self._order.setdefault(fiber.name, len(self._order))
 
     def pass_one(self) -> tuple[str, int]:
         """The point at which the fiber that ran last is; it has passed it now."""
@@ -49,7 +44,7 @@ class _Points:
         after = self._order.get(self.last, -1) + 1
 
         def rank(fiber: Fiber) -> tuple[int, int]:
-            turns = (self._order[name_of(fiber)] - after) % len(self._order)
+            turns = (self._order[fiber.name] - after) % len(self._order)
             return fiber.polls if fiber.found_nothing else 0, turns
 
         return min(ready, key=rank)
@@ -76,12 +71,12 @@ class Scheduled:
             fiber = self._at.follower(ready)
         self._next = None
         ready.remove(fiber)
-        self._at.last = name_of(fiber)
+        self._at.last = fiber.name
         return fiber
 
     def _chosen(self, ready: list[Fiber]) -> Fiber | None:
         chosen = self._choices.get(self._at.pass_one())
-        return next((fiber for fiber in ready if name_of(fiber) == chosen), None) if chosen else None
+        return next((fiber for fiber in ready if fiber.name == chosen), None) if chosen else None
 
 
 class Recorded:
@@ -112,10 +107,10 @@ class Recorded:
         if self.turns == self._most_turns:
             raise Stopped
         self.turns += 1
-        default = self._at.last if self._left else name_of(self._at.follower(ready))
+        default = self._at.last if self._left else self._at.follower(ready).name
         point = self._left or self._at.pass_one()
         fiber = self._strategy.take_next(ready)
-        self._left, self._at.last = None, name_of(fiber)
+        self._left, self._at.last = None, fiber.name
         if self._at.last != default:
             self.choices.append(Choice(*point, self._at.last))
         return fiber

@@ -302,28 +302,29 @@ class _Host:
         return bool(self.rank.control[ABORT] != 0)
 
     def _leave(self, epoch: int, *arguments: Any) -> None:
-        fiber, memory = current(), self.world.memory
-        fiber.actor = Actor(memory, memory.num_actors - 1, fiber.block.name, self.rank.rank_idx, epoch, self._clock)  # type: ignore[attr-defined]
+        self._act(self.world.memory.num_actors - 1, epoch)
         self.world.kernel.leave(*arguments)
 
     def _lane(self, block: int, *arguments: Any) -> None:
-        fiber, world = current(), self.world
-        epoch = len(self.calls) + 1
-        index = (self.rank.rank_idx * world.num_blocks + block) * fiber.lanes + fiber.lane
-        name = f"{fiber.block.name} lane {fiber.lane}" if fiber.lanes > 1 else fiber.block.name
-        fiber.actor = Actor(world.memory, index, name, self.rank.rank_idx, epoch, self._clock)  # type: ignore[attr-defined]
+        fiber, epoch = current(), len(self.calls) + 1
+        self._act((self.rank.rank_idx * self.world.num_blocks + block) * fiber.lanes + fiber.lane, epoch)
         self.fibers.append(fiber)
-        world.kernel.persistent(block, *arguments)
+        self.world.kernel.persistent(block, *arguments)
         self._running -= 1
         if self._running == 0:
             self._end(epoch)
             self.begin()
 
+    def _act(self, index: int, epoch: int) -> None:
+        """The running fiber is this actor of the memory, who knows what the rank's last call did."""
+        fiber = current()
+        fiber.actor = Actor(self.world.memory, index, fiber.name, self.rank.rank_idx, epoch, self._clock)
+
     def _end(self, epoch: int) -> None:
         if self._given_up():  # then nothing is said of what the call computed
             return
         c = self.rank.config
-        self._clock = joined([fiber.actor.clock for fiber in self.fibers])  # type: ignore[attr-defined]
+        self._clock = joined([fiber.actor.clock for fiber in self.fibers])
         shape = (c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
         results = self.rank.segments.result.view(c.numpy_dtype).reshape(shape).copy()
         rows = self.rank.packets.rows.reshape(shape[:2]).copy()

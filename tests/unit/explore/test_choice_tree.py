@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flashmoe_numba.device.fibers import Deadlock, RandomStrategy, Scheduler, current
 from flashmoe_numba.explore import watched
 from flashmoe_numba.explore.choice_tree import COMPLETE, ChoiceTree
-from flashmoe_numba.explore.exhaustive import explore_all
+from flashmoe_numba.explore.exhaustive import explore_all, rank_of
 from flashmoe_numba.explore.memory import Actor, Memory
 from flashmoe_numba.explore.reports import Stopped
 from flashmoe_numba.explore.search import Search, watched_kernel
@@ -280,7 +280,7 @@ def test_the_kernel_is_clean_whatever_the_interleaving(spec):
     """And every class that random runs come to is among those that were covered."""
     with watched_kernel(None) as kernel:
         world = World(spec, kernel)
-        tree, covered, more = ChoiceTree(world.memory, lambda fiber: fiber.block.name.split()[1]), [], True
+        tree, covered, more = ChoiceTree(world.memory, rank_of), [], True
         while more:
             run = world.run(tree.begin)
             assert run.reports == []
