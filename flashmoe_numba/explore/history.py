@@ -94,7 +94,9 @@ class Recorder:
     def _plain(self, access: Access, verb: str, region: Region, i: int) -> None:
         """A plain access is told before it is judged."""
         self.done = self.done or self._until in self._memory.reports
-        self._note(Event(access[0], verb, False, region, i, None, None, access[2], access[3]))
+        actor, _, code, instruction = access
+        assert code is not None  # places are noted
+        self._note(Event(actor, verb, False, region, i, None, None, code, instruction))
 
     def _note(self, event: Event) -> None:
         self._see_last_value()

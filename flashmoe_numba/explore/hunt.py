@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from reference import MoEConfig
 
@@ -13,7 +14,7 @@ from .plants import PLANTS
 from .search import Explorer, Search, watched_kernel
 from .world import WorldSpec
 
-TINY = dict(
+TINY: dict[str, Any] = dict(
     num_ranks=2, num_tokens=5, hidden=5, ffn=6, num_experts=6, num_topk=3, gated=True, activation="silu",
     tile_m=4, tile_m_min=2, tile_n=4, token_block=2, renormalize=False,
 )  # fmt: skip

@@ -20,16 +20,18 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any
 
 import numpy as np
 from greenlet import getcurrent
 
-from ..device.fibers import Fiber
+from ..device.fibers import Block, Fiber
 from .reports import Report, Site, Stopped, kernel_frame, place
 from .words import MOST_LATE_POLLS, Message, Word
 
-Access = tuple["Actor", int, Any, int]  # who, its clock then, code and instruction, or None and 0 without places
+Access = tuple["Actor", int, CodeType | None, int]  # who, its clock then, and where, if places are noted
+Meeting = tuple["Actor", CodeType, int]  # who came to a barrier, and where
 _frame = sys._getframe
 IS_VERB = True  # reports name the caller
 
@@ -88,7 +90,7 @@ class Region:
     def __init__(self, memory: Memory, name: str, array: np.ndarray, initialised: bool, num_writers: int = 0) -> None:
         self.memory, self.name, self.array, self.initialised = memory, name, array, initialised
         self.size, self.dtype = array.size, array.dtype
-        self.cells: Any = memoryview(array) if array.dtype.kind in "iu" else array  # integers as Python's: much faster
+        self.cells: Any = array.data if array.dtype.kind in "iu" else array  # integers as Python's: much faster
         self.writer_cells = array.size // num_writers if num_writers else 0
         self.forget()
 
@@ -140,10 +142,12 @@ class Region:
         if i in self.words:
             self._check_against(i, self.words[i].writes, "atomic write", access, "read")
         read = self.reads[i]
-        if read is None or (read.__class__ is tuple and (read[0] is actor or actor.comes_after(read))):
+        if read is None:
             self.reads[i] = access
-        elif read.__class__ is dict:
+        elif isinstance(read, dict):
             read[actor.index] = access
+        elif read[0] is actor or actor.comes_after(read):
+            self.reads[i] = access
         else:
             self.reads[i] = {read[0].index: read, actor.index: access}
 
@@ -154,7 +158,7 @@ class Region:
         if write is not None and write[0] is not actor and write[1] > actor.clock[write[0].index]:
             self._race(i, write, "write", access, "write")
         if read is not None:
-            if read.__class__ is dict:
+            if isinstance(read, dict):
                 self._check_against(i, read, "read", access, "write")
             elif read[0] is not actor and not actor.comes_after(read):
                 self._race(i, read, "read", access, "write")
@@ -194,7 +198,8 @@ class Region:
     def exchange(self, i: int, value: int, expected: int | None) -> int:
         """Add `value`, or store it if the word holds `expected`; returns what it held."""
         word, actor = self.word(i), getcurrent().actor
-        access, old = actor.now or _placed(), self.cells[i]
+        access = actor.now or _placed()
+        old: int = self.cells[i]
         if word.messages:
             actor.take_over(word.messages[-1])
         actor.looked[self, i] = old
@@ -236,7 +241,7 @@ class Region:
         if write is not None and write[1] > actor.clock[write[0].index]:
             self._race(i, write, "write", access, "atomic write")
         if read is not None:
-            reads = read if read.__class__ is dict else {read[0].index: read}
+            reads = read if isinstance(read, dict) else {read[0].index: read}
             self._check_against(i, reads, "read", access, "atomic write")
         if self.writer_cells:
             before = max(word.writes.values(), key=lambda a: a[0].epoch, default=None)
@@ -292,6 +297,7 @@ class Memory:
         self.history: list[tuple[str, str, str, int, int]] | None = [] if keep_history else None
         self.listener: Callable[[Actor, str, Region, int, int], None] | None = None  # is told every atomic access
         self.plain_listener: Callable[[Access, str, Region, int], None] | None = None  # every plain one, before it
+        self.meetings: dict[Block, list[Meeting]] = {}  # lanes that wait at barriers (watched.py)
         self._known: set[Any] = set()
         self._regions: dict[int, Region] = {}  # by address
 
@@ -323,7 +329,7 @@ class Memory:
         """
         self.with_places = with_places
         self._draw = None if late_seed is None else random.Random(late_seed).random
-        self.reports, self._known = [], set()
+        self.reports, self._known, self.meetings = [], set(), {}
         if self.history is not None:
             self.history = []
         for region in self._regions.values():

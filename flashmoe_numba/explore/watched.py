@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any
 
 from greenlet import getcurrent
 
 from ..device import fibers
 from ..device.fibers import note_progress, preempt
-from .memory import Region, joined
+from .memory import Meeting, Region, joined
 from .reports import Site, kernel_frame, place
 
 IS_VERB = True  # reports name the caller
@@ -77,12 +76,12 @@ def block_sync() -> None:
     if fiber.lanes == 1:
         return
     block, actor = fiber.block, fiber.actor
-    frame = kernel_frame(sys._getframe(1))
-    meeting = block.__dict__.setdefault("meeting", [])
+    frame, meetings = kernel_frame(sys._getframe(1)), actor.memory.meetings
+    meeting = meetings.setdefault(block, [])
     meeting.append((actor, frame.f_code, frame.f_lasti))
     fibers.block_barrier()
-    if block.__dict__.get("meeting") is meeting:  # the first to go on
-        del block.meeting
+    if meetings.get(block) is meeting:  # the first to go on
+        del meetings[block]
         _check_places(meeting)
         clock = joined([who.clock for who, *_ in meeting])
         for who, *_ in meeting:
@@ -90,11 +89,11 @@ def block_sync() -> None:
             who.tick()
 
 
-def _check_places(meeting: list[Any]) -> None:
+def _check_places(meeting: list[Meeting]) -> None:
     first = meeting[0]
     for other in meeting[1:]:
         if other[1:] != first[1:]:
-            one, two = (Site(who.name, who.epoch, place(*where)) for who, *where in (first, other))
+            one, two = (Site(who.name, who.epoch, place(code, at)) for who, code, at in (first, other))
             text = f"{one.who} at {one.where} meets {two.who} at {two.where}"
             first[0].memory.add("barrier", text, (one.where, two.where), None, (one, two))
 
