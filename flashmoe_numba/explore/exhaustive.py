@@ -34,7 +34,7 @@ def explore_all(search: Search) -> Iterator[Outcome]:
     """
     check_search(search)
     with watched_kernel(search.plant) as kernel:
-        world = World(search.spec, kernel, search.keep_history)
+        world = World(search.spec, kernel)
         checker, tree = Checker(world), ChoiceTree(world.memory, rank_of)
         number, start, more = 0, time.perf_counter(), True
         while more:
@@ -44,7 +44,7 @@ def explore_all(search: Search) -> Iterator[Outcome]:
             end, more = tree.end(), tree.turn()
             if end != RETRY:
                 seconds = time.perf_counter() - start
-                yield Outcome(number, reports, run.switches, seconds, run.history, schedule, end, is_last=not more)
+                yield Outcome(number, reports, run.switches, seconds, schedule, end, is_last=not more)
                 number, start = number + 1, time.perf_counter()
 
 

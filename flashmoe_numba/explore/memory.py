@@ -186,14 +186,14 @@ class Region:
         else:
             value = self.cells[i]
         actor.looked[self, i] = value
-        self.memory.log(actor, "acquires" if acquire else "reads", self, i, value)
+        self._tell(actor, "acquires" if acquire else "reads", i, value)
         return value
 
     def release(self, i: int, value: int) -> None:
         word, actor = self.word(i), getcurrent().actor
         self._record_write(i, word, actor.now or _placed())
         self._store(i, word, actor, value)
-        self.memory.log(actor, "releases", self, i, value)
+        self._tell(actor, "releases", i, value)
 
     def exchange(self, i: int, value: int, expected: int | None) -> int:
         """Add `value`, or store it if the word holds `expected`; returns what it held."""
@@ -209,8 +209,12 @@ class Region:
         else:
             self._record_read(i, word, access)
         verb = "adds to" if expected is None else "swaps" if old == expected else "does not swap"
-        self.memory.log(actor, verb, self, i, self.cells[i])
+        self._tell(actor, verb, i, self.cells[i])
         return old
+
+    def _tell(self, actor: Actor, verb: str, i: int, value: int) -> None:
+        if self.memory.listener is not None:
+            self.memory.listener(actor, verb, self, i, value)
 
     def word(self, i: int) -> Word:
         word = self.words.get(i)
@@ -284,17 +288,15 @@ class Memory:
 
     Args:
         num_actors: entries of a clock.
-        keep_history: record every atomic access, to be read as a story.
     """
 
     MOST_REPORTS = 20
 
-    def __init__(self, num_actors: int, keep_history: bool = False) -> None:
+    def __init__(self, num_actors: int) -> None:
         self.num_actors = num_actors
         self.with_places = True
         self._draw: Callable[[], float] | None = None
         self.reports: list[Report] = []
-        self.history: list[tuple[str, str, str, int, int]] | None = [] if keep_history else None
         self.listener: Callable[[Actor, str, Region, int, int], None] | None = None  # is told every atomic access
         self.plain_listener: Callable[[Access, str, Region, int], None] | None = None  # every plain one, before it
         self.meetings: dict[Block, list[Meeting]] = {}  # lanes that wait at barriers (watched.py)
@@ -330,8 +332,6 @@ class Memory:
         self.with_places = with_places
         self._draw = None if late_seed is None else random.Random(late_seed).random
         self.reports, self._known, self.meetings = [], set(), {}
-        if self.history is not None:
-            self.history = []
         for region in self._regions.values():
             region.forget()
 
@@ -346,12 +346,6 @@ class Memory:
         if (kind, key) not in self._known and len(self.reports) < self.MOST_REPORTS:
             self._known.add((kind, key))
             self.reports.append(Report(kind, text, cell, sites))
-
-    def log(self, actor: Actor, verb: str, region: Region, i: int, value: int) -> None:
-        if self.history is not None:
-            self.history.append((actor.name, verb, region.name, i, value))
-        if self.listener is not None:
-            self.listener(actor, verb, region, i, value)
 
 
 def joined(clocks: Sequence[list[int]]) -> list[int]:

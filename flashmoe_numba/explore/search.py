@@ -13,6 +13,7 @@ from types import ModuleType
 from ..device.compilation import PACKAGE, load_interpreted
 from ..device.fibers import Strategy
 from .checks import Checker
+from .choice_tree import COMPLETE
 from .plants import PLANTS, planted
 from .reports import Report
 from .schedules import Choice, Scheduled
@@ -31,7 +32,6 @@ class Search:
         strategy: one of strategies.STRATEGIES.
         depth: of bugs that PCT looks for.
         plant: name of a planted bug, or None for the kernel as it is.
-        keep_history: record every atomic access.
         weak: loads of atomic words may be late (words.py); False: they are sequentially consistent.
     """
 
@@ -39,7 +39,6 @@ class Search:
     strategy: str = "random"
     depth: int = 3
     plant: str | None = None
-    keep_history: bool = False
     weak: bool = True
 
 
@@ -57,9 +56,8 @@ class Outcome:
     reports: list[Report]
     switches: int
     seconds: float
-    history: list[tuple[str, str, str, int, int]] | None = None
     schedule: tuple[Choice, ...] | None = None
-    end: str = "complete"
+    end: str = COMPLETE
     is_last: bool = False
 
 
@@ -68,7 +66,7 @@ class Explorer:
 
     def __init__(self, search: Search, kernel: ModuleType) -> None:
         self.search = search
-        self.world = World(search.spec, kernel, search.keep_history)
+        self.world = World(search.spec, kernel)
         self.checker = Checker(self.world)
         self.num_steps = self._measure_steps() if search.strategy == "pct" else 0
 
@@ -100,7 +98,7 @@ class Explorer:
         start = time.perf_counter()
         run = self.world.run(self.strategy(seed), self.late_seed(seed))
         reports = self.checker.check(run)
-        return Outcome(seed, reports, run.switches, time.perf_counter() - start, run.history)
+        return Outcome(seed, reports, run.switches, time.perf_counter() - start)
 
 
 @contextlib.contextmanager

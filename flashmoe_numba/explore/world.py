@@ -134,7 +134,6 @@ class Run:
     reports: list[Report]
     switches: int
     calls: list[list[Call]]
-    history: list[tuple[str, str, str, int, int]] | None  # of every atomic access: who, verb, array, index, value
 
 
 class World:
@@ -142,15 +141,14 @@ class World:
 
     Args:
         kernel: an interpreted kernel package whose verbs are `watched`.
-        keep_history: record every atomic access of a run.
     """
 
-    def __init__(self, spec: WorldSpec, kernel: ModuleType, keep_history: bool = False) -> None:
+    def __init__(self, spec: WorldSpec, kernel: ModuleType) -> None:
         c = spec.config
         self.spec, self.kernel, self.data = spec, kernel, spec.calls()
         self.weights = Weights.random(c, seed=spec.data_seed, bias=True)
         self.num_blocks = spec.num_processors + 1
-        self.memory = Memory(c.num_ranks * self.num_blocks * spec.lanes + 1, keep_history)  # the last is the leaver
+        self.memory = Memory(c.num_ranks * self.num_blocks * spec.lanes + 1)  # the last is the leaver
         self.regions: dict[int, Region] = {}  # by id of the array
         self._backend = _WatchedBackend()
         segments = [np.empty(Layout(c).num_bytes, np.uint8) for _ in range(c.num_ranks)]
@@ -186,7 +184,7 @@ class World:
         problem = self._try(scheduler, hosts)
         _abandon(hosts)
         reports = self.memory.reports + ([problem] if problem else [])
-        return Run(reports, scheduler.switches, [host.calls for host in hosts], self.memory.history)
+        return Run(reports, scheduler.switches, [host.calls for host in hosts])
 
     def _try(self, scheduler: Scheduler, hosts: list[_Host]) -> Report | None:
         try:

@@ -12,13 +12,16 @@ from flashmoe_numba.explore.reports import Stopped
 class Bench:
     """Watched arrays, and a run of one kernel in several blocks; arrays are given by name and size.
 
+    `history` has (who, verb, array, index, value) of each atomic access of the last run, unless another one listens.
+
     Args:
         empty: names of arrays that begin unwritten.
     """
 
     def __init__(self, lanes=1, blocks=2, empty=(), writers=0, **sizes):
         self.lanes, self.blocks, self.initial = lanes, blocks, sizes
-        self.memory = Memory(lanes * blocks, keep_history=True)
+        self.memory = Memory(lanes * blocks)
+        self.memory.listener = self._hear
         self.arrays = [
             self.memory.region(name, np.zeros(size, np.int64), initialised=name not in empty, num_writers=writers)
             for name, size in sizes.items()
@@ -27,6 +30,7 @@ class Bench:
     def run(self, kernel, strategy, late_seed=None):
         """Kinds of the reports; `kernel(block, *arrays)` runs in every lane of every block."""
         self.memory.begin(late_seed=late_seed)
+        self.history = []
         for region in self.arrays:
             region.array[:] = 0
         scheduler = Scheduler(strategy=strategy, max_switches=100_000)
@@ -35,6 +39,9 @@ class Bench:
         with contextlib.suppress(Stopped):
             scheduler.run()
         return sorted({report.kind for report in self.memory.reports})
+
+    def _hear(self, actor, verb, region, i, value):
+        self.history.append((actor.name, verb, region.name, i, value))
 
     def _enter(self, kernel, block):
         fiber = current()

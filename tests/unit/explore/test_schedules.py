@@ -23,7 +23,7 @@ def count_and_meet(block, words):
 
 def history(bench, strategy):
     bench.run(count_and_meet, strategy)
-    return bench.memory.history
+    return bench.history
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -40,7 +40,7 @@ def test_a_recorded_schedule_makes_the_same_run(name):
 def names(bench, choices):
     """Who made the accesses, repetitions left out."""
     bench.run(lambda block, words: [fetch_add(words, block, 1) for _ in range(3)], Scheduled(choices))
-    order = [name.removesuffix(" lane 0") for name, *_ in bench.memory.history]
+    order = [name.removesuffix(" lane 0") for name, *_ in bench.history]
     return [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
 
 
@@ -79,6 +79,6 @@ def test_who_polls_in_vain_comes_last():
 
     bench = Bench(blocks=3, words=4)
     bench.run(wait, Scheduled([Choice("block 2", 1, "block 0")]))
-    told = [(name.removesuffix(" lane 0"), verb) for name, verb, *_ in bench.memory.history]
+    told = [(name.removesuffix(" lane 0"), verb) for name, verb, *_ in bench.history]
     assert told[:3] == [("block 0", "acquires"), ("block 1", "acquires"), ("block 2", "acquires")]
     assert told[3:6] == [("block 0", "acquires"), ("block 2", "acquires"), ("block 2", "releases")]  # not block 1

@@ -59,7 +59,7 @@ def test_a_seed_replays_the_history(name):
     def history(seed):
         bench.run(everybody_counts, make_strategy(name, seed, num_steps=60, depth=3))
         assert bench.arrays[0].array.tolist() == [10, 10, 10]
-        return bench.memory.history
+        return bench.history
 
     first = [history(seed) for seed in range(10)]
     assert first == [history(seed) for seed in range(10)]
@@ -98,7 +98,7 @@ def test_a_deadlock_is_found_under_every_strategy(name):
 def test_round_robin_gives_everybody_a_turn():
     bench = Bench(blocks=3, words=3)
     bench.run(everybody_counts, RoundRobinStrategy(0))
-    names = [name for name, *_ in bench.memory.history]
+    names = [name for name, *_ in bench.history]
     assert all(len(set(names[i : i + 3])) == 3 for i in range(0, len(names), 3)), f"{names}"
 
 
@@ -106,7 +106,7 @@ def test_pct_runs_one_fiber_until_a_change_point():
     bench = Bench(blocks=3, words=3)
     for seed in range(20):
         bench.run(everybody_counts, PctStrategy(seed, num_steps=60, depth=2))
-        names = [name for name, *_ in bench.memory.history]
+        names = [name for name, *_ in bench.history]
         changes = sum(a != b for a, b in itertools.pairwise(names))
         assert 2 <= changes <= 3, f"seed {seed}: {names}"
 
@@ -133,6 +133,6 @@ def test_pct_leaves_who_polls_in_vain_alone_until_a_store():
     bench, most = Bench(blocks=3, words=2), 0
     for seed in range(50):
         bench.run(work_or_wait, PctStrategy(seed, num_steps=90))
-        looks = [who for who, verb, *_ in bench.memory.history if verb == "reads"]
+        looks = [who for who, verb, *_ in bench.history if verb == "reads"]
         most = max(most, looks.count("block 1 lane 0"), looks.count("block 2 lane 0"))
     assert most == 2, "one look before the store, and one after"

@@ -227,7 +227,7 @@ def test_the_bound_of_late_polls(monkeypatch):
     bench, late = Bench(blocks=2, words=1), set()
     for seed in range(100):
         bench.run(program, RandomStrategy(seed), late_seed=seed)
-        verbs = [verb for _, verb, *_ in bench.memory.history]
+        verbs = [verb for _, verb, *_ in bench.history]
         late.add(len(verbs) - verbs.index("releases") - 2)
     assert max(late) == MOST_LATE_POLLS + 1, f"{late}"
 
@@ -249,7 +249,7 @@ def test_a_seed_replays_what_was_late():
 
     def history(seed, late_seed):
         bench.run(independent_reads, RandomStrategy(seed), late_seed=late_seed)
-        return bench.memory.history
+        return bench.history
 
     first = [history(1, late_seed) for late_seed in range(20)]
     assert first == [history(1, late_seed) for late_seed in range(20)]
