@@ -121,10 +121,13 @@ def _suffer(memory: Memory, rank: Any) -> None:
 
 
 def giving_up(memory: Memory, rank_idx: int, epoch: int) -> list[Callable[[], None]]:
-    """What `leave` does (kernel/signals.py), store by store, so that a rank can be lost between any two of them."""
+    """What `leave` does (kernel/signals.py), store by store, so that a rank can be lost between any two of them.
+
+    Stores of zeros are left out: the words are zero until somebody gives up.
+    """
     own = memory.control(rank_idx)
     record = [(s.RECORD, s.WRITING), (s.RECORD_ROLE, s.HOST), (s.RECORD_FLAG, s.CLOSED_FLAG)]
-    record += [(s.RECORD_EPOCH, epoch), (s.RECORD, s.COMPLETE)]
+    record += [(s.RECORD_PEER, rank_idx), (s.RECORD_EPOCH, epoch), (s.RECORD, s.COMPLETE)]
     stores = [(own, word, value) for word, value in record]
     stores += [(memory.control(other), s.ABORT, rank_idx + 1) for other in range(len(memory.segments))]
     return [functools.partial(_store, *store) for store in stores]

@@ -15,7 +15,8 @@ from flashmoe_numba import FlashMoE
 sys.path.append(str(Path(__file__).parents[3] / "experiments"))
 from lost.faults import FAULTS
 from lost.lose import lose_one
-from lost.memory import AFTER, PLACES
+from lost.memory import AFTER, PLACES, Memory
+from lost.rank import giving_up
 from lost.run import running
 from lost.world import make_world
 
@@ -43,6 +44,16 @@ def test_ranks_that_nobody_disturbs_are_right_and_nothing_is_left():
     for pid in run.pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_giving_up_store_by_store_is_what_a_host_that_leaves_does(world):
+    memory = Memory(world.config)
+    for step in giving_up(memory, 1, epoch=3):
+        step()
+    with FlashMoE(world.config, world.weights, num_processors=1, backend="fibers") as layer:
+        layer._backend.leave(*layer._ranks[1].leaving(3))
+        for rank in layer._ranks:
+            assert rank.control.tolist() == memory.control(rank.rank_idx).tolist(), f"rank {rank.rank_idx}"
 
 
 def test_a_host_that_does_not_look_whether_its_call_was_given_up_is_found_out(monkeypatch, world):
