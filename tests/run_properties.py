@@ -9,12 +9,11 @@ from collections import Counter
 import numpy as np
 from cases import assert_equals_oracle, assert_same_bits
 
+from flashmoe_numba.explore.cells import COUNTERS
 from flashmoe_numba.kernel.queue import COUNTER_STRIDE, NUM_COUNTERS
 from flashmoe_numba.kernel.signals import PROGRESS
 from reference import GATE, make_plan, num_row_blocks, tile_height
 from reference.tiles import KIND_NAMES, num_token_blocks, tiles_n0, tiles_n1
-
-COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TASKS", "HIDDEN_ROWS", "TOTAL")
 
 
 def equals_the_oracle(run):

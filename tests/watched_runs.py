@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from flashmoe_numba.explore.search import Explorer
-from flashmoe_numba.explore.strategies import make_strategy
 from flashmoe_numba.kernel.queue import TASK_WORDS
 from reference import make_packets, tile_height
 
@@ -106,11 +105,13 @@ def watch_run(kernel, search, seed):
     explorer = Explorer(search, kernel)
     story = Story(explorer.world)
 
+    make = explorer.strategy(seed)
+
     def begin():  # twice, where there is something to report
         story.begin()
-        return make_strategy(search.strategy, seed, num_steps=explorer.num_steps, depth=search.depth)
+        return make()
 
-    return WatchedRun(explorer, story, explorer.world.run(begin, late_seed=seed if search.weak else None))
+    return WatchedRun(explorer, story, explorer.world.run(begin, explorer.late_seed(seed)))
 
 
 # ---- what happened in a run, to show that the properties were asked where they matter

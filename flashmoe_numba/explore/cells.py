@@ -16,6 +16,7 @@ from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
 
 from ..kernel import queue, signals
 
+# As kernel/queue.py numbers them.
 COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TASKS", "HIDDEN_ROWS", "TOTAL")
 CONTROL = {
     signals.ABORT: "the abort word",

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from ..device.fibers import Deadlock, Fiber
 from .memory import Actor, Memory, Region
 from .reports import Stopped
-from .source_sets import Event, Look, Node, Order, Word, add_reversals, next_branch
+from .source_sets import Event, Look, Node, Order, WordName, add_reversals, next_branch
 
 COMPLETE = "complete"  # all threads have ended
 REDUNDANT = "redundant"  # all that could go on is as good as a run that has been made
@@ -74,7 +74,7 @@ class ChoiceTree:
         self._fixed = len(self.nodes)  # these choices are made
         self._depth = 0  # events so far
         self._threads: dict[str, _Thread] = {}
-        self._versions: Counter[Word] = Counter()
+        self._versions: Counter[WordName] = Counter()
         self._running: _Thread | None = None
         self._event: Event | None = None
         self._poll = 0  # that the event is of

@@ -8,41 +8,23 @@ Abdulla, Aronis, Jonsson, Sagonas, "Optimal Dynamic Partial Order Reduction", PO
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-Word = Hashable
-Look = tuple[Word, int]  # a word, and how often it had been written
+WordName = Hashable  # whatever tells words apart: array and index
+Look = tuple[WordName, int]  # a word, and how often it had been written
 
 
 class Event(NamedTuple):
     """One atomic access."""
 
     thread: str
-    word: Word
+    word: WordName
     writes: bool
 
     def depends_on(self, other: Event) -> bool:
         return self.word == other.word and (self.writes or other.writes)
-
-
-def class_of(events: Sequence[Event]) -> Hashable:
-    """Equal for two runs that differ only in the order of independent events, and only for those."""
-    made: Counter[str] = Counter()
-    words: dict[Word, list[tuple[tuple[str, int] | None, set[tuple[str, int]]]]] = {}  # stores, and loads after each
-    for event in events:
-        name = (event.thread, made[event.thread])
-        made[event.thread] += 1
-        stores = words.setdefault(event.word, [(None, set())])
-        if event.writes:
-            stores.append((name, set()))
-        else:
-            stores[-1][1].add(name)
-    return frozenset(
-        (word, tuple((store, frozenset(loads)) for store, loads in stores)) for word, stores in words.items()
-    )
 
 
 @dataclass
@@ -85,8 +67,8 @@ class Order:
         self.position: list[int] = []  # in its thread, from 1
         self.races: list[tuple[int, int]] = []  # dependent events of two threads, ordered by nothing else
         self._last: dict[str, dict[str, int]] = {}  # clock of a thread's last event
-        self._writes: dict[Word, int] = {}
-        self._reads: dict[Word, list[int]] = {}  # since the last write
+        self._writes: dict[WordName, int] = {}
+        self._reads: dict[WordName, list[int]] = {}  # since the last write
         for i, event in enumerate(events):
             self._add(i, event, parents)
 

@@ -16,7 +16,7 @@ from flashmoe_numba.explore.exhaustive import explore_all, rank_of
 from flashmoe_numba.explore.memory import Actor, Memory
 from flashmoe_numba.explore.reports import Stopped
 from flashmoe_numba.explore.search import Search, watched_kernel
-from flashmoe_numba.explore.source_sets import Event, Order, class_of
+from flashmoe_numba.explore.source_sets import Event, Order
 from flashmoe_numba.explore.world import World, WorldSpec
 from reference import MoEConfig
 
@@ -135,6 +135,23 @@ class Program:
             dead |= was_dead
             more = tree.turn()
         return outcomes, classes, dead
+
+
+# ---- classes of interleavings
+
+
+def class_of(events):
+    """Equal for two runs that differ only in the order of independent events, and only for those."""
+    made, words = Counter(), {}  # of each word its stores, and the loads after each
+    for event in events:
+        name = event.thread, made[event.thread]
+        made[event.thread] += 1
+        stores = words.setdefault(event.word, [(None, set())])
+        if event.writes:
+            stores.append((name, set()))
+        else:
+            stores[-1][1].add(name)
+    return frozenset((word, tuple((store, frozenset(loads)) for store, loads in words[word])) for word in words)
 
 
 # ---- the oracle: all states that any interleaving can come to
