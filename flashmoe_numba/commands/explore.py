@@ -66,9 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("search").add_argument
-    what = (
-        "who runs next, and when it gives way; exhaustive: all there is in a very small world, in one process [random]"
-    )
+    what = "who runs next, and when it gives way; exhaustive: all of a very small world, in one process [random]"
     add("--strategy", choices=(*STRATEGIES, EXHAUSTIVE), default="random", help=what)
     add("--depth", type=integer(1), default=3, metavar="N", help="of the bugs that pct looks for [3]")
     add("--seed", type=integer(0), default=0, metavar="N", help="first seed [0]")
@@ -183,8 +181,8 @@ class _Tally:
     switches: int = 0
     busy_s: float = 0.0  # of all processes together
     wall_s: float = 0.0
-    bad: Outcome | None = field(default=None)
-    stop: BaseException | None = field(default=None)  # what ended the search early
+    bad: Outcome | None = None
+    stop: BaseException | None = None  # what ended the search early
 
 
 def _tally(outcomes: Iterable[Outcome]) -> _Tally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 from ..device.fibers import Strategy
@@ -59,6 +60,7 @@ class Shrinker:
         self._kernel, self._plant, self._finding = kernel, plant, finding(report)
         self._most_runs, self._told = most_runs, told
         self._most_turns: int | None = None  # of a run: one that goes astray may go on for long
+        self._steps = 0  # of the last run
         self.runs = 0
         self.complete = False  # nothing more can be left out
         self.best: Case | None = None
@@ -113,8 +115,7 @@ class Shrinker:
         yield lambda: Scheduled(best.schedule), last_seed
         for seed in range(SEEDS):
             for name in ("pct", "random"):
-                steps = self._steps
-                yield lambda: make_strategy(name, seed, num_steps=steps, depth=DEPTH), seed  # noqa: B023
+                yield partial(make_strategy, name, seed, num_steps=self._steps, depth=DEPTH), seed
 
     # ---- the schedule
 

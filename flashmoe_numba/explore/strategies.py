@@ -34,10 +34,7 @@ class PctStrategy:
         points = [self._random.randint(1, max(1, num_steps)) for _ in range(depth - 1)]
         self._falls = {step: -1 - i for i, step in enumerate(sorted(points))}  # others are in [0, 1)
         self._priority: dict[Fiber, float] = {}
-        self._known = (
-            -1,
-            -1,
-        )  # writes, and number of ready fibers, when the running one was last known to be the first
+        self._known = (-1, -1)  # writes and ready fibers when the running one was last known to be the first
         self.steps = 0
 
     def added(self, fiber: Fiber) -> None:
