@@ -71,8 +71,8 @@ class Rank:
             backend.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
         )
         self.tokens = self._token_arrays()
-        self._scratch = [backend.make_scratch(config) for _ in range(num_processors)]
-        self._boxes = [np.zeros(BOX_WORDS, np.int64) for _ in range(num_processors + 1)]
+        self.scratch = [backend.make_scratch(config) for _ in range(num_processors)]
+        self.boxes = [np.zeros(BOX_WORDS, np.int64) for _ in range(num_processors + 1)]
         trace_words = (trace_records + 1) * RECORD_WORDS if trace_records else 0
         self.all_traces = backend.zeros((num_processors + 1) * trace_words, np.int64)
         self.traces = [self.all_traces[b * trace_words : (b + 1) * trace_words] for b in range(num_processors + 1)]
@@ -114,9 +114,9 @@ class Rank:
         return self._arguments(0, self.problem, self.tokens)
 
     def _arguments(self, block: int, problem: Problem, tokens: Tokens) -> tuple[Any, ...]:
-        scratch = self._scratch[min(block, self.num_processors - 1)]  # the OS block uses none
+        scratch = self.scratch[min(block, self.num_processors - 1)]  # the OS block uses none
         arguments = (block, problem, self.segments, self.experts, tokens, self.packets, self.queue, scratch)
-        return (*arguments, self._boxes[block], self.traces[block])
+        return (*arguments, self.boxes[block], self.traces[block])
 
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
         """Arguments of `kernel.leave`."""

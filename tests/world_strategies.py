@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from worlds import configs
 
 from flashmoe_numba.explore.search import Search
+from flashmoe_numba.explore.spec import GivenCall, WorldSpec
 from flashmoe_numba.explore.strategies import STRATEGIES
-from flashmoe_numba.explore.world import GivenCall, WorldSpec
 from reference import MoEConfig
 
 TINY = dict(

@@ -26,8 +26,8 @@ from ..explore.choice_tree import COMPLETE, REDUNDANT, UNFINISHED
 from ..explore.exhaustive import EXHAUSTIVE, check_search, explore_all
 from ..explore.plants import PLANTS
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore
+from ..explore.spec import WorldSpec
 from ..explore.strategies import STRATEGIES
-from ..explore.world import WorldSpec
 from . import UsageError
 from .failures import add_failure_arguments, describe_world, replay, shrink, tell
 from .sizes import add_json_argument, check_outputs, in_flags, integer, write_json

@@ -16,8 +16,9 @@ from ..explore.reports import Report
 from ..explore.schedules import Scheduled
 from ..explore.search import Explorer, Outcome, Search, watched_kernel
 from ..explore.shrink import MOST_RUNS, Shrinker
+from ..explore.spec import WorldSpec
 from ..explore.telling import Line, Teller, as_text
-from ..explore.world import World, WorldSpec
+from ..explore.world import World
 from . import UsageError
 from .sizes import integer, write_json
 

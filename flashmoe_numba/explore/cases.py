@@ -11,7 +11,7 @@ from reference import MoEConfig
 
 from .plants import PLANTS
 from .schedules import Choice
-from .world import GivenCall, WorldSpec
+from .spec import GivenCall, WorldSpec
 
 KIND = "flashmoe explore case"
 VERSION = 1

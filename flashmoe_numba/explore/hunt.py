@@ -12,7 +12,7 @@ from reference import MoEConfig
 
 from .plants import PLANTS
 from .search import Explorer, Search, watched_kernel
-from .world import WorldSpec
+from .spec import WorldSpec
 
 TINY: dict[str, Any] = dict(
     num_ranks=2, num_tokens=5, hidden=5, ffn=6, num_experts=6, num_topk=3, gated=True, activation="silu",

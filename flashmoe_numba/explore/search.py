@@ -17,9 +17,10 @@ from .choice_tree import COMPLETE
 from .plants import PLANTS, planted
 from .reports import Report
 from .schedules import Choice, Scheduled
+from .spec import WorldSpec
 from .strategies import RoundRobinStrategy, make_strategy
 from .watched import watch
-from .world import World, WorldSpec
+from .world import World
 
 SEEDS_PER_BATCH = 8
 

@@ -19,8 +19,9 @@ from .checks import Checker
 from .ddmin import ddmin
 from .reports import Report, finding
 from .schedules import Choice, Recorded, Scheduled
+from .spec import WorldSpec
 from .strategies import make_strategy
-from .world import World, WorldSpec
+from .world import World
 
 MOST_RUNS = 3000
 SEEDS = 5  # of each strategy, in a smaller world

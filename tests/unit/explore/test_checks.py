@@ -5,7 +5,7 @@ import pytest
 
 from flashmoe_numba.device.fibers import RandomStrategy
 from flashmoe_numba.explore.search import Explorer, Search, watched_kernel
-from flashmoe_numba.explore.world import WorldSpec
+from flashmoe_numba.explore.spec import WorldSpec
 from reference import MoEConfig, Task
 
 CONFIG = MoEConfig(num_ranks=2, num_tokens=3, hidden=5, ffn=3, num_experts=4, num_topk=2, tile_m=4, tile_m_min=2)

@@ -17,7 +17,8 @@ from flashmoe_numba.explore.memory import Actor, Memory
 from flashmoe_numba.explore.reports import Stopped
 from flashmoe_numba.explore.search import Search, watched_kernel
 from flashmoe_numba.explore.source_sets import Event, Order
-from flashmoe_numba.explore.world import World, WorldSpec
+from flashmoe_numba.explore.spec import WorldSpec
+from flashmoe_numba.explore.world import World
 from reference import MoEConfig
 
 NUM_WORDS = 3

@@ -5,18 +5,12 @@ import re
 from dataclasses import replace
 
 import pytest
+from small_worlds import flashmoe, spec
 
-from flashmoe_numba.cli import main
 from flashmoe_numba.explore.search import Explorer, Search, explore, watched_kernel
-from flashmoe_numba.explore.world import WorldSpec
 from flashmoe_numba.kernel.signals import ABORT
-from reference import MoEConfig
 from sim.pools import process_pool
 
-TINY = dict(
-    num_ranks=2, num_tokens=4, hidden=5, ffn=3, num_experts=4, num_topk=2, gated=True, activation="silu",
-    tile_m=4, tile_m_min=2, tile_n=4, token_block=2,
-)  # fmt: skip
 WORLDS = {
     "one rank": dict(num_ranks=1, lanes=2),
     "one processor": dict(num_processors=1, epochs=3),
@@ -29,11 +23,6 @@ WORLDS = {
     "bfloat16": dict(dtype="bfloat16", gated=False),
     "float64": dict(dtype="float64", lanes=4, num_processors=1),
 }
-
-
-def spec(num_processors=2, lanes=1, epochs=2, data_seed=0, **changes):
-    config = MoEConfig(**(TINY | changes))
-    return WorldSpec(config=config, num_processors=num_processors, lanes=lanes, epochs=epochs, data_seed=data_seed)
 
 
 @pytest.mark.parametrize("strategy", ["random", "pct", "round-robin"])
@@ -115,12 +104,6 @@ def test_wrong_bits_are_told():
         explorer.checker._right[2][1].y.view("u4")[0, 0] ^= 1
         (report,) = explorer.run(1).reports
     assert str(report) == "wrong result: rank 1, call 2: rows [0] have other bits than under another seed"
-
-
-def flashmoe(capsys, *argv):
-    status = main(["explore", *argv])
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def test_a_clean_search(capsys):

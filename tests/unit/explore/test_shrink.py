@@ -5,16 +5,15 @@ import subprocess
 import sys
 
 import pytest
-from test_explore import spec
+from small_worlds import flashmoe, spec
 
-from flashmoe_numba.cli import main
 from flashmoe_numba.commands.failures import shrink
 from flashmoe_numba.explore.cases import KEYS, Case, load, save
 from flashmoe_numba.explore.reports import Report, Site, finding
 from flashmoe_numba.explore.schedules import Choice
 from flashmoe_numba.explore.search import Explorer, Search, watched_kernel
 from flashmoe_numba.explore.shrink import Shrinker, smaller
-from flashmoe_numba.explore.world import GivenCall, WorldSpec
+from flashmoe_numba.explore.spec import GivenCall, WorldSpec
 
 FEW = 3
 
@@ -188,12 +187,6 @@ def test_an_edited_file_is_refused(tmp_path, capsys, edit, message):
     assert flashmoe(capsys, "--replay", str(file)) == (
         2, "", f"flashmoe explore: error: argument --replay: {str(file)!r} is no file of --shrink: {message}\n"
     )  # fmt: skip
-
-
-def flashmoe(capsys, *argv):
-    status = main(["explore", *argv])
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""What a world is: a layer, its blocks, and the calls that it makes; a value, so that it can be drawn, shrunk, kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reference import MoEConfig, Routing, external_routing
+
+
+@dataclass(frozen=True)
+class GivenCall:
+    """One call of all ranks.
+
+    Args:
+        counts: tokens of each rank.
+        experts: `[num_ranks][num_tokens of the rank][num_topk]`, a routing from outside; None: the gate decides.
+    """
+
+    counts: tuple[int, ...]
+    experts: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldSpec:
+    """What runs: a layer, and calls whose tokens and routing are drawn from `data_seed`.
+
+    The first call has all tokens and the gate's routing; later ones have 0, 1, some or all tokens on a rank, and are
+    routed by the gate, at random, or all to the same experts. With `given` calls, only the values of tokens and of
+    outside factors are drawn.
+
+    Raises:
+        ValueError: a given call does not fit the layer, or there are not `epochs` of them.
+    """
+
+    config: MoEConfig
+    num_processors: int = 2
+    lanes: int = 1
+    epochs: int = 1
+    data_seed: int = 0
+    leaver: int | None = None  # this rank's host gives up some time in the last call, and all must stop
+    given: tuple[GivenCall, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.given and len(self.given) != self.epochs:
+            raise ValueError(f"epochs must be the number of given calls, {len(self.given)}, got {self.epochs}")
+        c = self.config
+        for call in self.given:
+            if len(call.counts) != c.num_ranks or not all(0 <= count <= c.num_tokens for count in call.counts):
+                rule = f"num_ranks={c.num_ranks} numbers in [0, num_tokens={c.num_tokens}]"
+                raise ValueError(f"counts of a given call must be {rule}, got {call.counts}")
+
+    def calls(self) -> list[tuple[list[np.ndarray], list[Routing | None]]]:
+        """(tokens, routing from outside or None) of each rank, for each call."""
+        make = self._given_call if self.given else self._call
+        return [make(epoch) for epoch in range(self.epochs)]
+
+    def _given_call(self, epoch: int) -> tuple[list[np.ndarray], list[Routing | None]]:
+        c, call, draw = self.config, self.given[epoch], np.random.default_rng([self.data_seed, epoch])
+        x = self._tokens(draw, call.counts)
+        if call.experts is None:
+            return x, [None] * c.num_ranks
+        return x, [self._outside(draw, *part) for part in zip(call.experts, call.counts, strict=True)]
+
+    def _outside(self, draw: np.random.Generator, experts: tuple[tuple[int, ...], ...], count: int) -> Routing:
+        idx = np.array(experts, np.int64).reshape(len(experts), self.config.num_topk)
+        return external_routing(idx, draw.uniform(0.1, 1, idx.shape), self.config, count)
+
+    def _tokens(self, draw: np.random.Generator, counts: Sequence[int]) -> list[np.ndarray]:
+        c = self.config
+        return [draw.standard_normal((count, c.hidden)).astype(c.numpy_dtype) for count in counts]
+
+    def _call(self, epoch: int) -> tuple[list[np.ndarray], list[Routing | None]]:
+        c, choose = self.config, random.Random(self.data_seed * 1000 + epoch)
+        draw = np.random.default_rng([self.data_seed, epoch])
+        some = [0, 1, c.num_tokens // 2, c.num_tokens, c.num_tokens]
+        counts = [choose.choice(some) if epoch else c.num_tokens for _ in range(c.num_ranks)]
+        x = self._tokens(draw, counts)
+        bias = choose.choice([None, 0.0, 50.0]) if epoch else None
+        if bias is None:
+            return x, [None] * c.num_ranks
+        favour = bias * draw.standard_normal(c.num_experts)
+        return x, [self._routing(draw, count, favour) for count in counts]
+
+    def _routing(self, draw: np.random.Generator, count: int, favour: np.ndarray) -> Routing:
+        c = self.config
+        order = np.argsort(draw.standard_normal((count, c.num_experts)) + favour, axis=1)
+        factors = draw.uniform(0.1, 1, (count, c.num_topk)).astype(c.accumulator)
+        return Routing(order[:, : c.num_topk].astype(np.int32), factors)
