@@ -7,6 +7,6 @@ may read. `checks` judge a run, with `reports`; `search` makes many runs on all 
 say what happened, `waiting` who waits for what, and `cells` what words mean; `shrink` makes it small, by `schedules`
 and `ddmin`; and `cases` keep it in a file.
 
-A lane of a block runs as a *fiber* (device/fibers.py), a new one in each call; its *actor* is what `memory` knows of it.
-The exhaustive search calls it a *thread*, as its literature does.
+A lane of a block runs as a *fiber* (device/fibers.py), a new one in each call; its *actor* is what `memory` knows of
+it. The exhaustive search calls it a *thread*, as its literature does.
 """

@@ -30,7 +30,7 @@ WORLDS = {
 def test_the_kernel_is_clean(world, strategy):
     for data_seed in (0, 1):  # other counts of tokens, and other routing in later calls
         search = Search(spec=spec(**WORLDS[world], data_seed=data_seed), strategy=strategy)
-        for outcome in explore(search, range(4)):
+        for outcome in explore(search, range(2 * data_seed, 2 * data_seed + 2)):
             assert outcome.reports == [], f"{search}, seed {outcome.seed}: {outcome.reports}"
 
 

@@ -1,6 +1,7 @@
 """Failing runs become small ones with the same finding, which a file replays in another process."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -31,7 +32,7 @@ def size(spec):
         ("first-experts-weights", "wrong result", dict(num_processors=1, epochs=1)),
     ],
 )
-def test_a_planted_bug_becomes_small_and_is_replayed_in_another_process(tmp_path, plant, kind, wanted):
+def test_a_planted_bug_becomes_small_and_is_replayed(tmp_path, capsys, plant, kind, wanted):
     search, file = Search(spec=spec(), plant=plant), tmp_path / "case.json"
     with watched_kernel(plant) as kernel:
         explorer = Explorer(search, kernel)
@@ -45,10 +46,9 @@ def test_a_planted_bug_becomes_small_and_is_replayed_in_another_process(tmp_path
     assert {name: getattr(shrunk.case.spec, name) for name in wanted} == wanted
     assert finding(shrunk.story.reports[0]) == finding(bad.reports[0])
 
-    command = [sys.executable, "-m", "flashmoe_numba", "explore", "--replay", str(file), "--json", "-"]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (again.returncode, again.stderr) == (1, "")
-    found = json.loads(again.stdout)
+    status, out, err = flashmoe(capsys, "--replay", str(file), "--json", "-")
+    assert (status, err) == (1, "")
+    found = json.loads(out)
     assert [(report["kind"], report["text"]) for report in found["reports"]] == [
         (report.kind, report.text) for report in shrunk.story.reports
     ]
@@ -239,7 +239,9 @@ def test_a_search_shrinks_what_it_finds_and_tells_how_to_replay_it(tmp_path, cap
     assert lines[-1] == f"replay: flashmoe explore --replay {file}"
     assert any(line.startswith("shrunk in ") and ": 1 ranks x 1 processors + 1" in line for line in lines)
     assert "still polls result_flag(owner 0, expert 0, m 0) = (call 0, 0 rows)" in lines[-2]
-    _, again, _ = flashmoe(capsys, "--replay", file, "--history", "40")
-    assert again.splitlines()[-5:] == lines[-6:-1]
+    command = [sys.executable, "-m", "flashmoe_numba", *shlex.split(lines[-1])[2:], "--history", "40"]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (again.returncode, again.stderr) == (1, "")
+    assert again.stdout.splitlines()[-5:] == lines[-6:-1]
     _, brief, _ = flashmoe(capsys, "--replay", file, "--history", "0")
     assert "what happened" not in brief
