@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashmoe_numba.explore.memory import STORES
 from flashmoe_numba.explore.search import Explorer
 from flashmoe_numba.kernel.queue import TASK_WORDS
 from reference import make_packets, tile_height
-
-STORES = ("releases", "adds to", "swaps")
 
 
 class Signal(NamedTuple):

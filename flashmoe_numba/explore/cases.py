@@ -36,6 +36,7 @@ class Case:
 
 
 def save(case: Case, path: Path) -> None:
+    """Write the file that `load` reads. Raises OSError if that cannot be done."""
     world = asdict(case.spec)
     parts = (KIND, VERSION, case.report, world, case.plant, case.late_seed, case.schedule)
     path.write_text(json.dumps(dict(zip(KEYS, parts, strict=True)), indent=1) + "\n", encoding="utf-8")

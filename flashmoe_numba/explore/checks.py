@@ -106,6 +106,7 @@ def ordered_sums(call: Call, packets: Packets, config: MoEConfig) -> np.ndarray:
 
 
 def bits(array: np.ndarray) -> np.ndarray:
+    """The same shape of unsigned integers: NaNs of the same bits are equal."""
     return array.view(f"u{array.itemsize}")
 
 

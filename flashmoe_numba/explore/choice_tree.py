@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from ..device.fibers import Deadlock, Fiber
-from .memory import Actor, Memory, Region
+from .memory import LOADS, STORES, Actor, Memory, Region
 from .reports import Stopped
 from .source_sets import Event, Look, Node, Order, WordName, add_reversals, next_branch
 
@@ -130,9 +130,8 @@ class ChoiceTree:
     def _heard(self, actor: Actor, verb: str, region: Region, i: int, value: int) -> None:
         """An atomic access was made."""
         assert self._running is not None
-        self._is_load = verb in ("reads", "acquires")
-        writes = not self._is_load and verb != "does not swap"
-        self._event = Event(self._running.name, (region.name, i), writes)
+        self._is_load = verb in LOADS
+        self._event = Event(self._running.name, (region.name, i), verb in STORES)
         self._poll = actor.poll
 
     # ---- after a thread has run

@@ -13,12 +13,11 @@ from types import CodeType
 import numpy as np
 
 from ..device.fibers import Fiber, Strategy
-from .memory import Access, Actor, Memory, Region
+from .memory import LOADS, Access, Actor, Memory, Region
 from .reports import Report, kernel_frame
 from .reports import place as place_of
 from .world import World
 
-LOADS = ("acquires", "reads")
 IS_VERB = True  # kernel_frame passes over it
 
 
@@ -38,10 +37,12 @@ class Event:
 
     @property
     def is_late(self) -> bool:
+        """A load that read something else than the newest store."""
         return self.atomic and self.verb in LOADS and self.value != self.newest
 
     @property
     def where(self) -> str:
+        """`function:line`"""
         return place_of(self.code, self.instruction)
 
 

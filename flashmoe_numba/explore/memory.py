@@ -32,6 +32,8 @@ from .words import MOST_LATE_POLLS, Message, Word
 
 Access = tuple["Actor", int, CodeType | None, int]  # who, its clock then, and where, if places are noted
 Meeting = tuple["Actor", CodeType, int]  # who came to a barrier, and where
+# What listeners are told of atomic accesses; a swap that fails, "does not swap", is neither. Plain ones read and write.
+LOADS, STORES = ("acquires", "reads"), ("releases", "adds to", "swaps")
 _frame = sys._getframe
 IS_VERB = True  # reports name the caller
 
@@ -55,6 +57,7 @@ class Actor:
         self.now: Access | None = None if self.memory.with_places else (self, self.clock[self.index], None, 0)
 
     def join(self, clock: list[int]) -> None:
+        """Know what whoever has this clock knows."""
         self.clock = list(map(max, self.clock, clock))
 
     def take_over(self, message: Message) -> None:
@@ -73,6 +76,7 @@ class Actor:
                 region.word(i).polled_by.add(fiber)
 
     def comes_after(self, access: Access) -> bool:
+        """Does the access happen before what this actor does now?"""
         return access[1] <= self.clock[access[0].index]
 
 
@@ -175,6 +179,7 @@ class Region:
     # ---- atomic accesses: watched.py makes a step before and after them
 
     def load(self, i: int, acquire: bool) -> int:
+        """What the word holds, or held before if the load is late; a relaxed load takes no clock over."""
         word, fiber = self.word(i), getcurrent()
         actor = fiber.actor
         self._record_read(i, word, actor.now or _placed())
@@ -190,6 +195,7 @@ class Region:
         return value
 
     def release(self, i: int, value: int) -> None:
+        """Store the value, and with it what this actor knows."""
         word, actor = self.word(i), getcurrent().actor
         self._record_write(i, word, actor.now or _placed())
         self._store(i, word, actor, value)
@@ -217,6 +223,11 @@ class Region:
             self.memory.listener(actor, verb, self, i, value)
 
     def word(self, i: int) -> Word:
+        """The cell as a word, from its first atomic access on.
+
+        Raises:
+            Stopped: i is out of bounds, which is reported.
+        """
         word = self.words.get(i)
         if word is None:
             if not 0 <= i < self.size:

@@ -41,6 +41,7 @@ class _Points:
         return self.last, self._passed[self.last] - 1
 
     def follower(self, ready: list[Fiber]) -> Fiber:
+        """Who goes on by default if the last one does not."""
         after = self._order.get(self.last, -1) + 1
 
         def rank(fiber: Fiber) -> tuple[int, int]:

@@ -93,9 +93,11 @@ class Explorer:
         return self.strategy(bad.seed) if schedule is None else lambda: Scheduled(schedule)
 
     def late_seed(self, seed: int) -> int | None:
+        """Of the loads that are late in a seed's run; None: none is."""
         return seed if self.search.weak else None
 
     def run(self, seed: int) -> Outcome:
+        """A seed's run, judged."""
         start = time.perf_counter()
         run = self.world.run(self.strategy(seed), self.late_seed(seed))
         reports = self.checker.check(run)

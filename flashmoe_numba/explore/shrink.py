@@ -21,7 +21,7 @@ from .reports import Report, finding
 from .schedules import Choice, Recorded, Scheduled
 from .spec import WorldSpec
 from .strategies import make_strategy
-from .world import World
+from .world import Run, World
 
 MOST_RUNS = 3000
 SEEDS = 5  # of each strategy, in a smaller world
@@ -145,6 +145,15 @@ class Shrinker:
 
     def _fails(self, world: World, make: Callable[[], Strategy], late_seed: int | None) -> Case | None:
         """The run as a case, if it has the finding."""
+        run, schedule = self._run(world, make, late_seed)
+        reports = Checker(world).check(run) if self._finding[0] in JUDGED else run.reports
+        report = next((report for report in reports if finding(report) == self._finding), None)
+        if report is None:
+            return None
+        return Case(spec=world.spec, plant=self._plant, late_seed=late_seed, schedule=schedule, report=f"{report}")
+
+    def _run(self, world: World, make: Callable[[], Strategy], late_seed: int | None) -> tuple[Run, tuple[Choice, ...]]:
+        """One more run, if one is left, and its schedule."""
         if self.runs == self._most_runs:
             raise _Spent
         self._told(self.runs, self.best)
@@ -156,19 +165,9 @@ class Shrinker:
             return made[-1]
 
         run = world.run(record, late_seed)
-        reports = Checker(world).check(run) if self._finding[0] in JUDGED else run.reports
-        report = next((report for report in reports if finding(report) == self._finding), None)
         self._steps = made[-1].steps
         self._most_turns = self._most_turns or MANY * made[-1].turns
-        if report is None:
-            return None
-        return Case(
-            spec=world.spec,
-            plant=self._plant,
-            late_seed=late_seed,
-            schedule=tuple(made[-1].choices),
-            report=f"{report}",
-        )
+        return run, tuple(made[-1].choices)
 
 
 def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:

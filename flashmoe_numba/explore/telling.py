@@ -20,8 +20,8 @@ from reference import MoEConfig
 
 from ..kernel import signals
 from .cells import Cells, split_name, value_of, word
-from .history import LOADS, Event, Turn
-from .memory import Actor, Region
+from .history import Event, Turn
+from .memory import LOADS, Actor, Region
 from .reports import Report
 
 PRIVATE = (" box ", " trace ", " scratch.", ".address")

@@ -13,7 +13,7 @@ from flashmoe_numba.device.fibers import Deadlock, RandomStrategy, Scheduler, cu
 from flashmoe_numba.explore import watched
 from flashmoe_numba.explore.choice_tree import COMPLETE, ChoiceTree
 from flashmoe_numba.explore.exhaustive import explore_all, rank_of
-from flashmoe_numba.explore.memory import Actor, Memory
+from flashmoe_numba.explore.memory import STORES, Actor, Memory
 from flashmoe_numba.explore.reports import Stopped
 from flashmoe_numba.explore.search import Search, watched_kernel
 from flashmoe_numba.explore.source_sets import Event, Order
@@ -322,9 +322,8 @@ def random_class(world, seed):
             for index, poll, _ in last:
                 if poll == last[-1][1]:
                     events[index] = None
-        writes = verb not in ("reads", "acquires", "does not swap")
-        made[actor] = [] if writes else [*last, (len(events), actor.poll, actor.pauses)]
-        events.append(Event(f"{actor.name} call {actor.epoch}", (region.name, i), writes))
+        made[actor] = [] if verb in STORES else [*last, (len(events), actor.poll, actor.pauses)]
+        events.append(Event(f"{actor.name} call {actor.epoch}", (region.name, i), verb in STORES))
 
     world.memory.listener = heard
     world.run(lambda: RandomStrategy(seed))
