@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Pool(Executor):
-    """An executor that Ctrl-C does not tear, and the number of its processes."""
+    """An executor that Ctrl-C does not tear, and the number of its processes. Only the main thread may submit."""
 
     def __init__(self, executor: Executor, processes: int) -> None:
         self._executor, self.processes = executor, processes

@@ -24,14 +24,8 @@ SETTING_UP, BETWEEN_CALLS, IN_A_CALL, DONE = range(4)  # values of PHASE
 NONE, RIGHT, GIVEN_UP, WRONG, FAILED = range(5)  # values of OUTCOME
 NUM_WORDS, TEXT_BYTES, ARENA_BYTES, ALIGNMENT = 16, 4000, 1 << 24, 128
 
-BETWEEN, ENTERING, WAITING, RETURNING, GIVING_UP, AFTER = (
-    "between",
-    "entering",
-    "waiting",
-    "returning",
-    "giving_up",
-    "after",
-)
+BETWEEN, ENTERING, WAITING = "between", "entering", "waiting"
+RETURNING, GIVING_UP, AFTER = "returning", "giving_up", "after"
 PLACES = (BETWEEN, ENTERING, *KIND_NAMES, WAITING, RETURNING, GIVING_UP, AFTER)
 
 
