@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _choose(argv)
         name = f"flashmoe {command}"
         status = _run(command, name, argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None where it was closed before we began
+            sys.stdout.flush()
         return status
     except UsageError as error:
         _say(f"{name}: error: {error}")

@@ -35,6 +35,7 @@ from .spread import STOPS, add_jobs_argument, num_processes, open_pool, progress
 
 TILES = dict(tile_m=4, tile_m_min=2, tile_n=4, token_block=2)  # so small that a world of a few rows has many tiles
 SEEDS = 100
+MOST_SEEDS = 1_000_000  # all are handed to the processes at once; --seed goes on from there
 REPLACED = ("--seed", "--seeds", "--jobs", "--history", "--shrink")
 
 
@@ -146,6 +147,8 @@ def make_search(args: argparse.Namespace) -> Search:
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise UsageError(in_flags(str(error))) from None
+    if args.seeds is not None and args.seeds > MOST_SEEDS:
+        raise UsageError(f"argument --seeds: must be at most {MOST_SEEDS}, got {args.seeds}")
     if args.leaver is not None and args.leaver >= args.ranks:
         raise UsageError(f"argument --leaver: must be a rank in [0, {args.ranks - 1}], got {args.leaver}")
     spec = WorldSpec(
@@ -219,6 +222,8 @@ def _lines(args: argparse.Namespace, search: Search, tally: _Tally) -> list[str]
     lines = [counted, *([_covered(tally)] if search.strategy == EXHAUSTIVE else [])]
     if tally.bad is None:
         clean = "clean so far" if tally.stop else "clean"
+        if search.plant:
+            clean += f": {search.plant} does not show in this world and these runs; another may have what it takes"
         return [*lines, *(["nothing to shrink"] if args.shrink else []), clean]
     name = "run" if search.strategy == EXHAUSTIVE else "seed"
     return [*lines, f"{name} {tally.bad.seed} is not clean:", *[f"  {report}" for report in tally.bad.reports]]

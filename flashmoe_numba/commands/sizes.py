@@ -123,7 +123,7 @@ def check_outputs(paths: dict[str, str | None]) -> None:
     for flag, path in given.items():
         if path == "-" and flag != "--json":
             raise UsageError(f"argument {flag}: must be a file, got '-'")
-        same = [other for other in given if other != flag and given[other] == path]
+        same = [other for other in given if other != flag and os.path.realpath(given[other]) == os.path.realpath(path)]
         if same:
             raise UsageError(f"argument {flag}: must not be the file of {same[0]}, got {path!r}")
         if path != "-":

@@ -59,7 +59,7 @@ def load(path: Path) -> Case:
         raise ValueError(f"version must be {VERSION}, got {parts.get('version')!r}")
     _check_keys("the file", parts, KEYS)
     spec = _spec(parts["world"])
-    if parts["plant"] is not None and parts["plant"] not in PLANTS:
+    if parts["plant"] not in (None, *PLANTS):
         raise ValueError(f"plant must be one of flashmoe explore --list-plants, got {parts['plant']!r}")
     if parts["late_seed"] is not None:
         _check_integer("late_seed", parts["late_seed"], 0)

@@ -273,9 +273,10 @@ class Region:
     def _check_layout(self, i: int, access: Access, before: Access | None) -> None:
         owner = i // self.writer_cells
         if owner != access[0].rank:
-            self._report("conflict", i, access, f"written by rank {access[0].rank}, but it is rank {owner}'s to write")
+            self._report("conflict", i, access, f"written by rank {access[0].rank}, but it is rank {owner}'s to write:")
         if before is not None and before[0].epoch == access[0].epoch:
-            self._report("conflict", i, access, f"written twice in call {access[0].epoch}, before by {_who(before)}")
+            twice = f"written twice in call {access[0].epoch}, before by {_who(before)}, now by"
+            self._report("conflict", i, access, twice)
 
     def _race(self, i: int, first: Access, one: str, second: Access, other: str) -> None:
         text = f"{self.name}[{i}]: {one} by {_who(first)} and {other} by {_who(second)}"

@@ -31,7 +31,7 @@ class PctStrategy:
 
     def __init__(self, seed: int, num_steps: int, depth: int = 3) -> None:
         self._random = random.Random(seed)
-        points = [self._random.randint(1, max(1, num_steps)) for _ in range(depth - 1)]
+        points = [self._random.randint(1, max(1, num_steps)) for _ in range(min(depth - 1, num_steps))]
         self._falls = {step: -1 - i for i, step in enumerate(sorted(points))}  # others are in [0, 1)
         self._priority: dict[Fiber, float] = {}
         self._known = (-1, -1)  # writes and ready fibers when the running one was last known to be the first

@@ -211,6 +211,7 @@ def test_a_lost_call_is_an_error_without_a_traceback(capsys, monkeypatch):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--trace", "-"], "argument --trace: must be a file, got '-'"),
     (["--json", "a", "--plot", "a"], "argument --json: must not be the file of --plot, got 'a'"),
+    (["--json", "./a", "--plot", "a"], "argument --json: must not be the file of --plot, got './a'"),
     (["--threads", "--hidden", "2000000000"], "GiB, and this machine has"),
 ])  # fmt: skip
 def test_outputs_and_sizes_that_cannot_be(capsys, tmp_path, monkeypatch, flags, message):
@@ -239,6 +240,12 @@ def test_a_full_disk_and_a_closed_pipe_are_no_tracebacks():
     closed = subprocess.run([*command, "-"], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert closed.returncode == 1 and closed.stderr == ""
+
+
+def test_a_stdout_that_is_closed_is_no_traceback():
+    command = f"{sys.executable} -m flashmoe_numba plan --preset laptop-tiny >&-"
+    closed = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
 
 
 def test_files_are_written_into_new_folders(capsys, tmp_path):

@@ -152,6 +152,7 @@ def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
         (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 4"),
         (["--topk", "5"], "--topk must be in [1, --experts=4], got 5"),
         (["--leaver", "2"], "argument --leaver: must be a rank in [0, 1], got 2"),
+        (["--seeds", "9" * 30], f"argument --seeds: must be at most 1000000, got {'9' * 30}"),
         (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
         (
             ["--strategy", "exhaustive", "--lanes", "2"],
@@ -169,6 +170,12 @@ def test_the_list_of_plants(capsys):
 
     status, out, _ = flashmoe(capsys, "--list-plants")
     assert (status, [line.split()[0] for line in out.splitlines()]) == (0, list(PLANTS))
+
+
+def test_a_plant_that_does_not_show_is_not_called_clean_alone(capsys):
+    status, out, _ = flashmoe(capsys, "--plant", "abort-ignored", "--seeds", "1")
+    wanted = "clean: abort-ignored does not show in this world and these runs; another may have what it takes"
+    assert (status, out.splitlines()[-1]) == (0, wanted)
 
 
 ONE_OF_EACH = [

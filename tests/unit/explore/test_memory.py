@@ -274,6 +274,13 @@ def test_a_part_that_another_rank_writes():
     assert_clean(own_part, data=4, writers=2)
     assert_found("conflict", others_part, data=4, writers=2)
     assert_found("conflict", twice, data=4, writers=2)
+    _, bench = kinds(twice, seeds=[0], data=4, writers=2)
+    who = r"block (\d) lane 0 in call 1 at twice:\d+"
+    text = rf"data\[\d\]: written twice in call 1, before by {who}, now by {who}"
+    assert all(re.fullmatch(text, report.text) for report in bench.memory.reports), f"{bench.memory.reports}"
+    _, bench = kinds(others_part, seeds=[0], data=4, writers=2)
+    text = r"data\[\d\]: written by rank \d, but it is rank \d's to write: block .*"
+    assert all(re.fullmatch(text, report.text) for report in bench.memory.reports), f"{bench.memory.reports}"
     assert_clean(twice, data=4)
 
 

@@ -165,6 +165,7 @@ def test_a_file_holds_all_of_a_case(tmp_path):
             lambda case: case.update(plant="no-such"),
             "plant must be one of flashmoe explore --list-plants, got 'no-such'",
         ),
+        (lambda case: case.update(plant=[]), "plant must be one of flashmoe explore --list-plants, got []"),
         (lambda case: case.update(late_seed=-1), "late_seed must be an integer >= 0, got -1"),
         (lambda case: case["world"].update(lanes=0), "lanes must be an integer >= 1, got 0"),
         (lambda case: case["world"].update(leaver=2), "leaver must be a rank in [0, 1], got 2"),

@@ -111,6 +111,10 @@ def test_pct_runs_one_fiber_until_a_change_point():
         assert 2 <= changes <= 3, f"seed {seed}: {names}"
 
 
+def test_pct_needs_no_more_change_points_than_steps():
+    assert len(PctStrategy(0, num_steps=60, depth=10**12)._falls) <= 60
+
+
 def test_a_strategy_that_there_is_not():
     with pytest.raises(ValueError, match="strategy must be one of random, pct, round-robin; got 'dfs'"):
         make_strategy("dfs", 0, num_steps=1, depth=1)
