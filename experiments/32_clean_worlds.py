@@ -31,23 +31,24 @@ from flashmoe_numba.explore.search import explore
 # Small, so that a run takes some 20 ms, but each with something that the others have not.
 # --world chooses the counts of tokens and the routing of all calls but the first.
 WORLDS = {
-    "smallest": "--ranks 2 --processors 1 --tokens 3 --topk 1 --epochs 1",
-    "two processors": "--ranks 2 --processors 2 --tokens 3 --topk 2 --epochs 2",
-    "three processors": "--ranks 2 --processors 3 --tokens 3 --topk 3 --epochs 2",
-    "several tiles a packet": "--ranks 2 --processors 2 --tokens 9 --experts 2 --topk 1 --epochs 1",
-    "three calls": "--ranks 2 --processors 1 --tokens 3 --experts 2 --topk 1 --epochs 3",
-    "three ranks": "--ranks 3 --processors 1 --tokens 2 --experts 3 --topk 2 --epochs 2",
-    "three ranks, top 3": "--ranks 3 --processors 2 --tokens 2 --experts 6 --topk 3 --epochs 1",
-    "four ranks": "--ranks 4 --processors 1 --tokens 2 --topk 1 --epochs 2",
-    "four ranks, three calls": "--ranks 4 --processors 2 --tokens 1 --topk 1 --epochs 3",
+    "smallest": "--ranks 2 --processors 1 --lanes 1 --tokens 3 --topk 1 --epochs 1",
+    "two processors": "--ranks 2 --processors 2 --lanes 1 --tokens 3 --topk 2 --epochs 2",
+    "three processors": "--ranks 2 --processors 3 --lanes 1 --tokens 3 --topk 3 --epochs 2",
+    "several tiles a packet": "--ranks 2 --processors 2 --lanes 1 --tokens 9 --experts 2 --topk 1 --epochs 1",
+    "three calls": "--ranks 2 --processors 1 --lanes 1 --tokens 3 --experts 2 --topk 1 --epochs 3",
+    "three ranks": "--ranks 3 --processors 1 --lanes 1 --tokens 2 --experts 3 --topk 2 --epochs 2",
+    "three ranks, top 3": "--ranks 3 --processors 2 --lanes 1 --tokens 2 --experts 6 --topk 3 --epochs 1",
+    "four ranks": "--ranks 4 --processors 1 --lanes 1 --tokens 2 --topk 1 --epochs 2",
+    "four ranks, three calls": "--ranks 4 --processors 2 --lanes 1 --tokens 1 --topk 1 --epochs 3",
     "two lanes": "--ranks 2 --processors 2 --lanes 2 --tokens 2 --experts 2 --topk 1 --epochs 2",
     "three lanes": "--ranks 2 --processors 1 --lanes 3 --tokens 3 --experts 2 --topk 2 --epochs 1",
     "four lanes": "--ranks 2 --processors 1 --lanes 4 --tokens 2 --experts 2 --topk 1 --epochs 2",
-    "drops": "--ranks 2 --processors 2 --tokens 3 --topk 3 --epochs 3 --capacity 1 --world 8",
-    "hot expert": "--ranks 2 --processors 2 --tokens 4 --topk 1 --epochs 2 --world 8",
-    "ranks without tokens": "--ranks 2 --processors 1 --tokens 3 --topk 2 --epochs 3 --world 2",
-    "bfloat16": "--ranks 2 --processors 2 --tokens 4 --topk 2 --epochs 1 --dtype bfloat16 --no-gated --no-renormalize",
-    "one leaves": "--ranks 3 --processors 1 --tokens 2 --experts 3 --topk 1 --epochs 2 --leaver 1",
+    "drops": "--ranks 2 --processors 2 --lanes 1 --tokens 3 --topk 3 --epochs 3 --capacity 1 --world 8",
+    "hot expert": "--ranks 2 --processors 2 --lanes 1 --tokens 4 --topk 1 --epochs 2 --world 8",
+    "ranks without tokens": "--ranks 2 --processors 1 --lanes 1 --tokens 3 --topk 2 --epochs 3 --world 2",
+    "bfloat16": "--ranks 2 --processors 2 --lanes 1 --tokens 4 --topk 2 --epochs 1"
+    " --dtype bfloat16 --no-gated --no-renormalize",
+    "one leaves": "--ranks 3 --processors 1 --lanes 1 --tokens 2 --experts 3 --topk 1 --epochs 2 --leaver 1",
 }
 SHARES = {"random": 70, "pct": 20, "round-robin": 10}  # per cent of the seeds
 COLUMNS = {"world": "", "runs": "d", "seconds": ".0f", "runs/s": ".0f", "switches/s": ",.0f", "reports": "d"}

@@ -35,6 +35,7 @@ from .spread import STOPS, add_jobs_argument, num_processes, open_pool, progress
 
 TILES = dict(tile_m=4, tile_m_min=2, tile_n=4, token_block=2)  # so small that a world of a few rows has many tiles
 SEEDS = 100
+LANES = 2
 MOST_SEEDS = 1_000_000  # all are handed to the processes at once; --seed goes on from there
 REPLACED = ("--seed", "--seeds", "--jobs", "--history", "--shrink")
 
@@ -45,15 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, default, what in (
         ("ranks", 2, "ranks of expert parallelism; must divide the experts"),
         ("processors", 2, "processor blocks of a rank, beside its OS block"),
-        ("lanes", 1, "threads of a block"),
         ("tokens", 4, "most tokens of a rank"),
         ("experts", 4, "experts over all ranks"),
         ("topk", 2, "experts of each token"),
         ("hidden", 5, "row length of a token"),
         ("ffn", 3, "row length inside an expert"),
-        ("epochs", 2, "calls in a row; later ones have fewer tokens on some ranks, or routing from outside"),
+        ("epochs", 3, "calls in a row; later ones have fewer tokens on some ranks, or routing from outside"),
     ):
         add(f"--{flag}", type=integer(1), default=default, metavar="N", help=f"{what} [{default}]")
+    what = "threads of a block; races that block barriers prevent need two [2; 1 with exhaustive]"
+    add("--lanes", type=integer(1), metavar="N", help=what)
     add("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert [no limit]")
     add("--dtype", choices=DTYPES, default="float32", help="[float32]")
     add("--gated", action=argparse.BooleanOptionalAction, default=True, help="act(gate) * up instead of act(up)")
@@ -120,12 +122,16 @@ def _explore(args: argparse.Namespace, search: Search, seeds: range | None, pool
 def _look_closer(args: argparse.Namespace, search: Search, bad: Outcome) -> dict[str, Any]:
     """Tell of a bad run, or of what it can be shrunk to; for JSON, of both."""
     say = print if args.json != "-" else lambda *lines, **_: None
-    replay = f"replay: {_replay(args.argv, search, bad.seed)}"
-    story = tell(search, bad) if args.json or (args.history and not args.shrink) else None
+    replay, story = f"replay: {_replay(args.argv, search, bad.seed)}", None
+    try:
+        if args.json or (args.history and not args.shrink):
+            story = tell(search, bad)
+            for line in story.text(args.history) if args.shrink is None else []:
+                say(line)
+    finally:  # also when Ctrl-C ends the telling
+        say(replay, flush=True)
     if args.shrink is None:
-        say(*(story.text(args.history) if story else []), replay, sep="\n", flush=True)
         return (story.as_json() if story else {}) | {"shrunk": None}
-    say(replay, flush=True)
     shrunk = shrink(search, bad, args.shrink)
     say(*shrunk.text(args.shrink, args.history), sep="\n", flush=True)
     return (story.as_json() if story else {}) | {"shrunk": shrunk.as_json()}
@@ -139,31 +145,35 @@ def make_search(args: argparse.Namespace) -> Search:
     """
     if args.plant is not None and args.plant not in PLANTS:
         raise UsageError(f"argument --plant: there is no {args.plant!r}; see --list-plants")
-    try:
-        config = MoEConfig(
-            num_ranks=args.ranks, num_tokens=args.tokens, hidden=args.hidden, ffn=args.ffn, num_experts=args.experts,
-            num_topk=args.topk, gated=args.gated, activation="silu", dtype=args.dtype, capacity=args.capacity,
-            renormalize=args.renormalize, **TILES,
-        )  # fmt: skip
-    except (TypeError, ValueError) as error:
-        raise UsageError(in_flags(str(error))) from None
     if args.seeds is not None and args.seeds > MOST_SEEDS:
         raise UsageError(f"argument --seeds: must be at most {MOST_SEEDS}, got {args.seeds}")
     if args.leaver is not None and args.leaver >= args.ranks:
         raise UsageError(f"argument --leaver: must be a rank in [0, {args.ranks - 1}], got {args.leaver}")
-    spec = WorldSpec(
-        config=config,
-        num_processors=args.processors,
-        lanes=args.lanes,
-        epochs=args.epochs,
-        data_seed=args.world,
-        leaver=args.leaver,
-    )
+    try:
+        spec = _make_spec(args)
+    except (TypeError, ValueError) as error:
+        raise UsageError(in_flags(str(error))) from None
     weak = args.strategy != EXHAUSTIVE if args.weak is None else args.weak
     search = Search(spec=spec, strategy=args.strategy, depth=args.depth, plant=args.plant, weak=weak)
     if args.strategy == EXHAUSTIVE:
         _check_exhaustive(search)
     return search
+
+
+def _make_spec(args: argparse.Namespace) -> WorldSpec:
+    config = MoEConfig(
+        num_ranks=args.ranks, num_tokens=args.tokens, hidden=args.hidden, ffn=args.ffn, num_experts=args.experts,
+        num_topk=args.topk, gated=args.gated, activation="silu", dtype=args.dtype, capacity=args.capacity,
+        renormalize=args.renormalize, **TILES,
+    )  # fmt: skip
+    return WorldSpec(
+        config=config,
+        num_processors=args.processors,
+        lanes=args.lanes or (1 if args.strategy == EXHAUSTIVE else LANES),
+        epochs=args.epochs,
+        data_seed=args.world,
+        leaver=args.leaver,
+    )
 
 
 def _check_exhaustive(search: Search) -> None:

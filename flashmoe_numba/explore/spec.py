@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reference import MoEConfig, Routing, external_routing
+from reference import Layout, MoEConfig, Routing, external_routing
+
+MOST_FIBERS, MOST_EPOCHS, MOST_BYTES = 1000, 1000, 1 << 22  # every access is a Python call, every cell has its history
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class WorldSpec:
     outside factors are drawn.
 
     Raises:
-        ValueError: a given call does not fit the layer, or there are not `epochs` of them.
+        ValueError: a given call does not fit the layer, or there are not `epochs` of them, or the world is larger than
+            an interpreter could run.
     """
 
     config: MoEConfig
@@ -45,6 +48,7 @@ class WorldSpec:
     given: tuple[GivenCall, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_size()
         if self.given and len(self.given) != self.epochs:
             raise ValueError(f"epochs must be the number of given calls, {len(self.given)}, got {self.epochs}")
         c = self.config
@@ -52,6 +56,18 @@ class WorldSpec:
             if len(call.counts) != c.num_ranks or not all(0 <= count <= c.num_tokens for count in call.counts):
                 rule = f"num_ranks={c.num_ranks} numbers in [0, num_tokens={c.num_tokens}]"
                 raise ValueError(f"counts of a given call must be {rule}, got {call.counts}")
+
+    def _check_size(self) -> None:
+        c = self.config
+        fibers = c.num_ranks * (self.num_processors + 1) * self.lanes
+        if fibers > MOST_FIBERS:
+            rule = f"num_ranks * (num_processors + 1) * lanes must be at most {MOST_FIBERS}"
+            raise ValueError(f"{rule}, got {c.num_ranks} * ({self.num_processors} + 1) * {self.lanes}")
+        if self.epochs > MOST_EPOCHS:
+            raise ValueError(f"epochs must be at most {MOST_EPOCHS}, got {self.epochs}")
+        num_bytes = c.num_ranks * Layout(c).num_bytes + c.num_experts * c.hidden * c.ffn
+        if num_bytes > MOST_BYTES:
+            raise ValueError(f"segments and weights must be at most {MOST_BYTES:,} bytes, got {num_bytes:,}")
 
     def calls(self) -> list[tuple[list[np.ndarray], list[Routing | None]]]:
         """(tokens, routing from outside or None) of each rank, for each call."""

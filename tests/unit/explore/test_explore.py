@@ -115,6 +115,12 @@ def test_a_clean_search(capsys):
     assert (status, found["clean"], found["runs"], found["replay"]) == (0, True, 3, None)
 
 
+@pytest.mark.parametrize("plant", ["no-barrier-before-dispatch-signal", "counters-not-zeroed"])
+def test_the_world_without_flags_shows_races_in_a_block_and_counters_used_again(plant, capsys):
+    status, out, _ = flashmoe(capsys, "--plant", plant, "--seeds", "8", "--history", "0")
+    assert status == 1, out
+
+
 def test_a_bad_seed_is_replayed_by_its_command(capsys):
     flags = ["--plant", "gemm1-early", "--strategy", "pct", "--processors", "3"]
     status, out, _ = flashmoe(capsys, *flags, "--seeds=8", "--seed", "5", "--jobs", "1", "--history", "3")
@@ -154,6 +160,9 @@ def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
         (["--leaver", "2"], "argument --leaver: must be a rank in [0, 1], got 2"),
         (["--seeds", "9" * 30], f"argument --seeds: must be at most 1000000, got {'9' * 30}"),
         (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
+        (["--lanes", "200"], "--ranks * (--processors + 1) * lanes must be at most 1000, got 2 * (2 + 1) * 200"),
+        (["--epochs", "1001"], "epochs must be at most 1000, got 1001"),
+        (["--hidden", "1000000"], "segments and weights must be at most 4,194,304 bytes, got 268,001,024"),
         (
             ["--strategy", "exhaustive", "--lanes", "2"],
             "argument --strategy: exhaustive search needs lanes=1, got 2",
