@@ -3,7 +3,7 @@
 Command:  python experiments/30_planted_bugs.py [--starts N] [--json FILE]
 Expected: every planted bug is found, by a report that fits it, within the seeds tried; most in the first run.
 
-A bug is one edit of the kernel's source (flashmoe_numba/explore/plants.py). Four small worlds are run in turn, seed
+A bug is one edit of the kernel's source (flashmoe_numba/explore/plants.py). Five small worlds are run in turn, seed
 after seed, until a report fits. `runs` are until then, the median over several first seeds; -1: none in those tried.
 """
 

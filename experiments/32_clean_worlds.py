@@ -49,6 +49,7 @@ WORLDS = {
     "bfloat16": "--ranks 2 --processors 2 --lanes 1 --tokens 4 --topk 2 --epochs 1"
     " --dtype bfloat16 --no-gated --no-renormalize",
     "one leaves": "--ranks 3 --processors 1 --lanes 1 --tokens 2 --experts 3 --topk 1 --epochs 2 --leaver 1",
+    "two leave": "--ranks 3 --processors 1 --lanes 1 --tokens 2 --experts 3 --topk 1 --epochs 2 --leaver 0 --leaver 2",
 }
 SHARES = {"random": 70, "pct": 20, "round-robin": 10}  # per cent of the seeds
 COLUMNS = {"world": "", "runs": "d", "seconds": ".0f", "runs/s": ".0f", "switches/s": ",.0f", "reports": "d"}

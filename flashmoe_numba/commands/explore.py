@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gated", action=argparse.BooleanOptionalAction, default=True, help="act(gate) * up instead of act(up)")
     add("--renormalize", action=argparse.BooleanOptionalAction, default=True, help="weights of a token add up to 1")
     add("--world", type=integer(0), default=0, metavar="N", help="seed of weights, tokens, counts and routing [0]")
-    add("--leaver", type=integer(0), metavar="RANK", help="this rank gives up in the last call, and all must stop")
+    what = "this rank, or several, gives up in the last call, and all must stop"
+    add("--leaver", type=integer(0), action="append", default=[], metavar="RANK", help=what)
     _add_search(parser)
     add_failure_arguments(parser.add_argument_group("a run that is not clean").add_argument)
     add_json_argument(parser)
@@ -147,8 +148,6 @@ def make_search(args: argparse.Namespace) -> Search:
         raise UsageError(f"argument --plant: there is no {args.plant!r}; see --list-plants")
     if args.seeds is not None and args.seeds > MOST_SEEDS:
         raise UsageError(f"argument --seeds: must be at most {MOST_SEEDS}, got {args.seeds}")
-    if args.leaver is not None and args.leaver >= args.ranks:
-        raise UsageError(f"argument --leaver: must be a rank in [0, {args.ranks - 1}], got {args.leaver}")
     try:
         spec = _make_spec(args)
     except (TypeError, ValueError) as error:
@@ -172,7 +171,7 @@ def _make_spec(args: argparse.Namespace) -> WorldSpec:
         lanes=args.lanes or (1 if args.strategy == EXHAUSTIVE else LANES),
         epochs=args.epochs,
         data_seed=args.world,
-        leaver=args.leaver,
+        leavers=tuple(args.leaver),
     )
 
 

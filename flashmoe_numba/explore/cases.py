@@ -77,14 +77,9 @@ def _spec(world: Any) -> WorldSpec:
     try:
         config = MoEConfig(**world["config"])
         given = tuple(GivenCall(tuple(call["counts"]), _tuples(call["experts"])) for call in world["given"])
-        spec = WorldSpec(**world | {"config": config, "given": given})
+        return WorldSpec(**world | {"config": config, "given": given, "leavers": _tuples(world["leavers"])})
     except (TypeError, KeyError) as error:
         raise ValueError(f"world: {error}") from None
-    if spec.leaver is not None:
-        _check_integer("leaver", spec.leaver, 0)
-        if spec.leaver >= config.num_ranks:
-            raise ValueError(f"leaver must be a rank in [0, {config.num_ranks - 1}], got {spec.leaver}")
-    return spec
 
 
 def _tuples(value: Any) -> Any:
@@ -105,7 +100,7 @@ def _fibers(spec: WorldSpec) -> set[str]:
     roles = [f"processor {block}" for block in range(spec.num_processors)] + ["OS block"]
     blocks = [f"rank {rank_idx} {role}" for rank_idx in range(spec.config.num_ranks) for role in roles]
     lanes = [f" lane {lane}" for lane in range(spec.lanes)] if spec.lanes > 1 else [""]
-    return {block + lane for block in blocks for lane in lanes} | {f"rank {spec.leaver} host"}
+    return {block + lane for block in blocks for lane in lanes} | {f"rank {rank} host" for rank in spec.leavers}
 
 
 def _check_keys(what: str, parts: Any, wanted: Any) -> None:

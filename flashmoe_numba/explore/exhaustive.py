@@ -20,8 +20,8 @@ def check_search(search: Search) -> None:
     spec = search.spec
     if spec.lanes > 1:
         raise ValueError(f"exhaustive search needs lanes=1, got {spec.lanes}")
-    if spec.leaver is not None:
-        raise ValueError(f"exhaustive search needs leaver=None, got {spec.leaver}")
+    if spec.leavers:
+        raise ValueError(f"exhaustive search needs leavers=(), got {spec.leavers}")
     if search.weak:
         raise ValueError("exhaustive search needs weak=False, got True")
 

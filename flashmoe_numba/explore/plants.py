@@ -21,7 +21,7 @@ KERNEL = PACKAGE / "kernel"
 INTERPRETED = "flashmoe_numba.kernel_interpreted"  # where device.compilation.interpreted looks first
 
 WRONG_RESULT, RACE, DEADLOCK, OUT_OF_BOUNDS = "wrong result", "race", "deadlock", "out of bounds"
-POISON, CONFLICT, COUNT = "poison", "conflict", "count"
+POISON, CONFLICT, COUNT, BLAME = "poison", "conflict", "count", "blame"
 
 
 @dataclass(frozen=True)
@@ -554,6 +554,22 @@ _ALL = (
         "return ld_relaxed(segments.control, ABORT) != 0",
         "return False",
         (DEADLOCK,),
+    ),
+    Plant(
+        "culprit-not-agreed",
+        "a rank that gives up names itself also where another was first",
+        "signals.py",
+        "        if rank_idx == 0 and before != 0:",
+        "        if False:",
+        (BLAME,),
+    ),
+    Plant(
+        "abort-before-record",
+        "the abort words are set before the record is written",
+        "signals.py",
+        "    control = segments.control\n    if cas(control, RECORD, 0, WRITING) == 0:",
+        "    control = segments.control\n    abort(p, segments)\n    if cas(control, RECORD, 0, WRITING) == 0:",
+        (RACE, BLAME),
     ),
     # Order between two words, which sequentially consistent words have for nothing
     Plant(

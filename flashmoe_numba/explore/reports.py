@@ -16,6 +16,7 @@ KINDS = {
     "livelock": "nobody finishes",
     "wrong result": "not what the reference computes, or other bits than under another seed",
     "count": "a task ran twice, never, or is none of the layer's",
+    "blame": "after a call that was given up, ranks name different culprits, or one whose record is not complete",
     "error": "the kernel raised an exception",
 }
 

@@ -173,9 +173,10 @@ class Shrinker:
 def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:
     """Worlds that differ in one way, the simplest of each first."""
     config = spec.config
-    for changed in (replace(spec, leaver=None), replace(spec, config=replace(config, capacity=None))):
-        if changed != spec:
-            yield changed
+    for leaver in spec.leavers:
+        yield replace(spec, leavers=tuple(rank for rank in spec.leavers if rank != leaver))
+    if config.capacity is not None:
+        yield replace(spec, config=replace(config, capacity=None))
     for name in SIZES:
         now = getattr(config if hasattr(config, name) else spec, name) or 1  # a capacity may be None
         for value in sorted({*range(1, min(now, 4)), now // 2, now - 1} - {0, now}):
@@ -188,5 +189,5 @@ def _resized(spec: WorldSpec, name: str, value: int) -> WorldSpec:
         return replace(spec, epochs=value, given=spec.given[:value])
     if not hasattr(spec.config, name):
         return replace(spec, **{name: value})  # type: ignore[arg-type]
-    leaver = None if name == "num_ranks" and spec.leaver is not None and spec.leaver >= value else spec.leaver
-    return replace(spec, config=replace(spec.config, **{name: value}), leaver=leaver)  # type: ignore[arg-type]
+    leavers = tuple(rank for rank in spec.leavers if name != "num_ranks" or rank < value)
+    return replace(spec, config=replace(spec.config, **{name: value}), leavers=leavers)  # type: ignore[arg-type]

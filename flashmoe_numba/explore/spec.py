@@ -35,8 +35,8 @@ class WorldSpec:
     outside factors are drawn.
 
     Raises:
-        ValueError: a given call does not fit the layer, or there are not `epochs` of them, or the world is larger than
-            an interpreter could run.
+        ValueError: leavers are no ranks, a given call does not fit the layer, there are not `epochs` of them, or the
+            world is larger than an interpreter could run.
     """
 
     config: MoEConfig
@@ -44,11 +44,14 @@ class WorldSpec:
     lanes: int = 1
     epochs: int = 1
     data_seed: int = 0
-    leaver: int | None = None  # this rank's host gives up some time in the last call, and all must stop
+    leavers: tuple[int, ...] = ()  # the hosts of these ranks give up some time in the last call, and all must stop
     given: tuple[GivenCall, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_size()
+        ranks = range(self.config.num_ranks)
+        if len(set(self.leavers)) < len(self.leavers) or not set(self.leavers) <= set(ranks):
+            raise ValueError(f"leavers must be different ranks in [0, {ranks[-1]}], got {self.leavers}")
         if self.given and len(self.given) != self.epochs:
             raise ValueError(f"epochs must be the number of given calls, {len(self.given)}, got {self.epochs}")
         c = self.config

@@ -22,7 +22,7 @@ from reference.plan import max_tasks
 from ..backends.fibers import FiberBackend
 from ..device.fibers import Deadlock, Fiber, Scheduler, Strategy, current
 from ..device.storage import as_storage
-from ..kernel.signals import ABORT
+from ..kernel.signals import ABORT, COMPLETE, RECORD, RECORD_BLOCK, RECORD_DEADLINE_NS
 from ..kernel.state import Experts, Problem
 from ..kernel.trace import RECEIVE, RECORD_WORDS
 from ..rank import Rank
@@ -67,7 +67,7 @@ class World:
         self.spec, self.kernel, self.data = spec, kernel, spec.calls()
         self.weights = Weights.random(c, seed=spec.data_seed, bias=True)
         self.num_blocks = spec.num_processors + 1
-        self.memory = Memory(c.num_ranks * self.num_blocks * spec.lanes + 1)  # the last is the leaver
+        self.memory = Memory(c.num_ranks * self.num_blocks * spec.lanes + len(spec.leavers))  # they come last
         self.regions: dict[int, Region] = {}  # by id of the array
         self._backend = _WatchedBackend()
         segments = [np.empty(Layout(c).num_bytes, np.uint8) for _ in range(c.num_ranks)]
@@ -100,7 +100,7 @@ class World:
         hosts = [_Host(self, scheduler, rank) for rank in self.ranks]
         for host in hosts:
             host.begin()
-        problem = self._try(scheduler, hosts)
+        problem = self._try(scheduler, hosts) or _disagreement(hosts)
         _abandon(hosts)
         reports = self.memory.reports + ([problem] if problem else [])
         return Run(reports, scheduler.switches, [host.calls for host in hosts])
@@ -197,6 +197,7 @@ class _Host:
         self.world, self.scheduler, self.rank = world, scheduler, rank
         self.calls: list[Call] = []
         self.fibers: list[Fiber] = []  # of this call
+        self.culprit: int | None = None  # that this rank's abort word names
         self._clock = [0] * world.memory.num_actors
         self._running = 0
 
@@ -211,7 +212,7 @@ class _Host:
         self._running, self.fibers = len(blocks) * lanes, []
         for name, arguments in blocks:
             self.scheduler.add_block(name, self._lane, self.world.watched(arguments), lanes)
-        if self.world.spec.leaver == rank_idx and epoch == len(self.world.data):
+        if rank_idx in self.world.spec.leavers and epoch == len(self.world.data):
             arguments = self.world.watched(self.rank.leaving(epoch))
             self.scheduler.add_block(f"rank {rank_idx} host", self._leave, (epoch, *arguments))
 
@@ -219,7 +220,7 @@ class _Host:
         return bool(self.rank.control[ABORT] != 0)
 
     def _leave(self, epoch: int, *arguments: Any) -> None:
-        self._act(self.world.memory.num_actors - 1, epoch)
+        self._act(self.world.memory.num_actors - 1 - self.world.spec.leavers.index(self.rank.rank_idx), epoch)
         self.world.kernel.leave(*arguments)
 
     def _lane(self, block: int, *arguments: Any) -> None:
@@ -238,14 +239,32 @@ class _Host:
         fiber.actor = Actor(self.world.memory, index, fiber.name, self.rank.rank_idx, epoch, self._clock)
 
     def _end(self, epoch: int) -> None:
+        self._clock = joined([fiber.actor.clock for fiber in self.fibers])
         if self._given_up():  # then nothing is said of what the call computed
+            self._blame()
             return
         c = self.rank.config
-        self._clock = joined([fiber.actor.clock for fiber in self.fibers])
         shape = (c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
         results = self.rank.segments.result.view(c.numpy_dtype).reshape(shape).copy()
         rows = self.rank.packets.rows.reshape(shape[:2]).copy()
         self.calls.append(Call(self._y.copy(), self.rank.routing(len(self._y)), results, rows, self._tasks()))
+
+    def _control(self, rank: Rank) -> Region:
+        return self.world.regions[id(rank.control)]
+
+    def _blame(self) -> None:
+        """Read, as a host does after its call, the record of the rank that its abort word names."""
+        current().actor.join(self._clock)
+        culprit = self._control(self.rank).load(ABORT, acquire=True) - 1
+        if culprit < 0:  # late: no block of this rank has seen it either
+            return
+        self.culprit = culprit
+        record = self._control(self.world.ranks[culprit])
+        if record.load(RECORD, acquire=True) != COMPLETE:
+            text = f"rank {self.rank.rank_idx} names rank {culprit}, whose record is not complete"
+            self.world.memory.add("blame", text)
+        for word in range(RECORD_BLOCK, RECORD_DEADLINE_NS + 1):
+            record[word]
 
     def _tasks(self) -> Counter[Task]:
         tasks: Counter[Task] = Counter()
@@ -261,6 +280,13 @@ def _abandon(hosts: list[_Host]) -> None:
     for fiber in [fiber for host in hosts for fiber in host.fibers if not fiber.dead]:
         fiber.parent = getcurrent()
         fiber.throw()
+
+
+def _disagreement(hosts: list[_Host]) -> Report | None:
+    culprits = {host.rank.rank_idx: host.culprit for host in hosts if host.culprit is not None}
+    if len(set(culprits.values())) < 2:
+        return None
+    return Report("blame", ", ".join(f"rank {rank} names rank {culprit}" for rank, culprit in culprits.items()))
 
 
 def _waits(why: str, hosts: list[_Host]) -> str:

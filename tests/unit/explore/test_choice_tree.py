@@ -352,7 +352,7 @@ def test_a_planted_bug_is_found(plant, kind):
     ("changes", "message"),
     [
         (dict(lanes=2), "exhaustive search needs lanes=1, got 2"),
-        (dict(leaver=0), "exhaustive search needs leaver=None, got 0"),
+        (dict(leavers=(0,)), r"exhaustive search needs leavers=\(\), got \(0,\)"),
     ],
 )
 def test_what_cannot_be_searched(changes, message):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -36,7 +37,7 @@ def test_the_kernel_is_clean(world, strategy):
 
 @pytest.mark.parametrize("strategy", ["random", "pct", "round-robin"])
 def test_all_stop_when_a_host_gives_up(strategy):
-    world, stopped = replace(spec(lanes=2, data_seed=1), leaver=1), 0
+    world, stopped = replace(spec(lanes=2, data_seed=1), leavers=(1,)), 0
     with watched_kernel(None) as kernel:
         explorer = Explorer(Search(spec=world, strategy=strategy), kernel)
         for seed in range(20):
@@ -45,10 +46,21 @@ def test_all_stop_when_a_host_gives_up(strategy):
     assert stopped == 20
 
 
+@pytest.mark.parametrize("strategy", ["random", "pct", "round-robin"])
+def test_ranks_that_give_up_at_once_agree_on_one(strategy):
+    world, named = replace(spec(num_ranks=3, num_experts=3, data_seed=1), leavers=(0, 2)), Counter()
+    with watched_kernel(None) as kernel:
+        explorer = Explorer(Search(spec=world, strategy=strategy), kernel)
+        for seed in range(20):
+            assert explorer.run(seed).reports == [], f"seed {seed}"
+            named.update({int(rank.control[ABORT]) for rank in explorer.world.ranks})
+    assert set(named) == {1, 3}, "now the one, now the other"
+    assert named.total() == 20, "one in each run"
+
+
 def test_ranks_that_do_not_stop_are_found():
-    found = [
-        outcome.reports for outcome in explore(Search(spec=replace(spec(), leaver=1), plant="abort-ignored"), range(20))
-    ]
+    search = Search(spec=replace(spec(), leavers=(1,)), plant="abort-ignored")
+    found = [outcome.reports for outcome in explore(search, range(20))]
     kinds = {report.kind for reports in found for report in reports}
     assert kinds == {"deadlock"}
 
@@ -157,7 +169,7 @@ def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
         (["--plant", "none"], "argument --plant: there is no 'none'; see --list-plants"),
         (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 4"),
         (["--topk", "5"], "--topk must be in [1, --experts=4], got 5"),
-        (["--leaver", "2"], "argument --leaver: must be a rank in [0, 1], got 2"),
+        (["--leaver", "2"], "leavers must be different ranks in [0, 1], got (2,)"),
         (["--seeds", "9" * 30], f"argument --seeds: must be at most 1000000, got {'9' * 30}"),
         (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
         (["--lanes", "200"], "--ranks * (--processors + 1) * lanes must be at most 1000, got 2 * (2 + 1) * 200"),

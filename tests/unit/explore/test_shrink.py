@@ -141,7 +141,7 @@ CASE = Case(
     spec=WorldSpec(
         config=spec().config,
         epochs=1,
-        leaver=1,
+        leavers=(1,),
         given=(GivenCall((1, 0), (((0, 1),), ())),),
     ),
     plant="gemm1-early",
@@ -168,7 +168,7 @@ def test_a_file_holds_all_of_a_case(tmp_path):
         (lambda case: case.update(plant=[]), "plant must be one of flashmoe explore --list-plants, got []"),
         (lambda case: case.update(late_seed=-1), "late_seed must be an integer >= 0, got -1"),
         (lambda case: case["world"].update(lanes=0), "lanes must be an integer >= 1, got 0"),
-        (lambda case: case["world"].update(leaver=2), "leaver must be a rank in [0, 1], got 2"),
+        (lambda case: case["world"].update(leavers=[2]), "leavers must be different ranks in [0, 1], got (2,)"),
         (lambda case: case["world"].update(given=[{}]), "world: 'counts'"),
         (lambda case: case["world"].update(epochs=2), "epochs must be the number of given calls, 1, got 2"),
         (lambda case: case["world"]["config"].update(num_topk=9), "num_topk must be in [1, num_experts=4], got 9"),
