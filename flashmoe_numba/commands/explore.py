@@ -23,7 +23,7 @@ from sim.pools import Pool
 
 from ..bench import launch
 from ..explore.choice_tree import COMPLETE, REDUNDANT, UNFINISHED
-from ..explore.exhaustive import EXHAUSTIVE, check_search, explore_all
+from ..explore.exhaustive import EXHAUSTIVE, explore_all
 from ..explore.plants import PLANTS
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore
 from ..explore.spec import WorldSpec
@@ -148,15 +148,14 @@ def make_search(args: argparse.Namespace) -> Search:
         raise UsageError(f"argument --plant: there is no {args.plant!r}; see --list-plants")
     if args.seeds is not None and args.seeds > MOST_SEEDS:
         raise UsageError(f"argument --seeds: must be at most {MOST_SEEDS}, got {args.seeds}")
+    if args.strategy == EXHAUSTIVE:
+        _check_exhaustive(args)
     try:
         spec = _make_spec(args)
     except (TypeError, ValueError) as error:
         raise UsageError(in_flags(str(error))) from None
     weak = args.strategy != EXHAUSTIVE if args.weak is None else args.weak
-    search = Search(spec=spec, strategy=args.strategy, depth=args.depth, plant=args.plant, weak=weak)
-    if args.strategy == EXHAUSTIVE:
-        _check_exhaustive(search)
-    return search
+    return Search(spec=spec, strategy=args.strategy, depth=args.depth, plant=args.plant, weak=weak)
 
 
 def _make_spec(args: argparse.Namespace) -> WorldSpec:
@@ -175,11 +174,12 @@ def _make_spec(args: argparse.Namespace) -> WorldSpec:
     )
 
 
-def _check_exhaustive(search: Search) -> None:
-    try:
-        check_search(search)
-    except ValueError as error:
-        raise UsageError(f"argument --strategy: {error}") from None
+def _check_exhaustive(args: argparse.Namespace) -> None:
+    given = {"--weak": args.weak, "--leaver": args.leaver, "--seed": args.seed, "--jobs": args.jobs is not None}
+    for flag in [flag for flag, value in given.items() if value]:
+        raise UsageError(f"argument {flag}: not with --strategy {EXHAUSTIVE}")
+    if args.lanes not in (None, 1):
+        raise UsageError(f"argument --lanes: must be 1 with --strategy {EXHAUSTIVE}, got {args.lanes}")
 
 
 # ---- the runs

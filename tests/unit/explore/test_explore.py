@@ -171,13 +171,15 @@ def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
         (["--topk", "5"], "--topk must be in [1, --experts=4], got 5"),
         (["--leaver", "2"], "leavers must be different ranks in [0, 1], got (2,)"),
         (["--seeds", "9" * 30], f"argument --seeds: must be at most 1000000, got {'9' * 30}"),
+        (["--strategy", "exhaustive", "--jobs", "2"], "argument --jobs: not with --strategy exhaustive"),
+        (["--strategy", "exhaustive", "--weak"], "argument --weak: not with --strategy exhaustive"),
         (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
         (["--lanes", "200"], "--ranks * (--processors + 1) * lanes must be at most 1000, got 2 * (2 + 1) * 200"),
         (["--epochs", "1001"], "epochs must be at most 1000, got 1001"),
         (["--hidden", "1000000"], "segments and weights must be at most 4,194,304 bytes, got 268,001,024"),
         (
             ["--strategy", "exhaustive", "--lanes", "2"],
-            "argument --strategy: exhaustive search needs lanes=1, got 2",
+            "argument --lanes: must be 1 with --strategy exhaustive, got 2",
         ),
     ],
 )
