@@ -76,6 +76,8 @@ def _spec(world: Any) -> WorldSpec:
         _check_integer(name, world[name], least)
     try:
         config = MoEConfig(**world["config"])
+        for rank in world["leavers"]:
+            _check_integer("leavers", rank, 0)
         given = tuple(GivenCall(tuple(call["counts"]), _tuples(call["experts"])) for call in world["given"])
         return WorldSpec(**world | {"config": config, "given": given, "leavers": _tuples(world["leavers"])})
     except (TypeError, KeyError) as error:

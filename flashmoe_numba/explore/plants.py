@@ -564,12 +564,20 @@ _ALL = (
         (BLAME,),
     ),
     Plant(
+        "record-complete-before-its-fields",
+        "a record is complete before its fields are written",
+        "signals.py",
+        "        control[RECORD_BLOCK] = block\n",
+        "        st_release(control, RECORD, COMPLETE)\n        control[RECORD_BLOCK] = block\n",
+        (RACE, BLAME),
+    ),
+    Plant(
         "abort-before-record",
         "the abort words are set before the record is written",
         "signals.py",
         "    control = segments.control\n    if cas(control, RECORD, 0, WRITING) == 0:",
         "    control = segments.control\n    abort(p, segments)\n    if cas(control, RECORD, 0, WRITING) == 0:",
-        (RACE, BLAME),
+        (BLAME,),
     ),
     # Order between two words, which sequentially consistent words have for nothing
     Plant(

@@ -49,9 +49,7 @@ class WorldSpec:
 
     def __post_init__(self) -> None:
         self._check_size()
-        ranks = range(self.config.num_ranks)
-        if len(set(self.leavers)) < len(self.leavers) or not set(self.leavers) <= set(ranks):
-            raise ValueError(f"leavers must be different ranks in [0, {ranks[-1]}], got {self.leavers}")
+        self._check_leavers()
         if self.given and len(self.given) != self.epochs:
             raise ValueError(f"epochs must be the number of given calls, {len(self.given)}, got {self.epochs}")
         c = self.config
@@ -59,6 +57,12 @@ class WorldSpec:
             if len(call.counts) != c.num_ranks or not all(0 <= count <= c.num_tokens for count in call.counts):
                 rule = f"num_ranks={c.num_ranks} numbers in [0, num_tokens={c.num_tokens}]"
                 raise ValueError(f"counts of a given call must be {rule}, got {call.counts}")
+
+    def _check_leavers(self) -> None:
+        ranks, leavers = range(self.config.num_ranks), self.leavers
+        if len(set(leavers)) < len(leavers) or not set(leavers) <= set(ranks):
+            given = ", ".join(map(str, leavers))
+            raise ValueError(f"leavers must be different ranks in [0, {ranks[-1]}], got {given}")
 
     def _check_size(self) -> None:
         c = self.config

@@ -22,10 +22,10 @@ from reference.plan import max_tasks
 from ..backends.fibers import FiberBackend
 from ..device.fibers import Deadlock, Fiber, Scheduler, Strategy, current
 from ..device.storage import as_storage
-from ..kernel.signals import ABORT, COMPLETE, RECORD, RECORD_BLOCK, RECORD_DEADLINE_NS
 from ..kernel.state import Experts, Problem
 from ..kernel.trace import RECEIVE, RECORD_WORDS
 from ..rank import Rank
+from .blame import Blame
 from .memory import Actor, Memory, Region, joined
 from .reports import Report, Stopped
 from .spec import WorldSpec
@@ -67,12 +67,15 @@ class World:
         self.spec, self.kernel, self.data = spec, kernel, spec.calls()
         self.weights = Weights.random(c, seed=spec.data_seed, bias=True)
         self.num_blocks = spec.num_processors + 1
-        self.memory = Memory(c.num_ranks * self.num_blocks * spec.lanes + len(spec.leavers))  # they come last
+        self.num_lanes = c.num_ranks * self.num_blocks * spec.lanes
+        hosts = c.num_ranks + len(spec.leavers) if spec.leavers else 0  # those that look, then those that give up
+        self.memory = Memory(self.num_lanes + hosts)
         self.regions: dict[int, Region] = {}  # by id of the array
         self._backend = _WatchedBackend()
         segments = [np.empty(Layout(c).num_bytes, np.uint8) for _ in range(c.num_ranks)]
         self.ranks = [self._make_rank(rank_idx, segments) for rank_idx in range(c.num_ranks)]
         self._make_tokens()
+        self.blame = Blame(spec, [self.regions[id(rank.control)] for rank in self.ranks])
         self._first = [(region, _first_content(region)) for region in self.regions.values()]
 
     def run(
@@ -100,7 +103,7 @@ class World:
         hosts = [_Host(self, scheduler, rank) for rank in self.ranks]
         for host in hosts:
             host.begin()
-        problem = self._try(scheduler, hosts) or _disagreement(hosts)
+        problem = self._try(scheduler, hosts)
         _abandon(hosts)
         reports = self.memory.reports + ([problem] if problem else [])
         return Run(reports, scheduler.switches, [host.calls for host in hosts])
@@ -116,7 +119,8 @@ class World:
             return Report("livelock", _waits(str(error).split("\n")[0], hosts))
         except Exception as error:
             return Report("error", f"{type(error).__name__}: {error}")
-        return None
+        wrong = self.blame.compare() if self.spec.leavers else None
+        return Report("blame", wrong) if wrong else None
 
     # ---- arrays
 
@@ -197,14 +201,14 @@ class _Host:
         self.world, self.scheduler, self.rank = world, scheduler, rank
         self.calls: list[Call] = []
         self.fibers: list[Fiber] = []  # of this call
-        self.culprit: int | None = None  # that this rank's abort word names
+        self.leaving: list[Fiber] = []  # the one in which it gives up
         self._clock = [0] * world.memory.num_actors
         self._running = 0
 
     def begin(self) -> None:
-        """Start the next call, if there is one and nobody has given up."""
+        """Start the next call, if there is one."""
         epoch = len(self.calls) + 1
-        if epoch > len(self.world.data) or self._given_up():
+        if epoch > len(self.world.data):
             return
         x, routings = self.world.data[epoch - 1]
         rank_idx, lanes = self.rank.rank_idx, self.world.spec.lanes
@@ -216,55 +220,47 @@ class _Host:
             arguments = self.world.watched(self.rank.leaving(epoch))
             self.scheduler.add_block(f"rank {rank_idx} host", self._leave, (epoch, *arguments))
 
-    def _given_up(self) -> bool:
-        return bool(self.rank.control[ABORT] != 0)
-
     def _leave(self, epoch: int, *arguments: Any) -> None:
-        self._act(self.world.memory.num_actors - 1 - self.world.spec.leavers.index(self.rank.rank_idx), epoch)
+        self.leaving.append(current())
+        spec = self.world.spec
+        index = self.world.num_lanes + spec.config.num_ranks + spec.leavers.index(self.rank.rank_idx)
+        self._act(index, epoch, current().name)
         self.world.kernel.leave(*arguments)
 
     def _lane(self, block: int, *arguments: Any) -> None:
         fiber, epoch = current(), len(self.calls) + 1
-        self._act((self.rank.rank_idx * self.world.num_blocks + block) * fiber.lanes + fiber.lane, epoch)
+        index = (self.rank.rank_idx * self.world.num_blocks + block) * fiber.lanes + fiber.lane
+        self._act(index, epoch, fiber.name)
         self.fibers.append(fiber)
         self.world.kernel.persistent(block, *arguments)
         self._running -= 1
         if self._running == 0:
-            self._end(epoch)
-            self.begin()
+            self._clock = joined([fiber.actor.clock for fiber in self.fibers])
+            if not self._given_up(epoch):
+                self._end()
+                if not self._given_up(epoch):  # as the next call begins
+                    self.begin()
 
-    def _act(self, index: int, epoch: int) -> None:
-        """The running fiber is this actor of the memory, who knows what the rank's last call did."""
-        fiber = current()
-        fiber.actor = Actor(self.world.memory, index, fiber.name, self.rank.rank_idx, epoch, self._clock)
+    def _act(self, index: int, epoch: int, name: str) -> None:
+        """The running fiber is this actor of the memory, who knows what the rank's last blocks did."""
+        current().actor = Actor(self.world.memory, index, name, self.rank.rank_idx, epoch, self._clock)
 
-    def _end(self, epoch: int) -> None:
-        self._clock = joined([fiber.actor.clock for fiber in self.fibers])
-        if self._given_up():  # then nothing is said of what the call computed
-            self._blame()
-            return
+    def _given_up(self, epoch: int) -> bool:
+        """The host, in the fiber of the last lane to end, looks for its abort word; nobody sets one if none leaves."""
+        if not self.world.spec.leavers:
+            return False
+        rank_idx = self.rank.rank_idx
+        self._act(self.world.num_lanes + rank_idx, epoch, f"rank {rank_idx} host after its blocks")
+        given_up = self.world.blame.look(rank_idx)
+        self._clock = current().actor.clock
+        return given_up
+
+    def _end(self) -> None:
         c = self.rank.config
         shape = (c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
         results = self.rank.segments.result.view(c.numpy_dtype).reshape(shape).copy()
         rows = self.rank.packets.rows.reshape(shape[:2]).copy()
         self.calls.append(Call(self._y.copy(), self.rank.routing(len(self._y)), results, rows, self._tasks()))
-
-    def _control(self, rank: Rank) -> Region:
-        return self.world.regions[id(rank.control)]
-
-    def _blame(self) -> None:
-        """Read, as a host does after its call, the record of the rank that its abort word names."""
-        current().actor.join(self._clock)
-        culprit = self._control(self.rank).load(ABORT, acquire=True) - 1
-        if culprit < 0:  # late: no block of this rank has seen it either
-            return
-        self.culprit = culprit
-        record = self._control(self.world.ranks[culprit])
-        if record.load(RECORD, acquire=True) != COMPLETE:
-            text = f"rank {self.rank.rank_idx} names rank {culprit}, whose record is not complete"
-            self.world.memory.add("blame", text)
-        for word in range(RECORD_BLOCK, RECORD_DEADLINE_NS + 1):
-            record[word]
 
     def _tasks(self) -> Counter[Task]:
         tasks: Counter[Task] = Counter()
@@ -275,20 +271,17 @@ class _Host:
         return tasks
 
 
+def _alive(hosts: list[_Host]) -> list[Fiber]:
+    return [fiber for host in hosts for fiber in host.fibers + host.leaving if not fiber.dead]
+
+
 def _abandon(hosts: list[_Host]) -> None:
     """End the fibers of a run that did not come to its end: the garbage collector does not see into their stacks."""
-    for fiber in [fiber for host in hosts for fiber in host.fibers if not fiber.dead]:
+    for fiber in _alive(hosts):
         fiber.parent = getcurrent()
         fiber.throw()
 
 
-def _disagreement(hosts: list[_Host]) -> Report | None:
-    culprits = {host.rank.rank_idx: host.culprit for host in hosts if host.culprit is not None}
-    if len(set(culprits.values())) < 2:
-        return None
-    return Report("blame", ", ".join(f"rank {rank} names rank {culprit}" for rank, culprit in culprits.items()))
-
-
 def _waits(why: str, hosts: list[_Host]) -> str:
-    lines = [waiting(fiber) for host in hosts for fiber in host.fibers if not fiber.dead]
+    lines = [waiting(fiber) for fiber in _alive(hosts)]
     return "\n    ".join([why, *lines])

@@ -24,7 +24,7 @@ NUM_WORLDS, NUM_WORLDS_OF_A_BUG = 30, 600
 NO_CHANGE = Plant("no-change", "", "dispatch.py", "import annotations", "import annotations  # no change", ())
 OVERTAKEN = ("overtaken-signal-used", "overtaken-signal-missed")  # all ranks of a world are in the same epoch
 ABORTED = ("abort-ignored",)  # no rank of a world gives up
-BLAMED = ("culprit-not-agreed", "abort-before-record")  # nor two of them
+BLAMED = ("culprit-not-agreed", "record-complete-before-its-fields", "abort-before-record")  # nor two of them
 UNSEEN = [name for name, plant in PLANTS.items() if plant.found_by == (RACE,) or plant.weak]
 IN_WORLDS = [name for name in PLANTS if name not in [*UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED]]
 

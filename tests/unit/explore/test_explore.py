@@ -58,6 +58,23 @@ def test_ranks_that_give_up_at_once_agree_on_one(strategy):
     assert named.total() == 20, "one in each run"
 
 
+@pytest.mark.parametrize(
+    ("plant", "told"),
+    [
+        ("culprit-not-agreed", r"blame: rank 0 names rank \d, rank 1 names rank \d, rank 2 names rank \d"),
+        ("abort-before-record", r"blame: rank \d names rank \d, whose record is not complete"),
+        (
+            "record-complete-before-its-fields",
+            r"race: rank (\d) segments.control.* rank \1 host after its blocks .*",
+        ),
+    ],
+)
+def test_wrong_records_and_abort_words_are_told(plant, told):
+    world = replace(spec(num_ranks=3, num_experts=3, num_tokens=2, num_topk=1, epochs=1), leavers=(0, 2))
+    found = [f"{report}" for run in explore(Search(spec=world, plant=plant), range(60)) for report in run.reports]
+    assert any(re.fullmatch(told, report) for report in found), found
+
+
 def test_ranks_that_do_not_stop_are_found():
     search = Search(spec=replace(spec(), leavers=(1,)), plant="abort-ignored")
     found = [outcome.reports for outcome in explore(search, range(20))]
@@ -169,7 +186,8 @@ def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
         (["--plant", "none"], "argument --plant: there is no 'none'; see --list-plants"),
         (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 4"),
         (["--topk", "5"], "--topk must be in [1, --experts=4], got 5"),
-        (["--leaver", "2"], "leavers must be different ranks in [0, 1], got (2,)"),
+        (["--leaver", "2"], "--leaver must be different ranks in [0, 1], got 2"),
+        (["--leaver", "1", "--leaver", "1"], "--leaver must be different ranks in [0, 1], got 1, 1"),
         (["--seeds", "9" * 30], f"argument --seeds: must be at most 1000000, got {'9' * 30}"),
         (["--strategy", "exhaustive", "--jobs", "2"], "argument --jobs: not with --strategy exhaustive"),
         (["--strategy", "exhaustive", "--weak"], "argument --weak: not with --strategy exhaustive"),
