@@ -173,7 +173,8 @@ def describe_world(spec: WorldSpec) -> str:
     capacity = "no limit" if c.capacity is None else f"capacity {c.capacity}"
     sizes = f"{c.num_tokens} tokens a rank, top {c.num_topk} of {c.num_experts} experts, {capacity}"
     blocks = f"{c.num_ranks} ranks x {spec.num_processors} processors + 1, {spec.lanes} lanes"
-    return f"{blocks}, {spec.epochs} calls: {sizes}"
+    leavers = "".join(f", rank {rank} gives up" for rank in spec.leavers)
+    return f"{blocks}, {spec.epochs} calls: {sizes}{leavers}"
 
 
 def describe_case(case: Case) -> str:

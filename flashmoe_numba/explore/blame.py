@@ -28,7 +28,7 @@ class Blame:
         if culprit not in self._spec.leavers:
             self._report(f"rank {rank_idx} names rank {culprit}, which did not give up")
             return True
-        for other in (rank_idx, culprit):
+        for other in dict.fromkeys((rank_idx, culprit)):
             self._read_record(rank_idx, other, must_be=other == culprit)
         return True
 

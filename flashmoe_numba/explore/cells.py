@@ -23,6 +23,7 @@ CONTROL = {
     signals.RECORD: "RECORD",
     signals.PROGRESS: "PROGRESS",
     signals.SILENT: "SILENT",
+    **dict.fromkeys(range(signals.RECORD_BLOCK, signals.RECORD_DEADLINE_NS + 1), "RECORD's fields"),
 }
 FIELDS = range(queue.KIND, queue.N + 1)
 

@@ -22,7 +22,7 @@ LANES = WorldSpec(config=MoEConfig(**TINY | dict(capacity=3)), lanes=2, epochs=3
 DROPS = WorldSpec(config=MoEConfig(**TINY | dict(num_ranks=3, capacity=1, token_block=1)), epochs=4, data_seed=2)
 TALL = WorldSpec(config=MoEConfig(**TINY | dict(num_experts=4, num_tokens=9, renormalize=True)), lanes=3, epochs=2)
 SMALL = WorldSpec(config=MoEConfig(**TINY | dict(num_ranks=3, num_tokens=2, num_experts=3, num_topk=1)))
-WORLDS = (LANES, DROPS, TALL, replace(LANES, leavers=(0, 1)), replace(SMALL, leavers=(0, 2)))
+WORLDS = (LANES, DROPS, TALL, replace(LANES, leavers=(0, 1)), replace(SMALL, leavers=(0, 1, 2)))
 
 
 def searches(plant: str | None, strategies: Sequence[str]) -> list[Search]:
