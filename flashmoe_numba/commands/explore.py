@@ -78,7 +78,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add_jobs_argument(add)
     what = "loads of atomic words may be late [yes; not with exhaustive]"
     add("--weak", action=argparse.BooleanOptionalAction, help=what)
-    add("--plant", metavar="NAME", help="put this bug into the kernel first; it should be found")
+    add("--plant", metavar="NAME", help="put this bug into the kernel first: found if the world shows it")
     add("--list-plants", action="store_true", help="say which bugs there are, and run nothing")
 
 
