@@ -153,7 +153,8 @@ def make_search(args: argparse.Namespace) -> Search:
     try:
         spec = _make_spec(args)
     except (TypeError, ValueError) as error:
-        raise UsageError(in_flags(str(error)).replace("leavers", "--leaver")) from None
+        message = in_flags(str(error)).replace("leavers", "--leaver").replace("num_processors", "--processors")
+        raise UsageError(message) from None
     weak = args.strategy != EXHAUSTIVE if args.weak is None else args.weak
     return Search(spec=spec, strategy=args.strategy, depth=args.depth, plant=args.plant, weak=weak)
 

@@ -24,7 +24,6 @@ FLAGS = {
     "num_tokens": "tokens",
     "num_experts": "experts",
     "num_topk": "topk",
-    "num_processors": "processors",
     "hidden": "hidden",
     "ffn": "ffn",
     "gated": "gated",
