@@ -21,6 +21,7 @@ from flashmoe_numba import FlashMoE
 from flashmoe_numba import layer as layer_module
 from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.errors import FlashMoEError
+from flashmoe_numba.heap.threads import ThreadHeap
 from flashmoe_numba.kernel import signals as s
 
 from . import memory as m
@@ -30,27 +31,16 @@ from .world import World
 NAP_S = 1e-4
 
 
-class InheritedHeap:
-    """Segments that this process was forked with. The parent sees to it that all ranks start together."""
+class InheritedHeap(ThreadHeap):
+    """Segments that this process was forked with; it runs one rank. The parent has all ranks start together."""
 
     def __init__(self, memory: Memory, rank_idx: int) -> None:
-        self.num_ranks, self.rank_idx = len(memory.segments), rank_idx
-        self.rank_indices = range(rank_idx, rank_idx + 1)
-        self.segments: list[Any] = []
+        super().__init__(len(memory.segments))
+        self.rank_idx, self.rank_indices = rank_idx, range(rank_idx, rank_idx + 1)
         self._memory = memory
-
-    def agree(self, error: Exception | None, same: str = "") -> None:
-        if error is not None:
-            raise error
-
-    def from_first(self, make: Callable[[], str]) -> str:
-        return make()
 
     def allocate(self, num_bytes: int, backend: Any) -> None:
         self.segments = self._memory.segments
-
-    def close(self, check: Callable[[], None] | None) -> None:
-        self.segments = []
 
 
 def be_rank(world: World, memory: Memory, rank_idx: int) -> NoReturn:

@@ -125,9 +125,10 @@ def _look_closer(args: argparse.Namespace, search: Search, bad: Outcome) -> dict
     say = print if args.json != "-" else lambda *lines, **_: None
     replay, story = f"replay: {_replay(args.argv, search, bad.seed)}", None
     try:
-        if args.json or (args.history and not args.shrink):
+        if args.json or (args.history and args.shrink is None):
             story = tell(search, bad)
-            for line in story.text(args.history) if args.shrink is None else []:
+        if story and args.shrink is None:
+            for line in story.text(args.history):
                 say(line)
     finally:  # also when Ctrl-C ends the telling
         say(replay, flush=True)
