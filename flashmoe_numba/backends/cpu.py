@@ -12,6 +12,7 @@ import numpy as np
 from reference import MoEConfig
 
 from ..device.compilation import compile_for
+from ..device.cpu import reset_float_control
 from ..kernel import leave, persistent
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
@@ -25,7 +26,9 @@ class CpuBackend(HostMemory):
     """One thread per block; threads are kept between calls."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(MOST_BLOCKS, thread_name_prefix="flashmoe")  # made as they are needed
+        self._threads = ThreadPoolExecutor(  # made as they are needed
+            MOST_BLOCKS, thread_name_prefix="flashmoe", initializer=reset_float_control
+        )
 
     def pack(
         self,
@@ -48,6 +51,7 @@ class CpuBackend(HostMemory):
 
     def prepare(self, arguments: Sequence[tuple[Any, ...]], folder: Path) -> None:
         """Compile the kernel for arguments of the types of the first rank's, or load it from `folder`."""
+        compile_for(reset_float_control, (), folder)
         compile_for(persistent, arguments[0], folder)
         compile_for(leave, arguments[0][1:3], folder)
 

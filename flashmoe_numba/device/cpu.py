@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
@@ -117,6 +117,36 @@ def _array_at(typing, address, num_elements, like):
         return array._getvalue()
 
     return array_type(types.uint64, types.intp, like), codegen
+
+
+@intrinsic
+def _write_float_control(typing):
+    """Round to nearest, keep denormals, mask exceptions: what a process starts with."""
+
+    def codegen(context, builder, sig, args):
+        i32, i64, byte_pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+        triple = builder.module.triple
+        if triple.startswith("x86_64"):
+            slot = builder.alloca(i32)
+            builder.store(ir.Constant(i32, 0x1F80), slot)
+            function = ir.FunctionType(ir.VoidType(), [byte_pointer])
+            load = builder.module.declare_intrinsic("llvm.x86.sse.ldmxcsr", fnty=function)
+            builder.call(load, [builder.bitcast(slot, byte_pointer)])
+        elif triple.startswith(("aarch64", "arm64")):
+            function = ir.FunctionType(ir.VoidType(), [i64])
+            builder.asm(function, "msr fpcr, $0", "r", [ir.Constant(i64, 0)], side_effect=True)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@njit(**JIT_OPTIONS, no_cfunc_wrapper=True)
+def reset_float_control():
+    """Make this thread round and keep denormals as any does; it inherits from the one that started it.
+
+    So what a caller set there, flush-to-zero say, changes no bit of a block that runs in a thread of its own.
+    """
+    _write_float_control()
 
 
 def half_to_float(builder, bits):
