@@ -11,6 +11,7 @@ from reference import MoEConfig, Weights
 
 from .backends import check_backend
 
+SETUP_DEADLINE_S = 600.0  # a rank may compile the kernel meanwhile
 MOST_PROCESSORS = 512  # threads of one rank: with thousands, most never get to run
 
 
@@ -28,6 +29,7 @@ def _check_arguments(
     backend_settings: dict[str, Any],
     num_processors: int | None,
     deadline_s: float,
+    setup_deadline_s: float,
     trace: bool,
 ) -> None:
     """What a layer can know to be wrong before it takes memory."""
@@ -43,16 +45,21 @@ def _check_arguments(
         raise ValueError(f"num_processors must be in [1, {MOST_PROCESSORS}], got {num_processors}")
     if not isinstance(trace, bool):
         raise TypeError(f"trace must be True or False, got {trace!r}")
-    if isinstance(deadline_s, bool) or not isinstance(deadline_s, (int, float)):
-        raise TypeError(f"deadline_s must be a number, got {deadline_s!r}")
-    if not 0 < deadline_s <= 86400:
-        raise ValueError(f"deadline_s must be in (0, 86400], got {deadline_s}")
+    _check_seconds("deadline_s", deadline_s)
+    _check_seconds("setup_deadline_s", setup_deadline_s)
     if comm is not None and backend == "fibers":
         raise ValueError("backend 'fibers' runs all ranks in this process: leave comm out")
     if comm is not None and comm.size != config.num_ranks:
         raise ValueError(f"comm must have config.num_ranks={config.num_ranks} ranks, got {comm.size}")
     for rank_idx in range(config.num_ranks) if comm is None else [comm.rank]:
         weights.shard(rank_idx, config.num_ranks)  # raises if its experts are not there
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value <= 86400:
+        raise ValueError(f"{name} must be in (0, 86400], got {value}")
 
 
 def find_problem(
@@ -63,6 +70,7 @@ def find_problem(
     backend_settings: dict[str, Any],
     num_processors: int | None,
     deadline_s: float,
+    setup_deadline_s: float,
     trace: bool,
 ) -> Exception | None:
     """The error that a layer should raise for these arguments; None if there is none.
@@ -70,7 +78,9 @@ def find_problem(
     Returned and not raised, because under MPI the other ranks must hear of it first.
     """
     try:
-        _check_arguments(config, weights, comm, backend, backend_settings, num_processors, deadline_s, trace)
+        _check_arguments(
+            config, weights, comm, backend, backend_settings, num_processors, deadline_s, setup_deadline_s, trace
+        )
     except Exception as error:
         return error
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,22 +14,24 @@ import numpy as np
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
 from reference.plan import max_tasks
 
-from .arguments import find_problem
+from .arguments import SETUP_DEADLINE_S, find_problem
 from .backends import make_backend
 from .device.compilation import usable_cache_folder
 from .errors import FlashMoEError, explain
 from .heap import make_heap
-from .kernel.signals import ABORT
+from .kernel.signals import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, EPOCH_SHIFT, FAILED
+from .ownership import Owned
 from .rank import Rank, Stats
 
 LAST_EPOCH = 2**31 - 1
 
 
-class FlashMoE:
+class FlashMoE(Owned):
     """One distributed MoE layer: gate, dispatch, experts and combine as one persistent kernel per rank.
 
     Without `comm` all ranks live in this process and a call takes and returns the tokens of all of them. With `comm`
     each process is one rank, and a call takes and returns that rank's tokens; every rank must make the same calls.
+    A layer belongs to the process that made it: it cannot be copied or pickled, and not be called in a forked child.
 
     Args:
         config: sizes of the layer.
@@ -39,12 +42,14 @@ class FlashMoE:
         num_processors: blocks per rank beside the OS block; default: the cores, or the blocks that a GPU holds at a
             time, shared out among the ranks.
         deadline_s: a call fails when no rank has finished any task for this long.
+        setup_deadline_s: with `comm`, how long a rank waits for the others while they make their layers.
         trace: keep a record of every task of the last call (`layer.traces`).
         backend_settings: of the fibers: seed, lanes, preempt. Of cuda: device (index of the GPU; default: the current
             one, and with `comm` the rank's number modulo the GPUs), tf32 (multiply float32 as TF32).
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
+        TimeoutError: not all ranks of `comm` came within `setup_deadline_s`.
     """
 
     def __init__(
@@ -56,12 +61,15 @@ class FlashMoE:
         backend: str = "cpu",
         num_processors: int | None = None,
         deadline_s: float = 30.0,
+        setup_deadline_s: float = SETUP_DEADLINE_S,
         trace: bool = False,
         **backend_settings: Any,
     ) -> None:
         if comm is not None and not hasattr(comm, "Split_type"):
             raise TypeError(f"comm must be an mpi4py communicator or None, got {type(comm).__name__}")
-        problem = find_problem(config, weights, comm, backend, backend_settings, num_processors, deadline_s, trace)
+        problem = find_problem(
+            config, weights, comm, backend, backend_settings, num_processors, deadline_s, setup_deadline_s, trace
+        )
         if comm is None and problem is not None:
             raise problem
         self.config = config
@@ -72,8 +80,9 @@ class FlashMoE:
         self._in_process = comm is None
         self._calling = threading.Lock()
         self._caller = 0
-        self._heap: Any = make_heap(config, comm, backend)
-        self._heap.agree(problem, same=repr(config))  # under MPI the other ranks must hear of a problem, too
+        # under MPI the other ranks must hear of a problem, too
+        self._heap: Any = make_heap(config, comm, backend, SETUP_DEADLINE_S if problem else setup_deadline_s)
+        self._heap.agree(problem, same=None if problem else self._shared_settings(backend, backend_settings))
         self._backend: Any = None
         self._ranks: list[Rank] = []
         self._make_ready(lambda: self._make_backend(backend, backend_settings))
@@ -83,6 +92,11 @@ class FlashMoE:
         self._heap.allocate(Layout(config).num_bytes, self._backend)
         self._make_ready(lambda: self._make_ranks(weights, trace))
         self._one_first(self._prepare)
+
+    def _shared_settings(self, backend: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """What must not differ between ranks, by name."""
+        fields = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        return fields | {"backend": backend, "tf32": settings.get("tf32", False)}
 
     def _one_first(self, step: Callable[[], None]) -> None:
         """Take a step that may compile: one rank of a machine does, the others then find its kernel on the disk."""
@@ -142,6 +156,7 @@ class FlashMoE:
             TypeError, ValueError: before any rank starts.
             FlashMoEError: the call was given up (see the message); the layer is closed.
         """
+        self.require_maker()
         parts = self._per_rank("x", x)
         names = [f"x[{i}]" for i in range(len(parts))] if self._in_process else ["x"]
         check = self._backend.check_tokens
@@ -217,6 +232,7 @@ class FlashMoE:
         self._raise_if_given_up()
 
     def _raise_if_closed(self) -> None:
+        self.require_maker()
         if self._closed:
             raise FlashMoEError(f"this layer is closed: {self._closed}")
 
@@ -231,14 +247,14 @@ class FlashMoE:
                 self._closed = explain(rank.rank_idx, self._controls())
                 raise FlashMoEError(self._closed)
 
-    def _leave(self) -> None:
+    def _leave(self, why: int = FAILED) -> None:
         """Tell all ranks that this process will not go on, so that they stop now and not at the deadline.
 
         Raises nothing: it is called when something else went wrong, which may have taken the GPU with it.
         """
         for rank in self._ranks:
             with contextlib.suppress(Exception):
-                self._backend.leave(*rank.leaving(self._epoch))
+                self._backend.leave(*rank.leaving(self._epoch), why)
 
     @property
     def routing(self) -> Any:
@@ -272,17 +288,21 @@ class FlashMoE:
     def close(self) -> None:
         """Give memory and threads back. With `comm`, every rank must close, and waits for the others.
 
+        In a process that was forked from the one that made the layer it does nothing: all is the parent's.
+
         Raises:
-            FlashMoEError: another rank left because of an error.
+            FlashMoEError: another rank left because of an error, or makes a call more.
         """
         self._close(orderly=True)
 
     def _close(self, *, orderly: bool) -> None:
+        if self.inherited:
+            return
         if not self._calling.acquire(blocking=False):
             if self._caller == threading.get_ident():
                 raise FlashMoEError("close() was called inside a call of this layer, say by a signal handler")
             if self._ranks:
-                self._leave()  # a call in another thread: end it, then go on
+                self._leave(CLOSED_BY_THREAD)  # a call in another thread: end it, then go on
             self._calling.acquire()
         with contextlib.ExitStack() as stack:
             stack.callback(self._calling.release)
@@ -300,11 +320,24 @@ class FlashMoE:
     def _give_back(self) -> None:
         """Close backend and heap, with all ranks."""
         try:
+            self._backend.synchronize()
+            self._epoch = self._backend.epoch(0, self._epoch)
             self._backend.close()
         except BaseException:
             self._abandon()
             raise
-        self._heap.close(self._raise_if_given_up)
+        self._heap.close(self._look_at_others)
+
+    def _look_at_others(self) -> None:
+        """While this rank waits for the others to close: raise if one has left, or makes a call that this one will not.
+
+        Raises:
+            FlashMoEError: as all ranks do then.
+        """
+        signals = [self._backend.to_host(rank.segments.dispatch_flag) for rank in self._ranks]
+        if any((words >> EPOCH_SHIFT > self._epoch).any() for words in signals):
+            self._leave(CLOSED_EARLY)
+        self._raise_if_given_up()
 
     def _abandon(self) -> None:
         """The same after an error, which was told already: tell the others, wait for nobody, and raise nothing more."""

@@ -18,6 +18,7 @@ from .device.storage import storage_dtype
 from .kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
 from .kernel.state import BOX_WORDS, Experts, Packets, Problem, Queue, Segments, Tokens
 from .kernel.trace import RECORD_WORDS
+from .ownership import Owned
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Stats:
         return 1 - self.received_rows / self.padded_rows if self.padded_rows else 0.0
 
 
-class Rank:
+class Rank(Owned):
     """Arrays of one rank.
 
     Args:

@@ -73,7 +73,7 @@ def _make_calls(world: World, memory: Memory, rank_idx: int) -> int:
 
 
 def _make_layer(world: World, memory: Memory, rank_idx: int) -> FlashMoE:
-    layer_module.make_heap = lambda config, comm, backend: InheritedHeap(memory, rank_idx)  # type: ignore[attr-defined]
+    layer_module.make_heap = lambda *_: InheritedHeap(memory, rank_idx)  # type: ignore[attr-defined]
     CpuBackend.zeros = lambda self, size, dtype: memory.zeros(rank_idx, size, dtype)  # type: ignore[method-assign]
     comm = SimpleNamespace(Split_type=None, rank=rank_idx, size=world.config.num_ranks)
     layer = FlashMoE(

@@ -15,6 +15,7 @@ GAVE_UP = re.compile(
     r"(?:the dispatch flag of rank (?P<source>\d+) for expert \d+ here|"
     r"the result flag of rank (?P<owner>\d+), its expert \d+, row tile \d+); it holds epoch \d+; "
     r"\d+ flags missing, and no rank finished a task for about [\d.]+ s"
+    r"(?:; rank (?P=source) came as far as call \d+, this one is at call \d+: it makes fewer calls .*, or is gone)?"
 )
 LEFT = re.compile(r"rank \d+ stopped: rank (?P<left>\d+) left in epoch \d+ because of an error of its own")
 

@@ -2,7 +2,7 @@
 
 `pack(...)` (weights for the tile GEMM), `make_scratch(config)`, `prepare(arguments, folder)` (compile for these), and
 `deadline_ns`; `begin(tokens)` of a call, `run(blocks, stop)`, which returns when every block has, or on a GPU once all
-are on their way, and `leave(problem, segments)`, which makes the blocks of all ranks stop early.
+are on their way, and `leave(problem, segments, why)`, which makes the blocks of all ranks stop early.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from reference import MoEConfig
 from ..device.compilation import compile_for
 from ..device.cpu import reset_float_control
 from ..kernel import leave, persistent
+from ..kernel.signals import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.cpu import MICRO_ROWS, ROW_STRIDE, panel_width
@@ -53,11 +54,11 @@ class CpuBackend(HostMemory):
         """Compile the kernel for arguments of the types of the first rank's, or load it from `folder`."""
         compile_for(reset_float_control, (), folder)
         compile_for(persistent, arguments[0], folder)
-        compile_for(leave, arguments[0][1:3], folder)
+        compile_for(leave, (*arguments[0][1:3], FAILED), folder)
 
-    def leave(self, problem: Problem, segments: Segments) -> None:
+    def leave(self, problem: Problem, segments: Segments, why: int = FAILED) -> None:
         """Stop every rank, from outside of a kernel."""
-        leave(problem, segments)
+        leave(problem, segments, why)
 
     def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:
         """Run all blocks to their end. `stop` makes them leave early; it is called if this thread is interrupted."""

@@ -20,8 +20,20 @@ from ..device.records import record_words
 from ..gpu.arrays import GpuTokens, check_gpu_tokens, current_stream, empty_like, stack
 from ..gpu.variants import Variant, architecture_of, choose_variant
 from ..kernel.grid import HEADER_WORDS, Record
-from ..kernel.signals import ABORT, CLOSED_FLAG, COMPLETE, HOST, RECORD, RECORD_EPOCH, RECORD_FLAG, RECORD_ROLE
+from ..kernel.signals import (
+    ABORT,
+    CLOSED_FLAG,
+    COMPLETE,
+    FAILED,
+    HOST,
+    RECORD,
+    RECORD_EPOCH,
+    RECORD_FLAG,
+    RECORD_M,
+    RECORD_ROLE,
+)
 from ..kernel.state import Problem, Segments
+from ..ownership import Owned
 from ..tile_gemm import as_matrices
 from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, tma_matrices
 from ..tile_gemm.matrices import MAX_TILE_COLUMNS, PASS_ROWS, SUMS_STRIDE, scratch_elements
@@ -30,7 +42,7 @@ THREADS = 128
 CALLS_AHEAD = 64  # calls for which page-locked memory is taken before the first one: taking more may wait for the GPU
 
 
-class CudaBackend:
+class CudaBackend(Owned):
     """The blocks of some ranks on one GPU.
 
     Args:
@@ -208,15 +220,15 @@ class CudaBackend:
         words = self.to_host(self._table)
         return int(words[HEADER_WORDS + position * words[1]]) - 1
 
-    def leave(self, problem: Problem, segments: Segments) -> None:
+    def leave(self, problem: Problem, segments: Segments, why: int = FAILED) -> None:
         """Stop every rank, from outside of a kernel; as `give_up` and `abort` do inside, but without a cas."""
         control = self.address(segments.control)
         own = self.gpu.read_now(control, segments.control.size)
         if own[ABORT] != 0:  # somebody stopped all ranks before
             return
         if own[RECORD] == 0:
-            words = {RECORD_ROLE: HOST, RECORD_FLAG: CLOSED_FLAG, RECORD_EPOCH: problem.epoch, RECORD: COMPLETE}
-            for word, value in words.items():
+            words = {RECORD_ROLE: HOST, RECORD_FLAG: CLOSED_FLAG, RECORD_M: why, RECORD_EPOCH: problem.epoch}
+            for word, value in [*words.items(), (RECORD, COMPLETE)]:
                 self.gpu.write_word(control + 8 * word, value)
         culprit = problem.rank_idx + 1
         for rank_idx, address in enumerate(self._addresses(segments)):

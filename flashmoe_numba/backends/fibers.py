@@ -13,6 +13,7 @@ from reference.arrays import check_seed
 
 from ..device.compilation import interpreted
 from ..device.fibers import Scheduler
+from ..kernel.signals import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.stub import INTERPRETED_PANEL_WIDTH
@@ -52,10 +53,10 @@ class FiberBackend(HostMemory):
     def prepare(self, arguments: Sequence[tuple[Any, ...]], folder: Path) -> None:
         """Nothing to compile."""
 
-    def leave(self, problem: Problem, segments: Segments) -> None:
+    def leave(self, problem: Problem, segments: Segments, why: int = FAILED) -> None:
         """Stop every rank, from outside of a kernel."""
         scheduler = Scheduler(self.seed, self.preempt)
-        scheduler.add_block("host", interpreted("flashmoe_numba.kernel").leave, (problem, segments))
+        scheduler.add_block("host", interpreted("flashmoe_numba.kernel").leave, (problem, segments, why))
         scheduler.run()
 
     def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:

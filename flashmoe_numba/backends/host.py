@@ -12,9 +12,10 @@ from reference import MoEConfig
 
 from ..arguments import check_tokens, default_processors
 from ..device.storage import as_storage
+from ..ownership import Owned
 
 
-class HostMemory:
+class HostMemory(Owned):
     """Arrays of this process."""
 
     every_block = True  # wants the arguments of every block, and not just of a rank's first

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..ownership import Owned
 from . import libcuda
 
 H2D, D2H = 1, 2  # cudaMemcpyKind
@@ -29,7 +30,7 @@ class Handle:
         return 0, self._stream
 
 
-class Gpu:
+class Gpu(Owned):
     """A device of this machine.
 
     Args:

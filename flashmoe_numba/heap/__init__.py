@@ -13,14 +13,14 @@ from reference import MoEConfig
 from .threads import ThreadHeap
 
 
-def make_heap(config: MoEConfig, comm: Any, backend: str) -> Any:
+def make_heap(config: MoEConfig, comm: Any, backend: str, setup_deadline_s: float) -> Any:
     """A heap without memory yet: of ranks in this process, or of the ranks of an MPI communicator."""
     if backend == "cuda":
         from .gpus import GpuHeap, GpuIpcHeap
 
-        return GpuHeap(config.num_ranks) if comm is None else GpuIpcHeap(comm)
+        return GpuHeap(config.num_ranks) if comm is None else GpuIpcHeap(comm, setup_deadline_s)
     if comm is None:
         return ThreadHeap(config.num_ranks)
     from .mpi import MpiHeap
 
-    return MpiHeap(comm)
+    return MpiHeap(comm, setup_deadline_s)

@@ -29,8 +29,8 @@ class GpuIpcHeap(Meeting):
     A handle stands for a whole allocation, so a segment is one of its own and not a part of a pool's.
     """
 
-    def __init__(self, comm: Any) -> None:
-        super().__init__(comm)
+    def __init__(self, comm: Any, setup_deadline_s: float) -> None:
+        super().__init__(comm, setup_deadline_s)
         self._gpu: Any = None
         self._own: Any = None
         self._mapped: list[int] = []

@@ -16,8 +16,8 @@ SHARED_MEMORY = Path("/dev/shm")
 class MpiHeap(Meeting):
     """Segments of all ranks of `comm`, an mpi4py communicator whose ranks share one machine."""
 
-    def __init__(self, comm: Any) -> None:
-        super().__init__(comm)
+    def __init__(self, comm: Any, setup_deadline_s: float) -> None:
+        super().__init__(comm, setup_deadline_s)
         self._window: Any = None
 
     def allocate(self, num_bytes: int, backend: Any) -> None:

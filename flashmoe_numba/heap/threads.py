@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from reference.layout import ALIGNMENT
 
+from ..ownership import Owned
 
-class ThreadHeap:
+
+class ThreadHeap(Owned):
     """Segments of `num_ranks` ranks of this process."""
 
     def __init__(self, num_ranks: int) -> None:
@@ -18,7 +20,7 @@ class ThreadHeap:
         self.rank_indices = range(num_ranks)
         self.segments: list[np.ndarray] = []
 
-    def agree(self, error: Exception | None, same: str = "") -> None:
+    def agree(self, error: Exception | None, same: Mapping[str, Any] | None = None) -> None:
         """Raise this process's error, if there is one."""
         if error is not None:
             raise error

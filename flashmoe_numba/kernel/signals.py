@@ -31,6 +31,7 @@ LOOKS_PER_DEADLINE = 16
 
 SUBSCRIBER, PROCESSOR, HOST = 0, 1, 2
 DISPATCH_FLAG, RESULT_FLAG, GATE_FLAG, TASK_FLAG, CLOSED_FLAG = 0, 1, 2, 3, 4
+FAILED, CLOSED_BY_THREAD, CLOSED_EARLY = 0, 1, 2  # why a host left; in RECORD_M beside CLOSED_FLAG
 
 
 @jit
@@ -150,6 +151,6 @@ def abort(p, segments):
 
 
 @jit(entry=True)
-def leave(p, segments):
+def leave(p, segments, why=FAILED):
     """The host of this rank will not go on: say so, that the others stop now and not at the deadline."""
-    give_up(p, segments, 0, HOST, CLOSED_FLAG, p.rank_idx, 0, 0, 0, 0)
+    give_up(p, segments, 0, HOST, CLOSED_FLAG, p.rank_idx, 0, why, 0, 0)

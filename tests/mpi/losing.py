@@ -85,6 +85,7 @@ def last_words(moment, rank, deadline_s):
     if moment == "before a meeting":
         begin = rf"rank {rank} (gave up|stopped) {MEETING}of \d+, while it waited for rank {VICTIM} to come to meeting"
         return rf"{begin} \d+: (no rank made progress {silence}|rank (?!{rank}|{VICTIM})\d gave up)"
+    absent = rf"; rank {VICTIM} came as far as call {EPOCH - 1}, this one is at call {EPOCH}: it makes fewer calls .*"
     flag = {
         "before its blocks": rf"the dispatch flag of rank {VICTIM} for expert \d+ here",
         "after its dispatch": rf"the result flag of rank {VICTIM}, its expert \d+, row tile \d+",
@@ -92,6 +93,7 @@ def last_words(moment, rank, deadline_s):
     return (
         rf"rank {rank}(| stopped: rank (?!{rank}|{VICTIM})\d), block \d+ \(OS block\) gave up in epoch {EPOCH}: "
         rf"waited for {flag}; it holds epoch {EPOCH - 1}; \d+ flags missing, and no rank finished a task {silence}"
+        rf"{absent if moment == 'before its blocks' else ''}"
     )
 
 

@@ -4,42 +4,11 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from fake_comm import Comm
 
-from flashmoe_numba.heap import gpus, meeting
+from flashmoe_numba.heap import gpus
 
-
-class Comm:
-    """A communicator of ranks that are threads: the n-th collective of each is the same one."""
-
-    def __init__(self, rank, size, arrived):
-        self.rank, self.size, self._arrived, self._count = rank, size, arrived, 0
-
-    def _collective(self, name, data, out):
-        number, self._count = self._count, self._count + 1
-        everybody = self._arrived.setdefault(number, {})
-        everybody[self.rank] = (name, data)
-
-        def test():
-            if len(everybody) < self.size:
-                return False
-            assert {name for name, _ in everybody.values()} == {name}
-            if out is not None:
-                out[:] = [everybody[rank][1] for rank in range(self.size)]
-            return True
-
-        return SimpleNamespace(Test=test)
-
-    def Idup(self):
-        return self, self._collective("dup", None, None)
-
-    def Ibarrier(self):
-        return self._collective("barrier", None, None)
-
-    def Iallgather(self, mine, everybody):
-        return self._collective("gather", mine.copy(), everybody)
-
-    def Free(self):
-        pass
+SETUP_DEADLINE_S = 5.0
 
 
 class IpcGpu:
@@ -90,7 +59,7 @@ def set_up(num_ranks, fails):
 
     def one(rank):
         try:
-            heap = Heap(Comm(rank, num_ranks, arrived))
+            heap = Heap(Comm(rank, num_ranks, arrived), SETUP_DEADLINE_S)
             heap.allocate(64, SimpleNamespace(gpu=IpcGpu(rank, log, fails.get(rank, ""))))
             heap.close(lambda: None)
         except Exception as error:
@@ -106,8 +75,7 @@ def set_up(num_ranks, fails):
 
 @pytest.mark.parametrize("verb", ["", "allocate", "open", "close"])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_no_rank_frees_what_another_has_mapped_and_none_waits_for_ever(monkeypatch, verb, rank):
-    monkeypatch.setattr(meeting, "SETUP_DEADLINE_S", 5.0)
+def test_no_rank_frees_what_another_has_mapped_and_none_waits_for_ever(verb, rank):
     errors, log = set_up(3, {rank: verb})
     assert not [error for error in errors.values() if isinstance(error, (TimeoutError, AssertionError))], errors
     assert set(errors) == {"": set(), "close": {rank}}.get(verb, {0, 1, 2})

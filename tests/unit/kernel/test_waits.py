@@ -46,6 +46,12 @@ def test_time_in_which_the_process_was_stopped_is_no_silence():
     assert silences([100, 100, 5 * DEADLINE, 100])[2] == 0
 
 
+def test_a_stop_is_forgiven_from_a_quarter_of_the_deadline_on():
+    assert silences([DEADLINE // 4 + 5]) == [0]
+    assert silences([100, 100, DEADLINE // 4 + 5, 100])[2] == 0
+    assert silences([DEADLINE // 4 - 5])[0] >= DEADLINE // 4 - 5
+
+
 def test_silence_while_looking_counts():
     said = silences([100] * 12)
     assert said == sorted(said)
