@@ -89,6 +89,8 @@ def changed(**arrays):
         ({"deadline_s": float("nan")}, ValueError, ["deadline_s", "nan"]),
         ({"deadline_s": float("inf")}, ValueError, ["deadline_s", "inf"]),
         ({"deadline_s": "1"}, TypeError, ["deadline_s", "number", "'1'"]),
+        ({"setup_deadline_s": 0}, ValueError, ["setup_deadline_s", "(0, 86400]", "got 0"]),
+        ({"setup_deadline_s": True}, TypeError, ["setup_deadline_s", "number", "True"]),
         ({"backend": "gpu"}, ValueError, ["backend", "cpu, cuda, fibers", "'gpu'"]),
         ({"seed": 3}, TypeError, ["seed"]),
         ({"backend": "fibers", "seed": "a"}, TypeError, ["seed", "integer", "'a'"]),

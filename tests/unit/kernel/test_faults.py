@@ -68,7 +68,11 @@ def test_a_rank_that_does_not_come_is_named_by_all_others(missing, num_processor
             "epoch 2",
             f"the dispatch flag of rank {missing}",
         ]
-        parts += ["it holds epoch 1", f"{DEADLINE_S:g} s"]
+        parts += [
+            "it holds epoch 1",
+            f"{DEADLINE_S:g} s",
+            f"rank {missing} came as far as call 1, this one is at call 2",
+        ]
         assert all(part in first for part in parts), f"{first!r} should have all of {parts}"
         for rank in range(3):
             message = explain(rank, controls)

@@ -1,0 +1,206 @@
+"""How a layer ends: in order, in the middle of a call, by another thread, or while another rank goes on."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from cases import assert_same_bits, random_tokens, tiny_config
+
+from flashmoe_numba import FlashMoE
+from flashmoe_numba import layer as layer_module
+from flashmoe_numba.backends import cpu
+from flashmoe_numba.errors import FlashMoEError
+from flashmoe_numba.heap.threads import ThreadHeap
+from flashmoe_numba.kernel import signals as s
+from reference import Weights
+
+LONG_S = 20  # a deadline that no test waits for, unless the layer is wrong
+
+
+class Together:
+    """Segments that layers of one rank each share, and those that came to close."""
+
+    def __init__(self, config):
+        self.config, self.weights = config, Weights.random(config)
+        self.segments, self.closing = [], set()
+
+    def layers(self, monkeypatch, **settings):
+        """A layer for every rank, each as in a process of its own."""
+        made = []
+        for rank in range(self.config.num_ranks):
+            monkeypatch.setattr(layer_module, "make_heap", lambda *_, rank=rank: OneRankHeap(self, rank))
+            comm = SimpleNamespace(Split_type=None, rank=rank, size=self.config.num_ranks)
+            made.append(FlashMoE(self.config, self.weights, comm=comm, num_processors=1, **settings))
+        return made
+
+
+class OneRankHeap(ThreadHeap):
+    def __init__(self, together, rank):
+        super().__init__(together.config.num_ranks)
+        self._together, self.rank_indices = together, range(rank, rank + 1)
+
+    def allocate(self, num_bytes, backend):
+        if not self._together.segments:
+            super().allocate(num_bytes, backend)
+            self._together.segments = self.segments
+        self.segments = self._together.segments
+
+    def close(self, check):
+        """Wait for all ranks, as under MPI."""
+        if check is not None:
+            self._together.closing.add(self.rank_indices[0])
+            start = time.monotonic()
+            while len(self._together.closing) < self.num_ranks:
+                check()
+                assert time.monotonic() < start + 2 * LONG_S, "not all ranks came to close"
+                time.sleep(1e-3)
+        super().close(check)
+
+
+def outcomes(layers, bodies):
+    """What each rank's body, given its layer, returns or raises; all at once, and the layer is closed after it."""
+
+    def one(layer, body):
+        try:
+            with layer:
+                return body(layer)
+        except FlashMoEError as error:
+            return error
+
+    with ThreadPoolExecutor(len(layers)) as pool:
+        return list(pool.map(one, layers, bodies))
+
+
+def calls(number, x, rank):
+    return lambda layer: [layer(x[rank]) for _ in range(number)]
+
+
+@pytest.mark.parametrize("numbers", [[2, 1], [1, 2], [0, 1], [2, 1, 2], [3, 3, 2]])
+def test_a_rank_that_closes_while_another_makes_one_more_call_is_named_at_once_by_all(monkeypatch, numbers):
+    config = tiny_config(num_ranks=len(numbers), num_experts=2 * len(numbers))
+    x = random_tokens(config)
+    layers = Together(config).layers(monkeypatch, deadline_s=LONG_S)
+    early = numbers.index(min(numbers))
+    why = f"rank {early} closed its layer after {min(numbers)} calls, and another rank made one more"
+    for rank, error in enumerate(outcomes(layers, [calls(n, x, rank) for rank, n in enumerate(numbers)])):
+        assert isinstance(error, FlashMoEError), f"rank {rank}: {error}"
+        assert str(error).startswith(why if rank == early else f"rank {rank} stopped: {why}"), f"rank {rank}: {error}"
+
+
+def test_ranks_that_make_the_same_calls_close_in_order(monkeypatch):
+    config = tiny_config()
+    x = random_tokens(config)
+    with FlashMoE(config, Weights.random(config)) as layer:
+        expected = layer(x)
+    layers = Together(config).layers(monkeypatch, deadline_s=LONG_S)
+    for rank, results in enumerate(outcomes(layers, [calls(3, x, rank) for rank in range(2)])):
+        for y in results:
+            assert_same_bits(y, expected[rank])
+
+
+def test_a_rank_that_waits_in_close_is_told_of_one_that_left(monkeypatch):
+    config = tiny_config()
+    x = random_tokens(config)
+
+    def leaves(layer):
+        layer(x[1])
+        raise FlashMoEError("of its own")
+
+    layers = Together(config).layers(monkeypatch, deadline_s=LONG_S)
+    told, own = outcomes(layers, [calls(1, x, 0), leaves])
+    assert str(told) == "rank 0 stopped: rank 1 left in epoch 1 because of an error of its own" and "of its" in str(own)
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_call_that_raises_tells_all_ranks_also_without_a_with_block(monkeypatch):
+    """Before the blocks run, or while they do."""
+
+    def broken(*_, **__):
+        raise Broken
+
+    for place in ("run", "adopt"):
+        config = tiny_config()
+        layer, other = Together(config).layers(monkeypatch, deadline_s=LONG_S)
+        x = random_tokens(config)
+        monkeypatch.setattr(layer._backend, place, broken)
+        with pytest.raises(Broken):
+            layer(x[0])
+        assert other._ranks[0].control[s.ABORT] == 1
+        with pytest.raises(
+            FlashMoEError, match="rank 1 stopped: rank 0 left in epoch 1 because of an error of its own"
+        ):
+            other(x[1])
+
+
+def test_a_close_in_another_thread_ends_the_call_and_says_so():
+    config = tiny_config()
+    x, begun = random_tokens(config), threading.Event()
+    layer = FlashMoE(config, Weights.random(config), num_processors=1, deadline_s=LONG_S)
+    layer(x)
+    honest = layer._backend.run
+
+    def without_rank_1(blocks, stop):  # the call would last for ever
+        begun.set()
+        honest(blocks[:2], stop)
+
+    layer._backend.run = without_rank_1
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(layer, x)
+        assert begun.wait(60)
+        layer.close()
+        with pytest.raises(FlashMoEError) as caught:
+            call.result()
+    assert str(caught.value) == "rank 0 left in epoch 2 because close() was called in another thread"
+    with pytest.raises(FlashMoEError, match=r"this layer is closed: .*close\(\) was called in another thread"):
+        layer(x)
+
+
+def test_no_thread_outlives_a_call_that_fails(monkeypatch):
+    """One block fails, another goes on until it is told to stop, and a moment longer."""
+    stopped, waits, ended = threading.Event(), [], threading.Event()
+    last = threading.Event()
+
+    def block(number):
+        if number == 0:
+            raise Broken
+        stopped.wait(60)
+        last.wait(60)
+        ended.set()
+
+    def waited(futures, **options):
+        waits.append(futures)
+        if stopped.is_set():
+            last.set()
+        return honest_wait(futures, **options)
+
+    honest_wait = cpu.wait
+    monkeypatch.setattr(cpu, "persistent", block)
+    monkeypatch.setattr(cpu, "wait", waited)
+    backend = cpu.CpuBackend()
+    try:
+        with pytest.raises(Broken):
+            backend.run([("first", (0,)), ("second", (1,))], stopped.set)
+        assert stopped.is_set() and ended.is_set(), "the second block still runs"
+    finally:
+        last.set()
+        backend.close()
+
+
+def test_a_layer_refuses_the_call_that_flags_cannot_count():
+    config = tiny_config(num_ranks=1)
+    x = random_tokens(config)
+    with FlashMoE(config, Weights.random(config), num_processors=1, backend="fibers") as layer:
+        expected = layer(x)
+        layer._epoch = 2**31 - 3
+        for call in ("the last call but one", "the last call"):
+            assert_same_bits(layer(x), expected, call)
+        assert s.EPOCH_SHIFT == 32 and layer.stats[0].epoch == np.iinfo(np.int32).max
+        for _ in range(2):
+            with pytest.raises(FlashMoEError, match="at most 2147483647 calls"):
+                layer(x)
