@@ -177,6 +177,13 @@ def test_leaving_tells_all_ranks_who_left(layer):
         layer.synchronize()
 
 
+def test_leaving_says_why(layer):
+    layer(random_tokens(CONFIG))
+    layer._backend.leave(*layer._ranks[1].leaving(1), s.CLOSED_BY_THREAD)
+    with pytest.raises(FlashMoEError, match=r"rank 1 left in epoch 1 because close\(\) was called in another thread"):
+        layer.synchronize()
+
+
 @pytest.mark.parametrize(("before", "after"), [([5, 5], [5, 5]), ([5, 0], [5, 5]), ([0, 5], [2, 5]), ([0, 0], [2, 2])])
 def test_leaving_overwrites_no_stop(layer, before, after):
     """The first word is rank 0's, which decides whom all name; rank 1 leaves, and does nothing if it was stopped."""
