@@ -125,16 +125,15 @@ def _write_float_control(typing):
 
     def codegen(context, builder, sig, args):
         i32, i64, byte_pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
-        triple = builder.module.triple
+        declare, triple = builder.module.declare_intrinsic, builder.module.triple
         if triple.startswith("x86_64"):
             slot = builder.alloca(i32)
             builder.store(ir.Constant(i32, 0x1F80), slot)
-            function = ir.FunctionType(ir.VoidType(), [byte_pointer])
-            load = builder.module.declare_intrinsic("llvm.x86.sse.ldmxcsr", fnty=function)
+            load = declare("llvm.x86.sse.ldmxcsr", fnty=ir.FunctionType(ir.VoidType(), [byte_pointer]))
             builder.call(load, [builder.bitcast(slot, byte_pointer)])
         elif triple.startswith(("aarch64", "arm64")):
-            function = ir.FunctionType(ir.VoidType(), [i64])
-            builder.asm(function, "msr fpcr, $0", "r", [ir.Constant(i64, 0)], side_effect=True)
+            write = declare("llvm.aarch64.set.fpcr", fnty=ir.FunctionType(ir.VoidType(), [i64]))
+            builder.call(write, [ir.Constant(i64, 0)])
         return context.get_dummy_value()
 
     return types.void(), codegen

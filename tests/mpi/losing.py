@@ -85,7 +85,10 @@ def last_words(moment, rank, deadline_s):
     if moment == "before a meeting":
         begin = rf"rank {rank} (gave up|stopped) {MEETING}of \d+, while it waited for rank {VICTIM} to come to meeting"
         return rf"{begin} \d+: (no rank made progress {silence}|rank (?!{rank}|{VICTIM})\d gave up)"
-    absent = rf"; rank {VICTIM} came as far as call {EPOCH - 1}, this one is at call {EPOCH}: it makes fewer calls .*"
+    absent = (
+        rf"; rank {VICTIM} came as far as call {EPOCH - 1}, this one is at call {EPOCH}: it makes fewer calls "
+        r"\(every rank must make the same calls\), was later than deadline_s allows, or is gone"
+    )
     flag = {
         "before its blocks": rf"the dispatch flag of rank {VICTIM} for expert \d+ here",
         "after its dispatch": rf"the result flag of rank {VICTIM}, its expert \d+, row tile \d+",
