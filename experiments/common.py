@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashmoe_numba.commands import UsageError
+from flashmoe_numba.commands.sizes import check_outputs
+
 Row = dict[str, Any]
 
 
@@ -15,14 +18,22 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     """`--smoke` and `--json`, under the experiment's docstring."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="the smallest case only, in seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows as JSON lines")
+    parser.add_argument("--json", type=_rows_file, metavar="FILE", help="append the rows as JSON lines")
     return parser
 
 
+def _rows_file(text: str) -> Path:
+    """An argparse type: a file that can be written, which is seen before anything runs."""
+    try:
+        check_outputs({"--json": str(Path(text).absolute())})
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("argument --json: ")) from None
+    return Path(text)
+
+
 def store(rows: Iterable[Row], file: Path | None) -> None:
-    """Append the rows to the file, one JSON object per line; its folder is made."""
+    """Append the rows to the file, one JSON object per line."""
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row) + "\n" for row in rows)
 

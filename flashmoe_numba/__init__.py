@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from .errors import FlashMoEError
     from .layer import FlashMoE
 
-__all__ = ["FlashMoE", "FlashMoEError"]
+    __version__: str
+
+__all__ = ["FlashMoE", "FlashMoEError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from .errors import FlashMoEError
 
         return FlashMoEError
+    if name == "__version__":
+        from .version import version
+
+        return version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,6 +38,16 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+class _Version(argparse.Action):
+    """Says the version, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from .version import version
+
+        print(f"{parser.prog} {version()}")
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `flashmoe` with these arguments, by default those of the process; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -84,10 +94,11 @@ def _choose(argv: list[str]) -> str:
     table = "\n".join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())
     parser = _Parser(
         prog="flashmoe",
-        usage="flashmoe COMMAND [--help] ...",
+        usage="flashmoe COMMAND [--help] ... | --version | --help",
         description="A distributed Mixture-of-Experts layer as one persistent kernel per rank.",
         epilog=f"commands:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below; each has its own --help")
     return str(parser.parse_args(argv[:1]).command)

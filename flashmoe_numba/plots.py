@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
+from reference.pictures import picture_format
 
 from .kernel.trace import RECEIVE
 from .trace import TRACE_KIND_NAMES, TraceRecord, block_name
@@ -25,10 +26,10 @@ MOST_NAMED_LANES = 64
 
 
 def plot_timeline(records: Sequence[TraceRecord], num_processors: int, file: Path) -> None:
-    """Write a PNG: one lane per block, rank 0 on top, one colour per kind, milliseconds since the first slice.
+    """Write a PNG, PDF or SVG, by the file's suffix: a lane per block, rank 0 on top, a colour per kind, milliseconds.
 
     Raises:
-        ImportError: matplotlib is missing; names the extra.
+        ImportError: matplotlib is missing; names the extra. ValueError: another suffix.
     """
     try:
         from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ def plot_timeline(records: Sequence[TraceRecord], num_processors: int, file: Pat
     axes = figure.add_subplot()
     _draw_slices(axes, records, lanes)
     _label(figure, axes, lanes, num_processors)
-    figure.savefig(file, format="png")
+    figure.savefig(file, format=picture_format(file))
 
 
 def _draw_slices(axes: Any, records: Sequence[TraceRecord], lanes: Sequence[tuple[int, int]]) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from reference.pictures import picture_format
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7B4173", "#637939", "#F0E442")
 MARKERS = "osD^vP*X<>"
 SHARE_COLOURS = ("#56B4E9", "#009E73", "#999999")
@@ -98,9 +100,14 @@ def table(
 
 
 def save(figure: Any, file: Path) -> None:
-    """As PNG; the folder is made."""
+    """As PNG, PDF or SVG, by the file's suffix; the folder is made.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    kind = picture_format(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format="png")
+    figure.savefig(file, format=kind)
 
 
 def blank(width: float, height: float) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .charts import blank
+from .charts import blank, save
 from .graph import Array
 from .kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
 from .report import check_runs, horizon_ns, num_slots, places, sm_runs, transfers
@@ -36,10 +36,10 @@ BAND, STRIP = 0.78, 0.06  # heights, of the distance of two ranks
 
 
 def plot_timeline(simulation: Simulation, file: Path) -> None:
-    """Write a PNG: a band per rank, rank 0 on top, one colour per kind, milliseconds since the start.
+    """Write a PNG, PDF or SVG, by the file's suffix: a band per rank, rank 0 on top, a colour per kind, milliseconds.
 
     Raises:
-        ImportError: matplotlib is missing; names the extra. ValueError: the runs were not kept.
+        ImportError: matplotlib is missing; names the extra. ValueError: the runs were not kept, or another suffix.
     """
     check_runs(simulation)
     num_ranks = min(simulation.world.num_ranks, MAX_RANKS)
@@ -48,7 +48,7 @@ def plot_timeline(simulation: Simulation, file: Path) -> None:
     _draw_bands(axes, simulation, num_ranks)
     _draw_transfers(axes, simulation, num_ranks)
     _label(figure, axes, simulation, num_ranks)
-    figure.savefig(file, format="png")
+    save(figure, file)
 
 
 def _draw_bands(axes: Any, simulation: Simulation, num_ranks: int) -> None:

@@ -23,7 +23,7 @@ from sim.hardware import to_toml
 
 from ..bench import launch
 from . import UsageError
-from .sizes import check_outputs, integer, output_file
+from .sizes import check_outputs, integer
 
 if TYPE_CHECKING:
     from ..bench.calibrate import Rates, Settings
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     if found is None:
         return 1
     hardware, flags = hardware_of(found, settings), set_flags(knobs_of(found, settings))
-    output_file(args.out).write_text(f"# simulate with {flags}\n{to_toml(hardware)}", encoding="utf-8")
+    Path(args.out).write_text(f"# simulate with {flags}\n{to_toml(hardware)}", encoding="utf-8")
     print("\n".join(lines(found, hardware)))
     print(f"\nsimulate on it with\nflashmoe sim --hardware {args.out} --dtype {args.dtype} {flags}")
     return 0

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reference import DTYPES, MoEConfig
@@ -21,7 +22,7 @@ from ..gpu.sass import TENSOR_LOAD, Facts, MainLoop, disassemble, failures, find
 from ..gpu.variants import ARCHITECTURES, TENSOR_DTYPES, Variant, choose_variant
 from . import UsageError
 from .plan import readable
-from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, output_file, write_json
+from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
 
 if TYPE_CHECKING:
     from ..gpu.build import Kernel
@@ -109,7 +110,7 @@ def _report(variant: Variant, config: MoEConfig, sass_file: str | None, append: 
     except RuntimeError as error:
         return {**head, "failures": [" ".join(str(error).split())], "passed": False}
     if sass_file:
-        with output_file(sass_file).open("a" if append else "w", encoding="utf-8") as file:
+        with Path(sass_file).open("a" if append else "w", encoding="utf-8") as file:
             file.write(f"// {variant.name}: {kernel.path.name}\n{sass}")
     facts = read_facts(sass)
     found = failures(kernel, facts)

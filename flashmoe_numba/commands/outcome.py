@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from reference import Weights, Workload, make_workload
 
@@ -11,7 +12,7 @@ from ..bench.measure import Measurement, Settings
 from ..bench.report import make_report, table
 from ..trace import TraceRecord, decode, write_chrome_trace
 from .plan import describe
-from .sizes import output_file, write_json
+from .sizes import write_json
 
 
 def conclude(
@@ -47,8 +48,8 @@ def _write_pictures(settings: Settings, parts: Sequence[Measurement], trace: str
     for part in parts:
         records += decode(part.traces)
     if trace:
-        write_chrome_trace(records, parts[0].processors, output_file(trace))
+        write_chrome_trace(records, parts[0].processors, Path(trace))
     if plot:
         from ..plots import plot_timeline
 
-        plot_timeline(records, parts[0].processors, output_file(plot))
+        plot_timeline(records, parts[0].processors, Path(plot))

@@ -10,11 +10,12 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from reference.pictures import PICTURE_FORMATS
 from sim.figures import draw_figures
 from sim.sweep import Row, read_rows
 
 from . import UsageError
-from .sizes import integer
+from .sizes import integer, make_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,9 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     for condition in args.where:
         rows = _chosen(rows, condition)
+    if args.out.suffix.removeprefix(".") in PICTURE_FORMATS and not args.out.is_dir():
+        raise UsageError(f"argument --out: is a folder, where several figures go as PNG, got {str(args.out)!r}")
+    make_folder("--out", str(args.out), args.out)
     files, notes = draw_figures(rows, args.out, args.most)
     print("\n".join([*map(str, files), *notes]))
     return 0 if files else 1

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--mpi", action="store_true", help="a process for every rank, even for a single one")
     add_json_argument(parser)
     add("--trace", metavar="FILE", help="write the last call for https://ui.perfetto.dev; costs a little time")
-    add("--plot", metavar="FILE", help="draw the last call as PNG")
+    add("--plot", metavar="FILE", help="draw the last call; as PNG, or .pdf, .svg")
 
 
 def _deadline(text: str) -> float:
@@ -85,6 +85,7 @@ def main(args: argparse.Namespace) -> int:
     elif not in_process:
         launch.check_shared_memory(config.num_ranks, Layout(config).num_bytes)
     check_memory(config)
+    _check_outputs(args)
     if not in_process:
         command = [sys.executable, "-m", "flashmoe_numba", *args.argv]
         return launch.start(config.num_ranks, command, args.deadline_s)
@@ -115,10 +116,14 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
         make_workload(args.workload, config, _num_tokens(args), args.seed, ranks=[])
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise UsageError(f"argument --workload: {in_flags(str(error))}") from None
-    check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot")})
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise UsageError("argument --plot: needs matplotlib, not found here: pip install 'flashmoe-numba[plots]'")
     return config
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """The last check: it makes folders."""
+    check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot")})
 
 
 def _num_tokens(args: argparse.Namespace) -> int | None:
@@ -152,7 +157,9 @@ def _run_as_rank(args: argparse.Namespace) -> int:
         if args.ranks not in (None, world.num_ranks):
             rule = f"must be the number of ranks of this mpirun, {world.num_ranks}"
             raise UsageError(f"argument --ranks: {rule}, got {args.ranks}")
-        return _run(args, _validate(args, world.num_ranks), world)
+        config = _validate(args, world.num_ranks)
+        _check_outputs(args)
+        return _run(args, config, world)
     except UsageError:
         raise  # all ranks have it
     except BaseException as error:

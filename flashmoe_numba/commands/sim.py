@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import sim
 from reference import MoEConfig
@@ -18,7 +19,7 @@ from reference import MoEConfig
 from . import UsageError
 from .simulated import catalogue, table
 from .simulation_flags import Asked, add_simulation_arguments, ask, blaming, load_engine, simulate_asked
-from .sizes import add_json_argument, check_outputs, config_from, output_file, write_json
+from .sizes import add_json_argument, check_outputs, config_from, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overlap", action="store_true", help="also simulate 2 ranks, for the overlap efficiency T(2) / T")
     add_json_argument(parser)
     add("--trace", metavar="FILE", help="write the one simulation for https://ui.perfetto.dev")
-    add("--plot", metavar="FILE", help="draw the one simulation as PNG")
+    add("--plot", metavar="FILE", help="draw the one simulation; as PNG, or .pdf, .svg")
     add("--list", action="store_true", help="say what there is, with all knobs, and simulate nothing")
 
 
@@ -103,6 +104,6 @@ def _write(args: argparse.Namespace, configs: Sequence[MoEConfig], reports: Sequ
 
 def _write_pictures(args: argparse.Namespace, simulation: sim.Simulation) -> None:
     if args.trace:
-        sim.write_chrome_trace(simulation, output_file(args.trace))
+        sim.write_chrome_trace(simulation, Path(args.trace))
     if args.plot:
-        sim.plot_timeline(simulation, output_file(args.plot))
+        sim.plot_timeline(simulation, Path(args.plot))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reference import ACTIVATIONS, DTYPES, MoEConfig, load_preset, preset_names
+from reference.pictures import picture_format
 from reference.plan import weight_bytes
 
 from . import UsageError
@@ -97,24 +98,19 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(path: str, value: dict[str, Any] | list[dict[str, Any]]) -> None:
-    """To a file, whose folder is made, or to stdout for "-"."""
+    """To a file that was checked by `check_outputs`, or to stdout for "-"."""
     text = json.dumps(value, indent=1, allow_nan=False)
     if path == "-":
         print(text)
         sys.stdout.flush()
     else:
-        output_file(path).write_text(text + "\n", encoding="utf-8")
-
-
-def output_file(path: str) -> Path:
-    """The path, with its folder made."""
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def check_outputs(paths: dict[str, str | None]) -> None:
-    """Nothing, if a file can be written at each flag's path; "-" is stdout, for JSON only.
+    """See that a file can be written at each flag's path, before anything runs; "-" is stdout, for JSON only.
+
+    A folder that is not there is made, and said to be. Nothing else is left behind. `--plot` is a picture.
 
     Raises:
         UsageError: naming the flag and what is wrong.
@@ -126,19 +122,45 @@ def check_outputs(paths: dict[str, str | None]) -> None:
         same = [other for other in given if other != flag and os.path.realpath(given[other]) == os.path.realpath(path)]
         if same:
             raise UsageError(f"argument {flag}: must not be the file of {same[0]}, got {path!r}")
+        if flag == "--plot":
+            _check_picture(path)
         if path != "-":
             _check_writable(flag, path)
 
 
-def _check_writable(flag: str, path: str) -> None:
+def _check_picture(path: str) -> None:
     try:
-        file = output_file(path)
+        picture_format(path)
+    except ValueError as error:
+        raise UsageError(f"argument --plot: {error}") from None
+
+
+def _check_writable(flag: str, path: str) -> None:
+    file = Path(path)
+    make_folder(flag, path, file.parent)
+    try:
+        if file.is_fifo():  # to open and close it would tell its reader that this was all
+            return
         existed = file.exists()
         file.open("a").close()
         if not existed:
-            file.unlink(missing_ok=True)  # ranks check at the same time
+            file.resolve().unlink(missing_ok=True)  # of a link, what it points to; ranks check at the same time
     except OSError as error:
         raise UsageError(f"argument {flag}: cannot write {path!r}: {error.strerror}") from None
+
+
+def make_folder(flag: str, path: str, folder: Path) -> None:
+    """Make the folder for a flag's path, if it is not there, and say so on stderr: it may be a slip of the pen.
+
+    Raises:
+        UsageError: it cannot be made, or is something else.
+    """
+    try:
+        folder.mkdir(parents=True)
+        print(f"flashmoe: {flag}: made the folder {str(folder)!r}, which was not there", file=sys.stderr)
+    except OSError as error:
+        if not folder.is_dir():
+            raise UsageError(f"argument {flag}: cannot write {path!r}: {error.strerror}") from None
 
 
 def check_memory(config: MoEConfig) -> None:

@@ -18,6 +18,7 @@ from sim.sweep import Row, RowFile, missing, run_points
 
 from ..bench import launch
 from . import UsageError
+from .sizes import make_folder
 from .spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped
 
 MOST_ERRORS = 5
@@ -40,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(out: Path, points: Sequence[Point], pool: Pool | None) -> int:
+    make_folder("--out", str(out), out.parent)
     try:
         file = RowFile(out)
     except (OSError, ValueError) as error:

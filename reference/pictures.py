@@ -1,0 +1,18 @@
+"""The kinds of files that pictures are written as; the layer and the simulator draw different ones by the same rule."""
+
+from pathlib import Path
+
+PICTURE_FORMATS = ("png", "pdf", "svg")
+
+
+def picture_format(file: Path | str) -> str:
+    """One of `PICTURE_FORMATS` by the file's suffix; PNG where it has none.
+
+    Raises:
+        ValueError: another suffix: the file would not be what its name says.
+    """
+    suffix = Path(file).suffix.lower().removeprefix(".") or PICTURE_FORMATS[0]
+    if suffix not in PICTURE_FORMATS:
+        endings = ", ".join(f".{name}" for name in PICTURE_FORMATS)
+        raise ValueError(f"a picture must end in one of {endings}, got '{file}'")
+    return suffix
