@@ -82,7 +82,10 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None) -> Plan:
         real_rows=real_rows,
         padded_rows=padded_rows,
         padded_share=1 - real_rows / padded_rows if padded_rows else 0.0,
-        busiest_rank_flops=int((rows_of_owner * row_flops + tokens * gate_flops).max()),
+        busiest_rank_flops=max(  # integers of Python, which do not overflow
+            rows * row_flops + own * gate_flops
+            for rows, own in zip(rows_of_owner.tolist(), tokens.tolist(), strict=True)
+        ),
         total_flops=real_rows * row_flops + int(tokens.sum()) * gate_flops,
         padded_flops=padded_rows * row_flops + int(tokens.sum()) * gate_flops,
     )

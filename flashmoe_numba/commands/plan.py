@@ -12,7 +12,10 @@ from typing import Any
 
 from reference import MoEConfig, Plan, make_plan
 
+from . import UsageError
 from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
+
+MOST_PACKETS = 2**24  # a minute to count, and each takes some ten bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +27,9 @@ def main(args: argparse.Namespace) -> int:
     """Print the plan of the config that the flags describe."""
     config = config_from(args)
     check_outputs({"--json": args.json})
+    if config.num_ranks * config.num_experts > MOST_PACKETS:
+        rule = f"--ranks x --experts, the packets, must be at most {MOST_PACKETS:,}"
+        raise UsageError(f"{rule}, got {config.num_ranks:,} x {config.num_experts:,}")
     plan = make_plan(config)
     if args.json != "-":
         print("\n".join(lines(args.preset, config, plan)))

@@ -111,7 +111,11 @@ def _check_gpus(num_ranks: int) -> None:
 
 def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     """The config, if nothing is wrong that can be known before a rank starts."""
+    from ..arguments import MOST_PROCESSORS
+
     config = config_from(args, num_ranks)
+    if (args.processors or 1) > MOST_PROCESSORS:
+        raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
     try:
         make_workload(args.workload, config, _num_tokens(args), args.seed, ranks=[])
     except (TypeError, ValueError, FileNotFoundError) as error:

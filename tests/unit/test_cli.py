@@ -52,6 +52,7 @@ def run_json(capsys, *flags):
     (["--workload", "zipf:-1"], "argument --workload: name must be one of: text"),
     (["--workload", "no.npz"], "argument --workload: name is a recorded workload, but there is no file no.npz"),
     (["--processors", "0"], "argument --processors: must be an integer >= 1, got '0'"),
+    (["--processors", "513", "--threads"], "argument --processors: must be in [1, 512], got 513"),
     (["--iterations", "0"], "argument --iterations: must be an integer >= 1, got '0'"),
     (["--seed", "-1"], "argument --seed: must be an integer >= 0, got '-1'"),
     (["--deadline-s", "nan"], "argument --deadline-s: must be a number in (0, 86400], got 'nan'"),
@@ -269,6 +270,21 @@ def test_plan_is_that_of_the_reference(capsys, flags, config):
     del plan["preset"]
     assert plan.pop("config") == asdict(config)
     assert plan == asdict(make_plan(config))
+
+
+def test_a_plan_of_the_largest_sizes_is_counted_in_whole_numbers(capsys):
+    flags = ["--ranks", "2", "--experts", "2", "--topk", "1"]
+    flags += [word for size in ("hidden", "ffn", "tokens") for word in (f"--{size}", "2147483647")]
+    assert cli.main(["plan", "--json", "-", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    most = 2**31 - 1
+    assert plan["total_flops"] == 2 * most * (2 * 3 * most * most + 2 * most * 2)
+    assert plan["busiest_rank_flops"] >= plan["total_flops"] // 2
+
+
+def test_a_plan_that_would_not_end_is_refused(capsys):
+    assert cli.main(["plan", "--ranks", "65536", "--experts", "65536"]) == 2
+    assert "must be at most 16,777,216, got 65,536 x 65,536" in capsys.readouterr().err
 
 
 def test_plan_as_a_table(capsys):
