@@ -43,6 +43,7 @@ FIELDS: dict[str, tuple[Any, Any]] = {  # of a node: dtype and default
     "flops": (np.float64, 0.0),
     "useful_flops": (np.float64, 0.0),
 }
+_DEFAULTS = {name: np.array(default, dtype) for name, (dtype, default) in FIELDS.items() if default is not None}
 
 
 class Server(NamedTuple):
@@ -144,8 +145,9 @@ class GraphBuilder:
         shape = np.broadcast_shapes(*(np.shape(value) for value in given.values()))
         size = int(np.prod(shape, dtype=np.int64))
         part = {}
-        for name, (dtype, default) in FIELDS.items():
-            part[name] = np.broadcast_to(_cast(name, given.get(name, default), dtype), shape).reshape(size)
+        for name, (dtype, _) in FIELDS.items():
+            array = _cast(name, given[name], dtype) if name in given else _DEFAULTS[name]
+            part[name] = (array if array.shape == shape else np.broadcast_to(array, shape)).reshape(size)
         self._parts.append(part)
         first = self._num_nodes
         self._num_nodes += size

@@ -16,7 +16,9 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +194,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"hardware file {path}: no such file; good names without a file: {_GOOD_NAMES}")
     try:
-        file = tomllib.loads(path.read_text(encoding="utf-8"))
+        file = deepcopy(_parse_toml(path.read_text(encoding="utf-8")))
     except ValueError as error:  # malformed TOML, or not UTF-8
         raise ValueError(f"hardware file {path}: not a TOML file: {error}") from None
     try:
@@ -200,6 +202,11 @@ def _read(path: Path) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"hardware file {path}: {error}") from None
     return file
+
+
+@lru_cache(maxsize=16)  # by the text: a sweep loads the same machine for every point
+def _parse_toml(text: str) -> dict[str, Any]:
+    return tomllib.loads(text)
 
 
 def _check_file(file: dict[str, Any]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import NoneType
-from typing import ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 MOST = 2**31 - 1  # of a whole number: what a graph's counts hold, and 2 s as a time
+
+_hints: Callable[[type], dict[str, Any]] = cache(get_type_hints)  # which evaluates every annotation anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class PolicyKnobs:
             raise ValueError(f"rate must be in (0, 1], got {self.rate}")
 
     def _check_type(self, name: str, value: object) -> None:
-        kind = get_type_hints(type(self))[name]
+        kind = _hints(type(self))[name]
         kinds = get_args(kind) or (kind,)
         if type(value) not in kinds and not (type(value) is int and float in kinds):
             nouns = " or ".join(option.__name__ for option in kinds if option is not NoneType)
