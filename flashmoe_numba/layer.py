@@ -13,6 +13,7 @@ import numpy as np
 
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
 from reference.plan import max_tasks
+from reference.scalars import plain
 
 from .arguments import SETUP_DEADLINE_S, find_problem
 from .backends import make_backend
@@ -32,6 +33,11 @@ class FlashMoE(Owned):
     Without `comm` all ranks live in this process and a call takes and returns the tokens of all of them. With `comm`
     each process is one rank, and a call takes and returns that rank's tokens; every rank must make the same calls.
     A layer belongs to the process that made it: it cannot be copied or pickled, and not be called in a forked child.
+
+    Numbers have the ranges of their types: logits that of the accumulator (float32, or float64 for float64), beyond
+    which a token has NaN weights and goes to experts 0 to k - 1; hidden rows and experts' results that of the element
+    type, to which they are rounded before a weight is applied (float16: infinite from 65,520 on). So a bad token spoils
+    its own row only, a weight of 0 adds nothing in any case, and `stats` counts what is not finite.
 
     Args:
         config: sizes of the layer.
@@ -67,6 +73,9 @@ class FlashMoE(Owned):
     ) -> None:
         if comm is not None and not hasattr(comm, "Split_type"):
             raise TypeError(f"comm must be an mpi4py communicator or None, got {type(comm).__name__}")
+        num_processors, trace = plain(num_processors), plain(trace)
+        deadline_s, setup_deadline_s = plain(deadline_s), plain(setup_deadline_s)
+        backend_settings = {name: plain(value) for name, value in backend_settings.items()}
         problem = find_problem(
             config, weights, comm, backend, backend_settings, num_processors, deadline_s, setup_deadline_s, trace
         )
@@ -144,8 +153,9 @@ class FlashMoE(Owned):
                 `[num_tokens_of_rank, hidden]` per rank. Up to `config.num_tokens` tokens per rank, 0 included.
                 Element type `config.dtype`. An array that is not contiguous is copied. With backend "cuda" arrays on
                 the GPU: CuPy's, PyTorch's, Numba's; bfloat16 may come as int16 bit patterns.
-            topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices.
-            topk_weights: their factors, used as they are.
+            topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices. -1 and
+                `config.num_experts` are no choice, as often as you like: nothing is sent or added; `routing` has -1.
+            topk_weights: their factors, used as they are; those of no choice are not looked at.
 
         Returns:
             y, shaped like x and of its type. With backend "cuda" it is filled in the order of the caller's stream, and
@@ -175,8 +185,15 @@ class FlashMoE(Owned):
             return [value]
         if not (isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0):
             raise TypeError(f"{name} must be an array or a list of arrays, got {type(value).__name__}")
-        if len(value) != self.config.num_ranks:
-            raise ValueError(f"{name} must have one part per rank: num_ranks={self.config.num_ranks}, got {len(value)}")
+        if isinstance(value, np.ndarray) and value.dtype.kind == "O":
+            raise TypeError(f"{name} must be a list if parts differ in length, got an array of objects: list({name})?")
+        num_ranks = self.config.num_ranks
+        if getattr(value, "ndim", None) == 2:
+            hint = f": {name}[None]?" if num_ranks == 1 else ""
+            rule = f"one part per rank: num_ranks={num_ranks} arrays with a row per token"
+            raise ValueError(f"{name} must have {rule}, got one array of shape {list(value.shape)}{hint}")
+        if len(value) != num_ranks:
+            raise ValueError(f"{name} must have one part per rank: num_ranks={num_ranks}, got {len(value)}")
         return [value[rank_idx] for rank_idx in range(len(value))]  # Numba's device arrays have no iterator
 
     def _check_routing(self, tokens: Sequence[np.ndarray], topk_idx: Any, topk_weights: Any) -> list[Routing | None]:

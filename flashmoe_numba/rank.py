@@ -26,7 +26,12 @@ class Stats:
     """Counters of one rank's last call.
 
     `padded_rows` is what the row tiles of the received packets add up to; `padded_row_share` the part of them that
-    holds no row. `rows_per_expert` are the received rows of each of this rank's experts.
+    holds no row. `rows_per_expert` are the received rows of each of this rank's experts. `dropped_pairs` chose an
+    expert and were not sent, because of the capacity.
+
+    What is not finite: `nonfinite_tokens` have routing weights that hold an infinity or NaN, because x did or because a
+    logit left the range of the accumulator (or as they were given); `nonfinite_rows` are those of the sent rows whose
+    result holds one, for the same x, or because it or the hidden row left the range of the element type.
     """
 
     epoch: int
@@ -37,10 +42,17 @@ class Stats:
     dropped_pairs: int
     row_tiles: int
     padded_rows: int
+    nonfinite_tokens: int
+    nonfinite_rows: int
 
     @property
     def padded_row_share(self) -> float:
         return 1 - self.received_rows / self.padded_rows if self.padded_rows else 0.0
+
+
+def _num_nonfinite(rows: np.ndarray) -> int:
+    """Rows of `[rows, columns]` that hold an infinity or NaN."""
+    return int((~np.isfinite(rows)).any(axis=1).sum())
 
 
 class Rank(Owned):
@@ -133,7 +145,7 @@ class Rank(Owned):
     def stats(self, epoch: int, num_tokens: int) -> Stats:
         c = self.config
         seen, rows, sent = map(self._backend.to_host, (self.packets.seen, self.packets.rows, self.tokens.sent))
-        received = np.where(seen == epoch, rows, 0)
+        received, routing = np.where(seen == epoch, rows, 0), self.routing(num_tokens)
         heights = [packet_tile_height(int(num_rows), c) for num_rows in received]
         tiles = [packet_row_blocks(int(num_rows), c) for num_rows in received]
         return Stats(
@@ -142,10 +154,19 @@ class Rank(Owned):
             sent_rows=int(sent.sum()),
             received_rows=int(received.sum()),
             rows_per_expert=tuple(received.reshape(c.num_ranks, -1).sum(axis=0).tolist()),
-            dropped_pairs=num_tokens * c.num_topk - int(sent.sum()),
+            dropped_pairs=int((routing.topk_idx >= 0).sum() - sent.sum()),
             row_tiles=sum(tiles),
             padded_rows=sum(number * height for number, height in zip(tiles, heights, strict=True)),
+            nonfinite_tokens=_num_nonfinite(routing.topk_weights),
+            nonfinite_rows=sum(_num_nonfinite(self._results(e, num_rows)) for e, num_rows in enumerate(sent.tolist())),
         )
+
+    def _results(self, expert: int, num_rows: int) -> np.ndarray:
+        """`[num_rows, hidden]`: a copy of what came back for the rows sent to this expert, whose slots come first."""
+        c = self.config
+        first = expert * c.slots * c.hidden
+        rows = self._backend.to_host(self.segments.result[first : first + num_rows * c.hidden])
+        return rows.view(c.numpy_dtype).reshape(num_rows, c.hidden)
 
     def _segments(self, segments: list[np.ndarray]) -> Segments:
         own, layout = segments[self.rank_idx], self.layout

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import DTYPES
+from .scalars import plain
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -37,8 +38,17 @@ def check_floating(name: str, value: Array) -> Array:
     return value
 
 
+def overflowed(values: Array, dtype: np.dtype[Any]) -> Array:
+    """`values`, but infinite where rounding to `dtype` makes them so; nothing else is rounded."""
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.where(np.isinf(values.astype(dtype)), np.copysign(np.inf, values), values)
+
+
 def check_seed(seed: int) -> int:
-    """`seed` as it is, if it is a non-negative integer; else TypeError or ValueError."""
+    """`seed` as a Python integer, if it is a non-negative one; else TypeError or ValueError."""
+    seed = plain(seed)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if seed < 0:

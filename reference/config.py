@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .scalars import dtype_name, make_plain
+
 ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")
 SIZES += ("tile_m", "tile_m_min", "tile_n", "token_block")
@@ -28,7 +30,7 @@ def element_dtype(name: str) -> np.dtype[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Sizes and rules of one layer.
+    """Sizes and rules of one layer. NumPy's scalars are taken as numbers, and kept as Python's.
 
     Tokens are data parallel: every rank holds up to `num_tokens` rows of `hidden` elements. Experts are blocked:
     expert `e` lives on rank `e // num_experts_per_rank`.
@@ -42,8 +44,10 @@ class MoEConfig:
         num_topk: experts that each token is sent to.
         gated: two up projections, `act(gate) * up`, instead of one.
         activation: one of `ACTIVATIONS`; gelu is the exact one (erf).
-        dtype: element type of tokens, expert weights and results, one of `DTYPES`. Sums are float64 for
-            float64, else float32.
+        dtype: element type of tokens, expert weights and results, one of `DTYPES`, or the NumPy type of that name,
+            which is kept as its name. Sums are float64 for float64, else float32. Between the two products, and as a
+            result before its routing weight is applied, a row is rounded to the element type: beyond its range it
+            becomes infinite (float16: from 65,520 on).
         capacity: rows that one source rank may send to one expert; None means no limit (dropless).
         renormalize: divide the chosen probabilities by their sum.
         tile_m, tile_m_min: tallest and shortest row tile; heights double from the one to the other.
@@ -71,6 +75,8 @@ class MoEConfig:
     token_block: int = 32
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name in SIZES:
             self._check_size(name, getattr(self, name))
         for name in ("gated", "renormalize"):

@@ -3,7 +3,10 @@
     plain   act(x W_up^T + b_up) W_down^T + b_down
     gated   (act(x W_gate^T + b_gate) * (x W_up^T + b_up)) W_down^T + b_down
 
-Nothing is rounded on the way. Leaves out: clamped and scaled variants of gating.
+Nothing is rounded on the way, but what leaves the range of the type that an implementation holds it in becomes
+infinite, as rounding makes it: products with the up matrices in the accumulator's range, hidden rows and results in the
+element type's. So oracle and kernel are infinite or NaN in the same places. Leaves out: sums that overflow on the way
+and come back; clamped and scaled variants of gating.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import math
 
 import numpy as np
 
-from .arrays import Array
+from .arrays import Array, overflowed
 from .config import ACTIVATIONS, MoEConfig
 from .weights import Weights
 
@@ -51,13 +54,15 @@ def expert_ffn(x: Array, weights: Weights, expert_position: int, config: MoEConf
         expert_position: index into the experts present in `weights` (the global index minus `first_expert`).
     """
     with np.errstate(invalid="ignore", over="ignore"):
-        up = linear(x, weights.up_proj, weights.up_bias, expert_position)
+        up = overflowed(linear(x, weights.up_proj, weights.up_bias, expert_position), config.accumulator)
         if weights.gate_proj is None:
             hidden = activation(config.activation, up)
         else:
             gate = linear(x, weights.gate_proj, weights.gate_bias, expert_position)
-            hidden = activation(config.activation, gate) * up
-        return linear(hidden, weights.down_proj, weights.down_bias, expert_position)
+            hidden = activation(config.activation, overflowed(gate, config.accumulator)) * up
+        hidden = overflowed(hidden, config.numpy_dtype)
+        result = linear(hidden, weights.down_proj, weights.down_bias, expert_position)
+        return overflowed(result, config.numpy_dtype)
 
 
 def linear(x: Array, matrices: Array, biases: Array | None, position: int) -> Array:

@@ -2,7 +2,10 @@
 
 `y[t] = sum_j weight[t, j] * expert_ffn(x[t], topk_idx[t, j])` over the pairs that are not dropped. Capacity counts per
 (source rank, expert), in token order; a dropped pair adds nothing, the other weights stay as they are, and a token that
-lost all its pairs gets a row of zeros. Leaves out: ranks as processes, messages, tiles, rounding to the element type.
+lost all its pairs gets a row of zeros. So does a pair without a choice (index -1), and one of weight 0 whatever its
+expert makes of the token. Leaves out: ranks as processes, messages, tiles, rounding to the element type, of which only
+overflow is kept: logits are infinite beyond the accumulator's range (their tokens get NaN weights), hidden rows, expert
+results and y beyond the element type's.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .arrays import Array, check_array, check_floating
+from .arrays import Array, check_array, check_floating, overflowed
 from .config import MoEConfig
 from .experts import expert_ffn
 from .packets import make_packets
@@ -52,9 +55,11 @@ def moe_layer(
         results = expert_ffn(rows, weights, expert, config)
         ends = np.cumsum([len(pair) for pair in pairs])[:-1]
         for source, (pair, result) in enumerate(zip(pairs, np.split(results, ends), strict=True)):
-            factor = routings[source].topk_weights.ravel()[pair].astype(np.float64)
-            y[source][pair // config.num_topk] += factor[:, None] * result  # an expert has a token at most once
-    return _like(x, y)
+            factor = routings[source].topk_weights.ravel()[pair].astype(np.float64)[:, None]
+            with np.errstate(invalid="ignore"):  # 0 * inf
+                term = np.where(factor != 0, factor * result, 0)
+                y[source][pair // config.num_topk] += term  # an expert has a token at most once
+    return _like(x, [overflowed(part, config.numpy_dtype) for part in y])
 
 
 def sources(x: PerRank, config: MoEConfig) -> list[Array]:
@@ -65,6 +70,8 @@ def sources(x: PerRank, config: MoEConfig) -> list[Array]:
     """
     if isinstance(x, np.ndarray) and x.ndim == 2:
         return [check_floating("x", check_array("x", x, (None, config.hidden)))]
+    if isinstance(x, np.ndarray) and x.dtype == object:
+        raise TypeError("x must be a list if ranks' numbers of tokens differ, got an array of objects: list(x)?")
     if len(x) != config.num_ranks:
         raise ValueError(f"x must have one part for each of num_ranks={config.num_ranks}, got {len(x)}")
     for rank, part in enumerate(x):

@@ -1,7 +1,8 @@
 """Which rows one source rank sends to which expert, in which slots, and which it drops (FlashMoE, sections 2 and 3.2).
 
 A packet is the rows of one (source, expert). Slots are given in token order: a prefix sum over the flattened (token, j)
-pairs, not a race, so what is dropped does not depend on timing. Pairs beyond the capacity are dropped.
+pairs, not a race, so what is dropped does not depend on timing. Pairs beyond the capacity are dropped. A pair of index
+-1 chose no expert: it is in no packet, and is not dropped either.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Packets:
         topk_idx: `[num_tokens, num_topk]`, the routing they follow from.
         counts: `[num_experts]`, pairs routed to each expert.
         sent: `[num_experts]`, the rows of each packet: the pairs that fit the capacity.
-        slot: `[num_tokens, num_topk]` int32, the pair's slot in its packet, or -1 if it is dropped.
-        order: `[num_tokens * num_topk]`, all pairs by expert, in token order within each.
+        slot: `[num_tokens, num_topk]` int32, the pair's slot in its packet, or -1 if it is in none.
+        order: `[pairs that chose an expert]`, these pairs by expert, in token order within each.
     """
 
     topk_idx: Array
@@ -40,7 +41,7 @@ class Packets:
 
     @property
     def dropped(self) -> int:
-        """Pairs that no packet holds."""
+        """Pairs that chose an expert and that no packet holds."""
         return int(self.counts.sum() - self.sent.sum())
 
 
@@ -50,10 +51,10 @@ def make_packets(topk_idx: Array, config: MoEConfig) -> Packets:
     A source may have any number of tokens: without a capacity nothing is dropped, whatever `config.num_tokens` says.
     """
     expert = topk_idx.ravel()
-    counts = np.bincount(expert, minlength=config.num_experts)
+    counts = np.bincount(expert[expert >= 0], minlength=config.num_experts)
     sent = counts if config.capacity is None else np.minimum(counts, config.capacity)
-    order = np.argsort(expert, kind="stable")
-    slot = np.empty(expert.size, np.int32)
-    slot[order] = np.arange(expert.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    order = np.argsort(expert, kind="stable")[expert.size - counts.sum() :]  # those of -1 come first
+    slot = np.full(expert.size, -1, np.int32)
+    slot[order] = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
     slot[slot >= sent[expert]] = -1
     return Packets(topk_idx, counts, sent, slot.reshape(topk_idx.shape), order)

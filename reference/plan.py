@@ -5,6 +5,7 @@ Everything here is arithmetic on sizes and routing counts. Leaves out: time (the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,19 +53,23 @@ class Plan:
     padded_flops: int
 
 
-def make_plan(config: MoEConfig, routing_counts: Array | None = None) -> Plan:
+def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens: Sequence[int] | None = None) -> Plan:
     """The plan for `routing_counts` `[num_ranks, num_experts]`, pairs routed by each source to each expert.
 
     Without counts: every rank has all its `num_tokens`, spread evenly over the experts.
 
+    Args:
+        num_tokens: tokens of each rank, for counts of a routing in which some pairs chose no expert; without it every
+            token has all its `num_topk`.
+
     Raises:
         TypeError, ValueError: the counts have another shape, are no integers, or no routing can give them.
     """
-    counts = _even_counts(config) if routing_counts is None else _check_counts(routing_counts, config)
+    counts = _even_counts(config) if routing_counts is None else _check_counts(routing_counts, config, num_tokens)
     sent = np.minimum(counts, config.slots)
     blocks = np.array([packet_row_blocks(rows, config) for rows in sent.flat], np.int64).reshape(sent.shape)
     heights = np.array([packet_tile_height(rows, config) for rows in sent.flat], np.int64).reshape(sent.shape)
-    tokens = counts.sum(axis=1) // config.num_topk
+    tokens = counts.sum(axis=1) // config.num_topk if num_tokens is None else np.array(num_tokens, np.int64)
     real_rows, padded_rows = int(sent.sum()), int((blocks * heights).sum())
     gate_flops, row_flops = 2 * config.hidden * config.num_experts, _row_flops(config)
     rows_of_owner = sent.reshape(config.num_ranks, config.num_ranks, -1).sum(axis=(0, 2))
@@ -170,13 +175,15 @@ def _even_counts(config: MoEConfig) -> Array:
     return pairs // experts + (turn < pairs % experts)
 
 
-def _check_counts(counts: Array, config: MoEConfig) -> Array:
+def _check_counts(counts: Array, config: MoEConfig, num_tokens: Sequence[int] | None) -> Array:
     check_array("routing_counts", counts, (config.num_ranks, config.num_experts))
     if counts.dtype.kind not in "iu":
         raise TypeError(f"routing_counts must have an integer dtype, got {counts.dtype}")
     counts = counts.astype(np.int64)
     for rank, row in enumerate(counts):
         tokens, rest = divmod(int(row.sum()), config.num_topk)
+        if num_tokens is not None:
+            tokens, rest = num_tokens[rank], int(row.sum()) > num_tokens[rank] * config.num_topk
         if rest or tokens > config.num_tokens:
             rule = f"num_topk={config.num_topk} times at most num_tokens={config.num_tokens}"
             raise ValueError(f"routing_counts[{rank}] must sum to {rule}, got {int(row.sum())}")

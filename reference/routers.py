@@ -1,8 +1,8 @@
 """From tokens to experts: softmax over all experts, then the greedy top-k (FlashMoE, section 2), or one from outside.
 
 Invariants: a token's routing depends on that token only. Experts of a row are distinct, best first; equal logits are
-taken by the lowest expert index. Leaves out: sigmoid and group-limited routers, selection biases; such models route
-outside and bring `topk_idx, topk_weights`.
+taken by the lowest expert index. A routing from outside may leave choices out: index -1. Leaves out: sigmoid and
+group-limited routers, selection biases; such models route outside and bring `topk_idx, topk_weights`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, check_array, check_floating
+from .arrays import Array, check_array, check_floating, overflowed
 from .config import MoEConfig
 from .tolerance import GROWTH, unit_roundoff
 
@@ -22,7 +22,7 @@ class Routing:
     """Experts of each token, best first, and the factors of their results.
 
     Args:
-        topk_idx: `[num_tokens, num_topk]` int32, global expert indices.
+        topk_idx: `[num_tokens, num_topk]` int32, global expert indices; -1: no choice (only from outside).
         topk_weights: `[num_tokens, num_topk]` floating.
     """
 
@@ -51,8 +51,13 @@ def softmax_topk(logits: Array, num_topk: int, renormalize: bool) -> Routing:
 
 
 def route(x: Array, router: Array, config: MoEConfig) -> Routing:
-    """The routing of `x` `[num_tokens, hidden]` by `router` `[num_experts, hidden]`, in float64."""
-    return softmax_topk(_logits(x, router), config.num_topk, config.renormalize)
+    """The routing of `x` `[num_tokens, hidden]` by `router` `[num_experts, hidden]`, in float64.
+
+    Logits beyond the range of `config.accumulator`, in which an implementation has them, are infinite: a token whose
+    largest logit is has NaN weights (`softmax_topk`).
+    """
+    logits = overflowed(_logits(x, router), config.accumulator)
+    return softmax_topk(logits, config.num_topk, config.renormalize)
 
 
 def _logits(x: Array, router: Array) -> Array:
@@ -65,11 +70,13 @@ def external_routing(topk_idx: Array, topk_weights: Array, config: MoEConfig, nu
     """A checked copy of a routing made elsewhere.
 
     Args:
-        topk_idx: `[num_tokens, num_topk]`, any integer dtype, distinct in each row.
-        topk_weights: `[num_tokens, num_topk]`, any floating dtype; used as they are, not normalised.
+        topk_idx: `[num_tokens, num_topk]`, any integer dtype, experts distinct in each row. -1 and `num_experts`, which
+            frameworks pad with, are no choice, as often as you like: no slot, nothing sent, nothing added.
+        topk_weights: `[num_tokens, num_topk]`, any floating dtype; used as they are, not normalised. That of no choice
+            is not looked at.
 
     Returns:
-        Indices as int32, weights as `config.accumulator`.
+        Indices as int32, weights as `config.accumulator`; no choice is index -1 and weight 0.
 
     Raises:
         TypeError, ValueError: naming the argument, the row, its values and the rule.
@@ -78,16 +85,20 @@ def external_routing(topk_idx: Array, topk_weights: Array, config: MoEConfig, nu
     if check_array("topk_idx", topk_idx, shape).dtype.kind not in "iu":
         raise TypeError(f"topk_idx must have an integer dtype, got {topk_idx.dtype}")
     check_floating("topk_weights", check_array("topk_weights", topk_weights, shape))
-    outside = (topk_idx.min(axis=1) < 0) | (topk_idx.max(axis=1) >= config.num_experts)
-    _raise_at(outside, topk_idx, f"values must be in [0, num_experts={config.num_experts})")
-    _raise_at(_has_repeats(topk_idx), topk_idx, "the experts of a token must be distinct")
-    return Routing(topk_idx.astype(np.int32), topk_weights.astype(config.accumulator))
+    outside = (topk_idx.min(axis=1) < -1) | (topk_idx.max(axis=1) > config.num_experts)
+    rule = f"values must be in [0, num_experts={config.num_experts}), or -1 or {config.num_experts} for no choice"
+    _raise_at(outside, topk_idx, rule)
+    chosen = (topk_idx >= 0) & (topk_idx < config.num_experts)
+    idx, weights = np.full(shape, -1, np.int32), np.zeros(shape, config.accumulator)
+    idx[chosen], weights[chosen] = topk_idx[chosen], topk_weights[chosen]
+    _raise_at(_has_repeats(idx), topk_idx, "the experts of a token must be distinct")
+    return Routing(idx, weights)
 
 
 def _has_repeats(topk_idx: Array) -> npt.NDArray[np.bool_]:
-    """`[num_tokens]`: does the row name an expert twice?"""
+    """`[num_tokens]`: does the row name an expert twice? No choice (-1) is no expert."""
     ordered = np.sort(topk_idx, axis=1)
-    repeats: npt.NDArray[np.bool_] = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    repeats: npt.NDArray[np.bool_] = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
     return repeats
 
 

@@ -192,7 +192,7 @@ class TiledLayer:
         for j in range(c.num_topk):
             owner, local = np.divmod(idx[:, j], c.num_experts_per_rank)
             term = weight[:, j, None] * results[owner, local, slot[:, j]].astype(c.accumulator)
-            total += np.where(slot[:, j, None] >= 0, term, 0)
+            total += np.where((slot[:, j, None] >= 0) & (weight[:, j, None] != 0), term, 0)
         self.y[rank][block] = total.astype(c.numpy_dtype)
 
     def _tile(self, task: Task, tile_columns: int, num_columns: int) -> tuple[slice, slice]:

@@ -65,7 +65,7 @@ def packet_row_blocks(num_rows: int, config: MoEConfig) -> int:
 def task_graph(packets: Sequence[Packets], config: MoEConfig) -> dict[Task, list[Task]]:
     """Every task of the layer with the tasks it waits for; `packets` are those of each source rank.
 
-    A COMBINE of a block that lost all its rows still waits for its rank's gates, which say so.
+    A COMBINE of a block that has no rows, or lost all, still waits for its rank's gates, which say so.
     """
     graph: dict[Task, list[Task]] = {}
     for source, packet in enumerate(packets):
@@ -101,7 +101,8 @@ def _combine_inputs(packet: Packets, source: int, block: int, config: MoEConfig)
     """The GEMM1 tasks of every row block that holds a row of a token of `block`."""
     tokens = slice(block * config.token_block, (block + 1) * config.token_block)
     pairs = zip(packet.topk_idx[tokens].ravel().tolist(), packet.slot[tokens].ravel().tolist(), strict=True)
-    heights = {expert: packet_tile_height(int(packet.sent[expert]), config) for expert in packet.topk_idx[tokens].flat}
-    row_blocks = sorted({(expert, slot // heights[expert]) for expert, slot in pairs if slot >= 0})
+    rows = [(expert, slot) for expert, slot in pairs if slot >= 0]
+    heights = {expert: packet_tile_height(int(packet.sent[expert]), config) for expert, _ in rows}
+    row_blocks = sorted({(expert, slot // heights[expert]) for expert, slot in rows})
     per_rank = config.num_experts_per_rank
     return [tile for e, m in row_blocks for tile in _result_tiles(e // per_rank, source, e % per_rank, m, config)]

@@ -5,7 +5,8 @@
     zipf:s    token types drawn with probability ~ rank^-s, s >= 0; one random embedding per type
     hot       uniform rows with a routing from outside: every token's first choice is expert 0
     *.npz, *.safetensors   recorded: x `[tokens, hidden]`, optional topk_idx and topk_weights `[tokens, num_topk]`, each
-                           possibly with a leading index of ranks
+                           possibly with a leading index of ranks; all finite, but for weights of no choice (index -1
+                           or num_experts)
 
 Invariant: token i of all tokens depends on (kind, seed, i) only, not on the ranks they are split over; and a rank can
 make its own part alone. Leaves out: positions, attention, trained embeddings; text depends on the version of Python.
@@ -25,6 +26,7 @@ import numpy as np
 from .arrays import Array, check_array, check_floating, stream
 from .config import MoEConfig
 from .routers import Routing, external_routing
+from .scalars import plain
 
 WORKLOAD_NAMES = ("text", "uniform", "zipf:s (s a number >= 0)", "hot", "a path ending in .npz or .safetensors")
 VOCABULARY = 32768
@@ -179,12 +181,30 @@ def flat_rows(name: str, array: Array, width: int) -> Array:
 
 
 def _recorded_part(name: str, rows: dict[str, Array], config: MoEConfig) -> Part:
-    x = check_floating(f"{name}: x", rows["x"])
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused
+        x = check_floating(f"{name}: x", rows["x"]).astype(config.numpy_dtype)
+    _check_finite(f"{name}: x", x)
     if "topk_idx" not in rows:
         return lambda span: (_take(name, x, span), None)
-    routing = external_routing(rows["topk_idx"], rows["topk_weights"], config, len(x))
+    routing = recorded_routing(name, rows["topk_idx"], rows["topk_weights"], config)
     idx, weights = routing.topk_idx, routing.topk_weights
     return lambda span: (_take(name, x, span), Routing(_take(name, idx, span), _take(name, weights, span)))
+
+
+def recorded_routing(name: str, topk_idx: Array, topk_weights: Array, config: MoEConfig) -> Routing:
+    """The routing in the recording `name`, checked: as one from outside, and its weights are finite."""
+    with np.errstate(over="ignore"):
+        routing = external_routing(topk_idx, topk_weights, config, len(topk_idx))
+    _check_finite(f"{name}: topk_weights", routing.topk_weights)
+    return routing
+
+
+def _check_finite(name: str, rows: Array) -> None:
+    """NaN spoils its rows, which no comparison looks at then: a recording that has it would pass every check."""
+    bad = ~np.isfinite(rows).all(axis=1)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(f"{name} must be finite in {rows.dtype}, got {rows[row].tolist()} in row {row}"[:400])
 
 
 def _take(name: str, array: Array, span: range) -> Array:
@@ -200,7 +220,8 @@ def _even(total: int, num_ranks: int) -> list[int]:
 
 def _spans(num_tokens: int | Sequence[int], config: MoEConfig) -> list[range]:
     """The token indices of each rank."""
-    counts = [num_tokens] * config.num_ranks if isinstance(num_tokens, int) else list(num_tokens)
+    num_tokens = plain(num_tokens)
+    counts = [num_tokens] * config.num_ranks if isinstance(num_tokens, int) else [plain(count) for count in num_tokens]
     if len(counts) != config.num_ranks:
         raise ValueError(f"num_tokens must be one number or num_ranks={config.num_ranks} of them, got {counts}")
     for count in counts:

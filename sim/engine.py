@@ -23,6 +23,8 @@ from math import ceil
 
 import numpy as np
 
+from reference.scalars import plain
+
 from .graph import NONE, TaskGraph
 from .timeline import Timeline, check_complete
 
@@ -68,17 +70,19 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, instruments: Sequence[
     Raises:
         ValueError: no such seed. DeadlockError: a node can never run; says who waits for what.
     """
-    check_tie_seed(tie_seed)
-    engine = _Engine(graph, tie_seed, instruments)
+    engine = _Engine(graph, check_tie_seed(tie_seed), instruments)
     engine.start()
     engine.loop()
     check_complete(graph, engine.preds_left)
     return engine.timeline()
 
 
-def check_tie_seed(tie_seed: int | None) -> None:
+def check_tie_seed(tie_seed: int | None) -> int | None:
+    """`tie_seed` as a Python integer, or None."""
+    tie_seed = plain(tie_seed)
     if tie_seed is not None and not 0 <= tie_seed < 2**63:
         raise ValueError(f"tie_seed must be in [0, 2**63), got {tie_seed}")
+    return tie_seed
 
 
 class _Link:

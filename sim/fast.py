@@ -48,7 +48,7 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, keep_runs: bool = True
     Raises:
         ValueError: no such seed. DeadlockError: a node can never run; says who waits for what.
     """
-    check_tie_seed(tie_seed)
+    tie_seed = check_tie_seed(tie_seed)
     # One event starts no more runs than there are slots or tasks, or than become ready by it.
     most_ready = int(np.diff(graph.succ_start).max(initial=0))
     margin = min(sum(server.slots for server in graph.servers), graph.num_tasks) + most_ready + 1

@@ -22,6 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from reference.scalars import make_plain, plain
+
 SCHEMA = 1
 ARITHMETICS = ("float64", "float32", "float16", "bfloat16", "fp8", "fp4")  # float32 is tf32 on tensor cores
 COUNTS = ("num_nodes", "gpus_per_node")
@@ -87,6 +89,9 @@ class Hardware:
     sources: Mapping[str, str] = field(hash=False)
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        if isinstance(self.tflops, Mapping):
+            object.__setattr__(self, "tflops", {key: plain(value) for key, value in self.tflops.items()})
         check_text("name", self.name)
         for name in (*COUNTS, *VALUES):
             whole = name in COUNTS or name == "sms" or name.endswith("_ns")

@@ -15,6 +15,7 @@ import heapq
 import numpy as np
 
 from reference.arrays import Array
+from reference.scalars import plain
 
 from .routing import SimRouting, blocked_owner, packet_slots
 
@@ -46,6 +47,7 @@ def place_copies(load: Array, num_ranks: int, replicas: int = 0) -> Array:
     Without replicas the busiest rank is never busier than with experts in blocks: where greed does worse, blocks stay.
     With replicas nothing compares the two, and greed may do worse on loads that were level.
     """
+    replicas = plain(replicas)
     _check_replicas(replicas, len(load), num_ranks)
     copies = _num_copies(load, num_ranks, replicas)
     _, experts = np.nonzero(_place(load / copies, copies, num_ranks).T)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reference.scalars import make_plain
+
 from .hardware import ARITHMETICS, check_positive, check_text
 
 
@@ -38,6 +40,7 @@ class Precision:
     result_bytes: float
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_text("name", self.name)
         if self.arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}; got {self.arithmetic!r}")

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from reference.arrays import Array, stream
+from reference.scalars import plain
 
 from . import streams
 from .routing import SimRouting
@@ -36,6 +37,7 @@ def round_tokens(routing: SimRouting, tile_m: int, how: str = "nearest", seed: i
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
     """
+    tile_m = plain(tile_m)
     if type(tile_m) is not int or tile_m < 1:
         raise ValueError(f"tile_m must be an integer >= 1, got {tile_m!r}")
     if how not in WAYS:

@@ -6,7 +6,8 @@
     hot        every first choice is expert 0, the others uniform and distinct
     hot-rank   every first choice is one of rank 0's experts, the others uniform and distinct
     text       words of real text (`reference.make_workload`), routed by a random router over a short hidden row
-    *.npz, *.safetensors   recorded: topk_idx `[tokens, num_topk]`, possibly with a leading index of ranks
+    *.npz, *.safetensors   recorded: topk_idx `[tokens, num_topk]`, possibly with a leading index of ranks; an index of
+                           -1 or num_experts is no choice
 
 Invariants: the experts of a token are distinct; the same (name, sizes, seed) gives the same arrays; slots are given in
 token order, as in `reference.packets`, and a capacity drops the last. Leaves out: routing weights, which cost nothing;
@@ -25,8 +26,9 @@ import numpy as np
 
 from reference.arrays import Array, check_array, stream
 from reference.config import MoEConfig
-from reference.routers import external_routing, route
-from reference.workloads import flat_rows, make_workload, read_recording
+from reference.routers import route
+from reference.scalars import make_plain
+from reference.workloads import flat_rows, make_workload, read_recording, recorded_routing
 
 from . import streams
 
@@ -45,8 +47,8 @@ class SimRouting:
     Args:
         name: what made it, for titles.
         num_experts: experts over all ranks; after `placement.balance` these are copies of experts.
-        topk_idx: `[num_ranks, num_tokens, num_topk]` int32. -1: this choice goes nowhere, because it was dropped or
-            names a zero-computation expert.
+        topk_idx: `[num_ranks, num_tokens, num_topk]` int32. -1: this choice goes nowhere, because it was none, was
+            dropped or names a zero-computation expert.
         owner: `[num_experts]` int32, the rank on which an expert lives.
 
     Raises:
@@ -59,6 +61,7 @@ class SimRouting:
     owner: Array
 
     def __post_init__(self) -> None:
+        make_plain(self)
         shapes: dict[str, tuple[int | None, ...]] = {"topk_idx": (None, None, None), "owner": (self.num_experts,)}
         for name, shape in shapes.items():
             if check_array(name, getattr(self, name), shape).dtype != np.int32:
@@ -260,7 +263,8 @@ def _recorded(path: Path, config: MoEConfig) -> Array:
     if len(rows) < wanted:
         need = f"num_ranks={config.num_ranks} times num_tokens={config.num_tokens}"
         raise ValueError(f"{path} must have at least {need} rows, got {len(rows)}")
-    return external_routing(rows[:wanted], np.zeros((wanted, config.num_topk)), config, wanted).topk_idx
+    weights = flat_rows(f"{path}: topk_weights", arrays.get("topk_weights", np.zeros(rows.shape)), config.num_topk)
+    return recorded_routing(str(path), rows[:wanted], weights[:wanted], config).topk_idx
 
 
 def packet_slots(topk_idx: Array, num_experts: int) -> Array:

@@ -54,6 +54,17 @@ def random_routing(config, counts, seed=0, bias=0.0):
     return idx, [rng.uniform(0.1, 1, part.shape) for part in idx]
 
 
+def with_no_choices(config, routing, seed=0):
+    """The same, but some pairs are no choice, as frameworks pad (-1 or num_experts, NaN), and some factors are 0."""
+    rng, parts = np.random.default_rng(seed), []
+    for idx, factors in zip(*routing, strict=True):
+        kind = rng.integers(8, size=idx.shape)
+        none = [kind == 0, kind == 1]
+        padded = np.select(none, [-1, config.num_experts], idx)
+        parts.append((padded, np.select([*none, kind == 2], [np.nan, 7, 0], factors)))
+    return [idx for idx, _ in parts], [factors for _, factors in parts]
+
+
 def bits(array):
     """Bit patterns, so that NaN equals NaN and 0.0 does not equal -0.0."""
     return np.ascontiguousarray(array).view({2: np.uint16, 4: np.uint32, 8: np.uint64}[array.dtype.itemsize])
@@ -204,7 +215,7 @@ class Regions:
         for token, (experts, factors) in enumerate(zip(routing.topk_idx, routing.topk_weights, strict=True)):
             total = np.zeros(c.hidden, c.accumulator)
             for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
-                if packet.slot[token, j] >= 0:
+                if packet.slot[token, j] >= 0 and factor != 0:
                     row = results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]
                     with np.errstate(over="ignore", invalid="ignore"):
                         total += factor * row.astype(c.accumulator)

@@ -46,7 +46,8 @@ def every_task_runs_once(run):
         tasks = sum((one.tasks for one in calls), Counter())
         assert set(tasks.values()) == {1}, f"call {call}: {[task for task, times in tasks.items() if times != 1]}"
         kinds = Counter(task.kind for task in tasks)
-        planned = make_plan(run.config, np.array([packet.counts for packet in packets])).num_tasks
+        counts, num_tokens = np.array([packet.counts for packet in packets]), [len(one.y) for one in calls]
+        planned = make_plan(run.config, counts, num_tokens).num_tasks
         planned[KIND_NAMES[GATE]] += sum(len(one.y) == 0 for one in calls)  # a rank without tokens runs one, too
         assert {name: kinds[kind] for kind, name in enumerate(KIND_NAMES)} == planned, f"call {call}"
 

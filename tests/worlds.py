@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
-from cases import Regions, assert_equals_oracle, random_routing, random_tokens
+from cases import Regions, assert_equals_oracle, random_routing, random_tokens, with_no_choices
 from hypothesis import strategies as st
 
 from flashmoe_numba import FlashMoE
@@ -62,7 +62,8 @@ def token_counts(config):
 
 @st.composite
 def worlds(draw, max_calls=3, **options):
-    """A world whose calls differ in token counts; some route outside, evenly or most tokens to a few experts."""
+    """A world whose calls differ in token counts; some route outside, evenly or most tokens to a few experts, some of
+    these with choices left out."""
     config = draw(configs(**options))
     weights = Weights.random(config, seed=draw(st.integers(0, 99)), bias=draw(st.booleans()))
     counts = draw(st.lists(token_counts(config), min_size=1, max_size=max_calls))
@@ -73,6 +74,8 @@ def worlds(draw, max_calls=3, **options):
         None if bias is None else random_routing(config, count, seed, bias)
         for count, seed, bias in zip(counts, seeds, biases, strict=True)
     ]
+    padded = [draw(st.booleans()) if routing else False for routing in routings]
+    routings = [with_no_choices(config, r, s) if p else r for r, s, p in zip(routings, seeds, padded, strict=True)]
     return World(config, weights, draw(st.integers(1, 4)), x, routings)
 
 
@@ -107,8 +110,10 @@ def run_world(world, **settings):
             routings = layer.routing
             if routing:
                 for given_idx, given_weights, used in zip(*routing.values(), routings, strict=True):
-                    np.testing.assert_array_equal(used.topk_idx, given_idx)
-                    np.testing.assert_array_equal(used.topk_weights, given_weights.astype(world.config.accumulator))
+                    chosen = (given_idx >= 0) & (given_idx < world.config.num_experts)
+                    np.testing.assert_array_equal(used.topk_idx, np.where(chosen, given_idx, -1))
+                    factors = np.where(chosen, given_weights, 0).astype(world.config.accumulator)
+                    np.testing.assert_array_equal(used.topk_weights, factors)
             assert_equals_oracle(y, x, world.weights, world.config, routings, external=bool(routing))
             regions.check(x, y, routings, epoch)
             check_stats(layer, x, routings, epoch)
@@ -119,11 +124,12 @@ def run_world(world, **settings):
 def check_stats(layer, x, routings, epoch):
     """The counters agree with a plain count."""
     config, stats = layer.config, layer.stats
-    chosen = [np.bincount(r.topk_idx.ravel(), minlength=config.num_experts) for r in routings]
+    chosen = [np.bincount(r.topk_idx[r.topk_idx >= 0], minlength=config.num_experts) for r in routings]
     sent = np.array([np.minimum(count, config.slots) for count in chosen])
     per_owner = sent.sum(axis=0).reshape(config.num_ranks, -1).sum(axis=1)
     for rank, s in enumerate(stats):
         got = (s.epoch, s.num_tokens, s.sent_rows, s.dropped_pairs, s.received_rows)
         expected = (epoch, len(x[rank]), sent[rank].sum(), (chosen[rank] - sent[rank]).sum(), per_owner[rank])
         assert got == expected, f"{config}, rank {rank}: {s}"
+        assert (s.nonfinite_tokens, s.nonfinite_rows) == (0, 0), f"{config}, rank {rank}: {s}"
         assert s.received_rows <= s.padded_rows <= s.received_rows + s.row_tiles * (config.tile_m - 1), f"{config}: {s}"

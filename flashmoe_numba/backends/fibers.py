@@ -30,7 +30,7 @@ class FiberBackend(HostMemory):
     """
 
     def __init__(self, seed: int = 0, lanes: int = 2, preempt: float = 0.3) -> None:
-        check_seed(seed)
+        seed = check_seed(seed)
         if isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1:
             raise ValueError(f"lanes must be an integer of at least 1, got {lanes!r}")
         if not 0 <= preempt <= 1:

@@ -66,6 +66,8 @@ def _rows(parts: Sequence[Measurement]) -> dict[str, Any]:
         "sent_rows": sum(rank.sent_rows for rank in stats),
         "padded_row_share": 1 - received / padded if padded else 0.0,
         "dropped_pairs": sum(rank.dropped_pairs for rank in stats),
+        "nonfinite_tokens": sum(rank.nonfinite_tokens for rank in stats),
+        "nonfinite_rows": sum(rank.nonfinite_rows for rank in stats),
     }
 
 
@@ -96,6 +98,9 @@ def table(report: dict[str, Any], describe_sizes: str) -> Iterator[str]:
     yield _row("sizes", describe_sizes)
     rows = f"{report['sent_rows']:,} rows sent, {report['dropped_pairs']:,} pairs dropped"
     yield _row("workload", f"{report['workload']}, {rows}")
+    if report["nonfinite_tokens"] or report["nonfinite_rows"]:
+        counts = f"{report['nonfinite_tokens']:,} tokens' weights, results of {report['nonfinite_rows']:,} rows"
+        yield _row("not finite", counts)
     yield _row("padding", f"{report['padded_row_share']:.1%} of the rows in row tiles")
     spread = f"({latency['min']:.2f} to {latency['max']:.2f})"
     yield _row("latency", f"{latency['median']:.2f} ms, median of {report['iterations']} {spread}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reference import GATE, KIND_NAMES, MoEConfig, Packets, Task, Workload, make_packets, task_graph
+from reference import GATE, KIND_NAMES, MoEConfig, Packets, Routing, Task, Workload, make_packets, task_graph
 
 from ..bench.check import check_layer
 from .reports import Report
@@ -50,7 +50,8 @@ class Checker:
 
     def _judge(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
         """Against the reference, everything; or the routing alone, where nothing can follow from it."""
-        illegal = [report for rank, call in enumerate(calls) for report in self._illegal_experts(rank, epoch, call)]
+        given = self.world.data[epoch - 1][1]
+        illegal = [r for rank, call in enumerate(calls) for r in self._illegal_experts(rank, epoch, call, given[rank])]
         if illegal:
             return illegal
         config, packets = self.world.spec.config, [self._packets(call) for call in calls]
@@ -70,11 +71,12 @@ class Checker:
             self._right[epoch] = list(calls)
         return reports
 
-    def _illegal_experts(self, rank: int, epoch: int, call: Call) -> list[Report]:
-        """The first token whose experts are not distinct ones of the layer."""
+    def _illegal_experts(self, rank: int, epoch: int, call: Call, given: Routing | None) -> list[Report]:
+        """The first token whose experts are not distinct ones of the layer; no choice (-1) may be given only."""
         num_experts = self.world.spec.config.num_experts
         for token, experts in enumerate(call.routing.topk_idx.tolist()):
-            bad = [e for i, e in enumerate(experts) if not 0 <= e < num_experts or e in experts[:i]]
+            chosen = [e for e in experts if given is None or e != -1]
+            bad = [e for i, e in enumerate(chosen) if not 0 <= e < num_experts or e in chosen[:i]]
             if bad:
                 text = f"token {token} goes to expert {bad[0]} of {experts}: not in [0, {num_experts}), or twice"
                 return [Report("wrong result", f"rank {rank}, call {epoch}: {text}")]
@@ -98,7 +100,7 @@ def ordered_sums(call: Call, packets: Packets, config: MoEConfig) -> np.ndarray:
     sums = np.zeros((len(call.y), config.hidden), config.accumulator)
     for token, (experts, factors) in enumerate(zip(call.routing.topk_idx, call.routing.topk_weights, strict=True)):
         for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
-            if packets.slot[token, j] >= 0:
+            if packets.slot[token, j] >= 0 and factor != 0:
                 owner, local = divmod(expert, config.num_experts_per_rank)
                 row = call.results[owner, local, packets.slot[token, j]]
                 sums[token] += factor * row.astype(config.accumulator)

@@ -84,13 +84,16 @@ def best_expert(p, tokens, at):
 
 @jit
 def sort_pairs(p, tokens, token_block, first, num_pairs):
-    """counts, starts, place and order of one token block. A lane owns the experts with index lane modulo lanes."""
+    """counts, starts, place and order of one token block. A lane owns the experts with index lane modulo lanes.
+
+    A pair of index -1 chose no expert, and has no place.
+    """
     at = token_block * p.num_experts
     for e in range(lane(), p.num_experts, lanes()):
         tokens.counts[at + e] = 0
     for pair in range(first, first + num_pairs):
         e = tokens.topk_idx[pair]
-        if e % lanes() == lane():
+        if e >= 0 and e % lanes() == lane():
             tokens.place[pair] = tokens.counts[at + e]
             tokens.counts[at + e] += 1
     block_sync()
@@ -101,7 +104,9 @@ def sort_pairs(p, tokens, token_block, first, num_pairs):
             start += tokens.counts[at + e]
     block_sync()
     for pair in range(first + lane(), first + num_pairs, lanes()):
-        tokens.order[first + tokens.starts[at + tokens.topk_idx[pair]] + tokens.place[pair]] = pair
+        e = tokens.topk_idx[pair]
+        if e >= 0:
+            tokens.order[first + tokens.starts[at + e] + tokens.place[pair]] = pair
 
 
 @jit
@@ -124,7 +129,7 @@ def open_gate(p, tokens, queue):
             e = ((p.rank_idx + 1) * p.experts_per_rank + i) % p.num_experts
             fill(p, queue, first + i, DISPATCH, e // p.experts_per_rank, e % p.experts_per_rank, 0, 0)
         for b in range(num_token_blocks(p)):
-            if tokens.tiles_left[b] == 0:  # every pair was dropped
+            if tokens.tiles_left[b] == 0:  # no pair is sent: none was chosen, or all were dropped
                 push(p, queue, COMBINE, 0, 0, b, 0)
         st_release(queue.counters, counter(p, GATE_OPEN), 1)
 

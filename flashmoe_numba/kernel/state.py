@@ -75,10 +75,10 @@ class Tokens(NamedTuple):
     x: np.ndarray  # elements [num_tokens, hidden]
     y: np.ndarray  # elements [num_tokens, hidden]
     logits: np.ndarray  # accumulator [num_tokens, num_experts]
-    topk_idx: np.ndarray  # int32 [num_tokens, num_topk]
+    topk_idx: np.ndarray  # int32 [num_tokens, num_topk]; -1: no choice
     topk_weights: np.ndarray  # accumulator [num_tokens, num_topk]
     place: np.ndarray  # int32 [pairs]: how many earlier pairs of the block chose the same expert
-    order: np.ndarray  # int32 [pairs]: the block's pairs sorted by expert
+    order: np.ndarray  # int32 [pairs]: the block's pairs that chose an expert, sorted by expert
     counts: np.ndarray  # int32 [blocks, num_experts]
     starts: np.ndarray  # int32 [blocks, num_experts]: where an expert's pairs begin in the block's `order`
     bases: np.ndarray  # int32 [blocks, num_experts]: first slot of the block's pairs

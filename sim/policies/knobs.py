@@ -8,6 +8,8 @@ from functools import cache
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
 
+from reference.scalars import make_plain
+
 MOST = 2**31 - 1  # of a whole number: what a graph's counts hold, and 2 s as a time
 
 _hints: Callable[[type], dict[str, Any]] = cache(get_type_hints)  # which evaluates every annotation anew
@@ -33,6 +35,7 @@ class PolicyKnobs:
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # of knobs that are words
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name, value in vars(self).items():
             self._check_type(name, value)
             if name in self.choices and value not in self.choices[name]:

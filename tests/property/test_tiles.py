@@ -69,10 +69,12 @@ def token_counts(config):
 
 
 def skewed_topk_idx(rng, num_tokens, config):
-    """Distinct experts per token: sometimes even, sometimes most tokens on a few experts."""
+    """Distinct experts per token: sometimes even, sometimes most tokens on a few experts, sometimes with no choices."""
     bias = rng.choice([0.0, 1.0, 5.0, 50.0]) * rng.standard_normal(config.num_experts)
     order = np.argsort(rng.standard_normal((num_tokens, config.num_experts)) + bias, axis=1)
-    return order[:, : config.num_topk].astype(np.int32)
+    idx = order[:, : config.num_topk].astype(np.int32)
+    idx[rng.random(idx.shape) < rng.choice([0.0, 0.0, 0.3, 1.0])] = -1
+    return idx
 
 
 @st.composite
@@ -82,7 +84,7 @@ def layers(draw):
     counts, rng = draw(token_counts(config)), np.random.default_rng(draw(st.integers(0, 2**32)))
     x = [rng.standard_normal((count, config.hidden)).astype(config.numpy_dtype) for count in counts]
     idx = [skewed_topk_idx(rng, count, config) for count in counts] if draw(st.booleans()) else None
-    factors = [rng.uniform(0.1, 1, part.shape) for part in idx] if idx else None
+    factors = [rng.uniform(0.1, 1, part.shape) * (rng.random(part.shape) < 0.9) for part in idx] if idx else None
     return config, Weights.random(config, seed=1, bias=draw(st.booleans())), x, idx, factors
 
 
@@ -201,7 +203,7 @@ def brute_slots(topk_idx, config):
     used, slots = [0] * config.num_experts, {}
     for t, row in enumerate(topk_idx.tolist()):
         for j, expert in enumerate(row):
-            if config.capacity is None or used[expert] < config.capacity:
+            if expert >= 0 and (config.capacity is None or used[expert] < config.capacity):
                 slots[t, j] = (expert, used[expert])
                 used[expert] += 1
     return slots
@@ -214,7 +216,7 @@ def test_packets_equal_a_loop(config, seed, num_tokens):
     packets, slots = make_packets(topk_idx, config), brute_slots(topk_idx, config)
     found = {(t, j): (int(topk_idx[t, j]), int(c)) for (t, j), c in np.ndenumerate(packets.slot) if c >= 0}
     assert found == slots and packets.slot.min(initial=0) >= -1 and packets.slot.dtype == np.int32
-    assert packets.dropped == topk_idx.size - len(slots)
+    assert packets.dropped == (topk_idx >= 0).sum() - len(slots)
     for expert in range(config.num_experts):
         in_order = sorted((c, t * config.num_topk + j) for (t, j), (e, c) in slots.items() if e == expert)
         assert packets.pairs(expert).tolist() == [pair for _, pair in in_order]
@@ -233,7 +235,7 @@ def test_bounds_hold_and_the_plan_counts_right(config, data):
     assert (blocks * heights).sum(axis=(0, 2)).max() <= hidden_rows(config)
     assert blocks.sum(axis=(0, 2)).max() <= max_row_blocks(config)
 
-    plan = make_plan(config, np.array([packet.counts for packet in packets]))
+    plan = make_plan(config, np.array([packet.counts for packet in packets]), counts)
     assert plan.padded_rows == (blocks * heights).sum() and plan.real_rows == sent.sum()
     assert plan.num_dropped == sum(packet.dropped for packet in packets) and plan.num_packets == (sent > 0).sum()
     assert plan.busiest_rank_flops <= plan.total_flops <= plan.padded_flops
@@ -293,6 +295,10 @@ def test_plan_of_an_even_routing_and_bad_counts():
         ValueError, match=r"routing_counts\[0\] must be in \[0, 2 tokens of that rank\], got \[3, 1, 0, 0\]"
     ):
         make_plan(config, np.array([[3, 1, 0, 0], [2, 2, 0, 0]]))
+    plan = make_plan(config, np.array([[3, 0, 0, 0], [0, 0, 0, 0]]), num_tokens=[7, 2])  # 15 pairs chose nothing
+    assert plan.real_rows == 3 and plan.num_tasks["GATE"] == 2 and plan.num_dropped == 0
+    with pytest.raises(ValueError, match=r"routing_counts\[1\] must sum to num_topk=2 times at most .*, got 3"):
+        make_plan(config, np.array([[0, 0, 0, 0], [1, 1, 1, 0]]), num_tokens=[7, 1])
     with pytest.raises(TypeError, match="routing_counts must have an integer dtype, got float64"):
         make_plan(config, np.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"routing_counts must have shape \[2, 4\], got \[1, 4\]"):

@@ -96,6 +96,11 @@ def changed(**arrays):
         ({"backend": "fibers", "seed": "a"}, TypeError, ["seed", "integer", "'a'"]),
         ({"backend": "fibers", "seed": -1}, ValueError, ["seed", ">= 0", "-1"]),
         ({"trace": np.zeros(2)}, TypeError, ["trace", "True or False"]),
+        ({"trace": np.int64(1)}, TypeError, ["trace", "True or False"]),
+        ({"num_processors": np.bool_(True)}, TypeError, ["num_processors", "integer", "True"]),
+        ({"num_processors": np.int64(0)}, ValueError, ["num_processors", "[1, 512]", "got 0"]),
+        ({"deadline_s": np.bool_(True)}, TypeError, ["deadline_s", "number", "True"]),
+        ({"backend": "fibers", "lanes": np.bool_(True)}, ValueError, ["lanes", "integer", "True"]),
         ({"config": 3}, TypeError, ["config", "MoEConfig", "int"]),
         ({"backend": "fibers", "lames": 3}, TypeError, ["lames"]),
     ],
@@ -122,6 +127,13 @@ def routed(idx=IDX, weights=FACTORS):
     return dict(topk_idx=idx, topk_weights=weights)
 
 
+def ragged(*parts):
+    """As NumPy makes it of parts of different lengths."""
+    array = np.empty(len(parts), object)
+    array[:] = parts
+    return array
+
+
 @pytest.mark.parametrize(
     ("x", "routing", "kind", "parts"),
     [
@@ -140,8 +152,12 @@ def routed(idx=IDX, weights=FACTORS):
         (X, routed(IDX[:1]), ValueError, ["topk_idx", "num_ranks=2", "1"]),
         (X, routed(weights=FACTORS[:1]), ValueError, ["topk_weights", "num_ranks=2", "1"]),
         (X, routed(idx_with(1, 1)), ValueError, ["topk_idx", "distinct", "[1, 1]", "row 3"]),
-        (X, routed(idx_with(0, 4)), ValueError, ["topk_idx", "num_experts=4", "[0, 4]"]),
-        (X, routed(idx_with(-1, 2)), ValueError, ["topk_idx", "[-1, 2]", "row 3"]),
+        (X, routed(idx_with(0, 5)), ValueError, ["topk_idx", "num_experts=4", "[0, 5]"]),
+        (X, routed(idx_with(-2, 2)), ValueError, ["topk_idx", "[-2, 2]", "row 3"]),
+        (ragged(X[0], X[1][:3]), {}, TypeError, ["x", "array of objects", "list(x)"]),
+        (ragged(*X), {}, TypeError, ["x", "array of objects", "list(x)"]),
+        (X, routed(ragged(*IDX)), TypeError, ["topk_idx", "array of objects", "list(topk_idx)"]),
+        (X[0][:2], {}, ValueError, ["x", "num_ranks=2", "[2, 6]"]),
         (X, routed([i[:4] for i in IDX]), ValueError, ["topk_idx", "[5, 2]", "[4, 2]"]),
         (X, routed(weights=[f[:, :1] for f in FACTORS]), ValueError, ["topk_weights", "[5, 2]", "[5, 1]"]),
         (X, routed([i * 1.0 for i in IDX]), TypeError, ["topk_idx", "integer", "float64"]),
@@ -156,6 +172,27 @@ def test_call(layer, x, routing, kind, parts):
         layer(x, **routing)
     assert layer.stats[0].epoch == epoch, "a rank was started"
     assert_same_bits(layer(X), expected, "a call after a refused one")
+
+
+def test_numpy_scalars_are_numbers(layer):
+    given = dict(num_processors=np.int64(1), deadline_s=np.float32(5), trace=np.bool_(True))
+    with FlashMoE(CONFIG, WEIGHTS, **given) as other:
+        assert_same_bits(other(X), layer(X), "NumPy's scalars")
+        assert (other.num_processors, other.deadline_s) == (1, 5.0) and other.traces
+        assert type(other.num_processors) is int and type(other.deadline_s) is float
+    fibers = dict(backend="fibers", num_processors=1, seed=np.uint32(4), lanes=np.array(2), preempt=np.float64(0.1))
+    with FlashMoE(CONFIG, WEIGHTS, **fibers) as other:
+        assert [type(getattr(other._backend, name)) for name in ("seed", "lanes", "preempt")] == [int, int, float]
+
+
+def test_one_ranks_tokens_without_an_index_of_ranks():
+    with FlashMoE(replace(CONFIG, num_ranks=1), WEIGHTS, backend="fibers", num_processors=1, lanes=1) as layer:
+        for tokens in (X[0], X[0][:1]):
+            with raises(ValueError, "x must", "num_ranks=1", list(tokens.shape), "x[None]?"):
+                layer(tokens)
+        with raises(ValueError, "topk_idx must", "[5, 2]", "topk_idx[None]?"):
+            layer(X[0][None], topk_idx=IDX[0], topk_weights=FACTORS[0])
+        assert layer(X[0][None]).shape == (1, 5, 6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,10 +1,10 @@
-"""Slots and tasks of the kernel, read from its own arrays and traces, against the reference's."""
+"""Choices, slots, tasks and counters of the kernel, read from its own arrays and traces, against the reference's."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
-from cases import random_routing, random_tokens, tiny_config
+from cases import random_routing, random_tokens, tiny_config, with_no_choices
 from hypothesis import given
 from hypothesis import strategies as st
 from worlds import configs, token_counts
@@ -12,7 +12,7 @@ from worlds import configs, token_counts
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.kernel.queue import EXPERT, KIND, PEER, STAMP, TASK_WORDS, M, N
 from flashmoe_numba.kernel.trace import RECEIVE, RECORD_WORDS
-from reference import GATE, Task, Weights, make_packets, task_graph
+from reference import GATE, Task, Weights, make_packets, softmax_topk, task_graph
 
 backends = st.sampled_from([{"backend": "cpu"}, {"backend": "fibers", "lanes": 1}, {"backend": "fibers", "lanes": 3}])
 
@@ -22,7 +22,10 @@ def routed_layers(draw):
     config = draw(configs(max_ranks=3, dtypes=("float32",)))
     counts, seed = draw(token_counts(config)), draw(st.integers(0, 2**32))
     bias = draw(st.sampled_from([0.0, 2.0, 50.0]))
-    return config, random_tokens(config, counts, seed), random_routing(config, counts, seed, bias)
+    routing = random_routing(config, counts, seed, bias)
+    if draw(st.booleans()):
+        routing = with_no_choices(config, routing, seed)
+    return config, random_tokens(config, counts, seed), routing
 
 
 def check_slots(layer, rank, topk_idx):
@@ -37,15 +40,17 @@ def check_slots(layer, rank, topk_idx):
     case = f"{config}, rank {rank}"
     for b in range(blocks):
         pairs = range(b * pairs_per_block, min((b + 1) * pairs_per_block, num_pairs))
+        pairs = [pair for pair in pairs if topk_idx.flat[pair] >= 0]
         chosen = [int(topk_idx.flat[pair]) for pair in pairs]
         assert bases[b].tolist() == used, f"{case}, token block {b}: first slots"
         for pair, expert in zip(pairs, chosen, strict=True):
             assert bases[b, expert] + tokens.place[pair] == used[expert], f"{case}: slot of pair {pair}"
             used[expert] += 1
-        assert counts[b].tolist() == np.bincount(chosen, minlength=config.num_experts).tolist(), f"{case}, block {b}"
+        assert counts[b].tolist() == [chosen.count(e) for e in range(config.num_experts)], f"{case}, block {b}"
         assert starts[b].tolist() == (np.cumsum(counts[b]) - counts[b]).tolist(), f"{case}, block {b}"
         by_expert = sorted(pairs, key=lambda pair: (topk_idx.flat[pair], pair))
-        assert tokens.order[pairs.start : pairs.stop].tolist() == by_expert, f"{case}, token block {b}: order"
+        order = tokens.order[b * pairs_per_block :][: len(pairs)].tolist()
+        assert order == by_expert, f"{case}, token block {b}: order"
     assert tokens.sent.tolist() == np.minimum(used, config.slots).tolist(), f"{case}: rows sent"
 
 
@@ -72,11 +77,12 @@ def queued_tasks(layer, rank, epoch):
 @given(routed_layers(), st.integers(1, 3), backends)
 def test_slots_and_tasks_are_the_references(layer, num_processors, backend):
     config, x, (topk_idx, topk_weights) = layer
+    given, topk_idx = topk_idx, [np.where(idx < config.num_experts, idx, -1) for idx in topk_idx]
     packets = [make_packets(idx, config) for idx in topk_idx]
     graph = task_graph(packets, config)
     with FlashMoE(config, Weights.random(config), num_processors=num_processors, trace=True, **backend) as layer:
         for epoch in (1, 2):
-            layer(x, topk_idx=topk_idx, topk_weights=topk_weights)
+            layer(x, topk_idx=given, topk_weights=topk_weights)
             times = {}
             for rank in range(config.num_ranks):
                 check_slots(layer, rank, topk_idx[rank])
@@ -118,3 +124,53 @@ def test_one_token_per_block_and_one_block_for_all(backend):
             layer(random_tokens(config, [7, 0]), topk_idx=topk_idx, topk_weights=topk_weights)
             for rank in range(2):
                 check_slots(layer, rank, topk_idx[rank])
+
+
+# Logits of one token for each column of `LOGITS`: its x has one element, `SIZES`, so that a logit is one product.
+LOGITS = np.array([
+    [-200, -199.5, -201, -200.5],  # the exponentials of these, as they are, are all 0
+    [-4e30, -1e30, -2e30, -3e30],
+    [10, 0, 0, 0], [0, 0, 0, 10], [0, 10, 10, 0], [0, 0, -10, 0], [-10, -10, -10, -10],  # become infinite
+    [1, 3, 2, 3], [5, 1, 1, 1],
+])  # fmt: skip
+SIZES = [1, 1, 3e38, 3e38, 3e38, 3e38, 3e38, 1, np.nan]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "fibers"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_choices_of_logits_far_from_zero_and_of_infinite_ones(backend, renormalize):
+    config = tiny_config(num_tokens=len(SIZES), hidden=len(SIZES), renormalize=renormalize)
+    weights = Weights.random(config)
+    weights.router[:] = LOGITS.T
+    x = np.diag(np.array(SIZES, np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        logits = np.stack([size * row for size, row in zip(np.float32(SIZES), LOGITS.astype(np.float32), strict=True)])
+    logits[-1] = np.nan
+    expected = softmax_topk(logits, config.num_topk, renormalize)
+    bad = [False, False, True, True, True, False, True, False, True]
+    chosen = [[1, 0], [1, 2], [0, 1], [0, 1], [0, 1], [0, 1], [0, 1], [1, 3], [0, 1]]
+    assert expected.topk_idx.tolist() == chosen and np.isnan(expected.topk_weights).all(axis=1).tolist() == bad
+    with FlashMoE(config, weights, backend=backend, num_processors=1) as layer:
+        layer([x, x[:0]])
+        routing, stats = layer.routing[0], layer.stats
+    assert routing.topk_idx.tolist() == chosen
+    np.testing.assert_allclose(routing.topk_weights, expected.topk_weights, rtol=1e-6, equal_nan=True)
+    assert [s.nonfinite_tokens for s in stats] == [sum(bad), 0]
+
+
+def test_stats_are_those_of_a_case_worked_out_by_hand():
+    """Three ranks of two experts; tiles of 2 and 4 rows; capacity 6."""
+    config = tiny_config(num_ranks=3, num_experts=6, num_topk=1, num_tokens=9, capacity=6)
+    routes = [[0, 0, 0, 0, 0, 1, 3, -1, 6], [1, 1, 1, 5, 5], [4, 4, 4, 4, 4, 4, 4, 4, -1]]
+    idx = [np.array(route)[:, None] for route in routes]
+    with FlashMoE(config, Weights.random(config), backend="fibers", num_processors=1, lanes=1) as layer:
+        factors = [np.ones(part.shape) for part in idx]
+        layer(random_tokens(config, [9, 5, 9]), topk_idx=idx, topk_weights=factors)
+        stats = layer.stats
+    assert [s.rows_per_expert for s in stats] == [(5, 1 + 3), (0, 1), (6, 2)]
+    assert [s.row_tiles for s in stats] == [2 + 1 + 1, 1, 2 + 1]
+    assert [s.padded_rows for s in stats] == [8 + 2 + 4, 2, 8 + 2]
+    assert [s.received_rows for s in stats] == [9, 1, 8]
+    assert [s.sent_rows for s in stats] == [7, 5, 6]
+    assert [s.dropped_pairs for s in stats] == [0, 0, 2]
+    assert stats[0].padded_row_share == 1 - 9 / 14

@@ -1,14 +1,49 @@
 """The vocabulary: what a config accepts, and the geometry of segments and row tiles."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
-from reference import Layout, MoEConfig, Write, num_row_blocks, tile_height, write_conflicts
+from reference import (
+    DTYPES,
+    Layout,
+    MoEConfig,
+    Weights,
+    Write,
+    element_dtype,
+    num_row_blocks,
+    tile_height,
+    write_conflicts,
+)
+from reference.arrays import check_seed
 from reference.layout import DISPATCH, RESULT
 
 
 def make_config(**fields):
     return MoEConfig(**(dict(num_ranks=3, num_tokens=7, hidden=5, ffn=4, num_experts=6, num_topk=2) | fields))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float32, np.dtype("float16"), np.float64, element_dtype("bfloat16")])
+def test_numpy_scalars_and_types_are_kept_as_pythons(dtype):
+    given = dict(num_ranks=np.int64(3), num_tokens=np.uint8(7), hidden=np.array(5), ffn=np.int16(4))
+    config = make_config(**given, gated=np.bool_(True), capacity=np.int32(2), activation=np.str_("relu"), dtype=dtype)
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    plain = make_config(gated=True, capacity=2, activation="relu", dtype=name)
+    assert config == plain and hash(config) == hash(plain) and repr(config) == repr(plain)
+    assert json.dumps(asdict(config)) == json.dumps(asdict(plain))
+    assert {type(value) for value in asdict(config).values()} == {int, bool, str}
+
+
+def test_seeds_may_be_numpy_integers():
+    config = make_config()
+    for seed in (np.int64(3), np.uint8(3), np.array(3)):
+        np.testing.assert_array_equal(Weights.random(config, seed=seed).router, Weights.random(config, seed=3).router)
+    for seed in (np.bool_(True), np.float32(3)):
+        with pytest.raises(TypeError, match="seed must be an integer"):
+            Weights.random(config, seed=seed)
+    assert type(check_seed(np.int64(3))) is int
 
 
 @pytest.mark.parametrize(("fields", "error", "message"), [
@@ -19,7 +54,14 @@ def make_config(**fields):
     ({"num_tokens": True}, TypeError, "num_tokens must be an integer, got True"),
     ({"gated": 1}, TypeError, "gated must be True or False, got 1"),
     ({"activation": "tanh"}, ValueError, "activation must be one of .*; got 'tanh'"),
-    ({"dtype": np.dtype("float16")}, TypeError, "dtype must be a string, one of .*; got dtype"),
+    ({"dtype": 16}, TypeError, "dtype must be a string, one of .*; got 16"),
+    ({"dtype": None}, TypeError, "dtype must be a string, one of .*; got None"),
+    ({"dtype": np.int32}, ValueError, "dtype must be one of .*; got 'int32'"),
+    ({"dtype": np.dtype("float32").newbyteorder()}, ValueError, "dtype must be one of .*; got '.f4'"),
+    ({"num_topk": np.bool_(True)}, TypeError, "num_topk must be an integer, got True"),
+    ({"hidden": np.float32(2)}, TypeError, "hidden must be an integer, got 2.0"),
+    ({"renormalize": np.int64(1)}, TypeError, "renormalize must be True or False, got 1"),
+    ({"capacity": np.int64(8)}, ValueError, r"capacity must be in \[1, num_tokens=7\] or None, got 8"),
     ({"num_tokens": 2**30}, ValueError, r"num_tokens must be in \[1, 1073741823\] for num_topk=2, got 1073741824"),
     ({"dtype": "int8"}, ValueError, "dtype must be one of .*; got 'int8'"),
     ({"capacity": 8}, ValueError, r"capacity must be in \[1, num_tokens=7\] or None, got 8"),

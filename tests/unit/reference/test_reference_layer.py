@@ -125,6 +125,46 @@ def test_external_routing_with_drops_and_a_token_that_loses_all():
     np.testing.assert_allclose(y[3], 0.25 * expert_ffn(x[3:4], weights, 2, config)[0], rtol=1e-12)
 
 
+def test_no_choice_takes_no_slot_and_adds_nothing():
+    config = make_config(num_ranks=1, num_tokens=5, capacity=2, dtype="float64")
+    weights, x = Weights.random(config), make_x(config)[0]
+    idx = np.array([[0, -1], [6, 0], [-1, -1], [0, 6], [6, 4]])
+    factors = np.array([[0.5, np.nan], [np.inf, 3.0], [np.nan, np.nan], [3.0, 1.0], [-1.0, 0.5]])
+    y = moe_layer(x, weights, config, idx, factors)
+    routing = [[(0, 0.5)], [(0, 3.0)], [], [(0, 3.0)], [(4, 0.5)]]  # token 3 comes third to expert 0
+    np.testing.assert_allclose(y, naive_source(x, weights, config, routing), rtol=1e-12, atol=1e-12)
+    assert not y[2:4].any() and y[4].any()
+
+
+@pytest.mark.parametrize(("dtype", "below", "beyond"), [
+    ("float16", 65519.9, 65520.0), ("bfloat16", 3.395e38, 3.397e38), ("float32", 3.4028235e38, 3.4028236e38),
+])  # fmt: skip
+def test_what_leaves_the_range_of_the_element_type_is_infinite(dtype, below, beyond):
+    """A row of ones: hidden rows are `up`, results `up * down`, neither rounded, but infinite as rounding makes it."""
+    config = make_config(dtype=dtype, num_ranks=1, num_experts=1, num_topk=1, gated=False, activation="identity")
+    one, up, down = (np.zeros(shape) for shape in ((1, 17), (1, 11, 17), (1, 17, 11)))
+    one[0, 0], up[0, 0, 0], down[0, :2, 0] = 1, 1, (1, -1)
+    exact = dict(router=np.zeros((1, 17)), up_proj=up, down_proj=down)
+    for value, expected in ((below, below), (beyond, np.inf)):
+        result = expert_ffn(one * value, Weights(**exact), 0, config)
+        assert result[0, :2].tolist() == [expected, -expected]  # a hidden row and a result of that size
+    result = expert_ffn(one, Weights(**(exact | {"down_proj": down * beyond})), 0, config)
+    assert np.isposinf(result[0, 0]) and np.isneginf(result[0, 1])
+
+
+def test_a_weight_of_zero_adds_nothing_and_a_sum_may_overflow():
+    config = make_config(dtype="float16", num_ranks=1, num_experts=3, num_topk=2, gated=False, activation="identity")
+    weights = Weights.random(config)
+    weights.up_proj[:], weights.down_proj[:] = 0, 0
+    weights.up_proj[:, 0, 0], weights.down_proj[:, 0, 0] = 1, (60000, 37504, 1)
+    x = np.zeros((4, 17), np.float16)
+    x[:, 0] = (2, 1, 1, 1)
+    idx = np.array([[0, 2], [0, 1], [0, 1], [0, 2]])
+    factors = np.array([[0.0, 1], [1, 1], [1, -0.5], [-0.0, 0]])
+    y = moe_layer(x, weights, config, idx, factors)
+    assert y[:, 0].tolist() == [2, np.inf, 60000 - 37504 / 2, 0] and not np.isnan(y).any()
+
+
 def test_bad_rows_stay_in_their_rows():
     config = make_config()
     weights, x = Weights.random(config), np.stack(make_x(config))
@@ -170,6 +210,10 @@ def test_errors_name_the_argument_and_both_sides():
         moe_layer([np.concatenate(x), x[1]], weights, config)
     with pytest.raises(TypeError, match=r"x\[0\] must have a floating dtype .* got int64"):
         moe_layer([x[0].astype(int), x[1]], weights, config)
+    ragged = np.empty(2, object)
+    ragged[:] = x[0], x[1][:5]
+    with pytest.raises(TypeError, match=r"x must be a list .* array of objects: list\(x\)\?"):
+        moe_layer(ragged, weights, config)
     idx, factors = np.zeros((13, 2), int), np.ones((13, 2))
     with pytest.raises(ValueError, match="topk_weights is given, but topk_idx is not"):
         moe_layer(x, weights, config, topk_weights=[factors, factors])

@@ -51,6 +51,17 @@ def test_route_is_float64_of_16_bit_inputs():
     np.testing.assert_array_equal(routing.topk_idx, np.argsort(-logits, axis=1)[:, :3])
 
 
+@pytest.mark.parametrize(("dtype", "finite"), [("float32", False), ("bfloat16", False), ("float64", True)])
+def test_logits_beyond_the_accumulator_are_infinite(dtype, finite):
+    config = make_config(dtype=dtype, num_topk=2)
+    x, router = np.zeros((3, 33)), np.zeros((10, 33))
+    x[:, 0], router[4, 0], router[7, 0] = (1e20, -1e20, 1), 1e20, -1e20
+    routing = route(x.astype(config.numpy_dtype), router.astype(config.accumulator), config)
+    chosen = [[4, 0], [7, 0], [4, 0]] if finite else [[0, 1], [0, 1], [4, 0]]
+    assert routing.topk_idx.tolist() == chosen
+    assert np.isfinite(routing.topk_weights).all(axis=1).tolist() == [finite, finite, True]
+
+
 def test_external_routing_copies_and_casts():
     config = make_config()
     for idx_dtype, weights_dtype in ((np.uint8, np.float64), (np.int32, np.float32)):
@@ -62,9 +73,24 @@ def test_external_routing_copies_and_casts():
     assert external_routing(np.empty((0, 3), int), np.empty((0, 3)), config, 0).topk_idx.shape == (0, 3)
 
 
+@pytest.mark.parametrize("idx_dtype", [np.int8, np.uint8, np.int64, np.uint64])
+def test_no_choice_has_index_minus_one_and_weight_zero_whatever_was_given(idx_dtype):
+    """Frameworks pad with -1 or with num_experts, and with any factor."""
+    signed = np.issubdtype(idx_dtype, np.signedinteger)
+    none = -1 if signed else 10
+    idx = np.array([[none, 4, 10], [10, none, 10], [0, 9, 1]], idx_dtype)
+    weights = np.array([[np.nan, 0.5, np.inf], [1e300, np.nan, 2], [np.nan, 0.25, np.inf]])
+    routing = external_routing(idx, weights, make_config(), 3)
+    assert routing.topk_idx.tolist() == [[-1, 4, -1], [-1, -1, -1], [0, 9, 1]] and routing.topk_idx.dtype == np.int32
+    np.testing.assert_array_equal(routing.topk_weights, [[0, 0.5, 0], [0, 0, 0], [np.nan, 0.25, np.inf]])
+    assert idx[0, 2] == 10 and np.isnan(weights[0, 0]), "the caller's arrays were changed"
+
+
 @pytest.mark.parametrize(("idx", "error", "message"), [
-    ([[0, 1, 2], [3, 10, 4]], ValueError, r"values must be in \[0, num_experts=10\), got \[3, 10, 4\] in row 1"),
-    ([[0, 1, 2], [3, 4, -1]], ValueError, r"values must be in .* got \[3, 4, -1\] in row 1"),
+    ([[0, 1, 2], [3, 11, 4]], ValueError,
+     r"values must be in \[0, num_experts=10\), or -1 or 10 for no choice, got \[3, 11, 4\] in row 1"),
+    ([[0, 1, 2], [3, 4, -2]], ValueError, r"values must be in .* got \[3, 4, -2\] in row 1"),
+    ([[0, 1, 2], [-1, 4, 4]], ValueError, r"the experts of a token must be distinct, got \[-1, 4, 4\] in row 1"),
     ([[5, 1, 5], [3, 4, 1]], ValueError, r"the experts of a token must be distinct, got \[5, 1, 5\] in row 0"),
     ([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], TypeError, "topk_idx must have an integer dtype, got float64"),
     ([[0, 1], [3, 4]], ValueError, r"topk_idx must have shape \[2, 3\], got \[2, 2\]"),

@@ -138,11 +138,25 @@ def test_recorded_uneven_and_without_routing(tmp_path):
     ({"x": np.ones((4, 18))}, ValueError, r"x must have shape \[any, 19\], got \[4, 18\]"),
     ({"x": np.ones((2, 2, 2, 19))}, ValueError, r"x must have shape \[any, any, 19\], got \[2, 2, 2, 19\]"),
     ({"x": np.ones((4, 19), int)}, TypeError, "x must have a floating dtype"),
+    ({"x": np.where(np.arange(4)[:, None] == 2, np.nan, np.ones((4, 19)))}, ValueError, "x must be finite .* in row 2"),
+    ({"x": np.full((4, 19), 1e39)}, ValueError, "x must be finite in float32, .* in row 0"),
+    ({"x": np.ones((1, 19)), "topk_idx": np.array([[1, 2, 3]]), "topk_weights": np.array([[1, np.nan, 1]])},
+     ValueError, "topk_weights must be finite in float32, .* in row 0"),
+    ({"x": np.ones((1, 19)), "topk_idx": np.array([[1, 2, 3]]), "topk_weights": np.array([[1, 1, np.inf]])},
+     ValueError, "topk_weights must be finite"),
 ])  # fmt: skip
 def test_bad_recordings(tmp_path, arrays, error, message):
     save(tmp_path / "bad.npz", arrays)
     with pytest.raises(error, match=message):
         make_workload(str(tmp_path / "bad.npz"), make_config())
+
+
+def test_no_choice_in_a_recording_may_have_any_weight(tmp_path):
+    idx, weights = np.array([[-1, 2, 8], [0, 8, 8]]), np.array([[np.nan, 0.5, np.inf], [1, -np.inf, np.nan]])
+    save(tmp_path / "padded.npz", {"x": np.ones((2, 19)), "topk_idx": idx, "topk_weights": weights})
+    work = make_workload(str(tmp_path / "padded.npz"), make_config(), num_tokens=np.array([1, 1, 0, 0]))
+    assert np.concatenate(work.topk_idx).tolist() == [[-1, 2, -1], [0, -1, -1]]
+    assert np.concatenate(work.topk_weights).tolist() == [[0, 0.5, 0], [1, 0, 0]]
 
 
 def test_bad_arguments(tmp_path):

@@ -1,0 +1,36 @@
+"""Numbers and truth values as frameworks give them, made Python's own, and names of element types.
+
+Values that are kept (in configs, seeds, kernel arguments) are plain Python: so they print, compare, hash, become JSON
+and TOML, and type a compiled kernel alike, wherever they came from. Leaves out: rules about values; whoever calls this
+checks what comes back, and a `bool` is no integer there, NumPy's no more than Python's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+
+def plain(value: Any) -> Any:
+    """The Python value of a NumPy scalar or of an array without dimensions; anything else as it is."""
+    scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return value.item() if scalar else value
+
+
+def make_plain(instance: Any) -> None:
+    """Make every field of a frozen dataclass `plain`; for its `__post_init__`."""
+    for field in fields(instance):
+        object.__setattr__(instance, field.name, plain(getattr(instance, field.name)))
+
+
+def dtype_name(dtype: Any) -> Any:
+    """The name of `np.dtype("float32")` or `np.float32`, of this machine's byte order; anything else as it is."""
+    if not isinstance(dtype, (np.dtype, type)):
+        return dtype
+    try:
+        found = np.dtype(dtype)
+    except TypeError:  # a class that is no number's
+        return dtype
+    return found.name if found.isnative else found.str
