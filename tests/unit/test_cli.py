@@ -134,6 +134,7 @@ def test_the_table_has_units_and_the_verdict(capsys):
     out, err = capsys.readouterr()
     for text in ("12 tokens per rank", "96 rows sent", " ms, median of 2", "tokens/s", "GFLOP/s", "passed"):
         assert text in out
+    assert "not finite" not in out
     assert err == "", "progress is drawn though stderr is no terminal"
 
 
@@ -144,6 +145,19 @@ def test_a_recording_with_its_routing_is_used_as_it_is(capsys, tmp_path):
     np.savez(tmp_path / "recorded.npz", x=np.concatenate(made.x)[:26], **{n: r[:26] for n, r in routing.items()})
     code, report = run_json(capsys, "--workload", str(tmp_path / "recorded.npz"))
     assert (code, report["sent_rows"]) == (0, 26 * 2)
+
+
+def test_a_recording_with_no_choices_and_a_row_that_overflows(capsys, tmp_path):
+    """Gate times up is beyond float32, for the oracle, too."""
+    x = np.concatenate(make_workload("uniform", load_preset("laptop-tiny"), 2).x)
+    idx, weights = np.tile([3, 1], (8, 1)), np.full((8, 2), 0.5)
+    idx[:3], weights[:3] = [[-1, 2], [8, 8], [5, -1]], [[np.nan, 1], [7, 7], [1, np.inf]]
+    x[4] *= 1e30
+    np.savez(tmp_path / "recorded.npz", x=x, topk_idx=idx, topk_weights=weights)
+    assert cli.main([*TINY, "--workload", str(tmp_path / "recorded.npz")]) == 0
+    out = capsys.readouterr().out
+    for text in ("12 rows sent, 0 pairs dropped", "0 tokens' weights, results of 2 rows", "passed"):
+        assert text in out
 
 
 def spoil(monkeypatch, change):
