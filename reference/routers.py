@@ -23,7 +23,7 @@ class Routing:
 
     Args:
         topk_idx: `[num_tokens, num_topk]` int32, global expert indices; -1: no choice (only from outside).
-        topk_weights: `[num_tokens, num_topk]` floating.
+        topk_weights: `[num_tokens, num_topk]` floating; that of no choice is 0.
     """
 
     topk_idx: Array

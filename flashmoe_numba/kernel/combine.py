@@ -9,7 +9,7 @@ from flashmoe_numba.device import jit, lane, lanes, load, store
 def combine(p, tokens, segments, scratch, token_block):
     """y = sum of weight * result over a token's choices, in that order.
 
-    Nothing is added for a dropped pair, for no choice (index -1), nor for a weight of 0, whatever its result: 0 times
+    Nothing is added for a dropped pair, nor for a weight of 0, as no choice has it: there may be no result, and 0 times
     an infinity is NaN. (Finite sums have the same bits as if it were added: from +0 on, none of them is -0.)
     """
     first = token_block * p.token_block
@@ -19,7 +19,7 @@ def combine(p, tokens, segments, scratch, token_block):
         for j in range(p.num_topk):
             pair = token * p.num_topk + j
             e = tokens.topk_idx[pair]
-            if e >= 0 and tokens.topk_weights[pair] != 0:
+            if tokens.topk_weights[pair] != 0:
                 slot = tokens.bases[token_block * p.num_experts + e] + tokens.place[pair]
                 if slot < p.slots:
                     add_row(p, segments, scratch, e * p.slots + slot, tokens.topk_weights[pair])

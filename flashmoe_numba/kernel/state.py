@@ -76,7 +76,7 @@ class Tokens(NamedTuple):
     y: np.ndarray  # elements [num_tokens, hidden]
     logits: np.ndarray  # accumulator [num_tokens, num_experts]
     topk_idx: np.ndarray  # int32 [num_tokens, num_topk]; -1: no choice
-    topk_weights: np.ndarray  # accumulator [num_tokens, num_topk]
+    topk_weights: np.ndarray  # accumulator [num_tokens, num_topk]; that of no choice is 0
     place: np.ndarray  # int32 [pairs]: how many earlier pairs of the block chose the same expert
     order: np.ndarray  # int32 [pairs]: the block's pairs that chose an expert, sorted by expert
     counts: np.ndarray  # int32 [blocks, num_experts]

@@ -35,6 +35,6 @@ def test_what_does_not_fit(epochs, call, message):
 
 
 def test_experts_that_there_are_not():
-    spec = WorldSpec(config=CONFIG, given=(GivenCall((1, 0), (((4, 0),), ())),))
+    spec = WorldSpec(config=CONFIG, given=(GivenCall((1, 0), (((5, 0),), ())),))
     with pytest.raises(ValueError, match="num_experts=4"):
         spec.calls()

@@ -59,6 +59,24 @@ def test_float16_results_overflow_before_they_are_weighted(backend):
     assert [s.dropped_pairs for s in stats] == [0, 0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_a_gated_expert_overflow_alone(dtype):
+    """Gate times up would be in the range, but one of them is not: experts 0 and 1. Expert 2's is 0 times inf."""
+    config = tiny_config(dtype=dtype, activation="relu")
+    weights = scaling_experts(config, up=[1e20, 1e-30, 1e20, 1e-20], down=[1, 1, 1, 1], column=3)
+    weights.gate_proj[:] = 0
+    weights.gate_proj[:, 0, 0] = [1e-30, 1e20, -1, 1e-20]
+    x = [np.zeros((4, config.hidden), config.numpy_dtype), np.zeros((0, config.hidden), config.numpy_dtype)]
+    x[0][:, 0] = 1e20
+    idx, factors = np.array([[0, -1], [1, -1], [2, -1], [3, -1]]), np.ones((4, 2))
+    routing = dict(topk_idx=[idx, idx[:0]], topk_weights=[factors, factors[:0]])
+    with FlashMoE(config, weights, backend="fibers", num_processors=1, lanes=1) as layer:
+        kernel = layer(x, **routing)[0]
+    oracle = moe_layer(x, weights, config, **routing)[0]
+    for rows in (kernel, oracle):
+        np.testing.assert_allclose(rows[:, 0].astype(float), [INF, INF, NAN, 1], rtol=0.02)
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 1e20), ("bfloat16", 1e20), ("float64", 1e160)])
 def test_logits_beyond_the_accumulator_spoil_their_token_and_are_counted(dtype, size):
     """They would be finite in a wider type; oracle and kernel say the same."""
