@@ -215,8 +215,9 @@ class Regions:
         for token, (experts, factors) in enumerate(zip(routing.topk_idx, routing.topk_weights, strict=True)):
             total = np.zeros(c.hidden, c.accumulator)
             for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
-                if packet.slot[token, j] >= 0 and factor != 0:
+                if packet.slot[token, j] >= 0:
                     row = results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]
+                    row = np.where((factor != 0) | np.isfinite(row), row, 0)  # 0 times a finite row changes no bit
                     with np.errstate(over="ignore", invalid="ignore"):
                         total += factor * row.astype(c.accumulator)
             with np.errstate(over="ignore", invalid="ignore"):

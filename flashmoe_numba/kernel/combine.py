@@ -10,7 +10,7 @@ def combine(p, tokens, segments, scratch, token_block):
     """y = sum of weight * result over a token's choices, in that order.
 
     Nothing is added for a dropped pair, nor for a weight of 0, as no choice has it: there may be no result, and 0 times
-    an infinity is NaN. (Finite sums have the same bits as if it were added: from +0 on, none of them is -0.)
+    an infinity is NaN.
     """
     first = token_block * p.token_block
     for token in range(first, min(first + p.token_block, p.num_tokens)):
