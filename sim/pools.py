@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+SAFE_PATH = "PYTHONSAFEPATH"
+
 
 class Pool(Executor):
     """An executor that Ctrl-C does not tear, and the number of its processes. Only the main thread may submit."""
@@ -20,7 +22,7 @@ class Pool(Executor):
         self._executor, self.processes = executor, processes
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        with _ctrl_c_held():
+        with _ctrl_c_held(), _safe_path():  # processes begin here
             return self._executor.submit(fn, *args, **kwargs)
 
 
@@ -43,11 +45,29 @@ def _ctrl_c_held() -> Iterator[None]:
 
 
 @contextmanager
+def _safe_path() -> Iterator[None]:
+    """A Python that begins within does not look for modules in the current folder, say for signal in its signal.py.
+
+    What it needs from there all the same it finds by the path that this process hands to it.
+    """
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
+
+
+@contextmanager
 def process_pool(jobs: int) -> Iterator[Pool]:
     """`jobs` processes, which end with the block and with this process, however these end."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit the lock on the sweep's file
     alive, end = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(alive,))
+    with _safe_path():  # for the resource tracker
+        pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(alive,))
     try:
         yield Pool(pool, jobs)
     finally:

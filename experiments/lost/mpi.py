@@ -63,7 +63,7 @@ def one_run(fault: str, rng: np.random.Generator) -> Verdict:
 
 
 def _start(ranks: int, folder: str, stderr: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "flashmoe_numba", "run", "--preset", "laptop-tiny", "--ranks", str(ranks), *SIZES]
+    command = [sys.executable, "-Pm", "flashmoe_numba", "run", "--preset", "laptop-tiny", "--ranks", str(ranks), *SIZES]
     environment = {name: value for name, value in os.environ.items() if name not in launch.RANK_VARIABLES}
     with stderr.open("w") as file:
         return subprocess.Popen(
