@@ -12,12 +12,13 @@ ranks; medians over the repeats of each run's median are shown.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from statistics import median
 
 from common import Row, parser_of, show, store
+
+from flashmoe_numba.cores import count_cores
 
 RANKS = (1, 2, 4, 8)
 COLUMNS = {
@@ -50,7 +51,7 @@ def run(preset: str, ranks: int, iterations: int) -> Row:
     """The report of one run."""
     flags = {"preset": preset, "ranks": ranks, "processors": 1, "iterations": iterations, "json": "-"}
     arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "flashmoe_numba", "run", *arguments]
+    command = [sys.executable, "-Pm", "flashmoe_numba", "run", *arguments]
     report: Row = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout)
     return report
 
@@ -68,7 +69,7 @@ def summary(reports: list[Row]) -> Row:
 
 def add_ratio(rows: list[Row]) -> None:
     """Latency over the ideal one, to each row; the first is the measure."""
-    cores = len(os.sched_getaffinity(0))
+    cores = count_cores()
     for row in rows:
         row["cores"] = cores
         row["ratio"] = row["latency_ms"] / (rows[0]["latency_ms"] * max(1, row["ranks"] / cores))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import platform
 import re
 import sys
@@ -36,6 +35,8 @@ from lost.lose import lose_one
 from lost.memory import PLACES
 from lost.verdict import Verdict
 from lost.world import make_world
+
+from flashmoe_numba.cores import count_cores
 
 RANKS = (2, 3, 4)
 COLUMNS = {"fault": "", "runs": "d", "right": "d", "named": "d", "other": "d", "over_ms": "", "problems": "d"}
@@ -85,7 +86,7 @@ def terms(args: argparse.Namespace) -> Row:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu[1] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": count_cores(),
         **{name: getattr(args, name) for name in ("calls", "deadline_s", "slack_s", "seed")},
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,8 @@ import numpy as np
 from reference import MoEConfig, Weights
 
 from .backends import check_backend
+from .cores import count_cores
+from .mpi_environment import why_alone
 
 SETUP_DEADLINE_S = 600.0  # a rank may compile the kernel meanwhile
 MOST_PROCESSORS = 512  # threads of one rank: with thousands, most never get to run
@@ -17,8 +18,7 @@ MOST_PROCESSORS = 512  # threads of one rank: with thousands, most never get to 
 
 def default_processors(num_ranks: int) -> int:
     """Cores of this process, shared out among the ranks; at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // num_ranks)
+    return max(1, count_cores() // num_ranks)
 
 
 def _check_arguments(
@@ -50,7 +50,8 @@ def _check_arguments(
     if comm is not None and backend == "fibers":
         raise ValueError("backend 'fibers' runs all ranks in this process: leave comm out")
     if comm is not None and comm.size != config.num_ranks:
-        raise ValueError(f"comm must have config.num_ranks={config.num_ranks} ranks, got {comm.size}")
+        hint = why_alone(config.num_ranks) if comm.size == 1 else ""
+        raise ValueError(f"comm must have config.num_ranks={config.num_ranks} ranks, got {comm.size}{hint}")
     for rank_idx in range(config.num_ranks) if comm is None else [comm.rank]:
         weights.shard(rank_idx, config.num_ranks)  # raises if its experts are not there
 

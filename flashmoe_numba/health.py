@@ -17,6 +17,7 @@ from importlib import metadata
 
 from reference import Layout, load_preset
 
+from . import shared_memory
 from .bench import launch
 from .commands import UsageError
 from .commands.sizes import DEFAULT_PRESET
@@ -24,6 +25,7 @@ from .device.compilation import cache_folder
 
 USES = ("cpu", "mpi", "compile", "cuda")  # layers as threads, as processes; building for GPUs; running there
 OK, WARN, NO = "ok", "warn", "no"
+ENLARGE = "docker run --shm-size 8g"
 OLDEST_PYTHON = (3, 11)
 OLDEST = {  # as in setup.cfg
     "numpy": "2.0",
@@ -127,20 +129,20 @@ def check_one_mpi() -> Check:
 
 
 def check_shared_memory() -> Check:
-    """Do the ranks of the default layer fit?"""
-    config = load_preset(DEFAULT_PRESET)
+    """Do the ranks of the default layer fit, beside what runs now?"""
+    config, folder = load_preset(DEFAULT_PRESET), str(shared_memory.FOLDER)
     try:
-        launch.check_shared_memory(config.num_ranks, Layout(config).num_bytes)
-        status = os.statvfs(launch.SHARED_MEMORY)
-        free, size = (blocks * status.f_frsize / 2**30 for blocks in (status.f_bavail, status.f_blocks))
-        found = f"{free:.2f} of {size:.2f} GiB free, enough for --preset {DEFAULT_PRESET}"
-        return Check(name=launch.SHARED_MEMORY, needed_for=("mpi",), status=OK, found=found)
-    except UsageError as error:
-        found, _, fix = str(error).partition(": ")
+        shortage = launch.shared_memory_shortage(config.num_ranks, Layout(config).num_bytes)
+        status = os.statvfs(folder)
     except OSError as error:
-        found, fix = one_line(error), ""
-    fix = f"docker run --shm-size 8g, or in a smaller way: {fix}"
-    return Check(name=launch.SHARED_MEMORY, needed_for=("mpi",), status=WARN, found=found, fix=fix)
+        return Check(name=folder, needed_for=("mpi",), status=WARN, found=one_line(error), fix=ENLARGE)
+    if shortage is not None:
+        found, _, cure = str(shortage).partition(": ")
+        fix = f"{ENLARGE}, or in a smaller way: {cure}"
+        return Check(name=folder, needed_for=("mpi",), status=WARN, found=found, fix=fix)
+    free, size = (blocks * status.f_frsize / 2**30 for blocks in (status.f_bavail, status.f_blocks))
+    found = f"{free:.2f} of {size:.2f} GiB free, enough for --preset {DEFAULT_PRESET}"
+    return Check(name=folder, needed_for=("mpi",), status=OK, found=found)
 
 
 def version_of(package: str) -> str:

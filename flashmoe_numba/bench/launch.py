@@ -1,6 +1,7 @@
 """Ranks as processes: how they are started, and how they end together.
 
-`start` runs a command on n ranks under mpirun. Each rank is the child of a guard, a small shell: mpirun ends all ranks
+`start` runs a command on n ranks of this machine under mpirun, whatever a batch system says of other machines, and ends
+it if ranks do not begin. Each rank is the child of a guard, a small shell: mpirun ends all ranks
 as soon as it sees one die, before the others can say what they waited for, so the guard of a rank that was killed
 waits until they should have. Whoever dies takes its children along: mpirun ends the guards, a rank dies with
 its guard, and mpirun with whoever started it. Linux; elsewhere the last two are left out.
@@ -14,24 +15,26 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
-from ..commands import UsageError
+from .. import shared_memory
+from ..mpi_environment import RANK_VARIABLES, find_mpirun, rank_variable
 
-RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # not in the guards' arguments, so that these do not look like ranks
 TERMINAL_VARIABLE = "FLASHMOE_TERMINAL"  # stderr of a rank is a pipe; this says that it ends at a terminal
+BEGUN_VARIABLE = "FLASHMOE_BEGUN"  # a file into which each guard writes a letter, and each rank once MPI has begun
 GUARD = """trap '' INT
+[ -z "$FLASHMOE_BEGUN" ] || printf g >> "$FLASHMOE_BEGUN"
 eval "$FLASHMOE_RANK_COMMAND"
 code=$?
 if [ $code -ge 128 ] && [ $code -ne 130 ]; then
@@ -39,15 +42,18 @@ if [ $code -ge 128 ] && [ $code -ne 130 ]; then
     sleep "$0"
 fi
 exit $code"""
-SHARED_MEMORY = "/dev/shm"
-STARTUP_BYTES = 1.1e6  # of mpich's own there, for each rank
+STARTUP_BYTES = 1_100_000  # of mpich's own there, for each rank
 STOP_PATIENCE_S = 1.5
+START_PATIENCE_S = 120.0  # with no further rank: many on few cores import Numba, maybe from a slow disk
+START_NAP_S = 0.02
+START_HERE = {"HYDRA_LAUNCHER": "fork", "HYDRA_RMK": "user"}  # mpich's; by Slurm's variables it would wait for srun
+ELSEWHERE = ("HYDRA_HOST_FILE", "HYDRA_LAUNCHER_AUTOFORK", "HYDRA_LAUNCHER_EXTRA_ARGS")
 PR_SET_PDEATHSIG = 1
 
 
 def inside_mpirun() -> bool:
     """Is this process a rank that mpirun or a like launcher started? Known without touching MPI."""
-    return any(name in os.environ for name in RANK_VARIABLES)
+    return rank_variable() is not None
 
 
 def is_first_rank() -> bool:
@@ -59,20 +65,21 @@ def start(num_ranks: int, command: list[str], deadline_s: float) -> int:
     """Run `command` as each of `num_ranks` ranks; returns mpirun's exit status, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
+        TimeoutError: no further rank began for `START_PATIENCE_S`.
         UsageError: mpirun or mpi4py is missing.
     """
     mpirun = find_mpirun()
-    process = subprocess.Popen(
-        [mpirun, "-n", str(num_ranks), *_guard(deadline_s)],
-        env=_environment(command),
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # a terminal's Ctrl-C comes here once, and mpirun gets it from here once
-        preexec_fn=functools.partial(_die_with_parent, signal.SIGTERM),
-    )
-    before = _startup_segments()
-    with _sigterm_as_exit():
+    with tempfile.NamedTemporaryFile(prefix="flashmoe_") as begun, _sigterm_as_exit():
+        process = subprocess.Popen(
+            [mpirun, "-n", str(num_ranks), *_guard(deadline_s)],
+            env=_environment(command) | {BEGUN_VARIABLE: begun.name},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C comes here once, and mpirun gets it from here once
+            preexec_fn=functools.partial(_die_with_parent, signal.SIGTERM),
+        )
+        before = _startup_segments()
         try:
-            code = _wait(process)
+            code = _wait(process, lambda: _wait_for_ranks(process, mpirun, Path(begun.name), num_ranks))
         except BaseException:
             _remove_unmapped(before)
             raise
@@ -81,9 +88,31 @@ def start(num_ranks: int, command: list[str], deadline_s: float) -> int:
     return code
 
 
+def _wait_for_ranks(process: subprocess.Popen[bytes], mpirun: str, begun: Path, num_ranks: int) -> None:
+    """Until MPI has begun in all ranks, or mpirun is over; as long as further ones come."""
+    seen, since = "", time.monotonic()
+    while process.poll() is None and seen.count("r") < num_ranks:
+        letters = begun.read_text()
+        if letters != seen:
+            seen, since = letters, time.monotonic()
+        elif time.monotonic() - since > START_PATIENCE_S:
+            far = f"{seen.count('g')} of {num_ranks} ranks started, MPI began in {seen.count('r')}"
+            cure = "see what `flashmoe doctor` says of mpirun, or run all ranks in one process with --threads"
+            raise TimeoutError(f"{mpirun} was ended: {far}, and no more for {START_PATIENCE_S:g} s: {cure}")
+        time.sleep(START_NAP_S)
+
+
+def tell_begun() -> None:
+    """MPI has begun in this rank: tell whoever has started it."""
+    name = os.environ.pop(BEGUN_VARIABLE, None)
+    if name:
+        with contextlib.suppress(OSError), open(name, "a") as begun:
+            begun.write("r")
+
+
 def _startup_segments() -> set[Path]:
     """mpich's own files in shared memory that still have names."""
-    return set(Path(SHARED_MEMORY).glob("mpich_shm_*"))
+    return set(shared_memory.FOLDER.glob("mpich_shm_*"))
 
 
 def _remove_unmapped(before: set[Path]) -> None:
@@ -100,13 +129,22 @@ def _remove_unmapped(before: set[Path]) -> None:
 
 
 def _environment(command: list[str]) -> dict[str, str]:
-    """What mpirun and the ranks get; the user's own settings win."""
+    """What mpirun and the ranks get; the user's own settings win, but for those that lead to other machines."""
     defaults = {
         "MPIR_CVAR_CH4_NETMOD": "ofi",  # mpich's small start-up segment: 1 MB per rank instead of 5
         "HWLOC_XMLFILE": "",  # or mpirun leaves files in /tmp when it is interrupted
         TERMINAL_VARIABLE: "1" if sys.stderr.isatty() else "",
     }
-    return defaults | os.environ | {COMMAND_VARIABLE: shlex.join(command)}
+    own = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    return defaults | own | START_HERE | _path_of_package() | {COMMAND_VARIABLE: shlex.join(command)}
+
+
+def _path_of_package() -> dict[str, str]:
+    """Ranks look for modules in the caller's folder no more (`python -P`), where this package may lie uninstalled."""
+    root = str(Path(__file__).parents[2])
+    if root in sys.path[1:]:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))}
 
 
 def _guard(deadline_s: float) -> list[str]:
@@ -114,36 +152,28 @@ def _guard(deadline_s: float) -> list[str]:
     return ["/bin/sh", "-c", GUARD, f"{2 * deadline_s + 5:g}"]
 
 
-def find_mpirun() -> str:
-    """The mpirun of this Python's environment, which need not be activated, else that on the PATH.
+def shared_memory_for(num_ranks: int, segment_bytes: int) -> AbstractContextManager[None]:
+    """While it lasts the ranks' segments have their place. MPI never looks, and ranks would die as they touch it.
 
     Raises:
-        UsageError: there is none, or no mpi4py.
+        Shortage: naming what is needed and what there is.
     """
-    folders = [Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))]
-    beside = [str(folder / "mpirun") for folder in folders if (folder / "mpirun").is_file()]
-    found = beside[0] if beside else shutil.which("mpirun")
-    missing = [name for name, there in (("mpirun", found), ("mpi4py", importlib.util.find_spec("mpi4py"))) if not there]
-    if found is None or missing:
-        hint = "pip install 'flashmoe-numba[mpi]', or run all ranks in one process with --threads"
-        raise UsageError(f"ranks as processes need {' and '.join(missing)}, not found here: {hint}")
-    return found
+    return shared_memory.claimed(*_need(num_ranks, segment_bytes))
 
 
-def check_shared_memory(num_ranks: int, segment_bytes: int) -> None:
-    """Nothing, if the ranks' segments fit. MPI itself never looks, and ranks would die at the first touch.
+def shared_memory_shortage(num_ranks: int, segment_bytes: int) -> shared_memory.Shortage | None:
+    """Would they have it now?"""
+    return shared_memory.shortage(*_need(num_ranks, segment_bytes))
 
-    Raises:
-        UsageError: naming what is needed and what there is.
-    """
-    if os.path.isdir(SHARED_MEMORY):
-        status = os.statvfs(SHARED_MEMORY)
-        needed, free = num_ranks * (segment_bytes + STARTUP_BYTES) / 2**20, status.f_bavail * status.f_frsize / 2**20
-        if needed > free:
-            cure = "use fewer --tokens, a --capacity, or --threads"
-            raise UsageError(
-                f"the ranks need {needed:.0f} MiB of {SHARED_MEMORY}, which has {free:.0f} MiB left: {cure}"
-            )
+
+def _need(num_ranks: int, segment_bytes: int) -> tuple[int, str, str]:
+    cure = "use fewer --tokens, a --capacity, or --threads"
+    return shared_memory_bytes(num_ranks, segment_bytes), "the ranks need", cure
+
+
+def shared_memory_bytes(num_ranks: int, segment_bytes: int) -> int:
+    """What ranks as processes take of it at most, MPI's own included."""
+    return num_ranks * (segment_bytes + STARTUP_BYTES)
 
 
 def guard_this_rank(deadline_s: float) -> None:
@@ -181,8 +211,9 @@ def _sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
+def _wait(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> int:
     try:
+        begin()
         code = process.wait()
         return code if code >= 0 else 128 - code
     except KeyboardInterrupt:

@@ -19,7 +19,9 @@ import numpy as np
 
 from ..errors import FlashMoEError
 from ..heap.meeting import unlink_startup_segment
-from .launch import TERMINAL_VARIABLE, answer_ctrl_c
+from ..mpi_environment import begin_mpi
+from ..shared_memory import Shortage
+from .launch import TERMINAL_VARIABLE, answer_ctrl_c, tell_begun
 
 MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank, on a cache line of its own
 LINE_WORDS = 8
@@ -57,8 +59,7 @@ class MpiWorld:
     """
 
     def __init__(self, deadline_s: float) -> None:
-        from mpi4py import MPI
-
+        MPI = begin_mpi()
         self.comm = MPI.COMM_WORLD
         self.rank_idx, self.num_ranks = self.comm.rank, self.comm.size
         self._deadline_s = SETUP_DEADLINE_S
@@ -70,6 +71,7 @@ class MpiWorld:
         self._finish(self.comm.Ibarrier(), "at the start")
         if self.rank_idx == 0:
             unlink_startup_segment()
+        tell_begun()
         answer_ctrl_c()
         self._call_deadline_s = deadline_s
 
@@ -126,6 +128,8 @@ class MpiWorld:
             self._end("interrupted" if self.rank_idx == 0 else "", 130)
         if isinstance(error, FlashMoEError):
             self._end(f"error: {error}", 1)
+        if isinstance(error, Shortage):  # all ranks have it
+            self._end(f"error: {error}" if self.rank_idx == 0 else "", 1)
         trace = "".join(traceback.format_exception(error)).rstrip()
         self._end(f"rank {self.rank_idx} failed:\n{trace}", 1)
 

@@ -22,6 +22,7 @@ from reference import DTYPES
 from sim.hardware import to_toml
 
 from ..bench import launch
+from ..mpi_environment import unless_left_over
 from . import UsageError
 from .sizes import check_outputs, integer
 
@@ -46,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measure, print, write."""
     if launch.inside_mpirun():
-        raise UsageError("calibrate runs all ranks in one process: start this without mpirun")
+        rule = "calibrate runs all ranks in one process: start this without mpirun"
+        raise UsageError(f"{rule}{unless_left_over(1)}")
     if not args.out.endswith(".toml"):
         raise UsageError(f"argument --out: must end in .toml, got {args.out!r}")
     check_outputs({"--out": args.out})

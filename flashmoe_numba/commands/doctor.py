@@ -6,12 +6,12 @@ A line begins with ok, with warn where something else will have to do, or with n
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+from ..cores import count_cores
 from .sizes import add_json_argument, check_outputs, write_json
 
 MEANING = {
@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
     driver = ask_driver()
     checks = [*check_host(), *check_gpus(driver)]
     return {
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "machine": f"{platform.platform()}, {count_cores()} cores",
         "can_run": {use: can_run(checks, use) for use in USES},
         "checks": [asdict(check) for check in checks],
         "driver": asdict(driver),

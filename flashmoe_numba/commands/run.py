@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from reference import Layout, MoEConfig, make_workload
 
 from ..bench import launch
+from ..mpi_environment import unless_left_over
+from ..shared_memory import Shortage
 from . import UsageError
 from .sizes import (
     add_json_argument,
@@ -82,14 +84,24 @@ def main(args: argparse.Namespace) -> int:
     in_process = args.threads or args.backend == "fibers" or (config.num_ranks == 1 and not args.mpi)
     if args.backend == "cuda" and not in_process:
         _check_gpus(config.num_ranks)
-    elif not in_process:
-        launch.check_shared_memory(config.num_ranks, Layout(config).num_bytes)
+    if not in_process:
+        return _run_under_mpirun(args, config)
     check_memory(config)
     _check_outputs(args)
-    if not in_process:
-        command = [sys.executable, "-m", "flashmoe_numba", *args.argv]
-        return launch.start(config.num_ranks, command, args.deadline_s)
     return _run_here(args, config)
+
+
+def _run_under_mpirun(args: argparse.Namespace, config: MoEConfig) -> int:
+    """Start the ranks, with the shared memory for their segments kept until they take it."""
+    needed = 0 if args.backend == "cuda" else Layout(config).num_bytes
+    command = [sys.executable, "-Pm", "flashmoe_numba", *args.argv]
+    try:
+        with launch.shared_memory_for(config.num_ranks, needed):
+            check_memory(config)
+            _check_outputs(args)
+            return launch.start(config.num_ranks, command, args.deadline_s)
+    except Shortage as error:
+        raise UsageError(str(error)) from None
 
 
 def _take_virtual_ranks(args: argparse.Namespace) -> None:
@@ -157,10 +169,11 @@ def _run_as_rank(args: argparse.Namespace) -> int:
     world = MpiWorld(args.deadline_s)
     try:
         if args.threads or args.backend == "fibers":
-            raise UsageError("--threads and fibers run all ranks in one process: start this without mpirun")
+            rule = "--threads and fibers run all ranks in one process: start this without mpirun"
+            raise UsageError(rule + unless_left_over(world.num_ranks))
         if args.ranks not in (None, world.num_ranks):
-            rule = f"must be the number of ranks of this mpirun, {world.num_ranks}"
-            raise UsageError(f"argument --ranks: {rule}, got {args.ranks}")
+            rule = f"must be the number of ranks of this mpirun, {world.num_ranks}, got {args.ranks}"
+            raise UsageError(f"argument --ranks: {rule}{unless_left_over(world.num_ranks)}")
         config = _validate(args, world.num_ranks)
         _check_outputs(args)
         return _run(args, config, world)

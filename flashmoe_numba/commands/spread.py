@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from sim.pools import Pool, mpi_pool, process_pool
 
 from ..bench import launch
+from ..cores import count_cores
+from ..mpi_environment import begin_mpi
 from . import UsageError
 from .sizes import integer
 
@@ -33,13 +35,14 @@ def open_pool(jobs: int | None) -> AbstractContextManager[Pool | None]:
         UsageError: jobs under mpirun, or no mpi4py there.
     """
     if not launch.inside_mpirun():
-        jobs = jobs or len(os.sched_getaffinity(0))
+        jobs = jobs or count_cores()
         return nullcontext() if jobs == 1 else process_pool(jobs)
     if jobs is not None:
         raise UsageError("argument --jobs: under mpirun its ranks are the processes")
     if not importlib.util.find_spec("mpi4py"):
         raise UsageError("under mpirun this needs mpi4py, not found here: pip install 'flashmoe-numba[mpi]'")
     launch.guard_this_rank(0)
+    begin_mpi()
     return mpi_pool()
 
 

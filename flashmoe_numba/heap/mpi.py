@@ -1,24 +1,32 @@
-"""Ranks as processes of one machine: a segment is a rank's part of an MPI shared window."""
+"""Ranks as processes of one machine: a segment is a rank's part of a file in shared memory that all of them map.
+
+The file is ours, not a window of MPI's, because others must see how much of it is claimed and not touched yet (see
+shared_memory.py): whoever maps it keeps it open. It has a name only until all ranks have opened it, and has no size
+before that, so that no death leaves memory behind.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from .. import shared_memory
 from .meeting import Meeting
 
-SHARED_MEMORY = Path("/dev/shm")
+CURE = "use a smaller config.num_tokens, a config.capacity, close other layers, or enlarge it"
+T = TypeVar("T")
 
 
 class MpiHeap(Meeting):
     """Segments of all ranks of `comm`, an mpi4py communicator whose ranks share one machine."""
-
-    def __init__(self, comm: Any, setup_deadline_s: float) -> None:
-        super().__init__(comm, setup_deadline_s)
-        self._window: Any = None
 
     def allocate(self, num_bytes: int, backend: Any) -> None:
         """Take zeroed segments of `num_bytes` each. The system gives memory as it is touched.
@@ -26,29 +34,59 @@ class MpiHeap(Meeting):
         Raises:
             ValueError: ranks on several machines, or not enough shared memory.
         """
-        from mpi4py import MPI
-
         self.require_one_machine()
-        self.agree(self._shortage(num_bytes))
-        self._window = MPI.Win.Allocate_shared(num_bytes, 1, comm=self._comm)
-        views = [self._window.Shared_query(rank_idx)[0] for rank_idx in range(self.num_ranks)]
-        self.segments = [np.frombuffer(view, np.uint8)[:num_bytes] for view in views]
+        stride = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        folder = shared_memory.FOLDER if shared_memory.FOLDER.is_dir() else Path(tempfile.gettempdir())
+        with ExitStack() as stack:
+            file = self._open_together(folder, stack)
+            self._claim(file, stride * self.num_ranks, folder)
+            memory = self._together(lambda: mmap.mmap(file.fileno(), stride * self.num_ranks))
+        self.segments = [np.frombuffer(memory, np.uint8, num_bytes, i * stride) for i in range(self.num_ranks)]
         self.barrier()
 
-    def _shortage(self, num_bytes: int) -> ValueError | None:
-        """MPI would hand out more than there is, and the process would die at the first touch of a missing page."""
-        if self._comm.rank == 0 and SHARED_MEMORY.is_dir():
-            status = os.statvfs(SHARED_MEMORY)
-            needed, free = num_bytes * self.num_ranks, status.f_bavail * status.f_frsize
-            if needed > free:
-                return ValueError(
-                    f"the segments of {self.num_ranks} ranks need {needed / 2**20:.0f} MiB of shared memory, but "
-                    f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB left: use fewer tokens or a capacity, or enlarge it"
-                )
-        return None
+    def _open_together(self, folder: Path, opened: ExitStack) -> BinaryIO:
+        """One empty file, opened by every rank; without a name when this returns."""
+        with ExitStack() as named:
+            made = self._together(lambda: _make_file(folder, named) if self.rank_indices[0] == 0 else "")
+            name = self.from_first(lambda: made)
+            return self._together(lambda: opened.enter_context(open(name, "r+b")))
 
-    def _free(self) -> None:
-        self.segments = []  # views of the window
-        if self._window is not None:
-            self._window.Free()
-        super()._free()
+    def _claim(self, file: BinaryIO, num_bytes: int, folder: Path) -> None:
+        """Give the file its size. The system would also give one beyond what there is, and ranks die as they touch it.
+
+        Raises:
+            Shortage: on every rank, if there is not enough.
+        """
+
+        def try_to_claim() -> str:
+            try:
+                who = f"the segments of {self.num_ranks} ranks need"
+                return str(shared_memory.claim(file.fileno(), num_bytes, who, CURE, folder) or "")
+            except OSError as error:
+                return str(error)
+
+        problem = self.from_first(try_to_claim)
+        self.agree(shared_memory.Shortage(problem) if problem else None)
+
+    def _together(self, step: Callable[[], T]) -> T:
+        """What this rank's step returns; if it fails on any rank, raise on all."""
+        error = None
+        try:
+            result = step()
+        except Exception as caught:
+            error = caught
+        self.agree(error)
+        return result
+
+
+def _make_file(folder: Path, named: ExitStack) -> str:
+    """The name of a new empty file, which it loses when `named` closes."""
+    descriptor, name = tempfile.mkstemp(prefix="flashmoe_", dir=folder)
+    os.close(descriptor)
+    named.callback(_unlink, name)
+    return name
+
+
+def _unlink(name: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(name)

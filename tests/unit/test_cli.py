@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashmoe_numba import FlashMoE, FlashMoEError, cli
+from flashmoe_numba import FlashMoE, FlashMoEError, cli, mpi_environment
 from flashmoe_numba.bench import launch
 from reference import Weights, load_preset, make_plan, make_workload
 
@@ -87,7 +87,7 @@ def test_ranks_other_than_the_first_are_silent_about_bad_flags(capsys, monkeypat
 
 def test_without_mpirun_the_error_names_the_cure(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(launch.sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(launch.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(mpi_environment.sysconfig, "get_path", lambda _: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main(["run", "--preset", "laptop-tiny"]) == 2
     assert "mpirun, not found here: pip install 'flashmoe-numba[mpi]', or run all" in capsys.readouterr().err
