@@ -25,6 +25,7 @@ class Plan:
             `segment_total_bytes`.
         weight_bytes: of one rank's experts without biases, and the router.
         hidden_rows, hidden_bytes: bound on one rank's buffer between the two products.
+        total_bytes: segments, weights and buffers of all ranks.
         num_packets: (source, expert) pairs with at least one row, over all ranks.
         num_dropped: (token, expert) pairs beyond the capacity, over all ranks.
         num_tasks: by kind, over all ranks.
@@ -40,6 +41,7 @@ class Plan:
     weight_bytes: int
     hidden_rows: int
     hidden_bytes: int
+    total_bytes: int
     num_packets: int
     num_dropped: int
     num_tasks: dict[str, int]
@@ -72,13 +74,15 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
     tokens = counts.sum(axis=1) // config.num_topk if num_tokens is None else np.array(num_tokens, np.int64)
     real_rows, padded_rows = int(sent.sum()), int((blocks * heights).sum())
     gate_flops, row_flops = 2 * config.hidden * config.num_experts, _row_flops(config)
+    hidden_bytes = hidden_rows(config) * config.ffn * config.numpy_dtype.itemsize
     rows_of_owner = sent.reshape(config.num_ranks, config.num_ranks, -1).sum(axis=(0, 2))
     return Plan(
         segment_bytes=_segment_bytes(config),
         segment_total_bytes=Layout(config).num_bytes,
         weight_bytes=weight_bytes(config),
         hidden_rows=hidden_rows(config),
-        hidden_bytes=hidden_rows(config) * config.ffn * config.numpy_dtype.itemsize,
+        hidden_bytes=hidden_bytes,
+        total_bytes=config.num_ranks * (Layout(config).num_bytes + weight_bytes(config) + hidden_bytes),
         num_packets=int((sent > 0).sum()),
         num_dropped=int((counts - sent).sum()),
         num_tasks=_num_tasks(tokens, int(blocks.sum()), config),

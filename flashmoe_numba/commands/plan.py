@@ -12,6 +12,8 @@ from typing import Any
 
 from reference import MoEConfig, Plan, make_plan
 
+from .. import shared_memory
+from ..bench import launch
 from . import UsageError
 from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
 
@@ -54,6 +56,7 @@ def lines(preset: str, config: MoEConfig, plan: Plan) -> Iterator[str]:
     yield _row("  weights", readable(plan.weight_bytes))
     yield _row("  between the two products", f"{readable(plan.hidden_bytes)}, {plan.hidden_rows:,} rows at most")
     yield "all ranks"
+    yield from (_row(f"  {name}", value) for name, value in memory(config, plan))
     yield _row("  packets with rows", f"{plan.num_packets:,}")
     yield _row("  rows", f"{plan.real_rows:,}, and {plan.num_dropped:,} pairs dropped")
     yield _row("  row tiles", f"{plan.row_tiles:,}, {plan.padded_share:.1%} of their rows are padding")
@@ -62,6 +65,16 @@ def lines(preset: str, config: MoEConfig, plan: Plan) -> Iterator[str]:
     yield _row("  operations", f"{plan.total_flops / 1e9:,.3f} GFLOP, padded {plan.padded_flops / 1e9:,.3f} GFLOP")
     yield _row("  operations, busiest rank", f"{plan.busiest_rank_flops / 1e9:,.3f} GFLOP")
     yield _row("tasks of one rank, at most", f"{plan.max_tasks:,}")
+
+
+def memory(config: MoEConfig, plan: Plan) -> Iterator[tuple[str, str]]:
+    """What all ranks need together, if they are on this machine."""
+    ranks = config.num_ranks
+    yield "bytes", readable(plan.total_bytes)
+    more = readable(plan.total_bytes + ranks * plan.weight_bytes)
+    yield "bytes, weights twice", f"{more}: the layer has its own copy, and the caller may keep the originals"
+    shared = launch.shared_memory_bytes(ranks, plan.segment_total_bytes)
+    yield f"{shared_memory.FOLDER} with mpirun", f"{readable(shared)} at most, taken as it is touched"
 
 
 def describe(config: MoEConfig) -> str:

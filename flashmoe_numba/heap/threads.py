@@ -30,8 +30,17 @@ class ThreadHeap(Owned):
         return make()
 
     def allocate(self, num_bytes: int, backend: Any) -> None:
-        """Take zeroed segments of `num_bytes` each. The system gives memory as it is touched."""
-        self.segments = [_aligned_zeros(num_bytes) for _ in range(self.num_ranks)]
+        """Take zeroed segments of `num_bytes` each. The system gives memory as it is touched.
+
+        Raises:
+            MemoryError: it will never have that much.
+        """
+        try:
+            self.segments = [_aligned_zeros(num_bytes) for _ in range(self.num_ranks)]
+        except (MemoryError, OverflowError, ValueError):
+            need = f"the segments of {self.num_ranks} ranks need {num_bytes / 2**30:,.1f} GiB each"
+            cure = "use a smaller config.num_tokens or a config.capacity; `flashmoe plan` shows what they need"
+            raise MemoryError(f"{need}, more than this machine gives: {cure}") from None
 
     def barrier(self) -> None:
         """Nothing to wait for: there is one process."""
