@@ -16,7 +16,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FOLDER = Path("/dev/shm")
@@ -53,8 +53,12 @@ def shortage(needed: int, who: str, cure: str, folder: Path = FOLDER) -> Shortag
 
 def untouched_bytes(folder: Path) -> int:
     """What the files in `folder`, with and without names, may still grow by when they are touched."""
-    files = {(status.st_dev, status.st_ino): status for status in (*_named(folder), *_open(folder))}
-    return sum(max(0, status.st_size - status.st_blocks * BLOCK_BYTES) for status in files.values())
+    return sum(max(0, file.st_size - file.st_blocks * BLOCK_BYTES) for file in _files(folder))
+
+
+def _files(folder: Path) -> Iterable[os.stat_result]:
+    """Each once."""
+    return {(file.st_dev, file.st_ino): file for file in (*_named(folder), *_open(folder))}.values()
 
 
 def _named(folder: Path) -> Iterator[os.stat_result]:
@@ -113,7 +117,7 @@ def claimed(num_bytes: int, who: str, cure: str, folder: Path = FOLDER) -> Itera
         try:
             yield
         finally:
-            del os.environ[CLAIM_VARIABLE]
+            os.environ.pop(CLAIM_VARIABLE, None)
 
 
 def _let_go_of_what_was_kept(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from flashmoe_numba import FlashMoE, FlashMoEError, cli, mpi_environment
 from flashmoe_numba.bench import launch
-from reference import Weights, load_preset, make_plan, make_workload
+from reference import Layout, Weights, load_preset, make_plan, make_workload
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["run", "--preset", "laptop-tiny", "--threads", "--iterations", "2"]
@@ -314,3 +314,26 @@ def test_importing_the_command_line_is_cheap():
     program = "import sys, flashmoe_numba.cli; print(*sorted(set(sys.modules) & set(sys.argv[1:])))"
     command = [sys.executable, "-c", program, *costly]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_plan_counts_all_ranks(capsys):
+    config = load_preset("mixtral-8x7b", num_ranks=4, num_tokens=7)
+    assert cli.main(["plan", "--preset", "mixtral-8x7b", "--ranks", "4", "--tokens", "7"]) == 0
+    rows = dict(re.findall(r"^  (\S.*?)  +(\S+ \S+?)(?:,.*|:.*| at most.*)?$", capsys.readouterr().out, re.MULTILINE))
+    plan, segment = make_plan(config), Layout(config).num_bytes
+    total = 4 * (segment + plan.weight_bytes + plan.hidden_bytes)
+    assert plan.total_bytes == total
+    assert rows["bytes"] == f"{total / 2**30:,.2f} GiB"
+    assert rows["bytes, weights twice"] == f"{(total + 4 * plan.weight_bytes) / 2**30:,.2f} GiB"
+    assert rows["/dev/shm with mpirun"] == f"{4 * (segment + launch.STARTUP_BYTES) / 2**20:.4g} MiB"
+
+
+def test_segments_that_no_machine_has_name_argument_and_cure(capsys, monkeypatch):
+    def refuse(*_):
+        raise MemoryError("Unable to allocate")
+
+    monkeypatch.setattr("flashmoe_numba.heap.threads._aligned_zeros", refuse)
+    assert cli.main(TINY) == 1
+    error = capsys.readouterr().err
+    assert re.match(r"flashmoe run: error: out of memory: the segments of 4 ranks need 0\.0 GiB each, more than", error)
+    assert "config.num_tokens or a config.capacity" in error and error.count("\n") == 1

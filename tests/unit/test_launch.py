@@ -1,0 +1,117 @@
+"""mpirun starts ranks here, whatever a batch system says, within a limit, and without the caller's folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashmoe_numba import cli
+from flashmoe_numba.bench import launch
+from sim.pools import process_pool
+
+ROOT = Path(__file__).resolve().parents[2]
+SHADOWS = ["reference", "sim", "token", "queue", "logging", "json", "signal", "numpy", "random", "threading", "select"]
+BATCH_SYSTEMS = {
+    "slurm": {"SLURM_JOB_ID": "1", "SLURM_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_TASKS_PER_NODE": "2"},
+    "two nodes": {"SLURM_JOB_ID": "1", "SLURM_NODELIST": "a,b", "SLURM_NNODES": "2", "SLURM_TASKS_PER_NODE": "1(x2)"},
+    "pbs": {"PBS_JOBID": "1", "PBS_ENVIRONMENT": "1", "PBS_NODEFILE": "/proc/none"},
+    "lsf": {"LSB_JOBID": "1", "LSB_MCPU_HOSTS": "a 1 b 1"},
+    "sge": {"JOB_ID": "1", "PE_HOSTFILE": "/proc/none"},
+    "cobalt": {"COBALT_JOBID": "1", "COBALT_NODEFILE": "/proc/none"},
+    "a list of hosts": {"HYDRA_HOST_FILE": "/proc/none", "HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_AUTOFORK": "0"},
+}
+
+
+@pytest.fixture(autouse=True)
+def outside_mpirun(monkeypatch):
+    for name in launch.RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current one, whose modules must not be imported."""
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('the {name}.py of the current folder')\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("variables", BATCH_SYSTEMS.values(), ids=BATCH_SYSTEMS)
+def test_ranks_start_here_whatever_a_batch_system_says(monkeypatch, tmp_path, variables):
+    monkeypatch.setattr(launch, "START_PATIENCE_S", 10.0)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ranks = tmp_path / "ranks"
+    assert launch.start(3, ["sh", "-c", f"echo $PMI_RANK >> {ranks}"], 1.0) == 0
+    assert sorted(ranks.read_text().split()) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("script", "far"), [
+    ("exec sleep 100", "0 of 3 ranks started, MPI began in 0, and no more for 0.1 s"),
+    ('printf gg >> "$FLASHMOE_BEGUN"; exec sleep 100', "2 of 3 ranks started, MPI began in 0"),
+    ('printf gggr >> "$FLASHMOE_BEGUN"; exec sleep 100', "3 of 3 ranks started, MPI began in 1"),
+])  # fmt: skip
+def test_ranks_that_do_not_begin_are_ended(monkeypatch, tmp_path, capsys, script, far):
+    mpirun, pid = tmp_path / "mpirun", tmp_path / "pid"
+    mpirun.write_text(f"#!/bin/sh\necho $$ > {pid}\n{script}\n")
+    mpirun.chmod(0o755)
+    monkeypatch.setattr(launch, "START_PATIENCE_S", 0.1)
+    monkeypatch.setattr(launch, "find_mpirun", lambda: str(mpirun))
+    assert cli.main(["run", "--preset", "laptop-tiny", "--ranks", "3", "--experts", "3"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"flashmoe run: error: {mpirun} was ended: {far}")
+    assert error.count("\n") == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_what_has_begun_is_waited_for_however_long_it_takes(monkeypatch):
+    monkeypatch.setattr(launch, "START_PATIENCE_S", 0.05)
+    command = ["sh", "-c", 'printf grgr >> "$FLASHMOE_BEGUN"; sleep 0.2; exit 7']
+    monkeypatch.setattr(launch, "find_mpirun", lambda: "/usr/bin/env")
+    monkeypatch.setattr(launch, "_guard", lambda deadline_s: command)
+    monkeypatch.setattr(launch.subprocess, "Popen", _without_flags(subprocess.Popen))
+    assert launch.start(2, [], 1.0) == 7
+
+
+def _without_flags(popen):
+    """`mpirun -n 2 command` as `command`."""
+    return lambda arguments, **settings: popen(arguments[3:], **settings)
+
+
+def test_a_rank_tells_when_mpi_has_begun(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHMOE_BEGUN", str(tmp_path / "begun"))
+    (tmp_path / "begun").write_text("gg")
+    launch.tell_begun()
+    launch.tell_begun()  # once only
+    assert (tmp_path / "begun").read_text() == "ggr"
+
+
+def test_the_python_of_ranks_imports_nothing_from_the_current_folder(folder, monkeypatch):
+    commands = []
+    monkeypatch.setattr(launch, "start", lambda num_ranks, command, deadline_s: commands.append(command) or 0)
+    assert cli.main(["run", "--preset", "laptop-tiny", "--ranks", "2"]) == 0
+    by_hand = [sys.executable, "-m", "flashmoe_numba"]
+    for command in (commands[0][: commands[0].index("run")], by_hand):
+        environment = os.environ | launch._path_of_package()
+        plan = [*command, "plan", "--preset", "laptop-tiny", "--json", "-"]
+        done = subprocess.run(plan, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_workers_import_nothing_from_the_current_folder(folder, monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    with process_pool(1) as pool:
+        assert pool.submit(os.getpid).result() != os.getpid()
+    assert "PYTHONSAFEPATH" not in os.environ
+
+
+def test_an_uninstalled_package_is_found_by_ranks(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setattr(sys, "path", ["", "/elsewhere", str(ROOT)])
+    assert launch._path_of_package() == {}
+    monkeypatch.setattr(sys, "path", [str(ROOT), "/elsewhere"])
+    assert launch._path_of_package() == {"PYTHONPATH": f"/elsewhere{os.pathsep}{ROOT}"}

@@ -1,0 +1,137 @@
+"""Where the environment and MPI do not fit, one sentence names the variable and what to do."""
+
+import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from flashmoe_numba import arguments, cli, mpi_environment
+from flashmoe_numba.mpi_environment import begin_mpi, lonely_variable, say_strange, strange_variable, why_alone
+from reference import MoEConfig, Weights
+
+VARIABLES = (*mpi_environment.RANK_VARIABLES, *mpi_environment.SIZE_VARIABLES, "PMI_FD")
+
+
+@pytest.fixture(autouse=True)
+def outside_mpirun(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(("variables", "vendor", "strange"), [
+    ({}, "MPICH", None),
+    ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPICH", None),
+    ({"OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}, "MPICH", "OMPI_COMM_WORLD_RANK"),
+    ({"OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}, "Open MPI", None),
+    ({"PMI_FD": "987"}, "MPICH", "PMI_FD"),  # not open
+    ({"PMI_FD": "nonsense"}, "MPICH", "PMI_FD"),
+    ({"PMI_FD": "99999999999999999999"}, "MPICH", "PMI_FD"),
+])  # fmt: skip
+def test_what_mpi_would_abort_on(monkeypatch, variables, vendor, strange):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert strange_variable(vendor) == strange
+
+
+def test_a_connection_is_a_socket(monkeypatch, tmp_path):
+    left, right = socket.socketpair()
+    with left, right, open(tmp_path / "file", "w") as file:
+        for number, strange in ((left.fileno(), None), (file.fileno(), "PMI_FD")):
+            monkeypatch.setenv("PMI_FD", str(number))
+            assert strange_variable("MPICH") == strange
+
+
+def test_one_rank_where_several_are_promised(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert lonely_variable(1) is None
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    assert (lonely_variable(3), lonely_variable(1)) == (None, "OMPI_COMM_WORLD_SIZE")
+
+
+def test_the_sentence_names_variable_mpirun_and_cure(monkeypatch):
+    monkeypatch.setattr(mpi_environment, "mpirun_beside", lambda: "/venv/bin/mpirun")
+    monkeypatch.setenv("PMI_SIZE", "4")
+    monkeypatch.setenv("PMI_RANK", "0")
+    assert say_strange("PMI_SIZE", "MPICH") == (
+        "PMI_SIZE=4 in the environment is not of an mpirun of MPICH, which mpi4py uses: "
+        "start ranks by /venv/bin/mpirun, or unset PMI_RANK PMI_SIZE if left over"
+    )
+    monkeypatch.delenv("PMI_SIZE")
+    assert why_alone(4) == ": start 4 ranks by /venv/bin/mpirun -n 4"
+
+
+def test_a_layer_on_a_lonely_rank_says_so(monkeypatch):
+    monkeypatch.setattr(mpi_environment, "mpirun_beside", lambda: "/venv/bin/mpirun")
+    config = MoEConfig(num_ranks=4, num_tokens=3, hidden=4, ffn=4, num_experts=4, num_topk=1)
+    asked = (config, Weights.random(config), SimpleNamespace(size=1, rank=0), "cpu", {}, None, 30.0, False)
+    message = "comm must have config.num_ranks=4 ranks, got 1: start 4 ranks by /venv/bin/mpirun -n 4"
+    assert str(arguments.find_problem(*asked)) == message
+
+
+@pytest.mark.parametrize("command", [["run", "--threads", "--preset", "laptop-tiny"], ["calibrate", "--out", "x.toml"]])
+def test_a_left_over_rank_is_named(monkeypatch, capsys, command):
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setattr("flashmoe_numba.bench.launch.guard_this_rank", lambda deadline_s: None)
+    lonely = SimpleNamespace(num_ranks=1, rank_idx=0)
+    monkeypatch.setattr("flashmoe_numba.bench.world.MpiWorld", lambda deadline_s: lonely)
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.endswith("; PMI_RANK in the environment makes this a rank: unset it if left over\n")
+
+
+@pytest.mark.mpi
+def test_a_left_over_connection_is_one_sentence():
+    command = [sys.executable, "-Pm", "flashmoe_numba", "run", "--preset", "laptop-tiny", "--ranks", "2"]
+    left = os.environ | {"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_FD": "1"}
+    done = subprocess.run(command, env=left, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("flashmoe run: error: PMI_FD=1 in the environment is not of an mpirun of ")
+    assert done.stderr.endswith("or unset PMI_RANK PMI_SIZE PMI_FD if left over\n")
+
+
+@pytest.fixture
+def mpi(monkeypatch):
+    """An MPICH that has not begun, of two ranks on one machine."""
+    begun, world = [], SimpleNamespace(size=2, Split_type=lambda kind: SimpleNamespace(size=2, Free=lambda: None))
+    fake = SimpleNamespace(
+        COMM_WORLD=world, COMM_TYPE_SHARED=1, THREAD_MULTIPLE=3, Init_thread=begun.append, begun=begun,
+        Is_initialized=lambda: bool(begun), get_vendor=lambda: ("MPICH", (5, 0)),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=fake, rc=SimpleNamespace()))
+    return fake
+
+
+def test_mpi_begins_once(mpi):
+    assert begin_mpi() is begin_mpi() is mpi
+    assert mpi.begun == [mpi.THREAD_MULTIPLE]
+    assert (sys.modules["mpi4py"].rc.initialize, sys.modules["mpi4py"].rc.finalize) == (False, True)
+
+
+def test_mpi_does_not_begin_under_anothers_mpirun(mpi, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    with pytest.raises(mpi_environment.UsageError, match="OMPI_COMM_WORLD_RANK=0 in the environment is not of an"):
+        begin_mpi()
+    assert mpi.begun == []
+
+
+def test_ranks_that_are_each_alone_are_told(mpi, monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "2")
+    mpi.COMM_WORLD.size = 1
+    with pytest.raises(mpi_environment.UsageError, match="PMI_SIZE=2 in the environment is not of an"):
+        begin_mpi()
+
+
+@pytest.mark.parametrize(
+    ("variables", "cure"), [({}, "do"), ({"MPIR_CVAR_NOLOCAL": "1"}, "do: unset MPIR_CVAR_NOLOCAL")]
+)
+def test_ranks_that_share_no_memory_are_told(mpi, monkeypatch, variables, cure):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    mpi.COMM_WORLD.Split_type = lambda kind: SimpleNamespace(size=1, Free=lambda: None)
+    with pytest.raises(mpi_environment.UsageError) as error:
+        begin_mpi()
+    assert str(error.value) == f"all ranks must share one machine's memory, but only 1 of 2 {cure}"
