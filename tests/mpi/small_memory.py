@@ -15,7 +15,7 @@ from flashmoe_numba import FlashMoE
 from flashmoe_numba.heap.meeting import unlink_startup_segment
 from reference import Layout, MoEConfig, Weights
 
-SIZES = (40, 16, 70)
+SIZES = (40, 16)
 
 
 def config_of(mib):

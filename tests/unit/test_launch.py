@@ -95,11 +95,12 @@ def test_the_python_of_ranks_imports_nothing_from_the_current_folder(folder, mon
     monkeypatch.setattr(launch, "start", lambda num_ranks, command, deadline_s: commands.append(command) or 0)
     assert cli.main(["run", "--preset", "laptop-tiny", "--ranks", "2"]) == 0
     by_hand = [sys.executable, "-m", "flashmoe_numba"]
-    for command in (commands[0][: commands[0].index("run")], by_hand):
+    for command in (by_hand, commands[0][: commands[0].index("run")]):
         environment = os.environ | launch._path_of_package()
         plan = [*command, "plan", "--preset", "laptop-tiny", "--json", "-"]
         done = subprocess.run(plan, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        Path("runpy.py").write_text("raise ImportError('what -m itself imports')")  # by hand that is past mending
 
 
 def test_workers_import_nothing_from_the_current_folder(folder, monkeypatch):

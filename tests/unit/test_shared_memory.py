@@ -153,8 +153,9 @@ def test_what_a_launcher_keeps_is_for_its_ranks_only(folder, monkeypatch):
 def test_a_path_that_is_no_claim_any_more_is_left_alone(folder, monkeypatch, tmp_path):
     (tmp_path / "mine").write_text("precious")
     (folder / "mine").write_text("precious")
-    for file in (tmp_path / "mine", folder / "mine"):
-        monkeypatch.setenv(shared_memory.CLAIM_VARIABLE, str(file))
-        with file_of(folder, 0) as segments:
+    with file_of(tmp_path, 0, touched=8) as unnamed, file_of(folder, 0) as segments:
+        paths = [tmp_path / "mine", folder / "mine", Path(f"/proc/self/fd/{unnamed.fileno()}")]
+        for path in paths:
+            monkeypatch.setenv(shared_memory.CLAIM_VARIABLE, str(path))
             assert claim(segments.fileno(), MIB, *HERE, folder) is None
-        assert file.read_text() == "precious"
+        assert [path.stat().st_size for path in paths] == [8, 8, 8]
