@@ -100,7 +100,7 @@ def test_the_python_of_ranks_imports_nothing_from_the_current_folder(folder, mon
         plan = [*command, "plan", "--preset", "laptop-tiny", "--json", "-"]
         done = subprocess.run(plan, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        Path("runpy.py").write_text("raise ImportError('what -m itself imports')")  # by hand that is past mending
+        Path("flashmoe_numba.py").write_text("raise ImportError('the first -m that comes')")  # by hand past mending
 
 
 def test_workers_import_nothing_from_the_current_folder(folder, monkeypatch):
