@@ -10,18 +10,17 @@ import os
 import platform
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
 from reference import Layout, load_preset
+from reference.cache_folder import VARIABLE, cache_folder, try_folder
 
 from . import shared_memory
 from .bench import launch
 from .commands import UsageError
 from .commands.sizes import DEFAULT_PRESET
-from .device.compilation import cache_folder
 
 USES = ("cpu", "mpi", "compile", "cuda")  # layers as threads, as processes; building for GPUs; running there
 OK, WARN, NO = "ok", "warn", "no"
@@ -98,13 +97,12 @@ def check_package(name: str, oldest: str, needed_for: tuple[str, ...], fix: str,
 
 def check_cache() -> Check:
     """Without one a layer runs, but compiles every time."""
-    folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return Check(name="kernel cache", needed_for=("cpu",), status=OK, found=str(folder))
+        folder = cache_folder()
+        try_folder(folder)
+        return Check(name="kernel cache", needed_for=("cpu",), status=OK, found=str(folder))
     except OSError as error:
-        found, fix = f"{folder}: {error.strerror}", "set FLASHMOE_CACHE_DIR to a folder that can be written"
+        found, fix = one_line(error), f"set {VARIABLE} to a folder that can be written"
         return Check(name="kernel cache", needed_for=("cpu",), status=WARN, found=found, fix=fix)
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
+from reference.cache_folder import usable_cache_folder
 from reference.plan import max_tasks
 from reference.scalars import plain
 
 from .arguments import SETUP_DEADLINE_S, find_problem
 from .backends import make_backend
-from .device.compilation import usable_cache_folder
 from .errors import FlashMoEError, explain
 from .heap import make_heap
 from .kernel.signals import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, EPOCH_SHIFT, FAILED

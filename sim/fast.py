@@ -9,15 +9,19 @@ its place.
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from . import loop
+from . import engine, loop
 from .engine import check_tie_seed
 from .graph import NONE, Array, TaskGraph
-from .heaps import EMPTY, EVENT
+from .heaps import COMPILES, EMPTY, EVENT
 from .timeline import Timeline, check_complete
+
+RUN_ARRAYS = ("run_node", "run_count", "run_start_ns", "run_end_ns", "run_arrive_ns")
 
 
 class State(NamedTuple):
@@ -48,6 +52,8 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, keep_runs: bool = True
     Raises:
         ValueError: no such seed. DeadlockError: a node can never run; says who waits for what.
     """
+    if not COMPILES:
+        return _run_plain(graph, tie_seed, keep_runs)
     tie_seed = check_tie_seed(tie_seed)
     # One event starts no more runs than there are slots or tasks, or than become ready by it.
     most_ready = int(np.diff(graph.succ_start).max(initial=0))
@@ -62,6 +68,14 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, keep_runs: bool = True
         state = state.longer()
     check_complete(graph, state.nodes["preds_left"])
     return _timeline(state)
+
+
+def _run_plain(graph: TaskGraph, tie_seed: int | None, keep_runs: bool) -> Timeline:
+    warnings.warn("NUMBA_DISABLE_JIT is set: simulations are not compiled, and take far longer", stacklevel=3)
+    timeline = engine.run(graph, tie_seed=tie_seed)
+    if keep_runs:
+        return timeline
+    return replace(timeline, **{name: getattr(timeline, name)[:0] for name in RUN_ARRAYS})
 
 
 def _state(graph: TaskGraph, room: int) -> State:
@@ -115,7 +129,7 @@ def _expected(num_links: int) -> Array:
 def _timeline(state: State) -> Timeline:
     runs = state.runs[: state.counters[loop.NUM_RUNS] * state.counters[loop.KEEP_RUNS]]
     node_arrays = {name: state.nodes[name].copy() for name in (*loop.TIMES, "cause")}
-    run_arrays = {f"run_{name}": runs[name].copy() for name in ("node", "count", "start_ns", "end_ns", "arrive_ns")}
+    run_arrays = {name: runs[name.removeprefix("run_")].copy() for name in RUN_ARRAYS}
     link_arrays = {f"link_{name}": state.links[name].copy() for name in ("nbytes", "busy_ns", "peak")}
     link_arrays["link_bytes"] = link_arrays.pop("link_nbytes")
     return Timeline(

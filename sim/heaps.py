@@ -15,19 +15,28 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import njit
 
+from reference.code_cache import CodeCache, compiler_is_off
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 SOURCES = ("heaps.py", "loop.py", "engine.py", "graph.py")  # of what is compiled, constants included
+COMPILES = not compiler_is_off()
 
 
 def compiled(function: Function) -> Function:
     """By Numba, in one piece and without its reference counts, for nothing here makes an array.
 
-    Counting takes a third of an event's time, and handing arrays from function to function a quarter. Numba's disk
-    cache looks at the file of a function alone, and would go on with old heaps in the loop.
+    Counting takes a third of an event's time, and handing arrays from function to function a quarter.
     """
-    options: dict[str, Any] = dict(cache=True, nogil=True, error_model="numpy", _nrt=False, forceinline=True)
-    made: Any = njit(**options)(function)
-    made._cache._cache_file._source_stamp = _source_hash()
+    options: dict[str, Any] = dict(nogil=True, error_model="numpy", _nrt=False, forceinline=True)
+    result: Function = njit(**options)(function)
+    return result
+
+
+def entry(function: Function) -> Function:
+    """A `compiled` function that Python calls; it is kept on the disk."""
+    made: Any = compiled(function)
+    if COMPILES:
+        made._cache = CodeCache(function, _source_hash())
     result: Function = made
     return result
 

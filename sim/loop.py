@@ -13,7 +13,7 @@ import numpy as np
 
 from .engine import RANK_MASK
 from .graph import NONE
-from .heaps import EMPTY, compiled, event_pop, event_push, heap_dtype, pop, push
+from .heaps import EMPTY, compiled, entry, event_pop, event_push, heap_dtype, pop, push
 
 SEQUENCE_BITS = 40
 NUM_RUNS, NUM_STARTED, FREE_RUN, KEEP_RUNS, NUM_WAITING, SEQUENCE, TURN, NUM_EVENTS, SEED, NUM_COUNTERS = range(10)
@@ -39,14 +39,14 @@ RUN = np.dtype(
 MARK = heap_dtype(np.float64)  # two per run, one for each of its links: item 2 run + side
 
 
-@compiled
+@entry
 def start(nodes: Any, servers: Any, counters: Any, runs: Any, events: Any) -> None:
     for node in range(nodes.size):
         if nodes[node].preds_left == 0:
             _ready(nodes, servers, counters, runs, events, node, 0)
 
 
-@compiled
+@entry
 def loop(
     nodes: Any, succ: Any, servers: Any, links: Any, expected: Any, counters: Any, runs: Any, marks: Any, events: Any,
     margin: int,

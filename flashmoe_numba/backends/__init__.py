@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from reference import MoEConfig
+from reference.code_cache import compiler_is_off
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "cpu": (),
@@ -19,13 +20,16 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 
 
 def check_backend(name: Any, settings: dict[str, Any]) -> None:
-    """Raise a TypeError or ValueError if there is no such backend or it has no such setting."""
+    """Raise a TypeError or ValueError if there is no such backend, it has no such setting, or cannot compile."""
     if name not in SETTINGS:
         raise ValueError(f"backend must be one of {', '.join(SETTINGS)}; got {name!r}")
     for setting in settings:
         if setting not in SETTINGS[name]:
             known = ", ".join(SETTINGS[name]) or "none"
             raise TypeError(f"backend {name!r} has no setting {setting!r}; its settings: {known}")
+    if name != "fibers" and compiler_is_off():
+        rule = "cannot compile its kernel, because NUMBA_DISABLE_JIT is set"
+        raise ValueError(f'backend {name!r} {rule}: unset it, or use backend="fibers", which needs no compiler')
 
 
 def make_backend(name: str, config: MoEConfig, first_rank: int, **settings: Any) -> Any:

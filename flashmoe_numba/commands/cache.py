@@ -1,25 +1,19 @@
 """Compiled kernels on this machine: where they are, how many, how many bytes, by kind.
 
-They are made again when they are needed: half a minute for a CPU kernel, some ten seconds for one for GPUs. Kernels of
-older sources and versions stay until they are cleared. $FLASHMOE_CACHE_DIR names another folder.
+They are made again when they are needed: half a minute for a CPU kernel, some ten seconds for one for GPUs or for the
+simulator's event loop. When one is made, those that nobody has used for 30 days are removed, and beyond 1 GiB in all
+those that were used longest ago. $FLASHMOE_CACHE_DIR names another folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..device.compilation import cache_folder
-from ..gpu.variants import ARCHITECTURES
-from .plan import readable
+from reference.cache_folder import cache_folder, our_files
 
-STAMP = "-[0-9a-f]{24}"
-KINDS = {  # what each of our files is called; the folder may hold others, which are left alone
-    "CPU kernels (*.nbi, *.nbc)": re.compile(rf"[\w.]+{STAMP}\.py\w+(?:\.\d+)?\.nb[ic]"),
-    "GPU kernels (*.cubin, *.json)": re.compile(rf"(?:{'|'.join(ARCHITECTURES)})-\w+-\w+{STAMP}\.(?:cubin|json)"),
-}
+from .plan import readable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,19 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """List the files, or remove them."""
     folder = cache_folder()
-    kept = kept_files(folder)
+    kept = our_files(folder)
     if args.clear:
         files = [file for found in kept.values() for file in found]
         print(f"removed {_clear(files)} from {folder}")
     else:
         print("\n".join(lines(folder, kept)))
     return 0
-
-
-def kept_files(folder: Path) -> dict[str, list[Path]]:
-    """Our files in a folder, by kind; none if there is no such folder."""
-    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
-    return {kind: [file for file in files if name.fullmatch(file.name)] for kind, name in KINDS.items()}
 
 
 def lines(folder: Path, kept: dict[str, list[Path]]) -> Iterator[str]:

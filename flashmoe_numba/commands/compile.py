@@ -119,7 +119,8 @@ def _report(variant: Variant, config: MoEConfig, sass_file: str | None, append: 
 
 def _build(variant: Variant) -> tuple[Kernel, float | None]:
     """(the kernel, seconds that it took or None if it was in the cache)."""
-    from ..device.compilation import usable_cache_folder
+    from reference.cache_folder import usable_cache_folder
+
     from ..gpu.build import build, kept_kernels
 
     folder = usable_cache_folder()

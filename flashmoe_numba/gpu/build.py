@@ -10,12 +10,15 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+from reference.cache_folder import note_use, remove_old
+from reference.code_cache import compiler_is_off, gpu_settings
 
 from ..device.compilation import source_hash
 from .variants import ARCHITECTURES, Variant
@@ -23,7 +26,7 @@ from .variants import ARCHITECTURES, Variant
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
 THREADS = 128  # of a block: one warpgroup
 BLOCKS_PER_MULTIPROCESSOR = 2  # one computes while the other waits or stores
-SUFFIX = ".cubin"
+SUFFIX, FACTS = ".cubin", ".json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +55,17 @@ def build(variant: Variant, folder: Path) -> Kernel:
 
     Raises:
         ImportError: numba-cuda is missing; names the extra.
-        RuntimeError: the linker refused, and what it said.
+        RuntimeError: the linker refused, and what it said; or the compiler is switched off.
     """
     stem = folder / f"{variant.name}-{_stamp(variant)}"
-    facts = stem.with_suffix(".json")
-    if facts.is_file() and stem.with_suffix(SUFFIX).is_file():
-        return _read(variant, stem)
+    kept = _kept(variant, stem)
+    if kept is not None:
+        return kept
     cubin, log = _link(variant)
     folder.mkdir(parents=True, exist_ok=True)
     _write(stem.with_suffix(SUFFIX), cubin)
-    _write(facts, json.dumps(_facts(cubin, log)).encode())
+    _write(stem.with_suffix(FACTS), json.dumps(_facts(cubin, log)).encode())
+    remove_old(folder)
     return _read(variant, stem)
 
 
@@ -70,22 +74,36 @@ def kept_kernels(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob(f"*{SUFFIX}"))
 
 
+def _kept(variant: Variant, stem: Path) -> Kernel | None:
+    try:
+        return _read(variant, stem)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there; or half a file, of a full disk
+        return None
+
+
 def _read(variant: Variant, stem: Path) -> Kernel:
-    facts = json.loads(stem.with_suffix(".json").read_text())
+    path = stem.with_suffix(SUFFIX)
+    facts = json.loads(stem.with_suffix(FACTS).read_text())
+    if hashlib.sha256(path.read_bytes()).hexdigest() != facts.pop("sha256"):
+        raise ValueError(f"{path} is damaged")
     facts["warnings"] = tuple(facts["warnings"])
-    return Kernel(variant=variant, path=stem.with_suffix(SUFFIX), **facts)
+    note_use([path, stem.with_suffix(FACTS)])
+    return Kernel(variant=variant, path=path, **facts)
 
 
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all, also when several processes do it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(name, path)
+    unfinished = path.with_name(f"{path.name}.tmp.{uuid.uuid4().hex}")
+    try:
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _stamp(variant: Variant) -> str:
-    return hashlib.sha256(f"{source_hash()} {_entry_hash()} {variant} {_versions()}".encode()).hexdigest()[:24]
+    facts = f"{source_hash()} {_entry_hash()} {variant} {_versions()} {gpu_settings()}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
 @cache
@@ -109,6 +127,8 @@ def _versions() -> tuple[str, ...]:
 
 def _link(variant: Variant) -> tuple[bytes, str]:
     """(cubin, the linker's log)"""
+    if compiler_is_off():
+        raise RuntimeError("nothing can be compiled, because NUMBA_DISABLE_JIT is set")
     try:
         from ..device.cuda_api import compile_to_ltoir, link
         from .entry import make_entry
@@ -128,6 +148,7 @@ def _facts(cubin: bytes, log: str) -> dict[str, object]:
     if len(entries) != 1:
         raise RuntimeError(f"the linked kernel must have one entry, got {sorted(entries)}")
     return {
+        "sha256": hashlib.sha256(cubin).hexdigest(),
         "entry": entries.pop().decode(),
         "registers": max(map(int, re.findall(r"Used (\d+) registers", log)), default=0),
         "spill_bytes": total(r"(\d+) bytes spill stores"),

@@ -198,7 +198,7 @@ def filled(own_cache):
 
 def test_cache_counts_files_by_kind(capsys, filled):
     assert cli.main(["cache"]) == 0
-    folder, cpu, gpu = capsys.readouterr().out.splitlines()
+    folder, cpu, gpu, _ = capsys.readouterr().out.splitlines()
     assert folder == str(filled)
     assert re.fullmatch(r"  CPU kernels .* 2 files, 210 bytes \(210 B\)", cpu)
     assert re.fullmatch(r"  GPU kernels .* 2 files, 3,040 bytes \(2.969 KiB\)", gpu)

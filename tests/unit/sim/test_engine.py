@@ -302,7 +302,7 @@ def test_the_cache_of_the_compiled_loop_knows_all_its_sources():
             if isinstance(node, ast.ImportFrom) and node.level == 1:
                 sources.add(f"{node.module}.py")
     assert sources == set(heaps.SOURCES)
-    assert loop.loop._cache._cache_file._source_stamp == heaps._source_hash()
+    assert loop.loop._cache.sources == heaps._source_hash()
 
 
 def test_an_empty_graph_takes_no_time():
