@@ -16,6 +16,7 @@ from importlib import metadata
 
 from reference import Layout, load_preset
 from reference.cache_folder import VARIABLE, cache_folder, try_folder
+from reference.code_cache import compiler_is_off
 
 from . import shared_memory
 from .bench import launch
@@ -35,6 +36,7 @@ OLDEST = {  # as in setup.cfg
     "ml-dtypes": "0.5",
     "safetensors": "0.4",
 }
+SLOW = {"NUMBA_OPT": ("0", "1", "2"), "NUMBA_DEBUGINFO": ("1",), "NUMBA_BOUNDSCHECK": ("1",)}  # so is what is compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ def check_host() -> Iterator[Check]:
     yield check_python()
     for name, oldest in OLDEST.items():
         yield check_package(name, oldest, USES, "pip install flashmoe-numba")
+    yield check_compiler()
     yield check_cache()
     yield check_mpirun()
     yield check_one_mpi()
@@ -93,6 +96,18 @@ def check_package(name: str, oldest: str, needed_for: tuple[str, ...], fix: str,
     if wrong:
         return Check(name=name, needed_for=needed_for, status=NO, found=wrong, fix=fix)
     return Check(name=name, needed_for=needed_for, status=OK, found=found)
+
+
+def check_compiler() -> Check:
+    """Do Numba's settings let it compile, and to fast code?"""
+    slow = [f"{name}={os.environ[name]}" for name, values in SLOW.items() if os.environ.get(name) in values]
+    found, status, fix = "as usual", OK, ""
+    if slow:
+        found, status, fix = f"{', '.join(slow)}: compiled code is slow", WARN, "unset them, unless you debug"
+    if compiler_is_off():
+        found, status = "NUMBA_DISABLE_JIT is set: nothing is compiled, and simulations are slow", NO
+        fix = 'unset it, or use backend="fibers"'
+    return Check(name="compiler", needed_for=USES, status=status, found=found, fix=fix)
 
 
 def check_cache() -> Check:

@@ -76,7 +76,12 @@ def _usable(folder: Path) -> Path:
         try_folder(folder)
         return folder
     except OSError as error:
-        return _temporary(f"{folder} cannot be used ({error})")
+        return _temporary(unusable(folder, error))
+
+
+def unusable(folder: Path, error: Exception) -> str:
+    """What to say; without the names of files, which differ by function."""
+    return f"{folder} cannot be used ({getattr(error, 'strerror', None) or error})"
 
 
 @cache
@@ -95,6 +100,7 @@ def _remove(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@cache  # once, while Numba's own handling of warnings makes Python forget which were shown
 def warn_not_kept(why: str) -> None:
     """Say that compiled code is not kept, and why."""
     warnings.warn(f"compiled kernels are not kept: {why}", stacklevel=2)

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .cache_folder import note_use, remove_old, usable_cache_folder, warn_not_kept
+from .cache_folder import note_use, remove_old, unusable, usable_cache_folder, warn_not_kept
 
 ENTRY = "code"  # the one entry of an index
 # Settings of Numba that leave code as it is, and that differ by machine or by taste; all others are in a file's name.
@@ -74,7 +74,7 @@ class CodeCache:
             self._index(signature, result.codegen).save(ENTRY, _pack(code))
             remove_old(self.folder)
         except Exception as error:  # the disk is full, or a damaged index cannot be removed
-            warn_not_kept(f"{self.folder} cannot be used ({error})")
+            warn_not_kept(unusable(self.folder, error))
 
     def _index(self, signature: Any, codegen: Any) -> Any:
         """Numba's pair of files, under a name that stands for the code."""

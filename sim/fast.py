@@ -71,7 +71,7 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, keep_runs: bool = True
 
 
 def _run_plain(graph: TaskGraph, tie_seed: int | None, keep_runs: bool) -> Timeline:
-    warnings.warn("NUMBA_DISABLE_JIT is set: simulations are not compiled, and take far longer", stacklevel=3)
+    warnings.warn("NUMBA_DISABLE_JIT is set: simulations are not compiled, and take far longer", stacklevel=2)
     timeline = engine.run(graph, tie_seed=tie_seed)
     if keep_runs:
         return timeline

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+from reference.cache_folder import VARIABLE, usable_cache_folder
 
 SAFE_PATH = "PYTHONSAFEPATH"
 
@@ -66,8 +69,9 @@ def process_pool(jobs: int) -> Iterator[Pool]:
     """`jobs` processes, which end with the block and with this process, however these end."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit the lock on the sweep's file
     alive, end = context.Pipe(duplex=False)
+    given = alive, usable_cache_folder()
     with _safe_path():  # for the resource tracker
-        pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(alive,))
+        pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=given)
     try:
         yield Pool(pool, jobs)
     finally:
@@ -102,8 +106,12 @@ def _hear_ctrl_c(rank: int) -> None:
     signal.signal(signal.SIGINT, hear)
 
 
-def _begin_worker(alive: Connection) -> None:
-    """Ctrl-C ends a worker without a word, and so does the end of the other end of `alive`."""
+def _begin_worker(alive: Connection, folder: Path) -> None:
+    """Ctrl-C ends a worker without a word, and so does the end of the other end of `alive`.
+
+    Compiled code is in `folder`, also where that is a temporary one: one for all workers.
+    """
+    os.environ[VARIABLE] = str(folder)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()

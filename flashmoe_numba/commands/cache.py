@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from reference.cache_folder import cache_folder, our_files
+from reference.cache_folder import VARIABLE, cache_folder, our_files
 
 from .plan import readable
 
@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """List the files, or remove them."""
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except OSError as error:
+        print(f"nothing is kept: {error}; {VARIABLE} names another folder")
+        return 0
     kept = our_files(folder)
     if args.clear:
         files = [file for found in kept.values() for file in found]

@@ -24,7 +24,7 @@ from sim.hardware import to_toml
 from ..bench import launch
 from ..mpi_environment import unless_left_over
 from . import UsageError
-from .sizes import check_outputs, integer
+from .sizes import check_backend_flag, check_outputs, integer
 
 if TYPE_CHECKING:
     from ..bench.calibrate import Rates, Settings
@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"{rule}{unless_left_over(1)}")
     if not args.out.endswith(".toml"):
         raise UsageError(f"argument --out: must end in .toml, got {args.out!r}")
+    check_backend_flag(args.backend)
     check_outputs({"--out": args.out})
     settings = settings_from(args.ranks, args.processors, args.backend, args.dtype, args.repeats)
     found = _measure(settings)

@@ -22,6 +22,7 @@ from . import UsageError
 from .sizes import (
     add_json_argument,
     add_size_arguments,
+    check_backend_flag,
     check_memory,
     check_outputs,
     config_from,
@@ -128,6 +129,7 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     config = config_from(args, num_ranks)
     if (args.processors or 1) > MOST_PROCESSORS:
         raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
+    check_backend_flag(args.backend)
     try:
         make_workload(args.workload, config, _num_tokens(args), args.seed, ranks=[])
     except (TypeError, ValueError, FileNotFoundError) as error:

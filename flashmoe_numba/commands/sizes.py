@@ -15,6 +15,7 @@ from reference import ACTIVATIONS, DTYPES, MoEConfig, load_preset, preset_names
 from reference.pictures import picture_format
 from reference.plan import weight_bytes
 
+from ..backends import check_backend
 from . import UsageError
 
 DEFAULT_PRESET = "laptop-text"
@@ -161,6 +162,14 @@ def make_folder(flag: str, path: str, folder: Path) -> None:
     except OSError as error:
         if not folder.is_dir():
             raise UsageError(f"argument {flag}: cannot write {path!r}: {error.strerror}") from None
+
+
+def check_backend_flag(name: str) -> None:
+    """Raise a UsageError if this backend can run nothing here."""
+    try:
+        check_backend(name, {})
+    except ValueError as error:
+        raise UsageError(f"argument --backend: {error}") from None
 
 
 def check_memory(config: MoEConfig) -> None:
