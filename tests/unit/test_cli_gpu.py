@@ -19,6 +19,7 @@ from flashmoe_numba.gpu.driver import Device, Driver, ask_driver
 from flashmoe_numba.gpu.health import check_gpus
 from flashmoe_numba.gpu.variants import ARCHITECTURES
 from flashmoe_numba.health import NO, OK, WARN
+from sim import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOP = """.L_x_1:
@@ -232,6 +233,69 @@ def test_cache_knows_the_names_of_both_kinds_of_kernels(capsys, own_cache):
     cli.main(["cache", "--clear"])
     assert capsys.readouterr().out.startswith("removed 17 files")
     assert list(own_cache.iterdir()) == []
+
+
+def test_cache_knows_the_compiled_code_of_the_simulator(capsys, own_cache):
+    from numba import int64
+
+    own_cache.mkdir()
+    for function in (loop.start, loop.loop):
+        index = function._cache._index((int64,), function.targetctx.codegen())
+        assert index._cache_path == str(own_cache), "it is kept where kernels are"
+        for name in (index._index_name, index._data_name(1), f"{index._data_name(1)}.tmp.0123456789abcdef"):
+            (own_cache / name).write_bytes(bytes(7))
+    cli.main(["cache"])
+    assert re.search(r"^  simulator .* 6 files, 42 bytes", capsys.readouterr().out, re.MULTILINE)
+    cli.main(["cache", "--clear"])
+    assert list(own_cache.iterdir()) == []
+
+
+def test_without_a_home_cache_and_doctor_say_so(capsys, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory")))
+    monkeypatch.delenv("FLASHMOE_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for flags in ([], ["--clear"]):
+        assert cli.main(["cache", *flags]) == 0
+        out = capsys.readouterr().out
+        assert re.fullmatch(r"nothing is kept: user \d+ has no home directory, .* names another folder\n", out)
+    check = health.check_cache()
+    assert (check.status, check.fix) == (WARN, "set FLASHMOE_CACHE_DIR to a folder that can be written")
+
+
+def halve(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("suffix", [".cubin", ".json"])
+@pytest.mark.parametrize(
+    "damage",
+    [halve, Path.unlink, lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b'{"warnings": 3}')],
+)
+def test_a_damaged_kernel_for_gpus_is_built_again(own_cache, monkeypatch, suffix, damage):
+    linked = []
+
+    def link(variant):
+        linked.append(variant)
+        return b"\x7fELF .text.kernel .text.kernel", "Used 40 registers"
+
+    monkeypatch.setattr(build, "_link", link)
+    variant = next(all_variants("sm_80"))
+    right = build.build(variant, own_cache)
+    assert (right.entry, right.registers) == ("kernel", 40)
+    assert build.build(variant, own_cache) == right
+    assert len(linked) == 1
+    (file,) = own_cache.glob(f"*{suffix}")
+    damage(file)
+    assert build.build(variant, own_cache) == right
+    assert len(linked) == 2
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_settings_are_in_the_name_of_a_kernel_for_gpus(monkeypatch):
+    variant = next(all_variants("sm_80"))
+    usual = build._stamp(variant)
+    monkeypatch.setenv("NUMBA_CUDA_DEBUGINFO", "1")
+    assert build._stamp(variant) != usual
 
 
 # doctor

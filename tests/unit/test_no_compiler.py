@@ -1,0 +1,70 @@
+"""NUMBA_DISABLE_JIT=1, which people leave set after a session with a debugger."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashmoe_numba import health
+from flashmoe_numba.health import NO, OK, WARN
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def facts():
+    environment = dict(os.environ, NUMBA_DISABLE_JIT="1", PYTHONPATH=str(HERE.parents[1]))
+    command = [sys.executable, "-P", str(HERE / "no_compiler.py")]  # -P: beside it are tests in a folder "reference"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_fibers_need_no_compiler(facts):
+    assert facts["layer_error"] < 1e-6
+
+
+def test_compiled_backends_say_why_they_cannot_be(facts):
+    sentence = (
+        "backend '{}' cannot compile its kernel, because NUMBA_DISABLE_JIT is set: "
+        'unset it, or use backend="fibers", which needs no compiler'
+    )
+    assert facts["refusals"] == {name: sentence.format(name) for name in ("cpu", "cuda")}
+    status, err = facts["run"]
+    assert (status, err) == (2, f"flashmoe run: error: argument --backend: {sentence.format('cpu')}\n")
+
+
+def test_simulations_run_by_the_plain_engine(facts):
+    same, num_runs, warnings = facts["simulations"]
+    assert same
+    assert num_runs[0] > 0
+    assert num_runs[1] == 0
+    assert warnings == ["NUMBA_DISABLE_JIT is set: simulations are not compiled, and take far longer"]
+
+
+def test_doctor_says_so(facts):
+    status, found, fix = facts["doctor"]
+    assert (status, fix) == (NO, 'unset it, or use backend="fibers"')
+    assert found.startswith("NUMBA_DISABLE_JIT is set: nothing is compiled")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [
+        ("NUMBA_OPT", "0", WARN),
+        ("NUMBA_OPT", "3", OK),
+        ("NUMBA_DEBUGINFO", "1", WARN),
+        ("NUMBA_BOUNDSCHECK", "1", WARN),
+        ("NUMBA_BOUNDSCHECK", "0", OK),
+    ],
+)
+def test_doctor_names_settings_that_make_code_slow(monkeypatch, name, value, status):
+    for other in health.SLOW:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    check = health.check_compiler()
+    assert check.status == status
+    assert (f"{name}={value}" in check.found) == (status == WARN)
