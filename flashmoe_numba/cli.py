@@ -10,7 +10,9 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .bench.launch import is_first_rank
 from .commands import UsageError
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = _choose(argv)
         name = f"flashmoe {command}"
-        status = _run(command, name, argv)
+        with _one_line_warnings(name):
+            status = _run(command, name, argv)
         if sys.stdout is not None:  # it is None where it was closed before we began
             sys.stdout.flush()
         return status
@@ -74,6 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _say(f"{name}: error: {error}")
         return 1
+
+
+@contextmanager
+def _one_line_warnings(name: str) -> Iterator[None]:
+    """Warnings look like errors, without the line of our source that they came from."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{name}: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _run(command: str, name: str, argv: list[str]) -> int:

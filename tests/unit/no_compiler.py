@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import warnings
 from dataclasses import fields
 
@@ -38,7 +39,7 @@ def refusals():
 
 def command_line(*arguments):
     """(exit status, what it wrote to stderr)"""
-    with contextlib.redirect_stderr(io.StringIO()) as err:
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
         return cli.main(list(arguments)), err.getvalue()
 
 
@@ -67,6 +68,7 @@ if __name__ == "__main__":
         "layer_error": layer_error(),
         "refusals": refusals(),
         "run": command_line("run", "--preset", "laptop-tiny", "--ranks", "2"),
+        "sim": command_line("sim", "--policy", "flashmoe,bulk", "--preset", "laptop-tiny", "--json", os.devnull),
         "simulations": simulations(),
         "doctor": [check.status, check.found, check.fix],
     }

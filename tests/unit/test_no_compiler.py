@@ -42,7 +42,9 @@ def test_simulations_run_by_the_plain_engine(facts):
     assert same
     assert num_runs[0] > 0
     assert num_runs[1] == 0
-    assert warnings == ["NUMBA_DISABLE_JIT is set: simulations are not compiled, and take far longer"]
+    sentence = "NUMBA_DISABLE_JIT is set: simulations are not compiled, and take far longer"
+    assert warnings == [sentence]
+    assert facts["sim"] == [0, f"flashmoe sim: warning: {sentence}\n"]
 
 
 def test_doctor_says_so(facts):
