@@ -11,8 +11,6 @@ first-level cache. Partial sums go to memory between depth blocks, which rounds 
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from llvmlite import binding, ir
 from numba import types
@@ -22,7 +20,7 @@ from ..device.compilation import jit
 from ..device.cpu import bfloat_to_float, element_pointer, half_to_float
 from ..device.vocabulary import load, store
 from . import stub
-from .activations import GELU, RELU, SILU
+from .cpu_activations import activate
 
 _features = binding.get_host_cpu_features()
 VECTOR_BYTES = 64 if _features.get("avx512f") else 32 if _features.get("avx2") else 16
@@ -159,63 +157,6 @@ def _multiply(a, a_row, rows, matrices, tile_index, panels, width, stride, scrat
                     )  # fmt: skip
 
 
-@intrinsic
-def _float_from_bits(typing, bits):
-    return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@jit
-def _exp32(x):
-    """exp for float32 to about two units in the last place, in steps that a compiler can vectorise.
-
-    x = n ln 2 + r with |r| <= ln 2 / 2, then exp(r) by its Taylor polynomial. Below -87 the result stays at 1.6e-38 and
-    above 88 at 1.6e38: sums with one do not notice. NaN goes through.
-    """
-    one = np.float32(1)
-    clamped = min(max(x, np.float32(-87)), np.float32(88))
-    magic = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer
-    n = (clamped * np.float32(1.44269504) + magic) - magic
-    r = (clamped - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
-    p = np.float32(1 / 5040)
-    p = p * r + np.float32(1 / 720)
-    p = p * r + np.float32(1 / 120)
-    p = p * r + np.float32(1 / 24)
-    p = p * r + np.float32(1 / 6)
-    p = p * r + np.float32(0.5)
-    p = (p * r + one) * r + one
-    power = _float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
-    return p * power if x == x else x
-
-
-def _exp(x):
-    """exp in the type of x."""
-    return math.exp(x)
-
-
-@overload(_exp, target="cpu")
-def _exp_meaning(x):
-    if x == types.float32:
-        return lambda x: _exp32(x)
-    return lambda x: math.exp(x)
-
-
-@jit
-def _activate(sums, at, columns, activation):
-    one, half, root = sums.dtype.type(1), sums.dtype.type(0.5), sums.dtype.type(math.sqrt(0.5))
-    if activation == RELU:
-        for c in range(at, at + columns):
-            x = load(sums, c)
-            store(sums, c, x if not x < 0 else sums.dtype.type(0))
-    elif activation == SILU:
-        for c in range(at, at + columns):
-            x = load(sums, c)
-            store(sums, c, x / (_exp(-x) + one))
-    elif activation == GELU:
-        for c in range(at, at + columns):
-            x = load(sums, c)
-            store(sums, c, half * x * (one + math.erf(x * root)))
-
-
 @jit
 def _add_bias(sums, at, bias, bias_at, columns):
     for c in range(columns):
@@ -254,7 +195,7 @@ def _tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, sc
             for part in range(parts):
                 bias_at = (tile_index * parts + part) * tile_n
                 _add_bias(sums, at + part * part_columns, matrices.bias, bias_at, columns)
-            _activate(sums, at, columns, activation)
+            activate(sums, at, columns, activation)
             if parts == 2:
                 _store_gated_row(out, out_at, sums, at, at + part_columns, columns)
             else:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
+
+from ..device.compilation import jit
 from ..device.cuda_api import element_pointer, intrinsic, ir, overload, types
+from .activations import gelu, silu
+from .formulas import make_gelu, make_silu
 from .hopper import DEPTH_BYTES, HALF_COLUMNS, INSTRUCTIONS, MAP_WORDS, ROWS, TmaMatrices, main_loop
 from .lanes import multiply_tile, sum_products
 from .matrices import Matrices
@@ -17,6 +23,18 @@ def _tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, sc
         multiply_tile(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch)
 
     return meaning
+
+
+def _register(verb, make):
+    single, double = (make(real, jit, math.exp) for real in (np.float32, np.float64))
+
+    @overload(verb)
+    def _meaning(x):
+        return (lambda x: double(x)) if x == types.float64 else (lambda x: single(x))
+
+
+_register(silu, make_silu)
+_register(gelu, make_gelu)
 
 
 @overload(tile_sums)

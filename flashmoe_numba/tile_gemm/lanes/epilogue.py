@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from flashmoe_numba.device import block_sync, jit, lane, lanes, load, store
-from flashmoe_numba.tile_gemm.activations import GELU, RELU, SILU
+from flashmoe_numba.tile_gemm.activations import GELU, RELU, SILU, gelu, silu
 from flashmoe_numba.tile_gemm.matrices import SUMS_STRIDE
 from flashmoe_numba.tile_gemm.stub import tile_sums
 
@@ -40,12 +38,11 @@ def finish(out, out_row, rows, matrices, expert, first, columns, activation, sum
 
 @jit
 def activate(x, activation, sums):
-    """In the type of `sums`. Beyond exp(88), which float32 can just hold, silu stays where it is."""
-    one, half, root, most = sums.dtype.type(1), sums.dtype.type(0.5), sums.dtype.type(0.5**0.5), sums.dtype.type(88)
+    """In the type of `sums`."""
     if activation == RELU:
         return x if not x < 0 else sums.dtype.type(0)
     if activation == SILU:
-        return x / (one + math.exp(min(-x, most)))
+        return silu(x)
     if activation == GELU:
-        return half * x * (one + math.erf(x * root))
+        return gelu(x)
     return x
