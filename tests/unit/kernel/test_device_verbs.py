@@ -3,6 +3,7 @@
 A test function is compiled from its Python source; on fibers the same source runs as it is.
 """
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -193,6 +194,32 @@ def test_atomics_by_one_thread():
         function(words, got)
         assert got.tolist() == [10, 20, 30, -7, 0, 42, 0], name
         assert words.tolist() == [-11, 15, 20, 99, -7, 50], name
+
+
+def each_atomic(words, got):
+    got[0] = ld_acquire(words, 3)
+    got[1] = ld_relaxed(words, 4)
+    st_release(words, 5, got[0])
+    got[2] = fetch_add(words, 6, got[0])
+    got[3] = cas(words, 7, got[0], got[1])
+
+
+def test_atomics_have_their_order_and_width():
+    """x86 orders almost everything by itself, so that only the intermediate code shows an order that is too weak."""
+    function = compiled(each_atomic)
+    function.compile((types.int64[::1], types.int64[::1]))
+    (code,) = function.inspect_llvm().values()
+    lines = re.findall(r"^.*\b(?:atomic|atomicrmw|cmpxchg)\b.*$", code, re.MULTILINE)
+    patterns = [
+        r"load atomic i64, .* acquire, align 8$",
+        r"load atomic i64, .* monotonic, align 8$",
+        r"store atomic i64 .* release, align 8$",
+        r"atomicrmw add .*, i64 %\S+ acq_rel\b",
+        r"cmpxchg .*, i64 %\S+, i64 %\S+ acq_rel acquire\b",
+    ]
+    assert len(lines) == len(patterns) and "syncscope" not in code, "\n".join(lines)
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.search(pattern, line.split(", !")[0]), f"{line} is not {pattern}"
 
 
 def count_up(words, i, times, start):

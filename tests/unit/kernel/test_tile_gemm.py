@@ -71,8 +71,13 @@ class Product:
         sizes = dict(hidden=depth, ffn=len(self.w[0]), num_experts=1, num_topk=1, num_ranks=1, num_tokens=rows)
         return MoEConfig(**sizes, dtype=self.dtype, gated=len(self.w) == 2)
 
-    def run(self, tile_n=128, tile_m=1000, targets=("cpu", 1)):
-        """`[rows, columns]`, made of tiles as the kernel makes it, by the second of two experts, in a larger array."""
+    def run(self, tile_n=128, tile_m=1000, targets=("cpu", 1), scratch=None, place=lambda array: array):
+        """`[rows, columns]`, made of tiles as the kernel makes it, by the second of two experts, in a larger array.
+
+        Args:
+            scratch: of a block; by default, more than enough.
+            place: gives a copy of an array in memory of its choice; the tile GEMM gets nothing else.
+        """
         kind, lanes = targets
         c = self.config
         rows, columns = len(self.x), len(self.w[0])
@@ -82,18 +87,23 @@ class Product:
         experts = [np.stack(pair) for pair in zip(other, self.w, strict=True)]
         biases = [np.stack([np.full_like(b, np.nan), b]) for b in self.b]
         matrices = backend.pack(experts, biases, tile_n, c.accumulator, None)
-        out = np.full((rows + 2, columns), 77, self.x.dtype)
+        arrays = {name: value for name, value in matrices._asdict().items() if isinstance(value, np.ndarray)}
+        matrices = matrices._replace(**{name: place(array) for name, array in arrays.items()})
+        out = place(as_storage(np.full((rows + 2, columns), 77, self.x.dtype)))
+        x = place(as_storage(self.x))
         tile_n = tile_n * len(self.w)
-        scratch = backend.make_scratch(MoEConfig(**{**vars(c), "tile_m": 256, "tile_m_min": 256, "tile_n": tile_n}))
+        enough = MoEConfig(**{**vars(c), "tile_m": 256, "tile_m_min": 256, "tile_n": tile_n})
+        scratch = Scratch(*map(place, scratch or backend.make_scratch(enough)))
         for array in scratch:
             array[:] = np.nan
         for first in range(0, rows, tile_m):
             for n in range(-(-columns // matrices.tile_n)):
                 function(
-                    as_storage(out), first + 1, as_storage(self.x), first, min(tile_m, rows - first),
+                    out, first + 1, x, first, min(tile_m, rows - first),
                     matrices, 1, n, ACTIVATIONS.index(self.activation), scratch,
                 )  # fmt: skip
         backend.close()
+        out = out.view(self.x.dtype).reshape(rows + 2, columns)
         assert (out[[0, -1]] == 77).all(), f"{self}: written outside of the tile, with tile_n {tile_n}"
         return out[1:-1].copy()
 
