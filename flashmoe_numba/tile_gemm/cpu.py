@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import binding, ir
 from numba import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
 from ..device.compilation import jit
@@ -22,11 +23,12 @@ from ..device.vocabulary import load, store
 from . import stub
 from .cpu_activations import activate
 
-_features = binding.get_host_cpu_features()
-VECTOR_BYTES = 64 if _features.get("avx512f") else 32 if _features.get("avx2") else 16
+# What Numba compiles for: the host, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name a lesser machine.
+_features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
+VECTOR_BYTES = 64 if "+avx512f" in _features else 32 if "+avx2" in _features else 16
 MICRO_ROWS = {64: 12, 32: 6, 16: 6}[VECTOR_BYTES]
 MICRO_VECTORS = 2
-FUSED = bool(_features.get("fma")) or "aarch64" in binding.get_process_triple()
+FUSED = "+fma" in _features or "aarch64" in binding.get_process_triple()
 DEPTH_BLOCK = 256
 ROW_STRIDE = DEPTH_BLOCK + 16  # a power of two would put all rows of a group into one cache set
 

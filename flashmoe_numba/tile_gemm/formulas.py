@@ -119,7 +119,7 @@ def make_gelu(real: Any, compiled: Any, exp: Formula) -> Formula:
     series = _polynomial(real, compiled, *tail.coefficients)
 
     def gelu(x):
-        t = min(abs(x), most)
+        t = min(most, abs(x))  # most for a NaN: of two NaN factors, which one stays would be up to a compiler
         q = one / (one + quarter * t)
         m = series(q - half) * q
         square = t * t

@@ -1,5 +1,8 @@
 """The tile GEMM against float64 NumPy, and its promise: a row's bits depend on the row and the weights only."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -336,3 +339,11 @@ def test_exp_beyond_its_range():
     exp_all(x, y)
     assert (y[:3] == 0).all() and (y[3:6] > 1e38).all() and np.isfinite(y[:6]).all(), f"{y}"
     assert np.isnan(y[6])
+
+
+def test_vectors_are_those_that_numba_compiles_for():
+    """So that a machine with AVX-512 can run the code of one without."""
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
+    program = "from flashmoe_numba.tile_gemm import cpu; print(cpu.VECTOR_BYTES, cpu.MICRO_ROWS, cpu.FUSED)"
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["32", "6", "True"], run.stdout
