@@ -24,8 +24,8 @@ def activation(name: str, x: Array) -> Array:
     """One of `config.ACTIVATIONS`, elementwise, computed in float64 and rounded to the dtype of `x`.
 
     Within 8 units in the last place of the exact value in float64, and a little more than half a unit otherwise, where
-    that is a normal number. Infinities give the
-    limits of the formulas in IEEE arithmetic: silu(-inf) and gelu(-inf) are -inf * 0, NaN.
+    that is a normal number. Infinities give the limits of the formulas in IEEE arithmetic: silu(-inf) and gelu(-inf)
+    are -inf * 0, NaN.
 
     Raises:
         ValueError: no such activation.
