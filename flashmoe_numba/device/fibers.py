@@ -113,6 +113,7 @@ class Scheduler:
         preempt: probability of a switch at an atomic access.
         max_switches: gives up with a RuntimeError beyond this (a livelock).
         strategy: decides every switch instead of `seed` and `preempt`.
+        quiet_polls: fibers wait for ever if each has polled more often than that since the last write.
     """
 
     def __init__(
@@ -121,22 +122,34 @@ class Scheduler:
         preempt: float = 0.3,
         max_switches: int = 50_000_000,
         strategy: Strategy | None = None,
+        quiet_polls: int = QUIET_POLLS,
     ) -> None:
         self.strategy = strategy or RandomStrategy(seed, preempt)
-        self.max_switches = max_switches
+        self.max_switches, self.quiet_polls = max_switches, quiet_polls
         self.ready: list[Fiber] = []
         self.live = 0
         self.switches = 0
         self.writes = 0
         self.hub = getcurrent()
 
-    def add_block(self, name: str, kernel: Callable[..., object], args: Sequence[Any], lanes: int = 1) -> None:
-        block = Block(name, lanes)
+    def add_block(self, name: str, kernel: Callable[..., object], args: Sequence[Any], lanes: int = 1) -> list[Fiber]:
+        """A new block; returns its fibers."""
+        block, fibers = Block(name, lanes), []
         self.live += lanes
         for lane in range(lanes):
             fiber = Fiber(self, block, lane, lanes, lambda: kernel(*args))
             self.strategy.added(fiber)
-            self.ready.append(fiber)
+            fibers.append(fiber)
+        self.ready += fibers
+        return fibers
+
+    def lose(self, fibers: Sequence[Fiber]) -> None:
+        """None of these ever runs again: if the running one is among them, this does not return."""
+        lost = [fiber for fiber in fibers if not fiber.dead]
+        self.ready = [fiber for fiber in self.ready if fiber not in lost]
+        self.live -= len(lost)
+        if current() in lost:
+            self.hub.switch()
 
     def run(self) -> None:
         """Run until every fiber has returned.
@@ -152,7 +165,7 @@ class Scheduler:
             self.switches += 1
             if fiber.dead:
                 self.live -= 1
-            elif fiber.polls > QUIET_POLLS and all(self._only_polls(other) for other in self.ready):
+            elif fiber.polls > self.quiet_polls and all(self._only_polls(other) for other in self.ready):
                 raise Deadlock(self._report("every live thread polls and nobody writes"))
             if self.switches > self.max_switches:
                 raise RuntimeError(self._report(f"still running after {self.switches} switches"))
@@ -160,7 +173,7 @@ class Scheduler:
             raise Deadlock(f"{self.live} threads wait in a block barrier that never fills")
 
     def _only_polls(self, fiber: Fiber) -> bool:
-        return fiber.found_nothing and fiber.polls > QUIET_POLLS
+        return fiber.found_nothing and fiber.polls > self.quiet_polls
 
     def open_barrier_if_full(self, block: Block) -> None:
         if block.waiting and len(block.waiting) == block.live:

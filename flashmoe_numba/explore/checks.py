@@ -12,10 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from reference import GATE, KIND_NAMES, MoEConfig, Packets, Routing, Task, Workload, make_packets, task_graph
+from reference.tiles import packet_row_blocks, packet_tile_height
 
 from ..bench.check import check_layer
+from ..kernel.signals import EPOCH_SHIFT
+from .hosts import Call
 from .reports import Report
-from .world import Call, Run, World
+from .world import Run, World
 
 MOST_TASKS = 4  # named in a report
 
@@ -26,6 +29,8 @@ class Checker:
     def __init__(self, world: World) -> None:
         self.world = world
         self._right: dict[int, list[Call]] = {}  # by call: of all ranks, found to be right
+        rows = world.weights.router
+        self._twins = [{low for low in range(e) if np.array_equal(rows[low], rows[e])} for e in range(len(rows))]
 
     def check(self, run: Run) -> list[Report]:
         """Everything that is wrong with a run; the memory's reports are among them."""
@@ -46,6 +51,8 @@ class Checker:
             if not np.array_equal(call.routing.topk_idx, right.routing.topk_idx):
                 reports.append(Report("wrong result", f"{case} routed otherwise than under another seed"))
             reports += _count_reports(case, call, right.rows, right.tasks)
+            if not np.array_equal(call.flags, right.flags):
+                reports.append(Report("wrong result", f"{case} other result flags than under another seed"))
         return reports
 
     def _judge(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
@@ -54,8 +61,9 @@ class Checker:
         illegal = [r for rank, call in enumerate(calls) for r in self._illegal_experts(rank, epoch, call, given[rank])]
         if illegal:
             return illegal
+        ties = [report for rank, call in enumerate(calls) for report in self._tie_reports(rank, epoch, call)]
         config, packets = self.world.spec.config, [self._packets(call) for call in calls]
-        reports = self._compare_with_oracle(epoch, calls)
+        reports = ties + self._compare_with_oracle(epoch, calls)
         graph = task_graph(packets, config)
         sent = np.array([packet.sent for packet in packets]).reshape(config.num_ranks, config.num_ranks, -1)
         for rank, call in enumerate(calls):
@@ -64,6 +72,7 @@ class Checker:
             if len(wrong):
                 text = f"{case} y{wrong[0].tolist()} is not the sum of its results in the order of choices"
                 reports.append(Report("wrong result", text))
+            reports += self._flag_reports(case, epoch, call, packets[rank])
             tasks = Counter(task for task in graph if task.rank == rank)
             tasks[Task(GATE, rank)] = 1  # a rank without tokens runs one, too, which tells every peer so
             reports += _count_reports(case, call, sent[:, rank], tasks)
@@ -81,6 +90,32 @@ class Checker:
                 text = f"token {token} goes to expert {bad[0]} of {experts}: not in [0, {num_experts}), or twice"
                 return [Report("wrong result", f"rank {rank}, call {epoch}: {text}")]
         return []
+
+    def _tie_reports(self, rank: int, epoch: int, call: Call) -> list[Report]:
+        """The first token that the gate sends to an expert before one of the same logits and a lower index."""
+        if self.world.data[epoch - 1][1][rank] is not None:  # a routing from outside
+            return []
+        for token, experts in enumerate(call.routing.topk_idx.tolist()):
+            for j, e in enumerate(experts):
+                if not self._twins[e] <= set(experts[:j]):
+                    text = f"token {token} goes to expert {e} of {experts}, where a lower one has the same logits"
+                    return [Report("wrong result", f"rank {rank}, call {epoch}: {text}")]
+        return []
+
+    def _flag_reports(self, case: str, epoch: int, call: Call, packets: Packets) -> list[Report]:
+        """Result flags of this call: one for each row tile of each packet, with its rows."""
+        config, wanted = self.world.spec.config, np.full_like(call.flags, -1)
+        for e, rows in enumerate(packets.sent.tolist()):
+            height = packet_tile_height(rows, config)
+            for m in range(packet_row_blocks(rows, config)):
+                wanted[e, m] = epoch << EPOCH_SHIFT | min(height, rows - m * height)
+        found = np.where(call.flags >> EPOCH_SHIFT == epoch, call.flags, -1)
+        wrong = np.argwhere(found != wanted)
+        if not len(wrong):
+            return []
+        e, m = wrong[0].tolist()
+        text = f"{case} the result flag of expert {e}, row tile {m} is {found[e, m]}, wanted {wanted[e, m]}"
+        return [Report("wrong result", text)]
 
     def _packets(self, call: Call) -> Packets:
         return make_packets(call.routing.topk_idx, self.world.spec.config)

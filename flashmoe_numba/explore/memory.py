@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from greenlet import getcurrent
 
-from ..device.fibers import Block, Fiber
+from ..device.fibers import Block, Fiber, memory_view
+from ..device.records import read_record, record_words
 from .reports import Report, Site, Stopped, kernel_frame, place
 from .words import MOST_LATE_POLLS, Message, Word
 
@@ -34,6 +35,7 @@ Access = tuple["Actor", int, CodeType | None, int]  # who, its clock then, and w
 Meeting = tuple["Actor", CodeType, int]  # who came to a barrier, and where
 # What listeners are told of atomic accesses; a swap that fails, "does not swap", is neither. Plain ones read and write.
 LOADS, STORES = ("acquires", "reads"), ("releases", "adds to", "swaps")
+NEVER = 1 << 62
 _frame = sys._getframe
 IS_VERB = True  # reports name the caller
 
@@ -49,6 +51,7 @@ class Actor:
         self.looked_before: dict[tuple[Region, int], int] = {}  # between its last two pauses
         self.pauses = 0
         self.poll = 0  # number of the poll that it is in: one begins after a pause, and whenever the time is taken
+        self.time: int | None = None  # when it took the time last, where that is noted
 
     def tick(self) -> None:
         """Begin a new stretch: what comes now is not covered by what was given to others before."""
@@ -62,7 +65,7 @@ class Actor:
 
     def take_over(self, message: Message) -> None:
         """The clock that a store released, unless it is known: whoever knows the store's entry knows its clock."""
-        _, writer, entry, clock = message
+        _, writer, entry, clock, _ = message
         if entry > self.clock[writer]:
             self.join(clock)
 
@@ -74,6 +77,12 @@ class Actor:
             fiber.polls_in_vain = True
             for region, i in self.looked_before:
                 region.word(i).polled_by.add(fiber)
+
+    def take_time(self, time: int) -> None:
+        """It came round: a turn ends, and the next one begins."""
+        if self.time is not None and time - self.time > self.memory.fair_turn:
+            self.memory.last_long_turn = time
+        self.time = time
 
     def comes_after(self, access: Access) -> bool:
         """Does the access happen before what this actor does now?"""
@@ -96,6 +105,7 @@ class Region:
         self.size, self.dtype = array.size, array.dtype
         self.cells: Any = array.data if array.dtype.kind in "iu" else array  # integers as Python's: much faster
         self.writer_cells = array.size // num_writers if num_writers else 0
+        self.on_store: Callable[[int, int], None] | None = None  # is told every atomic store after it was made
         self.forget()
 
     def forget(self) -> None:
@@ -184,7 +194,8 @@ class Region:
         actor = fiber.actor
         self._record_read(i, word, actor.now or _placed())
         if word.messages:
-            message = word.load(actor.index, actor.clock, self.memory.lateness(fiber))
+            arrived = fiber.scheduler.switches - self.memory.arrives_within
+            message = word.load(actor.index, actor.clock, self.memory.lateness(fiber), arrived)
             value = message[0]
             if acquire:
                 actor.take_over(message)
@@ -236,9 +247,11 @@ class Region:
         return word
 
     def _store(self, i: int, word: Word, actor: Actor, value: int) -> None:
-        word.store(self.cells[i], value, actor.index, actor.clock)
+        word.store(self.cells[i], value, actor.index, actor.clock, getcurrent().scheduler.switches)
         self.cells[i] = value
         actor.tick()
+        if self.on_store is not None:
+            self.on_store(i, value)
 
     def _record_read(self, i: int, word: Word, access: Access) -> None:
         """Check against plain accesses, and keep it for those to come."""
@@ -295,17 +308,30 @@ class Region:
         raise Stopped
 
 
+class Parts:
+    """An array of words whose parts are watched each by itself: it can be sliced, into these parts."""
+
+    def __init__(self, memory: Memory, address: int, size: int) -> None:
+        self._memory, self._address, self.size = memory, address, size
+
+    def __getitem__(self, cells: slice) -> Region:
+        return self._memory.at(self._address + 8 * cells.start, cells.stop - cells.start)
+
+
 class Memory:
     """All regions of a run, and what was found in them.
 
     Args:
         num_actors: entries of a clock.
+        arrives_within: every store is seen by everybody so many switches later.
+        fair_turn: the last time is noted at which somebody came round after more switches than that.
     """
 
     MOST_REPORTS = 20
 
-    def __init__(self, num_actors: int) -> None:
-        self.num_actors = num_actors
+    def __init__(self, num_actors: int, arrives_within: int = NEVER, fair_turn: int = NEVER) -> None:
+        self.num_actors, self.arrives_within, self.fair_turn = num_actors, arrives_within, fair_turn
+        self.last_long_turn = 0
         self.with_places = True
         self._draw: Callable[[], float] | None = None
         self.reports: list[Report] = []
@@ -333,6 +359,17 @@ class Memory:
             raise Stopped
         return region
 
+    def record(self, words: Region, at: int, like: Any) -> Any:
+        """What device.records wrote into these words, with regions for arrays that are watched."""
+        length = len(record_words(like, lambda array: 0))
+        return read_record(np.array([words[i] for i in range(at, at + length)], np.int64), 0, like, self._view)
+
+    def _view(self, address: int, num_elements: int, dtype: Any) -> Any:
+        region = self._regions.get(address)
+        if region is None:  # weights, which nobody writes
+            return memory_view(address, num_elements, dtype)
+        return region if region.size == num_elements else Parts(self, address, num_elements)
+
     def begin(self, with_places: bool = True, late_seed: int | None = None) -> None:
         """A new run: no access, no report. The arrays' contents are the caller's.
 
@@ -343,7 +380,7 @@ class Memory:
         """
         self.with_places = with_places
         self._draw = None if late_seed is None else random.Random(late_seed).random
-        self.reports, self._known, self.meetings = [], set(), {}
+        self.reports, self._known, self.meetings, self.last_long_turn = [], set(), {}, 0
         for region in self._regions.values():
             region.forget()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from reference import Layout, MoEConfig, Routing, external_routing
+from reference import Layout, MoEConfig, Routing, Weights, external_routing
 
+LEAST_DEADLINE = 100  # kernel/signals.py looks at the time sixteen times in it
 MOST_FIBERS, MOST_EPOCHS, MOST_BYTES = 1000, 1000, 1 << 22  # every access is a Python call, every cell has its history
 
 
@@ -26,6 +28,18 @@ class GivenCall:
     experts: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
 
+class Lost(NamedTuple):
+    """A rank that is lost in a call, as a process that is killed: none of its blocks goes on.
+
+    Args:
+        tasks: that it has finished in that call when it is lost; 0: it never begins the call.
+    """
+
+    rank: int
+    call: int
+    tasks: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorldSpec:
     """What runs: a layer, and calls whose tokens and routing are drawn from `data_seed`.
@@ -34,9 +48,16 @@ class WorldSpec:
     routed by the gate, at random, or all to the same experts. With `given` calls, only the values of tokens and of
     outside factors are drawn.
 
+    Args:
+        leavers: the hosts of these ranks give up some time in the last call, and all must stop.
+        lost: all others must come to their end.
+        deadline: of every wait, on a clock that counts switches; None: waits that nobody can end are found at once.
+        grid: the blocks of all ranks are one launch, as on a GPU, and a call begins when all have left the last one.
+        ties: every other expert has the logits of the one before it.
+
     Raises:
-        ValueError: leavers are no ranks, a given call does not fit the layer, there are not `epochs` of them, or the
-            world is larger than an interpreter could run.
+        ValueError: leavers or lost ranks are no ranks, a given call does not fit the layer, there are not `epochs` of
+            them, the deadline is too short or missing, or the world is larger than an interpreter could run.
     """
 
     config: MoEConfig
@@ -44,12 +65,18 @@ class WorldSpec:
     lanes: int = 1
     epochs: int = 1
     data_seed: int = 0
-    leavers: tuple[int, ...] = ()  # the hosts of these ranks give up some time in the last call, and all must stop
+    leavers: tuple[int, ...] = ()
     given: tuple[GivenCall, ...] = ()
+    lost: tuple[Lost, ...] = ()
+    deadline: int | None = None
+    grid: bool = False
+    ties: bool = False
 
     def __post_init__(self) -> None:
         self._check_size()
-        self._check_leavers()
+        self._check_ranks("leavers", self.leavers)
+        self._check_ranks("lost", [lost.rank for lost in self.lost])
+        self._check_lost()
         if self.given and len(self.given) != self.epochs:
             raise ValueError(f"epochs must be the number of given calls, {len(self.given)}, got {self.epochs}")
         c = self.config
@@ -58,11 +85,24 @@ class WorldSpec:
                 rule = f"num_ranks={c.num_ranks} numbers in [0, num_tokens={c.num_tokens}]"
                 raise ValueError(f"counts of a given call must be {rule}, got {call.counts}")
 
-    def _check_leavers(self) -> None:
-        ranks, leavers = range(self.config.num_ranks), self.leavers
-        if len(set(leavers)) < len(leavers) or not set(leavers) <= set(ranks):
-            given = ", ".join(map(str, leavers))
-            raise ValueError(f"leavers must be different ranks in [0, {ranks[-1]}], got {given}")
+    def _check_ranks(self, name: str, given: Sequence[int]) -> None:
+        ranks = range(self.config.num_ranks)
+        if len(set(given)) < len(given) or not set(given) <= set(ranks):
+            raise ValueError(f"{name} must be different ranks in [0, {ranks[-1]}], got {', '.join(map(str, given))}")
+
+    def _check_lost(self) -> None:
+        for lost in self.lost:
+            if not 1 <= lost.call <= self.epochs or lost.tasks < 0:
+                rule = f"lost must be in a call in [1, epochs={self.epochs}], after 0 tasks or more"
+                raise ValueError(f"{rule}, got call {lost.call}, {lost.tasks} tasks")
+            if lost.rank in self.leavers:
+                raise ValueError(f"lost must be none of the leavers, got {lost.rank}")
+        if self.lost and self.deadline is None:
+            raise ValueError("lost needs a deadline, which ends the others' waits")
+        if self.deadline is not None and self.deadline < LEAST_DEADLINE:
+            raise ValueError(f"deadline must be at least {LEAST_DEADLINE} switches, got {self.deadline}")
+        if self.grid and (self.leavers or self.deadline is not None):
+            raise ValueError("grid must be without leavers and without a deadline")
 
     def _check_size(self) -> None:
         c = self.config
@@ -75,6 +115,14 @@ class WorldSpec:
         num_bytes = c.num_ranks * Layout(c).num_bytes + c.num_experts * c.hidden * c.ffn
         if num_bytes > MOST_BYTES:
             raise ValueError(f"segments and weights must be at most {MOST_BYTES:,} bytes, got {num_bytes:,}")
+
+    def weights(self) -> Weights:
+        """Of all experts."""
+        weights = Weights.random(self.config, seed=self.data_seed, bias=True)
+        if not self.ties:
+            return weights
+        twins = np.arange(self.config.num_experts) // 2 * 2
+        return replace(weights, router=weights.router[twins])
 
     def calls(self) -> list[tuple[list[np.ndarray], list[Routing | None]]]:
         """(tokens, routing from outside or None) of each rank, for each call."""

@@ -59,9 +59,9 @@ class PctStrategy:
         return any(self._rank(other) > mine for other in ready)
 
     def _rank(self, fiber: Fiber) -> tuple[bool, float]:
-        """Fibers that poll in vain come last, in turn: whoever polled least often comes first among them."""
+        """Fibers that poll in vain come last, in turn: `ready` begins with whoever has waited longest."""
         idle = fiber.polls_in_vain or fiber.found_nothing
-        return not idle, -fiber.polls if idle else self._priority[fiber]
+        return not idle, 0.0 if idle else self._priority[fiber]
 
 
 class RoundRobinStrategy:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 from greenlet import getcurrent
 
 from ..device import fibers
 from ..device.fibers import note_progress, preempt
-from .memory import Meeting, Region, joined
+from .memory import Actor, Meeting, Region, joined
 from .reports import Site, kernel_frame, place
 
 IS_VERB = True  # reports name the caller
@@ -64,10 +65,13 @@ def pause(attempt: int) -> int:
 
 def now() -> int:
     """Kernel code takes the time when a wait begins, so what was looked at before is no part of it."""
-    actor = getcurrent().actor
+    actor: Actor = getcurrent().actor
     actor.poll += 1
     actor.looked.clear()
-    return fibers.clock()
+    time = fibers.clock()
+    if actor.time is not None:
+        actor.take_time(time)
+    return time
 
 
 def block_sync() -> None:
@@ -102,7 +106,11 @@ def array_at(address: int, num_elements: int, like: Region) -> Region:
     return like.memory.at(address, num_elements)
 
 
-WATCHED = (ld_acquire, ld_relaxed, st_release, fetch_add, cas, pause, now, block_sync, array_at)
+def record_at(words: Region, at: int, like: Any) -> Any:
+    return words.memory.record(words, at, like)
+
+
+WATCHED = (ld_acquire, ld_relaxed, st_release, fetch_add, cas, pause, now, block_sync, array_at, record_at)
 
 
 def watch(kernel: ModuleType) -> ModuleType:

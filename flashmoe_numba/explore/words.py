@@ -24,7 +24,8 @@ LATE = 0.25
 1/2; polls that are late only cost time, which speaks for less. 1/4 has three quarters of the former."""
 MOST_LATE_POLLS = 8  # much less than device.fibers.QUIET_POLLS: who is said to wait for ever has looked at the newest
 
-Message = tuple[int, int, int, list[int]]  # one store: its value, by which entry of whose clock, the clock it released
+# One store: its value, by which entry of whose clock, the clock that it released, and when it was made.
+Message = tuple[int, int, int, list[int], int]
 
 
 class Word:
@@ -43,11 +44,11 @@ class Word:
         self.polled_by: set[Any] = set()
         self._seen: dict[int, list[tuple[int, int]]] = {}  # by reader: its clock's entry and the position; both grow
 
-    def store(self, before: int, value: int, writer: int, clock: list[int]) -> None:
+    def store(self, before: int, value: int, writer: int, clock: list[int], time: int) -> None:
         """`before` is what it held."""
         if not self.messages:
-            self.messages.append((before, writer, 0, []))  # happens before all
-        self.messages.append((value, writer, clock[writer], clock))
+            self.messages.append((before, writer, 0, [], 0))  # happens before all
+        self.messages.append((value, writer, clock[writer], clock, time))
         self.wake()
 
     def wake(self) -> None:
@@ -56,20 +57,23 @@ class Word:
             fiber.polls_in_vain = False
         self.polled_by.clear()
 
-    def load(self, reader: int, clock: list[int], draw: Callable[[], float] | None) -> Message:
-        """Read one of the messages that may be read: the newest without `draw`, which gives numbers in [0, 1)."""
+    def load(self, reader: int, clock: list[int], draw: Callable[[], float] | None, arrived: int = -1) -> Message:
+        """Read one of the messages that may be read: the newest without `draw`, which gives numbers in [0, 1).
+
+        Stores made up to the time `arrived` are seen by everybody.
+        """
         position = newest = len(self.messages) - 1
         if draw and draw() < LATE:
-            position -= ceil(draw() * (newest - self._oldest(clock)))
+            position -= ceil(draw() * (newest - self._oldest(clock, arrived)))
         seen = self._seen.setdefault(reader, [])
         if not seen or seen[-1][1] < position:
             seen.append((clock[reader], position))
         return self.messages[position]
 
-    def _oldest(self, clock: list[int]) -> int:
+    def _oldest(self, clock: list[int], arrived: int) -> int:
         """Position of the oldest message that whoever has this clock may read."""
         oldest = len(self.messages) - 1
-        while self.messages[oldest][2] > clock[self.messages[oldest][1]]:
+        while self.messages[oldest][2] > clock[self.messages[oldest][1]] and self.messages[oldest][4] > arrived:
             oldest -= 1
         for reader, seen in self._seen.items():
             oldest = max(oldest, next((at for entry, at in reversed(seen) if entry <= clock[reader]), 0))

@@ -7,7 +7,6 @@ with NaN bits where a new layer has whatever was there.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,34 +15,22 @@ from typing import Any
 import numpy as np
 from greenlet import getcurrent
 
-from reference import Layout, MoEConfig, Routing, Task, Weights
+from reference import Layout, MoEConfig
 from reference.plan import max_tasks
 
 from ..backends.fibers import FiberBackend
-from ..device.fibers import Deadlock, Fiber, Scheduler, Strategy, current
+from ..device.fibers import QUIET_POLLS, Deadlock, Fiber, Scheduler, Strategy
 from ..device.storage import as_storage
 from ..kernel.state import Experts, Problem
-from ..kernel.trace import RECEIVE, RECORD_WORDS
 from ..rank import Rank
-from .blame import Blame
-from .memory import Actor, Memory, Region, joined
+from .blame import Blame, patience
+from .hosts import Call, Host, Table
+from .memory import Memory, Region
 from .reports import Report, Stopped
 from .spec import WorldSpec
 from .waiting import waiting
 
-NO_DEADLINE = 1 << 62  # the scheduler finds deadlocks by itself
 MAX_SWITCHES = 200_000  # a run of three ranks through three calls has some 10 000
-
-
-@dataclass
-class Call:
-    """What one rank had at the end of one call."""
-
-    y: np.ndarray
-    routing: Routing
-    results: np.ndarray  # elements [num_ranks, num_experts_per_rank, slots, hidden]: the rank's result region
-    rows: np.ndarray  # [num_ranks, num_experts_per_rank]: of the packets that the rank received
-    tasks: Counter[Task]
 
 
 @dataclass
@@ -65,17 +52,19 @@ class World:
     def __init__(self, spec: WorldSpec, kernel: ModuleType) -> None:
         c = spec.config
         self.spec, self.kernel, self.data = spec, kernel, spec.calls()
-        self.weights = Weights.random(c, seed=spec.data_seed, bias=True)
+        self.weights = spec.weights()
         self.num_blocks = spec.num_processors + 1
         self.num_lanes = c.num_ranks * self.num_blocks * spec.lanes
-        hosts = c.num_ranks + len(spec.leavers) if spec.leavers else 0  # those that look, then those that give up
-        self.memory = Memory(self.num_lanes + hosts)
+        self.can_stop = bool(spec.leavers) or spec.deadline is not None  # if not, hosts have nothing to look for
+        hosts = c.num_ranks + len(spec.leavers) if self.can_stop else 0  # those that look, then those that give up
+        self.memory = Memory(self.num_lanes + hosts, *patience(spec))
         self.regions: dict[int, Region] = {}  # by id of the array
         self._backend = _WatchedBackend()
         segments = [np.empty(Layout(c).num_bytes, np.uint8) for _ in range(c.num_ranks)]
         self.ranks = [self._make_rank(rank_idx, segments) for rank_idx in range(c.num_ranks)]
         self._make_tokens()
-        self.blame = Blame(spec, [self.regions[id(rank.control)] for rank in self.ranks])
+        self.table = Table(self) if spec.grid else None
+        self.blame = Blame(spec, [self.watched(rank.segments) for rank in self.ranks])
         self._first = [(region, _first_content(region)) for region in self.regions.values()]
 
     def run(
@@ -99,16 +88,19 @@ class World:
         self.memory.begin(with_places, late_seed)
         for region, content in self._first:
             region.array[:] = content
-        scheduler = Scheduler(max_switches=MAX_SWITCHES, strategy=strategy)
-        hosts = [_Host(self, scheduler, rank) for rank in self.ranks]
+        quiet_polls = QUIET_POLLS + 2 * (self.spec.deadline or 0)  # a poll takes a switch: time enough to give up
+        scheduler = Scheduler(max_switches=MAX_SWITCHES, strategy=strategy, quiet_polls=quiet_polls)
+        groups = [self.ranks] if self.table else [[rank] for rank in self.ranks]
+        hosts = [Host(self, scheduler, ranks) for ranks in groups]
+        self.blame.begin({host.ranks[0].rank_idx: host for host in hosts})
         for host in hosts:
             host.begin()
         problem = self._try(scheduler, hosts)
         _abandon(hosts)
         reports = self.memory.reports + ([problem] if problem else [])
-        return Run(reports, scheduler.switches, [host.calls for host in hosts])
+        return Run(reports, scheduler.switches, [calls for host in hosts for calls in host.calls])
 
-    def _try(self, scheduler: Scheduler, hosts: list[_Host]) -> Report | None:
+    def _try(self, scheduler: Scheduler, hosts: list[Host]) -> Report | None:
         try:
             scheduler.run()
         except Stopped:
@@ -119,7 +111,7 @@ class World:
             return Report("livelock", _waits(str(error).split("\n")[0], hosts))
         except Exception as error:
             return Report("error", f"{type(error).__name__}: {error}")
-        wrong = self.blame.compare() if self.spec.leavers else None
+        wrong = self.blame.compare() if self.can_stop else None
         return Report("blame", wrong) if wrong else None
 
     # ---- arrays
@@ -194,94 +186,17 @@ def _first_content(region: Region) -> Any:
     return np.full(region.array.nbytes, 0xFF, np.uint8).view(region.dtype)
 
 
-class _Host:
-    """One rank's host, which makes one call after the other."""
-
-    def __init__(self, world: World, scheduler: Scheduler, rank: Rank) -> None:
-        self.world, self.scheduler, self.rank = world, scheduler, rank
-        self.calls: list[Call] = []
-        self.fibers: list[Fiber] = []  # of this call
-        self.leaving: list[Fiber] = []  # the one in which it gives up
-        self._clock = [0] * world.memory.num_actors
-        self._running = 0
-
-    def begin(self) -> None:
-        """Start the next call, if there is one."""
-        epoch = len(self.calls) + 1
-        if epoch > len(self.world.data):
-            return
-        x, routings = self.world.data[epoch - 1]
-        rank_idx, lanes = self.rank.rank_idx, self.world.spec.lanes
-        self._y, blocks = self.rank.call(x[rank_idx], routings[rank_idx], epoch, NO_DEADLINE)
-        self._running, self.fibers = len(blocks) * lanes, []
-        for name, arguments in blocks:
-            self.scheduler.add_block(name, self._lane, self.world.watched(arguments), lanes)
-        if rank_idx in self.world.spec.leavers and epoch == len(self.world.data):
-            arguments = self.world.watched(self.rank.leaving(epoch))
-            self.scheduler.add_block(f"rank {rank_idx} host", self._leave, (epoch, *arguments))
-
-    def _leave(self, epoch: int, *arguments: Any) -> None:
-        self.leaving.append(current())
-        spec = self.world.spec
-        index = self.world.num_lanes + spec.config.num_ranks + spec.leavers.index(self.rank.rank_idx)
-        self._act(index, epoch, current().name)
-        self.world.kernel.leave(*arguments)
-
-    def _lane(self, block: int, *arguments: Any) -> None:
-        fiber, epoch = current(), len(self.calls) + 1
-        index = (self.rank.rank_idx * self.world.num_blocks + block) * fiber.lanes + fiber.lane
-        self._act(index, epoch, fiber.name)
-        self.fibers.append(fiber)
-        self.world.kernel.persistent(block, *arguments)
-        self._running -= 1
-        if self._running == 0:
-            self._clock = joined([fiber.actor.clock for fiber in self.fibers])
-            if not self._given_up(epoch):
-                self._end()
-                if not self._given_up(epoch):  # as the next call begins
-                    self.begin()
-
-    def _act(self, index: int, epoch: int, name: str) -> None:
-        """The running fiber is this actor of the memory, who knows what the rank's last blocks did."""
-        current().actor = Actor(self.world.memory, index, name, self.rank.rank_idx, epoch, self._clock)
-
-    def _given_up(self, epoch: int) -> bool:
-        """The host, in the fiber of the last lane to end, looks for its abort word; nobody sets one if none leaves."""
-        if not self.world.spec.leavers:
-            return False
-        rank_idx = self.rank.rank_idx
-        self._act(self.world.num_lanes + rank_idx, epoch, f"rank {rank_idx} host after its blocks")
-        given_up = self.world.blame.look(rank_idx)
-        self._clock = current().actor.clock
-        return given_up
-
-    def _end(self) -> None:
-        c = self.rank.config
-        shape = (c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
-        results = self.rank.segments.result.view(c.numpy_dtype).reshape(shape).copy()
-        rows = self.rank.packets.rows.reshape(shape[:2]).copy()
-        self.calls.append(Call(self._y.copy(), self.rank.routing(len(self._y)), results, rows, self._tasks()))
-
-    def _tasks(self) -> Counter[Task]:
-        tasks: Counter[Task] = Counter()
-        for trace in self.rank.traces:
-            for kind, peer, expert, m, n, *_ in trace.reshape(-1, RECORD_WORDS)[1 : trace[0] + 1].tolist():
-                if kind != RECEIVE:
-                    tasks[Task(kind, self.rank.rank_idx, peer, expert, m, n)] += 1
-        return tasks
-
-
-def _alive(hosts: list[_Host]) -> list[Fiber]:
+def _alive(hosts: list[Host]) -> list[Fiber]:
     return [fiber for host in hosts for fiber in host.fibers + host.leaving if not fiber.dead]
 
 
-def _abandon(hosts: list[_Host]) -> None:
+def _abandon(hosts: list[Host]) -> None:
     """End the fibers of a run that did not come to its end: the garbage collector does not see into their stacks."""
     for fiber in _alive(hosts):
         fiber.parent = getcurrent()
         fiber.throw()
 
 
-def _waits(why: str, hosts: list[_Host]) -> str:
+def _waits(why: str, hosts: list[Host]) -> str:
     lines = [waiting(fiber) for fiber in _alive(hosts)]
     return "\n    ".join([why, *lines])
