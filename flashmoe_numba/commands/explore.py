@@ -2,8 +2,9 @@
 
 A run is clean if nothing raced, no cell was read before it was written, no index was out of bounds, no rank wrote where
 another's rows belong, nobody waits for ever, every task ran once, and the results are the reference's, with the same
-bits under every seed. The first seed that is not clean is reported, with what happened in it and the command that
-replays it; exit status 1. --shrink makes of it a small world with few switches, in a file for --replay.
+bits under every seed. Without flags seeds take all of --list-worlds in turn. The first seed that is not clean is
+reported, with what happened in it and the command that replays it; exit status 1. --shrink makes of it a small world
+with few switches, in a file for --replay.
 """
 
 from __future__ import annotations
@@ -14,58 +15,84 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from reference import DTYPES, MoEConfig
+from reference import DTYPES
 from sim.pools import Pool
 
 from ..bench import launch
 from ..explore.choice_tree import COMPLETE, REDUNDANT, UNFINISHED
 from ..explore.exhaustive import EXHAUSTIVE, explore_all
 from ..explore.plants import PLANTS
-from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore
-from ..explore.spec import WorldSpec
+from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore, search_of
+from ..explore.spec import Lost, WorldSpec
 from ..explore.strategies import STRATEGIES
+from ..explore.worlds import PLAIN, WORLDS
 from . import UsageError
 from .failures import add_failure_arguments, describe_world, replay, shrink, tell
-from .sizes import add_json_argument, check_outputs, in_flags, integer, write_json
+from .sizes import FLAGS, add_json_argument, check_outputs, in_flags, integer, write_json
 from .spread import STOPS, add_jobs_argument, num_processes, open_pool, progress, stopped_status, why_stopped
 
-TILES = dict(tile_m=4, tile_m_min=2, tile_n=4, token_block=2)  # so small that a world of a few rows has many tiles
 SEEDS = 100
-LANES = 2
 MOST_SEEDS = 1_000_000  # all are handed to the processes at once; --seed goes on from there
 REPLACED = ("--seed", "--seeds", "--jobs", "--history", "--shrink")
+# The field of WorldSpec that a flag is, where it is none of MoEConfig's.
+SPEC_FLAGS = {"num_processors": "processors", "leavers": "leaver"} | {
+    name: name for name in ("lanes", "epochs", "data_seed", "lost", "deadline", "grid", "ties")
+}
+CONFIG_FLAGS = {"renormalize": "renormalize"} | {name: FLAGS[name] for name in (
+    "num_ranks", "num_tokens", "num_experts", "num_topk", "hidden", "ffn", "gated", "dtype", "capacity",
+)}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `flashmoe explore`."""
-    add = parser.add_argument_group("world").add_argument
-    for flag, default, what in (
-        ("ranks", 2, "ranks of expert parallelism; must divide the experts"),
-        ("processors", 2, "processor blocks of a rank, beside its OS block"),
-        ("tokens", 4, "most tokens of a rank"),
-        ("experts", 4, "experts over all ranks"),
-        ("topk", 2, "experts of each token"),
-        ("hidden", 5, "row length of a token"),
-        ("ffn", 3, "row length inside an expert"),
-        ("epochs", 3, "calls in a row; later ones have fewer tokens on some ranks, or routing from outside"),
+    what = "a small world by its name, or all of them, which seeds take in turn; then changes of them, where these fit"
+    group = parser.add_argument_group("world", what)
+    add = group.add_argument
+    add("--world", metavar="NAME", help="one of --list-worlds [all in turn; plain with exhaustive]")
+    for flag, what in (
+        ("ranks", "ranks of expert parallelism; must divide the experts"),
+        ("processors", "processor blocks of a rank, beside its OS block"),
+        ("lanes", "threads of a block; races that block barriers prevent need two [1 with exhaustive]"),
+        ("tokens", "most tokens of a rank"),
+        ("experts", "experts over all ranks"),
+        ("topk", "experts of each token"),
+        ("hidden", "row length of a token"),
+        ("ffn", "row length inside an expert"),
+        ("capacity", "most rows from one rank to one expert"),
+        ("epochs", "calls in a row; later ones have fewer tokens on some ranks, or routing from outside"),
     ):
-        add(f"--{flag}", type=integer(1), default=default, metavar="N", help=f"{what} [{default}]")
-    what = "threads of a block; races that block barriers prevent need two [2; 1 with exhaustive]"
-    add("--lanes", type=integer(1), metavar="N", help=what)
-    add("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert [no limit]")
-    add("--dtype", choices=DTYPES, default="float32", help="[float32]")
-    add("--gated", action=argparse.BooleanOptionalAction, default=True, help="act(gate) * up instead of act(up)")
-    add("--renormalize", action=argparse.BooleanOptionalAction, default=True, help="weights of a token add up to 1")
-    add("--world", type=integer(0), default=0, metavar="N", help="seed of weights, tokens, counts and routing [0]")
+        add(f"--{flag}", type=integer(1), metavar="N", help=what)
+    add("--dtype", choices=DTYPES, help=", ".join(DTYPES))
+    add("--gated", action=argparse.BooleanOptionalAction, help="act(gate) * up instead of act(up)")
+    add("--renormalize", action=argparse.BooleanOptionalAction, help="weights of a token add up to 1")
+    add("--ties", action=argparse.BooleanOptionalAction, help="every other expert has the logits of the one before it")
+    add("--data-seed", type=integer(0), metavar="N", help="of weights, tokens, counts and routing")
     what = "this rank, or several, gives up in the last call, and all must stop"
-    add("--leaver", type=integer(0), action="append", default=[], metavar="RANK", help=what)
+    add("--leaver", type=integer(0), action="append", metavar="RANK", help=what)
+    what = "this rank, or several, is lost in a call (the last one) after so many tasks (0: it never begins the call)"
+    add("--lost", type=_lost, action="append", metavar="RANK[:CALL[:TASKS]]", help=what)
+    add(
+        "--deadline",
+        type=integer(1),
+        metavar="N",
+        help="of waits, in switches; none: who waits for ever is told",
+    )
+    what = "all blocks are one launch, as on a GPU, and calls follow each other"
+    add("--grid", action=argparse.BooleanOptionalAction, help=what)
     _add_search(parser)
     add_failure_arguments(parser.add_argument_group("a run that is not clean").add_argument)
     add_json_argument(parser)
+
+
+def _lost(text: str) -> tuple[int, ...]:
+    parts = text.split(":")
+    if len(parts) > 3 or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be RANK, RANK:CALL or RANK:CALL:TASKS, got {text!r}")
+    return tuple(map(int, parts))
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +107,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add("--weak", action=argparse.BooleanOptionalAction, help=what)
     add("--plant", metavar="NAME", help="put this bug into the kernel first: found if the world shows it")
     add("--list-plants", action="store_true", help="say which bugs there are, and run nothing")
+    add("--list-worlds", action="store_true", help="say which worlds there are, and run nothing")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -87,30 +115,34 @@ def main(args: argparse.Namespace) -> int:
     check_outputs({"--json": args.json, "--shrink": args.shrink})
     if args.list_plants:
         return _list_plants(args.json)
+    if args.list_worlds:
+        return _list_worlds(args.json)
     if args.replay is not None:
         return replay(args) if launch.is_first_rank() else 0
-    search = make_search(args)
-    if search.strategy == EXHAUSTIVE:
-        return _explore(args, search, None, None) if launch.is_first_rank() else 0
+    searches = make_searches(args)
+    if args.strategy == EXHAUSTIVE:
+        return _explore(args, searches, None, None) if launch.is_first_rank() else 0
     seeds = range(args.seed, args.seed + (args.seeds or SEEDS))
     few = len(seeds) <= SEEDS_PER_BATCH or (args.plant and args.jobs is None)  # a planted bug shows soon
     with open_pool(1 if few and not launch.inside_mpirun() else args.jobs) as pool:
-        return _explore(args, search, seeds, pool) if launch.is_first_rank() else 0
+        return _explore(args, searches, seeds, pool) if launch.is_first_rank() else 0
 
 
-def _explore(args: argparse.Namespace, search: Search, seeds: range | None, pool: Pool | None) -> int:
+def _explore(args: argparse.Namespace, searches: dict[str, Search], seeds: range | None, pool: Pool | None) -> int:
     """Seeds, or all that there is."""
     if args.json != "-":
-        print(_describe(search), flush=True)
+        print(_describe(searches), flush=True)
+    several = list(searches.values())
     if seeds is None:
-        tally = _tally(progress(islice(explore_all(search), args.seeds), args.seeds, "runs"))
+        tally = _tally(progress(islice(explore_all(several[0]), args.seeds), args.seeds, "runs"))
     else:
-        tally = _tally(progress(explore(search, seeds, pool), len(seeds), "runs"))
+        tally = _tally(progress(explore(several, seeds, pool), len(seeds), "runs"))
     if args.json != "-":
-        print("\n".join(_lines(args, search, tally)), flush=True)
+        print("\n".join(_lines(args, searches, tally)), flush=True)
+    search = search_of(several, tally.bad.seed) if tally.bad else several[0]
     found = _look_closer(args, search, tally.bad) if tally.bad else {}
     if args.json:
-        write_json(args.json, _as_json(args, search, num_processes(pool), tally) | found)
+        write_json(args.json, _as_json(args, searches, search, num_processes(pool), tally) | found)
     if tally.stop:
         state = f"{tally.runs} runs are done"
         if seeds is not None:
@@ -139,11 +171,11 @@ def _look_closer(args: argparse.Namespace, search: Search, bad: Outcome) -> dict
     return (story.as_json() if story else {}) | {"shrunk": shrunk.as_json()}
 
 
-def make_search(args: argparse.Namespace) -> Search:
-    """What the flags describe.
+def make_searches(args: argparse.Namespace) -> dict[str, Search]:
+    """What the flags describe, by the names of the worlds that they change.
 
     Raises:
-        UsageError: they fit no layer, or there is no such rank or plant.
+        UsageError: they fit no layer, or there is no such world, rank or plant.
     """
     if args.plant is not None and args.plant not in PLANTS:
         raise UsageError(f"argument --plant: there is no {args.plant!r}; see --list-plants")
@@ -151,33 +183,56 @@ def make_search(args: argparse.Namespace) -> Search:
         raise UsageError(f"argument --seeds: must be at most {MOST_SEEDS}, got {args.seeds}")
     if args.strategy == EXHAUSTIVE:
         _check_exhaustive(args)
-    try:
-        spec = _make_spec(args)
-    except (TypeError, ValueError) as error:
-        message = in_flags(str(error)).replace("leavers", "--leaver").replace("num_processors", "--processors")
-        raise UsageError(message) from None
     weak = args.strategy != EXHAUSTIVE if args.weak is None else args.weak
-    return Search(spec=spec, strategy=args.strategy, depth=args.depth, plant=args.plant, weak=weak)
+    how = dict(strategy=args.strategy, depth=args.depth, plant=args.plant, weak=weak)
+    return {name: Search(spec=spec, **how) for name, spec in _specs(args).items()}
 
 
-def _make_spec(args: argparse.Namespace) -> WorldSpec:
-    config = MoEConfig(
-        num_ranks=args.ranks, num_tokens=args.tokens, hidden=args.hidden, ffn=args.ffn, num_experts=args.experts,
-        num_topk=args.topk, gated=args.gated, activation="silu", dtype=args.dtype, capacity=args.capacity,
-        renormalize=args.renormalize, **TILES,
-    )  # fmt: skip
-    return WorldSpec(
-        config=config,
-        num_processors=args.processors,
-        lanes=args.lanes or (1 if args.strategy == EXHAUSTIVE else LANES),
-        epochs=args.epochs,
-        data_seed=args.world,
-        leavers=tuple(args.leaver),
-    )
+def _specs(args: argparse.Namespace) -> dict[str, WorldSpec]:
+    """The worlds that the flags fit."""
+    specs, wrong = {}, []
+    for name in _world_names(args):
+        try:
+            specs[name] = _changed(WORLDS[name], args)
+        except (TypeError, ValueError) as error:
+            wrong.append(str(error))
+    if not specs:
+        message = in_flags(wrong[0]).replace("leavers", "--leaver").replace("num_processors", "--processors")
+        raise UsageError(message)
+    return specs
+
+
+def _world_names(args: argparse.Namespace) -> list[str]:
+    if args.world is None:
+        return [PLAIN] if args.strategy == EXHAUSTIVE else list(WORLDS)
+    if args.world not in WORLDS:
+        hint = f"; the seed of what a world holds is --data-seed {args.world}" if args.world.isdigit() else ""
+        raise UsageError(f"argument --world: there is no {args.world!r}; see --list-worlds{hint}")
+    return [args.world]
+
+
+def _changed(spec: WorldSpec, args: argparse.Namespace) -> WorldSpec:
+    """The world with what is given; it may fit no layer."""
+    config, changes = _given(args, CONFIG_FLAGS), _given(args, SPEC_FLAGS)
+    if args.strategy == EXHAUSTIVE:
+        changes = {"lanes": 1} | changes
+    if "leavers" in changes:
+        changes["leavers"] = tuple(changes["leavers"])
+    if "lost" in changes:
+        last = changes.get("epochs", spec.epochs)
+        changes["lost"] = tuple(Lost(*lost) if len(lost) > 1 else Lost(*lost, last) for lost in changes["lost"])
+    return replace(spec, config=replace(spec.config, **config), **changes)
+
+
+def _given(args: argparse.Namespace, flags: dict[str, str]) -> dict[str, Any]:
+    """By field, the flags that are."""
+    values = {field: getattr(args, flag) for field, flag in flags.items()}
+    return {field: value for field, value in values.items() if value is not None}
 
 
 def _check_exhaustive(args: argparse.Namespace) -> None:
-    given = {"--weak": args.weak, "--leaver": args.leaver, "--seed": args.seed, "--jobs": args.jobs is not None}
+    given = {"--weak": args.weak, "--leaver": args.leaver, "--lost": args.lost, "--deadline": args.deadline is not None}
+    given |= {"--grid": args.grid, "--seed": args.seed, "--jobs": args.jobs is not None}
     for flag in [flag for flag, value in given.items() if value]:
         raise UsageError(f"argument {flag}: not with --strategy {EXHAUSTIVE}")
     if args.lanes not in (None, 1):
@@ -221,23 +276,30 @@ def _tally(outcomes: Iterable[Outcome]) -> _Tally:
 # ---- what is said
 
 
-def _describe(search: Search) -> str:
+def _describe(searches: dict[str, Search]) -> str:
+    (name, search), *others = searches.items()
     plant = f", plant {search.plant}" if search.plant else ""
-    return f"{describe_world(search.spec)}; strategy {search.strategy}{plant}"
+    world = f"{name}: {describe_world(search.spec)}" if not others else f"{len(searches)} worlds: {', '.join(searches)}"
+    return f"{world}; strategy {search.strategy}{plant}"
 
 
-def _lines(args: argparse.Namespace, search: Search, tally: _Tally) -> list[str]:
+def _lines(args: argparse.Namespace, searches: dict[str, Search], tally: _Tally) -> list[str]:
     rate = f"{tally.runs / tally.wall_s:,.0f} runs/s, {tally.switches / tally.wall_s:,.0f} switches/s"
     per_core = f"{tally.runs / (tally.busy_s or 1):,.0f} runs/s in each process"
     counted = f"{tally.runs} runs in {tally.wall_s:.1f} s: {rate}; {per_core}"
-    lines = [counted, *([_covered(tally)] if search.strategy == EXHAUSTIVE else [])]
+    lines = [counted, *([_covered(tally)] if args.strategy == EXHAUSTIVE else [])]
     if tally.bad is None:
         clean = "clean so far" if tally.stop else "clean"
-        if search.plant:
-            clean += f": {search.plant} does not show in this world and these runs; another may have what it takes"
+        if args.plant:
+            where = "this world and these runs; another" if len(searches) == 1 else "these runs; others"
+            clean += f": {args.plant} does not show in {where} may have what it takes"
         return [*lines, *(["nothing to shrink"] if args.shrink else []), clean]
-    name = "run" if search.strategy == EXHAUSTIVE else "seed"
-    return [*lines, f"{name} {tally.bad.seed} is not clean:", *[f"  {report}" for report in tally.bad.reports]]
+    name = "run" if args.strategy == EXHAUSTIVE else "seed"
+    lines += [f"{name} {tally.bad.seed} is not clean:", *[f"  {report}" for report in tally.bad.reports]]
+    if len(searches) > 1:
+        world = list(searches)[tally.bad.seed % len(searches)]
+        lines.append(f"its world: {world}: {describe_world(searches[world].spec)}")
+    return lines
 
 
 def _covered(tally: _Tally) -> str:
@@ -261,9 +323,13 @@ def _replay(argv: list[str], search: Search, seed: int) -> str:
     return shlex.join(["flashmoe", *kept, "--seed", str(seed), "--seeds", "1"])
 
 
-def _as_json(args: argparse.Namespace, search: Search, processes: int, tally: _Tally) -> dict[str, Any]:
+def _as_json(
+    args: argparse.Namespace, searches: dict[str, Search], search: Search, processes: int, tally: _Tally
+) -> dict[str, Any]:
+    """`search` is the bad run's, or the first one."""
     bad = tally.bad
     return {
+        "worlds": list(searches),
         "search": asdict(search),
         "first_seed": args.seed,
         "jobs": processes,
@@ -289,4 +355,13 @@ def _list_plants(json: str | None) -> int:
             print(f"{plant.name:34}{plant.file:15}{plant.summary} [{', '.join(plant.found_by)}]")
     if json:
         write_json(json, [asdict(plant) for plant in PLANTS.values()])
+    return 0
+
+
+def _list_worlds(json: str | None) -> int:
+    if json != "-":
+        for name, spec in WORLDS.items():
+            print(f"{name:18}{describe_world(spec)}")
+    if json:
+        write_json(json, [{"name": name} | asdict(spec) for name, spec in WORLDS.items()])
     return 0

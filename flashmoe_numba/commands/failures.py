@@ -173,8 +173,11 @@ def describe_world(spec: WorldSpec) -> str:
     capacity = "no limit" if c.capacity is None else f"capacity {c.capacity}"
     sizes = f"{c.num_tokens} tokens a rank, top {c.num_topk} of {c.num_experts} experts, {capacity}"
     blocks = f"{c.num_ranks} ranks x {spec.num_processors} processors + 1, {spec.lanes} lanes"
-    leavers = "".join(f", rank {rank} gives up" for rank in spec.leavers)
-    return f"{blocks}, {spec.epochs} calls: {sizes}{leavers}"
+    told = [f"rank {rank} gives up" for rank in spec.leavers]
+    told += [f"rank {lost.rank} is lost in call {lost.call} after {lost.tasks} tasks" for lost in spec.lost]
+    told += [f"deadline {spec.deadline}"] if spec.deadline is not None else []
+    told += [word for word, is_so in (("ties", spec.ties), ("in one grid", spec.grid)) if is_so]
+    return ", ".join([f"{blocks}, {spec.epochs} calls: {sizes}", *told])
 
 
 def describe_case(case: Case) -> str:

@@ -49,7 +49,7 @@ class Blame:
         self._spec, self._segments = spec, segments
         self._controls: list[Region] = [each.control for each in segments]
         self._memory = self._controls[0].memory
-        if spec.deadline is not None:
+        if spec.leavers or spec.deadline is not None:
             for rank_idx, control in enumerate(self._controls):
                 control.on_store = partial(self._stored, rank_idx)
 
@@ -67,6 +67,9 @@ class Blame:
             self._hosts[rank_idx].finished_task()
         elif i == s.RECORD and value == s.WRITING:
             self._check_silence(rank_idx)
+        elif i == s.ABORT and self._controls[value - 1].array[s.RECORD] != s.COMPLETE:
+            who = getcurrent().actor.rank
+            self._report(f"rank {who} tells rank {rank_idx} of rank {value - 1}, whose record is not complete")
 
     def _check_silence(self, rank_idx: int) -> None:
         """A block gives up: when it took the time last, nobody had finished a task for long.

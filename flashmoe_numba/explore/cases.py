@@ -11,10 +11,10 @@ from reference import MoEConfig
 
 from .plants import PLANTS
 from .schedules import Choice
-from .spec import GivenCall, WorldSpec
+from .spec import GivenCall, Lost, WorldSpec
 
 KIND = "flashmoe explore case"
-VERSION = 1
+VERSION = 2
 KEYS = ("file", "version", "report", "world", "plant", "late_seed", "schedule")
 
 
@@ -78,8 +78,14 @@ def _spec(world: Any) -> WorldSpec:
         config = MoEConfig(**world["config"])
         for rank in world["leavers"]:
             _check_integer("leavers", rank, 0)
+        for part in [part for parts in world["lost"] for part in parts]:
+            _check_integer("lost", part, 0)
+        if world["deadline"] is not None:
+            _check_integer("deadline", world["deadline"], 1)
         given = tuple(GivenCall(tuple(call["counts"]), _tuples(call["experts"])) for call in world["given"])
-        return WorldSpec(**world | {"config": config, "given": given, "leavers": _tuples(world["leavers"])})
+        lost = tuple(Lost(*parts) for parts in world["lost"])
+        leavers = _tuples(world["leavers"])
+        return WorldSpec(**world | {"config": config, "given": given, "leavers": leavers, "lost": lost})
     except (TypeError, KeyError) as error:
         raise ValueError(f"world: {error}") from None
 

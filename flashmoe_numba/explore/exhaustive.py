@@ -22,6 +22,10 @@ def check_search(search: Search) -> None:
         raise ValueError(f"exhaustive search needs lanes=1, got {spec.lanes}")
     if spec.leavers:
         raise ValueError(f"exhaustive search needs leavers=(), got {spec.leavers}")
+    if spec.deadline is not None:  # classes of interleavings do not know the time
+        raise ValueError(f"exhaustive search needs deadline=None, got {spec.deadline}")
+    if spec.grid:
+        raise ValueError("exhaustive search needs grid=False, got True")
     if search.weak:
         raise ValueError("exhaustive search needs weak=False, got True")
 

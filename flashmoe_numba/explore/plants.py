@@ -184,6 +184,14 @@ _ALL = (
         (RACE, COUNT, POISON, WRONG_RESULT, OUT_OF_BOUNDS),
     ),
     Plant(
+        "no-barrier-before-gates-done",
+        "a token block counts as routed before all lanes have sorted its pairs",
+        "gate.py",
+        "    block_sync()\n    if lane() == 0:\n        done = ",
+        "    if lane() == 0:\n        done = ",
+        (RACE, POISON, WRONG_RESULT, COUNT, DEADLOCK),
+    ),
+    Plant(
         "no-barrier-after-gemm0",
         "a down projection begins before all lanes have multiplied",
         "processor.py",
@@ -214,6 +222,14 @@ _ALL = (
         "    block_sync()\n    if lane() == 0:\n        box[PLACE]",
         "    if lane() == 0:\n        box[PLACE]",
         (RACE, WRONG_RESULT),
+    ),
+    Plant(
+        "no-barrier-before-next-epoch",
+        "a grid's epoch counts up before all lanes of the last block have left",
+        "grid.py",
+        "    block_sync()\n    if lane() == 0 and fetch_add(r.left",
+        "    if lane() == 0 and fetch_add(r.left",
+        (RACE, DEADLOCK),
     ),
     # Order
     Plant(
@@ -548,6 +564,25 @@ _ALL = (
         (WRONG_RESULT, COUNT),
     ),
     Plant(
+        "packets-seen-before-queued",
+        "a packet counts as seen before its tasks are counted",
+        "subscriber.py",
+        """\
+                seen += 1
+        if row_tiles > 0:
+            queue_gemm0(p, packets, queue, expert, row_tiles)
+    if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
+""",
+        """\
+                seen += 1
+                counted = fetch_add(queue.counters, counter(p, PACKETS_SEEN), 1) + 1
+        if row_tiles > 0:
+            queue_gemm0(p, packets, queue, expert, row_tiles)
+    if seen > 0 and counted == p.num_experts:
+""",
+        (COUNT, WRONG_RESULT, DEADLOCK),
+    ),
+    Plant(
         "abort-ignored",
         "waits do not look at the abort word",
         "signals.py",
@@ -577,6 +612,64 @@ _ALL = (
         "signals.py",
         "    control = segments.control\n    if cas(control, RECORD, 0, WRITING) == 0:",
         "    control = segments.control\n    abort(p, segments)\n    if cas(control, RECORD, 0, WRITING) == 0:",
+        (BLAME,),
+    ),
+    # A call that is given up
+    Plant(
+        "record-not-waited-for",
+        "a second block of a rank that gives up does not wait until the first one's record is complete",
+        "signals.py",
+        "    attempt = 0\n    while ld_acquire(control, RECORD) != COMPLETE:  # another block of this rank is at it\n"
+        "        attempt = pause(attempt)\n",
+        "",
+        (BLAME,),
+    ),
+    Plant(
+        "abort-skipped",
+        "who gives up tells nobody",
+        "signals.py",
+        "        attempt = pause(attempt)\n    abort(p, segments)\n",
+        "        attempt = pause(attempt)\n",
+        (BLAME, DEADLOCK),
+    ),
+    Plant(
+        "silence-of-this-call-only",
+        "a rank that waits in the call before is not taken for one that waits itself",
+        "signals.py",
+        ">= max(1, p.epoch - 1)",
+        ">= p.epoch",
+        (BLAME,),
+    ),
+    Plant(
+        "silence-said-late",
+        "a rank says only after a whole deadline that it waits itself",
+        "signals.py",
+        "    if silence_ns(wait) > p.deadline_ns // 2:",
+        "    if silence_ns(wait) > p.deadline_ns:",
+        (BLAME,),
+    ),
+    Plant(
+        "silence-from-the-beginning",
+        "a wait fails after a deadline, whatever others finish meanwhile",
+        "signals.py",
+        "time if moved else wait.since",
+        "wait.since",
+        (BLAME,),
+    ),
+    Plant(
+        "waiting-ranks-blamed",
+        "who gives up names the first rank that it misses a packet of, also if that one waits itself",
+        "subscriber.py",
+        "            if not waits_itself(p, segments, source):\n",
+        "            if True:\n",
+        (BLAME,),
+    ),
+    Plant(
+        "arrived-packet-blamed",
+        "who gives up names a packet that is here",
+        "subscriber.py",
+        "        if expert % lanes() == lane() and packets.seen[packet] != p.epoch:\n",
+        "        if expert % lanes() == lane():\n",
         (BLAME,),
     ),
     # Order between two words, which sequentially consistent words have for nothing
@@ -677,6 +770,22 @@ _ALL = (
         "gate.py",
         " - highest) / total",
         " - highest)",
+        (WRONG_RESULT,),
+    ),
+    Plant(
+        "tie-to-the-last",
+        "of experts with the same logits, the last one is chosen",
+        "gate.py",
+        "logit > tokens.logits[at + best]",
+        "logit >= tokens.logits[at + best]",
+        (WRONG_RESULT,),
+    ),
+    Plant(
+        "rows-of-a-whole-tile",
+        "a result tile's signal tells of a whole tile's rows",
+        "processor.py",
+        "e * p.row_blocks + m, signal_word(p.epoch, rows))",
+        "e * p.row_blocks + m, signal_word(p.epoch, p.tile_m))",
         (WRONG_RESULT,),
     ),
 )

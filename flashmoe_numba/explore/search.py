@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 from ..device.compilation import PACKAGE, load_interpreted
@@ -114,30 +114,51 @@ def watched_kernel(plant: str | None) -> Iterator[ModuleType]:
             yield watch(stack.enter_context(planted(PLANTS[plant])))
 
 
-def explore(search: Search, seeds: Sequence[int], pool: Executor | None = None) -> Iterator[Outcome]:
-    """The outcome of every seed, in order; in this process without a pool."""
+def explore(
+    searches: Search | Sequence[Search], seeds: Sequence[int], pool: Executor | None = None
+) -> Iterator[Outcome]:
+    """The outcome of every seed, in order; in this process without a pool.
+
+    Args:
+        searches: of the same plant; see `search_of`.
+    """
+    searches = [searches] if isinstance(searches, Search) else searches
     if pool is None:
-        with watched_kernel(search.plant) as kernel:
-            explorer = Explorer(search, kernel)
-            yield from map(explorer.run, seeds)
+        with watched_kernel(searches[0].plant) as kernel:
+            explorer = cache(lambda search: Explorer(search, kernel))
+            for seed in seeds:
+                yield explorer(search_of(searches, seed)).run(seed)
         return
     batches = [seeds[i : i + SEEDS_PER_BATCH] for i in range(0, len(seeds), SEEDS_PER_BATCH)]
-    for future in [pool.submit(_run_batch, search, batch) for batch in batches]:
+    for future in [pool.submit(_run_batch, searches, batch) for batch in batches]:
         yield from future.result()
 
 
-def _run_batch(search: Search, seeds: Sequence[int]) -> list[Outcome]:
-    explorer = _explorer(search)
-    try:
-        return [explorer.run(seed) for seed in seeds]
-    except Exception as error:
-        error.add_note(f"while exploring seeds {seeds} of {search}")
-        raise
+def search_of(searches: Sequence[Search], seed: int) -> Search:
+    """Seeds take searches in turn."""
+    return searches[seed % len(searches)]
 
 
-@lru_cache(maxsize=1)  # making one costs as much as many runs
+def _run_batch(searches: Sequence[Search], seeds: Sequence[int]) -> list[Outcome]:
+    outcomes = []
+    for seed in seeds:
+        search = search_of(searches, seed)
+        try:
+            outcomes.append(_explorer(search).run(seed))
+        except Exception as error:
+            error.add_note(f"while exploring seed {seed} of {search}")
+            raise
+    return outcomes
+
+
+@lru_cache(maxsize=32)  # making one costs as much as many runs
 def _explorer(search: Search) -> Explorer:
-    """This process's explorer; a planted kernel is loaded whole, so that its folder goes before anything can end us."""
-    with watched_kernel(search.plant) as kernel:
-        pass
-    return Explorer(search, kernel)
+    """This process's explorer of a search."""
+    return Explorer(search, _kernel(search.plant))
+
+
+@lru_cache(maxsize=1)
+def _kernel(plant: str | None) -> ModuleType:
+    """A planted kernel is loaded whole, so that its folder goes before anything can end us."""
+    with watched_kernel(plant) as kernel:
+        return kernel

@@ -175,6 +175,14 @@ def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:
     config = spec.config
     for leaver in spec.leavers:
         yield replace(spec, leavers=tuple(rank for rank in spec.leavers if rank != leaver))
+    for lost in spec.lost:
+        others = tuple(other for other in spec.lost if other != lost)
+        yield replace(spec, lost=others)
+        for tasks in sorted({0, lost.tasks // 2, max(0, lost.tasks - 1)} - {lost.tasks}):
+            yield replace(spec, lost=(*others, lost._replace(tasks=tasks)))
+    for name in ("grid", "ties"):
+        if getattr(spec, name):
+            yield replace(spec, **{name: False})  # type: ignore[arg-type]
     if config.capacity is not None:
         yield replace(spec, config=replace(config, capacity=None))
     for name in SIZES:
@@ -189,5 +197,8 @@ def _resized(spec: WorldSpec, name: str, value: int) -> WorldSpec:
         return replace(spec, epochs=value, given=spec.given[:value])
     if not hasattr(spec.config, name):
         return replace(spec, **{name: value})  # type: ignore[arg-type]
-    leavers = tuple(rank for rank in spec.leavers if name != "num_ranks" or rank < value)
-    return replace(spec, config=replace(spec.config, **{name: value}), leavers=leavers)  # type: ignore[arg-type]
+    most = value if name == "num_ranks" else spec.config.num_ranks
+    leavers = tuple(rank for rank in spec.leavers if rank < most)
+    lost = tuple(each for each in spec.lost if each.rank < most)
+    config = replace(spec.config, **{name: value})  # type: ignore[arg-type]
+    return replace(spec, config=config, leavers=leavers, lost=lost)

@@ -1,0 +1,67 @@
+"""Small worlds with names, each with something that the others have not; a search without a world goes through all.
+
+Together they have: several row tiles in a packet, and both heights; drops; token blocks of 1, 2 and 3; lanes that do
+not divide the experts; k = E; as many experts as ranks; one rank; ranks without tokens; ties; all element types; hosts
+that leave; ranks that are lost before and in a call, with deadlines running; and a grid. A run takes some 20 ms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reference import MoEConfig
+
+from .spec import Lost, WorldSpec
+
+TINY: dict[str, Any] = dict(
+    num_ranks=2, num_tokens=4, hidden=5, ffn=3, num_experts=4, num_topk=2, gated=True, activation="silu",
+    tile_m=4, tile_m_min=2, tile_n=4, token_block=2,
+)  # fmt: skip
+THREE: dict[str, Any] = TINY | dict(num_ranks=3, num_tokens=2, num_experts=3, num_topk=1)
+ALL_DROP = dict(num_ranks=3, num_experts=6, num_topk=3, capacity=1, token_block=1, renormalize=False, ffn=6)
+PLAIN = "plain"
+
+ALONE: dict[str, Any] = TINY | dict(num_ranks=1, token_block=1, dtype="float64")
+SEVERAL: dict[str, Any] = TINY | dict(num_experts=6, num_topk=3, capacity=3, num_tokens=5, renormalize=False)
+ALL: dict[str, Any] = TINY | dict(num_topk=4, num_tokens=5, token_block=3, gated=False, dtype="float16")
+ONE_EACH: dict[str, Any] = TINY | dict(num_ranks=4, num_tokens=3, dtype="bfloat16")
+
+WORLDS: dict[str, WorldSpec] = {
+    PLAIN: WorldSpec(config=MoEConfig(**TINY), lanes=2, epochs=3),
+    "tall packets": WorldSpec(config=MoEConfig(**TINY | dict(num_tokens=9, ffn=6)), lanes=3),
+    "drops": WorldSpec(config=MoEConfig(**TINY | ALL_DROP), epochs=3, data_seed=2),
+    "odd lanes": WorldSpec(config=MoEConfig(**SEVERAL), lanes=2, epochs=2),
+    "every expert": WorldSpec(config=MoEConfig(**ALL), epochs=2),
+    "an expert a rank": WorldSpec(config=MoEConfig(**ONE_EACH), num_processors=1, epochs=2),
+    "alone": WorldSpec(config=MoEConfig(**ALONE), num_processors=3, lanes=2, ties=True),
+    "far ahead": WorldSpec(
+        config=MoEConfig(**TINY | dict(num_tokens=3, num_topk=1)), num_processors=1, epochs=4, data_seed=2
+    ),
+    "one leaves": WorldSpec(config=MoEConfig(**TINY | dict(num_topk=1)), lanes=2, leavers=(1,)),
+    "all leave": WorldSpec(config=MoEConfig(**THREE), leavers=(0, 1, 2)),
+    "never comes": WorldSpec(config=MoEConfig(**THREE), num_processors=1, epochs=2, lost=(Lost(1, 2),), deadline=1000),
+    "lost on the way": WorldSpec(
+        config=MoEConfig(**THREE | dict(num_experts=6)), num_processors=1, lanes=2, lost=(Lost(1, 1, 4),), deadline=1000
+    ),
+    "lost between two": WorldSpec(
+        config=MoEConfig(**THREE | dict(num_tokens=1)),
+        num_processors=1,
+        epochs=2,
+        data_seed=6,
+        lost=(Lost(2, 1, 2),),
+        deadline=1000,
+    ),
+    "two give up": WorldSpec(
+        config=MoEConfig(**TINY | dict(num_tokens=2, num_topk=1)),
+        num_processors=1,
+        lanes=2,
+        lost=(Lost(1, 1, 1),),
+        deadline=200,
+    ),
+    "short of time": WorldSpec(
+        config=MoEConfig(**TINY | dict(num_topk=1)), num_processors=1, epochs=2, data_seed=8, deadline=150
+    ),
+    "grid": WorldSpec(
+        config=MoEConfig(**TINY | dict(num_tokens=3, num_experts=2, num_topk=1)), lanes=3, epochs=2, grid=True
+    ),
+}
