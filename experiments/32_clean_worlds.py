@@ -3,7 +3,8 @@
 Command:  python experiments/32_clean_worlds.py [--seeds N] [--jobs N] [--json FILE]   (or under mpirun, without --jobs)
 Expected: no report in any world; exit status 1, with the command that replays it, if there is one.
 
-Each world is explored as by `flashmoe explore` with the flags shown: races, stale words, deadlocks, counts, results.
+Each named world (flashmoe_numba/explore/worlds.py) is explored as by `flashmoe explore` with the flags shown: races,
+stale words, deadlocks, counts, results, and who is blamed where a rank is lost.
 Most seeds go to random interleavings, some to PCT and to turns. A search that FILE has is not run again, so a matrix
 that was stopped goes on by the same command; when the kernel or the explorer has changed, begin a new file.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -26,31 +28,10 @@ from explore_common import search_of
 from flashmoe_numba.bench import launch
 from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands.spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped
+from flashmoe_numba.explore import worlds
 from flashmoe_numba.explore.search import explore
 
-# Small, so that a run takes some 20 ms, but each with something that the others have not.
-# --world chooses the counts of tokens and the routing of all calls but the first.
-WORLDS = {
-    "smallest": "--ranks 2 --processors 1 --lanes 1 --tokens 3 --topk 1 --epochs 1",
-    "two processors": "--ranks 2 --processors 2 --lanes 1 --tokens 3 --topk 2 --epochs 2",
-    "three processors": "--ranks 2 --processors 3 --lanes 1 --tokens 3 --topk 3 --epochs 2",
-    "several tiles a packet": "--ranks 2 --processors 2 --lanes 1 --tokens 9 --experts 2 --topk 1 --epochs 1",
-    "three calls": "--ranks 2 --processors 1 --lanes 1 --tokens 3 --experts 2 --topk 1 --epochs 3",
-    "three ranks": "--ranks 3 --processors 1 --lanes 1 --tokens 2 --experts 3 --topk 2 --epochs 2",
-    "three ranks, top 3": "--ranks 3 --processors 2 --lanes 1 --tokens 2 --experts 6 --topk 3 --epochs 1",
-    "four ranks": "--ranks 4 --processors 1 --lanes 1 --tokens 2 --topk 1 --epochs 2",
-    "four ranks, three calls": "--ranks 4 --processors 2 --lanes 1 --tokens 1 --topk 1 --epochs 3",
-    "two lanes": "--ranks 2 --processors 2 --lanes 2 --tokens 2 --experts 2 --topk 1 --epochs 2",
-    "three lanes": "--ranks 2 --processors 1 --lanes 3 --tokens 3 --experts 2 --topk 2 --epochs 1",
-    "four lanes": "--ranks 2 --processors 1 --lanes 4 --tokens 2 --experts 2 --topk 1 --epochs 2",
-    "drops": "--ranks 2 --processors 2 --lanes 1 --tokens 3 --topk 3 --epochs 3 --capacity 1 --world 8",
-    "hot expert": "--ranks 2 --processors 2 --lanes 1 --tokens 4 --topk 1 --epochs 2 --world 8",
-    "ranks without tokens": "--ranks 2 --processors 1 --lanes 1 --tokens 3 --topk 2 --epochs 3 --world 2",
-    "bfloat16": "--ranks 2 --processors 2 --lanes 1 --tokens 4 --topk 2 --epochs 1"
-    " --dtype bfloat16 --no-gated --no-renormalize",
-    "one leaves": "--ranks 3 --processors 1 --lanes 1 --tokens 2 --experts 3 --topk 1 --epochs 2 --leaver 1",
-    "two leave": "--ranks 3 --processors 1 --lanes 1 --tokens 2 --experts 3 --topk 1 --epochs 2 --leaver 0 --leaver 2",
-}
+WORLDS = {name: f"--world {shlex.quote(name)}" for name in worlds.WORLDS}
 SHARES = {"random": 70, "pct": 20, "round-robin": 10}  # per cent of the seeds
 COLUMNS = {"world": "", "runs": "d", "seconds": ".0f", "runs/s": ".0f", "switches/s": ",.0f", "reports": "d"}
 
@@ -69,22 +50,22 @@ def main() -> int:
 
 
 def run_all(args: argparse.Namespace, pool: Executor | None) -> int:
-    worlds = list(WORLDS)[:: 5 if args.smoke else 1]
+    names = list(WORLDS)[:: 5 if args.smoke else 1]
     done = rows_of(args.json)
     rows: list[Row] = []
     try:
-        for world in worlds:
+        for world in names:
             for row in run_world(world, 10 if args.smoke else args.seeds, done, pool):
                 rows.append(row)
                 store([row] if row not in done else [], args.json)
                 print(f"{row['command']}: {'; '.join(row['reports']) or 'clean'}", flush=True)
     except STOPS as stop:
-        print(f"{why_stopped(stop)}; {len(rows)} of {len(worlds) * len(SHARES)} searches are done", file=sys.stderr)
+        print(f"{why_stopped(stop)}; {len(rows)} of {len(names) * len(SHARES)} searches are done", file=sys.stderr)
         return stopped_status(stop)
     print()
-    show([summary(world, [row for row in rows if row["world"] == world]) for world in worlds], COLUMNS)
+    show([summary(world, [row for row in rows if row["world"] == world]) for world in names], COLUMNS)
     bad = [row for row in rows if row["reports"]]
-    print("\n".join(f"replay: {row['replay']}" for row in bad) or f"\nall {len(worlds)} worlds are clean")
+    print("\n".join(f"replay: {row['replay']}" for row in bad) or f"\nall {len(names)} worlds are clean")
     return 1 if bad else 0
 
 

@@ -10,6 +10,8 @@ from flashmoe_numba.explore.search import Search
 
 
 def search_of(flags: str) -> Search:
+    """The search of one world."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command.make_search(parser.parse_args(shlex.split(flags)))
+    (search,) = command.make_searches(parser.parse_args(shlex.split(flags))).values()
+    return search

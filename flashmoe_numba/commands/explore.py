@@ -10,6 +10,7 @@ with few switches, in a file for --replay.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 import time
@@ -197,9 +198,15 @@ def _specs(args: argparse.Namespace) -> dict[str, WorldSpec]:
         except (TypeError, ValueError) as error:
             wrong.append(str(error))
     if not specs:
-        message = in_flags(wrong[0]).replace("leavers", "--leaver").replace("num_processors", "--processors")
-        raise UsageError(message)
+        raise UsageError(_in_flags(wrong[0]))
     return specs
+
+
+def _in_flags(message: str) -> str:
+    """A message of WorldSpec in the words of the command line."""
+    for name in ("lost", "grid", "deadline"):
+        message = re.sub(rf"^{name}\b|(?<=needs a ){name}", f"--{name}", message)
+    return in_flags(re.sub(r"^leavers", "--leaver", message)).replace("num_processors", "--processors")
 
 
 def _world_names(args: argparse.Namespace) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..device.compilation import PACKAGE, load_interpreted
+from .worlds import PLAIN
 
 KERNEL = PACKAGE / "kernel"
 INTERPRETED = "flashmoe_numba.kernel_interpreted"  # where device.compilation.interpreted looks first
@@ -35,6 +36,7 @@ class Plant:
         found_by: the kinds of report (reports.KINDS) that it was found by, the most frequent one first. Which one comes
             first in a run depends on the world and the schedule.
         weak: it shows only where loads of atomic words may be late (words.py).
+        world: one of worlds.WORLDS in which it is found, under the random strategy or PCT.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Plant:
     new: str
     found_by: tuple[str, ...]
     weak: bool = False
+    world: str = PLAIN
 
 
 @contextlib.contextmanager
@@ -190,6 +193,7 @@ _ALL = (
         "    block_sync()\n    if lane() == 0:\n        done = ",
         "    if lane() == 0:\n        done = ",
         (RACE, POISON, WRONG_RESULT, COUNT, DEADLOCK),
+        world="alone",
     ),
     Plant(
         "no-barrier-after-gemm0",
@@ -198,6 +202,7 @@ _ALL = (
         "    block_sync()\n    if lane() == 0 and finished_last(packets.up_done",
         "    if lane() == 0 and finished_last(packets.up_done",
         (RACE, WRONG_RESULT),
+        world="grid",
     ),
     Plant(
         "no-barrier-before-result-signal",
@@ -230,6 +235,7 @@ _ALL = (
         "    block_sync()\n    if lane() == 0 and fetch_add(r.left",
         "    if lane() == 0 and fetch_add(r.left",
         (RACE, DEADLOCK),
+        world="grid",
     ),
     # Order
     Plant(
@@ -299,6 +305,7 @@ _ALL = (
     )  # fmt: skip
 """,
         (RACE, WRONG_RESULT, POISON),
+        world="drops",
     ),
     Plant(
         "combine-early",
@@ -356,6 +363,7 @@ _ALL = (
         "min(tokens.counts[i], p.slots - slot)",
         "tokens.counts[i]",
         (CONFLICT, WRONG_RESULT, RACE, OUT_OF_BOUNDS),
+        world="drops",
     ),
     Plant(
         "bases-at-zero",
@@ -413,6 +421,7 @@ _ALL = (
         "rows = word_rows(word) if word_epoch(word) == p.epoch else 0",
         "rows = word_rows(word)",
         (COUNT,),
+        world="far ahead",
     ),
     Plant(
         "overtaken-signal-missed",
@@ -421,6 +430,7 @@ _ALL = (
         ", packet)) >= p.epoch",
         ", packet)) == p.epoch",
         (DEADLOCK,),
+        world="far ahead",
     ),
     Plant(
         "rows-remembered",
@@ -454,6 +464,7 @@ _ALL = (
         "        st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))",
         "        if m == 0:\n            st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))",
         (DEADLOCK,),
+        world="tall packets",
     ),
     Plant(
         "counter-decremented-twice",
@@ -470,6 +481,7 @@ _ALL = (
         "tokens.results_left[e] -= 1",
         "tokens.results_left[e] -= 2",
         (DEADLOCK,),
+        world="tall packets",
     ),
     Plant(
         "last-finisher-early",
@@ -502,6 +514,7 @@ _ALL = (
         "+ e] < end:",
         "+ e] <= end:",
         (RACE, WRONG_RESULT, POISON),
+        world="tall packets",
     ),
     Plant(
         "one-token-block-too-early",
@@ -510,6 +523,7 @@ _ALL = (
         "middle * p.num_experts + e] <= slot",
         "middle * p.num_experts + e] < slot",
         (RACE, WRONG_RESULT, POISON),
+        world="tall packets",
     ),
     Plant(
         "dropped-block-not-combined",
@@ -518,6 +532,7 @@ _ALL = (
         "if tokens.tiles_left[b] == 0:",
         "if tokens.tiles_left[b] < 0:",
         (DEADLOCK,),
+        world="drops",
     ),
     # The queue and its end
     Plant(
@@ -581,6 +596,7 @@ _ALL = (
     if seen > 0 and counted == p.num_experts:
 """,
         (COUNT, WRONG_RESULT, DEADLOCK),
+        world="odd lanes",
     ),
     Plant(
         "abort-ignored",
@@ -589,6 +605,7 @@ _ALL = (
         "return ld_relaxed(segments.control, ABORT) != 0",
         "return False",
         (DEADLOCK,),
+        world="one leaves",
     ),
     Plant(
         "culprit-not-agreed",
@@ -597,6 +614,7 @@ _ALL = (
         "        if rank_idx == 0 and before != 0:",
         "        if False:",
         (BLAME,),
+        world="all leave",
     ),
     Plant(
         "record-complete-before-its-fields",
@@ -605,6 +623,7 @@ _ALL = (
         "        control[RECORD_BLOCK] = block\n",
         "        st_release(control, RECORD, COMPLETE)\n        control[RECORD_BLOCK] = block\n",
         (RACE, BLAME),
+        world="all leave",
     ),
     Plant(
         "abort-before-record",
@@ -613,6 +632,7 @@ _ALL = (
         "    control = segments.control\n    if cas(control, RECORD, 0, WRITING) == 0:",
         "    control = segments.control\n    abort(p, segments)\n    if cas(control, RECORD, 0, WRITING) == 0:",
         (BLAME,),
+        world="all leave",
     ),
     # A call that is given up
     Plant(
@@ -623,6 +643,7 @@ _ALL = (
         "        attempt = pause(attempt)\n",
         "",
         (BLAME,),
+        world="two give up",
     ),
     Plant(
         "abort-skipped",
@@ -631,6 +652,7 @@ _ALL = (
         "        attempt = pause(attempt)\n    abort(p, segments)\n",
         "        attempt = pause(attempt)\n",
         (BLAME, DEADLOCK),
+        world="never comes",
     ),
     Plant(
         "silence-of-this-call-only",
@@ -639,6 +661,7 @@ _ALL = (
         ">= max(1, p.epoch - 1)",
         ">= p.epoch",
         (BLAME,),
+        world="lost between two",
     ),
     Plant(
         "silence-said-late",
@@ -647,6 +670,7 @@ _ALL = (
         "    if silence_ns(wait) > p.deadline_ns // 2:",
         "    if silence_ns(wait) > p.deadline_ns:",
         (BLAME,),
+        world="lost between two",
     ),
     Plant(
         "silence-from-the-beginning",
@@ -655,6 +679,7 @@ _ALL = (
         "time if moved else wait.since",
         "wait.since",
         (BLAME,),
+        world="short of time",
     ),
     Plant(
         "waiting-ranks-blamed",
@@ -663,6 +688,7 @@ _ALL = (
         "            if not waits_itself(p, segments, source):\n",
         "            if True:\n",
         (BLAME,),
+        world="lost between two",
     ),
     Plant(
         "arrived-packet-blamed",
@@ -671,6 +697,7 @@ _ALL = (
         "        if expert % lanes() == lane() and packets.seen[packet] != p.epoch:\n",
         "        if expert % lanes() == lane():\n",
         (BLAME,),
+        world="lost on the way",
     ),
     # Order between two words, which sequentially consistent words have for nothing
     Plant(
@@ -715,6 +742,7 @@ _ALL = (
         "            pair = token * p.num_topk + j\n            e =",
         "            pair = token * p.num_topk + p.num_topk - 1 - j\n            e =",
         (WRONG_RESULT,),
+        world="drops",
     ),
     Plant(
         "dropped-pair-added",
@@ -723,6 +751,7 @@ _ALL = (
         "if slot < p.slots:",
         "if slot <= p.slots:",
         (WRONG_RESULT, RACE, POISON, OUT_OF_BOUNDS),
+        world="drops",
     ),
     Plant(
         "first-row-tile-again",
@@ -731,6 +760,7 @@ _ALL = (
         "packets.hidden, packets.first_row[packet] + first, rows, experts.down",
         "packets.hidden, packets.first_row[packet], rows, experts.down",
         (WRONG_RESULT,),
+        world="tall packets",
     ),
     Plant(
         "tile-heights-disagree",
@@ -771,6 +801,7 @@ _ALL = (
         " - highest) / total",
         " - highest)",
         (WRONG_RESULT,),
+        world="drops",
     ),
     Plant(
         "tie-to-the-last",
@@ -779,6 +810,7 @@ _ALL = (
         "logit > tokens.logits[at + best]",
         "logit >= tokens.logits[at + best]",
         (WRONG_RESULT,),
+        world="alone",
     ),
     Plant(
         "rows-of-a-whole-tile",

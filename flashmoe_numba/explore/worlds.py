@@ -37,8 +37,10 @@ WORLDS: dict[str, WorldSpec] = {
     "far ahead": WorldSpec(
         config=MoEConfig(**TINY | dict(num_tokens=3, num_topk=1)), num_processors=1, epochs=4, data_seed=2
     ),
-    "one leaves": WorldSpec(config=MoEConfig(**TINY | dict(num_topk=1)), lanes=2, leavers=(1,)),
     "all leave": WorldSpec(config=MoEConfig(**THREE), leavers=(0, 1, 2)),
+    "one leaves": WorldSpec(
+        config=MoEConfig(**TINY | dict(num_tokens=2, num_topk=1)), num_processors=1, epochs=2, leavers=(1,)
+    ),
     "never comes": WorldSpec(config=MoEConfig(**THREE), num_processors=1, epochs=2, lost=(Lost(1, 2),), deadline=1000),
     "lost on the way": WorldSpec(
         config=MoEConfig(**THREE | dict(num_experts=6)), num_processors=1, lanes=2, lost=(Lost(1, 1, 4),), deadline=1000
@@ -55,8 +57,8 @@ WORLDS: dict[str, WorldSpec] = {
         config=MoEConfig(**TINY | dict(num_tokens=2, num_topk=1)),
         num_processors=1,
         lanes=2,
-        lost=(Lost(1, 1, 1),),
-        deadline=200,
+        lost=(Lost(1, 1),),
+        deadline=240,
     ),
     "short of time": WorldSpec(
         config=MoEConfig(**TINY | dict(num_topk=1)), num_processors=1, epochs=2, data_seed=8, deadline=150

@@ -16,7 +16,7 @@ from flashmoe_numba import FlashMoE
 from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Deadlock
 from flashmoe_numba.errors import explain
-from flashmoe_numba.explore.plants import KERNEL, PLANTS, RACE, Plant, planted
+from flashmoe_numba.explore.plants import BLAME, KERNEL, PLANTS, RACE, Plant, planted
 from flashmoe_numba.explore.reports import KINDS
 from reference import Weights
 
@@ -24,9 +24,14 @@ NUM_WORLDS, NUM_WORLDS_OF_A_BUG = 30, 600
 NO_CHANGE = Plant("no-change", "", "dispatch.py", "import annotations", "import annotations  # no change", ())
 OVERTAKEN = ("overtaken-signal-used", "overtaken-signal-missed")  # all ranks of a world are in the same epoch
 ABORTED = ("abort-ignored",)  # no rank of a world gives up
-BLAMED = ("culprit-not-agreed", "record-complete-before-its-fields", "abort-before-record")  # nor two of them
+BLAMED = [name for name, plant in PLANTS.items() if BLAME in plant.found_by]  # nor two of them
+ELSEWHERE = (
+    "no-barrier-before-next-epoch",
+    "tie-to-the-last",
+    "rows-of-a-whole-tile",
+)  # no grid, no tie, no flag's rows
 UNSEEN = [name for name, plant in PLANTS.items() if plant.found_by == (RACE,) or plant.weak]
-IN_WORLDS = [name for name in PLANTS if name not in [*UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED]]
+IN_WORLDS = [name for name in PLANTS if name not in [*UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED, *ELSEWHERE]]
 
 
 def make_world(seed):

@@ -166,7 +166,8 @@ def test_a_bad_seed_is_replayed_by_its_command(capsys):
 
 
 def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
-    flags = ["--plant", "empty-packet-not-signalled", "--topk", "1", "--seeds", "8", "--history", "0"]
+    flags = ["--plant", "empty-packet-not-signalled", "--world", "plain", "--topk", "1"]
+    flags += ["--seeds", "8", "--history", "0"]
     status, out, _ = flashmoe(capsys, *flags)
     assert status == 1
     assert re.search(
@@ -184,15 +185,29 @@ def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
     ("argv", "message"),
     [
         (["--plant", "none"], "argument --plant: there is no 'none'; see --list-plants"),
-        (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 4"),
-        (["--topk", "5"], "--topk must be in [1, --experts=4], got 5"),
-        (["--leaver", "2"], "--leaver must be different ranks in [0, 1], got 2"),
-        (["--leaver", "1", "--leaver", "1"], "--leaver must be different ranks in [0, 1], got 1, 1"),
+        (["--world", "plain", "--ranks", "3"], "--experts must be a multiple of --ranks=3, got 4"),
+        (["--world", "plain", "--topk", "5"], "--topk must be in [1, --experts=4], got 5"),
+        (["--world", "plain", "--leaver", "2"], "--leaver must be different ranks in [0, 1], got 2"),
+        (
+            ["--world", "plain", "--leaver", "1", "--leaver", "1"],
+            "--leaver must be different ranks in [0, 1], got 1, 1",
+        ),
         (["--seeds", "9" * 30], f"argument --seeds: must be at most 1000000, got {'9' * 30}"),
         (["--strategy", "exhaustive", "--jobs", "2"], "argument --jobs: not with --strategy exhaustive"),
         (["--strategy", "exhaustive", "--weak"], "argument --weak: not with --strategy exhaustive"),
+        (
+            ["--world", "8"],
+            "argument --world: there is no '8'; see --list-worlds; the seed of what a world holds is --data-seed 8",
+        ),
+        (["--world", "all"], "argument --world: there is no 'all'; see --list-worlds"),
+        (["--world", "plain", "--lost", "1"], "--lost needs a --deadline, which ends the others' waits"),
+        (["--world", "grid", "--leaver", "1"], "--grid must be without leavers and without a deadline"),
+        (["--topk", "7"], "--topk must be in [1, --experts=4], got 7"),
         (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
-        (["--lanes", "200"], "--ranks * (--processors + 1) * lanes must be at most 1000, got 2 * (2 + 1) * 200"),
+        (
+            ["--world", "plain", "--lanes", "200"],
+            "--ranks * (--processors + 1) * lanes must be at most 1000, got 2 * (2 + 1) * 200",
+        ),
         (["--epochs", "1001"], "epochs must be at most 1000, got 1001"),
         (["--hidden", "1000000"], "segments and weights must be at most 4,194,304 bytes, got 268,001,024"),
         (
@@ -214,7 +229,7 @@ def test_the_list_of_plants(capsys):
 
 
 def test_a_plant_that_does_not_show_is_not_called_clean_alone(capsys):
-    status, out, _ = flashmoe(capsys, "--plant", "abort-ignored", "--seeds", "1")
+    status, out, _ = flashmoe(capsys, "--plant", "abort-ignored", "--world", "plain", "--seeds", "1")
     wanted = "clean: abort-ignored does not show in this world and these runs; another may have what it takes"
     assert (status, out.splitlines()[-1]) == (0, wanted)
 
