@@ -74,6 +74,9 @@ def _spec(world: Any) -> WorldSpec:
     _check_keys("world.config", world["config"], [field.name for field in fields(MoEConfig)])
     for name, least in (("num_processors", 1), ("lanes", 1), ("epochs", 1), ("data_seed", 0)):
         _check_integer(name, world[name], least)
+    for name in ("grid", "ties"):
+        if not isinstance(world[name], bool):
+            raise ValueError(f"{name} must be true or false, got {world[name]!r}")
     try:
         config = MoEConfig(**world["config"])
         for rank in world["leavers"]:

@@ -159,7 +159,7 @@ def test_a_file_holds_all_of_a_case(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda case: case.update(version=7), "version must be 1, got 7"),
+        (lambda case: case.update(version=7), "version must be 2, got 7"),
         (lambda case: case.pop("plant"), f"the file must have just these: {', '.join(KEYS)}"),
         (
             lambda case: case.update(plant="no-such"),
@@ -171,6 +171,13 @@ def test_a_file_holds_all_of_a_case(tmp_path):
         (lambda case: case["world"].update(leavers=[2]), "leavers must be different ranks in [0, 1], got 2"),
         (lambda case: case["world"].update(leavers=[1.0]), "leavers must be an integer >= 0, got 1.0"),
         (lambda case: case["world"].update(given=[{}]), "world: 'counts'"),
+        (lambda case: case["world"].update(lost=[[0, 1.0, 0]]), "lost must be an integer >= 0, got 1.0"),
+        (
+            lambda case: case["world"].update(lost=[[0, 2, 0]], deadline=1000),
+            "lost must be in a call in [1, epochs=1], after 0 tasks or more, got call 2, 0 tasks",
+        ),
+        (lambda case: case["world"].update(deadline=9), "deadline must be at least 100 switches, got 9"),
+        (lambda case: case["world"].update(grid=1), "grid must be true or false, got 1"),
         (lambda case: case["world"].update(epochs=2), "epochs must be the number of given calls, 1, got 2"),
         (lambda case: case["world"]["config"].update(num_topk=9), "num_topk must be in [1, num_experts=4], got 9"),
         (lambda case: case.update(schedule=3), "schedule must be a list of [fiber, point, next fiber], got 3"),
