@@ -9,6 +9,7 @@ import pytest
 from small_worlds import flashmoe, spec
 
 from flashmoe_numba.explore.search import Explorer, Search, explore, watched_kernel
+from flashmoe_numba.explore.worlds import WORLDS as NAMED
 from flashmoe_numba.kernel.signals import ABORT
 from sim.pools import process_pool
 
@@ -116,6 +117,31 @@ def test_ranks_are_a_call_apart():
                 apart += abs(calls[0] - calls[1]) == 1 and min(calls.values()) > 0
                 assert abs(calls[0] - calls[1]) <= 1, f"seed {seed}: {calls}"
     assert apart > 0
+
+
+def test_calls_of_a_grid_follow_each_other():
+    """The next launch begins when all ranks' blocks have left the last one, whose epoch the kernel has counted up."""
+    search = Search(spec=replace(NAMED["grid"], epochs=3), strategy="pct")
+    for seed, history in enumerate(histories(search, range(4))):
+        calls = [value for _, verb, array, i, value in history if array.endswith("queue.tasks") and verb == "releases"]
+        assert calls == sorted(calls) and set(calls) == {1, 2, 3}, f"seed {seed}"
+
+
+def test_seeds_take_worlds_in_turn(capsys):
+    status, out, _ = flashmoe(capsys, "--list-worlds")
+    assert [line.split("  ")[0] for line in out.splitlines()] == list(NAMED)
+    status, out, _ = flashmoe(capsys, "--plant", "tie-to-the-last", "--history", "0")
+    assert (status, "\nits world: alone: 1 ranks x 3 processors + 1" in out) == (1, True)
+    replay = out.splitlines()[-1].removeprefix("replay: flashmoe explore ").split()
+    status, again, _ = flashmoe(capsys, *replay, "--json", "-")
+    found = json.loads(again)
+    assert (status, found["bad_seed"], found["search"]["spec"]["ties"]) == (1, list(NAMED).index("alone"), True)
+
+
+def test_flags_change_the_worlds_that_they_fit(capsys):
+    status, out, _ = flashmoe(capsys, "--ranks", "3", "--data-seed", "1", "--seeds", "1")
+    fitting = [name for name, world in NAMED.items() if world.config.num_experts % 3 == 0]
+    assert (status, out.splitlines()[0]) == (0, f"{len(fitting)} worlds: {', '.join(fitting)}; strategy random")
 
 
 def test_outcomes_of_many_processes_come_in_order():

@@ -9,6 +9,7 @@ from kernels import Bench
 
 from flashmoe_numba.device import lane
 from flashmoe_numba.device.fibers import Deadlock, RandomStrategy
+from flashmoe_numba.explore.memory import NEVER
 from flashmoe_numba.explore.watched import block_sync, cas, fetch_add, ld_acquire, ld_relaxed, pause, st_release
 from flashmoe_numba.explore.words import MOST_LATE_POLLS
 
@@ -254,3 +255,24 @@ def test_a_seed_replays_what_was_late():
     first = [history(1, late_seed) for late_seed in range(20)]
     assert first == [history(1, late_seed) for late_seed in range(20)]
     assert len({str(each) for each in first}) > 1, "seeds should differ"
+
+
+def test_a_store_arrives_in_time():
+    """A load that may be late reads what was there at most so many switches ago."""
+    bench, late = Bench(blocks=2, words=1), {}
+
+    def kernel(block, words):
+        if block == 0:
+            for value in range(1, 200):
+                st_release(words, X, value)
+        else:
+            for _ in range(100):
+                read = ld_relaxed(words, X)
+                late[within] = max(late[within], int(words.cells[X] - read))
+
+    for within in (NEVER, 6):
+        bench.memory.arrives_within, late[within] = within, 0
+        for seed in range(20):
+            bench.run(kernel, RandomStrategy(seed), late_seed=seed)
+    assert late[NEVER] > 20
+    assert 0 < late[6] < 20

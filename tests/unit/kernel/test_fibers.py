@@ -138,6 +138,38 @@ def test_a_signal_that_comes_in_time_is_no_deadlock():
         assert words[0] == 1
 
 
+def test_fibers_that_are_lost_never_run_again():
+    """Neither those that are ready, nor those at a barrier, nor the one that runs."""
+    scheduler, log, blocks = Scheduler(0), [], {}
+
+    def body(name):
+        if lane() == 0 and name == "lost":
+            pause(0)
+            scheduler.lose(blocks["lost"])
+        if name == "lost" and lane() == 1:
+            block_sync()
+        for _ in range(20):
+            pause(0)
+        log.append((name, lane()))
+
+    for name in ("lost", "others"):
+        blocks[name] = scheduler.add_block(name, body, (name,), 3)
+    scheduler.run()
+    assert sorted(log) == [("others", 0), ("others", 1), ("others", 2)]
+    assert scheduler.live == 0
+
+
+def test_how_long_all_must_poll_to_wait_for_ever_can_be_said():
+    def body(words):
+        attempt = 0
+        while ld_relaxed(words, 0) == 0 and attempt < 100:
+            attempt = pause(attempt)
+
+    run(body, np.zeros(1, np.int64), blocks=2, quiet_polls=100)
+    with pytest.raises(Deadlock):
+        run(body, np.zeros(1, np.int64), blocks=2)
+
+
 def raise_in_one(words):
     if lane() == 1:
         raise ZeroDivisionError("planted")
