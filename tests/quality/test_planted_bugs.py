@@ -30,8 +30,9 @@ ELSEWHERE = (
     "tie-to-the-last",
     "rows-of-a-whole-tile",
 )  # no grid, no tie, no flag's rows
+SELDOM = ("no-barrier-before-gates-done", "packets-seen-before-queued")  # lanes far apart: left to the explorer
 UNSEEN = [name for name, plant in PLANTS.items() if plant.found_by == (RACE,) or plant.weak]
-IN_WORLDS = [name for name in PLANTS if name not in [*UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED, *ELSEWHERE]]
+IN_WORLDS = [name for name in PLANTS if name not in [*UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED, *ELSEWHERE, *SELDOM]]
 
 
 def make_world(seed):
