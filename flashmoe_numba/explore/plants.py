@@ -366,6 +366,15 @@ _ALL = (
         world="drops",
     ),
     Plant(
+        "no-choice-has-a-place",
+        "a choice of no expert is counted and given a place like any other",
+        "gate.py",
+        "if e >= 0 and e % lanes() == lane():",
+        "if e % lanes() == lane():",
+        (RACE, OUT_OF_BOUNDS),
+        world="drops",
+    ),
+    Plant(
         "bases-at-zero",
         "slots of every token block begin at 0",
         "gate.py",

@@ -12,6 +12,7 @@ import numpy as np
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
 
 LEAST_DEADLINE = 100  # kernel/signals.py looks at the time sixteen times in it
+NO_CHOICE_SHARE = 1 / 8  # of the pairs that a routing from outside has
 MOST_FIBERS, MOST_EPOCHS, MOST_BYTES = 1000, 1000, 1 << 22  # every access is a Python call, every cell has its history
 
 
@@ -45,8 +46,8 @@ class WorldSpec:
     """What runs: a layer, and calls whose tokens and routing are drawn from `data_seed`.
 
     The first call has all tokens and the gate's routing; later ones have 0, 1, some or all tokens on a rank, and are
-    routed by the gate, at random, or all to the same experts. With `given` calls, only the values of tokens and of
-    outside factors are drawn.
+    routed by the gate, at random, or all to the same experts, and then some pairs choose none. With `given` calls, only
+    the values of tokens and of outside factors are drawn.
 
     Args:
         leavers: the hosts of these ranks give up some time in the last call, and all must stop.
@@ -160,4 +161,5 @@ class WorldSpec:
         c = self.config
         order = np.argsort(draw.standard_normal((count, c.num_experts)) + favour, axis=1)
         factors = draw.uniform(0.1, 1, (count, c.num_topk)).astype(c.accumulator)
-        return Routing(order[:, : c.num_topk].astype(np.int32), factors)
+        chosen = draw.random(factors.shape) >= NO_CHOICE_SHARE
+        return Routing(np.where(chosen, order[:, : c.num_topk], -1).astype(np.int32), np.where(chosen, factors, 0))

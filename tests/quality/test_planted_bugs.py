@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from cases import random_routing, random_tokens, tiny_config
+from cases import random_routing, random_tokens, tiny_config, with_no_choices
 from worlds import World, run_world
 
 from flashmoe_numba import FlashMoE
@@ -25,18 +25,14 @@ NO_CHANGE = Plant("no-change", "", "dispatch.py", "import annotations", "import 
 OVERTAKEN = ("overtaken-signal-used", "overtaken-signal-missed")  # all ranks of a world are in the same epoch
 ABORTED = ("abort-ignored",)  # no rank of a world gives up
 BLAMED = [name for name, plant in PLANTS.items() if BLAME in plant.found_by]  # nor two of them
-ELSEWHERE = (
-    "no-barrier-before-next-epoch",
-    "tie-to-the-last",
-    "rows-of-a-whole-tile",
-)  # no grid, no tie, no flag's rows
+ELSEWHERE = ("no-barrier-before-next-epoch", "tie-to-the-last", "rows-of-a-whole-tile")  # no grid, tie, flag's rows
 SELDOM = ("no-barrier-before-gates-done", "packets-seen-before-queued")  # lanes far apart: left to the explorer
 UNSEEN = [name for name, plant in PLANTS.items() if plant.found_by == (RACE,) or plant.weak]
 IN_WORLDS = [name for name in PLANTS if name not in [*UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED, *ELSEWHERE, *SELDOM]]
 
 
 def make_world(seed):
-    """A small layer in which every rule matters: drops, ragged tiles, several tiles per packet, biases."""
+    """A small layer in which every rule matters: drops, no choices, ragged tiles, several tiles per packet, biases."""
     choose = random.Random(seed)
     config = tiny_config(
         num_ranks=choose.choice([1, 2, 3]),
@@ -51,7 +47,7 @@ def make_world(seed):
     counts = [[choose.choice([0, 1, 6, 7]) for _ in range(config.num_ranks)] for _ in range(3)]
     x = [random_tokens(config, count, seed) for count in counts]
     routings = [random_routing(config, count, seed, choose.choice([0.0, 50.0])) for count in counts]
-    routings = [choose.choice([None, routing]) for routing in routings]
+    routings = [choose.choice([None, with_no_choices(config, routing, seed)]) for routing in routings]
     return World(config, Weights.random(config, bias=True), choose.choice([1, 2]), x, routings)
 
 
