@@ -174,39 +174,58 @@ def test_without_queues_faster_links_never_hurt(graph, factor):
     assert fast.run(replace(free, links=links)).makespan_ns <= fast.run(free).makespan_ns
 
 
-def queue_graph(arrivals, services, slots):
-    """Customers of a queue: each arrives by a delay and is then served."""
+def queue_graph(arrivals, services, sizes, slots):
+    """Parties of a queue: each arrives by a delay, and then each of its members is served."""
     builder = GraphBuilder()
     server = builder.add_server("desk", 0, slots)
     come = builder.add(KIND, 0, duration_ns=arrivals)
-    builder.edge(come, builder.add(KIND, 0, duration_ns=services, server=server))
+    builder.edge(come, builder.add(KIND, 0, duration_ns=services, count=sizes, server=server))
     return builder.build()
 
 
-@given(
-    customers=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 20)), min_size=1, max_size=40),
-    slots=st.integers(1, 4),
-)
-def test_a_queue_is_that_of_simpy(customers, slots):
-    arrivals, services = np.array(customers).T
-    arrivals = np.sort(arrivals)
-    ends = {}
+def ends_in_simpy(arrivals, services, sizes, slots):
+    """When each of the queue's customers has been served, in no order."""
+    ends = []
     world = simpy.Environment()
     desk = simpy.Resource(world, slots)
 
-    def customer(number):
-        yield world.timeout(int(arrivals[number]))
+    def customer(arrival, service):
+        yield world.timeout(arrival)
         with desk.request() as turn:
             yield turn
-            yield world.timeout(int(services[number]))
-        ends[number] = world.now
+            yield world.timeout(service)
+        ends.append(world.now)
 
-    for number in range(len(customers)):
-        world.process(customer(number))
+    for arrival, service, size in zip(arrivals.tolist(), services.tolist(), sizes.tolist(), strict=True):
+        for _ in range(size):
+            world.process(customer(arrival, service))
     world.run()
-    time = fast.run(queue_graph(arrivals, services, slots))
+    return ends
+
+
+@pytest.mark.parametrize("run", [engine.run, fast.run])
+@given(
+    parties=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=30),
+    slots=st.integers(1, 12),
+)
+def test_a_queue_is_that_of_simpy(run, parties, slots):
+    arrivals, services, sizes = np.array(parties).T
+    arrivals = np.sort(arrivals)
+    time = run(queue_graph(arrivals, services, sizes, slots))
+    served = time.run_node >= len(parties)
+    ends = np.repeat(time.run_end_ns[served], time.run_count[served])
     # Customers who arrive together and are served for the same time may swap: compare the ends as sets of a moment.
-    assert sorted(time.done_ns[len(customers) :].tolist()) == sorted(ends.values())
+    assert sorted(ends.tolist()) == sorted(ends_in_simpy(arrivals, services, sizes, slots))
+
+
+@pytest.mark.parametrize("run", [engine.run, fast.run])
+@pytest.mark.parametrize("counts", [[1], [2, 3], [4], [7], [1] * 4, [1] * 11, [5, 1, 9]])
+def test_slots_whose_tasks_end_together_are_all_free_again(run, counts):
+    """Rounds that fill the server to the last slot: each lasts as long as one task."""
+    builder = GraphBuilder()
+    server = builder.add_server("desk", 0, sum(counts))
+    builder.add(KIND, 0, server=server, duration_ns=10, count=counts * 3)
+    assert run(builder.build()).done_ns.tolist() == np.repeat([10, 20, 30], len(counts)).tolist()
 
 
 def test_priorities_come_first_and_equal_ones_in_turn():

@@ -5,9 +5,10 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from policy_worlds import assert_computed_once, run_both, small_world
+from policy_worlds import assert_computed_once, kind_nodes, run_both, small_world
 
 from sim import PolicyKnobs, engine
+from sim.kinds import COMBINE, GATE
 from sim.placement import balance
 from sim.policies import POLICY_NAMES, build, make_knobs
 from sim.what_if import NOT_CHOICES
@@ -37,6 +38,27 @@ def test_ties_in_time_change_no_count(policy):
         tasks = np.bincount(shuffled.run_node, shuffled.run_count, graph.num_nodes)
         np.testing.assert_array_equal(tasks, graph.nodes["count"])
         assert shuffled.makespan_ns == pytest.approx(usual.makespan_ns, rel=0.05)
+
+
+def descendants(graph, nodes):
+    """Whatever waits for all or some of these nodes, directly or not."""
+    found, left = set(), list(nodes)
+    while left:
+        new = set(graph.successors(left.pop()).tolist()) - found
+        found |= new
+        left.extend(new)
+    return found
+
+
+@pytest.mark.parametrize("silent_ranks", [(1,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_every_combine_waits_for_its_ranks_gate(policy, silent_ranks):
+    """Also that of tokens which have no row anywhere: what they chose is known then, and not before."""
+    graph = graph_of(policy, small_world(silent_ranks=silent_ranks))
+    for rank in range(4):
+        combines = set(kind_nodes(graph, COMBINE, rank).tolist())
+        assert combines <= descendants(graph, kind_nodes(graph, GATE, rank)), f"rank {rank}"
+        assert combines or policy == "t3", "only in T3 does memory add what arrives"
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)

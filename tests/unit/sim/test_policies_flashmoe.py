@@ -51,6 +51,24 @@ def test_tasks_wait_for_their_own_inputs_only():
             ]
 
 
+@pytest.mark.parametrize("packing", ["per_source", "per_expert"])
+@pytest.mark.parametrize("name", ["uniform", "top-1", "silent rank", "nothing at all", "one token"])
+def test_a_combine_waits_for_its_gate_and_for_the_results_of_its_rows(name, packing):
+    world = WORLDS[name]
+    graph = graph_of(world, packing=packing, tile_m=16, token_block=5)
+    kind, nodes = graph.nodes["kind"], graph.nodes
+    for node in kind_nodes(graph, COMBINE).tolist():
+        before = graph.predecessors(node)
+        gates = before[kind[before] == GATE]
+        rank, block = nodes["rank"][node], nodes["m"][node]
+        assert nodes["rank"][gates].tolist() == [rank]
+        chosen = world.routing.topk_idx[rank, block * 5 : (block + 1) * 5]
+        owners = set(world.routing.owner[chosen[chosen >= 0]].tolist())
+        results = before[kind[before] != GATE]
+        assert set(nodes["rank"][results].tolist()) == owners
+        assert (nodes["peer"][results] == rank).all()
+
+
 def test_ranks_do_not_wait_for_each_other():
     """A combine may run while another rank still gates: there is no barrier."""
     world = small_world("even", num_tokens=2048, num_experts=4, num_topk=1)
