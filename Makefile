@@ -1,18 +1,20 @@
-# make run | test | lint | smoke | compile-test | clean.
+# make run | test | lint | smoke | mutants | compile-test | clean.
 # Everything is installed into .venv and nothing outside this folder is changed.
 PYTHON ?= python3
 PRESET ?= laptop-text
 RANKS ?= 8
 WORKLOAD ?= text
+SEED ?= 0
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: help run test lint smoke compile-test clean
+.PHONY: help run test lint smoke mutants compile-test clean
 
 help:
 	@echo "make run    one MoE layer on $(RANKS) ranks of this machine (PRESET=$(PRESET) RANKS=$(RANKS) WORKLOAD=$(WORKLOAD))"
 	@echo "make test   all tests            make lint    ruff and mypy"
 	@echo "make smoke  every experiment, small              make clean   remove what make made"
+	@echo "make mutants   small faults in copies of the source, which tests must notice (SEED=$(SEED); for a night)"
 	@echo "make compile-test   build the kernels for GPUs, without one, and check their machine code"
 
 run: .venv/for-run
@@ -33,6 +35,9 @@ smoke: .venv/for-dev
 	    [ -e "$$script" ] || { echo "no experiments yet"; break; }; \
 	    echo "$$script --smoke"; .venv/bin/python "$$script" --smoke; \
 	done
+
+mutants: .venv/for-dev
+	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED)
 
 # Compilers for GPUs are some 530 MB, so they come only here; `make test` skips what needs them.
 compile-test: .venv/for-compile

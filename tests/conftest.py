@@ -1,18 +1,20 @@
-"""Hypothesis profiles, chosen by $HYPOTHESIS_PROFILE (fast, ci, nightly); `max_examples` scales with them.
+"""Hypothesis profiles, chosen by $HYPOTHESIS_PROFILE (fast, ci, nightly, mutants); `max_examples` scales with them.
 
 Examples are derandomised and not stored, so that a run is the same everywhere; nightly draws new ones each time.
+For mutants (tests/mutants) a failure is enough: nobody reads its smallest example.
 """
 
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # A world is slow to draw and to run on a loaded machine; that says nothing about its strategy.
 common = dict(database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("fast", max_examples=60, derandomize=True, **common)
 settings.register_profile("ci", max_examples=100, derandomize=True, **common)
 settings.register_profile("nightly", max_examples=1000, derandomize=False, **common)
+settings.register_profile("mutants", settings.get_profile("fast"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 COMPILES_S = 600  # the first test that runs a kernel compiles it, half a minute for each element type

@@ -1,0 +1,69 @@
+"""Which functions get mutants, and which tests must notice: cheap ones first, and those that compile kernels last.
+
+Tests of planted bugs are left out: an edit at a line that a plant quotes would break them without being noticed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """Tests that one process runs in this order, and how long it may compile for them, beyond what they take else."""
+
+    compile_s: int
+    tests: str
+
+
+UNIT, PROPERTY, MPI = "tests/unit/kernel", "tests/property", "tests/mpi"
+
+INTERPRETED = Stage(
+    0,
+    f"{UNIT}/test_waits.py tests/quality/test_planted_bugs.py::test_the_kernel_itself_passes {UNIT}/test_fibers.py "
+    f"tests/quality/test_explorer.py::test_the_kernel_itself_passes {PROPERTY}/test_explored_worlds.py "
+    f"{PROPERTY}/test_layer.py::test_kernel_on_fibers_equals_the_oracle "
+    f"{PROPERTY}/test_layer_epochs.py::test_ranks_run_ahead_on_fibers",
+)
+GRIDS = Stage(0, f"{UNIT}/test_grid.py {UNIT}/test_gpu_calls.py")
+COMPILED = Stage(
+    300,
+    f"{UNIT}/test_gate_and_tasks.py {UNIT}/test_faults.py {PROPERTY}/test_layer.py tests/unit/test_trace.py "
+    f"{PROPERTY}/test_layer_invariance.py {PROPERTY}/test_layer_epochs.py {UNIT}/test_many_calls.py "
+    f"{MPI}/test_layer_mpi.py",
+)
+PRODUCTS = Stage(120, f"{UNIT}/test_tile_gemm.py")
+VERBS = Stage(30, f"{UNIT}/test_device_verbs.py")
+LAYERS = Stage(
+    0,
+    f"{UNIT}/test_arguments.py {UNIT}/test_gate_and_tasks.py {PROPERTY}/test_layer.py {UNIT}/test_gpu_calls.py "
+    f"tests/unit/test_gpu_heap.py tests/unit/test_gpu_host.py tests/unit/test_trace.py",
+)
+PROCESSES = Stage(0, f"{MPI} {UNIT} {PROPERTY} tests/unit/explore --ignore={UNIT}/test_hopper.py")
+ENGINES = Stage(30, "tests/unit/sim/test_engine.py")
+SIMULATOR = Stage(30, "tests/unit/sim")
+
+SUITES = {
+    "flashmoe_numba/kernel/*.py": [INTERPRETED, COMPILED],
+    "flashmoe_numba/kernel/grid.py": [GRIDS],
+    "flashmoe_numba/heap/*.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/layer.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/rank.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/tile_gemm/cpu.py": [PRODUCTS, COMPILED],
+    "flashmoe_numba/device/cpu.py": [VERBS, PRODUCTS, COMPILED],
+    "sim/engine.py": [ENGINES, SIMULATOR],
+    "sim/fast.py": [ENGINES, SIMULATOR],
+    "sim/loop.py": [ENGINES, SIMULATOR],
+    "sim/heaps.py": [ENGINES, SIMULATOR],
+}
+
+
+def files_with_suites(root: Path) -> dict[Path, list[Stage]]:
+    """{file below `root`: its stages}; the last pattern that fits a file decides."""
+    found: dict[Path, list[Stage]] = {}
+    for pattern, stages in SUITES.items():
+        files = sorted(root.glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"no {pattern} in {root}: was it moved? then say so here")
+        found |= {file.relative_to(root): stages for file in files}
+    return found
