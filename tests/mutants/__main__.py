@@ -13,6 +13,7 @@ import argparse
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -29,7 +30,7 @@ from .suites import Stage, files_with_suites
 ROOT = Path(__file__).resolve().parents[2]
 EXPLAINED = ROOT / "docs" / "mutants.md"
 MOST_UNEXPLAINED = 0.05
-SLACK, SLACK_S = 4, 30  # what takes so many times as long as without a mutant, and so much longer, hangs
+SLACK, SLACK_S = 4, 15  # what takes so many times as long as without a mutant, and so much longer, hangs
 FATES = ("noticed", "hung", "explained", "unexplained")
 Results = list[tuple[Mutant, Verdict]]
 
@@ -41,6 +42,7 @@ def main() -> int:
     if flags.list:
         print(*(mutant.name for mutant in mutants), sep="\n")
         return 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and tests need it
     with tempfile.TemporaryDirectory(prefix="flashmoe-mutants-") as folder:
         results = try_all(mutants, stages, flags.jobs, Path(folder))
     return report(results, explanations(EXPLAINED.read_text(encoding="utf-8")))
@@ -71,31 +73,48 @@ def explanations(text: str) -> dict[str, str]:
 
 def try_all(mutants: list[Mutant], stages: dict[Path, list[Stage]], jobs: int, folder: Path) -> Results:
     """Check that the suites pass without mutants, then try each; tells how it goes."""
-    benches: SimpleQueue[Bench] = SimpleQueue()
-    for job in range(jobs):
-        benches.put(Bench(ROOT, folder / f"copy{job}", kept_kernels(folder / "kernels")))
+    kernels = kept_kernels(folder / "kernels")
+    benches = [Bench(ROOT, folder / f"copy{job}", kernels) for job in range(jobs)]
+    free: SimpleQueue[Bench] = SimpleQueue()
+    for bench in benches:
+        free.put(bench)
 
     def on_a_bench(method: str, *args: object) -> Verdict:
-        bench = benches.get()
+        bench = free.get()
         try:
             return getattr(bench, method)(*args)
         finally:
-            benches.put(bench)
+            free.put(bench)
 
-    limits_s: dict[Stage, float] = {}
-    needed = dict.fromkeys(stage for mutant in mutants for stage in stages[mutant.file])
-    with ThreadPoolExecutor(jobs) as pool:
-        for stage, verdict in in_order_of_end({pool.submit(on_a_bench, "check", stage): stage for stage in needed}):
-            print(f"{verdict.seconds:6.1f} s without mutants: {stage.tests}", flush=True)
-            if verdict.killed_by:
-                raise SystemExit(f"{verdict.killed_by} fails without a mutant: nothing can be learnt")
-            limits_s[stage] = stage.compile_s + SLACK * verdict.seconds + SLACK_S
-        results = []
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        needed = list(dict.fromkeys(stage for mutant in mutants for stage in stages[mutant.file]))
+        limits_s = check_all({pool.submit(on_a_bench, "check", stage): stage for stage in needed})
         covers = {file: {stage: limits_s.get(stage, 0) for stage in some} for file, some in stages.items()}
-        tries = {pool.submit(on_a_bench, "judge", mutant, covers[mutant.file]): mutant for mutant in mutants}
-        for mutant, verdict in in_order_of_end(tries):
-            print(f"{verdict.seconds:6.1f} s {mutant.name}\n         {verdict.killed_by or 'LIVES'}", flush=True)
-            results.append((mutant, verdict))
+        return judge_all({pool.submit(on_a_bench, "judge", mutant, covers[mutant.file]): mutant for mutant in mutants})
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for bench in benches:
+            bench.stop()
+        pool.shutdown()
+
+
+def check_all(checks: dict[Future[Verdict], Stage]) -> dict[Stage, float]:
+    """{stage: seconds after which it hangs}, once all have passed without a mutant."""
+    limits_s = {}
+    for stage, verdict in in_order_of_end(checks):
+        print(f"{verdict.seconds:6.1f} s without mutants: {stage.tests}", flush=True)
+        if verdict.killed_by:
+            raise SystemExit(f"{verdict.killed_by} fails without a mutant: nothing can be learnt")
+        limits_s[stage] = stage.compile_s + SLACK * verdict.seconds + SLACK_S
+    return limits_s
+
+
+def judge_all(tries: dict[Future[Verdict], Mutant]) -> Results:
+    results = []
+    for mutant, verdict in in_order_of_end(tries):
+        print(f"{verdict.seconds:6.1f} s {mutant.name}\n         {verdict.killed_by or 'LIVES'}", flush=True)
+        results.append((mutant, verdict))
     return results
 
 

@@ -89,11 +89,11 @@ class Bench:
             except subprocess.TimeoutExpired:
                 killed_by = HUNG
             finally:
-                self._kill_all()
+                self.stop()
                 process.wait()
         return Verdict(killed_by, time.monotonic() - start)
 
-    def _kill_all(self) -> None:
+    def stop(self) -> None:
         """End what a run started and left behind, in sessions of their own too."""
         mark = f"{OWNER}={self.folder}\0".encode()
         for process in Path("/proc").glob("[0-9]*"):

@@ -39,9 +39,17 @@ LAYERS = Stage(
     f"{UNIT}/test_arguments.py {UNIT}/test_gate_and_tasks.py {PROPERTY}/test_layer.py {UNIT}/test_gpu_calls.py "
     f"tests/unit/test_gpu_heap.py tests/unit/test_gpu_host.py tests/unit/test_trace.py",
 )
-PROCESSES = Stage(0, f"{MPI} {UNIT} {PROPERTY} tests/unit/explore --ignore={UNIT}/test_hopper.py")
+PROCESSES = Stage(
+    0,
+    f"{MPI}/test_layer_mpi.py {PROPERTY}/test_layer_epochs.py {PROPERTY}/test_layer_invariance.py {UNIT} "
+    + " ".join(f"--ignore={UNIT}/test_{name}.py" for name in ("hopper", "tile_gemm", "device_verbs", "gpu_calls")),
+)
 ENGINES = Stage(30, "tests/unit/sim/test_engine.py")
-SIMULATOR = Stage(30, "tests/unit/sim")
+SIMULATOR = Stage(
+    30,
+    "tests/unit/sim/test_policies_flashmoe.py tests/unit/sim/test_policies_all.py tests/unit/sim/test_report.py "
+    "tests/unit/sim/test_explain.py",
+)
 
 SUITES = {
     "flashmoe_numba/kernel/*.py": [INTERPRETED, COMPILED],

@@ -136,12 +136,11 @@ def test_survivors_are_told_from_those_that_fail_or_hang(tmp_path):
     (root / "test_toy.py").write_text(TOY_TEST)
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     bench, stage = Bench(root, copy, tmp_path / "cache"), Stage(0, "--noconftest test_toy.py")
-    assert bench.check(stage).killed_by == ""
     mutants = {mutant.name: mutant for mutant in find_mutants([Path("toy.py")], root)}
     for name, limit_s, expected in (
         ("most: comparison: if {a >= b => a > b}", 60, ""),
         ("wait: off by one: while a < {1 => 2}", 60, "test_toy.py::test_both"),
-        ("wait: dropped statement: {a += 1 => pass}", 2, HUNG),
+        ("wait: dropped statement: {a += 1 => pass}", 1, HUNG),
     ):
         assert bench.judge(mutants[name], {stage: limit_s}).killed_by == expected, name
     assert (copy / "toy.py").read_text() == (root / "toy.py").read_text() == TOY
