@@ -126,7 +126,7 @@ def in_order_of_end(futures: dict[Future[Verdict], object]) -> Iterator[tuple]:
 def kept_kernels(folder: Path) -> Path:
     """A cache of compiled kernels that begins with the user's, so that only mutants have to be compiled."""
     sys.path.insert(0, str(ROOT))
-    from flashmoe_numba.device.compilation import cache_folder
+    from reference.cache_folder import cache_folder
 
     if not folder.exists() and cache_folder().is_dir():
         shutil.copytree(cache_folder(), folder)
