@@ -174,6 +174,18 @@ ABSENT = (
 SILENCE = "3 flags missing, and no rank finished a task for about 2.5 s"
 
 
+def test_the_first_packet_is_named_where_all_that_are_missed_are_of_ranks_that_wait_themselves():
+    ranks, epoch = Ranks(3), 3
+    p = SimpleNamespace(**vars(ranks.problem(0, epoch)), num_experts=3, experts_per_rank=1)
+    for control in ranks.controls:
+        control[s.SILENT] = epoch
+    named = []
+    for seen in ([0, 0, 0], [epoch, 0, 0], [epoch, epoch, 0], [epoch] * 3):
+        packets = SimpleNamespace(seen=np.array(seen))
+        run(lambda packets=packets: named.append(KERNEL.subscriber.overdue_packet(p, ranks.segments(0), packets)))
+    assert named == [0, 1, 2, -1]
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
