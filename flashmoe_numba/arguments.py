@@ -63,6 +63,15 @@ def _check_seconds(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in (0, 86400], got {value}")
 
 
+def patience_s(setup_deadline_s: Any) -> float:
+    """It, or the default where it is wrong: the other ranks must hear of that, too."""
+    try:
+        _check_seconds("setup_deadline_s", setup_deadline_s)
+    except (TypeError, ValueError):
+        return SETUP_DEADLINE_S
+    return float(setup_deadline_s)
+
+
 def find_problem(
     config: Any,
     weights: Any,

@@ -16,7 +16,7 @@ from reference.cache_folder import usable_cache_folder
 from reference.plan import max_tasks
 from reference.scalars import plain
 
-from .arguments import SETUP_DEADLINE_S, find_problem
+from .arguments import SETUP_DEADLINE_S, find_problem, patience_s
 from .backends import make_backend
 from .errors import FlashMoEError, explain
 from .heap import make_heap
@@ -89,8 +89,8 @@ class FlashMoE(Owned):
         self._in_process = comm is None
         self._calling = threading.Lock()
         self._caller = 0
+        self._heap: Any = make_heap(config, comm, backend, patience_s(setup_deadline_s))
         # under MPI the other ranks must hear of a problem, too
-        self._heap: Any = make_heap(config, comm, backend, SETUP_DEADLINE_S if problem else setup_deadline_s)
         self._heap.agree(problem, same=None if problem else self._shared_settings(backend, backend_settings))
         self._backend: Any = None
         self._ranks: list[Rank] = []

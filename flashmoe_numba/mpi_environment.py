@@ -21,13 +21,19 @@ from .commands import UsageError
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 CONNECTION_VARIABLE = "PMI_FD"  # a socket to mpich's mpirun
+LAUNCHER_VARIABLES = (CONNECTION_VARIABLE, "PMI_PORT", "PMIX_NAMESPACE", "OMPI_COMM_WORLD_SIZE")
 NOT_OF_MPICH = "OMPI_COMM_WORLD_RANK"
 SPLITTING_VARIABLES = ("MPIR_CVAR_NOLOCAL", "MPIR_CVAR_NUM_CLIQUES", "MPIR_CVAR_ODD_EVEN_CLIQUES")
 
 
 def rank_variable() -> str | None:
     """The variable by which this process takes itself for a rank, if it does."""
-    return next((name for name in RANK_VARIABLES if name in os.environ), None)
+    return next((name for name in RANK_VARIABLES if os.environ.get(name)), None)
+
+
+def has_launcher() -> bool:
+    """Does a launcher stand behind the rank's variable? Else it may be left over."""
+    return any(os.environ.get(name) for name in LAUNCHER_VARIABLES)
 
 
 def mpirun_beside() -> str | None:
@@ -76,6 +82,8 @@ def strange_variable(vendor: str) -> str | None:
         return None
     if NOT_OF_MPICH in os.environ:
         return NOT_OF_MPICH
+    if "PMIX_RANK" in os.environ and not has_launcher():
+        return "PMIX_RANK"
     connection = os.environ.get(CONNECTION_VARIABLE)
     return CONNECTION_VARIABLE if connection is not None and not _is_socket(connection) else None
 

@@ -31,7 +31,8 @@ class Stats:
 
     What is not finite: `nonfinite_tokens` have routing weights that hold an infinity or NaN, because x did or because a
     logit left the range of the accumulator (or as they were given); `nonfinite_rows` are those of the sent rows whose
-    result holds one, for the same x, or because it or the hidden row left the range of the element type.
+    result holds one, for the same x, or because it or the hidden row left the range of the element type. (What leaves
+    it only when a token's results are added up is in y alone.) Counting them reads all results of the call.
     """
 
     epoch: int

@@ -69,7 +69,7 @@ def _named(folder: Path) -> Iterator[os.stat_result]:
 
 def _open(folder: Path) -> Iterator[os.stat_result]:
     """Without a name any more, but open in a process that we may look into."""
-    device, inside = folder.stat().st_dev, f"{folder}/"
+    device, inside = folder.stat().st_dev, f"{folder.resolve()}/"
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # another user's, or gone
             for descriptor in os.scandir(process / "fd"):
@@ -126,7 +126,8 @@ def _let_go_of_what_was_kept(folder: Path) -> None:
         return
     with contextlib.suppress(OSError):  # whoever kept it is gone
         status = os.stat(path)
-        if status.st_nlink == 0 and status.st_dev == folder.stat().st_dev:  # it is no other file by now
+        is_here = status.st_nlink == 0 and status.st_dev == folder.stat().st_dev
+        if is_here and status.st_blocks == 0:  # it is no other file by now: segments are touched as they are made
             os.truncate(path, 0)
 
 

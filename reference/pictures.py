@@ -11,7 +11,8 @@ def picture_format(file: Path | str) -> str:
     Raises:
         ValueError: another suffix: the file would not be what its name says.
     """
-    suffix = Path(file).suffix.lower().removeprefix(".") or PICTURE_FORMATS[0]
+    _, dot, ending = Path(file).name.rpartition(".")  # also of a name that is nothing else, such as ".pdf"
+    suffix = ending.lower() if dot else PICTURE_FORMATS[0]
     if suffix not in PICTURE_FORMATS:
         endings = ", ".join(f".{name}" for name in PICTURE_FORMATS)
         raise ValueError(f"a picture must end in one of {endings}, got '{file}'")

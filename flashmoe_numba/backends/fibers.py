@@ -21,7 +21,7 @@ from .host import HostMemory
 
 
 class FiberBackend(HostMemory):
-    """Every call runs under a scheduler with the next seed.
+    """Every call runs under a scheduler with the next seed, in the caller's thread, and rounds as that does.
 
     Args:
         seed: of the first call.
@@ -33,6 +33,8 @@ class FiberBackend(HostMemory):
         seed = check_seed(seed)
         if isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1:
             raise ValueError(f"lanes must be an integer of at least 1, got {lanes!r}")
+        if isinstance(preempt, bool) or not isinstance(preempt, (int, float)):
+            raise TypeError(f"preempt must be a number, got {preempt!r}")
         if not 0 <= preempt <= 1:
             raise ValueError(f"preempt must be in [0, 1], got {preempt!r}")
         self.seed, self.lanes, self.preempt = seed, lanes, preempt

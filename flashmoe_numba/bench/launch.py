@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import shared_memory
-from ..mpi_environment import RANK_VARIABLES, find_mpirun, rank_variable
+from ..mpi_environment import RANK_VARIABLES, find_mpirun, has_launcher, rank_variable
 
 COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # not in the guards' arguments, so that these do not look like ranks
 TERMINAL_VARIABLE = "FLASHMOE_TERMINAL"  # stderr of a rank is a pipe; this says that it ends at a terminal
-BEGUN_VARIABLE = "FLASHMOE_BEGUN"  # a file into which each guard writes a letter, and each rank once MPI has begun
+BEGUN_VARIABLE = "FLASHMOE_BEGUN"  # a file into which each guard writes a letter, and each rank once all have begun
 GUARD = """trap '' INT
 [ -z "$FLASHMOE_BEGUN" ] || printf g >> "$FLASHMOE_BEGUN"
 eval "$FLASHMOE_RANK_COMMAND"
@@ -44,7 +44,7 @@ fi
 exit $code"""
 STARTUP_BYTES = 1_100_000  # of mpich's own there, for each rank
 STOP_PATIENCE_S = 1.5
-START_PATIENCE_S = 120.0  # with no further rank: many on few cores import Numba, maybe from a slow disk
+START_PATIENCE_S = 120.0  # with no further rank, for each 64 of them: on few cores all import Numba first
 START_NAP_S = 0.02
 START_HERE = {"HYDRA_LAUNCHER": "fork", "HYDRA_RMK": "user"}  # mpich's; by Slurm's variables it would wait for srun
 ELSEWHERE = ("HYDRA_HOST_FILE", "HYDRA_LAUNCHER_AUTOFORK", "HYDRA_LAUNCHER_EXTRA_ARGS")
@@ -57,8 +57,8 @@ def inside_mpirun() -> bool:
 
 
 def is_first_rank() -> bool:
-    """Is this rank 0, or no rank at all?"""
-    return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
+    """Is this rank 0, or no rank of a launcher? Who only seems to be another one must not be silent."""
+    return not has_launcher() or all((os.environ.get(name) or "0") == "0" for name in RANK_VARIABLES)
 
 
 def start(num_ranks: int, command: list[str], deadline_s: float) -> int:
@@ -90,20 +90,21 @@ def start(num_ranks: int, command: list[str], deadline_s: float) -> int:
 
 def _wait_for_ranks(process: subprocess.Popen[bytes], mpirun: str, begun: Path, num_ranks: int) -> None:
     """Until MPI has begun in all ranks, or mpirun is over; as long as further ones come."""
+    patience_s = START_PATIENCE_S * -(-num_ranks // 64)
     seen, since = "", time.monotonic()
     while process.poll() is None and seen.count("r") < num_ranks:
         letters = begun.read_text()
         if letters != seen:
             seen, since = letters, time.monotonic()
-        elif time.monotonic() - since > START_PATIENCE_S:
+        elif time.monotonic() - since > patience_s:
             far = f"{seen.count('g')} of {num_ranks} ranks started, MPI began in {seen.count('r')}"
             cure = "see what `flashmoe doctor` says of mpirun, or run all ranks in one process with --threads"
-            raise TimeoutError(f"{mpirun} was ended: {far}, and no more for {START_PATIENCE_S:g} s: {cure}")
+            raise TimeoutError(f"{mpirun} was ended: {far}, and no more for {patience_s:g} s: {cure}")
         time.sleep(START_NAP_S)
 
 
 def tell_begun() -> None:
-    """MPI has begun in this rank: tell whoever has started it."""
+    """MPI has begun in all ranks: tell whoever has started this one."""
     name = os.environ.pop(BEGUN_VARIABLE, None)
     if name:
         with contextlib.suppress(OSError), open(name, "a") as begun:
@@ -153,7 +154,7 @@ def _guard(deadline_s: float) -> list[str]:
 
 
 def shared_memory_for(num_ranks: int, segment_bytes: int) -> AbstractContextManager[None]:
-    """While it lasts the ranks' segments have their place. MPI never looks, and ranks would die as they touch it.
+    """While it lasts the ranks' segments have their place. The system never looks, and ranks would die as they touch it.
 
     Raises:
         Shortage: naming what is needed and what there is.

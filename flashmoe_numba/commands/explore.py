@@ -25,7 +25,7 @@ from sim.pools import Pool
 
 from ..bench import launch
 from ..explore.choice_tree import COMPLETE, REDUNDANT, UNFINISHED
-from ..explore.exhaustive import EXHAUSTIVE, explore_all
+from ..explore.exhaustive import EXHAUSTIVE, check_search, explore_all
 from ..explore.plants import PLANTS
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore, search_of
 from ..explore.spec import Lost, WorldSpec
@@ -186,7 +186,18 @@ def make_searches(args: argparse.Namespace) -> dict[str, Search]:
         _check_exhaustive(args)
     weak = args.strategy != EXHAUSTIVE if args.weak is None else args.weak
     how = dict(strategy=args.strategy, depth=args.depth, plant=args.plant, weak=weak)
-    return {name: Search(spec=spec, **how) for name, spec in _specs(args).items()}
+    searches = {name: Search(spec=spec, **how) for name, spec in _specs(args).items()}
+    if args.strategy == EXHAUSTIVE:
+        _check_worlds(searches)
+    return searches
+
+
+def _check_worlds(searches: dict[str, Search]) -> None:
+    for name, search in searches.items():
+        try:
+            check_search(search)
+        except ValueError as error:
+            raise UsageError(f"argument --world: {name!r}: {error}") from None
 
 
 def _specs(args: argparse.Namespace) -> dict[str, WorldSpec]:

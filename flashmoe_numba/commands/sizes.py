@@ -126,6 +126,8 @@ def check_outputs(paths: dict[str, str | None]) -> None:
         if flag == "--plot":
             _check_picture(path)
         if path != "-":
+            if path.endswith(os.sep):
+                raise UsageError(f"argument {flag}: must be a file, got the folder {path!r}")
             _check_writable(flag, path)
 
 

@@ -60,9 +60,7 @@ WORLDS: dict[str, WorldSpec] = {
         lost=(Lost(1, 1),),
         deadline=240,
     ),
-    "short of time": WorldSpec(
-        config=MoEConfig(**TINY | dict(num_topk=1)), num_processors=1, epochs=2, data_seed=8, deadline=150
-    ),
+    "short of time": WorldSpec(config=MoEConfig(**TINY), lanes=2, epochs=2, deadline=100),
     "grid": WorldSpec(
         config=MoEConfig(**TINY | dict(num_tokens=3, num_experts=2, num_topk=1)), lanes=3, epochs=2, grid=True
     ),

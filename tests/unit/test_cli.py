@@ -81,8 +81,18 @@ def test_an_unknown_command_lists_those_there_are(capsys, argv):
 
 def test_ranks_other_than_the_first_are_silent_about_bad_flags(capsys, monkeypatch):
     monkeypatch.setenv("PMI_RANK", "3")
+    monkeypatch.setenv("PMI_FD", "4")
     assert cli.main(["run", "--tokens", "0"]) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("name", "value"), [("PMI_RANK", "3"), ("PMIX_RANK", "1"), ("PMI_RANK", "")])
+def test_who_only_seems_to_be_another_rank_is_not_silent(capsys, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert cli.main(["plan", "--tokens", "0"]) == 2
+    assert capsys.readouterr().err.startswith("flashmoe plan: error: argument --tokens: ")
+    assert cli.main(["explore", "--world", "alone", "--strategy", "exhaustive", "--seeds", "1", "--no-ties"]) == 0
+    assert "1 runs in" in capsys.readouterr().out
 
 
 def test_without_mpirun_the_error_names_the_cure(capsys, monkeypatch, tmp_path):

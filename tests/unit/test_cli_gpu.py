@@ -5,6 +5,7 @@ import ctypes.util
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -327,6 +328,17 @@ def test_doctor_as_lines(capsys):
     assert any(re.match(r"ok +numba +\d", line) for line in lines)
     assert all(re.match(r"(ok|warn|no) +\S|$|  ", line) for line in lines[1:])
     assert any(re.match(r"ok +cpu ", line) for line in lines)
+
+
+def test_doctor_works_without_numba(monkeypatch):
+    found = health.check_package
+
+    def without(name, *rest):
+        return replace(found(name, *rest), status=NO) if name == "numba" else found(name, *rest)
+
+    monkeypatch.setattr(health, "check_package", without)
+    monkeypatch.setattr(health, "compiler_is_off", lambda: pytest.fail("numba was asked"))
+    assert not health.can_run(list(health.check_host()), "cpu")
 
 
 def test_doctor_says_what_a_cpu_layer_lacks(capsys, monkeypatch):

@@ -49,37 +49,40 @@ def test_ranks_start_here_whatever_a_batch_system_says(monkeypatch, tmp_path, va
     assert sorted(ranks.read_text().split()) == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize(("script", "far"), [
-    ("exec sleep 100", "0 of 3 ranks started, MPI began in 0, and no more for 0.1 s"),
-    ('printf gg >> "$FLASHMOE_BEGUN"; exec sleep 100', "2 of 3 ranks started, MPI began in 0"),
-    ('printf gggr >> "$FLASHMOE_BEGUN"; exec sleep 100', "3 of 3 ranks started, MPI began in 1"),
+def popen_of(letters, command, started):
+    """A Popen whose ranks have written these letters when it returns, and which runs this command."""
+    popen = subprocess.Popen
+
+    def start(_, **settings):
+        Path(settings["env"][launch.BEGUN_VARIABLE]).write_text(letters)
+        started.append(popen(command, **settings))
+        return started[-1]
+
+    return start
+
+
+@pytest.mark.parametrize(("letters", "far"), [
+    ("", "0 of 3 ranks started, MPI began in 0, and no more for 0.1 s"),
+    ("gg", "2 of 3 ranks started, MPI began in 0"),
+    ("gggr", "3 of 3 ranks started, MPI began in 1"),
 ])  # fmt: skip
-def test_ranks_that_do_not_begin_are_ended(monkeypatch, tmp_path, capsys, script, far):
-    mpirun, pid = tmp_path / "mpirun", tmp_path / "pid"
-    mpirun.write_text(f"#!/bin/sh\necho $$ > {pid}\n{script}\n")
-    mpirun.chmod(0o755)
+def test_ranks_that_do_not_begin_are_ended(monkeypatch, capsys, letters, far):
+    started = []
     monkeypatch.setattr(launch, "START_PATIENCE_S", 0.1)
-    monkeypatch.setattr(launch, "find_mpirun", lambda: str(mpirun))
+    monkeypatch.setattr(launch, "find_mpirun", lambda: "/some/mpirun")
+    monkeypatch.setattr(launch.subprocess, "Popen", popen_of(letters, ["sleep", "100"], started))
     assert cli.main(["run", "--preset", "laptop-tiny", "--ranks", "3", "--experts", "3"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"flashmoe run: error: {mpirun} was ended: {far}")
+    assert error.startswith(f"flashmoe run: error: /some/mpirun was ended: {far}")
     assert error.count("\n") == 1
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    assert [process.poll() for process in started] != [None]
 
 
 def test_what_has_begun_is_waited_for_however_long_it_takes(monkeypatch):
     monkeypatch.setattr(launch, "START_PATIENCE_S", 0.05)
-    command = ["sh", "-c", 'printf grgr >> "$FLASHMOE_BEGUN"; sleep 0.2; exit 7']
-    monkeypatch.setattr(launch, "find_mpirun", lambda: "/usr/bin/env")
-    monkeypatch.setattr(launch, "_guard", lambda deadline_s: command)
-    monkeypatch.setattr(launch.subprocess, "Popen", _without_flags(subprocess.Popen))
+    monkeypatch.setattr(launch, "find_mpirun", lambda: "/some/mpirun")
+    monkeypatch.setattr(launch.subprocess, "Popen", popen_of("grgr", ["sh", "-c", "sleep 0.2; exit 7"], []))
     assert launch.start(2, [], 1.0) == 7
-
-
-def _without_flags(popen):
-    """`mpirun -n 2 command` as `command`."""
-    return lambda arguments, **settings: popen(arguments[3:], **settings)
 
 
 def test_a_rank_tells_when_mpi_has_begun(monkeypatch, tmp_path):

@@ -26,6 +26,8 @@ def outside_mpirun(monkeypatch):
     ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPICH", None),
     ({"OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}, "MPICH", "OMPI_COMM_WORLD_RANK"),
     ({"OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}, "Open MPI", None),
+    ({"PMIX_RANK": "0"}, "MPICH", "PMIX_RANK"),
+    ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "1"}, "MPICH", None),
     ({"PMI_FD": "987"}, "MPICH", "PMI_FD"),  # not open
     ({"PMI_FD": "nonsense"}, "MPICH", "PMI_FD"),
     ({"PMI_FD": "99999999999999999999"}, "MPICH", "PMI_FD"),

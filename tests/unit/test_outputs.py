@@ -15,7 +15,9 @@ from sim.charts import blank, save
 BEGINNINGS = {"png": b"\x89PNG", "pdf": b"%PDF-", "svg": b"<?xml"}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.png", "png"), ("a.pdf", "pdf"), ("b.c.SVG", "svg"), ("a", "png")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.png", "png"), ("a.pdf", "pdf"), ("b.c.SVG", "svg"), (".pdf", "pdf"), ("a", "png")]
+)
 def test_a_picture_is_what_its_name_says(tmp_path, name, kind):
     plot_timeline([], 1, tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(BEGINNINGS[kind])
@@ -104,3 +106,5 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"argument --json: cannot write .*/file/a.json'"):
         check_outputs({"--json": str(tmp_path / "file" / "a.json")})
+    with pytest.raises(UsageError, match="argument --trace: must be a file, got the folder"):
+        check_outputs({"--trace": f"{tmp_path}/folder/"})

@@ -51,13 +51,15 @@ def left(folder):
     return bisect.bisect_left(range(65), True, key=lambda mib: shortage(mib * MIB, *HERE, folder) is not None) - 1
 
 
-def test_what_is_claimed_and_not_touched_is_not_left(folder):
+def test_what_is_claimed_and_not_touched_is_not_left(folder, tmp_path):
     assert left(folder) == 64
     (folder / "named").write_bytes(b"1" * MIB)
     os.truncate(folder / "named", 8 * MIB)
     with file_of(folder, 20 * MIB, touched=5 * MIB) as file:
         assert untouched_bytes(folder) == (7 + 15) * MIB
         assert left(folder) == 64 - 8 - 20
+        (tmp_path / "link").symlink_to(folder)
+        assert left(tmp_path / "link") == 64 - 8 - 20
         with open(f"/proc/self/fd/{file.fileno()}", "rb"):  # the same file twice
             assert left(folder) == 64 - 8 - 20
         file.write(b"1" * 15 * MIB)  # it takes what it has claimed
@@ -153,9 +155,14 @@ def test_what_a_launcher_keeps_is_for_its_ranks_only(folder, monkeypatch):
 def test_a_path_that_is_no_claim_any_more_is_left_alone(folder, monkeypatch, tmp_path):
     (tmp_path / "mine").write_text("precious")
     (folder / "mine").write_text("precious")
-    with file_of(tmp_path, 0, touched=8) as unnamed, file_of(folder, 0) as segments:
-        paths = [tmp_path / "mine", folder / "mine", Path(f"/proc/self/fd/{unnamed.fileno()}")]
+    with (
+        file_of(tmp_path, 0, touched=8) as unnamed,
+        file_of(folder, 0, touched=8) as others,
+        file_of(folder, 0) as segments,
+    ):
+        unnamed_paths = [Path(f"/proc/self/fd/{file.fileno()}") for file in (unnamed, others)]
+        paths = [tmp_path / "mine", folder / "mine", *unnamed_paths]
         for path in paths:
             monkeypatch.setenv(shared_memory.CLAIM_VARIABLE, str(path))
             assert claim(segments.fileno(), MIB, *HERE, folder) is None
-        assert [path.stat().st_size for path in paths] == [8, 8, 8]
+        assert [path.stat().st_size for path in paths] == [8] * 4

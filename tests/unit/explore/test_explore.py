@@ -220,6 +220,10 @@ def test_a_deadlock_names_flag_value_and_what_is_wanted(capsys):
         ),
         (["--seeds", "9" * 30], f"argument --seeds: must be at most 1000000, got {'9' * 30}"),
         (["--strategy", "exhaustive", "--jobs", "2"], "argument --jobs: not with --strategy exhaustive"),
+        (
+            ["--strategy", "exhaustive", "--world", "grid"],
+            "argument --world: 'grid': exhaustive search needs grid=False, got True",
+        ),
         (["--strategy", "exhaustive", "--weak"], "argument --weak: not with --strategy exhaustive"),
         (
             ["--world", "8"],

@@ -204,3 +204,16 @@ def test_a_layer_refuses_the_call_that_flags_cannot_count():
         for _ in range(2):
             with pytest.raises(FlashMoEError, match="at most 2147483647 calls"):
                 layer(x)
+
+
+@pytest.mark.timeout(30)  # else it would wait for itself
+def test_close_inside_a_call_is_refused_and_ends_the_call(monkeypatch):
+    """A signal handler runs in the thread that calls."""
+    config = tiny_config(num_ranks=1)
+    layer = FlashMoE(config, Weights.random(config), backend="fibers")
+    monkeypatch.setattr(layer._backend, "run", lambda *_: layer.close())
+    with pytest.raises(FlashMoEError, match=r"close\(\) was called inside a call of this layer"):
+        layer(random_tokens(config, [3]))
+    with pytest.raises(FlashMoEError, match="this layer is closed: its last call was interrupted by FlashMoEError"):
+        layer(random_tokens(config, [3]))
+    layer.close()
