@@ -154,7 +154,7 @@ def _guard(deadline_s: float) -> list[str]:
 
 
 def shared_memory_for(num_ranks: int, segment_bytes: int) -> AbstractContextManager[None]:
-    """While it lasts the ranks' segments have their place. The system never looks, and ranks would die as they touch it.
+    """While it lasts the ranks' segments have their place. The system never looks, and ranks would die at a touch.
 
     Raises:
         Shortage: naming what is needed and what there is.
