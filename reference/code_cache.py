@@ -86,8 +86,9 @@ class CodeCache:
 
 
 def compiler_is_off() -> bool:
-    """Does a setting (NUMBA_DISABLE_JIT) keep Numba from compiling anything?"""
-    return bool(_numba("config").DISABLE_JIT)
+    """Does a setting (NUMBA_DISABLE_JIT) keep Numba from compiling anything? Known without importing it."""
+    config = sys.modules.get("numba.core.config")
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0") if config is None else bool(config.DISABLE_JIT)
 
 
 def _numba(module: str) -> Any:

@@ -59,6 +59,8 @@ def test_worlds_are_what_their_names_say(matrix):
     heights = {packet_tile_height(rows, tall.config) for packets in packets_of(tall) for rows in packets.sent}
     assert heights >= {tall.config.tile_m_min, tall.config.tile_m}
     assert any(rows > tall.config.tile_m for packets in packets_of(tall) for rows in packets.sent)
+    best = np.concatenate([routing.topk_idx[:, 0] for routing in drops.calls()[2][1]])
+    assert len(np.unique(best[best >= 0])) == 1, "all tokens of a call go to one expert"
     counts = [[len(part) for part in x] for x, _ in found["far ahead"].calls()[1:]]
     assert any(0 in count and any(count) for count in counts)
     twins = found["alone"].weights().router
