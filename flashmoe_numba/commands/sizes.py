@@ -127,7 +127,7 @@ def check_outputs(paths: dict[str, str | None]) -> None:
             _check_picture(path)
         if path != "-":
             if path.endswith(os.sep):
-                raise UsageError(f"argument {flag}: must be a file, got the folder {path!r}")
+                raise UsageError(f"argument {flag}: cannot write {path!r}: it names a folder")
             _check_writable(flag, path)
 
 

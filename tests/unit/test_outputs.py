@@ -106,5 +106,5 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"argument --json: cannot write .*/file/a.json'"):
         check_outputs({"--json": str(tmp_path / "file" / "a.json")})
-    with pytest.raises(UsageError, match="argument --trace: must be a file, got the folder"):
+    with pytest.raises(UsageError, match=r"argument --trace: cannot write .*/folder/': it names a folder"):
         check_outputs({"--trace": f"{tmp_path}/folder/"})
