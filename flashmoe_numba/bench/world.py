@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ..arguments import SETUP_DEADLINE_S
 from ..errors import FlashMoEError
 from ..heap.meeting import unlink_startup_segment
 from ..mpi_environment import begin_mpi
@@ -26,7 +27,6 @@ from .launch import TERMINAL_VARIABLE, answer_ctrl_c, tell_begun
 MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank, on a cache line of its own
 LINE_WORDS = 8
 GAVE_UP, FAILED = 1, 2  # values of LEFT: another rank is to blame, or this one
-SETUP_DEADLINE_S = 600.0  # one rank may compile the kernel while the others wait
 SPINS = 20
 NAP_S = 5e-4
 HEADSTART_NS = 2_000_000  # from the last arrival at a meeting to the common start: several naps
