@@ -19,8 +19,8 @@ from common import Row, parser_of, show, store
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.bench.check import check_layer
-from flashmoe_numba.bench.launch import guard_this_rank, inside_mpirun, start
-from flashmoe_numba.bench.world import LocalWorld, MpiWorld
+from flashmoe_numba.processes.launch import guard_this_rank, inside_mpirun, start
+from flashmoe_numba.processes.together import LocalWorld, MpiWorld
 from reference import MoEConfig, Routing, TiledLayer, Weights, Workload, make_workload
 
 RANKS = (1, 2, 4, 8)

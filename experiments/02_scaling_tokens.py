@@ -19,8 +19,8 @@ from common import Row, parser_of, show, store
 from threadpoolctl import ThreadpoolController
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.arguments import default_processors
 from flashmoe_numba.bench.yardstick import Yardstick, expert_flops
+from flashmoe_numba.processes.cores import default_processors
 from reference import MoEConfig, Weights, load_preset, make_workload
 
 SETTLE_S = 0.15  # see flashmoe_numba/bench/measure.py

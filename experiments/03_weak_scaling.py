@@ -18,7 +18,7 @@ from statistics import median
 
 from common import Row, parser_of, show, store
 
-from flashmoe_numba.cores import count_cores
+from flashmoe_numba.processes.cores import count_cores
 
 RANKS = (1, 2, 4, 8)
 COLUMNS = {

@@ -24,12 +24,13 @@ import simpy
 from common import Row, parser_of, show, store
 
 from reference import MoEConfig
-from sim import engine, fast, make_routing, precision
-from sim.graph import NONE, GraphBuilder, TaskGraph
-from sim.hardware import load_hardware
-from sim.kinds import GEMM0, GEMM1
+from sim import make_routing, precision
+from sim.engine import compiled, plain
+from sim.engine.graph import NONE, GraphBuilder, TaskGraph
+from sim.engine.kinds import GEMM0, GEMM1
 from sim.policies import build
-from sim.world import World
+from sim.world.hardware import load_hardware
+from sim.world.world import World
 
 COLUMNS = {"graph": "", "engine": "", "tasks": ",d", "seconds": ".3f", "mtasks_per_s": ".3f", "times_simpy": ".1f",
            "makespan_us": ",.1f"}  # fmt: skip
@@ -84,12 +85,12 @@ def policy_graph(policy: str, tokens: int) -> TaskGraph:
 def compare(name: str, graph: TaskGraph, repeats: int, with_simpy: bool = True) -> list[Row]:
     """A row per engine."""
     engines: dict[str, Callable[[TaskGraph], float]] = {
-        "compiled": lambda graph: fast.run(graph).makespan_ns,
-        "pure": lambda graph: engine.run(graph).makespan_ns,
+        "compiled": lambda graph: compiled.run(graph).makespan_ns,
+        "pure": lambda graph: plain.run(graph).makespan_ns,
     }
     if with_simpy:
         engines["simpy"] = run_simpy
-    fast.run(graph)  # compiles
+    compiled.run(graph)  # compiles
     times: dict[str, list[float]] = {key: [] for key in engines}
     makespan = {}
     for _ in range(repeats):

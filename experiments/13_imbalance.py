@@ -8,8 +8,8 @@ Expected: with one rank nearly twice as busy as the mean, latency is half as muc
           do not have that. That is checked.
 
 `blocks` is the usual placement, expert i on rank i // experts per rank; `placed` moves experts by their load
-(`sim.placement`); `+N` adds N copies of busy ones, over all ranks. Placement knows the load of the very batch; a real
-one knows those of earlier batches. Equal terms (see sim_common). `packed` is FlashMoE with tiles over all sources.
+(`sim.world.placement`); `+N` adds N copies of busy ones, over all ranks. Placement knows the load of the very batch; a
+real one knows those of earlier batches. Equal terms (see sim_common). `packed` is FlashMoE with tiles over all sources.
 """
 
 from __future__ import annotations

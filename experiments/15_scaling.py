@@ -20,9 +20,10 @@ import time
 from common import Row, parser_of, show, store
 from sim_common import PRECISION, RATE, heading
 
-from sim import MoEConfig, World, fast, load_hardware, make_knobs, make_routing, precision
-from sim.graph import GraphBuilder
-from sim.kinds import GEMM0
+from sim import MoEConfig, World, load_hardware, make_knobs, make_routing, precision
+from sim.engine import compiled
+from sim.engine.graph import GraphBuilder
+from sim.engine.kinds import GEMM0
 from sim.policies import build
 
 TOKENS, GPUS_PER_NODE = 1024, 8
@@ -38,7 +39,7 @@ def main() -> int:
     parser.add_argument("--packing", default="per_source", choices=("per_source", "per_expert"), help="[per_source]")
     args = parser.parse_args()
     sizes = [8, 64] if args.smoke else sorted(map(int, args.gpus.split(",")))
-    fast.run(GraphBuilder().build())  # compiles
+    compiled.run(GraphBuilder().build())  # compiles
     rows = []
     for gpus in sizes:
         rows.append(measure(gpus, 128 if args.smoke else TOKENS, args.packing))
@@ -58,7 +59,7 @@ def measure(gpus: int, tokens: int, packing: str) -> Row:
     routed = time.perf_counter()
     graph = build("flashmoe", world, make_knobs("flashmoe", {"packing": packing, "rate": RATE}))
     built = time.perf_counter()
-    timeline = fast.run(graph, keep_runs=False)
+    timeline = compiled.run(graph, keep_runs=False)
     ran = time.perf_counter()
     return {
         "gpus": gpus, "experts": config.num_experts, "tokens": tokens, "packing": packing, "simulated": True,

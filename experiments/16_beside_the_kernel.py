@@ -39,10 +39,10 @@ from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands.calibrate import hardware_of, knobs_of, lines, settings_from
 from flashmoe_numba.commands.knobs import knobs_from
 from flashmoe_numba.commands.sizes import integer
-from flashmoe_numba.trace import TRACE_KIND_NAMES, TraceRecord, decode, write_chrome_trace
+from flashmoe_numba.seeing.trace import TRACE_KIND_NAMES, TraceRecord, decode, write_chrome_trace
 from reference import DTYPES, MoEConfig, Weights, make_workload
-from sim.kinds import JOIN, KIND_NAMES
-from sim.routing import blocked_owner
+from sim.engine.kinds import JOIN, KIND_NAMES
+from sim.world.routing import blocked_owner
 
 KINDS = ("GATE", "DISPATCH", "GEMM0", "GEMM1", "COMBINE")
 

@@ -32,10 +32,10 @@ from gpu_common import (
     to_gpu,
 )
 
-from flashmoe_numba.bench.launch import guard_this_rank, inside_mpirun, start
-from flashmoe_numba.bench.world import MpiWorld
 from flashmoe_numba.commands import UsageError
-from flashmoe_numba.trace import TraceRecord, decode
+from flashmoe_numba.processes.launch import guard_this_rank, inside_mpirun, start
+from flashmoe_numba.processes.together import MpiWorld
+from flashmoe_numba.seeing.trace import TraceRecord, decode
 from reference import COMBINE, DISPATCH, MoEConfig, Weights
 
 DEADLINE_S = 60.0

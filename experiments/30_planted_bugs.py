@@ -18,10 +18,10 @@ import numpy as np
 from common import Row, parser_of, show, store
 
 from flashmoe_numba.commands.explore import SEEDS
+from flashmoe_numba.explore.choose.strategies import STRATEGIES
 from flashmoe_numba.explore.hunt import find, searches
 from flashmoe_numba.explore.plants import PLANTS
 from flashmoe_numba.explore.search import search_of
-from flashmoe_numba.explore.strategies import STRATEGIES
 from flashmoe_numba.explore.worlds import WORLDS
 
 NUM_SEEDS = 60

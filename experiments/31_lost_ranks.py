@@ -36,7 +36,7 @@ from lost.memory import PLACES
 from lost.verdict import Verdict
 from lost.world import make_world
 
-from flashmoe_numba.cores import count_cores
+from flashmoe_numba.processes.cores import count_cores
 
 RANKS = (2, 3, 4)
 COLUMNS = {"fault": "", "runs": "d", "right": "d", "named": "d", "other": "d", "over_ms": "", "problems": "d"}

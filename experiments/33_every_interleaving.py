@@ -18,7 +18,7 @@ from itertools import islice
 from common import Row, parser_of, show, store
 from explore_common import search_of
 
-from flashmoe_numba.explore.choice_tree import COMPLETE
+from flashmoe_numba.explore.choose.choice_tree import COMPLETE
 from flashmoe_numba.explore.exhaustive import explore_all
 
 WORLDS = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import FlashMoEError
-    from .layer import FlashMoE
+    from .layer.layer import FlashMoE
 
     __version__: str
 
@@ -16,7 +16,7 @@ __all__ = ["FlashMoE", "FlashMoEError", "__version__"]
 def __getattr__(name: str) -> Any:
     """Import the layer, and with it Numba, only when it is asked for."""
     if name == "FlashMoE":
-        from .layer import FlashMoE
+        from .layer.layer import FlashMoE
 
         return FlashMoE
     if name == "FlashMoEError":
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return FlashMoEError
     if name == "__version__":
-        from .version import version
+        from .commands.version import version
 
         return version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from .bench.launch import is_first_rank
 from .commands import UsageError
+from .processes.launch import is_first_rank
 
 COMMANDS = {
     "run": "run one layer on this machine, check it against the reference, and time it beside BLAS",
@@ -44,7 +44,7 @@ class _Version(argparse.Action):
     """Says the version, which is looked up only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from .version import version
+        from .commands.version import version
 
         print(f"{parser.prog} {version()}")
         parser.exit()

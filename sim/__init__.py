@@ -9,24 +9,24 @@
     )
     sim.report(sim.simulate("flashmoe", world)).latency_us
 
-Importing it needs NumPy only; the compiled engine (`sim.fast`) needs Numba, the pictures matplotlib.
+Importing it needs NumPy only; the compiled engine (`sim.engine.compiled`) needs Numba, the pictures matplotlib.
 """
 
 from reference import MoEConfig, load_preset
 
-from .hardware import Hardware, hardware_names, load_hardware
-from .placement import balance
-from .plots import plot_timeline
+from .drafting.knobs import PolicyKnobs
+from .engine.timeline import DeadlockError, Timeline
 from .policies import POLICY_NAMES, make_knobs
-from .policies.knobs import PolicyKnobs
-from .precision import PRECISIONS, Precision, precision
-from .report import IDLE_CAUSES, Report, report
-from .rounding import round_tokens
-from .routing import ROUTING_NAMES, SimRouting, make_routing
-from .simulate import Simulation, simulate
-from .timeline import DeadlockError, Timeline
-from .trace import write_chrome_trace
-from .world import World
+from .reading.plots import plot_timeline
+from .reading.report import IDLE_CAUSES, Report, report
+from .reading.trace import write_chrome_trace
+from .simulation import Simulation, simulate
+from .world.hardware import Hardware, hardware_names, load_hardware
+from .world.placement import balance
+from .world.precision import PRECISIONS, Precision, precision
+from .world.rounding import round_tokens
+from .world.routing import ROUTING_NAMES, SimRouting, make_routing
+from .world.world import World
 
 __all__ = [
     "IDLE_CAUSES",

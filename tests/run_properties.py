@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 from cases import assert_equals_oracle, assert_same_bits
 
-from flashmoe_numba.explore.cells import COUNTERS
+from flashmoe_numba.explore.run.cells import COUNTERS
 from flashmoe_numba.kernel.queue import COUNTER_STRIDE, NUM_COUNTERS
 from flashmoe_numba.kernel.signals import PROGRESS
 from reference import GATE, make_plan, num_row_blocks, tile_height

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashmoe_numba.explore.memory import STORES
+from flashmoe_numba.explore.run.memory import STORES
 from flashmoe_numba.explore.search import Explorer
 from flashmoe_numba.kernel.queue import TASK_WORDS
 from reference import make_packets, tile_height

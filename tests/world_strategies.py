@@ -7,9 +7,9 @@ what Hypothesis shrinks to can be copied into a test.
 from hypothesis import strategies as st
 from worlds import configs
 
+from flashmoe_numba.explore.choose.strategies import STRATEGIES
+from flashmoe_numba.explore.run.spec import GivenCall, WorldSpec
 from flashmoe_numba.explore.search import Search
-from flashmoe_numba.explore.spec import GivenCall, WorldSpec
-from flashmoe_numba.explore.strategies import STRATEGIES
 from reference import MoEConfig
 
 TINY = dict(

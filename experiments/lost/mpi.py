@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe_numba.bench import launch
+from flashmoe_numba.processes import launch
 
 from .verdict import Verdict, named_ranks
 
 FAULTS = {"mpirun-kill": signal.SIGKILL, "mpirun-stop": signal.SIGSTOP}
 RANKS, DEADLINE_S, START_LIMIT_S = (2, 4), 1.0, 60.0
-END_LIMIT_S = 30.0  # beyond the deadline there are last words and guards (bench/launch.py), on a machine that is busy
+END_LIMIT_S = 30.0  # beyond the deadline there are last words and guards (processes/launch.py), on a busy machine
 SIZES = ["--tokens", "512", "--hidden", "64", "--ffn", "128", "--experts", "8", "--iterations", "1000000"]
 MARK = "FLASHMOE_LOST_RUN"  # in the environment of all that belongs to a run
 MEETING = re.compile(

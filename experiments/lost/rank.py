@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba import layer as layer_module
 from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.heap.threads import ThreadHeap
 from flashmoe_numba.kernel import signals as s
+from flashmoe_numba.layer import layer as layer_module
 
 from . import memory as m
 from .memory import Memory

@@ -16,9 +16,9 @@ import numpy as np
 
 from reference import MoEConfig
 
+from ..build.variants import Variant, architecture_of, choose_variant
 from ..device.records import record_words
 from ..gpu.arrays import GpuTokens, check_gpu_tokens, current_stream, empty_like, stack
-from ..gpu.variants import Variant, architecture_of, choose_variant
 from ..kernel.grid import HEADER_WORDS, Record
 from ..kernel.signals import (
     ABORT,
@@ -33,7 +33,7 @@ from ..kernel.signals import (
     RECORD_ROLE,
 )
 from ..kernel.state import Problem, Segments
-from ..ownership import Owned
+from ..processes.ownership import Owned
 from ..tile_gemm import as_matrices
 from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, tma_matrices
 from ..tile_gemm.matrices import MAX_TILE_COLUMNS, PASS_ROWS, SUMS_STRIDE, scratch_elements
@@ -82,7 +82,7 @@ class CudaBackend(Owned):
 
     def load(self, folder: Path) -> None:
         """Build the kernel or find it in `folder`, and load it."""
-        from ..gpu.build import build
+        from ..build.build import build
 
         kernel = build(self.variant, folder)
         self._function = self.gpu.load(kernel.path, kernel.entry, self.shared_bytes)

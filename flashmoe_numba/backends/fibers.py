@@ -13,11 +13,11 @@ from reference.arrays import check_seed
 
 from ..device.compilation import interpreted
 from ..device.fibers import Scheduler
+from ..heap.host import HostMemory
 from ..kernel.signals import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.stub import INTERPRETED_PANEL_WIDTH
-from .host import HostMemory
 
 
 class FiberBackend(HostMemory):

@@ -31,8 +31,8 @@ import numpy as np
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, MoEConfig, Weights, make_workload
 
 from ..kernel.trace import RECEIVE
-from ..layer import FlashMoE
-from ..trace import TraceRecord, decode
+from ..layer.layer import FlashMoE
+from ..seeing.trace import TraceRecord, decode
 from .measure import SETTLE_S
 from .memory import make_memory
 

@@ -17,10 +17,10 @@ from threadpoolctl import ThreadpoolController
 
 from reference import MoEConfig, Routing, Weights, Workload, make_workload
 
-from ..arguments import default_processors
-from ..layer import FlashMoE
-from ..rank import Stats
-from ..trace import filled
+from ..heap.rank import Stats
+from ..layer.layer import FlashMoE
+from ..processes.cores import default_processors
+from ..seeing.trace import filled
 from .memory import make_memory
 from .yardstick import make_yardstick
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import sim
 from reference import DTYPES
-from sim.hardware import to_toml
+from sim.world.hardware import to_toml
 
-from ..bench import launch
-from ..mpi_environment import unless_left_over
+from ..processes import launch
+from ..processes.mpi_environment import unless_left_over
 from . import UsageError
 from .sizes import check_backend_flag, check_outputs, integer
 
@@ -66,8 +66,8 @@ def main(args: argparse.Namespace) -> int:
 
 def settings_from(ranks: int, processors: int | None, backend: str, dtype: str, repeats: int) -> Settings:
     """Settings with a core for each block where there are enough; a warning on stderr where there are not."""
-    from ..arguments import default_processors
     from ..bench.calibrate import Settings
+    from ..processes.cores import default_processors
 
     if backend == "cpu":
         cores = default_processors(1)

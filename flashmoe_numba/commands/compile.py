@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from reference import DTYPES, MoEConfig
 
-from ..gpu.sass import TENSOR_LOAD, Facts, MainLoop, disassemble, failures, find_nvdisasm, read_facts
-from ..gpu.variants import ARCHITECTURES, TENSOR_DTYPES, Variant, choose_variant
+from ..build.sass import TENSOR_LOAD, Facts, MainLoop, disassemble, failures, find_nvdisasm, read_facts
+from ..build.variants import ARCHITECTURES, TENSOR_DTYPES, Variant, choose_variant
 from . import UsageError
 from .plan import readable
 from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
 
 if TYPE_CHECKING:
-    from ..gpu.build import Kernel
+    from ..build.build import Kernel
 
 DEFAULT_ARCHITECTURE = "sm_90a"
 COLUMNS = {  # of the table, with their widths
@@ -121,7 +121,7 @@ def _build(variant: Variant) -> tuple[Kernel, float | None]:
     """(the kernel, seconds that it took or None if it was in the cache)."""
     from reference.cache_folder import usable_cache_folder
 
-    from ..gpu.build import build, kept_kernels
+    from ..build.build import build, kept_kernels
 
     folder = usable_cache_folder()
     kept = set(kept_kernels(folder))

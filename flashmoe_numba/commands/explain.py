@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 
 import sim
-from sim.explain import explain, lines
-from sim.what_if import changes, gain_lines, gains
+from sim.reading.explain import explain, lines
+from sim.studies.what_if import changes, gain_lines, gains
 
 from .simulation_flags import add_simulation_arguments, ask, load_engine, simulate_asked
 from .sizes import config_from

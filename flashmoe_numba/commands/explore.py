@@ -20,17 +20,17 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from flashmoe_numba.processes.pools import Pool
 from reference import DTYPES
-from sim.pools import Pool
 
-from ..bench import launch
-from ..explore.choice_tree import COMPLETE, REDUNDANT, UNFINISHED
+from ..explore.choose.choice_tree import COMPLETE, REDUNDANT, UNFINISHED
+from ..explore.choose.strategies import STRATEGIES
 from ..explore.exhaustive import EXHAUSTIVE, check_search, explore_all
 from ..explore.plants import PLANTS
+from ..explore.run.spec import Lost, WorldSpec
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore, search_of
-from ..explore.spec import Lost, WorldSpec
-from ..explore.strategies import STRATEGIES
 from ..explore.worlds import PLAIN, WORLDS
+from ..processes import launch
 from . import UsageError
 from .failures import add_failure_arguments, describe_world, replay, shrink, tell
 from .sizes import FLAGS, add_json_argument, check_outputs, in_flags, integer, write_json

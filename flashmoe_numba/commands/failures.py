@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..device.fibers import Strategy
-from ..explore.cases import Case, load, save
-from ..explore.checks import Checker
-from ..explore.history import record
-from ..explore.reports import Report
-from ..explore.schedules import Scheduled
+from ..explore.choose.schedules import Scheduled
+from ..explore.run.checks import Checker
+from ..explore.run.reports import Report
+from ..explore.run.spec import WorldSpec
+from ..explore.run.world import World
 from ..explore.search import Explorer, Outcome, Search, watched_kernel
-from ..explore.shrink import MOST_RUNS, Shrinker
-from ..explore.spec import WorldSpec
-from ..explore.telling import Line, Teller, as_text
-from ..explore.world import World
+from ..explore.tell.cases import Case, load, save
+from ..explore.tell.history import record
+from ..explore.tell.shrink import MOST_RUNS, Shrinker
+from ..explore.tell.telling import Line, Teller, as_text
 from . import UsageError
 from .sizes import integer, write_json
 

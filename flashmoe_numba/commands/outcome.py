@@ -10,7 +10,7 @@ from reference import Weights, Workload, make_workload
 from ..bench.check import check_layer
 from ..bench.measure import Measurement, Settings
 from ..bench.report import make_report, table
-from ..trace import TraceRecord, decode, write_chrome_trace
+from ..seeing.trace import TraceRecord, decode, write_chrome_trace
 from .plan import describe
 from .sizes import write_json
 
@@ -50,6 +50,6 @@ def _write_pictures(settings: Settings, parts: Sequence[Measurement], trace: str
     if trace:
         write_chrome_trace(records, parts[0].processors, Path(trace))
     if plot:
-        from ..plots import plot_timeline
+        from ..seeing.plots import plot_timeline
 
         plot_timeline(records, parts[0].processors, Path(plot))

@@ -12,8 +12,7 @@ from typing import Any
 
 from reference import MoEConfig, Plan, make_plan
 
-from .. import shared_memory
-from ..bench import launch
+from ..processes import launch, shared_memory
 from . import UsageError
 from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
 

@@ -1,6 +1,7 @@
 """Figures of the rows of a `flashmoe sweep`: those for which the rows vary in what they need, as PNG.
 
-Nothing is simulated again, and nothing is measured: every figure says "simulated". sim/figures.py lists the kinds.
+Nothing is simulated again, and nothing is measured: every figure says "simulated". sim/studies/figures.py lists the
+kinds.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reference.pictures import PICTURE_FORMATS
-from sim.figures import draw_figures
-from sim.sweep import Row, read_rows
+from sim.studies.figures import draw_figures
+from sim.studies.sweep import Row, read_rows
 
 from . import UsageError
 from .sizes import integer, make_folder

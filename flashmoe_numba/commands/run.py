@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from reference import Layout, MoEConfig, make_workload
 
-from ..bench import launch
-from ..mpi_environment import unless_left_over
-from ..shared_memory import Shortage
+from ..processes import launch
+from ..processes.mpi_environment import unless_left_over
+from ..processes.shared_memory import Shortage
 from . import UsageError
 from .sizes import (
     add_json_argument,
@@ -31,7 +31,7 @@ from .sizes import (
 )
 
 if TYPE_CHECKING:
-    from ..bench.world import LocalWorld, MpiWorld
+    from ..processes.together import LocalWorld, MpiWorld
 
 MOST_DEADLINE_S = 86400.0
 
@@ -124,7 +124,7 @@ def _check_gpus(num_ranks: int) -> None:
 
 def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     """The config, if nothing is wrong that can be known before a rank starts."""
-    from ..arguments import MOST_PROCESSORS
+    from ..layer.arguments import MOST_PROCESSORS
 
     config = config_from(args, num_ranks)
     if (args.processors or 1) > MOST_PROCESSORS:
@@ -151,8 +151,8 @@ def _num_tokens(args: argparse.Namespace) -> int | None:
 
 def _run_here(args: argparse.Namespace, config: MoEConfig) -> int:
     """All ranks in this process."""
-    from ..bench.world import LocalWorld
     from ..errors import FlashMoEError
+    from ..processes.together import LocalWorld
 
     try:
         return _run(args, config, LocalWorld())
@@ -166,7 +166,7 @@ def _run_here(args: argparse.Namespace, config: MoEConfig) -> int:
 def _run_as_rank(args: argparse.Namespace) -> int:
     """This process is one rank of many."""
     launch.guard_this_rank(args.deadline_s)
-    from ..bench.world import MpiWorld
+    from ..processes.together import MpiWorld
 
     world = MpiWorld(args.deadline_s)
     try:

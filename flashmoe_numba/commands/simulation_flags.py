@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import sim
 from reference import MoEConfig
-from sim.rounding import WAYS
-from sim.world import check_sent_rows
+from sim.world.rounding import WAYS
+from sim.world.world import check_sent_rows
 
 from . import UsageError
 from .knobs import knobs_from
@@ -105,10 +105,10 @@ def load_engine() -> None:
     timer.daemon = True
     if sys.stderr.isatty():
         timer.start()
-    from sim import fast
-    from sim.graph import GraphBuilder
+    from sim.engine import compiled
+    from sim.engine.graph import GraphBuilder
 
-    fast.run(GraphBuilder().build())
+    compiled.run(GraphBuilder().build())
     timer.cancel()
 
 

@@ -9,11 +9,11 @@ from concurrent.futures import BrokenExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-from sim.pools import Pool, mpi_pool, process_pool
+from flashmoe_numba.processes.pools import Pool, mpi_pool, process_pool
 
-from ..bench import launch
-from ..cores import count_cores
-from ..mpi_environment import begin_mpi
+from ..processes import launch
+from ..processes.cores import count_cores
+from ..processes.mpi_environment import begin_mpi
 from . import UsageError
 from .sizes import integer
 

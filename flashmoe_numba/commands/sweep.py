@@ -1,7 +1,7 @@
 """Simulate all combinations of a grid into one file of JSON lines, on all cores or on the ranks of an mpirun.
 
-A sweep that was stopped goes on by the same command: only what is missing is run. sim/grid.py describes FILE.toml, and
-experiments/grids has examples.
+A sweep that was stopped goes on by the same command: only what is missing is run. sim/studies/grid.py describes
+FILE.toml, and experiments/grids has examples.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sim.grid import Point, load_grid
-from sim.pools import Pool
-from sim.sweep import Row, RowFile, missing, run_points
+from flashmoe_numba.processes.pools import Pool
+from sim.studies.grid import Point, load_grid
+from sim.studies.sweep import Row, RowFile, missing, run_points
 
-from ..bench import launch
+from ..processes import launch
 from . import UsageError
 from .sizes import make_folder
 from .spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped

@@ -43,7 +43,7 @@ class Fiber(greenlet):
         super().__init__(self._run, scheduler.hub)
         self.scheduler, self.block, self.lane, self.lanes, self.body = scheduler, block, lane, lanes, body
         self.name = f"{block.name} lane {lane}" if lanes > 1 else block.name
-        self.actor: Any = None  # who it is in memory that is watched (explore/memory.py)
+        self.actor: Any = None  # who it is in memory that is watched (explore/run/memory.py)
         self.polls = 0  # since the last write
         self.writes_seen = -1  # writes by anybody when the last poll began
         self.polls_in_vain = False  # known to find nothing until one of the words that it looked at is written

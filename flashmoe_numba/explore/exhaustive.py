@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 
 from ..device.fibers import Fiber, Strategy
-from .checks import Checker
-from .choice_tree import RETRY, ChoiceTree
-from .schedules import Choice, Recorded
+from .choose.choice_tree import RETRY, ChoiceTree
+from .choose.schedules import Choice, Recorded
+from .run.checks import Checker
+from .run.world import World
 from .search import Outcome, Search, watched_kernel
-from .world import World
 
 EXHAUSTIVE = "exhaustive"  # beside strategies.STRATEGIES
 

@@ -12,15 +12,15 @@ from types import ModuleType
 
 from ..device.compilation import PACKAGE, load_interpreted
 from ..device.fibers import Strategy
-from .checks import Checker
-from .choice_tree import COMPLETE
+from .choose.choice_tree import COMPLETE
+from .choose.schedules import Choice, Scheduled
+from .choose.strategies import RoundRobinStrategy, make_strategy
 from .plants import PLANTS, planted
-from .reports import Report
-from .schedules import Choice, Scheduled
-from .spec import WorldSpec
-from .strategies import RoundRobinStrategy, make_strategy
-from .watched import watch
-from .world import World
+from .run.checks import Checker
+from .run.reports import Report
+from .run.spec import WorldSpec
+from .run.watched import watch
+from .run.world import World
 
 SEEDS_PER_BATCH = 8
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from reference import MoEConfig
 
-from .spec import Lost, WorldSpec
+from .run.spec import Lost, WorldSpec
 
 TINY: dict[str, Any] = dict(
     num_ranks=2, num_tokens=4, hidden=5, ffn=3, num_experts=4, num_topk=2, gated=True, activation="silu",

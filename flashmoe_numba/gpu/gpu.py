@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ownership import Owned
+from ..processes.ownership import Owned
 from . import libcuda
 
 H2D, D2H = 1, 2  # cudaMemcpyKind

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .meeting import Meeting
+from ..processes.meeting import Meeting
 from .threads import ThreadHeap
 
 

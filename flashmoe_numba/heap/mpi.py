@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from .. import shared_memory
-from .meeting import Meeting
+from ..processes import shared_memory
+from ..processes.meeting import Meeting
 
 CURE = "use a smaller config.num_tokens, a config.capacity, close other layers, or enlarge it"
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import numpy as np
 
 from reference.layout import ALIGNMENT
 
-from ..ownership import Owned
+from ..processes.ownership import Owned
 
 
 class ThreadHeap(Owned):

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..graph import TaskGraph
-from ..world import World
-from .knobs import PolicyKnobs
+from ..drafting.knobs import PolicyKnobs
+from ..engine.graph import TaskGraph
+from ..world.world import World
 
 POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 from reference import arrays
 
-from .. import streams
-from ..blocks import blocks_per_expert
-from ..graph import Array, TaskGraph
-from ..kinds import PERMUTE
-from ..world import World
-from .common import Draft
-from .knobs import PolicyKnobs
+from ..drafting.blocks import blocks_per_expert
+from ..drafting.draft import Draft
+from ..drafting.knobs import PolicyKnobs
+from ..engine.graph import Array, TaskGraph
+from ..engine.kinds import PERMUTE
+from ..world import streams
+from ..world.world import World
 
 NUM_STAGES = 11  # kernels and collectives of `build`; the gate is one, the products and activation are three
 

@@ -23,14 +23,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..blocks import Blocks, blocks_per_expert
-from ..graph import Array, TaskGraph
-from ..hops import relay, token_copies
-from ..kinds import COMBINE, ELEMENTWISE, JOIN, SEND
-from ..routing import SimRouting
-from ..world import World
-from .common import Draft
-from .knobs import PolicyKnobs
+from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.draft import Draft
+from ..drafting.hops import relay, token_copies
+from ..drafting.knobs import PolicyKnobs
+from ..engine.graph import Array, TaskGraph
+from ..engine.kinds import COMBINE, ELEMENTWISE, JOIN, SEND
+from ..world.routing import SimRouting
+from ..world.world import World
 
 INDEX_BYTES = 4  # of a row, in the sorted order
 

@@ -2,10 +2,10 @@
 
 Normal mode: ranks exchange their counts, which the host waits for; then a dispatch kernel on `comm_sms` multiprocessors
 sends each token's row once to each rank it goes to, over NVLink, and once to each node, over the network, where a relay
-forwards it (`sim.hops`). The rows are spread out by expert, and multiplied in row blocks packed over all sources, with
-the activation between the products; the results of a token on one rank are summed, sent back the same way by a combine
-kernel, summed at the relay and at the source. With two micro-batches, communication of one runs beside the experts of
-the other, which then have `comm_sms` multiprocessors less.
+forwards it (`sim.drafting.hops`). The rows are spread out by expert, and multiplied in row blocks packed over all
+sources, with the activation between the products; the results of a token on one rank are summed, sent back the same way
+by a combine kernel, summed at the relay and at the source. With two micro-batches, communication of one runs beside the
+experts of the other, which then have `comm_sms` multiprocessors less.
 
 Low-latency mode: a row goes straight to each of its experts, and each result straight back; kernels are nodes of a CUDA
 graph, no host waits, and no multiprocessor is needed while rows are on their way (DeepEP's receiving hook), so that
@@ -26,14 +26,14 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..blocks import blocks_per_expert
-from ..graph import NONE, Array, TaskGraph
-from ..hops import make_hops
-from ..kinds import COMBINE, DISPATCH, SEND
-from ..world import World
-from .comm_sms import analytic_comm_sms
-from .common import Draft
-from .knobs import PolicyKnobs
+from ..drafting.blocks import blocks_per_expert
+from ..drafting.comm_sms import analytic_comm_sms
+from ..drafting.draft import Draft
+from ..drafting.hops import make_hops
+from ..drafting.knobs import PolicyKnobs
+from ..engine.graph import NONE, Array, TaskGraph
+from ..engine.kinds import COMBINE, DISPATCH, SEND
+from ..world.world import World
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..blocks import Blocks, blocks_per_expert
-from ..graph import Array, TaskGraph
-from ..kinds import JOIN, SEND
-from ..shadow import choose_shadows, shadowed
-from ..world import World
-from .common import Draft
-from .knobs import PolicyKnobs
+from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.draft import Draft
+from ..drafting.knobs import PolicyKnobs
+from ..drafting.shadow import choose_shadows, shadowed
+from ..engine.graph import Array, TaskGraph
+from ..engine.kinds import JOIN, SEND
+from ..world.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Knobs(PolicyKnobs):
     cut: "groups" of ranks (FasterMoE) or "rows" (Tutel).
     group_size: ranks of a group; more than there are is all of them.
     degree: parts into which "rows" cuts each packet.
-    shadow: shadow busy experts, as many as `sim.shadow` predicts to pay.
+    shadow: shadow busy experts, as many as `sim.drafting.shadow` predicts to pay.
     comm_sms: multiprocessors that send, and that products cannot have; NCCL takes 16 to 32.
     send_ns: floor of one call that sends; a step of groups makes one for each local expert.
     collective_ns: floor of the exchange of counts.

@@ -17,12 +17,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..blocks import Blocks, blocks_per_expert, blocks_per_source, ladder
-from ..graph import NONE, Array, TaskGraph
-from ..kinds import RECEIVE
-from ..world import World
-from .common import Draft
-from .knobs import PolicyKnobs
+from ..drafting.blocks import Blocks, blocks_per_expert, blocks_per_source, ladder
+from ..drafting.draft import Draft
+from ..drafting.knobs import PolicyKnobs
+from ..engine.graph import NONE, Array, TaskGraph
+from ..engine.kinds import RECEIVE
+from ..world.world import World
 
 FIRST = -1  # rows go before tiles, which wait for nothing else
 

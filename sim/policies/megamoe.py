@@ -23,12 +23,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..blocks import Blocks, blocks_per_expert
-from ..graph import Array, TaskGraph
-from ..kinds import DISPATCH, LAUNCH
-from ..world import World
-from .common import COUNT_BYTES, Draft
-from .knobs import PolicyKnobs
+from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.draft import COUNT_BYTES, Draft
+from ..drafting.knobs import PolicyKnobs
+from ..engine.graph import Array, TaskGraph
+from ..engine.kinds import DISPATCH, LAUNCH
+from ..world.world import World
 
 TILE_HEIGHTS = ((8.5, 16), (16.5, 32), (32.5, 64), (64.5, 96), (96.5, 128), (float("inf"), 192))  # up to so many rows
 SPLIT_TILE_HEIGHT = 64

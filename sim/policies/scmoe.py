@@ -22,14 +22,14 @@ import numpy as np
 
 from reference.arrays import stream
 
-from .. import streams
-from ..blocks import blocks_per_expert
-from ..graph import Array, TaskGraph
-from ..kinds import DENSE
-from ..routing import SimRouting
-from ..world import World
-from .common import Draft
-from .knobs import PolicyKnobs
+from ..drafting.blocks import blocks_per_expert
+from ..drafting.draft import Draft
+from ..drafting.knobs import PolicyKnobs
+from ..engine.graph import Array, TaskGraph
+from ..engine.kinds import DENSE
+from ..world import streams
+from ..world.routing import SimRouting
+from ..world.world import World
 
 DENSE_STAGES = ("ffn", "qkv", "output", "ffn")
 

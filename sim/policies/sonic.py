@@ -6,9 +6,9 @@ Two tiles share a multiprocessor and alternate ("ping-pong"): while one multipli
 third loads. A stage of many tiles takes as long as the longest of LOAD, product and EPILOGUE, not as long as their sum.
 On more than one GPU an all-to-all brings the rows before the up projection, and another the results back.
 
-Source: SonicMoE (arXiv 2512.14080) section 4 and its public code; token rounding is `sim.rounding`, for any policy.
-Knobs: see `Knobs`. Leaves out: the kernels that sort the routing, that a multiprocessor has room for only two tiles,
-that an EPILOGUE need not wait for the other tiles of its row block, and that loads and stores share the memory.
+Source: SonicMoE (arXiv 2512.14080) section 4 and its public code; token rounding is `sim.world.rounding`, for any
+policy. Knobs: see `Knobs`. Leaves out: the kernels that sort the routing, that a multiprocessor has room for only two
+tiles, that an EPILOGUE need not wait for the other tiles of its row block, and that loads and stores share the memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 from numpy.typing import ArrayLike
 
-from ..blocks import Blocks, blocks_per_expert
-from ..graph import Array, TaskGraph
-from ..kinds import EPILOGUE, LOAD
-from ..world import World
-from .common import Draft
-from .knobs import PolicyKnobs
+from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.draft import Draft
+from ..drafting.knobs import PolicyKnobs
+from ..engine.graph import Array, TaskGraph
+from ..engine.kinds import EPILOGUE, LOAD
+from ..world.world import World
 
 PRODUCT, LAST = -1, -2  # priorities, for stages that share slots: a tile is finished before another is begun
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..blocks import Blocks, blocks_per_expert
-from ..graph import Array, TaskGraph
-from ..world import World
-from .common import Draft
-from .knobs import PolicyKnobs
+from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.draft import Draft
+from ..drafting.knobs import PolicyKnobs
+from ..engine.graph import Array, TaskGraph
+from ..world.world import World
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 from reference import MoEConfig
 
-from ..hardware import Hardware, hardware_names, load_hardware
+from ..drafting.knobs import PolicyKnobs
+from ..drafting.rates import fitted_rate, gpu_kind
 from ..policies import make_knobs
-from ..policies.knobs import PolicyKnobs
-from ..precision import precision
-from ..rates import fitted_rate, gpu_kind
-from ..routing import make_routing
-from ..simulate import simulate
-from ..world import World
+from ..simulation import simulate
+from ..world.hardware import Hardware, hardware_names, load_hardware
+from ..world.precision import precision
+from ..world.routing import make_routing
+from ..world.world import World
 from .rules import RULES, Rule
 from .tables import Row
 

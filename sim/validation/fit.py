@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..rates import FILE, fitted_rate, fitted_rates
+from ..drafting.rates import FILE, fitted_rate, fitted_rates
 from .cases import Case
 from .compare import Result, mean_error
 
@@ -80,7 +80,7 @@ def _error(cases: Sequence[Case], rate: float) -> float:
 
 
 def write_rates(fits: Iterable[Fit], *, keep: bool = False) -> None:
-    """The rates into the file that `sim.rates` reads; with `keep`, beside those of others that are there."""
+    """The rates into the file that `sim.drafting.rates` reads; with `keep`, beside those of others that are there."""
     lines = _lines_there() if keep and FILE.exists() else {}
     for fit in fits:
         rows = "1 row" if fit.num_rows == 1 else f"{fit.num_rows} rows"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ..published import bottleneck_gbps, megamoe_columns
-from ..routing import make_routing
-from ..world import World
+from ..world.routing import make_routing
+from ..world.world import World
+from .published import bottleneck_gbps, megamoe_columns
 from .tables import Row
 
 Run = Callable[[str, World], int]  # the time of a policy in a world, in nanoseconds

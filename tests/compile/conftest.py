@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from flashmoe_numba.build.variants import ARCHITECTURES, Variant
 from flashmoe_numba.commands.compile import all_variants
-from flashmoe_numba.gpu.variants import ARCHITECTURES, Variant
 
 FAST = [
     Variant(dtype="float16", architecture="sm_90a", tensor_cores=True),
@@ -28,13 +28,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
 def kernel(request, folder):
     """A linked kernel, one after the other."""
-    from flashmoe_numba.gpu.build import build
+    from flashmoe_numba.build.build import build
 
     return build(request.param, folder)
 
 
 @pytest.fixture(scope="module")
 def sass(kernel):
-    from flashmoe_numba.gpu.sass import disassemble
+    from flashmoe_numba.build.sass import disassemble
 
     return disassemble(kernel.path)

@@ -12,9 +12,9 @@ if not importlib.util.find_spec("numba_cuda"):
     pytest.skip(reason, allow_module_level=True)
 
 from flashmoe_numba.backends.cuda import shared_bytes
-from flashmoe_numba.gpu import build as building
-from flashmoe_numba.gpu.sass import disassemble, failures, read_facts
-from flashmoe_numba.gpu.variants import Variant
+from flashmoe_numba.build import build as building
+from flashmoe_numba.build.sass import disassemble, failures, read_facts
+from flashmoe_numba.build.variants import Variant
 from flashmoe_numba.tile_gemm.hopper import ROWS
 from flashmoe_numba.tile_gemm.matrices import CELLS
 from reference import MoEConfig

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe_numba.gpu import sass as reading
-from flashmoe_numba.gpu.build import Kernel
-from flashmoe_numba.gpu.sass import MainLoop, failures, find_nvdisasm, read_facts
-from flashmoe_numba.gpu.variants import Variant
+from flashmoe_numba.build import sass as reading
+from flashmoe_numba.build.build import Kernel
+from flashmoe_numba.build.sass import MainLoop, failures, find_nvdisasm, read_facts
+from flashmoe_numba.build.variants import Variant
 
 HGMMA, BF16 = "HGMMA.64x128x16.F32 R24, gdesc[UR8], R24", "HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
 LOAD, WAIT = "@P1 UTMALDG.3D [UR16], [UR4]", "WARPGROUP.DEPBAR.LE gsb0, 0x1"

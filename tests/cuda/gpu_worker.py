@@ -14,8 +14,8 @@ from cases import bits, random_routing, random_tokens
 from gpu_cases import DEADLINE_S, kind_of, tensor_config, to_gpu, to_host
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.bench.launch import guard_this_rank
-from flashmoe_numba.heap.meeting import unlink_startup_segment
+from flashmoe_numba.processes.launch import guard_this_rank
+from flashmoe_numba.processes.meeting import unlink_startup_segment
 from reference import Weights
 
 LOST_S = 4.0  # deadline where a rank is lost

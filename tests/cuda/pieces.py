@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashmoe_numba.build.variants import ARCHITECTURES
 from flashmoe_numba.device import block_sync, cas, copy_row, fetch_add, lane, lanes, ld_acquire, now, pause, st_release
 from flashmoe_numba.device.records import record_words
 from flashmoe_numba.device.storage import storage_dtype
-from flashmoe_numba.gpu.variants import ARCHITECTURES
 from flashmoe_numba.tile_gemm import as_matrices, tile_gemm
 from flashmoe_numba.tile_gemm.hopper import MAP_WORDS, NUM_MAPS, tma_matrices
 from flashmoe_numba.tile_gemm.matrices import SUMS_STRIDE
@@ -129,10 +129,10 @@ def build(piece: Piece, architecture: str, file: Path) -> str:
 
     from numba import typeof
 
+    from flashmoe_numba.build.entry import ROWS_AT, SHARED_ALIGNMENT
     from flashmoe_numba.device import array_at, jit
     from flashmoe_numba.device.cuda import record_at, undefined
     from flashmoe_numba.device.cuda_api import compile_to_ltoir, cuda, link, types
-    from flashmoe_numba.gpu.entry import ROWS_AT, SHARED_ALIGNMENT
     from flashmoe_numba.tile_gemm import Scratch
 
     function, like = jit(piece.function), undefined(typeof(piece.like))
@@ -155,7 +155,7 @@ class Launcher:
     """A piece on a GPU."""
 
     def __init__(self, gpu, piece, shared_bytes):
-        from flashmoe_numba.gpu.variants import architecture_of
+        from flashmoe_numba.build.variants import architecture_of
 
         self.gpu, self.shared_bytes = gpu, shared_bytes
         with TemporaryDirectory() as folder:

@@ -130,7 +130,7 @@ def test_a_token_that_is_not_finite_spoils_its_own_row(dtype):
 
 
 def test_the_trace_tells_of_every_task(gpu):
-    from flashmoe_numba.trace import decode
+    from flashmoe_numba.seeing.trace import decode
     from reference import KIND_NAMES, make_packets, task_graph
 
     config = tiny_config()

@@ -33,7 +33,7 @@ def built(gpu):
 
 
 def run(scenario, num_ranks, folder, **variables):
-    from flashmoe_numba.bench.launch import find_mpirun
+    from flashmoe_numba.processes.launch import find_mpirun
 
     command = [find_mpirun(), "-n", str(num_ranks), sys.executable, "-m", "mpi4py", str(HERE / "gpu_worker.py")]
     return subprocess.run(

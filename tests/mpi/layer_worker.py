@@ -14,9 +14,9 @@ from cases import DTYPES, assert_same_bits, bits, held_memory, random_routing, r
 from losing import VICTIM, lose, wait_for, write
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.bench.launch import guard_this_rank
-from flashmoe_numba.heap.meeting import unlink_startup_segment
 from flashmoe_numba.kernel import persistent
+from flashmoe_numba.processes.launch import guard_this_rank
+from flashmoe_numba.processes.meeting import unlink_startup_segment
 from reference import Weights
 
 DEADLINE_S = 3

@@ -17,8 +17,8 @@ import numpy as np
 
 from flashmoe_numba import cli
 from flashmoe_numba.backends.cpu import CpuBackend
-from flashmoe_numba.bench import launch
-from flashmoe_numba.bench.world import MpiWorld
+from flashmoe_numba.processes import launch
+from flashmoe_numba.processes.together import MpiWorld
 
 VICTIM, EPOCH = 1, 4
 MEETING = "before call 3 "  # the first call warms up

@@ -12,7 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.heap.meeting import unlink_startup_segment
+from flashmoe_numba.processes.meeting import unlink_startup_segment
 from reference import Layout, MoEConfig, Weights
 
 SIZES = (40, 16)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe_numba.bench import launch
-from flashmoe_numba.bench.launch import find_mpirun
+from flashmoe_numba.processes import launch
+from flashmoe_numba.processes.launch import find_mpirun
 
 pytestmark = pytest.mark.mpi
 
@@ -239,7 +239,7 @@ def test_nobody_outlives_the_others(start, victim):
 
 RAISING = """
 import sys, time
-import flashmoe_numba.layer as layer
+from flashmoe_numba.layer import layer
 from flashmoe_numba.cli import main
 
 honest = layer.FlashMoE._run

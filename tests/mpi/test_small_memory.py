@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe_numba.bench.launch import RANK_VARIABLES, find_mpirun
+from flashmoe_numba.processes.launch import RANK_VARIABLES, find_mpirun
 
 pytestmark = pytest.mark.mpi
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe_numba.bench import launch
 from flashmoe_numba.cli import main
+from flashmoe_numba.processes import launch
 
 pytestmark = pytest.mark.mpi
 

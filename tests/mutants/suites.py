@@ -58,15 +58,15 @@ SUITES = {
     "flashmoe_numba/kernel/*.py": [INTERPRETED, COMPILED],
     "flashmoe_numba/kernel/grid.py": [GRIDS],
     "flashmoe_numba/heap/*.py": [LAYERS, PROCESSES],
-    "flashmoe_numba/layer.py": [LAYERS, PROCESSES],
-    "flashmoe_numba/rank.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/layer/layer.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/heap/rank.py": [LAYERS, PROCESSES],
     "flashmoe_numba/tile_gemm/cpu.py": [PRODUCTS, COMPILED],
     "flashmoe_numba/tile_gemm/cpu_activations.py": [PRODUCTS],
     "flashmoe_numba/device/cpu.py": [VERBS, PRODUCTS, COMPILED],
-    "sim/engine.py": [ENGINES, SIMULATOR],
-    "sim/fast.py": [ENGINES, SIMULATOR],
-    "sim/loop.py": [ENGINES, SIMULATOR],
-    "sim/heaps.py": [ENGINES, SIMULATOR],
+    "sim/engine/plain.py": [ENGINES, SIMULATOR],
+    "sim/engine/compiled.py": [ENGINES, SIMULATOR],
+    "sim/engine/loop.py": [ENGINES, SIMULATOR],
+    "sim/engine/heaps.py": [ENGINES, SIMULATOR],
 }
 
 

@@ -9,11 +9,12 @@ from dataclasses import fields
 
 import numpy as np
 
-from flashmoe_numba import FlashMoE, cli, health
+from flashmoe_numba import FlashMoE, cli
+from flashmoe_numba.commands.doctor import host
 from reference import MoEConfig, Weights, moe_layer
-from sim import engine, fast
-from sim.graph import GraphBuilder
-from sim.kinds import GATE, GEMM0
+from sim.engine import compiled, plain
+from sim.engine.graph import GraphBuilder
+from sim.engine.kinds import GATE, GEMM0
 
 CONFIG = MoEConfig(num_ranks=2, num_tokens=3, hidden=5, ffn=4, num_experts=4, num_topk=2)
 WEIGHTS = Weights.random(CONFIG)
@@ -56,14 +57,14 @@ def simulations():
     """(do the two engines agree, the numbers of runs that were kept, the warnings)"""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
-        kept, forgotten = fast.run(graph(), tie_seed=3), fast.run(graph(), tie_seed=3, keep_runs=False)
-    right = engine.run(graph(), tie_seed=3)
+        kept, forgotten = compiled.run(graph(), tie_seed=3), compiled.run(graph(), tie_seed=3, keep_runs=False)
+    right = plain.run(graph(), tie_seed=3)
     same = all(np.array_equal(getattr(kept, field.name), getattr(right, field.name)) for field in fields(right))
     return same, [len(kept.run_node), len(forgotten.run_node)], [str(warning.message) for warning in said]
 
 
 if __name__ == "__main__":
-    check = health.check_compiler()
+    check = host.check_compiler()
     facts = {
         "layer_error": layer_error(),
         "refusals": refusals(),

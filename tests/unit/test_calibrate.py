@@ -8,13 +8,13 @@ import pytest
 import sim
 from flashmoe_numba import FlashMoEError, cli
 from flashmoe_numba.bench import calibrate as bench
-from flashmoe_numba.bench import launch
 from flashmoe_numba.bench.calibrate import ROWS, Call, Rates, Settings, fit_tiles, rates
 from flashmoe_numba.commands import calibrate as command
 from flashmoe_numba.kernel.trace import RECEIVE
-from flashmoe_numba.trace import TraceRecord
+from flashmoe_numba.processes import launch
+from flashmoe_numba.seeing.trace import TraceRecord
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, MoEConfig
-from sim.hardware import VALUES
+from sim.world.hardware import VALUES
 
 UNIT = 6
 GFLOPS, LATENCY_NS, READ_GBPS, PUT_GBPS, MOVE_GBPS, COMBINE_GBPS = 80.0, 1500.0, 20.0, 7.0, 9.0, 13.0
@@ -263,7 +263,7 @@ def test_a_kernel_that_gives_up_leaves_no_file(capsys, monkeypatch, tmp_path):
     (2, 3, 3, False),
 ])  # fmt: skip
 def test_a_core_for_each_block_or_a_warning(ranks, processors, chosen, warns, capsys, monkeypatch):
-    monkeypatch.setattr("flashmoe_numba.arguments.default_processors", lambda ranks: 8 // ranks)
+    monkeypatch.setattr("flashmoe_numba.processes.cores.default_processors", lambda ranks: 8 // ranks)
     settings = command.settings_from(ranks, processors, "cpu", "float32", 5)
     assert settings.num_processors == chosen
     error = capsys.readouterr().err

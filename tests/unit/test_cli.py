@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashmoe_numba import FlashMoE, FlashMoEError, cli, mpi_environment
-from flashmoe_numba.bench import launch
+from flashmoe_numba import FlashMoE, FlashMoEError, cli
+from flashmoe_numba.processes import launch, mpi_environment
 from reference import Layout, Weights, load_preset, make_plan, make_workload
 
 ROOT = Path(__file__).resolve().parents[2]

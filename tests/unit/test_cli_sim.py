@@ -183,7 +183,7 @@ def test_the_defaults_are_a_model_on_a_node(capsys):
 
 
 def test_a_rate_that_was_not_fitted_is_marked(capsys, monkeypatch):
-    from sim import rates
+    from sim.drafting import rates
 
     monkeypatch.setattr(rates, "fitted_rates", lambda: {"flashmoe": {"H100": 0.5}})
     assert cli.main([*SMALL, "--policy", "flashmoe"]) == 0
@@ -218,7 +218,7 @@ def test_files_are_written_into_new_folders(capsys, tmp_path):
 
 def test_a_machine_of_ones_own(capsys, tmp_path):
     hardware = sim.load_hardware("2xH100")
-    from sim.hardware import to_toml
+    from sim.world.hardware import to_toml
 
     (tmp_path / "mine.toml").write_text(to_toml(hardware).replace('name = "2xH100"', 'name = "mine"', 1))
     _, (row,) = run_json(capsys, "--hardware", str(tmp_path / "mine.toml"))

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from flashmoe_numba import arguments, cores
-from flashmoe_numba.cores import count_cores, quotas
+from flashmoe_numba.processes import cores
+from flashmoe_numba.processes.cores import count_cores, quotas
 
 V2 = "cgroup2 cgroup2 rw,nsdelegate"
 V1 = "cgroup cgroup rw,cpu,cpuacct"
@@ -73,5 +73,5 @@ def test_without_control_groups_all_cores_count(tmp_path, monkeypatch):
 def test_layers_and_jobs_count_so(tree, monkeypatch):
     proc = tree("0::/a", "/", V2, {"a/cpu.max": "400000 100000"})
     monkeypatch.setattr(count_cores, "__defaults__", (proc,))
-    assert [arguments.default_processors(ranks) for ranks in (1, 2, 3, 9)] == [4, 2, 1, 1]
+    assert [cores.default_processors(ranks) for ranks in (1, 2, 3, 9)] == [4, 2, 1, 1]
     assert cores.count_cores() == 4

@@ -82,10 +82,10 @@ def plant(root: Path, path: str, source: str) -> None:
     ("path", "source", "imported"),
     [
         ("reference/planted.py", "import sim", "sim"),
-        ("reference/planted.py", "import sim.engine as engine", "sim"),
+        ("reference/planted.py", "import sim.engine.plain as engine", "sim"),
         ("reference/planted.py", "from flashmoe_numba.device import jit", "flashmoe_numba"),
         ("reference/planted.py", "def f():\n    from flashmoe_numba import layer", "flashmoe_numba"),
-        ("reference/planted.py", "import importlib\nimportlib.import_module('sim.engine')", "sim"),
+        ("reference/planted.py", "import importlib\nimportlib.import_module('sim.engine.plain')", "sim"),
         ("reference/planted.py", "__import__('flashmoe_numba')", "flashmoe_numba"),
         ("reference/planted.py", "from tests.unit import helpers", "tests"),
         ("reference/deep/planted.py", "from ...sim import engine", "sim"),
@@ -126,7 +126,7 @@ def test_finds_a_second_module_that_imports_cuda(copy, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("flashmoe_numba/cli.py", "import sim\nfrom sim.engine import run\nimport reference"),
+        ("flashmoe_numba/cli.py", "import sim\nfrom sim.engine.plain import run\nimport reference"),
         ("flashmoe_numba/commands/planted.py", "from sim.engine import run\nfrom reference import MoEConfig"),
         ("flashmoe_numba/kernel/planted.py", "import reference\nfrom ..device import cuda\nfrom numba import njit"),
         ("sim/planted.py", "from reference import MoEConfig\nimport simpy\nimport numba"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flashmoe_numba import cli
-from flashmoe_numba.bench import launch
-from sim.pools import process_pool
+from flashmoe_numba.processes import launch
+from flashmoe_numba.processes.pools import process_pool
 
 ROOT = Path(__file__).resolve().parents[2]
 SHADOWS = ["reference", "sim", "token", "queue", "logging", "json", "signal", "numpy", "random", "threading", "select"]

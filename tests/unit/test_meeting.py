@@ -9,7 +9,7 @@ import pytest
 from cases import tiny_config
 from fake_comm import Comm
 
-from flashmoe_numba.heap.meeting import Meeting
+from flashmoe_numba.processes.meeting import Meeting
 
 
 def errors_of(steps):

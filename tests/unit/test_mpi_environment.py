@@ -8,8 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashmoe_numba import arguments, cli, mpi_environment
-from flashmoe_numba.mpi_environment import begin_mpi, lonely_variable, say_strange, strange_variable, why_alone
+from flashmoe_numba import cli
+from flashmoe_numba.layer import arguments
+from flashmoe_numba.processes import mpi_environment
+from flashmoe_numba.processes.mpi_environment import (
+    begin_mpi,
+    lonely_variable,
+    say_strange,
+    strange_variable,
+    why_alone,
+)
 from reference import MoEConfig, Weights
 
 VARIABLES = (*mpi_environment.RANK_VARIABLES, *mpi_environment.SIZE_VARIABLES, "PMI_FD")
@@ -76,9 +84,9 @@ def test_a_layer_on_a_lonely_rank_says_so(monkeypatch):
 @pytest.mark.parametrize("command", [["run", "--threads", "--preset", "laptop-tiny"], ["calibrate", "--out", "x.toml"]])
 def test_a_left_over_rank_is_named(monkeypatch, capsys, command):
     monkeypatch.setenv("PMI_RANK", "0")
-    monkeypatch.setattr("flashmoe_numba.bench.launch.guard_this_rank", lambda deadline_s: None)
+    monkeypatch.setattr("flashmoe_numba.processes.launch.guard_this_rank", lambda deadline_s: None)
     lonely = SimpleNamespace(num_ranks=1, rank_idx=0)
-    monkeypatch.setattr("flashmoe_numba.bench.world.MpiWorld", lambda deadline_s: lonely)
+    monkeypatch.setattr("flashmoe_numba.processes.together.MpiWorld", lambda deadline_s: lonely)
     assert cli.main(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe_numba import health
-from flashmoe_numba.health import NO, OK, WARN
+from flashmoe_numba.commands.doctor import host
+from flashmoe_numba.commands.doctor.host import NO, OK, WARN
 
 HERE = Path(__file__).resolve().parent
 
@@ -64,9 +64,9 @@ def test_doctor_says_so(facts):
     ],
 )
 def test_doctor_names_settings_that_make_code_slow(monkeypatch, name, value, status):
-    for other in health.SLOW:
+    for other in host.SLOW:
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
-    check = health.check_compiler()
+    check = host.check_compiler()
     assert check.status == status
     assert (f"{name}={value}" in check.found) == (status == WARN)

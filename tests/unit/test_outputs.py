@@ -8,9 +8,9 @@ import pytest
 from flashmoe_numba import cli
 from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands.sizes import check_outputs
-from flashmoe_numba.plots import plot_timeline
+from flashmoe_numba.seeing.plots import plot_timeline
 from reference.pictures import picture_format
-from sim.charts import blank, save
+from sim.reading.charts import blank, save
 
 BEGINNINGS = {"png": b"\x89PNG", "pdf": b"%PDF-", "svg": b"<?xml"}
 

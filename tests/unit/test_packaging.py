@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import flashmoe_numba
-from flashmoe_numba import cli, version
+from flashmoe_numba import cli
+from flashmoe_numba.commands import version
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("reference", "sim", "flashmoe_numba")
@@ -66,7 +67,7 @@ def test_a_wheel_has_the_packages_with_their_data_and_no_tests(built):
     assert {folder.name for folder in (built / "packages").iterdir()} == set(PACKAGES)
     sources = {f"{folder}/{file}" for folder in PACKAGES for file in files_in(ROOT / folder)}
     assert files_in(built / "packages") == {file for file in sources if "__pycache__" not in file}
-    assert {"reference/presets/laptop-tiny.toml", "sim/rates.toml"} <= sources
+    assert {"reference/presets/laptop-tiny.toml", "sim/drafting/rates.toml"} <= sources
 
 
 def test_the_version_is_that_of_the_checkout_whatever_is_installed(capsys, monkeypatch):

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashmoe_numba import shared_memory
-from flashmoe_numba.shared_memory import MIB, Shortage, claim, claimed, shortage, untouched_bytes
+from flashmoe_numba.processes import shared_memory
+from flashmoe_numba.processes.shared_memory import MIB, Shortage, claim, claimed, shortage, untouched_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ("the ranks need", "use fewer")

@@ -9,9 +9,9 @@ from concurrent.futures import Executor
 import pytest
 
 from flashmoe_numba import cli
-from flashmoe_numba.bench import launch
 from flashmoe_numba.commands.spread import num_processes, open_pool, progress
-from sim.pools import Pool, process_pool
+from flashmoe_numba.processes import launch
+from flashmoe_numba.processes.pools import Pool, process_pool
 
 
 @pytest.fixture(autouse=True)

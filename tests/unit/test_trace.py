@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from flashmoe_numba import FlashMoE, trace
-from flashmoe_numba.plots import plot_timeline
-from flashmoe_numba.trace import TraceRecord, chrome_trace, decode, write_chrome_trace
+from flashmoe_numba import FlashMoE
+from flashmoe_numba.seeing import trace
+from flashmoe_numba.seeing.plots import plot_timeline
+from flashmoe_numba.seeing.trace import TraceRecord, chrome_trace, decode, write_chrome_trace
 from reference import DISPATCH, GATE, GEMM0, Task, Weights, load_preset, make_packets, make_workload, task_graph
 
 NUM_PROCESSORS = 2

@@ -5,8 +5,8 @@ import contextlib
 import numpy as np
 
 from flashmoe_numba.device.fibers import Scheduler, current
-from flashmoe_numba.explore.memory import Actor, Memory
-from flashmoe_numba.explore.reports import Stopped
+from flashmoe_numba.explore.run.memory import Actor, Memory
+from flashmoe_numba.explore.run.reports import Stopped
 
 
 class Bench:

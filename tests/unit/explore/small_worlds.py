@@ -1,7 +1,7 @@
 """Small worlds, and the command that explores them."""
 
 from flashmoe_numba.cli import main
-from flashmoe_numba.explore.spec import WorldSpec
+from flashmoe_numba.explore.run.spec import WorldSpec
 from reference import MoEConfig
 
 SIZES = dict(

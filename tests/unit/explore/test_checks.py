@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flashmoe_numba.device.fibers import RandomStrategy
+from flashmoe_numba.explore.run.spec import WorldSpec
 from flashmoe_numba.explore.search import Explorer, Search, watched_kernel
-from flashmoe_numba.explore.spec import WorldSpec
 from flashmoe_numba.kernel.signals import EPOCH_SHIFT
 from reference import MoEConfig, Task
 

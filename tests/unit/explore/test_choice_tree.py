@@ -10,15 +10,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flashmoe_numba.device.fibers import Deadlock, RandomStrategy, Scheduler, current
-from flashmoe_numba.explore import watched
-from flashmoe_numba.explore.choice_tree import COMPLETE, ChoiceTree
+from flashmoe_numba.explore.choose.choice_tree import COMPLETE, ChoiceTree
+from flashmoe_numba.explore.choose.source_sets import Event, Order
 from flashmoe_numba.explore.exhaustive import explore_all, rank_of
-from flashmoe_numba.explore.memory import STORES, Actor, Memory
-from flashmoe_numba.explore.reports import Stopped
+from flashmoe_numba.explore.run import watched
+from flashmoe_numba.explore.run.memory import STORES, Actor, Memory
+from flashmoe_numba.explore.run.reports import Stopped
+from flashmoe_numba.explore.run.spec import WorldSpec
+from flashmoe_numba.explore.run.world import World
 from flashmoe_numba.explore.search import Search, watched_kernel
-from flashmoe_numba.explore.source_sets import Event, Order
-from flashmoe_numba.explore.spec import WorldSpec
-from flashmoe_numba.explore.world import World
 from reference import MoEConfig
 
 NUM_WORDS = 3

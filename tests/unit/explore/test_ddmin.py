@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from flashmoe_numba.explore.ddmin import ddmin
+from flashmoe_numba.explore.tell.ddmin import ddmin
 
 
 def parts(items):

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from small_worlds import flashmoe, spec
 
+from flashmoe_numba.explore.run.spec import Lost
 from flashmoe_numba.explore.search import Explorer, Search, watched_kernel
-from flashmoe_numba.explore.spec import Lost
 from flashmoe_numba.explore.worlds import WORLDS
 from flashmoe_numba.kernel import signals as s
 

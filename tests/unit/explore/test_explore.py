@@ -11,7 +11,7 @@ from small_worlds import flashmoe, spec
 from flashmoe_numba.explore.search import Explorer, Search, explore, watched_kernel
 from flashmoe_numba.explore.worlds import WORLDS as NAMED
 from flashmoe_numba.kernel.signals import ABORT
-from sim.pools import process_pool
+from flashmoe_numba.processes.pools import process_pool
 
 WORLDS = {
     "one rank": dict(num_ranks=1, lanes=2),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flashmoe_numba.explore.spec import GivenCall, WorldSpec
+from flashmoe_numba.explore.run.spec import GivenCall, WorldSpec
 from reference import MoEConfig
 
 CONFIG = MoEConfig(num_ranks=2, num_tokens=3, hidden=5, ffn=3, num_experts=4, num_topk=2)

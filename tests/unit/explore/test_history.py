@@ -7,12 +7,12 @@ import pytest
 from kernels import Bench
 
 from flashmoe_numba.device.fibers import Deadlock
-from flashmoe_numba.explore.cells import Cells, value_of, word
-from flashmoe_numba.explore.history import Recorder
-from flashmoe_numba.explore.reports import Report
-from flashmoe_numba.explore.schedules import Choice, Scheduled
-from flashmoe_numba.explore.telling import Line, Teller, as_text
-from flashmoe_numba.explore.watched import fetch_add, ld_acquire, ld_relaxed, pause, st_release
+from flashmoe_numba.explore.choose.schedules import Choice, Scheduled
+from flashmoe_numba.explore.run.cells import Cells, value_of, word
+from flashmoe_numba.explore.run.reports import Report
+from flashmoe_numba.explore.run.watched import fetch_add, ld_acquire, ld_relaxed, pause, st_release
+from flashmoe_numba.explore.tell.history import Recorder
+from flashmoe_numba.explore.tell.telling import Line, Teller, as_text
 from flashmoe_numba.kernel.queue import COUNTER_STRIDE
 from reference import MoEConfig
 

@@ -8,7 +8,7 @@ from kernels import Bench
 
 from flashmoe_numba.device import lane, lanes
 from flashmoe_numba.device.fibers import Deadlock, RandomStrategy
-from flashmoe_numba.explore.watched import (
+from flashmoe_numba.explore.run.watched import (
     array_at,
     block_sync,
     cas,

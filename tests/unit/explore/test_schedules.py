@@ -4,9 +4,9 @@ import pytest
 from kernels import Bench
 
 from flashmoe_numba.device import lane
-from flashmoe_numba.explore.schedules import Choice, Recorded, Scheduled
-from flashmoe_numba.explore.strategies import STRATEGIES, make_strategy
-from flashmoe_numba.explore.watched import block_sync, fetch_add, ld_acquire, pause, st_release
+from flashmoe_numba.explore.choose.schedules import Choice, Recorded, Scheduled
+from flashmoe_numba.explore.choose.strategies import STRATEGIES, make_strategy
+from flashmoe_numba.explore.run.watched import block_sync, fetch_add, ld_acquire, pause, st_release
 
 
 def count_and_meet(block, words):

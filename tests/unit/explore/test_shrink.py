@@ -9,12 +9,12 @@ import pytest
 from small_worlds import flashmoe, spec
 
 from flashmoe_numba.commands.failures import shrink
-from flashmoe_numba.explore.cases import KEYS, Case, load, save
-from flashmoe_numba.explore.reports import Report, Site, finding
-from flashmoe_numba.explore.schedules import Choice
+from flashmoe_numba.explore.choose.schedules import Choice
+from flashmoe_numba.explore.run.reports import Report, Site, finding
+from flashmoe_numba.explore.run.spec import GivenCall, WorldSpec
 from flashmoe_numba.explore.search import Explorer, Search, watched_kernel
-from flashmoe_numba.explore.shrink import Shrinker, smaller
-from flashmoe_numba.explore.spec import GivenCall, WorldSpec
+from flashmoe_numba.explore.tell.cases import KEYS, Case, load, save
+from flashmoe_numba.explore.tell.shrink import Shrinker, smaller
 
 FEW = 3
 

@@ -10,8 +10,8 @@ from flashmoe_numba.device import ld_acquire as plain_ld_acquire
 from flashmoe_numba.device import pause as plain_pause
 from flashmoe_numba.device import st_release as plain_st_release
 from flashmoe_numba.device.fibers import Deadlock, RandomStrategy, Scheduler
-from flashmoe_numba.explore.strategies import STRATEGIES, PctStrategy, RoundRobinStrategy, make_strategy
-from flashmoe_numba.explore.watched import fetch_add, ld_relaxed, pause, st_release
+from flashmoe_numba.explore.choose.strategies import STRATEGIES, PctStrategy, RoundRobinStrategy, make_strategy
+from flashmoe_numba.explore.run.watched import fetch_add, ld_relaxed, pause, st_release
 
 BUSY, LOOKS = 20, 20
 

@@ -1,7 +1,7 @@
 """Litmus tests: what loads of atomic words may read when stores arrive late, and what they never read.
 
-The outcomes are those of RC11 (explore/words.py), whose stores here all release: relaxed loads order nothing, acquire
-loads order what comes after them.
+The outcomes are those of RC11 (explore/run/words.py), whose stores here all release: relaxed loads order nothing,
+acquire loads order what comes after them.
 """
 
 import pytest
@@ -9,9 +9,9 @@ from kernels import Bench
 
 from flashmoe_numba.device import lane
 from flashmoe_numba.device.fibers import Deadlock, RandomStrategy, current
-from flashmoe_numba.explore.memory import NEVER
-from flashmoe_numba.explore.watched import block_sync, cas, fetch_add, ld_acquire, ld_relaxed, pause, st_release
-from flashmoe_numba.explore.words import MOST_LATE_POLLS
+from flashmoe_numba.explore.run.memory import NEVER
+from flashmoe_numba.explore.run.watched import block_sync, cas, fetch_add, ld_acquire, ld_relaxed, pause, st_release
+from flashmoe_numba.explore.run.words import MOST_LATE_POLLS
 
 SEEDS = range(400)
 X, Y, DONE = range(3)
@@ -224,7 +224,7 @@ def test_the_bound_of_late_polls(monkeypatch):
             while ld_relaxed(words, X) != 1:
                 pause(0)
 
-    monkeypatch.setattr("flashmoe_numba.explore.words.LATE", 1.0)
+    monkeypatch.setattr("flashmoe_numba.explore.run.words.LATE", 1.0)
     bench, late = Bench(blocks=2, words=1), set()
     for seed in range(100):
         bench.run(program, RandomStrategy(seed), late_seed=seed)

@@ -2,16 +2,17 @@
 
 import numpy as np
 
-from flashmoe_numba import FlashMoE, layer
+from flashmoe_numba import FlashMoE
 from flashmoe_numba.backends.cuda import CudaBackend
-from flashmoe_numba.backends.host import HostMemory
+from flashmoe_numba.build.likeness import like_record
+from flashmoe_numba.build.variants import Variant
 from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Scheduler, memory_view
 from flashmoe_numba.device.storage import as_storage
 from flashmoe_numba.gpu.arrays import GpuTokens
-from flashmoe_numba.gpu.likeness import like_record
-from flashmoe_numba.gpu.variants import Variant
+from flashmoe_numba.heap.host import HostMemory
 from flashmoe_numba.kernel.state import BOX_WORDS
+from flashmoe_numba.layer import layer
 from flashmoe_numba.tile_gemm import Scratch
 from flashmoe_numba.tile_gemm.matrices import PASS_ROWS, SUMS_STRIDE, scratch_elements
 

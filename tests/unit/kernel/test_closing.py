@@ -10,11 +10,11 @@ import pytest
 from cases import assert_same_bits, random_tokens, tiny_config
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba import layer as layer_module
 from flashmoe_numba.backends import cpu
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.heap.threads import ThreadHeap
 from flashmoe_numba.kernel import signals as s
+from flashmoe_numba.layer import layer as layer_module
 from reference import Weights
 
 LONG_S = 20  # a deadline that no test waits for, unless the layer is wrong

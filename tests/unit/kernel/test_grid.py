@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from interpreted_gpu import make_layer
 from worlds import check_stats
 
+from flashmoe_numba.build.likeness import like_record
+from flashmoe_numba.build.variants import Variant
 from flashmoe_numba.device.fibers import memory_view
 from flashmoe_numba.device.records import read_record, record_words
-from flashmoe_numba.gpu.likeness import like_record
-from flashmoe_numba.gpu.variants import Variant
-from flashmoe_numba.trace import decode
+from flashmoe_numba.seeing.trace import decode
 from reference import Weights
 
 

@@ -143,19 +143,19 @@ def test_what_nobody_used_for_long_is_removed(tmp_path):
     }
     goes = {
         f"persistent.persistent-{STAMP}.py311.1.nbc": 31,
-        f"sim.loop.loop-{STAMP}.py313t.nbi": 40,
+        f"sim.engine.loop.loop-{STAMP}.py313t.nbi": 40,
         f"sm_80-float32-lanes-{STAMP}.cubin": 31,
         f"sm_80-float32-lanes-{STAMP}.cubin.tmp.0123456789abcdef": 31,
-        f"sim.loop.loop-{STAMP}.py311.1.nbc.tmp.0123456789abcdef": 31,
+        f"sim.engine.loop.loop-{STAMP}.py311.1.nbc.tmp.0123456789abcdef": 31,
     }
     fill(tmp_path, stays | goes)
-    (tmp_path / f"sim.loop.start-{STAMP}.py311.nbi").mkdir()
+    (tmp_path / f"sim.engine.loop.start-{STAMP}.py311.nbi").mkdir()
     remove_old(tmp_path)
-    assert names(tmp_path) == {*stays, f"sim.loop.start-{STAMP}.py311.nbi"}
+    assert names(tmp_path) == {*stays, f"sim.engine.loop.start-{STAMP}.py311.nbi"}
 
 
 def test_a_file_that_is_used_stays(tmp_path):
-    name = f"sim.loop.loop-{STAMP}.py311.nbi"
+    name = f"sim.engine.loop.loop-{STAMP}.py311.nbi"
     fill(tmp_path, {name: 31})
     before = (tmp_path / name).stat().st_mtime_ns
     note_use([tmp_path / name, tmp_path / "gone"])
@@ -164,18 +164,18 @@ def test_a_file_that_is_used_stays(tmp_path):
 
 
 def test_beyond_a_size_the_longest_unused_goes_first(tmp_path, monkeypatch):
-    ages = {f"sim.loop.f{days}-{STAMP}.py311.nbi": days for days in (5, 0, 7, 2, 9)}
+    ages = {f"sim.engine.loop.f{days}-{STAMP}.py311.nbi": days for days in (5, 0, 7, 2, 9)}
     fill(tmp_path, ages)
     monkeypatch.setattr(module, "KEPT_BYTES", 300)
     remove_old(tmp_path)
-    assert names(tmp_path) == {f"sim.loop.f{days}-{STAMP}.py311.nbi" for days in (0, 2, 5)}
+    assert names(tmp_path) == {f"sim.engine.loop.f{days}-{STAMP}.py311.nbi" for days in (0, 2, 5)}
     monkeypatch.setattr(module, "KEPT_BYTES", 0)
     remove_old(tmp_path)
-    assert names(tmp_path) == {f"sim.loop.f0-{STAMP}.py311.nbi"}, "another process may be about to load it"
+    assert names(tmp_path) == {f"sim.engine.loop.f0-{STAMP}.py311.nbi"}, "another process may be about to load it"
 
 
 def test_others_may_remove_the_same(tmp_path, monkeypatch):
-    fill(tmp_path, {f"sim.loop.f{i}-{STAMP}.py311.nbi": 31 + i for i in range(4)})
+    fill(tmp_path, {f"sim.engine.loop.f{i}-{STAMP}.py311.nbi": 31 + i for i in range(4)})
     unlink = Path.unlink
 
     def late(file):

@@ -3,8 +3,8 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from sim.graph import NONE, GraphBuilder
-from sim.kinds import GEMM0
+from sim.engine.graph import NONE, GraphBuilder
+from sim.engine.kinds import GEMM0
 
 KIND = GEMM0
 

@@ -5,12 +5,12 @@ from dataclasses import fields, replace
 import numpy as np
 
 from reference import MoEConfig
-from sim import engine, fast
-from sim.hardware import load_hardware
-from sim.kinds import GATE, GEMM0, GEMM1
-from sim.precision import precision
-from sim.routing import make_routing
-from sim.world import World
+from sim.engine import compiled, plain
+from sim.engine.kinds import GATE, GEMM0, GEMM1
+from sim.world.hardware import load_hardware
+from sim.world.precision import precision
+from sim.world.routing import make_routing
+from sim.world.world import World
 
 ROUTINGS = ("even", "uniform", "zipf:1.2", "hot")
 
@@ -70,7 +70,7 @@ def odd_worlds():
 
 def run_both(graph):
     """The timeline, which both engines must agree on."""
-    one, other = engine.run(graph), fast.run(graph)
+    one, other = plain.run(graph), compiled.run(graph)
     for field in fields(one):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), err_msg=field.name)
     return one

@@ -7,8 +7,8 @@ from policy_worlds import small_world
 
 from reference import MoEConfig, make_packets, task_graph
 from reference.tiles import COMBINE, GEMM0, packet_tile_height
-from sim.blocks import blocks_per_expert, blocks_per_source, ladder
-from sim.routing import make_routing
+from sim.drafting.blocks import blocks_per_expert, blocks_per_source, ladder
+from sim.world.routing import make_routing
 
 counts_strategy = st.integers(1, 4).flatmap(
     lambda ranks: st.lists(st.lists(st.integers(0, 40), min_size=6, max_size=6), min_size=ranks, max_size=ranks)

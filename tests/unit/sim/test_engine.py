@@ -12,9 +12,9 @@ from graphs import KIND, graphs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim import engine, fast, heaps, loop
-from sim.graph import NONE, GraphBuilder
-from sim.timeline import DeadlockError
+from sim.engine import compiled, heaps, loop, plain
+from sim.engine.graph import NONE, GraphBuilder
+from sim.engine.timeline import DeadlockError
 
 
 def assert_same(one, other):
@@ -22,7 +22,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), err_msg=field.name)
 
 
-class Ledger(engine.Instrument):
+class Ledger(plain.Instrument):
     """Everything that happened, and how many slots of each node's server were in use."""
 
     def __init__(self, graph):
@@ -51,22 +51,22 @@ def test_room_is_made_for_tasks_not_for_slots():
     server = builder.add_server("huge", 0, 2**31)
     builder.add(KIND, 0, server=server, count=3, duration_ns=7)
     graph = builder.build()
-    assert_same(engine.run(graph), fast.run(graph))
+    assert_same(plain.run(graph), compiled.run(graph))
 
 
 @given(graph=graphs())
 def test_the_engines_agree(graph):
-    assert_same(engine.run(graph), fast.run(graph))
+    assert_same(plain.run(graph), compiled.run(graph))
 
 
 @given(graph=graphs(), seed=st.integers(0, 2**63 - 1))
 def test_the_engines_agree_with_ties_shuffled(graph, seed):
-    assert_same(engine.run(graph, tie_seed=seed), fast.run(graph, tie_seed=seed))
+    assert_same(plain.run(graph, tie_seed=seed), compiled.run(graph, tie_seed=seed))
 
 
 @given(graph=graphs(), seed=st.one_of(st.none(), st.integers(0, 2**63 - 1)))
 def test_forgetting_runs_changes_nothing_else(graph, seed):
-    kept, forgotten = fast.run(graph, tie_seed=seed), fast.run(graph, tie_seed=seed, keep_runs=False)
+    kept, forgotten = compiled.run(graph, tie_seed=seed), compiled.run(graph, tie_seed=seed, keep_runs=False)
     assert not forgotten.run_node.size
     for field in fields(kept):
         if not field.name.startswith("run_"):
@@ -108,7 +108,7 @@ def work_ns(graph):
 @given(graph=graphs(), seed=st.one_of(st.none(), st.integers(0, 2**63 - 1)))
 def test_laws_of_a_schedule(graph, seed):
     ledger = Ledger(graph)
-    time = engine.run(graph, tie_seed=seed, instruments=[ledger])
+    time = plain.run(graph, tie_seed=seed, instruments=[ledger])
     nodes = graph.nodes
     # Every task once, no slot too many, none kept.
     np.testing.assert_array_equal(np.bincount(time.run_node, time.run_count, graph.num_nodes), nodes["count"])
@@ -134,7 +134,7 @@ def test_laws_of_a_schedule(graph, seed):
 @given(graph=graphs(links=False, max_nodes=15), seed=st.integers(0, 2**32 - 1))
 def test_work_conserving_is_within_twice_the_bound(graph, seed):
     """Graham: no slot idles while a task waits, so a makespan is at most work + critical path, per server."""
-    time = engine.run(graph, tie_seed=seed)
+    time = plain.run(graph, tie_seed=seed)
     nodes = graph.nodes
     work = sum(
         (nodes["count"] * nodes["duration_ns"])[nodes["server"] == index].sum() / server.slots
@@ -150,7 +150,7 @@ def anomaly(slots):
     nodes = builder.add(KIND, 0, server=server, duration_ns=[3, 2, 2, 2, 4, 4, 4, 4, 9], expert=np.arange(9))
     builder.edge(nodes[0], nodes[8])
     builder.edge(nodes[3], nodes[4:8])
-    return fast.run(builder.build()).makespan_ns
+    return compiled.run(builder.build()).makespan_ns
 
 
 def test_a_slot_more_can_take_longer_within_grahams_bound():
@@ -162,8 +162,8 @@ def test_more_slots_never_take_longer_than_the_bound_of_anomalies(graph, factor)
     """Graham: with at least as many slots everywhere no more than twice the time, for one kind of server."""
     servers = tuple(server._replace(slots=server.slots * factor) for server in graph.servers)
     one_kind = replace(graph, nodes=graph.nodes | {"server": np.zeros_like(graph.nodes["server"])})
-    usual = fast.run(one_kind).makespan_ns
-    assert fast.run(replace(one_kind, servers=servers)).makespan_ns <= (1 + 1 - 1 / servers[0].slots) * usual
+    usual = compiled.run(one_kind).makespan_ns
+    assert compiled.run(replace(one_kind, servers=servers)).makespan_ns <= (1 + 1 - 1 / servers[0].slots) * usual
 
 
 @given(graph=graphs(max_nodes=15), factor=st.integers(2, 3))
@@ -171,7 +171,7 @@ def test_without_queues_faster_links_never_hurt(graph, factor):
     """Nothing waits for a slot, so no order changes: every node is done no later."""
     free = replace(graph, nodes=graph.nodes | {"server": np.full_like(graph.nodes["server"], NONE)})
     links = tuple(link._replace(gbps=link.gbps * factor, flow_gbps=link.flow_gbps * factor) for link in graph.links)
-    assert fast.run(replace(free, links=links)).makespan_ns <= fast.run(free).makespan_ns
+    assert compiled.run(replace(free, links=links)).makespan_ns <= compiled.run(free).makespan_ns
 
 
 def queue_graph(arrivals, services, sizes, slots):
@@ -203,7 +203,7 @@ def ends_in_simpy(arrivals, services, sizes, slots):
     return ends
 
 
-@pytest.mark.parametrize("run", [engine.run, fast.run])
+@pytest.mark.parametrize("run", [plain.run, compiled.run])
 @given(
     parties=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=30),
     slots=st.integers(1, 12),
@@ -218,7 +218,7 @@ def test_a_queue_is_that_of_simpy(run, parties, slots):
     assert sorted(ends.tolist()) == sorted(ends_in_simpy(arrivals, services, sizes, slots))
 
 
-@pytest.mark.parametrize("run", [engine.run, fast.run])
+@pytest.mark.parametrize("run", [plain.run, compiled.run])
 @pytest.mark.parametrize("counts", [[1], [2, 3], [4], [7], [1] * 4, [1] * 11, [5, 1, 9]])
 def test_slots_whose_tasks_end_together_are_all_free_again(run, counts):
     """Rounds that fill the server to the last slot: each lasts as long as one task."""
@@ -232,7 +232,7 @@ def test_priorities_come_first_and_equal_ones_in_turn():
     builder = GraphBuilder()
     server = builder.add_server("desk", 0, 1)
     builder.add(KIND, 0, server=server, duration_ns=10, priority=[5, 5, 1, 5, 1])
-    assert fast.run(builder.build()).start_ns.tolist() == [0, 30, 10, 40, 20]
+    assert compiled.run(builder.build()).start_ns.tolist() == [0, 30, 10, 40, 20]
 
 
 def test_a_link_is_shared_evenly_and_capped():
@@ -240,7 +240,7 @@ def test_a_link_is_shared_evenly_and_capped():
     builder = GraphBuilder()
     link = builder.add_link("wire", 0, 2.0, 1.5)
     builder.add(KIND, 0, nbytes=[100, 300], egress=link, latency_ns=[0, 7])
-    time = engine.run(builder.build())
+    time = plain.run(builder.build())
     assert time.done_ns.tolist() == [100, 100 + 134 + 7]  # ceil(200 / 1.5)
     assert (time.link_bytes[0], time.link_busy_ns[0], time.link_peak[0]) == (400, 234, 2)
 
@@ -249,14 +249,14 @@ def test_the_slower_of_two_links_decides():
     builder = GraphBuilder()
     ways = [builder.add_link(f"wire {number}", 0, gbps) for number, gbps in enumerate([4.0, 1.0])]
     builder.add(KIND, 0, nbytes=100, egress=ways[0], ingress=ways[1])
-    assert fast.run(builder.build()).done_ns.tolist() == [100]
+    assert compiled.run(builder.build()).done_ns.tolist() == [100]
 
 
 def test_tasks_of_a_node_start_as_slots_come_free():
     builder = GraphBuilder()
     server = builder.add_server("desk", 0, 3)
     builder.add(KIND, 0, server=server, duration_ns=10, count=8)
-    time = fast.run(builder.build())
+    time = compiled.run(builder.build())
     assert time.run_count.tolist() == [3, 3, 2]
     assert time.run_start_ns.tolist() == [0, 10, 20]
 
@@ -267,7 +267,7 @@ def test_events_of_a_moment_go_by_rank_and_then_by_sequence():
     after = builder.add(KIND, 0)
     builder.edge(nodes, after)
 
-    class Order(engine.Instrument):
+    class Order(plain.Instrument):
         def __init__(self):
             self.done = []
 
@@ -275,7 +275,7 @@ def test_events_of_a_moment_go_by_rank_and_then_by_sequence():
             self.done.append(node)
 
     order = Order()
-    time = engine.run(builder.build(), instruments=[order])
+    time = plain.run(builder.build(), instruments=[order])
     assert order.done == [1, 3, 2, 0, 4]
     assert time.cause[4] == 0
 
@@ -285,7 +285,7 @@ def test_a_cycle_is_a_deadlock_that_says_who_waits():
     nodes = builder.add(KIND, 0, expert=[0, 1, 2])
     for before, after in pairwise([*nodes, nodes[0]]):
         builder.edge(before, after)
-    for run in (engine.run, fast.run):
+    for run in (plain.run, compiled.run):
         with pytest.raises(DeadlockError, match=r"3 of 3 nodes can never run\n.*expert 0.* waits for .*expert 2"):
             run(builder.build())
 
@@ -297,15 +297,15 @@ def test_growing_arrays_change_nothing(monkeypatch):
     link = builder.add_link("wire", 0, 1.0)
     builder.add(KIND, 0, server=server, duration_ns=3, count=[500] * 3, nbytes=2, egress=link)
     graph = builder.build()
-    whole, longer = fast._state, fast.State.longer
+    whole, longer = compiled._state, compiled.State.longer
     grown = []
-    monkeypatch.setattr(fast, "_state", lambda graph, room: whole(graph, 8))
-    monkeypatch.setattr(fast.State, "longer", lambda state: grown.append(state) or longer(state))
-    assert_same(fast.run(graph), engine.run(graph))
+    monkeypatch.setattr(compiled, "_state", lambda graph, room: whole(graph, 8))
+    monkeypatch.setattr(compiled.State, "longer", lambda state: grown.append(state) or longer(state))
+    assert_same(compiled.run(graph), plain.run(graph))
     assert len(grown) > 5
 
 
-@pytest.mark.parametrize("run", [engine.run, fast.run])
+@pytest.mark.parametrize("run", [plain.run, compiled.run])
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_seeds_out_of_range_are_refused(run, seed):
     """-1 is how the compiled engine says "none"."""
@@ -326,4 +326,4 @@ def test_the_cache_of_the_compiled_loop_knows_all_its_sources():
 
 def test_an_empty_graph_takes_no_time():
     graph = GraphBuilder().build()
-    assert engine.run(graph).makespan_ns == fast.run(graph).makespan_ns == 0
+    assert plain.run(graph).makespan_ns == compiled.run(graph).makespan_ns == 0

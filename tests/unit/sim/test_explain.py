@@ -12,16 +12,16 @@ from hypothesis import given
 
 from flashmoe_numba import cli
 from reference import load_preset
-from sim import what_if
-from sim.engine import run
-from sim.explain import CATEGORIES, explain, held_by, lines, merged
-from sim.graph import NONE, GraphBuilder
-from sim.hardware import load_hardware
-from sim.kinds import BARRIER, DISPATCH, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND
-from sim.precision import precision
-from sim.routing import make_routing
-from sim.simulate import simulate
-from sim.world import World
+from sim.engine.graph import NONE, GraphBuilder
+from sim.engine.kinds import BARRIER, DISPATCH, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND
+from sim.engine.plain import run
+from sim.reading.explain import CATEGORIES, explain, held_by, lines, merged
+from sim.simulation import simulate
+from sim.studies import what_if
+from sim.world.hardware import load_hardware
+from sim.world.precision import precision
+from sim.world.routing import make_routing
+from sim.world.world import World
 
 
 def world(routing="uniform", hardware="4xH100", **sizes):

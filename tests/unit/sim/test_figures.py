@@ -8,7 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from flashmoe_numba import cli
-from sim import figures
+from sim.studies import figures
 
 POLICIES = {"flashmoe": 10.0, "bulk": 30.0, "comet": 20.0}
 

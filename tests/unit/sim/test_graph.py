@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sim.graph import NONE, GraphBuilder
-from sim.kinds import DISPATCH, GEMM0, KIND_NAMES
+from sim.engine.graph import NONE, GraphBuilder
+from sim.engine.kinds import DISPATCH, GEMM0, KIND_NAMES
 
 
 def test_arguments_are_broadcast_and_indices_have_their_shape():
@@ -36,7 +36,7 @@ def test_a_node_is_described_in_the_words_of_a_task():
 
 
 def test_kinds_begin_with_those_of_the_kernels_trace():
-    from flashmoe_numba.trace import TRACE_KIND_NAMES
+    from flashmoe_numba.seeing.trace import TRACE_KIND_NAMES
 
     assert KIND_NAMES[: len(TRACE_KIND_NAMES)] == TRACE_KIND_NAMES
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sim import hardware as module
-from sim.hardware import ARITHMETICS, VALUES, hardware_names, load_hardware, to_toml
+from sim.world import hardware as module
+from sim.world.hardware import ARITHMETICS, VALUES, hardware_names, load_hardware, to_toml
 
 NVLINK_PEAK = {"A100": 300, "B200": 900, "GB200": 900, "H100": 450, "H20": 450, "H200": 450, "H800": 200}
 NIC_PEAK = {"A100": 25}  # HDR 200; the others have NDR 400

@@ -6,8 +6,8 @@ import pytest
 from policy_worlds import small_world
 
 from sim.policies import POLICY_NAMES, make_knobs
-from sim.report import report
-from sim.simulate import simulate
+from sim.reading.report import report
+from sim.simulation import simulate
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference import MoEConfig
-from sim import placement
-from sim.placement import balance, place_copies
-from sim.routing import make_routing
+from sim.world import placement
+from sim.world.placement import balance, place_copies
+from sim.world.routing import make_routing
 
 SKEWED = ("zipf:0.8", "zipf:1.5", "hot", "hot-rank")
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from policy_worlds import assert_computed_once, kind_nodes, run_both, small_world
 
-from sim import PolicyKnobs, engine
-from sim.kinds import COMBINE, GATE
-from sim.placement import balance
+from sim import PolicyKnobs
+from sim.engine import plain
+from sim.engine.kinds import COMBINE, GATE
 from sim.policies import POLICY_NAMES, build, make_knobs
-from sim.what_if import NOT_CHOICES
+from sim.studies.what_if import NOT_CHOICES
+from sim.world.placement import balance
 
 
 def graph_of(policy, world):
@@ -31,9 +32,9 @@ def test_copies_of_experts_are_computed_where_they_are(policy, hardware):
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_ties_in_time_change_no_count(policy):
     graph = graph_of(policy, small_world("hot", hardware="2x2xH100"))
-    usual = engine.run(graph)
+    usual = plain.run(graph)
     for seed in range(3):
-        shuffled = engine.run(graph, tie_seed=seed)
+        shuffled = plain.run(graph, tie_seed=seed)
         np.testing.assert_array_equal(shuffled.link_bytes, usual.link_bytes)
         tasks = np.bincount(shuffled.run_node, shuffled.run_count, graph.num_nodes)
         np.testing.assert_array_equal(tasks, graph.nodes["count"])

@@ -14,7 +14,7 @@ from policy_worlds import (
     small_world,
 )
 
-from sim.kinds import BARRIER, COMBINE, GEMM0, GEMM1, LAUNCH, SEND
+from sim.engine.kinds import BARRIER, COMBINE, GEMM0, GEMM1, LAUNCH, SEND
 from sim.policies import build, make_knobs
 
 WORLDS = odd_worlds()

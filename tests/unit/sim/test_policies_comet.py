@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_worlds import assert_computed_once, carried_bytes, kind_nodes, odd_worlds, run_both, small_world
 
-from sim.blocks import blocks_per_expert
-from sim.kinds import BARRIER, COMBINE, ELEMENTWISE, GATE, GEMM0, GEMM1, LAUNCH, SEND
+from sim.drafting.blocks import blocks_per_expert
+from sim.engine.kinds import BARRIER, COMBINE, ELEMENTWISE, GATE, GEMM0, GEMM1, LAUNCH, SEND
 from sim.policies import build, make_knobs
 from sim.policies.comet import fetch_order
 

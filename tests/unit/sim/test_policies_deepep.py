@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
 
-from sim.hops import make_hops
-from sim.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND
+from sim.drafting.comm_sms import analytic_comm_sms
+from sim.drafting.hops import make_hops
+from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND
 from sim.policies import build, make_knobs
-from sim.policies.comm_sms import analytic_comm_sms
-from sim.published import bottleneck_gbps
+from sim.validation.published import bottleneck_gbps
 
 WORLDS = odd_worlds() | {
     "three nodes, the last half empty": small_world(num_ranks=5, num_experts=10, num_topk=3, hardware="3x2xH100"),

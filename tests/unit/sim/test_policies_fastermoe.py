@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from policy_worlds import assert_computed_once, demanded_link_bytes, kind_nodes, odd_worlds, run_both, small_world
 
-from sim.kinds import COMBINE, GEMM0, GEMM1, SEND
+from sim.drafting.shadow import choose_shadows, predicted_ns, shadowed
+from sim.engine.kinds import COMBINE, GEMM0, GEMM1, SEND
 from sim.policies import build, make_knobs
-from sim.shadow import choose_shadows, predicted_ns, shadowed
 
 WORLDS = odd_worlds()
 KNOBS = {

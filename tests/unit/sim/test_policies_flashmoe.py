@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
 
-from sim.kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, RECEIVE
+from sim.engine.kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, RECEIVE
 from sim.policies import build, make_knobs
-from sim.simulate import simulate
+from sim.simulation import simulate
 
 WORLDS = odd_worlds()
 

@@ -15,7 +15,7 @@ from policy_worlds import (
     small_world,
 )
 
-from sim.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, SEND
+from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, SEND
 from sim.policies import build, make_knobs
 from sim.policies.megamoe import Knobs, tile_columns, tile_height
 

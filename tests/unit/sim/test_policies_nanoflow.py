@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
 
-from sim.kinds import BARRIER, COMBINE, GATE, GEMM0, GEMM1, LAUNCH, SEND
+from sim.engine.kinds import BARRIER, COMBINE, GATE, GEMM0, GEMM1, LAUNCH, SEND
 from sim.policies import build, make_knobs
 
 

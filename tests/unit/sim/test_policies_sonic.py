@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
 
-from sim.kinds import COMBINE, EPILOGUE, GATE, GEMM0, GEMM1, LAUNCH, LOAD, PERMUTE
+from sim.engine.kinds import COMBINE, EPILOGUE, GATE, GEMM0, GEMM1, LAUNCH, LOAD, PERMUTE
 from sim.policies import build, make_knobs
-from sim.rounding import round_tokens
+from sim.world.rounding import round_tokens
 
 
 def sonic(world, **values):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
 
-from sim.graph import NONE
-from sim.kinds import COMBINE, GATE, GEMM0, GEMM1, SEND
+from sim.engine.graph import NONE
+from sim.engine.kinds import COMBINE, GATE, GEMM0, GEMM1, SEND
 from sim.policies import build, make_knobs
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from reference.config import DTYPES, element_dtype
-from sim.hardware import ARITHMETICS, load_hardware
-from sim.precision import PRECISIONS, precision
+from sim.world.hardware import ARITHMETICS, load_hardware
+from sim.world.precision import PRECISIONS, precision
 
 FIELDS = ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes")
 

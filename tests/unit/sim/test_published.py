@@ -7,11 +7,11 @@ import pytest
 
 import sim
 from reference import MoEConfig
-from sim.hardware import load_hardware
-from sim.precision import precision
-from sim.published import megamoe_columns
-from sim.routing import make_routing
-from sim.world import World
+from sim.validation.published import megamoe_columns
+from sim.world.hardware import load_hardware
+from sim.world.precision import precision
+from sim.world.routing import make_routing
+from sim.world.world import World
 
 TABLE = Path(sim.__file__).parent / "data" / "megamoe.csv"
 

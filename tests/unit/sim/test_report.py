@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_worlds import odd_worlds, small_world
 
-from sim import engine, kinds
-from sim.graph import NONE, GraphBuilder
+from sim.engine import kinds, plain
+from sim.engine.graph import NONE, GraphBuilder
 from sim.policies import POLICY_NAMES, make_knobs
-from sim.report import IDLE_CAUSES, exposed_communication_us, num_slots, report, slot_shares
-from sim.simulate import Simulation, simulate
+from sim.reading.report import IDLE_CAUSES, exposed_communication_us, num_slots, report, slot_shares
+from sim.simulation import Simulation, simulate
 
 ODD_WORLDS = odd_worlds()
 COMPUTES = (kinds.GEMM0, kinds.GEMM1, kinds.DENSE)
@@ -24,7 +24,7 @@ COMPUTES = (kinds.GEMM0, kinds.GEMM1, kinds.DENSE)
 def simulation_of(graph, num_ranks, sms=1):
     """A simulation of any graph; the world has no more than what reports of times need."""
     world = SimpleNamespace(num_ranks=num_ranks, hardware=SimpleNamespace(sms=sms, name="none"))
-    return Simulation(policy="none", knobs=None, world=world, graph=graph, timeline=engine.run(graph))
+    return Simulation(policy="none", knobs=None, world=world, graph=graph, timeline=plain.run(graph))
 
 
 @st.composite

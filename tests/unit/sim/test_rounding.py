@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from policy_worlds import assert_computed_once, assert_link_bytes, run_both, small_world
 
 from sim.policies import build
-from sim.rounding import WAYS, round_tokens
-from sim.routing import SimRouting
+from sim.world.rounding import WAYS, round_tokens
+from sim.world.routing import SimRouting
 
 
 @st.composite

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from policy_worlds import small_world
 
-from sim import engine, fast
-from sim.hardware import load_hardware, to_toml
-from sim.placement import balance
+from sim.engine import compiled, plain
 from sim.policies import build, make_knobs
-from sim.precision import precision
-from sim.rounding import round_tokens
+from sim.world.hardware import load_hardware, to_toml
+from sim.world.placement import balance
+from sim.world.precision import precision
+from sim.world.rounding import round_tokens
 
 
 def test_values_are_kept_as_pythons():
@@ -30,7 +30,7 @@ def test_values_are_kept_as_pythons():
 def test_sizes_and_seeds_of_transforms_and_engines():
     world = small_world(seed=np.int64(3))
     graph = build("flashmoe", world, make_knobs("flashmoe", {}))
-    for run in (engine.run, fast.run):
+    for run in (plain.run, compiled.run):
         assert run(graph, tie_seed=np.int64(5)).makespan_ns == run(graph, tie_seed=5).makespan_ns
     routing = replace(world.routing, num_experts=np.int64(world.routing.num_experts))
     assert type(routing.num_experts) is int

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_worlds import small_world
 
-from sim import kinds, plots
-from sim.plots import colours, held_slots, plot_timeline
+from sim.engine import kinds
 from sim.policies import POLICY_NAMES
-from sim.simulate import simulate
-from sim.steps import levels, means
+from sim.reading import plots
+from sim.reading.plots import colours, held_slots, plot_timeline
+from sim.reading.steps import levels, means
+from sim.simulation import simulate
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20), st.integers(0, 20), st.integers(1, 5)))
 

@@ -10,12 +10,13 @@ from hypothesis import given
 from policy_worlds import odd_worlds, small_world
 from test_report import simulations
 
-from flashmoe_numba.trace import TRACE_KIND_NAMES, TraceRecord, chrome_trace
-from sim import kinds, lanes, trace
-from sim.lanes import make_trace
+from flashmoe_numba.seeing.trace import TRACE_KIND_NAMES, TraceRecord, chrome_trace
+from sim.engine import kinds
 from sim.policies import POLICY_NAMES, make_knobs
-from sim.simulate import simulate
-from sim.trace import note, write_chrome_trace
+from sim.reading import lanes, trace
+from sim.reading.lanes import make_trace
+from sim.reading.trace import note, write_chrome_trace
+from sim.simulation import simulate
 
 ODD_WORLDS = odd_worlds()
 

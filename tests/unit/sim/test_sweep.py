@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from flashmoe_numba import cli
-from flashmoe_numba.bench import launch
-from sim.grid import load_grid
-from sim.pools import process_pool
-from sim.simulate import simulate
-from sim.sweep import RowFile, missing, read_rows, run_point, run_points
+from flashmoe_numba.processes import launch
+from flashmoe_numba.processes.pools import process_pool
+from sim.simulation import simulate
+from sim.studies.grid import load_grid
+from sim.studies.sweep import RowFile, missing, read_rows, run_point, run_points
 
 ROOT = Path(__file__).resolve().parents[3]
 HEAD = 'schema = 1\n[grid]\npolicy = ["flashmoe"]\nhardware = ["2xH100"]\npreset = ["laptop-tiny"]\n'

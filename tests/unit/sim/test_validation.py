@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from flashmoe_numba import cli
-from sim import rates
+from sim.drafting import rates
 from sim.validation.cases import Case, Reason, make_case, sort_rows
 from sim.validation.compare import compare
 from sim.validation.fit import fit_all, write_rates

@@ -7,13 +7,13 @@ import pytest
 from policy_worlds import demanded_rows, odd_worlds, small_world
 
 from reference import load_preset
-from sim.cost import Cost
-from sim.graph import NONE, GraphBuilder
-from sim.hardware import load_hardware
-from sim.machine import add_machine
-from sim.precision import precision
-from sim.routing import make_routing
-from sim.world import World
+from sim.drafting.cost import Cost
+from sim.drafting.machine import add_machine
+from sim.engine.graph import NONE, GraphBuilder
+from sim.world.hardware import load_hardware
+from sim.world.precision import precision
+from sim.world.routing import make_routing
+from sim.world.world import World
 
 
 @pytest.mark.parametrize("world", odd_worlds().values(), ids=odd_worlds().keys())

@@ -1,0 +1,50 @@
+"""A record of the table's type, made without a GPU: what kernels are compiled for is read off it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from reference import Layout, MoEConfig, Weights
+
+from ..heap.host import HostMemory
+from ..kernel.grid import Record
+from ..heap.rank import Rank
+from ..tile_gemm import as_matrices
+from ..tile_gemm.hopper import MAP_WORDS, NUM_MAPS, TmaMatrices, tma_matrices
+from ..tile_gemm.matrices import Matrices
+from .variants import Variant
+
+
+def like_record(variant: Variant) -> Record:
+    """The record of a tiny layer in this process's memory."""
+    sizes = dict(num_ranks=1, num_tokens=1, hidden=8, ffn=8, num_experts=1, num_topk=1)
+    config = MoEConfig(**sizes, dtype=variant.dtype)
+    segment = np.zeros(Layout(config).num_bytes, np.uint8)
+    rank = Rank(config, 0, Weights.random(config), [segment], 1, _Likeness(variant), 0)
+    groups = (rank.problem, rank.segments, rank.experts, rank.tokens, rank.packets, rank.queue)
+    return Record(*groups, rank.all_traces, np.zeros(1, np.int64))
+
+
+class _Likeness(HostMemory):
+    """A backend for `Rank` of which only the types matter."""
+
+    def __init__(self, variant: Variant) -> None:
+        self._variant = variant
+
+    def make_scratch(self, config: MoEConfig) -> None:
+        """It is shared memory, which the entry makes."""
+
+    def pack(
+        self,
+        matrices: Sequence[np.ndarray],
+        biases: Sequence[np.ndarray | None],
+        tile_n: int,
+        accumulator: np.dtype,
+        rows: np.ndarray | None,
+    ) -> Matrices | TmaMatrices:
+        packed = as_matrices(matrices, biases, tile_n, accumulator, np.ascontiguousarray)
+        if rows is None or not self._variant.tensor_cores:
+            return packed
+        return tma_matrices(packed, np.zeros(NUM_MAPS * MAP_WORDS, np.int64))

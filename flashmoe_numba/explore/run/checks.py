@@ -1,0 +1,166 @@
+"""Is what a run computed right? Each call against the float64 oracle, its tasks against the reference's graph.
+
+The same world computes the same bits under every seed, so what one run of a process was found to be right need not be
+computed again: later ones are compared with it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from reference import GATE, KIND_NAMES, MoEConfig, Packets, Routing, Task, Workload, make_packets, task_graph
+from reference.tiles import packet_row_blocks, packet_tile_height
+
+from ...bench.check import check_layer
+from ...kernel.signals import EPOCH_SHIFT
+from .hosts import Call
+from .reports import Report
+from .world import Run, World
+
+MOST_TASKS = 4  # named in a report
+
+
+class Checker:
+    """Judges runs of one world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._right: dict[int, list[Call]] = {}  # by call: of all ranks, found to be right
+        rows = world.weights.router
+        self._twins = [{low for low in range(e) if np.array_equal(rows[low], rows[e])} for e in range(len(rows))]
+
+    def check(self, run: Run) -> list[Report]:
+        """Everything that is wrong with a run; the memory's reports are among them."""
+        reports = list(run.reports)
+        with np.errstate(over="ignore", invalid="ignore"):  # as in the kernel: wrong numbers are a report, no warning
+            for epoch in range(1, min(map(len, run.calls)) + 1):
+                calls = [calls[epoch - 1] for calls in run.calls]
+                reports += self._differences(epoch, calls) if epoch in self._right else self._judge(epoch, calls)
+        return reports
+
+    def _differences(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
+        reports = []
+        for rank, (call, right) in enumerate(zip(calls, self._right[epoch], strict=True)):
+            case = f"rank {rank}, call {epoch}:"
+            if not np.array_equal(bits(call.y), bits(right.y)):
+                rows = np.flatnonzero((bits(call.y) != bits(right.y)).any(axis=1)).tolist()
+                reports.append(Report("wrong result", f"{case} rows {rows} have other bits than under another seed"))
+            if not np.array_equal(call.routing.topk_idx, right.routing.topk_idx):
+                reports.append(Report("wrong result", f"{case} routed otherwise than under another seed"))
+            reports += _count_reports(case, call, right.rows, right.tasks)
+            if not np.array_equal(call.flags, right.flags):
+                reports.append(Report("wrong result", f"{case} other result flags than under another seed"))
+        return reports
+
+    def _judge(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
+        """Against the reference, everything; or the routing alone, where nothing can follow from it."""
+        given = self.world.data[epoch - 1][1]
+        illegal = [r for rank, call in enumerate(calls) for r in self._illegal_experts(rank, epoch, call, given[rank])]
+        if illegal:
+            return illegal
+        ties = [report for rank, call in enumerate(calls) for report in self._tie_reports(rank, epoch, call)]
+        config, packets = self.world.spec.config, [self._packets(call) for call in calls]
+        reports = ties + self._compare_with_oracle(epoch, calls)
+        graph = task_graph(packets, config)
+        sent = np.array([packet.sent for packet in packets]).reshape(config.num_ranks, config.num_ranks, -1)
+        for rank, call in enumerate(calls):
+            case = f"rank {rank}, call {epoch}:"
+            wrong = np.argwhere(bits(call.y) != bits(ordered_sums(call, packets[rank], config)))
+            if len(wrong):
+                text = f"{case} y{wrong[0].tolist()} is not the sum of its results in the order of choices"
+                reports.append(Report("wrong result", text))
+            reports += self._flag_reports(case, epoch, call, packets[rank])
+            tasks = Counter(task for task in graph if task.rank == rank)
+            tasks[Task(GATE, rank)] = 1  # a rank without tokens runs one, too, which tells every peer so
+            reports += _count_reports(case, call, sent[:, rank], tasks)
+        if not reports:
+            self._right[epoch] = list(calls)
+        return reports
+
+    def _illegal_experts(self, rank: int, epoch: int, call: Call, given: Routing | None) -> list[Report]:
+        """The first token whose experts are not distinct ones of the layer; no choice (-1) may be given only."""
+        num_experts = self.world.spec.config.num_experts
+        for token, experts in enumerate(call.routing.topk_idx.tolist()):
+            chosen = [e for e in experts if given is None or e != -1]
+            bad = [e for i, e in enumerate(chosen) if not 0 <= e < num_experts or e in chosen[:i]]
+            if bad:
+                text = f"token {token} goes to expert {bad[0]} of {experts}: not in [0, {num_experts}), or twice"
+                return [Report("wrong result", f"rank {rank}, call {epoch}: {text}")]
+        return []
+
+    def _tie_reports(self, rank: int, epoch: int, call: Call) -> list[Report]:
+        """The first token that the gate sends to an expert before one of the same logits and a lower index."""
+        if self.world.data[epoch - 1][1][rank] is not None:  # a routing from outside
+            return []
+        for token, experts in enumerate(call.routing.topk_idx.tolist()):
+            for j, e in enumerate(experts):
+                if not self._twins[e] <= set(experts[:j]):
+                    text = f"token {token} goes to expert {e} of {experts}, where a lower one has the same logits"
+                    return [Report("wrong result", f"rank {rank}, call {epoch}: {text}")]
+        return []
+
+    def _flag_reports(self, case: str, epoch: int, call: Call, packets: Packets) -> list[Report]:
+        """Result flags of this call: one for each row tile of each packet, with its rows."""
+        config, wanted = self.world.spec.config, np.full_like(call.flags, -1)
+        for e, rows in enumerate(packets.sent.tolist()):
+            height = packet_tile_height(rows, config)
+            for m in range(packet_row_blocks(rows, config)):
+                wanted[e, m] = epoch << EPOCH_SHIFT | min(height, rows - m * height)
+        found = np.where(call.flags >> EPOCH_SHIFT == epoch, call.flags, -1)
+        wrong = np.argwhere(found != wanted)
+        if not len(wrong):
+            return []
+        e, m = wrong[0].tolist()
+        text = f"{case} the result flag of expert {e}, row tile {m} is {found[e, m]}, wanted {wanted[e, m]}"
+        return [Report("wrong result", text)]
+
+    def _packets(self, call: Call) -> Packets:
+        return make_packets(call.routing.topk_idx, self.world.spec.config)
+
+    def _compare_with_oracle(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
+        x, given = self.world.data[epoch - 1]
+        idx = [routing.topk_idx for routing in given if routing]
+        factors = [routing.topk_weights for routing in given if routing]
+        workload = Workload(x, idx or None, factors or None)
+        routing, y = [call.routing for call in calls], [call.y for call in calls]
+        verdict = check_layer(self.world.spec.config, self.world.weights, workload, routing, y)
+        return [Report("wrong result", f"call {epoch}: {failure}") for failure in verdict.failures]
+
+
+def ordered_sums(call: Call, packets: Packets, config: MoEConfig) -> np.ndarray:
+    """`[num_tokens, hidden]`: results summed in the accumulator's type in the order of choices, rounded once."""
+    sums = np.zeros((len(call.y), config.hidden), config.accumulator)
+    for token, (experts, factors) in enumerate(zip(call.routing.topk_idx, call.routing.topk_weights, strict=True)):
+        for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
+            if packets.slot[token, j] >= 0 and factor != 0:
+                owner, local = divmod(expert, config.num_experts_per_rank)
+                row = call.results[owner, local, packets.slot[token, j]]
+                sums[token] += factor * row.astype(config.accumulator)
+    return sums.astype(config.numpy_dtype)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The same shape of unsigned integers: NaNs of the same bits are equal."""
+    return array.view(f"u{array.itemsize}")
+
+
+def _name(task: Task) -> str:
+    """A spoilt queue may hold tasks of no kind there is."""
+    return str(task) if 0 <= task.kind < len(KIND_NAMES) else f"kind {task.kind}{tuple(task[1:])}"
+
+
+def _count_reports(case: str, call: Call, rows: np.ndarray, tasks: Counter[Task]) -> list[Report]:
+    """Rows of the packets `[num_ranks, num_experts_per_rank]` and tasks, against what they should be."""
+    reports = []
+    if not np.array_equal(call.rows, rows):
+        text = f"{case} packets of {call.rows.tolist()} rows, wanted {rows.tolist()}"
+        reports.append(Report("count", text))
+    if call.tasks != tasks:
+        wrong = [task for task in sorted(call.tasks | tasks) if call.tasks[task] != tasks[task]]
+        texts = [f"{_name(task)} ran {call.tasks[task]} times, wanted {tasks[task]}" for task in wrong[:MOST_TASKS]]
+        texts += [f"and {len(wrong) - MOST_TASKS} more"] if len(wrong) > MOST_TASKS else []
+        reports.append(Report("count", f"{case} {'; '.join(texts)}"))
+    return reports

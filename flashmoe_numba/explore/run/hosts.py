@@ -1,0 +1,200 @@
+"""Hosts of a world: each makes one call after the other, and looks after each whether it was given up.
+
+A host has one rank, as a process has; where a grid runs all ranks' blocks in one launch, one host has them all, and its
+next call begins when all blocks have left the last one, as launches in a stream do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from reference import Routing, Task
+
+from ...device.fibers import Fiber, Scheduler, clock, current, note_progress
+from ...device.records import record_words
+from ...heap.rank import Rank
+from ...kernel.grid import HEADER_WORDS, Record
+from ...kernel.trace import RECEIVE, RECORD_WORDS
+from .arrays import Arrays
+from .blame import Blame
+from .memory import Actor, joined
+
+NO_DEADLINE = 1 << 62  # the scheduler finds deadlocks by itself
+
+
+@dataclass
+class Call:
+    """What one rank had at the end of one call."""
+
+    y: np.ndarray
+    routing: Routing
+    results: np.ndarray  # elements [num_ranks, num_experts_per_rank, slots, hidden]: the rank's result region
+    flags: np.ndarray  # int64 [num_experts, row_blocks]: its result flags
+    rows: np.ndarray  # [num_ranks, num_experts_per_rank]: of the packets that the rank received
+    tasks: Counter[Task]
+
+
+class Table:
+    """The words in which blocks of a grid find their arguments (kernel/grid.py), watched; the kernel counts epochs."""
+
+    def __init__(self, world: Arrays) -> None:
+        self._world = world
+        self._left = [np.zeros(1, np.int64) for _ in world.ranks]  # blocks of each rank that have left a call
+        records = [self._record(rank, rank.first_arguments()) for rank in world.ranks]
+        words = [self._words(record) for record in records]
+        header = [world.num_blocks, len(words[0])]
+        self.array = np.array(header + [word for row in words for word in [1, *row[1:]]], np.int64)
+        self.region = world.memory.region("table", self.array)
+        world.regions[id(self.array)] = self.region
+        for rank_idx, left in enumerate(self._left):
+            world.regions[id(left)] = world.memory.region(f"rank {rank_idx} left", left)
+
+    def arguments(self, rank: Rank, block: int, of_persistent: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Of `grid_block`, for a block that would have these of `persistent`; the host writes the rank's record."""
+        record = self._record(rank, of_persistent)
+        words = self._words(record)
+        at = HEADER_WORDS + rank.rank_idx * len(words)
+        self.array[at + 1 : at + len(words)] = words[1:]
+        scratch, box = self._world.watched(of_persistent[-3:-1])
+        return rank.rank_idx * self._world.num_blocks + block, self.region, record, scratch, box
+
+    def _record(self, rank: Rank, of_persistent: tuple[Any, ...]) -> Record:
+        _, problem, segments, experts, tokens, packets, queue, *_ = of_persistent
+        left = self._left[rank.rank_idx]
+        return Record(problem, segments, experts, tokens, packets, queue, rank.all_traces, left)
+
+    @staticmethod
+    def _words(record: Record) -> list[int]:
+        return record_words(record, lambda array: array.ctypes.data)
+
+
+class Host:
+    """Makes the calls of these ranks. `calls[i]` are those that ended of the i-th one."""
+
+    def __init__(
+        self, world: Arrays, table: Table | None, blame: Blame, scheduler: Scheduler, ranks: Sequence[Rank]
+    ) -> None:
+        self.world, self.scheduler, self.ranks = world, scheduler, ranks
+        self._table, self._blame = table, blame
+        self.calls: list[list[Call]] = [[] for _ in ranks]
+        self.fibers: list[Fiber] = []  # of this call
+        self._y: list[np.ndarray] = []
+        self.leaving: list[Fiber] = []  # the one in which it gives up
+        self.is_lost = self.is_told = False  # it is told that a call was given up
+        self._clock = [0] * world.memory.num_actors
+        self._running = self._tasks = 0  # of this call: lanes, and tasks that have ended
+
+    @property
+    def epoch(self) -> int:
+        """The call that has not ended yet."""
+        return len(self.calls[0]) + 1
+
+    def begin(self) -> None:
+        """Start the next call, if there is one."""
+        if self.epoch > len(self.world.data):
+            return
+        self.fibers, self._y, self._tasks = [], [], 0
+        if not self._lose():
+            for rank in self.ranks:
+                self._launch(rank, self.epoch)
+            self._running = len(self.fibers)
+
+    def _launch(self, rank: Rank, epoch: int) -> None:
+        x, routings = self.world.data[epoch - 1]
+        world, lanes, rank_idx = self.world, self.world.spec.lanes, rank.rank_idx
+        y, blocks = rank.call(x[rank_idx], routings[rank_idx], epoch, world.spec.deadline or NO_DEADLINE)
+        self._y.append(y)
+        for block, (name, arguments) in enumerate(blocks):
+            entry, given = self._entry(rank, block, arguments)
+            self.fibers += self.scheduler.add_block(name, self._lane, (rank_idx, block, entry, given), lanes)
+        if rank_idx in world.spec.leavers and epoch == len(world.data):
+            arguments = world.watched(rank.leaving(epoch))
+            self.leaving = self.scheduler.add_block(f"rank {rank_idx} host", self._leave, (rank_idx, epoch, *arguments))
+
+    def _entry(self, rank: Rank, block: int, arguments: tuple[Any, ...]) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        """What a block of a call enters, and what it is given."""
+        if self._table:
+            return self.world.kernel.grid_block, self._table.arguments(rank, block, arguments)
+        return self.world.kernel.persistent, self.world.watched(arguments)
+
+    def _leave(self, rank_idx: int, epoch: int, *arguments: Any) -> None:
+        spec = self.world.spec
+        index = self.world.num_lanes + spec.config.num_ranks + spec.leavers.index(rank_idx)
+        self._act(index, rank_idx, epoch, current().name)
+        self.world.kernel.leave(*arguments)
+
+    def _lane(self, rank_idx: int, block: int, entry: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        fiber = current()
+        index = (rank_idx * self.world.num_blocks + block) * fiber.lanes + fiber.lane
+        self._act(index, rank_idx, self.epoch, fiber.name)
+        waits = fiber.lane == 0 or block == self.world.spec.num_processors  # other lanes of a processor never do
+        if waits and self.world.spec.deadline is not None:
+            fiber.actor.time = clock()
+        entry(*arguments)
+        if fiber.actor.time is not None:
+            fiber.actor.take_time(clock())
+        self._running -= 1
+        if self._running == 0:
+            self._clock = joined([fiber.actor.clock for fiber in self.fibers])
+            if not self._given_up():
+                self._end()
+                if not self._given_up():  # as the next call begins
+                    self.begin()
+
+    def _act(self, index: int, rank_idx: int, epoch: int, name: str) -> None:
+        """The running fiber is this actor of the memory, who knows what the host's last blocks did."""
+        current().actor = Actor(self.world.memory, index, name, rank_idx, epoch, self._clock)
+
+    def _given_up(self) -> bool:
+        """The host, in the fiber of the last lane to end, looks for its abort word, if anybody can set one."""
+        if not self.world.can_stop:
+            return False
+        rank_idx = self.ranks[0].rank_idx
+        self._act(self.world.num_lanes + rank_idx, rank_idx, self.epoch, f"rank {rank_idx} host after its blocks")
+        self.is_told = self._blame.look(rank_idx)
+        self._clock = current().actor.clock
+        return self.is_told
+
+    # ---- a rank that is lost
+
+    def finished_task(self) -> None:
+        """One of the rank's processors has; it does not return where the rank is lost with it."""
+        self._tasks += 1
+        if self._lose():
+            note_progress()
+            self.scheduler.lose(self.fibers)
+
+    def _lose(self) -> bool:
+        """Is this the moment in which the rank is lost?"""
+        now = self.ranks[0].rank_idx, self.epoch, self._tasks
+        self.is_lost = self.is_lost or now in self.world.spec.lost
+        return self.is_lost
+
+    # ---- what a call leaves
+
+    def _end(self) -> None:
+        for rank, y, calls in zip(self.ranks, self._y, self.calls, strict=True):
+            calls.append(_call_of(rank, y))
+
+
+def _call_of(rank: Rank, y: np.ndarray) -> Call:
+    c = rank.config
+    shape = (c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
+    results = rank.segments.result.view(c.numpy_dtype).reshape(shape).copy()
+    flags = rank.segments.result_flag.reshape(c.num_experts, -1).copy()
+    rows = rank.packets.rows.reshape(shape[:2]).copy()
+    return Call(y.copy(), rank.routing(len(y)), results, flags, rows, _tasks(rank))
+
+
+def _tasks(rank: Rank) -> Counter[Task]:
+    tasks: Counter[Task] = Counter()
+    for trace in rank.traces:
+        for kind, peer, expert, m, n, *_ in trace.reshape(-1, RECORD_WORDS)[1 : trace[0] + 1].tolist():
+            if kind != RECEIVE:
+                tasks[Task(kind, rank.rank_idx, peer, expert, m, n)] += 1
+    return tasks

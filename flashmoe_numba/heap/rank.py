@@ -1,0 +1,282 @@
+"""One rank's side of a layer: its arrays for the kernel, made once, and the arguments of one call.
+
+Knows the kernel's state groups and the layout; knows neither threads nor processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from reference import ACTIVATIONS, Layout, MoEConfig, Routing, Weights
+from reference.plan import hidden_rows, max_tasks
+from reference.tiles import packet_row_blocks, packet_tile_height
+
+from ..device.storage import storage_dtype
+from ..kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
+from ..kernel.state import BOX_WORDS, Experts, Packets, Problem, Queue, Segments, Tokens
+from ..kernel.trace import RECORD_WORDS
+from ..processes.ownership import Owned
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counters of one rank's last call.
+
+    `padded_rows` is what the row tiles of the received packets add up to; `padded_row_share` the part of them that
+    holds no row. `rows_per_expert` are the received rows of each of this rank's experts. `dropped_pairs` chose an
+    expert and were not sent, because of the capacity.
+
+    What is not finite: `nonfinite_tokens` have routing weights that hold an infinity or NaN, because x did or because a
+    logit left the range of the accumulator (or as they were given); `nonfinite_rows` are those of the sent rows whose
+    result holds one, for the same x, or because it or the hidden row left the range of the element type. (What leaves
+    it only when a token's results are added up is in y alone.) Counting them reads all results of the call.
+    """
+
+    epoch: int
+    num_tokens: int
+    sent_rows: int
+    received_rows: int
+    rows_per_expert: tuple[int, ...]
+    dropped_pairs: int
+    row_tiles: int
+    padded_rows: int
+    nonfinite_tokens: int
+    nonfinite_rows: int
+
+    @property
+    def padded_row_share(self) -> float:
+        return 1 - self.received_rows / self.padded_rows if self.padded_rows else 0.0
+
+
+def _num_nonfinite(rows: np.ndarray) -> int:
+    """Rows of `[rows, columns]` that hold an infinity or NaN."""
+    return int((~np.isfinite(rows)).any(axis=1).sum())
+
+
+class Rank(Owned):
+    """Arrays of one rank.
+
+    Args:
+        weights: the experts of this rank only.
+        segments: every rank's segment as bytes, as seen from this process.
+        trace_records: records to keep per block and call, 0 for none.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        rank_idx: int,
+        weights: Weights,
+        segments: list[np.ndarray],
+        num_processors: int,
+        backend: Any,
+        trace_records: int,
+    ) -> None:
+        self.config, self.rank_idx, self.num_processors, self._backend = config, rank_idx, num_processors, backend
+        self.layout = Layout(config)
+        self.segments = self._segments(segments)
+        self.packets = self._packets()
+        self.experts = self._experts(weights)
+        self.queue = Queue(
+            backend.zeros(max_tasks(config) * TASK_WORDS, np.int64),
+            backend.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
+        )
+        self.tokens = self._token_arrays()
+        self.scratch = [backend.make_scratch(config) for _ in range(num_processors)]
+        self.boxes = [np.zeros(BOX_WORDS, np.int64) for _ in range(num_processors + 1)]
+        trace_words = (trace_records + 1) * RECORD_WORDS if trace_records else 0
+        self.all_traces = backend.zeros((num_processors + 1) * trace_words, np.int64)
+        self.traces = [self.all_traces[b * trace_words : (b + 1) * trace_words] for b in range(num_processors + 1)]
+        self.problem = self._fixed_problem()
+
+    @property
+    def control(self) -> np.ndarray:
+        return self.segments.control
+
+    def call(
+        self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int
+    ) -> tuple[Any, list[tuple[str, tuple[Any, ...]]]]:
+        """(y, blocks of this call, or the first one where `every_block` is not wanted): y is filled once all have run.
+
+        Args:
+            x: `[num_tokens, hidden]`, as `check_tokens` of the backend returns it.
+            routing: one from outside, or None.
+        """
+        x_storage, y_storage, y = self._backend.adopt(x)
+        tokens = self.tokens._replace(x=x_storage, y=y_storage)
+        if routing is not None:
+            self._backend.store(tokens.topk_idx[: routing.topk_idx.size], routing.topk_idx.reshape(-1))
+            self._backend.store(tokens.topk_weights[: routing.topk_weights.size], routing.topk_weights.reshape(-1))
+        problem = self.problem._replace(
+            epoch=epoch, num_tokens=len(x), routed=routing is not None, deadline_ns=deadline_ns
+        )
+        if not self._backend.every_block:  # the grid finds its blocks' arguments, and clears their traces, by itself
+            return y, [(f"rank {self.rank_idx}", self._arguments(0, problem, tokens))]
+        for trace in self.traces:
+            trace[:1] = 0
+        blocks = []
+        for block in range(self.num_processors + 1):
+            role = "OS block" if block == self.num_processors else f"processor {block}"
+            blocks.append((f"rank {self.rank_idx} {role}", self._arguments(block, problem, tokens)))
+        return y, blocks
+
+    def first_arguments(self) -> tuple[Any, ...]:
+        """Arguments of block 0 before any call, with tokens of size 0."""
+        return self._arguments(0, self.problem, self.tokens)
+
+    def _arguments(self, block: int, problem: Problem, tokens: Tokens) -> tuple[Any, ...]:
+        scratch = self.scratch[min(block, self.num_processors - 1)]  # the OS block uses none
+        arguments = (block, problem, self.segments, self.experts, tokens, self.packets, self.queue, scratch)
+        return (*arguments, self.boxes[block], self.traces[block])
+
+    def leaving(self, epoch: int) -> tuple[Problem, Segments]:
+        """Arguments of `kernel.leave`."""
+        return self.problem._replace(epoch=epoch), self.segments
+
+    def routing(self, num_tokens: int) -> Routing:
+        """A copy of the last call's routing."""
+        shape = (num_tokens, self.config.num_topk)
+        size = num_tokens * self.config.num_topk
+        parts = self.tokens.topk_idx[:size], self.tokens.topk_weights[:size]
+        return Routing(*(self._backend.to_host(part).reshape(shape) for part in parts))
+
+    def stats(self, epoch: int, num_tokens: int) -> Stats:
+        c = self.config
+        seen, rows, sent = map(self._backend.to_host, (self.packets.seen, self.packets.rows, self.tokens.sent))
+        received, routing = np.where(seen == epoch, rows, 0), self.routing(num_tokens)
+        heights = [packet_tile_height(int(num_rows), c) for num_rows in received]
+        tiles = [packet_row_blocks(int(num_rows), c) for num_rows in received]
+        return Stats(
+            epoch=epoch,
+            num_tokens=num_tokens,
+            sent_rows=int(sent.sum()),
+            received_rows=int(received.sum()),
+            rows_per_expert=tuple(received.reshape(c.num_ranks, -1).sum(axis=0).tolist()),
+            dropped_pairs=int((routing.topk_idx >= 0).sum() - sent.sum()),
+            row_tiles=sum(tiles),
+            padded_rows=sum(number * height for number, height in zip(tiles, heights, strict=True)),
+            nonfinite_tokens=_num_nonfinite(routing.topk_weights),
+            nonfinite_rows=sum(_num_nonfinite(self._results(e, num_rows)) for e, num_rows in enumerate(sent.tolist())),
+        )
+
+    def _results(self, expert: int, num_rows: int) -> np.ndarray:
+        """`[num_rows, hidden]`: a copy of what came back for the rows sent to this expert, whose slots come first."""
+        c = self.config
+        first = expert * c.slots * c.hidden
+        rows = self._backend.to_host(self.segments.result[first : first + num_rows * c.hidden])
+        return rows.view(c.numpy_dtype).reshape(num_rows, c.hidden)
+
+    def _segments(self, segments: list[np.ndarray]) -> Segments:
+        own, layout = segments[self.rank_idx], self.layout
+        element = storage_dtype(self.config.numpy_dtype)
+
+        def view(offset: int, num_elements: int, dtype: np.dtype) -> np.ndarray:
+            return own[offset : offset + num_elements * dtype.itemsize].view(dtype)
+
+        word = np.dtype(np.int64)
+        own[layout.dispatch_flag :] = (
+            0  # MPI does not promise zeroed memory; peers write only after all ranks are ready
+        )
+        return Segments(
+            address=self._words([self._backend.address(segment) for segment in segments]),
+            dispatch=view(layout.dispatch, layout.region_elements, element),
+            result=view(layout.result, layout.region_elements, element),
+            dispatch_flag=view(layout.dispatch_flag, layout.num_dispatch_flags, word),
+            result_flag=view(layout.result_flag, layout.num_result_flags, word),
+            control=view(layout.control, (layout.num_bytes - layout.control) // 8, word),
+        )
+
+    def _experts(self, weights: Weights) -> Experts:
+        """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put."""
+        c = self.config
+        ups, up_biases = [weights.up_proj], [weights.up_bias]
+        if c.gated:
+            ups, up_biases = [weights.gate_proj, *ups], [weights.gate_bias, *up_biases]
+        router, pack = weights.router.astype(c.accumulator)[None], self._backend.pack
+        return Experts(
+            router=pack([router], [None], c.tile_n, c.accumulator, None),
+            up=pack(ups, up_biases, c.tile_ffn, c.accumulator, self.segments.dispatch),
+            down=pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator, self.packets.hidden),
+        )
+
+    def _words(self, values: list[int]) -> np.ndarray:
+        return self._backend.array(np.array(values, np.int64))
+
+    def _packets(self) -> Packets:
+        c, row_blocks = self.config, self.layout.row_blocks
+        element = storage_dtype(c.numpy_dtype)
+
+        def words(size: int) -> np.ndarray:
+            return self._backend.zeros(size, np.int64)
+
+        return Packets(
+            seen=words(c.num_experts),
+            rows=words(c.num_experts),
+            first_row=words(c.num_experts),
+            tiles_to_queue=words(c.num_experts),
+            up_done=words(c.num_experts * row_blocks),
+            down_done=words(c.num_experts * row_blocks),
+            hidden=self._backend.empty(hidden_rows(c) * c.ffn, element),
+        )
+
+    def _token_arrays(self) -> Tokens:
+        c = self.config
+        pairs, blocks = c.num_tokens * c.num_topk, -(-c.num_tokens // c.token_block)
+        memory = self._backend
+        empty = memory.empty(0, storage_dtype(c.numpy_dtype))
+
+        def integers(size: int) -> np.ndarray:
+            return memory.zeros(size, np.int32)
+
+        return Tokens(
+            x=empty,
+            y=empty,
+            logits=memory.empty(c.num_tokens * c.num_experts, c.accumulator),
+            topk_idx=integers(pairs),
+            topk_weights=memory.zeros(pairs, c.accumulator),
+            place=integers(pairs),
+            order=integers(pairs),
+            counts=integers(blocks * c.num_experts),
+            starts=integers(blocks * c.num_experts),
+            bases=integers(blocks * c.num_experts),
+            sent=integers(c.num_experts),
+            results_left=integers(c.num_experts),
+            tiles_left=memory.zeros(blocks, np.int64),
+            result_seen=memory.zeros(c.num_experts * self.layout.row_blocks, np.int64),
+        )
+
+    def _fixed_problem(self) -> Problem:
+        c, layout = self.config, self.layout
+        return Problem(
+            epoch=0,
+            rank_idx=self.rank_idx,
+            num_ranks=c.num_ranks,
+            num_processors=self.num_processors,
+            num_tokens=0,
+            hidden=c.hidden,
+            ffn=c.ffn,
+            num_experts=c.num_experts,
+            experts_per_rank=c.num_experts_per_rank,
+            num_topk=c.num_topk,
+            slots=c.slots,
+            row_blocks=layout.row_blocks,
+            tile_m_min=c.tile_m_min,
+            tile_m=c.tile_m,
+            tile_ffn=min(c.tile_ffn, c.ffn),
+            tile_hidden=min(c.tile_n, c.hidden),
+            tile_experts=min(c.tile_n, c.num_experts),
+            token_block=c.token_block,
+            activation=ACTIVATIONS.index(c.activation),
+            renormalize=c.renormalize,
+            routed=False,
+            dispatch_at=layout.dispatch,
+            result_at=layout.result,
+            dispatch_flag_at=layout.dispatch_flag,
+            result_flag_at=layout.result_flag,
+            control_at=layout.control,
+            region_elements=layout.region_elements,
+            deadline_ns=0,
+        )

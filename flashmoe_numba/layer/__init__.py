@@ -1,0 +1,1 @@
+"""The layer as users call it: its arguments checked, its ranks set up, its calls."""

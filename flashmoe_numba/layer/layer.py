@@ -1,0 +1,371 @@
+"""FlashMoE: the layer as users call it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reference import Layout, MoEConfig, Routing, Weights, external_routing
+from reference.cache_folder import usable_cache_folder
+from reference.plan import max_tasks
+from reference.scalars import plain
+
+from ..backends import make_backend
+from ..errors import FlashMoEError, explain
+from ..heap import make_heap
+from ..heap.rank import Rank, Stats
+from ..kernel.signals import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, EPOCH_SHIFT, FAILED
+from ..processes.meeting import SETUP_DEADLINE_S
+from ..processes.ownership import Owned
+from .arguments import find_problem, patience_s
+
+LAST_EPOCH = 2**31 - 1
+
+
+class FlashMoE(Owned):
+    """One distributed MoE layer: gate, dispatch, experts and combine as one persistent kernel per rank.
+
+    Without `comm` all ranks live in this process and a call takes and returns the tokens of all of them. With `comm`
+    each process is one rank, and a call takes and returns that rank's tokens; every rank must make the same calls.
+    A layer belongs to the process that made it: it cannot be copied or pickled, and not be called in a forked child.
+
+    Numbers have the ranges of their types: logits that of the accumulator (float32, or float64 for float64), beyond
+    which a token has NaN weights and goes to experts 0 to k - 1; hidden rows and experts' results that of the element
+    type, to which they are rounded before a weight is applied (float16: infinite from 65,520 on). So a bad token spoils
+    its own row only, a weight of 0 adds nothing in any case, and `stats` counts what is not finite.
+
+    Args:
+        config: sizes of the layer.
+        weights: router and experts. With `comm` a rank may bring just its own experts (`weights.shard`). They are
+            copied into the kernel's order; the layer does not keep the originals.
+        comm: an mpi4py communicator of `config.num_ranks` ranks on one machine.
+        backend: "cpu" or "cuda" (compiled), or "fibers" (interpreted, ranks of this process only).
+        num_processors: blocks per rank beside the OS block; default: the cores, or the blocks that a GPU holds at a
+            time, shared out among the ranks.
+        deadline_s: a call fails when no rank has finished any task for this long.
+        setup_deadline_s: with `comm`, how long a rank waits for the others while they make their layers.
+        trace: keep a record of every task of the last call (`layer.traces`).
+        backend_settings: of the fibers: seed, lanes, preempt. Of cuda: device (index of the GPU; default: the current
+            one, and with `comm` the rank's number modulo the GPUs), tf32 (multiply float32 as TF32).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+        TimeoutError: not all ranks of `comm` came within `setup_deadline_s`.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        weights: Weights,
+        *,
+        comm: Any = None,
+        backend: str = "cpu",
+        num_processors: int | None = None,
+        deadline_s: float = 30.0,
+        setup_deadline_s: float = SETUP_DEADLINE_S,
+        trace: bool = False,
+        **backend_settings: Any,
+    ) -> None:
+        if comm is not None and not hasattr(comm, "Split_type"):
+            raise TypeError(f"comm must be an mpi4py communicator or None, got {type(comm).__name__}")
+        num_processors, trace = plain(num_processors), plain(trace)
+        deadline_s, setup_deadline_s = plain(deadline_s), plain(setup_deadline_s)
+        backend_settings = {name: plain(value) for name, value in backend_settings.items()}
+        problem = find_problem(
+            config, weights, comm, backend, backend_settings, num_processors, deadline_s, setup_deadline_s, trace
+        )
+        if comm is None and problem is not None:
+            raise problem
+        self.config = config
+        self.deadline_s = deadline_s
+        self._closed: str | None = None
+        self._epoch = 0
+        self._num_tokens: list[int] = []
+        self._in_process = comm is None
+        self._calling = threading.Lock()
+        self._caller = 0
+        self._heap: Any = make_heap(config, comm, backend, patience_s(setup_deadline_s))
+        # under MPI the other ranks must hear of a problem, too
+        self._heap.agree(problem, same=None if problem else self._shared_settings(backend, backend_settings))
+        self._backend: Any = None
+        self._ranks: list[Rank] = []
+        self._make_ready(lambda: self._make_backend(backend, backend_settings))
+        self._cache_folder = Path(self._heap.from_first(lambda: str(usable_cache_folder())))
+        self._one_first(lambda: self._backend.load(self._cache_folder))
+        self._make_ready(lambda: self._set_processors(num_processors))
+        self._heap.allocate(Layout(config).num_bytes, self._backend)
+        self._make_ready(lambda: self._make_ranks(weights, trace))
+        self._one_first(self._prepare)
+
+    def _shared_settings(self, backend: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """What must not differ between ranks, by name."""
+        fields = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        return fields | {"backend": backend, "tf32": settings.get("tf32", False)}
+
+    def _one_first(self, step: Callable[[], None]) -> None:
+        """Take a step that may compile: one rank of a machine does, the others then find its kernel on the disk."""
+        self._make_ready(lambda: step() if self._heap.rank_indices[0] == 0 else None)
+        self._make_ready(step)
+
+    def _make_backend(self, name: str, settings: dict[str, Any]) -> None:
+        self._backend = make_backend(name, self.config, self._heap.rank_indices[0], **settings)
+
+    def _set_processors(self, wanted: int | None) -> None:
+        here, ranks = len(self._heap.rank_indices), self.config.num_ranks
+        self.num_processors = wanted or self._backend.default_processors(here, ranks)
+        self._backend.check_grid(here, self.num_processors)
+
+    def _make_ready(self, step: Callable[[], None]) -> None:
+        """Take one step of setting up; if it fails on any rank, raise on all."""
+        error = None
+        try:
+            step()
+        except Exception as caught:
+            error = caught
+        try:
+            self._heap.agree(error)
+        except BaseException:
+            if self._backend is not None:
+                with contextlib.suppress(Exception):  # what failed may fail again, and must not hide it
+                    self._backend.close()
+            raise
+
+    def _make_ranks(self, weights: Weights, trace: bool) -> None:
+        records = max_tasks(self.config) + self.config.num_experts if trace else 0
+        for rank_idx in self._heap.rank_indices:
+            own = weights.shard(rank_idx, self.config.num_ranks)
+            segments = self._heap.segments
+            self._ranks.append(Rank(self.config, rank_idx, own, segments, self.num_processors, self._backend, records))
+
+    def _prepare(self) -> None:
+        self._backend.prepare([rank.first_arguments() for rank in self._ranks], self._cache_folder)
+
+    def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None) -> Any:
+        """The layer's output for these tokens.
+
+        Args:
+            x: with `comm`, `[num_tokens, hidden]`; else `[num_ranks, num_tokens, hidden]`, or one array
+                `[num_tokens_of_rank, hidden]` per rank. Up to `config.num_tokens` tokens per rank, 0 included.
+                Element type `config.dtype`. An array that is not contiguous is copied. With backend "cuda" arrays on
+                the GPU: CuPy's, PyTorch's, Numba's; bfloat16 may come as int16 bit patterns.
+            topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices. -1 and
+                `config.num_experts` are no choice, as often as you like: nothing is sent or added; `routing` has -1.
+            topk_weights: their factors, used as they are; those of no choice are not looked at.
+
+        Returns:
+            y, shaped like x and of its type. With backend "cuda" it is filled in the order of the caller's stream, and
+            whether the call was given up is known after it: from a later call, or from `synchronize`. So it is with
+            replays of a call that was captured in a CUDA graph.
+
+        Raises:
+            TypeError, ValueError: before any rank starts.
+            FlashMoEError: the call was given up (see the message); the layer is closed.
+        """
+        self.require_maker()
+        parts = self._per_rank("x", x)
+        names = [f"x[{i}]" for i in range(len(parts))] if self._in_process else ["x"]
+        check = self._backend.check_tokens
+        tokens = [check(name, part, self.config) for name, part in zip(names, parts, strict=True)]
+        routings = self._check_routing(tokens, topk_idx, topk_weights)
+        with self._calling:
+            self._caller = threading.get_ident()
+            ys = self._run(tokens, routings)
+        if not self._in_process:
+            return ys[0]
+        return self._backend.join(x, ys)
+
+    def _per_rank(self, name: str, value: Any) -> list[Any]:
+        """One entry per rank of this process."""
+        if not self._in_process:
+            return [value]
+        if not (isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0):
+            raise TypeError(f"{name} must be an array or a list of arrays, got {type(value).__name__}")
+        if isinstance(value, np.ndarray) and value.dtype.kind == "O":
+            raise TypeError(f"{name} must be a list if parts differ in length, got an array of objects: list({name})?")
+        num_ranks = self.config.num_ranks
+        if getattr(value, "ndim", None) == 2:
+            hint = f": {name}[None]?" if num_ranks == 1 else ""
+            rule = f"one part per rank: num_ranks={num_ranks} arrays with a row per token"
+            raise ValueError(f"{name} must have {rule}, got one array of shape {list(value.shape)}{hint}")
+        if len(value) != num_ranks:
+            raise ValueError(f"{name} must have one part per rank: num_ranks={num_ranks}, got {len(value)}")
+        return [value[rank_idx] for rank_idx in range(len(value))]  # Numba's device arrays have no iterator
+
+    def _check_routing(self, tokens: Sequence[np.ndarray], topk_idx: Any, topk_weights: Any) -> list[Routing | None]:
+        if (topk_idx is None) != (topk_weights is None):
+            raise ValueError("topk_idx and topk_weights must be given together")
+        if topk_idx is None:
+            return [None] * len(tokens)
+        indices, factors = self._per_rank("topk_idx", topk_idx), self._per_rank("topk_weights", topk_weights)
+        routings: list[Routing | None] = []
+        for rank, x, idx, weight in zip(self._ranks, tokens, indices, factors, strict=True):
+            try:
+                routings.append(external_routing(idx, weight, self.config, len(x)))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"rank {rank.rank_idx}: {error}") from None
+        return routings
+
+    def _run(self, tokens: Sequence[np.ndarray], routings: Sequence[Routing | None]) -> list[np.ndarray]:
+        self._raise_if_closed()
+        self._backend.begin(tokens)
+        self._raise_if_known()
+        if self._epoch == LAST_EPOCH:
+            raise FlashMoEError(f"a layer makes at most {LAST_EPOCH} calls, because flags count them: make a new one")
+        self._epoch += 1
+        self._num_tokens = [len(x) for x in tokens]
+        deadline_ns = self._backend.deadline_ns(self.deadline_s)
+        ys, blocks = [], []
+        try:
+            for rank, x, routing in zip(self._ranks, tokens, routings, strict=True):
+                y, rank_blocks = rank.call(x, routing, self._epoch, deadline_ns)
+                ys.append(y)
+                blocks += rank_blocks
+            self._backend.run(blocks, self._leave)
+        except BaseException as error:
+            self._closed = f"its last call was interrupted by {type(error).__name__}"
+            self._leave()
+            raise
+        self._raise_if_known()
+        return ys
+
+    def _raise_if_known(self) -> None:
+        """A GPU may be at the call still: then a later one, or `synchronize`, tells what became of it."""
+        if self._backend.may_have_failed():
+            self._raise_if_given_up()
+
+    def synchronize(self) -> None:
+        """Wait for the last call; only on a GPU do calls return before they are done.
+
+        Raises:
+            FlashMoEError: the call was given up; the layer is closed.
+        """
+        self._raise_if_closed()
+        self._backend.synchronize()
+        self._raise_if_given_up()
+
+    def _raise_if_closed(self) -> None:
+        self.require_maker()
+        if self._closed:
+            raise FlashMoEError(f"this layer is closed: {self._closed}")
+
+    def _controls(self) -> list[np.ndarray]:
+        """Control words of all ranks."""
+        control = Layout(self.config).control
+        return [self._backend.to_host(segment[control:]).view(np.int64) for segment in self._heap.segments]
+
+    def _raise_if_given_up(self) -> None:
+        for rank in self._ranks:
+            if self._backend.to_host(rank.control)[ABORT] != 0:  # then the record that it points to is complete
+                self._closed = explain(rank.rank_idx, self._controls())
+                raise FlashMoEError(self._closed)
+
+    def _leave(self, why: int = FAILED) -> None:
+        """Tell all ranks that this process will not go on, so that they stop now and not at the deadline.
+
+        Raises nothing: it is called when something else went wrong, which may have taken the GPU with it.
+        """
+        for rank in self._ranks:
+            with contextlib.suppress(Exception):
+                self._backend.leave(*rank.leaving(self._epoch), why)
+
+    @property
+    def routing(self) -> Any:
+        """`Routing` of the last call: of this rank with `comm`, else a list over ranks."""
+        routings = [rank.routing(n) for rank, n in zip(self._ranks, self._last_tokens(), strict=True)]
+        return routings if self._in_process else routings[0]
+
+    @property
+    def stats(self) -> Stats | list[Stats]:
+        """`Stats` of the last call: of this rank with `comm`, else a list over ranks."""
+        epochs = [self._backend.epoch(position, self._epoch) for position in range(len(self._ranks))]
+        stats = [r.stats(epoch, n) for r, epoch, n in zip(self._ranks, epochs, self._last_tokens(), strict=True)]
+        return stats if self._in_process else stats[0]
+
+    @property
+    def traces(self) -> dict[tuple[int, int], np.ndarray]:
+        """Raw records of the last call, by (rank, block); decoded by `flashmoe_numba.seeing.trace`."""
+        self._last_tokens()
+        return {
+            (r.rank_idx, block): self._backend.to_host(trace)
+            for r in self._ranks
+            for block, trace in enumerate(r.traces)
+        }
+
+    def _last_tokens(self) -> list[int]:
+        self._raise_if_closed()
+        if not self._num_tokens:
+            raise ValueError("there was no call yet: routing, stats and traces tell of the last one")
+        return self._num_tokens
+
+    def close(self) -> None:
+        """Give memory and threads back. With `comm`, every rank must close, and waits for the others.
+
+        In a process that was forked from the one that made the layer it does nothing: all is the parent's.
+
+        Raises:
+            FlashMoEError: another rank left because of an error, or makes a call more.
+        """
+        self._close(orderly=True)
+
+    def _close(self, *, orderly: bool) -> None:
+        if self.inherited:
+            return
+        if not self._calling.acquire(blocking=False):
+            if self._caller == threading.get_ident():
+                raise FlashMoEError("close() was called inside a call of this layer, say by a signal handler")
+            if self._ranks:
+                self._leave(CLOSED_BY_THREAD)  # a call in another thread: end it, then go on
+            self._calling.acquire()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._calling.release)
+            if self._heap is None:
+                return
+            try:
+                if orderly and not self._closed:
+                    self._give_back()
+                else:
+                    self._abandon()
+            finally:
+                self._closed = self._closed or "close() was called"
+                self._ranks, self._heap = [], None
+
+    def _give_back(self) -> None:
+        """Close backend and heap, with all ranks."""
+        try:
+            self._backend.synchronize()
+            self._epoch = self._backend.epoch(0, self._epoch)
+            self._backend.close()
+        except BaseException:
+            self._abandon()
+            raise
+        self._heap.close(self._look_at_others)
+
+    def _look_at_others(self) -> None:
+        """While this rank waits for the others to close: raise if one has left, or makes a call that this one will not.
+
+        Raises:
+            FlashMoEError: as all ranks do then.
+        """
+        signals = [self._backend.to_host(rank.segments.dispatch_flag) for rank in self._ranks]
+        if any((words >> EPOCH_SHIFT > self._epoch).any() for words in signals):
+            self._leave(CLOSED_EARLY)
+        self._raise_if_given_up()
+
+    def _abandon(self) -> None:
+        """The same after an error, which was told already: tell the others, wait for nobody, and raise nothing more."""
+        self._leave()
+        with contextlib.suppress(Exception):
+            self._backend.close()
+        self._heap.close(None)
+
+    def __enter__(self) -> FlashMoE:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close(orderly=kind is None)

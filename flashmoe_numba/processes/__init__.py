@@ -1,0 +1,1 @@
+"""Processes and what they share: who owns what, starting ranks, meeting, shared memory, cores, pools."""

@@ -1,0 +1,154 @@
+"""Ranks as processes of one machine: how they agree while a layer is set up and taken down; never in a call.
+
+MPI's own collectives wait without a limit, so the ones here poll a non-blocking request until a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .ownership import Owned
+
+SETUP_DEADLINE_S = 600.0  # a rank may compile the kernel meanwhile
+CLOSE_DEADLINE_S = 3600.0  # a rank may do much between its last call and its close
+
+
+class Meeting(Owned):
+    """The ranks of `comm`, an mpi4py communicator.
+
+    Args:
+        setup_deadline_s: a rank that waits for the others longer than that raises a TimeoutError.
+    """
+
+    def __init__(self, comm: Any, setup_deadline_s: float) -> None:
+        self.segments: list[Any] = []
+        self.num_ranks = comm.size
+        self.rank_indices = range(comm.rank, comm.rank + 1)
+        self._setup_deadline_s = setup_deadline_s
+        self._comm, request = comm.Idup()  # its messages cannot meet the caller's
+        self._wait_for_all(request)
+        self.barrier()
+        if comm.rank == 0:
+            unlink_startup_segment()
+
+    def agree(self, error: Exception | None, same: Mapping[str, Any] | None = None) -> None:
+        """Raise on every rank if any rank brings an error, or if values by name are not the `same` on all ranks.
+
+        Raises:
+            Exception: this rank's own error.
+            RuntimeError: another rank's error, quoted.
+            ValueError: names of values that differ, and which rank has which.
+        """
+        everybody = self._gather(f"rank {self._comm.rank}: {error}" if error is not None else "")
+        values = self._gather(json.dumps({name: repr(value) for name, value in (same or {}).items()}))
+        failed = [text for text in everybody if text]
+        different = list(differences([json.loads(text) for text in values]))
+        if failed or different:
+            with contextlib.suppress(Exception):  # the error that is raised next is the one to tell
+                self._free()  # as all ranks do now
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError(f"another rank could not start: {failed[0]}")
+        if different:
+            raise ValueError(f"all ranks must be given the same: {'; '.join(different)}")
+
+    def from_first(self, make: Callable[[], str]) -> str:
+        """Rank 0's text, on all ranks."""
+        return self._gather(make() if self._comm.rank == 0 else "")[0]
+
+    def require_one_machine(self) -> None:
+        """Raise a ValueError on every rank, if the ranks do not share a machine."""
+        from mpi4py import MPI
+
+        local = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        num_local = local.size
+        local.Free()
+        rule = f"comm must lie on one machine, but {num_local} of {self.num_ranks} ranks share this one"
+        self.agree(ValueError(rule) if num_local != self.num_ranks else None)
+
+    def _gather(self, text: str) -> list[str]:
+        """Everybody's text."""
+        data = np.frombuffer(text.encode(errors="replace"), np.uint8)
+        sizes = self._gather_rows(np.array([data.size], np.int64))[:, 0]
+        mine = np.zeros(sizes.max(), np.uint8)
+        mine[: data.size] = data
+        return [bytes(row[:size]).decode() for row, size in zip(self._gather_rows(mine), sizes, strict=True)]
+
+    def _gather_rows(self, mine: np.ndarray) -> np.ndarray:
+        """Everybody's array, `[num_ranks, mine.size]`; all are of one size."""
+        everybody = np.empty((self.num_ranks, mine.size), mine.dtype)
+        self._wait_for_all(self._comm.Iallgather(mine, everybody))
+        return everybody
+
+    def barrier(self) -> None:
+        """Wait for all ranks.
+
+        Raises:
+            TimeoutError: some rank did not come.
+        """
+        self._wait_for_all(self._comm.Ibarrier())
+
+    def _wait_for_all(self, request: Any) -> None:
+        """Wait for a collective of setting up."""
+        try:
+            _wait(request, self._setup_deadline_s)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"{error} (setup_deadline_s): a rank failed before it made its layer, or does not make this one; "
+                "`mpirun -n N python -m mpi4py SCRIPT` ends all ranks when one fails"
+            ) from None
+
+    def close(self, check: Callable[[], None] | None) -> None:
+        """Give everything back, which takes all ranks, or with `check=None` leave it to the end of the process.
+
+        Args:
+            check: called while waiting for the others; raises if one of them will not come.
+        """
+        if check is not None and self.segments:
+            _wait(self._comm.Ibarrier(), CLOSE_DEADLINE_S, check)
+            self._free()
+        self.segments = []
+
+    def _free(self) -> None:
+        """Give back what this rank holds, as all ranks do now."""
+        self._comm.Free()
+
+
+def _wait(request: Any, deadline_s: float, check: Callable[[], None] = lambda: None) -> None:
+    start, nap = time.monotonic(), 1e-5
+    while not request.Test():
+        check()
+        if time.monotonic() - start > deadline_s:
+            raise TimeoutError(f"not all ranks came to a collective of the layer within {deadline_s:g} s")
+        time.sleep(nap)
+        nap = min(2 * nap, 0.01)
+
+
+def differences(values: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """For each name whose value is not the same on all ranks: rank 0's value, and the first other one.
+
+    Args:
+        values: by rank, then by name.
+    """
+    for name in dict.fromkeys(name for of_rank in values for name in of_rank):
+        found = [of_rank.get(name, "nothing") for of_rank in values]
+        other = next((rank_idx for rank_idx, value in enumerate(found) if value != found[0]), None)
+        if other is not None:
+            yield f"rank 0 has {name}={found[0]}, rank {other} has {name}={found[other]}"
+
+
+def unlink_startup_segment() -> None:
+    """Take the name off mpich's own segment once all ranks have it, so that no death leaves it behind."""
+    with contextlib.suppress(OSError):
+        maps = Path("/proc/self/maps").read_text()
+        for name in set(re.findall(r"/dev/shm/mpich_shm_\w+", maps)):
+            Path(name).unlink()

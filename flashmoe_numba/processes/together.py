@@ -1,0 +1,173 @@
+"""What the processes of a benchmark do together: meet, collect results, and leave.
+
+Everything that waits here looks at words in shared memory and gives up after a deadline without progress, as the
+kernel does; MPI's own collectives wait without a limit. A rank that leaves because of an error says so in its word, and
+the others stop at once.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..errors import FlashMoEError
+from .launch import TERMINAL_VARIABLE, answer_ctrl_c, tell_begun
+from .meeting import SETUP_DEADLINE_S, unlink_startup_segment
+from .mpi_environment import begin_mpi
+from .shared_memory import Shortage
+
+MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank, on a cache line of its own
+LINE_WORDS = 8
+GAVE_UP, FAILED = 1, 2  # values of LEFT: another rank is to blame, or this one
+SPINS = 20
+NAP_S = 5e-4
+HEADSTART_NS = 2_000_000  # from the last arrival at a meeting to the common start: several naps
+LAST_WORDS_S = 0.5  # for the messages of the other ranks, before everything ends
+
+
+class LocalWorld:
+    """One process, whatever ranks it holds: nobody to wait for."""
+
+    rank_idx, num_ranks, comm = 0, 1, None
+
+    def meet(self, what: str) -> None:
+        """Nothing to wait for."""
+
+    def note_progress(self) -> None:
+        """Nobody is waiting."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def agree(self, code: int) -> int:
+        return code
+
+
+class MpiWorld:
+    """The ranks of MPI's COMM_WORLD, all on one machine.
+
+    Args:
+        deadline_s: a wait fails when no rank has made progress for this long. The first meeting may take longer.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
+        MPI = begin_mpi()
+        self.comm = MPI.COMM_WORLD
+        self.rank_idx, self.num_ranks = self.comm.rank, self.comm.size
+        self._deadline_s = SETUP_DEADLINE_S
+        num_bytes = 8 * LINE_WORDS * self.num_ranks if self.rank_idx == 0 else 0
+        self._window = MPI.Win.Allocate_shared(num_bytes, 1, comm=self.comm)
+        self._words = np.frombuffer(self._window.Shared_query(0)[0], np.int64).reshape(self.num_ranks, LINE_WORDS)
+        self._mine = self._words[self.rank_idx]
+        self._mine[:] = 0
+        self._finish(self.comm.Ibarrier(), "at the start")
+        if self.rank_idx == 0:
+            unlink_startup_segment()
+        tell_begun()
+        answer_ctrl_c()
+        self._call_deadline_s = deadline_s
+
+    def meet(self, what: str) -> None:
+        """Wait until all ranks are here, then return on all of them at the same moment, about 2 ms later.
+
+        Args:
+            what: for the message, for instance "before call 3".
+
+        Raises:
+            FlashMoEError: a rank did not come, or left; says who waited for whom.
+        """
+        number = int(self._mine[MEETINGS]) + 1
+        self._mine[MEETINGS] = number
+        self._wait(lambda: bool((self._words[:, MEETINGS] >= number).all()), what)
+        first = self._words[0]
+        if self.rank_idx == 0:
+            first[START_NS] = time.monotonic_ns() + HEADSTART_NS
+            first[STARTS] = number
+        self._wait(lambda: bool(first[STARTS] >= number), what)
+        self._deadline_s = self._call_deadline_s
+        time.sleep(max(0, int(first[START_NS]) - time.monotonic_ns()) * 1e-9)
+
+    def note_progress(self) -> None:
+        """Tell those who wait that this rank is at work."""
+        self._mine[PROGRESS] += 1
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Everybody's `value` on rank 0, None on the others."""
+        self.meet("before the results are collected")
+        data = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = np.empty(self.num_ranks, np.int64)
+        self._finish(self.comm.Iallgather(np.array([data.size]), sizes), "while the results are collected")
+        everything = np.empty(sizes.sum() if self.rank_idx == 0 else 0, np.uint8)
+        target = (everything, sizes) if self.rank_idx == 0 else None
+        self._finish(self.comm.Igatherv(data, target), "while the results are collected")
+        if self.rank_idx != 0:
+            return None
+        ends = np.cumsum(sizes)
+        return [pickle.loads(everything[end - size : end].data) for size, end in zip(sizes, ends, strict=True)]
+
+    def agree(self, code: int) -> int:
+        """Rank 0's `code`, on all ranks; waits for it without a limit, because rank 0 may have much to compute."""
+        word = np.array([code])
+        request = self.comm.Ibcast(word)
+        while not request.Test():
+            time.sleep(0.01)
+        return int(word[0])
+
+    def abandon(self, error: BaseException) -> NoReturn:
+        """Say why this rank goes, let the others say what they waited for, and end all of them."""
+        self._mine[LEFT] = GAVE_UP if isinstance(error, FlashMoEError) else FAILED
+        if isinstance(error, KeyboardInterrupt):
+            self._end("interrupted" if self.rank_idx == 0 else "", 130)
+        if isinstance(error, FlashMoEError):
+            self._end(f"error: {error}", 1)
+        if isinstance(error, Shortage):  # all ranks have it
+            self._end(f"error: {error}" if self.rank_idx == 0 else "", 1)
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        self._end(f"rank {self.rank_idx} failed:\n{trace}", 1)
+
+    def _end(self, message: str, code: int) -> NoReturn:
+        if message:
+            over = "\r\x1b[K" if os.environ.get(TERMINAL_VARIABLE) else ""  # the progress bar
+            os.write(2, f"{over}flashmoe: {message}\n".encode())  # at once, so that ranks do not cut each other's lines
+        sys.stdout.flush()
+        time.sleep(LAST_WORDS_S)
+        self.comm.Abort(code)
+        raise SystemExit(code)  # not reached
+
+    def _finish(self, request: Any, what: str) -> None:
+        self._wait(request.Test, what)
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        attempt, since, seen = 0, time.monotonic(), -1
+        while not done():
+            self._raise_if_left(what)
+            progress = int(self._words[:, : PROGRESS + 1].sum())
+            if progress != seen:
+                since, seen = time.monotonic(), progress
+            elif time.monotonic() - since > self._deadline_s:
+                silence = f"no rank made progress for {self._deadline_s:g} s"
+                raise FlashMoEError(f"rank {self.rank_idx} gave up {what}, {self._missing()}: {silence}")
+            attempt += 1
+            time.sleep(NAP_S if attempt > SPINS else 0)
+
+    def _raise_if_left(self, what: str) -> None:
+        for rank, left in enumerate(self._words[:, LEFT].tolist()):
+            if left:
+                because = "left because of an error of its own" if left == FAILED else "gave up"
+                raise FlashMoEError(f"rank {self.rank_idx} stopped {what}, {self._missing()}: rank {rank} {because}")
+
+    def _missing(self) -> str:
+        """Whom this rank waits for."""
+        number = self._mine[MEETINGS]
+        late = np.flatnonzero(self._words[:, MEETINGS] < number).tolist()
+        if not late and self._words[0, STARTS] < number:
+            late = [0]
+        ranks = f"rank {', '.join(map(str, late))}" if late else "the other ranks"
+        return f"while it waited for {ranks} to come to meeting {number}"

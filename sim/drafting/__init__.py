@@ -1,0 +1,1 @@
+"""What schedules are made of: a `Draft` with a machine's resources, row blocks, costs, hops, rates, knobs."""

@@ -1,0 +1,311 @@
+"""What schedules are drafted with: a builder with a world's resources, and the pieces that several schedules share.
+
+`Draft` methods add nodes for all ranks at once and return their indices, by rank, by row block or by piece; `after` is
+what must be complete before, broadcast against the new nodes.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..engine.graph import Array, GraphBuilder
+from ..engine.kinds import BARRIER, COMBINE, DISPATCH, ELEMENTWISE, GATE, GEMM0, GEMM1, JOIN, LAUNCH, PERMUTE, SEND
+from ..world.world import World
+from .blocks import Blocks
+from .cost import Cost
+from .knobs import PolicyKnobs
+from .machine import add_machine
+from .rates import fitted_rate
+
+COUNT_BYTES = 8  # of one expert's count on its way
+
+
+class Draft:
+    """A graph in the making, on a world's machine whose GPUs run `sm_slots` tasks at a time."""
+
+    def __init__(
+        self, world: World, knobs: PolicyKnobs, policy: str, sm_slots: int, *, cuda_graph: bool = False, **cost: Any
+    ) -> None:
+        """`cuda_graph`: kernels are nodes of one. `cost`: fields of `Cost` beside the usual ones, or in their place."""
+        self.world = world
+        self.builder = GraphBuilder()
+        self.machine = add_machine(self.builder, world, sm_slots)
+        rate = fitted_rate(policy, world.hardware.name) if knobs.rate is None else knobs.rate
+        fields = {"rate": rate, "tile_latency_ns": knobs.tile_latency_ns} | cost
+        self.cost = Cost(world=world, slots=sm_slots, **fields)
+        self.token_block = knobs.token_block
+        self.cuda_graph = cuda_graph
+        self.launched: list[Array] = []  # [num_ranks] each, what the hosts do, in order; parts share it
+        self.ranks = np.arange(world.num_ranks)
+        owner = world.routing.owner
+        order = np.argsort(owner, kind="stable")
+        self.local = np.empty(len(owner), np.int64)  # index of each expert among its owner's
+        self.local[order] = np.arange(len(owner)) - np.searchsorted(owner[order], owner[order])
+
+    def after(self, before: ArrayLike | None, nodes: Array) -> Array:
+        """`nodes`, made to wait for `before`."""
+        if before is not None:
+            self.builder.edge(before, nodes)
+        return nodes
+
+    def parts(self, number: int) -> list[Draft]:
+        """Drafts of the same graph, on the same resources, each for an equal part of every rank's tokens."""
+        tokens = self.world.routing.num_tokens
+        ends = [tokens * part // number for part in range(number + 1)]
+        return [self._part(slice(*pair)) for pair in pairwise(ends)]
+
+    def _part(self, tokens: slice) -> Draft:
+        world = self.world
+        topk_idx = world.routing.topk_idx[:, tokens]
+        draft = copy(self)
+        draft.world = replace(
+            world,
+            config=replace(world.config, num_tokens=topk_idx.shape[1], capacity=None),
+            routing=replace(world.routing, topk_idx=topk_idx),
+        )
+        draft.cost = replace(self.cost, world=draft.world)
+        return draft
+
+    def on(self, sm: Array, slots: int) -> Draft:
+        """A draft of the same graph whose kernels run on the servers `sm` `[num_ranks]` of `slots` slots each."""
+        draft = copy(self)
+        draft.machine = replace(self.machine, sm=sm)
+        draft.cost = replace(self.cost, slots=slots)
+        return draft
+
+    def servers(self, name: str, slots: int) -> Array:
+        """`[num_ranks]`: one more server on each rank."""
+        return np.array([self.builder.add_server(name, rank, slots) for rank in self.ranks.tolist()])
+
+    # ---- by rank
+
+    def launch(self, after: ArrayLike | None = None, duration_ns: ArrayLike | None = None) -> Array:
+        """`[num_ranks]`: the host starts a kernel (or does something else for `duration_ns`)."""
+        time = self.world.hardware.launch_ns if duration_ns is None else duration_ns
+        return self.after(after, self.builder.add(LAUNCH, self.ranks, server=self.machine.host, duration_ns=time))
+
+    def begin(self, after: ArrayLike | None = None, launch_ns: ArrayLike | None = None) -> Array:
+        """`[num_ranks]`: a kernel begins: the host, which does one thing after the other, has launched it.
+
+        `after` is what comes before it in its stream. With `cuda_graph` no host is asked: it begins a while after that.
+        """
+        if self.cuda_graph:
+            gap = self.builder.add(LAUNCH, self.ranks, duration_ns=self.world.hardware.graph_launch_ns)
+            return self.after(after, gap)
+        self.launched.append(self.launch(self.launched[-1] if self.launched else None, launch_ns))
+        return self.after(after, self.after(self.launched[-1], self.builder.add(JOIN, self.ranks)))
+
+    def sync(self, after: Array) -> None:
+        """The hosts read a result of `after` before they launch more."""
+        read = self.launch(self.launched[-1], self.world.hardware.host_sync_ns)
+        self.launched.append(self.after(after, read))
+
+    def kernel(self, begun: Array, nodes: Array, rank: Array) -> Array:
+        """`[num_ranks]`: a kernel of the tasks `nodes`, each on its `rank`, is complete; a rank may have none."""
+        self.builder.edge(begun[rank], nodes)
+        return self.after(begun, self.gather(nodes, rank))
+
+    def gate(self, after: ArrayLike | None) -> Array:
+        """`[num_ranks]`: logits and top-k of all tokens of a rank."""
+        config, tokens = self.world.config, self.world.routing.num_tokens
+        per_token = 2 * config.num_experts * config.hidden
+        count = -(-tokens // self.token_block)
+        time = self.cost.tile(self.token_block, config.num_experts, config.hidden, tiles=count, reuse=count)
+        gates = self.builder.add(
+            GATE,
+            self.ranks,
+            server=self.machine.sm,
+            count=count,
+            duration_ns=time,
+            flops=self.token_block * per_token,
+            useful_flops=tokens / count * per_token,
+        )
+        return self.after(after, gates)
+
+    def idle(self) -> Array:
+        """`[num_ranks]`: the beginning of time, for what follows nothing."""
+        return self.builder.add(JOIN, self.ranks)
+
+    def barrier(self, after: ArrayLike, duration_ns: int | None = None) -> Array:
+        """`[num_ranks]`, one node: all ranks have met."""
+        time = self.world.hardware.barrier_ns if duration_ns is None else duration_ns
+        met = self.builder.add(BARRIER, 0, duration_ns=time)
+        self.builder.edge(after, met)
+        return np.full(self.world.num_ranks, int(met), np.int32)
+
+    def stream(self, after: ArrayLike | None, nbytes: ArrayLike, kind: int = PERMUTE) -> Array:
+        """`[num_ranks]`: a kernel over all slots that reads and writes `nbytes` `[num_ranks]` within each GPU."""
+        share = np.asarray(nbytes) / self.cost.slots
+        time = self.cost.stream(share) + self.cost.tile_latency_ns
+        nodes = self.builder.add(kind, self.ranks, server=self.machine.sm, count=self.cost.slots, duration_ns=time)
+        return self.after(after, nodes)
+
+    def exchange(self, after: Array, nbytes: Array, latency_ns: int = 0) -> Array:
+        """`[num_ranks]`: every rank has what all others sent it; `nbytes` is `[num_ranks, num_ranks]`, from and to.
+
+        `latency_ns` comes before the bytes. The slots of the kernel that sends are not taken: use it where nothing
+        runs beside.
+        """
+        source, target = np.nonzero(nbytes + np.eye(len(nbytes)))
+        path = self.machine.transfer(source, target, nbytes[source, target])
+        sends = self.builder.add(SEND, source, peer=target, duration_ns=latency_ns, **path)
+        self.builder.edge(after[source], sends)
+        return self.gather(sends, target)
+
+    def collective(self, begun: Array, nbytes: Array, floor_ns: int) -> Array:
+        """`[num_ranks]`, one node: an all-to-all that begins when the last rank is there and ends for all at once.
+
+        `nbytes` is `[num_ranks, num_ranks]`, from and to; nothing is called where there is one rank.
+        """
+        met = self.barrier(begun, 0)
+        floor = floor_ns if self.world.num_ranks > 1 else 0
+        return self.barrier(self.exchange(met, nbytes, floor), 0)
+
+    def exchange_counts(self, begun: Array, floor_ns: int) -> Array:
+        """`[num_ranks]`, one node: every rank knows what it will get, and its host reads that before it goes on."""
+        ranks = self.world.num_ranks
+        nbytes = np.full((ranks, ranks), self.world.experts_per_rank * COUNT_BYTES)
+        counted = self.collective(begun, nbytes, floor_ns)
+        self.sync(counted)
+        return counted
+
+    def gather(self, nodes: Array, rank: Array) -> Array:
+        """`[num_ranks]`: joins of the nodes that belong to each rank."""
+        joins = self.builder.add(JOIN, self.ranks)
+        self.builder.edge(nodes, joins[rank])
+        return joins
+
+    def combine_kernel(self, after: ArrayLike | None, copies: ArrayLike = 0) -> Array:
+        """`[num_ranks]`: one kernel sums the results of all tokens of a rank, and `copies` of tokens with them."""
+        rows = self.world.routing.counts.sum(axis=1) + self.world.routing.num_tokens + copies
+        nbytes = rows * self.world.config.hidden * self.world.precision.result_bytes
+        return self.stream(after, nbytes / 2, COMBINE)
+
+    # ---- by packet, row block and piece
+
+    def dispatch(self, after: Array, packets: tuple[Array, ...], rows_per_task: int, priority: int = 0) -> Array:
+        """`[packets]`: slots store the rows of the packets (source, expert) to their owners and signal each task."""
+        source, expert = packets
+        owner = self.world.routing.owner[expert]
+        rows = self.world.routing.counts[source, expert]
+        tasks = np.maximum(1, -(-rows // rows_per_task))
+        nbytes = rows / tasks * self.world.config.hidden * self.world.precision.token_bytes
+        nodes = self.builder.add(
+            DISPATCH,
+            source,
+            peer=owner,
+            expert=self.local[expert],
+            count=tasks,
+            server=self.machine.sm[source],
+            priority=priority,
+            duration_ns=self.cost.store(nbytes, source == owner),
+            **self.machine.transfer(source, owner, nbytes),
+        )
+        return self.after(after[source], nodes)
+
+    def gemm0(self, blocks: Blocks, tile_n: int, priority: ArrayLike = 0) -> Array:
+        """`[num_blocks]`: the first product of each row block; who waits for what is the caller's to say."""
+        return self._gemm(GEMM0, blocks, self.world.up_columns, self.world.config.hidden, tile_n, priority)
+
+    def gemm1(
+        self,
+        blocks: Blocks,
+        tile_n: int,
+        priority: ArrayLike = 0,
+        source: Array | None = None,
+        tiles: ArrayLike | None = None,
+    ) -> Array:
+        """`[num_blocks]`: the second product; with `source` `[num_blocks]`, each tile goes to that rank when done.
+
+        With `tiles` `[num_parts, 1]`, column tiles in each part of a row block: a node each, `[num_parts, num_blocks]`.
+        """
+        columns, depth = self.world.config.hidden, self.world.config.ffn
+        return self._gemm(GEMM1, blocks, columns, depth, tile_n, priority, source, tiles)
+
+    def ffn(self, after: ArrayLike, blocks: Blocks, tile_n: int) -> tuple[Array, Array]:
+        """Three kernels, one after the other: the products, and the activation between them.
+
+        Returns the second product's nodes `[num_blocks]`, and `[num_ranks]`: all three are complete.
+        """
+        owner = self.world.routing.owner[blocks.expert]
+        hidden = self.kernel(self.begin(after), self.gemm0(blocks, tile_n), owner)
+        rows = np.bincount(owner, blocks.rows, self.world.num_ranks)
+        columns = self.world.up_columns * self.world.precision.result_bytes
+        nbytes = rows * (columns + self.world.config.ffn * self.world.precision.hidden_bytes) / 2
+        active = self.stream(self.begin(hidden), nbytes, ELEMENTWISE)
+        results = self.gemm1(blocks, tile_n)
+        return results, self.kernel(self.begin(active), results, owner)
+
+    def _gemm(
+        self,
+        kind: int,
+        blocks: Blocks,
+        columns: int,
+        depth: int,
+        tile_n: int,
+        priority: ArrayLike,
+        source: Array | None = None,
+        part_tiles: ArrayLike | None = None,
+    ) -> Array:
+        owner = self.world.routing.owner[blocks.expert]
+        tile_n = min(tile_n, columns)
+        tiles = -(-columns // tile_n)
+        row_blocks = np.bincount(blocks.expert, minlength=1)[blocks.expert]
+        reuse = self.cost.reuse(row_blocks, columns, depth, tile_n)
+        on_gpu = np.bincount(owner, minlength=1)[owner] * tiles
+        flops = 2 * columns / tiles * depth
+        path = {}
+        if source is not None:
+            nbytes = blocks.rows * columns / tiles * self.world.precision.result_bytes
+            path = self.machine.transfer(owner, source, nbytes)
+        return self.builder.add(
+            kind,
+            owner,
+            peer=blocks.sources(owner) if source is None else source,
+            expert=self.local[blocks.expert],
+            m=blocks.m,
+            count=tiles if part_tiles is None else part_tiles,
+            server=self.machine.sm[owner],
+            priority=priority,
+            duration_ns=self.cost.tile(blocks.height, tile_n, depth, on_gpu, reuse),
+            flops=flops * blocks.height,
+            useful_flops=flops * blocks.rows,
+            **path,
+        )
+
+    def send_pieces(self, blocks: Blocks, after: Array, columns: ArrayLike | None = None) -> Array:
+        """`[num_pieces]`: the results of each piece go back to its source, once `after` `[num_blocks]` is complete.
+
+        With `columns` `[num_parts, 1]` in each part of a row block, and `after` `[num_parts, num_blocks]`: by parts.
+        """
+        owner = self.world.routing.owner[blocks.expert[blocks.piece_block]]
+        columns = np.asarray(self.world.config.hidden if columns is None else columns)
+        nbytes = blocks.piece_rows * columns * self.world.precision.result_bytes
+        path = self.machine.transfer(owner, blocks.piece_source, nbytes)
+        sends = self.builder.add(SEND, owner, peer=blocks.piece_source, m=blocks.m[blocks.piece_block], **path)
+        return self.after(after[..., blocks.piece_block], sends)
+
+    def combine(self, blocks: Blocks, results: Array, gated: Array) -> Array:
+        """`[num_ranks, num_token_blocks]`: a block of tokens is summed when `results` `[num_pieces]` has its rows."""
+        routing, block = self.world.routing, self.token_block
+        number = -(-routing.num_tokens // block)
+        start = np.arange(number) * block
+        tokens = np.minimum(block, routing.num_tokens - start)
+        rows = np.add.reduceat((routing.topk_idx >= 0).sum(axis=2), start, axis=1)
+        nodes = self.builder.add(
+            COMBINE,
+            self.ranks[:, None],
+            m=np.arange(number),
+            server=self.machine.sm[:, None],
+            duration_ns=self.cost.combine(tokens, rows, number),
+        )
+        found, pieces = blocks.combine_pieces(routing, block)
+        self.builder.edge(results[pieces], nodes[found.rank, found.block])
+        self.builder.edge(gated[:, None], nodes)  # for a block that lost all its rows
+        return nodes

@@ -1,0 +1,71 @@
+"""The resources that schedules share out: SM slots, OS block, host and links of every rank, and the path between two.
+
+Links: within a node NVLink's way out of one GPU and into another, between nodes those of their NICs. The switches in
+between are taken as non-blocking. Leaves out: NICs shared by GPUs, rails that cross nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..engine.graph import NONE, Array, GraphBuilder
+from ..world.world import World
+
+SM_SLOTS, OS_BLOCK, HOST = "SM slots", "OS block", "host"  # names by which reports know them
+
+
+@dataclass(frozen=True, eq=False)
+class Machine:
+    """Indices `[num_ranks]` of servers and links in a builder; made by `add_machine`."""
+
+    world: World
+    sm: Array
+    os: Array
+    host: Array
+    nvlink_out: Array
+    nvlink_in: Array
+    nic_out: Array
+    nic_in: Array
+
+    def path(self, source: ArrayLike, target: ArrayLike) -> dict[str, Array]:
+        """The fields of a node whose bytes and signal go from `source` to `target`: nothing at all within a rank."""
+        source, target = np.broadcast_arrays(np.asarray(source), np.asarray(target))
+        hardware = self.world.hardware
+        here = source == target
+        near = source // hardware.gpus_per_node == target // hardware.gpus_per_node
+        latency = np.where(near, hardware.nvlink_latency_ns, hardware.nic_latency_ns)
+        return {
+            "egress": np.where(here, NONE, np.where(near, self.nvlink_out[source], self.nic_out[source])),
+            "ingress": np.where(here, NONE, np.where(near, self.nvlink_in[target], self.nic_in[target])),
+            "latency_ns": np.where(here, 0, latency + hardware.flag_ns),
+        }
+
+    def transfer(self, source: ArrayLike, target: ArrayLike, nbytes: ArrayLike) -> dict[str, Array]:
+        """`path` with the bytes on it, which is none within a rank."""
+        path = self.path(source, target)
+        return path | {"nbytes": np.where(path["egress"] == NONE, 0, np.ceil(np.asarray(nbytes)).astype(np.int64))}
+
+
+def add_machine(builder: GraphBuilder, world: World, sm_slots: int) -> Machine:
+    """All resources of a world; `sm_slots` tasks run on a GPU's multiprocessors at a time."""
+    hardware, ranks = world.hardware, range(world.num_ranks)
+
+    def servers(name: str, slots: int) -> Array:
+        return np.array([builder.add_server(name, rank, slots) for rank in ranks])
+
+    def links(name: str, gbps: float) -> Array:
+        return np.array([builder.add_link(name, rank, gbps) for rank in ranks])
+
+    return Machine(
+        world,
+        sm=servers(SM_SLOTS, sm_slots),
+        os=servers(OS_BLOCK, 1),
+        host=servers(HOST, 1),
+        nvlink_out=links("NVLink out", hardware.nvlink_gbps),
+        nvlink_in=links("NVLink in", hardware.nvlink_gbps),
+        nic_out=links("NIC out", hardware.nic_gbps),
+        nic_in=links("NIC in", hardware.nic_gbps),
+    )

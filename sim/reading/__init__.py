@@ -1,0 +1,1 @@
+"""What a simulation says: reports, idle causes, explanations, lanes, traces, pictures."""

@@ -1,0 +1,256 @@
+"""Figures of a sweep, from its stored rows alone. Needs matplotlib (extra `plots`).
+
+    over_tokens, over_experts    latency and throughput, a line per policy
+    over_gpus                    the same with as many experts over all GPUs
+    weak_scaling                 the same with as many experts on each GPU, and overlap efficiency T(2) / T(N)
+    utilisation                  tensor-busy, useful and resident shares of each policy, at the most tokens
+    fastest_over_experts, fastest_over_routing, fastest_over_hardware
+                                 crossover maps: which policy is fastest, and how much longer the next one takes
+
+A line is a policy with the knobs that were changed. What a figure does not vary is the same for all its rows and stands
+in its title; other choices of it are figures of their own. Of several seeds the median counts. Combinations that cannot
+be leave gaps; of equally fast policies a map shows the first by name. Leaves out: how far simulated and measured are
+apart (`flashmoe validate`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ..drafting.rates import gpu_kind
+from ..reading.charts import Style, bars, curves, save, table
+
+Row = dict[str, Any]
+FIXED: tuple[str, ...] = ("hardware", "preset", "hidden", "ffn", "gated", "experts", "topk", "capacity_factor")
+FIXED += ("tokens", "routing", "precision")
+WORDS = {
+    "experts": "{} experts",
+    "experts_per_gpu": "{:g} experts per GPU",
+    "topk": "top-{}",
+    "tokens": "{} tokens per GPU",
+    "routing": "routing {}",
+}
+WORDS |= {"hidden": "hidden {}", "ffn": "ffn {}", "capacity_factor": "capacity factor {}"}
+UNITS = {"tokens": "tokens per GPU", "experts": "experts over all GPUs", "gpus": "GPUs"}
+SKEW = ("even", "uniform", "zipf", "text", "hot-rank", "hot")
+SHARES = {
+    "tensor-busy, of the peak": "tensor_busy",
+    "useful, of the peak": "useful",
+    "resident, of slot time": "resident",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure to draw.
+
+    Args:
+        name: of its file, without what distinguishes it from others of its kind.
+        common: what its rows have in common.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    common: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of figure.
+
+    Args:
+        varies: what its rows must differ in; nothing else of `FIXED` may.
+        lines: the fewest policies.
+        free: what they may differ in as well.
+        instead: names in place of those of `FIXED`.
+    """
+
+    name: str
+    draw: Callable[[Kind, Figure, Style], Any]
+    varies: tuple[str, ...]
+    lines: int = 1
+    free: tuple[str, ...] = ()
+    instead: dict[str, str] = field(default_factory=dict)
+
+
+def draw_figures(rows: Iterable[Row], folder: Path, most: int = 12) -> tuple[list[Path], list[str]]:
+    """Write the figures that the rows are enough for, as PNG.
+
+    Args:
+        most: figures of a kind; those with the most rows are drawn.
+
+    Returns:
+        The files, and a sentence for each kind of which some or all are not drawn.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra.
+    """
+    usable = [_prepared(row) for row in rows if "report" in row]
+    style = Style(sorted({row["line"] for row in usable}))
+    files: list[Path] = []
+    notes: list[str] = []
+    for kind in KINDS:
+        figures = _figures(usable, kind)
+        for figure in figures[:most]:
+            files.append(folder / f"{figure.name}.png")
+            save(kind.draw(kind, figure, style), files[-1])
+        if not figures:
+            notes.append(f"no {kind.name}: {_reason(usable, kind)}")
+        elif len(figures) > most:
+            notes.append(
+                f"{kind.name}: {most} of {len(figures)}, those with the most rows; choose rows (--where) for others"
+            )
+    return files, notes
+
+
+def _prepared(row: Row) -> Row:
+    knobs = ", ".join(f"{name}={_plain(value)}" for name, value in sorted(row["knobs"].items()))
+    line = f"{row['policy']}, {knobs}" if knobs else row["policy"]
+    gpu = gpu_kind(row["hardware"])
+    return row | {"line": line, "gpu": gpu, "gpus": row["ranks"], "experts_per_gpu": row["experts"] / row["ranks"]}
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# ---- which figures
+
+
+def _figures(rows: Sequence[Row], kind: Kind) -> list[Figure]:
+    """All of a kind, those with the most rows first."""
+    common = [kind.instead.get(name, name) for name in FIXED if name not in (*kind.varies, *kind.free)]
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in common)].append(row)
+    different = [name for name, values in zip(common, zip(*groups, strict=True), strict=False) if len({*values}) > 1]
+    found = []
+    for values, group in groups.items():
+        if _lacks(group, kind) is None:
+            named = dict(zip(common, values, strict=True))
+            file = "_".join([kind.name, *(_in_file_name(name, named[name]) for name in different)])
+            found.append(Figure(name=file, rows=group, common=named))
+    return sorted(found, key=lambda figure: (-len(figure.rows), figure.name))
+
+
+def _lacks(rows: Sequence[Row], kind: Kind) -> str | None:
+    """What keeps these rows from being a figure: a parameter of which they have one value only."""
+    for name in kind.varies:
+        if len({row[name] for row in rows}) < 2:
+            return name
+    return "policy" if len({row["line"] for row in rows}) < kind.lines else None
+
+
+def _reason(rows: Sequence[Row], kind: Kind) -> str:
+    if not rows:
+        return "there are no rows with a report"
+    lacking = _lacks(rows, kind)
+    if lacking is None:
+        return f"no rows differ in {' and '.join(kind.varies)} alone"
+    values = {row["line" if lacking == "policy" else lacking] for row in rows}
+    return f"it needs several values of {lacking}, and all rows have {values.pop()}"
+
+
+def _in_file_name(name: str, value: object) -> str:
+    prefix = {
+        "experts": "E",
+        "topk": "top",
+        "tokens": "T",
+        "capacity_factor": "capacity",
+        "experts_per_gpu": "E-per-GPU",
+        "gated": "gated-",
+    }
+    value = f"{value:g}" if isinstance(value, float) else value
+    return re.sub(r"[^\w.-]+", "-", f"{prefix.get(name, name if isinstance(value, int) else '')}{value}")
+
+
+# ---- how they are drawn
+
+
+def _title(what: str, figure: Figure, **more: object) -> str:
+    common = figure.common | more
+    where = common.get("hardware", f"{common['gpu']} GPUs" if "gpu" in common else None)
+    parts = [str(common[name]) for name in ("preset", "precision") if name in common]
+    parts += [word.format(common[name]) for name, word in WORDS.items() if common.get(name) is not None]
+    parts += ["gated"] if common.get("gated") else []
+    seeds = len({row["seed"] for row in figure.rows})
+    parts += [f"median of {seeds} seeds"] if seeds > 1 else []
+    return f"{what}, simulated{f' on {where}' if where else ''}\n{', '.join(parts)}"
+
+
+def _values(rows: Iterable[Row], x: Sequence[str], value: str) -> dict[tuple[Any, ...], float]:
+    """The median of `report[value]` by line and the parameters `x`."""
+    found = defaultdict(list)
+    for row in rows:
+        found[(row["line"], *(row[name] for name in x))].append(float(row["report"][value]))
+    return {key: median(values) for key, values in found.items()}
+
+
+def _draw_curves(kind: Kind, figure: Figure, style: Style) -> Any:
+    (x,) = kind.varies
+    rows = _one_machine_each(figure.rows) if x == "gpus" else figure.rows
+    latency = _values(rows, (x,), "latency_us")
+    millions = {key: value / 1e6 for key, value in _values(rows, (x,), "tokens_per_s").items()}
+    panels = {"latency, us": latency, "throughput, million tokens/s": millions}
+    if kind.name == "weak_scaling":
+        efficiency = {key: latency[key[0], 2] / value for key, value in latency.items() if (key[0], 2) in latency}
+        panels |= {"overlap efficiency, T(2) / T(N)": efficiency} if efficiency else {}
+    return curves(_title(f"Latency and throughput over {UNITS[x]}", figure), UNITS[x], panels, style)
+
+
+def _one_machine_each(rows: Sequence[Row]) -> list[Row]:
+    """Of several machines with as many GPUs, the one with the fewest nodes."""
+    name = {row["gpus"]: row["hardware"] for row in sorted(rows, key=lambda row: -row["hardware"].count("x"))}
+    return [row for row in rows if row["hardware"] == name[row["gpus"]]]
+
+
+def _draw_bars(_: Kind, figure: Figure, style: Style) -> Any:
+    tokens = max(row["tokens"] for row in figure.rows)
+    rows = [row for row in figure.rows if row["tokens"] == tokens]
+    shares = {
+        name: {key[0]: value for key, value in _values(rows, (), field).items()} for name, field in SHARES.items()
+    }
+    return bars(_title("Utilisation", figure, tokens=tokens), "share, %", shares)
+
+
+def _draw_table(kind: Kind, figure: Figure, style: Style) -> Any:
+    y, x = kind.varies
+    latency = _values(figure.rows, (x, y), "latency_us")
+    cells: dict[tuple[Any, Any], tuple[str, float | None]] = {}
+    for place in {key[1:] for key in latency}:
+        ranked = sorted((value, key[0]) for key, value in latency.items() if key[1:] == place)
+        cells[place] = (ranked[0][1], ranked[1][0] / ranked[0][0] if len(ranked) > 1 else None)
+    title = _title("Fastest policy, and the time of the next one over its time", figure)
+    order = [_ordered(figure.rows, axis) for axis in (x, y)]
+    return table(title, (UNITS.get(x, x), UNITS.get(y, y)), (order[0], order[1]), cells, style)
+
+
+def _ordered(rows: Sequence[Row], name: str) -> list[Any]:
+    """The values of a parameter in the order of an axis: routings by skew, machines by GPU and size."""
+    first = {row[name]: row for row in rows}
+    if name == "routing":
+        kinds = {kind: place for place, kind in enumerate(SKEW)}
+        return sorted(first, key=lambda value: (kinds.get(value.partition(":")[0], -1), len(value), value))
+    if name == "hardware":
+        return sorted(first, key=lambda value: (first[value]["gpu"], first[value]["gpus"], value))
+    return sorted(first)
+
+
+PER_GPU = {"hardware": "gpu", "experts": "experts_per_gpu"}
+KINDS = (
+    Kind(name="over_tokens", draw=_draw_curves, varies=("tokens",)),
+    Kind(name="over_experts", draw=_draw_curves, varies=("experts",)),
+    Kind(name="over_gpus", draw=_draw_curves, varies=("gpus",), instead={"hardware": "gpu"}),
+    Kind(name="weak_scaling", draw=_draw_curves, varies=("gpus",), instead=PER_GPU),
+    Kind(name="utilisation", draw=_draw_bars, varies=(), free=("tokens",)),
+    Kind(name="fastest_over_experts", draw=_draw_table, varies=("experts", "tokens"), lines=2),
+    Kind(name="fastest_over_routing", draw=_draw_table, varies=("routing", "tokens"), lines=2),
+    Kind(name="fastest_over_hardware", draw=_draw_table, varies=("hardware", "tokens"), lines=2),
+)

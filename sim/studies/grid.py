@@ -1,0 +1,217 @@
+"""What a sweep runs: all combinations of the values of a TOML file.
+
+    schema = 1
+    [grid]
+    policy = ["flashmoe"]
+    hardware = ["8xH100"]
+    preset = ["flashmoe-paper"]
+    tokens = [1024, 4096]
+    [knobs]
+    flashmoe = [{}, {ladder = true}]
+
+`policy`, `hardware` and `preset` must be there; sizes that are not are the preset's, the others those of `AXES`. All
+GPUs of the hardware are ranks. `[knobs]` has a list of sets for a policy; a policy without one runs with its defaults.
+Equal combinations are run once. Leaves out: sizes that depend on each other, for which there are several files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from reference import MoEConfig, load_preset
+
+from ..policies import POLICY_NAMES, make_knobs
+from ..world.hardware import load_hardware
+from ..world.precision import precision
+from ..world.routing import make_routing
+from ..world.world import World, check_sent_rows
+
+SCHEMA = 1
+WANTED = ("policy", "hardware", "preset")
+SIZES = {"tokens": "num_tokens", "experts": "num_experts", "topk": "num_topk", "hidden": "hidden", "ffn": "ffn"}
+DEFAULTS: dict[str, Any] = {"routing": "uniform", "capacity_factor": None, "precision": "bfloat16", "seed": 0}
+AXES: dict[str, tuple[type, str]] = {
+    "policy": (str, "texts"),
+    "hardware": (str, "texts"),
+    "preset": (str, "texts"),
+    "tokens": (int, "integers"),
+    "experts": (int, "integers"),
+    "topk": (int, "integers"),
+    "hidden": (int, "integers"),
+    "ffn": (int, "integers"),
+    "gated": (bool, "true or false"),
+    "routing": (str, "texts"),
+    "capacity_factor": (float, "numbers"),
+    "precision": (str, "texts"),
+    "seed": (int, "integers"),
+}
+ONE_TOKEN = MoEConfig(num_ranks=1, num_tokens=1, hidden=1, ffn=1, num_experts=1, num_topk=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One simulation's parameters, all as numbers and names that a file can hold.
+
+    Args:
+        tokens: of each rank.
+        capacity_factor: the most rows from one source to one expert are this many times
+            `ceil(tokens / experts) * topk`; None: nothing is dropped.
+        knobs: those that differ from the policy's defaults.
+    """
+
+    policy: str
+    hardware: str
+    preset: str
+    tokens: int
+    experts: int
+    topk: int
+    hidden: int
+    ffn: int
+    gated: bool
+    routing: str
+    capacity_factor: float | None
+    precision: str
+    seed: int
+    knobs: dict[str, Any] = field(hash=False)
+
+    @cached_property
+    def key(self) -> str:
+        """The same for the same parameters, on every machine."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def row(self) -> dict[str, Any]:
+        """What a line of a sweep's file begins with."""
+        return {"key": self.key, "ranks": load_hardware(self.hardware).num_gpus, **asdict(self)}
+
+    def world(self) -> World:
+        """Where the policy runs.
+
+        Raises:
+            ValueError: an impossible combination.
+        """
+        hardware = load_hardware(self.hardware)
+        sizes = {name: getattr(self, axis) for axis, name in SIZES.items()}
+        most = None
+        if self.capacity_factor is not None:
+            most = int(min(self.tokens, self.capacity_factor * -(-self.tokens // self.experts) * self.topk))
+        config = load_preset(self.preset, num_ranks=hardware.num_gpus, gated=self.gated, capacity=most, **sizes)
+        formats = precision(self.precision)
+        check_sent_rows(config, hardware, formats)
+        routing = make_routing(self.routing, config, self.seed)
+        return World(config=config, hardware=hardware, routing=routing, precision=formats)
+
+
+def load_grid(path: Path) -> list[Point]:
+    """All combinations of a file, each once.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: it breaks the schema; names file, key and rule.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        axes, knobs = _check_file(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no TOML: {error}") from None
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    points = {point.key: point for point in _points(axes, knobs)}
+    return list(points.values())
+
+
+def _points(axes: dict[str, list[Any]], knobs: dict[str, list[dict[str, Any]]]) -> Iterator[Point]:
+    for values in itertools.product(*axes.values()):
+        given = dict(zip(axes, values, strict=True))
+        layer = load_preset(given["preset"])
+        sizes = {axis: getattr(layer, name) for axis, name in SIZES.items()}
+        for chosen in knobs.get(given["policy"], [{}]):
+            yield Point(**(sizes | {"gated": layer.gated} | DEFAULTS | given), knobs=chosen)
+
+
+# ---- rules
+
+
+def _check_file(file: dict[str, Any]) -> tuple[dict[str, list[Any]], dict[str, list[dict[str, Any]]]]:
+    if file.get("schema") != SCHEMA:
+        raise ValueError(f"schema must be {SCHEMA}, got {file.get('schema', 'none')!r}")
+    _check_names("the file", file, ("schema", "grid", "knobs"))
+    axes, knobs = file.get("grid", {}), file.get("knobs", {})
+    for name, table in (("[grid]", axes), ("[knobs]", knobs)):
+        if not isinstance(table, dict):
+            raise TypeError(f"{name} must be a table, got {table!r}")
+    _check_names("[grid]", axes, tuple(AXES))
+    missing = [name for name in WANTED if name not in axes]
+    if missing:
+        raise ValueError(f"[grid] must have {', '.join(WANTED)}; missing: {', '.join(missing)}")
+    checked = {name: _check_axis(name, values) for name, values in axes.items()}
+    _check_knobs(knobs, axes["policy"])
+    return checked, knobs
+
+
+def _check_names(where: str, table: dict[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [name for name in table if name not in known]
+    if unknown:
+        raise ValueError(f"{where} must have only {', '.join(known)}; unknown: {', '.join(unknown)}")
+
+
+def _check_axis(name: str, values: object) -> list[Any]:
+    kind, noun = AXES[name]
+    if not isinstance(values, list) or not values:
+        raise TypeError(f"[grid] {name} must be a list of {noun}, got {values!r}")
+    if kind is float:
+        values = [float(value) if type(value) is int else value for value in values]
+    for value in values:
+        if type(value) is not kind:
+            raise TypeError(f"[grid] {name} must be a list of {noun}, got {value!r} in it")
+        _check_value(name, value)
+    return values
+
+
+def _check_value(name: str, value: Any) -> None:
+    checks: dict[str, Callable[[Any], object]] = {
+        "policy": lambda policy: make_knobs(policy, {}),
+        "hardware": load_hardware,
+        "preset": load_preset,
+        "routing": _check_routing,
+        "precision": precision,
+    }
+    least = 0 if name == "seed" else 1
+    if name in checks:
+        try:
+            checks[name](value)
+        except (TypeError, ValueError, FileNotFoundError) as error:
+            raise ValueError(f"[grid] {name}: {error}") from None
+    elif AXES[name][0] is int and value < least:
+        raise ValueError(f"[grid] {name} must be at least {least}, got {value}")
+    elif name == "capacity_factor" and not 0 < value < float("inf"):
+        raise ValueError(f"[grid] {name} must be positive, got {value}")
+
+
+def _check_routing(name: str) -> None:
+    if not name.endswith((".npz", ".safetensors")):
+        make_routing(name, ONE_TOKEN)
+    elif not Path(name).is_file():
+        raise FileNotFoundError(f"no such recording: {name}")
+
+
+def _check_knobs(knobs: dict[str, Any], policies: list[str]) -> None:
+    for policy, sets in knobs.items():
+        if policy not in policies:
+            known = "of [grid] policy" if policy in POLICY_NAMES else f"one of {', '.join(POLICY_NAMES)}"
+            raise ValueError(f"[knobs] must be for policies {known}; got {policy}")
+        if not isinstance(sets, list) or not sets or not all(isinstance(values, dict) for values in sets):
+            raise TypeError(f"[knobs] {policy} must be a list of tables, got {sets!r}")
+        for values in sets:
+            try:
+                make_knobs(policy, values)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"[knobs] {policy}: {error}") from None

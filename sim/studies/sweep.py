@@ -1,0 +1,140 @@
+"""Many simulations into one file of JSON lines, which a sweep that was stopped takes up again.
+
+A row is one object: its `key`, every parameter (see `grid.Point`), and `report`, the numbers of `report.Report`, or
+`error` for a combination that cannot be. Rows come in the order in which they finish, and the points go in a shuffled
+order: the time left is honest then, and a sweep that was stopped has something of everything.
+
+Invariants: a line that was written stays; whoever is killed leaves at most one torn line, the last, which the next one
+cuts off; nobody else writes to the file meanwhile. Leaves out: which version of the simulator made a row, and what a
+recording or a hardware file held. When one of them has changed, or an error was not the combination's fault, begin a
+new file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, as_completed
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ..policies import make_knobs
+from ..reading.report import report
+from ..simulation import simulate
+from .grid import Point
+
+Row = dict[str, Any]
+PARAMETERS = {"key", "ranks", *(field.name for field in fields(Point))}  # that every row has
+BEGINNING = b'{"key": "'  # of every row; a last line that begins otherwise belongs to somebody else's file
+
+
+class RowFile:
+    """A sweep's file, open for appending; `rows` are those that it had when it was opened.
+
+    Raises:
+        ValueError: it is another kind of file, or another sweep is writing to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file():  # a device or a pipe can be read for ever
+            raise ValueError(f"{path}: must be a file or not there yet")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.seek(0)
+            self.rows, good_bytes = _parse(path, self._file.read())
+            self._file.truncate(good_bytes)
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(f"{path}: another sweep is writing to this file") from None
+        except ValueError:
+            self._file.close()
+            raise
+
+    def append(self, row: Row) -> None:
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; a torn last line is left out.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: another kind of file; names the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return _parse(path, path.read_bytes())[0]
+
+
+def missing(points: Iterable[Point], rows: Iterable[Row]) -> list[Point]:
+    """The points that have no row yet, shuffled, always alike."""
+    there = {row["key"] for row in rows}
+    left = [point for point in points if point.key not in there]
+    random.Random(0).shuffle(left)
+    return left
+
+
+def run_points(points: Iterable[Point], pool: Executor | None = None) -> Iterator[Row]:
+    """A row for each point, as they finish; in this process without a pool."""
+    if pool is None:
+        yield from map(run_point, points)
+        return
+    for future in as_completed([pool.submit(run_point, point) for point in points]):
+        yield future.result()
+
+
+def run_point(point: Point) -> Row:
+    """The row of a point: its report, or why it cannot be."""
+    try:
+        return point.row() | {"report": _numbers(point)}
+    except ValueError as error:
+        return point.row() | {"error": str(error)}
+    except Exception as error:
+        error.add_note(f"while simulating {point}")
+        raise
+
+
+def _numbers(point: Point) -> Row:
+    simulation = simulate(point.policy, point.world(), make_knobs(point.policy, point.knobs))
+    return asdict(report(simulation))
+
+
+def _parse(path: Path, data: bytes) -> tuple[list[Row], int]:
+    """The rows, and the number of bytes that they take; a last line that is torn counts as not there."""
+    rows: list[Row] = []
+    lines = data.splitlines(keepends=True)
+    good_bytes = 0
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        torn = number == len(lines) and not line.endswith(b"\n")
+        if row is None and torn and line[: len(BEGINNING)] == BEGINNING[: len(line)]:
+            break
+        if row is None:
+            raise ValueError(f"{path}: line {number} is no row of a sweep")
+        rows.append(row)
+        good_bytes += len(line)
+    return rows, good_bytes
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not row.keys() >= PARAMETERS or not isinstance(row["key"], str):
+        return None
+    return row if isinstance(row.get("report", {}), dict) else None

@@ -1,0 +1,286 @@
+"""The machine that is simulated: one GPU kind, how many there are, and what joins them.
+
+A `Hardware` is a frozen value without I/O, checked when it is made. Presets are TOML files in presets/, one per GPU
+kind; a machine is named by it: "8xH100" is one node, "2x8xH100" two. A file of the user's own has the same schema.
+Rates are GB/s (1e9 bytes), one direction, per GPU; times are integer nanoseconds. Every value says where it is from:
+a text that starts with "assumption:" is a guess with its reason, and no measurement stands behind it.
+
+Leaves out: several NICs per GPU, congestion in switches, clocks that fall under load, PCIe.
+Source: data/hardware.csv, data/nccl_nvshmem.csv and vendors' datasheets, as each file says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from reference.scalars import make_plain, plain
+
+SCHEMA = 1
+ARITHMETICS = ("float64", "float32", "float16", "bfloat16", "fp8", "fp4")  # float32 is tf32 on tensor cores
+COUNTS = ("num_nodes", "gpus_per_node")
+TABLES: dict[str, tuple[str, ...]] = {  # the tables of a file and their values; [gpu.tflops] comes on top
+    "gpu": ("sms", "hbm_gbps", "hbm_achieved", "hbm_gb", "l2_mb", "l2_gbps"),
+    "node": ("nvlink_gbps", "nvlink_latency_ns", "sm_write_gbps", "sm_read_gbps", "flag_ns", "barrier_ns"),
+    "network": ("nic_gbps", "nic_latency_ns"),
+    "host": ("launch_ns", "graph_launch_ns", "host_sync_ns"),
+}
+VALUES = tuple(name for names in TABLES.values() for name in names)
+LEAST_RATE, MOST_WHOLE = 1e-6, 10**9  # so that times of whatever fits a GPU's memory fit 64 bits
+
+_FOLDER = Path(__file__).parent.parent / "presets"
+_NAME = re.compile(r"(?:(?:(\d{1,6})x)?(\d{1,6})x)?([a-z0-9]+)", re.IGNORECASE | re.ASCII)
+_GOOD_NAMES = '"8xH100", "2x8xH100"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One machine. Change a value with `dataclasses.replace`, its text in `sources` with it.
+
+    Args:
+        name: what reports show beside simulated numbers.
+        num_nodes, gpus_per_node: the GPUs of a node form one NVLink domain; nodes are joined by one NIC per GPU.
+        sms: streaming multiprocessors of a GPU.
+        hbm_gbps, hbm_achieved: the datasheet's bandwidth, and the share in (0, 1] of it that streaming reaches.
+        hbm_gb, l2_mb, l2_gbps: memory, second-level cache, and what all SMs together read from that cache.
+        tflops: dense peak by arithmetic, keys from `ARITHMETICS`; what the GPU cannot do is left out.
+        nvlink_gbps, nvlink_latency_ns: achieved to all peers together; a small one-sided put.
+        sm_write_gbps, sm_read_gbps: the most that one SM stores to peers and loads from them.
+        nic_gbps, nic_latency_ns: achieved between nodes; a small put.
+        flag_ns: from the store of a signal until a spinning reader on a peer has seen it.
+        barrier_ns: a barrier over the GPUs of a node inside a kernel.
+        launch_ns, graph_launch_ns: the host submits one kernel; the gap between two nodes of a CUDA graph.
+        host_sync_ns: the host reads a value back, for instance the token counts.
+        sources: where each value is from: one text per name in `VALUES` and per "tflops.<arithmetic>".
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+    """
+
+    name: str
+    num_nodes: int
+    gpus_per_node: int
+    sms: int
+    hbm_gbps: float
+    hbm_achieved: float
+    hbm_gb: float
+    l2_mb: float
+    l2_gbps: float
+    tflops: Mapping[str, float] = field(hash=False)
+    nvlink_gbps: float
+    nvlink_latency_ns: int
+    sm_write_gbps: float
+    sm_read_gbps: float
+    nic_gbps: float
+    nic_latency_ns: int
+    flag_ns: int
+    launch_ns: int
+    graph_launch_ns: int
+    host_sync_ns: int
+    barrier_ns: int
+    sources: Mapping[str, str] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        if isinstance(self.tflops, Mapping):
+            object.__setattr__(self, "tflops", {key: plain(value) for key, value in self.tflops.items()})
+        check_text("name", self.name)
+        for name in (*COUNTS, *VALUES):
+            whole = name in COUNTS or name == "sms" or name.endswith("_ns")
+            _check_value(name, getattr(self, name), whole)
+        if self.hbm_achieved > 1:
+            raise ValueError(f"hbm_achieved must be a share in (0, 1], got {self.hbm_achieved}")
+        self._check_tflops()
+        self._check_sources()
+
+    def _check_tflops(self) -> None:
+        if not isinstance(self.tflops, Mapping):
+            raise TypeError(f"tflops must be a mapping from arithmetic to TFLOPS, got {self.tflops!r}")
+        if not self.tflops:
+            raise ValueError(f"tflops must have at least one of {', '.join(ARITHMETICS)}, got none")
+        for arithmetic, value in self.tflops.items():
+            if arithmetic not in ARITHMETICS:
+                raise ValueError(f"tflops must have keys from {', '.join(ARITHMETICS)}; got {arithmetic!r}")
+            _check_value(f"tflops.{arithmetic}", value)
+
+    def _check_sources(self) -> None:
+        if not isinstance(self.sources, Mapping):
+            raise TypeError(f"sources must be a mapping from value to text, got {self.sources!r}")
+        _check_keys("sources", self.sources, (*VALUES, *(f"tflops.{arithmetic}" for arithmetic in self.tflops)))
+        for name, text in self.sources.items():
+            check_text(f"sources of {name}", text)
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+
+def hardware_names() -> list[str]:
+    """The GPU kinds that have a preset, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def load_hardware(name_or_path: str) -> Hardware:
+    """A machine by name, or by the path of a file that ends in .toml.
+
+    "H100" is the kind's usual node, "8xH100" one node of 8 GPUs, "2x8xH100" two of them; case does not matter.
+
+    Raises:
+        TypeError: not a string; ValueError: no such kind, too many GPUs for one NVLink domain, or the file breaks
+            the schema (file, key and rule); FileNotFoundError: no such file.
+    """
+    if not isinstance(name_or_path, str):
+        raise TypeError(f"hardware must be a name or the path of a .toml file, got {name_or_path!r}")
+    if name_or_path.lower().endswith(".toml"):
+        return _from_file(Path(name_or_path))
+    nodes, gpus, kind = _parse(name_or_path)
+    path = _FOLDER / f"{kind}.toml"
+    file = _read(path)
+    most = file["node"].get("max_gpus", file["node"]["gpus"])
+    gpus = file["node"]["gpus"] if gpus is None else gpus
+    if not 1 <= gpus <= most or nodes < 1:
+        rule = f"{kind} has at least one node and 1 to {most} GPUs in a node (one NVLink domain)"
+        raise ValueError(f"hardware {name_or_path!r}: {rule}; good names: {_good_names(kind, most)}")
+    name = f"{gpus}x{kind}" if nodes == 1 else f"{nodes}x{gpus}x{kind}"
+    return _build(path, file | {"name": name, "nodes": nodes}, gpus)
+
+
+def to_toml(hardware: Hardware) -> str:
+    """The text of a file that `load_hardware` reads back to an equal `Hardware`."""
+    counts = f"nodes = {hardware.num_nodes}\n\n"
+    about = f"{hardware.num_nodes} x {hardware.gpus_per_node} GPUs, values and sources as in {hardware.name}"
+    lines = [f"schema = {SCHEMA}\nname = {_quote(hardware.name)}\ndescription = {_quote(about)}\n{counts}"]
+    for table, names in TABLES.items():
+        lines.append(f"[{table}]\n")
+        lines.extend([f"gpus = {hardware.gpus_per_node}\n"] if table == "node" else [])
+        lines.extend(f"{name} = {_number(getattr(hardware, name))}\n" for name in names)
+    lines.append("\n[gpu.tflops]\n")
+    lines.extend(f"{arithmetic} = {_number(value)}\n" for arithmetic, value in hardware.tflops.items())
+    lines.append("\n[sources]\n")
+    lines.extend(f"{_quote(name)} = {_quote(text)}\n" for name, text in hardware.sources.items())
+    return "".join(lines)
+
+
+# ---- names ----
+
+
+def _parse(name: str) -> tuple[int, int | None, str]:
+    """Nodes, GPUs per node (None: the kind's usual node) and kind of a name."""
+    kinds = {kind.lower(): kind for kind in hardware_names()}
+    match = _NAME.fullmatch(name.strip())
+    if match is None or match[3].lower() not in kinds:
+        known = f"a GPU kind ({', '.join(kinds.values())}), NxKIND, MxNxKIND or the path of a .toml file"
+        raise ValueError(f"hardware must be {known}; got {name!r}; good names: {_GOOD_NAMES}")
+    return int(match[1] or 1), int(match[2]) if match[2] else None, kinds[match[3].lower()]
+
+
+def _good_names(kind: str, most: int) -> str:
+    return f'"{most}x{kind}", "2x{most}x{kind}"'
+
+
+# ---- files ----
+
+
+def _from_file(path: Path) -> Hardware:
+    file = _read(path)
+    return _build(path, file, file["node"]["gpus"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tables of a file, with the right keys and counts; `Hardware` checks the values."""
+    if not path.is_file():
+        raise FileNotFoundError(f"hardware file {path}: no such file; good names without a file: {_GOOD_NAMES}")
+    try:
+        file = deepcopy(_parse_toml(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # malformed TOML, or not UTF-8
+        raise ValueError(f"hardware file {path}: not a TOML file: {error}") from None
+    try:
+        _check_file(file)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"hardware file {path}: {error}") from None
+    return file
+
+
+@lru_cache(maxsize=16)  # by the text: a sweep loads the same machine for every point
+def _parse_toml(text: str) -> dict[str, Any]:
+    return tomllib.loads(text)
+
+
+def _check_file(file: dict[str, Any]) -> None:
+    if file.get("schema") != SCHEMA or isinstance(file["schema"], bool):
+        raise ValueError(f"schema must be {SCHEMA}, got {file.get('schema', 'none')!r}")
+    _check_keys("the file", file, ("schema", "name", "description", *TABLES, "sources"), ("nodes",))
+    check_text("description", file["description"])
+    for table, names in TABLES.items():
+        extra, optional = {"gpu": (("tflops",), ()), "node": (("gpus",), ("max_gpus",))}.get(table, ((), ()))
+        _check_keys(f"[{table}]", file[table], (*names, *extra), optional)
+    node = file["node"]
+    counts = {"nodes": file.get("nodes", 1), "gpus": node["gpus"], "max_gpus": node.get("max_gpus", node["gpus"])}
+    for name, value in counts.items():
+        check_positive(name, value, whole=True)
+    if node["gpus"] > counts["max_gpus"]:
+        raise ValueError(f"gpus must be in [1, max_gpus={node['max_gpus']}], got {node['gpus']}")
+
+
+def _build(path: Path, file: dict[str, Any], gpus: int) -> Hardware:
+    values = {name: file[table][name] for table, names in TABLES.items() for name in names}
+    about = {"name": file["name"], "num_nodes": file.get("nodes", 1), "gpus_per_node": gpus}
+    try:
+        return Hardware(**about, **values, tflops=file["gpu"]["tflops"], sources=file["sources"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"hardware file {path}: {error}") from None
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else repr(float(value))
+
+
+def _quote(text: str) -> str:
+    """A TOML basic string: JSON's, except that TOML also escapes DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+# ---- rules ----
+
+
+def _check_keys(where: str, table: object, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    if not isinstance(table, Mapping):
+        raise TypeError(f"{where} must be a table, got {table!r}")
+    required = tuple(required)
+    missing = [name for name in required if name not in table]
+    if missing:
+        raise ValueError(f"{where} must have {', '.join(required)}; missing: {', '.join(missing)}")
+    unknown = [str(name) for name in table if name not in (*required, *optional)]
+    if unknown:
+        raise ValueError(f"{where} must have only {', '.join((*required, *optional))}; unknown: {', '.join(unknown)}")
+
+
+def _check_value(name: str, value: float, whole: bool = False) -> None:
+    check_positive(name, value, whole)
+    if not whole and value < LEAST_RATE:
+        raise ValueError(f"{name} must be at least {LEAST_RATE:g}, got {value}")
+    if whole and value > MOST_WHOLE:
+        raise ValueError(f"{name} must be at most {MOST_WHOLE}, got {value}")
+
+
+def check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a text, got {value!r}")
+    if not value.strip():
+        raise ValueError(f"{name} must be a text that is not empty, got {value!r}")
+
+
+def check_positive(name: str, value: object, whole: bool = False) -> None:
+    kinds, noun = ((int,), "an integer") if whole else ((int, float), "a number")
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {noun}, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -1,0 +1,129 @@
+"""What a schedule is asked to do, and where: sizes, routing, number formats, hardware. All policies get the same.
+
+Invariant: a world that exists fits: ranks in the machine, weights and rows in its memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from reference import MoEConfig
+from reference.arrays import Array
+
+from .hardware import Hardware
+from .precision import Precision
+from .routing import SimRouting
+
+PARTS = {"config": MoEConfig, "hardware": Hardware, "routing": SimRouting, "precision": Precision}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class World:
+    """One layer call on one machine.
+
+    Args:
+        config: the sizes. Its `dtype`, `capacity` and tile sizes are not looked at: `precision`, `routing` and the
+            policy's knobs say those.
+        routing: may have more experts than `config`, if it has copies of some.
+
+    Raises:
+        TypeError: a part is of another kind; ValueError: they do not go together, or the machine's memory cannot hold
+            them.
+    """
+
+    config: MoEConfig
+    hardware: Hardware
+    routing: SimRouting
+    precision: Precision
+
+    def __post_init__(self) -> None:
+        for name, kind in PARTS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be of type {kind.__name__}, got {getattr(self, name)!r}")
+        ranks, gpus = self.config.num_ranks, self.hardware.num_gpus
+        if ranks > gpus:
+            raise ValueError(f"num_ranks must be at most the {gpus} GPUs of hardware {self.hardware.name}, got {ranks}")
+        if self.routing.num_ranks != ranks:
+            raise ValueError(f"routing must be for num_ranks={ranks}, got one for {self.routing.num_ranks}")
+        if self.routing.num_tokens != self.config.num_tokens:
+            tokens = self.config.num_tokens
+            raise ValueError(f"routing must be for num_tokens={tokens}, got one for {self.routing.num_tokens}")
+        if self.routing.num_experts < self.config.num_experts:
+            experts = self.config.num_experts
+            raise ValueError(f"routing must be for num_experts={experts}, got one for {self.routing.num_experts}")
+        if self.precision.arithmetic not in self.hardware.tflops:
+            known = ", ".join(self.hardware.tflops)
+            raise ValueError(f"precision {self.precision.name} computes in {self.precision.arithmetic}, "
+                             f"which {self.hardware.name} has no rate for; it has {known}")  # fmt: skip
+        missing = self.memory_bytes - self.hardware.hbm_gb * 1e9
+        if missing > 0:
+            raise ValueError(
+                f"the busiest rank needs {self.memory_bytes / 1e9:.1f} GB (weights {self.weight_bytes / 1e9:.1f}, rows "
+                f"{self.row_bytes / 1e9:.1f}), {missing / 1e9:.1f} GB more than the {self.hardware.hbm_gb:g} GB of "
+                f"{self.hardware.name}: take more ranks, fewer tokens or a smaller precision"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.config.num_ranks
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that the ranks fill, the last one maybe in part."""
+        return -(-self.num_ranks // self.hardware.gpus_per_node)
+
+    @property
+    def up_columns(self) -> int:
+        """Columns of the first product: gate and up of a gated expert."""
+        return self.config.ffn * (2 if self.config.gated else 1)
+
+    @property
+    def experts_per_rank(self) -> int:
+        return self.routing.num_experts // self.num_ranks
+
+    @cached_property
+    def rows(self) -> Array:
+        """`[num_ranks]`, rows that each rank's experts get."""
+        rows: Array = self.traffic.sum(axis=0)
+        return rows
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one rank's experts."""
+        elements = self.config.hidden * (self.up_columns + self.config.ffn) * self.experts_per_rank
+        return int(elements * self.precision.weight_bytes)
+
+    @property
+    def row_bytes(self) -> int:
+        """What the busiest rank holds of tokens and results, sent and received, and between the two products.
+
+        No policy needs less; those that reserve the worst case need more, which `reference.make_plan` tells.
+        """
+        precision, config = self.precision, self.config
+        sent = int(self.routing.counts.sum(axis=1).max(initial=0))  # not num_topk each: choices are dropped and added
+        per_row = config.hidden * (precision.token_bytes + precision.result_bytes)
+        received = int(self.rows.max(initial=0))
+        return int((sent + received) * per_row + received * config.ffn * precision.hidden_bytes)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.weight_bytes + self.row_bytes
+
+    @cached_property
+    def traffic(self) -> Array:
+        """`[num_ranks, num_ranks]`, rows from each source to each owner."""
+        return self.routing.traffic(self.routing.counts)
+
+
+def check_sent_rows(config: MoEConfig, hardware: Hardware, precision: Precision) -> None:
+    """Nothing, if a GPU can hold the rows that it sends; known before a routing is made of more than fits this machine.
+
+    Raises:
+        ValueError: naming what is needed and what there is.
+    """
+    row = config.hidden * (precision.token_bytes + precision.result_bytes)
+    needed = config.num_tokens * config.num_topk * row / 1e9
+    if needed > hardware.hbm_gb:
+        there = f"and {hardware.name} has {hardware.hbm_gb:g} GB: take fewer"
+        raise ValueError(f"the rows that a rank sends need {needed:,.1f} GB, {there}")
