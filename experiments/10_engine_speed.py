@@ -24,13 +24,11 @@ import simpy
 from common import Row, parser_of, show, store
 
 from reference import MoEConfig
-from sim import make_routing, precision
+from sim import Scenario
 from sim.engine import compiled, plain
 from sim.engine.graph import NONE, GraphBuilder, TaskGraph
 from sim.engine.kinds import GEMM0, GEMM1
 from sim.policies import build
-from sim.world.hardware import load_hardware
-from sim.world.world import World
 
 COLUMNS = {"graph": "", "engine": "", "tasks": ",d", "seconds": ".3f", "mtasks_per_s": ".3f", "times_simpy": ".1f",
            "makespan_us": ",.1f"}  # fmt: skip
@@ -73,13 +71,7 @@ def without_links(graph: TaskGraph) -> TaskGraph:
 
 def policy_graph(policy: str, tokens: int) -> TaskGraph:
     config = MoEConfig(num_ranks=8, num_tokens=tokens, hidden=2048, ffn=2048, num_experts=128, num_topk=2)
-    world = World(
-        config=config,
-        hardware=load_hardware("8xH100"),
-        routing=make_routing("uniform", config),
-        precision=precision("bfloat16"),
-    )
-    return build(policy, world)
+    return build(policy, Scenario(config=config, hardware="8xH100", precision="bfloat16").make())
 
 
 def compare(name: str, graph: TaskGraph, repeats: int, with_simpy: bool = True) -> list[Row]:

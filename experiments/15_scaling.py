@@ -20,7 +20,7 @@ import time
 from common import Row, parser_of, show, store
 from sim_common import PRECISION, RATE, heading
 
-from sim import MoEConfig, World, load_hardware, make_knobs, make_routing, precision
+from sim import MoEConfig, Scenario, make_knobs
 from sim.engine import compiled
 from sim.engine.graph import GraphBuilder
 from sim.engine.kinds import GEMM0
@@ -53,9 +53,9 @@ def measure(gpus: int, tokens: int, packing: str) -> Row:
     """Make a routing, build its graph and run it; seconds of each."""
     start = time.perf_counter()
     config = MoEConfig(num_ranks=gpus, num_tokens=tokens, num_experts=max(256, gpus), **LAYER)
-    hardware = load_hardware(f"{gpus // GPUS_PER_NODE}x{GPUS_PER_NODE}xH100")
-    routing = make_routing("uniform", config)
-    world = World(config=config, hardware=hardware, routing=routing, precision=precision(PRECISION))
+    world = Scenario(
+        config=config, hardware=f"{gpus // GPUS_PER_NODE}x{GPUS_PER_NODE}xH100", precision=PRECISION
+    ).make()
     routed = time.perf_counter()
     graph = build("flashmoe", world, make_knobs("flashmoe", {"packing": packing, "rate": RATE}))
     built = time.perf_counter()

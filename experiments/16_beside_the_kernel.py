@@ -225,9 +225,8 @@ class Run:
         routing = sim.SimRouting(
             name=self.case.workload, num_experts=self.config.num_experts, topk_idx=topk_idx, owner=owner
         )
-        precision = sim.precision(self.config.dtype)
-        world = sim.World(config=self.config, hardware=hardware, routing=routing, precision=precision)
-        return sim.simulate("flashmoe", world, replace(knobs, gate=not self._routing))
+        scenario = sim.Scenario(config=self.config, hardware=hardware, precision=self.config.dtype, routing=routing)
+        return sim.simulate("flashmoe", scenario.make(), replace(knobs, gate=not self._routing))
 
 
 def kinds_of_tasks(times: Mapping[tuple[int, ...], Sequence[int]]) -> dict[str, float]:

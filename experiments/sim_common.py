@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sim import PolicyKnobs, SimRouting, World, load_hardware, load_preset, make_knobs, make_routing, precision
+from sim import PolicyKnobs, Scenario, SimRouting, World, load_hardware, load_preset, make_knobs
 from sim.policies import megamoe
 
 TILE_M, TILE_N, RATE, CLUSTER = 128, 256, 0.6, 1
@@ -27,8 +27,7 @@ def world_of(preset: str, hardware: str, tokens: int, routing: str | SimRouting 
     """
     machine = load_hardware(hardware)
     config = load_preset(PRESETS.get(preset, preset), num_ranks=machine.num_gpus, num_tokens=tokens)
-    made = make_routing(routing, config) if isinstance(routing, str) else routing
-    return World(config=config, hardware=machine, routing=made, precision=precision(PRECISION))
+    return Scenario(config=config, hardware=machine, routing=routing, precision=PRECISION).make()
 
 
 def equal_terms(policy: str, world: World, changes: Mapping[str, Any] | None = None) -> PolicyKnobs:

@@ -1,13 +1,8 @@
 """When things happen: an event-driven simulator of distributed Mixture-of-Experts schedules, on any hardware.
 
     config = sim.load_preset("llama-4-scout", num_ranks=8, num_tokens=2048)
-    world = sim.World(
-        config=config,
-        hardware=sim.load_hardware("8xH100"),
-        routing=sim.make_routing("uniform", config),
-        precision=sim.precision("bfloat16"),
-    )
-    sim.report(sim.simulate("flashmoe", world)).latency_us
+    scenario = sim.Scenario(config=config, hardware="8xH100", precision="bfloat16", routing="uniform")
+    sim.report(sim.simulate("flashmoe", scenario.make())).latency_us
 
 Importing it needs NumPy only; the compiled engine (`sim.engine.compiled`) needs Numba, the pictures matplotlib.
 """
@@ -26,6 +21,7 @@ from .world.placement import balance
 from .world.precision import PRECISIONS, Precision, precision
 from .world.rounding import round_tokens
 from .world.routing import ROUTING_NAMES, SimRouting, make_routing
+from .world.scenario import Scenario
 from .world.world import World
 
 __all__ = [
@@ -39,6 +35,7 @@ __all__ = [
     "PolicyKnobs",
     "Precision",
     "Report",
+    "Scenario",
     "SimRouting",
     "Simulation",
     "Timeline",

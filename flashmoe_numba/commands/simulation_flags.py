@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import sim
 from reference import MoEConfig
 from sim.world.rounding import WAYS
-from sim.world.world import check_sent_rows
 
 from . import UsageError
 from .knobs import knobs_from
@@ -21,6 +20,7 @@ from .sizes import add_size_arguments, in_flags, integer
 DEFAULT_PRESET = "llama-4-scout"
 DEFAULT_HARDWARE = "8xH100"
 PATIENCE_S = 3.0
+FLAGS = {"rounding": "argument --round-tokens", "layer": "the layer"}  # of the other parts of a scenario: their names
 
 
 def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False) -> None:
@@ -69,26 +69,20 @@ def ask(args: argparse.Namespace, policies: Sequence[str]) -> Asked:
 
 def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int | None) -> sim.Simulation:
     """One policy on one layer."""
-    world = _world(asked, policy, config, replicas)
+    args = asked.args
+    scenario = sim.Scenario(
+        config=config,
+        hardware=asked.hardware,
+        precision=args.precision or config.dtype,
+        routing=args.routing,
+        seed=args.seed,
+        round_to=_tile_m(asked, policy) if args.round_tokens else None,
+        round_how=args.round_tokens or "nearest",
+        replicas=replicas,
+    )
+    world = scenario.make(lambda part: blaming(FLAGS.get(part, f"argument --{part}")))
     with blaming(f"policy {policy}"):
         return sim.simulate(policy, world, asked.knobs[policy])
-
-
-def _world(asked: Asked, policy: str, config: MoEConfig, replicas: int | None) -> sim.World:
-    args = asked.args
-    with blaming("argument --precision"):
-        precision = sim.precision(args.precision or config.dtype)
-    with blaming("argument --tokens"):
-        check_sent_rows(config, asked.hardware, precision)
-    with blaming("argument --routing"):
-        routing = sim.make_routing(args.routing, config, args.seed)
-    if args.round_tokens:
-        routing = sim.round_tokens(routing, _tile_m(asked, policy), args.round_tokens, args.seed)
-    if replicas is not None:
-        with blaming("argument --replicas"):
-            routing = sim.balance(routing, replicas)
-    with blaming("the layer"):
-        return sim.World(config=config, hardware=asked.hardware, routing=routing, precision=precision)
 
 
 def _tile_m(asked: Asked, policy: str) -> int:

@@ -35,7 +35,7 @@ class Plant:
         file, old, new: in `flashmoe_numba/kernel/file`, `old` becomes `new`.
         found_by: the kinds of report (reports.KINDS) that it was found by, the most frequent one first. Which one comes
             first in a run depends on the world and the schedule.
-        weak: it shows only where loads of atomic words may be late (words.py).
+        weak: it shows only where loads of atomic words may be late (run/words.py).
         world: one of worlds.WORLDS in which it is found, under the random strategy or PCT.
     """
 

@@ -33,7 +33,7 @@ class Search:
         strategy: one of strategies.STRATEGIES.
         depth: of bugs that PCT looks for.
         plant: name of a planted bug, or None for the kernel as it is.
-        weak: loads of atomic words may be late (words.py); False: they are sequentially consistent.
+        weak: loads of atomic words may be late (run/words.py); False: they are sequentially consistent.
     """
 
     spec: WorldSpec

@@ -1,8 +1,8 @@
 """Ranks as processes of one machine: a segment is a rank's part of a file in shared memory that all of them map.
 
 The file is ours, not a window of MPI's, because others must see how much of it is claimed and not touched yet (see
-shared_memory.py): whoever maps it keeps it open. It has a name only until all ranks have opened it, and has no size
-before that, so that no death leaves memory behind.
+processes/shared_memory.py): whoever maps it keeps it open. It has a name only until all ranks have opened it, and has
+no size before that, so that no death leaves memory behind.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ from ..policies import POLICY_NAMES, make_knobs
 from ..world.hardware import load_hardware
 from ..world.precision import precision
 from ..world.routing import make_routing
-from ..world.world import World, check_sent_rows
+from ..world.scenario import Scenario
+from ..world.world import World
 
 SCHEMA = 1
 WANTED = ("policy", "hardware", "preset")
@@ -104,10 +105,10 @@ class Point:
         if self.capacity_factor is not None:
             most = int(min(self.tokens, self.capacity_factor * -(-self.tokens // self.experts) * self.topk))
         config = load_preset(self.preset, num_ranks=hardware.num_gpus, gated=self.gated, capacity=most, **sizes)
-        formats = precision(self.precision)
-        check_sent_rows(config, hardware, formats)
-        routing = make_routing(self.routing, config, self.seed)
-        return World(config=config, hardware=hardware, routing=routing, precision=formats)
+        scenario = Scenario(
+            config=config, hardware=hardware, precision=self.precision, routing=self.routing, seed=self.seed
+        )
+        return scenario.make()
 
 
 def load_grid(path: Path) -> list[Point]:

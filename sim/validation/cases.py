@@ -19,8 +19,7 @@ from ..drafting.rates import fitted_rate, gpu_kind
 from ..policies import make_knobs
 from ..simulation import simulate
 from ..world.hardware import Hardware, hardware_names, load_hardware
-from ..world.precision import precision
-from ..world.routing import make_routing
+from ..world.scenario import Scenario
 from ..world.world import World
 from .rules import RULES, Rule
 from .tables import Row
@@ -126,20 +125,17 @@ def _world(row: Row, rule: Rule) -> World | Reason:
     if isinstance(sizes, Reason):
         return sizes
     try:
-        return _make_world(hardware.name, MoEConfig(**sizes), rule.routing, DTYPES[numbers])
+        return _make_world(
+            Scenario(config=MoEConfig(**sizes), hardware=hardware.name, precision=DTYPES[numbers], routing=rule.routing)
+        )
     except ValueError as error:
         return Reason(IMPOSSIBLE, str(error))
 
 
 @lru_cache(maxsize=1024)
-def _make_world(hardware: str, config: MoEConfig, routing: str, numbers: str) -> World:
+def _make_world(scenario: Scenario) -> World:
     """One world for all rows that are about the same."""
-    return World(
-        config=config,
-        hardware=load_hardware(hardware),
-        routing=make_routing(routing, config),
-        precision=precision(numbers),
-    )
+    return scenario.make()
 
 
 def _hardware(row: Row) -> Hardware | Reason:

@@ -1,9 +1,11 @@
 """The import rule: `reference <- sim`, `reference <- flashmoe_numba`; only the commands of `cli.py` see both.
 
-Read from the source by `ast`, so that an import inside a function or under TYPE_CHECKING counts like any other.
+Inside a package imports go down its floors only, and never round in a circle. Read from the source by `ast`, so that an
+import inside a function or under TYPE_CHECKING counts like any other.
 """
 
 import ast
+import graphlib
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = {"reference", "sim", "flashmoe_numba", "experiments", "tests"}
 MAY_IMPORT = {"reference": set(), "sim": {"reference"}, "flashmoe_numba": {"reference"}}
 SEES_ALL = (Path("flashmoe_numba/cli.py"), Path("flashmoe_numba/commands"))
+FLOORS = {  # of what lies in a folder, from the ground; what shares a floor does not see each other
+    "sim": "world engine / drafting / policies / simulation / reading / studies validation",
+    "flashmoe_numba": "errors / device processes / gpu tile_gemm / kernel / heap / build / backends / layer / seeing "
+    "/ bench / explore / commands / cli / __main__",
+    "flashmoe_numba/explore": "run / choose worlds / plants / search / exhaustive hunt tell",
+}
+MOST_ENTRIES = {
+    "sim": 12,
+    "flashmoe_numba": 17,
+}  # three places are kept: ptx/, checkpoints/, torch.py
 CUDA = ("numba.cuda", "numba_cuda", "numba_cuda_mlir")
 COSTLY = ["ml_dtypes", "safetensors", "numba", "llvmlite", "mpi4py", "matplotlib", "scipy", "greenlet", "tqdm"]
 
@@ -56,6 +68,53 @@ def violations(root: Path) -> list[str]:
     if len(cuda_files) > 1:
         found.append(f"numba.cuda is imported in {len(cuda_files)} modules: {', '.join(map(str, cuda_files))}")
     return found
+
+
+def arrows(root: Path, package: str) -> dict[str, set[str]]:
+    """The modules of the package that each of its modules imports, by dotted names."""
+    files = {_dotted(file.relative_to(root)): file for file in sorted((root / package).rglob("*.py"))}
+    found = {}
+    for name, file in files.items():
+        names = imported_names(file.read_text(encoding="utf-8"), file.relative_to(root).parent.parts)
+        modules = {module for module in names if module in files}
+        found[name] = {module for module in modules if not any(other.startswith(f"{module}.") for other in modules)}
+    return found
+
+
+def _dotted(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def upward(root: Path, folder: str) -> list[str]:
+    """One line per import between two entries of the folder that does not go down, and per entry without a floor."""
+    floors = {name: height for height, names in enumerate(FLOORS[folder].split("/")) for name in names.split()}
+    inside, found = folder.replace("/", ".") + ".", set()
+    for module, imported in arrows(root, folder.split("/")[0]).items():
+        for other in imported:
+            if module.startswith(inside) and other.startswith(inside):
+                above, below = (name.removeprefix(inside).split(".")[0] for name in (module, other))
+                homeless = {f"{folder}/{name} has no floor" for name in (above, below) if name not in floors}
+                if not homeless and above != below and floors[above] <= floors[below]:
+                    found.add(f"{module} imports {other}")
+                found |= homeless
+    return sorted(found)
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_imports_go_down_only(folder):
+    assert upward(ROOT, folder) == []
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_make_no_circle(package):
+    graphlib.TopologicalSorter(arrows(ROOT, package)).prepare()
+
+
+@pytest.mark.parametrize("package", MOST_ENTRIES)
+def test_a_stranger_sees_all_rooms_at_once(package):
+    entries = [entry.name for entry in (ROOT / package).iterdir() if entry.name != "__pycache__"]
+    assert len(entries) <= MOST_ENTRIES[package], sorted(entries)
 
 
 def test_imports_point_one_way():
@@ -104,6 +163,39 @@ def plant(root: Path, path: str, source: str) -> None:
 def test_finds_a_planted_import(copy, path, source, imported):
     plant(copy, path, source)
     assert f"{path} imports {imported}" in violations(copy)
+
+
+@pytest.mark.parametrize(
+    ("folder", "path", "source", "wrong"),
+    [
+        ("sim", "sim/world/planted.py", "from ..engine import graph", "sim.world.planted imports sim.engine.graph"),
+        ("sim", "sim/engine/planted.py", "import sim.reading.report", "sim.engine.planted imports sim.reading.report"),
+        ("sim", "sim/engine/planted.py", "from sim import simulation", "sim.engine.planted imports sim.simulation"),
+        ("sim", "sim/attic/planted.py", "from ..world import world", "sim/attic has no floor"),
+        (
+            "flashmoe_numba",
+            "flashmoe_numba/kernel/planted.py",
+            "def f():\n    from ..heap.rank import Rank",
+            "flashmoe_numba.kernel.planted imports flashmoe_numba.heap.rank",
+        ),
+        (
+            "flashmoe_numba/explore",
+            "flashmoe_numba/explore/run/planted.py",
+            "if TYPE_CHECKING:\n    from ..tell.shrink import shrink",
+            "flashmoe_numba.explore.run.planted imports flashmoe_numba.explore.tell.shrink",
+        ),
+    ],
+)
+def test_finds_a_planted_import_upward(copy, folder, path, source, wrong):
+    plant(copy, path, source)
+    assert upward(copy, folder) == [wrong]
+
+
+def test_finds_a_planted_circle(copy):
+    plant(copy, "sim/world/planted_a.py", "from . import planted_b")
+    plant(copy, "sim/world/planted_b.py", "from .planted_a import f")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(arrows(copy, "sim")).prepare()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What GPUs need, checked one thing at a time, as in health.py: packages that build and run, driver, devices."""
+"""What GPUs need, checked one thing at a time, as in host.py: packages that build and run, driver, devices."""
 
 from __future__ import annotations
 

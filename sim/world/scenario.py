@@ -1,0 +1,73 @@
+"""A simulated world as one value of names and numbers, which a file, flags and tables can hold; and how it is made.
+
+Everything that simulates makes its worlds here, so sizes are checked before a routing is made of more rows than fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from reference import MoEConfig
+
+from .hardware import Hardware, load_hardware
+from .placement import balance
+from .precision import Precision, precision
+from .rounding import round_tokens
+from .routing import SimRouting, make_routing
+from .world import World, check_sent_rows
+
+Blame = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What a `World` is made of: each part by its name, or the part itself.
+
+    Args:
+        seed: of the routing, where it is drawn, and of its rounding.
+        round_to: round each expert's rows to a multiple of it, `round_how` (one of `rounding.WAYS`); None: do not.
+        replicas: copies of busy experts, which are placed by load (`placement.balance`); None: experts stay in blocks.
+    """
+
+    config: MoEConfig
+    hardware: str | Hardware
+    precision: str | Precision
+    routing: str | SimRouting = "uniform"
+    seed: int = 0
+    round_to: int | None = None
+    round_how: str = "nearest"
+    replicas: int | None = None
+
+    def make(self, blame: Blame = lambda part: nullcontext()) -> World:
+        """The world.
+
+        Args:
+            blame: a context manager for each part ("hardware", "precision", "tokens", "routing", "rounding",
+                "replicas", "layer") in which it is made, so that errors can be told of whatever named the part.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: a part does not exist, or they do not go together.
+        """
+        with blame("hardware"):
+            hardware = load_hardware(self.hardware) if isinstance(self.hardware, str) else self.hardware
+        with blame("precision"):
+            formats = precision(self.precision) if isinstance(self.precision, str) else self.precision
+        with blame("tokens"):
+            check_sent_rows(self.config, hardware, formats)
+        routing = self._make_routing(blame)
+        with blame("layer"):
+            return World(config=self.config, hardware=hardware, routing=routing, precision=formats)
+
+    def _make_routing(self, blame: Blame) -> SimRouting:
+        with blame("routing"):
+            routing = self.routing
+            made = make_routing(routing, self.config, self.seed) if isinstance(routing, str) else routing
+        if self.round_to is not None:
+            with blame("rounding"):
+                made = round_tokens(made, self.round_to, self.round_how, self.seed)
+        if self.replicas is not None:
+            with blame("replicas"):
+                made = balance(made, self.replicas)
+        return made
