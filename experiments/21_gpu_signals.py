@@ -165,13 +165,13 @@ def packet_rates(records: list[TraceRecord], config: MoEConfig) -> tuple[list[fl
     """(bytes per nanosecond of each DISPATCH with rows, of all together), counted as written."""
     rows = {(r.peer, r.rank, r.expert): r.n for r in records if r.name == "RECEIVE"}
     tasks = [(r, rows.get((r.rank, r.peer, r.expert), 0)) for r in records if r.kind == DISPATCH]
-    row_bytes = config.hidden * config.numpy_dtype.itemsize
+    row_bytes = config.hidden * config.format.num_bytes
     return rates([(r.start_ns, r.end_ns, num_rows * row_bytes) for r, num_rows in tasks])
 
 
 def combine_rates(records: list[TraceRecord], config: MoEConfig) -> tuple[list[float], float]:
     """The same for COMBINE, counted as read: a token reads a row for each of its choices."""
-    row_bytes = config.hidden * config.numpy_dtype.itemsize
+    row_bytes = config.hidden * config.format.num_bytes
     tokens = min(config.token_block, config.num_tokens)
     tasks = [(r.start_ns, r.end_ns, tokens * config.num_topk * row_bytes) for r in records if r.kind == COMBINE]
     return rates(tasks)

@@ -3,8 +3,9 @@
 Importing it needs NumPy only; bfloat16 needs ml_dtypes, and .safetensors files need safetensors, where they are used.
 """
 
-from .config import ACTIVATIONS, DTYPES, MoEConfig, element_dtype
+from .config import ACTIVATIONS, MoEConfig
 from .experts import activation, expert_ffn
+from .formats import DTYPES, FORMATS, NumberFormat, element_dtype
 from .layer import moe_layer
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
 from .packets import Packets, make_packets
@@ -22,6 +23,7 @@ __all__ = [
     "COMBINE",
     "DISPATCH",
     "DTYPES",
+    "FORMATS",
     "GATE",
     "GEMM0",
     "GEMM1",
@@ -29,6 +31,7 @@ __all__ = [
     "WORKLOAD_NAMES",
     "Layout",
     "MoEConfig",
+    "NumberFormat",
     "Packets",
     "Plan",
     "Routing",

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .config import DTYPES
+from .formats import DTYPES
 from .scalars import plain
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -32,7 +32,7 @@ def check_array(name: str, value: object, shape: tuple[int | None, ...]) -> Arra
 
 
 def check_floating(name: str, value: Array) -> Array:
-    """`value` as it is, if its dtype is one of `config.DTYPES`; else TypeError."""
+    """`value` as it is, if its dtype is one of `formats.DTYPES`; else TypeError."""
     if value.dtype.name not in DTYPES:
         raise TypeError(f"{name} must have a floating dtype ({', '.join(DTYPES)}), got {value.dtype}")
     return value

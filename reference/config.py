@@ -10,22 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from .formats import DTYPES, FORMATS, NumberFormat
 from .scalars import dtype_name, make_plain
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")
 SIZES += ("tile_m", "tile_m_min", "tile_n", "token_block")
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-
-
-def element_dtype(name: str) -> np.dtype[Any]:
-    """NumPy dtype of a `MoEConfig.dtype` name; bfloat16 comes from ml_dtypes."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
-    return np.dtype(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +121,24 @@ class MoEConfig:
         return max(1, self.tile_n // (1 + self.gated))
 
     @property
+    def format(self) -> NumberFormat:
+        """Format of tokens, hidden rows and results."""
+        return FORMATS[self.dtype]
+
+    @property
+    def weight_format(self) -> NumberFormat:
+        """Format of expert weights: that of tokens."""
+        return self.format
+
+    @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """Element type of tokens, expert weights and results."""
-        return element_dtype(self.dtype)
+        """Element type of tokens, hidden rows and results."""
+        return self.format.dtype
 
     @property
     def accumulator(self) -> np.dtype[Any]:
         """Type of sums, logits and routing weights."""
-        return np.dtype(np.float64 if self.dtype == "float64" else np.float32)
+        return self.format.sums.dtype
 
     def owner(self, expert: int) -> int:
         """Rank on which a global expert index lives."""

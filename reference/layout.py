@@ -83,7 +83,7 @@ class Layout:
 
     @property
     def region_bytes(self) -> int:
-        return _aligned(self.region_elements * self.config.numpy_dtype.itemsize)
+        return _aligned(self.region_elements * self.config.format.num_bytes)
 
     @property
     def dispatch(self) -> int:
@@ -127,7 +127,7 @@ class Layout:
         """Where a write lands: (segment, byte offset of its row)."""
         c = self.config
         region = self.dispatch if write.round == DISPATCH else self.result
-        row_bytes = c.hidden * c.numpy_dtype.itemsize
+        row_bytes = c.hidden * c.format.num_bytes
         return write.segment, region + self.row(write.peer, write.expert, write.slot) * row_bytes
 
     def is_valid(self, write: Write) -> bool:

@@ -74,7 +74,7 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
     tokens = counts.sum(axis=1) // config.num_topk if num_tokens is None else np.array(num_tokens, np.int64)
     real_rows, padded_rows = int(sent.sum()), int((blocks * heights).sum())
     gate_flops, row_flops = 2 * config.hidden * config.num_experts, _row_flops(config)
-    hidden_bytes = hidden_rows(config) * config.ffn * config.numpy_dtype.itemsize
+    hidden_bytes = hidden_rows(config) * config.ffn * config.format.num_bytes
     rows_of_owner = sent.reshape(config.num_ranks, config.num_ranks, -1).sum(axis=(0, 2))
     return Plan(
         segment_bytes=_segment_bytes(config),
@@ -144,7 +144,7 @@ def weight_bytes(config: MoEConfig) -> int:
     """Bytes of one rank's expert matrices and of the router (float32 for 16-bit elements)."""
     experts = config.num_experts_per_rank * (3 if config.gated else 2) * config.ffn * config.hidden
     router = config.num_experts * config.hidden
-    return experts * config.numpy_dtype.itemsize + router * config.accumulator.itemsize
+    return experts * config.weight_format.num_bytes + router * config.format.sums.num_bytes
 
 
 def _row_flops(config: MoEConfig) -> int:
@@ -154,7 +154,7 @@ def _row_flops(config: MoEConfig) -> int:
 
 def _segment_bytes(config: MoEConfig) -> dict[str, int]:
     layout = Layout(config)
-    region = layout.region_elements * config.numpy_dtype.itemsize
+    region = layout.region_elements * config.format.num_bytes
     return {
         "dispatch": region,
         "result": region,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .arrays import Array, check_array, check_floating, overflowed
 from .config import MoEConfig
-from .tolerance import GROWTH, unit_roundoff
+from .tolerance import GROWTH
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ def check_routing(routing: Routing, x: Array, router: Array, config: MoEConfig) 
         row = int((~legal).argmax())
         return f"token {row}: experts {idx[row].tolist()} must be distinct and in [0, {config.num_experts})"
     tokens = np.flatnonzero(checked)
-    slack = GROWTH * unit_roundoff(config.accumulator.name) * config.hidden**0.5 * bound[tokens, None]
+    slack = GROWTH * config.format.sums.unit_roundoff * config.hidden**0.5 * bound[tokens, None]
     return _compare(tokens, idx[tokens], weights[tokens], _logits(x[tokens], router), slack, config)
 
 
@@ -167,7 +167,7 @@ def _expected_weights(logits: Array, chosen: Array, slack: Array, config: MoECon
     exponentials = np.exp(chosen - best)
     total = (exponentials if config.renormalize else np.exp(logits - best)).sum(axis=1, keepdims=True)
     # A float exp(z) is off by u |z| from the rounding of its argument, and by a few u; the sum by sqrt(num_experts) u.
-    roundoff = unit_roundoff(config.accumulator.name)
+    roundoff = config.format.sums.unit_roundoff
     ulps = GROWTH * (best - chosen + config.num_experts**0.5 + 1)
     expected: Array = exponentials / total
     factor = np.expm1(np.minimum(2 * slack, 700))  # beyond, anything may come out, and the product must not be 0 * inf

@@ -83,7 +83,7 @@ class TiledLayer:
         """`[num_ranks, num_experts_per_rank, slots, hidden]`: a region of a rank's segment."""
         c = self.config
         start = self.layout.dispatch if round == DISPATCH else self.layout.result
-        stop = start + self.layout.region_elements * c.numpy_dtype.itemsize
+        stop = start + self.layout.region_elements * c.format.num_bytes
         rows = self._segments[rank][start:stop].view(c.numpy_dtype)
         return rows.reshape(c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
 

@@ -26,19 +26,13 @@ ELEMENTWISE_ULPS = 8
 ELEMENT_ROUNDINGS = 3
 
 
-def unit_roundoff(dtype_name: str) -> float:
-    """Largest relative error of one rounding to a `MoEConfig.dtype`."""
-    mantissa_bits = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}[dtype_name]
-    return 0.5 * 2.0**-mantissa_bits
-
-
 def tolerance(config: MoEConfig) -> float:
     """Bound on `max_rel_error` of a layer that sums in `config.accumulator` and rounds to `config.dtype`.
 
     The walk of the two matrix products and that of the roundings to the element type are independent, so their
     squares add: `GROWTH * sqrt(u_sum^2 (hidden + ffn + 8^2) + 3 u_element^2)`.
     """
-    u_sum, u_element = unit_roundoff(config.accumulator.name), unit_roundoff(config.dtype)
+    u_sum, u_element = config.format.sums.unit_roundoff, config.format.unit_roundoff
     sums = u_sum**2 * (config.hidden + config.ffn + ELEMENTWISE_ULPS**2)
     return float(GROWTH * np.sqrt(sums + ELEMENT_ROUNDINGS * u_element**2))
 

@@ -52,7 +52,7 @@ class Weights:
         names = [name for name in MATRICES if config.gated or name != "gate_proj"]
         biases = [name for name in BIASES if bias and (config.gated or name != "gate_bias")]
         shapes = _expert_shapes(config)
-        arrays = {name: np.empty((len(experts), *shapes[name]), config.numpy_dtype) for name in names + biases}
+        arrays = {name: np.empty((len(experts), *shapes[name]), config.weight_format.dtype) for name in names + biases}
         for position, expert in enumerate(experts):
             normal = stream(seed, EXPERT_STREAM, expert)
             for name, array in arrays.items():
@@ -101,14 +101,14 @@ class Weights:
         """
         shapes = _expert_shapes(config)
         check_array("router", self.router, (config.num_experts, config.hidden))
-        if self.router.dtype not in (config.numpy_dtype, np.dtype(np.float32)):
-            raise TypeError(f"router must have dtype {config.dtype} or float32, got {self.router.dtype}")
+        if self.router.dtype not in (config.weight_format.dtype, np.dtype(np.float32)):
+            raise TypeError(f"router must have dtype {config.weight_format.name} or float32, got {self.router.dtype}")
         self._check_optional(config)
         num_present = len(check_array("up_proj", self.up_proj, (None, *shapes["up_proj"])))
         for name, array in self._experts().items():
             check_array(name, array, (num_present, *shapes[name]))
-            if array.dtype != config.numpy_dtype:
-                raise TypeError(f"{name} must have config's dtype {config.dtype}, got {array.dtype}")
+            if array.dtype != config.weight_format.dtype:
+                raise TypeError(f"{name} must have config's dtype {config.weight_format.name}, got {array.dtype}")
         last = config.num_experts - num_present
         if not 0 <= self.first_expert <= last:
             raise ValueError(f"first_expert must be in [0, {last}] for {num_present} experts, got {self.first_expert}")

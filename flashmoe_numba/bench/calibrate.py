@@ -230,7 +230,7 @@ def _tiles(calls: Iterable[Call], unit: int | None) -> Iterator[Tile]:
                 depth, width = shapes[record.kind]
                 columns = min(config.tile_n, width - record.n * config.tile_n)
                 computed = max(rows, config.tile_m_min) if unit is None else -(-rows // unit) * unit
-                key = (depth, columns, computed, config.numpy_dtype.itemsize)
+                key = (depth, columns, computed, config.format.num_bytes)
                 times[key].append(record.end_ns - record.start_ns)
     for (depth, columns, rows, item), durations in times.items():
         yield Tile(2 * depth * columns * rows, item * depth * (columns + rows), median(durations))
@@ -261,7 +261,7 @@ def fit_tiles(tiles: Sequence[Tile]) -> tuple[float, float, float, float]:
 
 def _dispatch_gbps(calls: Iterable[Call], local: bool) -> Iterator[float]:
     for config, rows, records, _ in calls:
-        nbytes = (rows or 0) * config.hidden * config.numpy_dtype.itemsize
+        nbytes = (rows or 0) * config.hidden * config.format.num_bytes
         for record in records:
             if record.kind == DISPATCH and (record.peer == record.rank) == local:
                 yield nbytes / max(1, record.end_ns - record.start_ns)
@@ -270,7 +270,7 @@ def _dispatch_gbps(calls: Iterable[Call], local: bool) -> Iterator[float]:
 def _combine_gbps(calls: Iterable[Call]) -> Iterator[float]:
     """Of whole token blocks: with one choice per token as many rows are read as written."""
     for config, _, records, _ in calls:
-        nbytes = 2 * config.token_block * config.hidden * config.numpy_dtype.itemsize
+        nbytes = 2 * config.token_block * config.hidden * config.format.num_bytes
         for record in records:
             if record.kind == COMBINE:
                 yield nbytes / max(1, record.end_ns - record.start_ns)

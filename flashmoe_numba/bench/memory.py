@@ -8,8 +8,6 @@ import numpy as np
 
 from reference import MoEConfig
 
-from ..device.storage import storage_dtype
-
 
 class HostArrays:
     """NumPy arrays as they are."""
@@ -27,14 +25,13 @@ class GpuArrays:
     def __init__(self, config: MoEConfig) -> None:
         import cupy
 
-        self._cupy, self._dtype = cupy, config.numpy_dtype
+        self._cupy, self._format = cupy, config.format
 
     def to_device(self, array: np.ndarray) -> Any:
-        return self._cupy.asarray(array.view(np.int16) if self._dtype.name == "bfloat16" else array)
+        return self._cupy.asarray(array.view(self._format.exchanged))
 
     def to_host(self, array: Any) -> np.ndarray:
-        bits = self._cupy.asnumpy(array).view(storage_dtype(self._dtype))
-        return bits.view(self._dtype)
+        return self._cupy.asnumpy(array).view(self._format.dtype)
 
 
 def make_memory(backend: str, config: MoEConfig) -> HostArrays | GpuArrays:

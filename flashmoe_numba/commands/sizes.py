@@ -180,7 +180,7 @@ def check_memory(config: MoEConfig) -> None:
     Raises:
         UsageError: naming what is needed and what there is.
     """
-    rows = 2 * config.num_ranks * config.num_tokens * config.hidden * config.numpy_dtype.itemsize
+    rows = 2 * config.num_ranks * config.num_tokens * config.hidden * config.format.num_bytes
     needed = (config.num_ranks * weight_bytes(config) + rows) / 2**30
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     if needed > there:

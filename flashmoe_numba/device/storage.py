@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-_BITS = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
+from reference.formats import FORMATS
 
 
 def storage_dtype(dtype: np.dtype) -> np.dtype:
     """The type under which kernel code sees elements of `dtype`."""
-    return _BITS.get(dtype.name, dtype)
+    known = FORMATS.get(dtype.name)
+    return dtype if known is None else known.storage
 
 
 def as_storage(array: np.ndarray) -> np.ndarray:

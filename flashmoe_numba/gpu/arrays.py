@@ -41,7 +41,7 @@ def check_gpu_tokens(name: str, x: Any, config: MoEConfig, gpu: Any) -> GpuToken
             raise TypeError(f"{name} must be on the GPU, got a tensor on {x.device}: put it there with .cuda()")
     elif not (hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack__")):
         raise TypeError(f"{name} must be an array on the GPU, got {type(x).__name__}")
-    if element_name(x) not in (config.dtype, "int16" if config.dtype == "bfloat16" else config.dtype):
+    if element_name(x) not in (config.dtype, config.format.exchanged.name):
         raise TypeError(f"{name} must have config's dtype {config.dtype}, got {element_name(x)}")
     if len(x.shape) != 2 or x.shape[1] != config.hidden:
         raise ValueError(f"{name} must have shape [num_tokens, hidden={config.hidden}], got {list(x.shape)}")
@@ -75,15 +75,15 @@ def as_cupy(x: Any, config: MoEConfig, gpu: Any) -> Any:
 
     Tensors come by their CUDA array interface: DLPack orders streams, which breaks the capture of a graph.
     """
-    cupy, bits = gpu.cupy, storage_dtype(config.numpy_dtype)
+    cupy, bits = gpu.cupy, config.format.storage
     if x.shape[0] == 0 and not isinstance(x, cupy.ndarray):  # others give no address, by which CuPy looks for the GPU
         return cupy.empty(tuple(x.shape), bits)
     if is_torch(x):
         x = x.detach().contiguous()
-        if config.dtype == "bfloat16":  # which the interface cannot name
+        if config.format.exchanged != config.format.dtype:  # bfloat16, which the interface cannot name
             import torch
 
-            x = x.view(torch.int16)
+            x = x.view(getattr(torch, config.format.exchanged.name))
     if isinstance(x, cupy.ndarray):  # as it is: asarray would copy what is on another GPU
         return x.view(bits)
     return (cupy.asarray(x) if hasattr(x, "__cuda_array_interface__") else cupy.from_dlpack(x)).view(bits)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from reference.formats import FORMATS
+
 from ..device.compilation import jit
 from ..device.cuda_api import element_pointer, intrinsic, ir, overload, types
 from .activations import gelu, silu
@@ -70,15 +72,16 @@ def _tile_of(rows: int, dtype: str) -> Any:
     return tile
 
 
-_DTYPES = {types.uint16: "float16", types.int16: "bfloat16", types.float32: "float32"}
-_TILES = {dtype: {rows: _tile_of(rows, dtype) for rows in ROWS} for dtype in INSTRUCTIONS}
+_TILES = {  # by the storage of elements
+    str(FORMATS[dtype].storage): {rows: _tile_of(rows, dtype) for rows in ROWS} for dtype in INSTRUCTIONS
+}
 
 
 @overload(tile_sums)
 def _tile_sums_by_tensor_cores(a, a_row, rows, matrices, expert, first, columns, scratch):
     if matrices.instance_class is not TmaMatrices:
         return None
-    tiles = _TILES[_DTYPES[a.dtype]]
+    tiles = _TILES[str(a.dtype)]
     tile16, tile32, tile64, tile128 = (tiles[rows] for rows in ROWS)
     elements = DEPTH_BYTES * 8 // a.dtype.bitwidth
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reference.formats import FORMATS
 from reference.scalars import make_plain
 
 from .hardware import ARITHMETICS, check_positive, check_text
@@ -59,27 +60,35 @@ def precision(name: str) -> Precision:
     return _TABLE[name]
 
 
-def _plain(name: str, size: int) -> Precision:
+def _plain(name: str) -> Precision:
+    """All of a layer in one format of `reference.formats`."""
+    numbers, size = FORMATS[name], FORMATS[name].num_bytes
     return Precision(
-        name=name, arithmetic=name, weight_bytes=size, token_bytes=size, hidden_bytes=size, result_bytes=size
+        name=name,
+        arithmetic=numbers.arithmetic,
+        weight_bytes=size,
+        token_bytes=size,
+        hidden_bytes=size,
+        result_bytes=size,
     )
 
 
+_SUMMED = FORMATS["bfloat16"]  # of results that are narrower before they are summed
 _FP8_ROW = 1 + 4 / 128
 _MX_SCALE = 1 / 32
 
 _TABLE = {
-    "bfloat16": _plain("bfloat16", 2),
-    "float16": _plain("float16", 2),
-    "float32": _plain("float32", 4),
-    "float64": _plain("float64", 8),
+    "bfloat16": _plain("bfloat16"),
+    "float16": _plain("float16"),
+    "float32": _plain("float32"),
+    "float64": _plain("float64"),
     "fp8": Precision(
         name="fp8",
         arithmetic="fp8",
         weight_bytes=1 + 4 / 128**2,
         token_bytes=_FP8_ROW,
         hidden_bytes=_FP8_ROW,
-        result_bytes=2,
+        result_bytes=_SUMMED.num_bytes,
     ),
     # fp8 rows times fp4 weights: the tensor cores run at the rate of the wider operand, so fp4 saves bytes and no
     # time. MegaMoE's best on B200 is 2438 TFLOPS: below the fp8 peak of 4500, and a quarter of fp4's 9000.
@@ -89,7 +98,7 @@ _TABLE = {
         weight_bytes=0.5 + _MX_SCALE,
         token_bytes=1 + _MX_SCALE,
         hidden_bytes=1 + _MX_SCALE,
-        result_bytes=2,
+        result_bytes=_SUMMED.num_bytes,
     ),
 }
 PRECISIONS: tuple[str, ...] = tuple(_TABLE)

@@ -24,9 +24,8 @@ from flashmoe_numba.tile_gemm.cpu_activations import exp32
 from flashmoe_numba.tile_gemm.formulas import MOST_ULPS, make_gelu, make_silu
 from flashmoe_numba.tile_gemm.matrices import scratch_elements
 from flashmoe_numba.tile_gemm.panels import pack, packed_elements, panels_per_tile
-from reference import ACTIVATIONS, MoEConfig, activation
-from reference.config import element_dtype
-from reference.tolerance import ELEMENTWISE_ULPS, GROWTH, unit_roundoff
+from reference import ACTIVATIONS, FORMATS, MoEConfig, activation, element_dtype
+from reference.tolerance import ELEMENTWISE_ULPS, GROWTH
 
 
 def multiply(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch):
@@ -123,8 +122,8 @@ class Product:
                 expected = expected * sums[1]
             # An activation magnifies an error by less than 1.2; each factor of a gated product brings its own.
             steps = np.sqrt(x.shape[1] + ELEMENTWISE_ULPS**2)
-            error = 1.2 * len(sums) * GROWTH * unit_roundoff(self.config.accumulator.name) * steps
-            bound = error * np.prod(sizes, axis=0) + unit_roundoff(self.dtype) * np.abs(expected)
+            error = 1.2 * len(sums) * GROWTH * self.config.format.sums.unit_roundoff * steps
+            bound = error * np.prod(sizes, axis=0) + FORMATS[self.dtype].unit_roundoff * np.abs(expected)
         bound += float(finfo(self.x.dtype).smallest_subnormal) + 1.2e-38  # results that are not normal
         wrong = ~(np.abs(got.astype(np.float64) - expected) <= bound)
         if wrong.any():

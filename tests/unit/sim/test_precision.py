@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from reference.config import DTYPES, element_dtype
+from reference import DTYPES, element_dtype
 from sim.world.hardware import ARITHMETICS, load_hardware
 from sim.world.precision import PRECISIONS, precision
 
