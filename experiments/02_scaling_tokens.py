@@ -19,9 +19,10 @@ from common import Row, parser_of, show, store
 from threadpoolctl import ThreadpoolController
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.bench.yardstick import Yardstick, expert_flops
+from flashmoe_numba.bench.yardstick import Yardstick
 from flashmoe_numba.processes.cores import default_processors
 from reference import MoEConfig, Weights, load_preset, make_workload
+from reference.plan import row_flops
 
 SETTLE_S = 0.15  # see flashmoe_numba/bench/measure.py
 COLUMNS = {
@@ -98,7 +99,7 @@ class Point:
             "ranks": self._config.num_ranks,
             "latency_ms": latency_ns / 1e6,
             "tokens_per_s": tokens * self._config.num_ranks / latency_ns * 1e9,
-            "gflops": expert_flops(self._config, received) / latency_ns,
+            "gflops": received * row_flops(self._config) / latency_ns,
             "blas_share": blas_ns / latency_ns,
             "padded_row_share": 1 - received / padded,
             "repeats": len(self._latency_ns),

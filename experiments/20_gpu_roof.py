@@ -134,7 +134,7 @@ def study(
 def summary(
     config: MoEConfig, tokens: int, topk_idx: np.ndarray, times: dict[str, dict[str, float]], limits: dict[str, float]
 ) -> Row:
-    matrices, pairs, item = 2 + config.gated, topk_idx.size, config.format.num_bytes
+    matrices, pairs, item = config.expert_kind.num_matrices, topk_idx.size, config.format.num_bytes
     flops = 2 * pairs * matrices * config.hidden * config.ffn
     num_bytes = np.unique(topk_idx).size * matrices * config.hidden * config.ffn * item
     num_bytes += 2 * tokens * config.hidden * item

@@ -3,10 +3,11 @@
 Importing it needs NumPy only; bfloat16 needs ml_dtypes, and .safetensors files need safetensors, where they are used.
 """
 
-from .config import ACTIVATIONS, MoEConfig
+from .config import MoEConfig
 from .experts import activation, expert_ffn
 from .formats import DTYPES, FORMATS, NumberFormat, element_dtype
 from .layer import moe_layer
+from .layer_kinds import ACTIVATIONS, ExpertKind, RouterKind
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
 from .packets import Packets, make_packets
 from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
@@ -29,11 +30,13 @@ __all__ = [
     "GEMM1",
     "KIND_NAMES",
     "WORKLOAD_NAMES",
+    "ExpertKind",
     "Layout",
     "MoEConfig",
     "NumberFormat",
     "Packets",
     "Plan",
+    "RouterKind",
     "Routing",
     "Task",
     "TiledLayer",

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from .formats import DTYPES, FORMATS, NumberFormat
+from .layer_kinds import ACTIVATIONS, ExpertKind, RouterKind
 from .scalars import dtype_name, make_plain
 
-ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")
 SIZES += ("tile_m", "tile_m_min", "tile_n", "token_block")
 
@@ -118,7 +118,15 @@ class MoEConfig:
     @property
     def tile_ffn(self) -> int:
         """Columns of the hidden rows in one tile: each takes two columns of a gated product."""
-        return max(1, self.tile_n // (1 + self.gated))
+        return max(1, self.tile_n // self.expert_kind.num_ups)
+
+    @property
+    def router_kind(self) -> RouterKind:
+        return RouterKind(score="softmax", renormalize=self.renormalize)
+
+    @property
+    def expert_kind(self) -> ExpertKind:
+        return ExpertKind(activation=self.activation, gated=self.gated)
 
     @property
     def format(self) -> NumberFormat:

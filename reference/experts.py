@@ -12,16 +12,18 @@ and come back; clamped and scaled variants of gating.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from .arrays import Array, overflowed
-from .config import ACTIVATIONS, MoEConfig
+from .config import MoEConfig
+from .layer_kinds import ACTIVATIONS, ExpertKind
 from .weights import Weights
 
 
 def activation(name: str, x: Array) -> Array:
-    """One of `config.ACTIVATIONS`, elementwise, computed in float64 and rounded to the dtype of `x`.
+    """One of `ACTIVATIONS`, elementwise, computed in float64 and rounded to the dtype of `x`.
 
     Within 8 units in the last place of the exact value in float64, and a little more than half a unit otherwise, where
     that is a normal number. Infinities give the limits of the formulas in IEEE arithmetic: silu(-inf) and gelu(-inf)
@@ -80,6 +82,12 @@ def _erfc(x: Array) -> Array:
     return values.reshape(x.shape)
 
 
+def activate(products: Sequence[Array], kind: ExpertKind) -> Array:
+    """The rows between the two products; `products` are those with the up matrices, as `Weights.ups` has them."""
+    first = activation(kind.activation, products[0])
+    return first * products[1] if kind.gated else first
+
+
 def expert_ffn(x: Array, weights: Weights, expert_position: int, config: MoEConfig) -> Array:
     """The result `[rows, hidden]`, float64, of one expert for `x` `[rows, hidden]`.
 
@@ -87,13 +95,8 @@ def expert_ffn(x: Array, weights: Weights, expert_position: int, config: MoEConf
         expert_position: index into the experts present in `weights` (the global index minus `first_expert`).
     """
     with np.errstate(invalid="ignore", over="ignore"):
-        up = overflowed(linear(x, weights.up_proj, weights.up_bias, expert_position), config.accumulator)
-        if weights.gate_proj is None:
-            hidden = activation(config.activation, up)
-        else:
-            gate = linear(x, weights.gate_proj, weights.gate_bias, expert_position)
-            hidden = activation(config.activation, overflowed(gate, config.accumulator)) * up
-        hidden = overflowed(hidden, config.numpy_dtype)
+        ups = [overflowed(linear(x, *up, expert_position), config.accumulator) for up in weights.ups]
+        hidden = overflowed(activate(ups, config.expert_kind), config.numpy_dtype)
         result = linear(hidden, weights.down_proj, weights.down_bias, expert_position)
         return overflowed(result, config.numpy_dtype)
 

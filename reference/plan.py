@@ -73,7 +73,7 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
     heights = np.array([packet_tile_height(rows, config) for rows in sent.flat], np.int64).reshape(sent.shape)
     tokens = counts.sum(axis=1) // config.num_topk if num_tokens is None else np.array(num_tokens, np.int64)
     real_rows, padded_rows = int(sent.sum()), int((blocks * heights).sum())
-    gate_flops, row_flops = 2 * config.hidden * config.num_experts, _row_flops(config)
+    gate_flops, flops = 2 * config.hidden * config.num_experts, row_flops(config)
     hidden_bytes = hidden_rows(config) * config.ffn * config.format.num_bytes
     rows_of_owner = sent.reshape(config.num_ranks, config.num_ranks, -1).sum(axis=(0, 2))
     return Plan(
@@ -92,11 +92,10 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
         padded_rows=padded_rows,
         padded_share=1 - real_rows / padded_rows if padded_rows else 0.0,
         busiest_rank_flops=max(  # integers of Python, which do not overflow
-            rows * row_flops + own * gate_flops
-            for rows, own in zip(rows_of_owner.tolist(), tokens.tolist(), strict=True)
+            rows * flops + own * gate_flops for rows, own in zip(rows_of_owner.tolist(), tokens.tolist(), strict=True)
         ),
-        total_flops=real_rows * row_flops + int(tokens.sum()) * gate_flops,
-        padded_flops=padded_rows * row_flops + int(tokens.sum()) * gate_flops,
+        total_flops=real_rows * flops + int(tokens.sum()) * gate_flops,
+        padded_flops=padded_rows * flops + int(tokens.sum()) * gate_flops,
     )
 
 
@@ -142,14 +141,14 @@ def _source_packets(config: MoEConfig) -> int:
 
 def weight_bytes(config: MoEConfig) -> int:
     """Bytes of one rank's expert matrices and of the router (float32 for 16-bit elements)."""
-    experts = config.num_experts_per_rank * (3 if config.gated else 2) * config.ffn * config.hidden
+    experts = config.num_experts_per_rank * config.expert_kind.num_matrices * config.ffn * config.hidden
     router = config.num_experts * config.hidden
     return experts * config.weight_format.num_bytes + router * config.format.sums.num_bytes
 
 
-def _row_flops(config: MoEConfig) -> int:
+def row_flops(config: MoEConfig) -> int:
     """Operations of one row through an expert's matrices, 2 per multiply-add."""
-    return 2 * (3 if config.gated else 2) * config.ffn * config.hidden
+    return 2 * config.expert_kind.num_matrices * config.ffn * config.hidden
 
 
 def _segment_bytes(config: MoEConfig) -> dict[str, int]:

@@ -50,14 +50,22 @@ def softmax_topk(logits: Array, num_topk: int, renormalize: bool) -> Routing:
     return Routing(idx.astype(np.int32), weights)
 
 
+CHOICES = {"softmax": softmax_topk}  # by `RouterKind.score`
+
+
+def choose(logits: Array, config: MoEConfig) -> Routing:
+    """The routing by `logits` `[num_tokens, num_experts]` as the config's kind of router has it, in their dtype."""
+    kind = config.router_kind
+    return CHOICES[kind.score](logits, config.num_topk, kind.renormalize)
+
+
 def route(x: Array, router: Array, config: MoEConfig) -> Routing:
     """The routing of `x` `[num_tokens, hidden]` by `router` `[num_experts, hidden]`, in float64.
 
     Logits beyond the range of `config.accumulator`, in which an implementation has them, are infinite: a token whose
     largest logit is has NaN weights (`softmax_topk`).
     """
-    logits = overflowed(_logits(x, router), config.accumulator)
-    return softmax_topk(logits, config.num_topk, config.renormalize)
+    return choose(overflowed(_logits(x, router), config.accumulator), config)
 
 
 def _logits(x: Array, router: Array) -> Array:
@@ -165,7 +173,7 @@ def _expected_weights(logits: Array, chosen: Array, slack: Array, config: MoECon
     """Exact weights of the chosen experts, and how far computed ones may be off."""
     best = logits.max(axis=1, keepdims=True)
     exponentials = np.exp(chosen - best)
-    total = (exponentials if config.renormalize else np.exp(logits - best)).sum(axis=1, keepdims=True)
+    total = (exponentials if config.router_kind.renormalize else np.exp(logits - best)).sum(axis=1, keepdims=True)
     # A float exp(z) is off by u |z| from the rounding of its argument, and by a few u; the sum by sqrt(num_experts) u.
     roundoff = config.format.sums.unit_roundoff
     ulps = GROWTH * (best - chosen + config.num_experts**0.5 + 1)

@@ -14,11 +14,11 @@ import numpy as np
 
 from .arrays import Array
 from .config import MoEConfig
-from .experts import activation
+from .experts import activate
 from .layer import source_routings, sources
 from .layout import DISPATCH, RESULT, Layout, Write, write_conflicts
 from .packets import make_packets
-from .routers import Routing, softmax_topk
+from .routers import Routing, choose
 from .tiles import Task, num_token_blocks, packet_tile_height, task_graph, tiles_n1
 from .weights import Weights
 
@@ -146,7 +146,7 @@ class TiledLayer:
             return Routing(given.topk_idx[block], given.topk_weights[block])
         with np.errstate(invalid="ignore", over="ignore"):
             logits = self.x[rank][block].astype(c.accumulator) @ self.weights.router.astype(c.accumulator).T
-        return softmax_topk(logits, c.num_topk, c.renormalize)
+        return choose(logits, c)
 
     def _planned_topk_idx(self, rank: int) -> Array:
         blocks = range(num_token_blocks(len(self.x[rank]), self.config))
@@ -169,12 +169,9 @@ class TiledLayer:
 
     def _gemm0(self, task: Task) -> None:
         rows, columns = self._tile(task, self.config.tile_ffn, self.config.ffn)
-        x, w = self._region(task.rank, DISPATCH)[task.peer, task.expert, rows], self.weights
-        up = self._linear(x, w.up_proj, w.up_bias, task, columns)
-        if w.gate_proj is None:
-            hidden = activation(self.config.activation, up)
-        else:
-            hidden = activation(self.config.activation, self._linear(x, w.gate_proj, w.gate_bias, task, columns)) * up
+        x = self._region(task.rank, DISPATCH)[task.peer, task.expert, rows]
+        ups = [self._linear(x, *up, task, columns) for up in self.weights.ups]
+        hidden = activate(ups, self.config.expert_kind)
         self._hidden[task.rank, task.expert, task.peer][rows, columns] = hidden.astype(self.config.numpy_dtype)
 
     def _gemm1(self, task: Task) -> None:

@@ -15,8 +15,6 @@ from .config import MoEConfig
 from .scalars import plain
 
 ROUTER_STREAM, EXPERT_STREAM = 0, 1
-MATRICES = ("up_proj", "down_proj", "gate_proj")
-BIASES = ("up_bias", "down_bias", "gate_bias")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,10 +47,10 @@ class Weights:
         Each expert has its own stream, so `experts=range(a, b)` makes exactly that slice of the full set.
         """
         experts = _check_experts(experts, config)
-        names = [name for name in MATRICES if config.gated or name != "gate_proj"]
-        biases = [name for name in BIASES if bias and (config.gated or name != "gate_bias")]
+        ends = ("proj", "bias") if bias else ("proj",)
+        names = [f"{projection}_{end}" for end in ends for projection in config.expert_kind.projections]
         shapes = _expert_shapes(config)
-        arrays = {name: np.empty((len(experts), *shapes[name]), config.weight_format.dtype) for name in names + biases}
+        arrays = {name: np.empty((len(experts), *shapes[name]), config.weight_format.dtype) for name in names}
         for position, expert in enumerate(experts):
             normal = stream(seed, EXPERT_STREAM, expert)
             for name, array in arrays.items():
@@ -65,6 +63,12 @@ class Weights:
     def num_experts(self) -> int:
         """Experts present here, of `router.shape[0]` in the layer."""
         return len(self.up_proj)
+
+    @property
+    def ups(self) -> list[tuple[Array, Array | None]]:
+        """The up matrices with their biases, in the order of kernels: gate first, if there is one."""
+        gate = [] if self.gate_proj is None else [(self.gate_proj, self.gate_bias)]
+        return [*gate, (self.up_proj, self.up_bias)]
 
     @property
     def num_bytes(self) -> int:
@@ -122,7 +126,7 @@ class Weights:
 
     def _experts(self) -> dict[str, Array]:
         """Every array that has an expert index, by name."""
-        names = [field.name for field in fields(self) if field.name in MATRICES + BIASES]
+        names = [field.name for field in fields(self) if field.name.endswith(("_proj", "_bias"))]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

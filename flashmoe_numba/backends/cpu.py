@@ -46,7 +46,7 @@ class CpuBackend(HostMemory):
         rows = -(-max(config.tile_m, min(config.token_block, config.num_tokens)) // MICRO_ROWS) * MICRO_ROWS
         width = panel_width(config.accumulator)
         padded = [-(-columns // width) * width for columns in (config.tile_ffn, config.tile_n)]
-        columns = max((1 + config.gated) * padded[0], padded[1])
+        columns = max(config.expert_kind.num_ups * padded[0], padded[1])
         sums = max(rows * columns, config.hidden)
         return Scratch(np.empty(rows * ROW_STRIDE, config.accumulator), np.empty(sums, config.accumulator))
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from reference.plan import row_flops
+
 from .check import Verdict
 from .measure import Measurement, Settings
-from .yardstick import expert_flops
 
 PACKAGES = ("numpy", "numba")
 
@@ -48,7 +49,7 @@ def _speed(settings: Settings, parts: Sequence[Measurement]) -> dict[str, Any]:
     median_ns = float(np.median(latency_ns))
     blas_ns = float(np.median(np.max([part.blas_ns for part in parts], axis=0)))
     stats = [rank for part in parts for rank in part.stats]
-    flops = expert_flops(settings.config, sum(rank.received_rows for rank in stats))
+    flops = row_flops(settings.config) * sum(rank.received_rows for rank in stats)
     spread = {"median": median_ns, "min": float(latency_ns.min()), "max": float(latency_ns.max())}
     return {
         "latency_ms": {name: value / 1e6 for name, value in spread.items()},

@@ -66,8 +66,3 @@ def make_yardstick(backend: str, config: MoEConfig, weights: Weights, rows_per_e
 
     dtype = np.dtype(np.float16) if config.dtype == "bfloat16" else config.numpy_dtype
     return Yardstick(config, weights, rows_per_expert, cupy, dtype)
-
-
-def expert_flops(config: MoEConfig, num_rows: int) -> int:
-    """Operations of `num_rows` rows in their experts' matrices, 2 per multiply-add."""
-    return 2 * num_rows * config.hidden * config.ffn * (3 if config.gated else 2)

@@ -80,7 +80,8 @@ def source_hash() -> str:
     """Hash of every source file that compiled code can depend on."""
     digest = hashlib.sha256()
     folders = [PACKAGE / name for name in ("device", "kernel", "tile_gemm")]
-    reference = [PACKAGE.parent / "reference" / name for name in ("config.py", "formats.py", "layout.py", "tiles.py")]
+    names = ("formats.py", "layer_kinds.py", "layout.py", "tiles.py")
+    reference = [PACKAGE.parent / "reference" / name for name in names]
     for file in sorted(file for folder in folders for file in folder.rglob("*.py")) + reference:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reference import ACTIVATIONS, Layout, MoEConfig, Routing, Weights
+from reference import Layout, MoEConfig, Routing, Weights
 from reference.plan import hidden_rows, max_tasks
 from reference.tiles import packet_row_blocks, packet_tile_height
 
@@ -192,9 +192,7 @@ class Rank(Owned):
     def _experts(self, weights: Weights) -> Experts:
         """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put."""
         c = self.config
-        ups, up_biases = [weights.up_proj], [weights.up_bias]
-        if c.gated:
-            ups, up_biases = [weights.gate_proj, *ups], [weights.gate_bias, *up_biases]
+        ups, up_biases = zip(*weights.ups, strict=True)
         router, pack = weights.router.astype(c.accumulator)[None], self._backend.pack
         return Experts(
             router=pack([router], [None], c.tile_n, c.accumulator, None),
@@ -269,8 +267,8 @@ class Rank(Owned):
             tile_hidden=min(c.tile_n, c.hidden),
             tile_experts=min(c.tile_n, c.num_experts),
             token_block=c.token_block,
-            activation=ACTIVATIONS.index(c.activation),
-            renormalize=c.renormalize,
+            activation=c.expert_kind.activation_idx,
+            renormalize=c.router_kind.renormalize,
             routed=False,
             dispatch_at=layout.dispatch,
             result_at=layout.result,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from reference.config import ACTIVATIONS
 from reference.experts import activation
+from reference.layer_kinds import ACTIVATIONS
 
 IDENTITY, RELU, GELU, SILU = (ACTIVATIONS.index(name) for name in ("identity", "relu", "gelu", "silu"))
 IS_VERB = True  # places in the source are those of callers (device/fibers.py)

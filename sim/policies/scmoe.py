@@ -131,7 +131,7 @@ def _dense(draft: Draft, after: Array, stages: tuple[str, ...], knobs: Knobs) ->
     """`[num_ranks]`: these stages of dense work on all tokens of a rank."""
     config = draft.world.config
     inner = 2 * config.hidden if knobs.dense_ffn is None else knobs.dense_ffn
-    up = inner * (2 if config.gated else 1)
+    up = inner * config.expert_kind.num_ups
     products = {  # columns and depth
         "ffn": ((up, config.hidden), (config.hidden, inner)),
         "qkv": ((3 * config.hidden, config.hidden),),

@@ -76,7 +76,7 @@ class World:
     @property
     def up_columns(self) -> int:
         """Columns of the first product: gate and up of a gated expert."""
-        return self.config.ffn * (2 if self.config.gated else 1)
+        return self.config.ffn * self.config.expert_kind.num_ups
 
     @property
     def experts_per_rank(self) -> int:
