@@ -13,6 +13,7 @@ from .packets import Packets, make_packets
 from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
 from .presets import load_preset, preset_names, read_preset
 from .routers import Routing, check_routing, external_routing, route, softmax_topk
+from .runs import RowTile, Run, result_chunks, row_tiles
 from .tiled_layer import TiledLayer
 from .tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, Task, task_graph, tiles_n0, tiles_n1
 from .tolerance import max_rel_error, tolerance
@@ -38,6 +39,8 @@ __all__ = [
     "Plan",
     "RouterKind",
     "Routing",
+    "RowTile",
+    "Run",
     "Task",
     "TiledLayer",
     "Weights",
@@ -60,7 +63,9 @@ __all__ = [
     "num_row_blocks",
     "preset_names",
     "read_preset",
+    "result_chunks",
     "route",
+    "row_tiles",
     "softmax_topk",
     "task_graph",
     "tile_height",

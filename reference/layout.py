@@ -5,7 +5,7 @@ A segment has the same shape on every rank (FlashMoE, section 3):
     dispatch      [num_ranks, num_experts_per_rank, slots, hidden]   rows in: [source, expert here, slot]
     result        [num_ranks, num_experts_per_rank, slots, hidden]   rows back: [owner, expert there, slot]
     dispatch_flag [num_ranks, num_experts_per_rank]                  8-byte words: (epoch << 32) | number of rows
-    result_flag   [num_experts, row_blocks]                          8-byte words: (epoch << 32) | number of rows
+    result_flag   [num_experts, row_blocks]                          as dispatch_flag, of a result chunk (runs.py)
     control       [CONTROL_WORDS]                                    8-byte words: abort word, error record, progress
 
 Peers store straight into the region where the reader wants the rows, so there is no outgoing staging: the original's

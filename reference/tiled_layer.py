@@ -19,7 +19,8 @@ from .layer import source_routings, sources
 from .layout import DISPATCH, RESULT, Layout, Write, write_conflicts
 from .packets import make_packets
 from .routers import Routing, choose
-from .tiles import Task, num_token_blocks, packet_tile_height, task_graph, tiles_n1
+from .runs import RowTile, expert_tiles
+from .tiles import Task, num_token_blocks, task_graph, tiles_n1
 from .weights import Weights
 
 ROWS_MASK = (1 << 32) - 1  # of a flag word; the epoch is above
@@ -73,10 +74,13 @@ class TiledLayer:
         for rank in range(c.num_ranks):
             self._region(rank, DISPATCH)[:] = np.nan
             self._region(rank, RESULT)[:] = np.nan
+        self._tiles = {
+            (*divmod(expert, c.num_experts_per_rank), tile.peer, tile.m): tile
+            for expert, tiles in enumerate(expert_tiles(self.packets, c))
+            for tile in tiles
+        }
         self._hidden = {
-            (*divmod(expert, c.num_experts_per_rank), source): np.full((num_rows, c.ffn), np.nan, c.numpy_dtype)
-            for source, packet in enumerate(self.packets)
-            for expert, num_rows in enumerate(packet.sent.tolist())
+            name: np.full((tile.num_rows, c.ffn), np.nan, c.numpy_dtype) for name, tile in self._tiles.items()
         }
 
     def _region(self, rank: int, round: int) -> Array:
@@ -168,18 +172,19 @@ class TiledLayer:
         self._dispatch_flags(task.peer)[task.rank, task.expert] = 1 << 32 | len(pairs)
 
     def _gemm0(self, task: Task) -> None:
-        rows, columns = self._tile(task, self.config.tile_ffn, self.config.ffn)
-        x = self._region(task.rank, DISPATCH)[task.peer, task.expert, rows]
+        columns = _columns(task, self.config.tile_ffn, self.config.ffn)
+        x = self._gather(task, self._tiles[_tile_name(task)])
         ups = [self._linear(x, *up, task, columns) for up in self.weights.ups]
         hidden = activate(ups, self.config.expert_kind)
-        self._hidden[task.rank, task.expert, task.peer][rows, columns] = hidden.astype(self.config.numpy_dtype)
+        self._hidden[_tile_name(task)][:, columns] = hidden.astype(self.config.numpy_dtype)
 
     def _gemm1(self, task: Task) -> None:
-        rows, columns = self._tile(task, self.config.tile_n, self.config.hidden)
-        hidden, w = self._hidden[task.rank, task.expert, task.peer][rows], self.weights
+        columns = _columns(task, self.config.tile_n, self.config.hidden)
+        hidden, w = self._hidden[_tile_name(task)], self.weights
         results = self._linear(hidden, w.down_proj, w.down_bias, task, columns).astype(self.config.numpy_dtype)
-        for slot, row in zip(range(rows.start, rows.stop), results, strict=True):
-            self._store(Write(task.rank, task.peer, RESULT, task.rank, task.expert, slot), task.n, row)
+        places = [(run.source, slot) for run in self._tiles[_tile_name(task)].runs for slot in run.slots]
+        for (source, slot), row in zip(places, results, strict=True):
+            self._store(Write(task.rank, source, RESULT, task.rank, task.expert, slot), task.n, row)
 
     def _combine(self, task: Task) -> None:
         c, rank, block = self.config, task.rank, self._token_block(task.m)
@@ -192,13 +197,12 @@ class TiledLayer:
             total += np.where((slot[:, j, None] >= 0) & (weight[:, j, None] != 0), term, 0)
         self.y[rank][block] = total.astype(c.numpy_dtype)
 
-    def _tile(self, task: Task, tile_columns: int, num_columns: int) -> tuple[slice, slice]:
-        """Real rows of the task's row block, and its columns of `num_columns`."""
-        c = self.config
-        num_rows = int(self._dispatch_flags(task.rank)[task.peer, task.expert]) & ROWS_MASK
-        height = packet_tile_height(num_rows, c)
-        rows = slice(task.m * height, min((task.m + 1) * height, num_rows))
-        return rows, slice(task.n * tile_columns, min((task.n + 1) * tile_columns, num_columns))
+    def _gather(self, task: Task, tile: RowTile) -> Array:
+        """`[rows, hidden]`: the rows of a tile, of whose packets the flags say that they are here."""
+        here, packets = self._dispatch_flags(task.rank)[:, task.expert] & ROWS_MASK, self._region(task.rank, DISPATCH)
+        assert all(run.slots.stop <= here[run.source] for run in tile.runs), f"{task} has rows that did not come"
+        runs = [packets[run.source, task.expert, run.first : run.slots.stop] for run in tile.runs]
+        return np.concatenate(runs)
 
     def _linear(self, x: Array, matrices: Array, biases: Array | None, task: Task, columns: slice) -> Array:
         """`[rows, columns]` of the product with the task's expert, in the accumulator's type."""
@@ -212,3 +216,13 @@ class TiledLayer:
         start = offset + column_tile * self.config.tile_n * values.itemsize
         self._segments[segment][start : start + values.nbytes] = np.ascontiguousarray(values).view(np.uint8)
         self.writes[column_tile].append(write)
+
+
+def _tile_name(task: Task) -> tuple[int, int, int, int]:
+    """Of the row tile that a GEMM task is of."""
+    return task.rank, task.expert, task.peer, task.m
+
+
+def _columns(task: Task, tile_columns: int, num_columns: int) -> slice:
+    """Of `num_columns`, those of the task's column tile."""
+    return slice(task.n * tile_columns, min((task.n + 1) * tile_columns, num_columns))

@@ -2,23 +2,24 @@
 
     GATE(rank, m)                        route token block m
     DISPATCH(rank, peer, expert)         store the packet for `expert` of rank `peer` there; empty packets too
-    GEMM0(rank, peer, expert, m, n)      hidden column tile n of row block m of the packet from `peer`
-    GEMM1(rank, peer, expert, m, n)      result column tile n of it, stored at `peer`
+    GEMM0(rank, peer, expert, m, n)      hidden column tile n of the row tile (peer, m)
+    GEMM1(rank, peer, expert, m, n)      result column tile n of it, each row stored at its source
     COMBINE(rank, m)                     sum the results of token block m
 
 `rank` runs the task; `expert` is an index among its owner's experts. There is no barrier: DISPATCH waits for the gates
-of its rank (slots are a prefix sum over all its tokens), GEMM0 for its packet, GEMM1 for all column tiles of its row
-block, COMBINE for all results of its tokens. Leaves out: queues, blocks, time.
+of its rank (slots are a prefix sum over all its tokens), GEMM0 for the packets of its row tile, GEMM1 for all column
+tiles of it, COMBINE for all row tiles with rows of the result chunks that its tokens are in (`runs`). Leaves out:
+queues, blocks, time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .config import MoEConfig
-from .layout import num_row_blocks, tile_height
 from .packets import Packets
+from .runs import RowTile, chunk_height, expert_tiles
 
 GATE, DISPATCH, GEMM0, GEMM1, COMBINE = range(5)
 KIND_NAMES = ("GATE", "DISPATCH", "GEMM0", "GEMM1", "COMBINE")
@@ -40,12 +41,12 @@ class Task(NamedTuple):
 
 
 def tiles_n0(config: MoEConfig) -> int:
-    """Column tiles of the hidden rows: GEMM0 tasks per row block."""
+    """Column tiles of the hidden rows: GEMM0 tasks per row tile."""
     return -(-config.ffn // config.tile_ffn)
 
 
 def tiles_n1(config: MoEConfig) -> int:
-    """Column tiles of the results: GEMM1 tasks per row block."""
+    """Column tiles of the results: GEMM1 tasks per row tile."""
     return -(-config.hidden // config.tile_n)
 
 
@@ -54,55 +55,70 @@ def num_token_blocks(num_tokens: int, config: MoEConfig) -> int:
     return -(-num_tokens // config.token_block)
 
 
-def packet_tile_height(num_rows: int, config: MoEConfig) -> int:
-    return tile_height(num_rows, config.tile_m_min, config.tile_m)
-
-
-def packet_row_blocks(num_rows: int, config: MoEConfig) -> int:
-    return num_row_blocks(num_rows, config.tile_m_min, config.tile_m)
-
-
 def task_graph(packets: Sequence[Packets], config: MoEConfig) -> dict[Task, list[Task]]:
     """Every task of the layer with the tasks it waits for; `packets` are those of each source rank.
 
     A COMBINE of a block that has no rows, or lost all, still waits for its rank's gates, which say so.
     """
     graph: dict[Task, list[Task]] = {}
-    for source, packet in enumerate(packets):
-        gates = [Task(GATE, source, m=m) for m in range(num_token_blocks(len(packet.slot), config))]
-        graph |= {gate: [] for gate in gates}
-        for expert, num_rows in enumerate(packet.sent.tolist()):
-            owner, local = divmod(expert, config.num_experts_per_rank)
-            dispatch = Task(DISPATCH, source, owner, local)
-            graph[dispatch] = gates
-            graph |= _gemm_tasks(dispatch, packet_row_blocks(num_rows, config), config)
-        for gate in gates:
-            graph[gate._replace(kind=COMBINE)] = _combine_inputs(packet, source, gate.m, config) or gates
+    gates = [_gates(source, len(packet.slot), config) for source, packet in enumerate(packets)]
+    for source, own in enumerate(gates):
+        graph |= {gate: [] for gate in own}
+        graph |= {_dispatch(source, expert, config): own for expert in range(config.num_experts)}
+    tiles = expert_tiles(packets, config)
+    for expert, of_expert in enumerate(tiles):
+        for tile in of_expert:
+            graph |= _gemm_tasks(expert, tile, config)
+    needed = _chunk_tiles(tiles, packets, config)
+    for source, (own, packet) in enumerate(zip(gates, packets, strict=True)):
+        for gate in own:
+            graph[gate._replace(kind=COMBINE)] = _combine_inputs(packet, source, gate.m, needed, config) or own
     return graph
 
 
-def _gemm_tasks(dispatch: Task, row_blocks: int, config: MoEConfig) -> dict[Task, list[Task]]:
-    """The GEMM tasks of the packet that `dispatch` brings."""
-    graph: dict[Task, list[Task]] = {}
-    source, owner, local = dispatch.rank, dispatch.peer, dispatch.expert
-    for m in range(row_blocks):
-        hidden_tiles = [Task(GEMM0, owner, source, local, m, n) for n in range(tiles_n0(config))]
-        graph |= {tile: [dispatch] for tile in hidden_tiles}
-        graph |= dict.fromkeys(_result_tiles(owner, source, local, m, config), hidden_tiles)
-    return graph
+def _gates(source: int, num_tokens: int, config: MoEConfig) -> list[Task]:
+    return [Task(GATE, source, m=m) for m in range(num_token_blocks(num_tokens, config))]
 
 
-def _result_tiles(owner: int, source: int, local: int, m: int, config: MoEConfig) -> Iterator[Task]:
-    """The GEMM1 tasks of one row block."""
-    return (Task(GEMM1, owner, source, local, m, n) for n in range(tiles_n1(config)))
+def _dispatch(source: int, expert: int, config: MoEConfig) -> Task:
+    return Task(DISPATCH, source, *divmod(expert, config.num_experts_per_rank))
 
 
-def _combine_inputs(packet: Packets, source: int, block: int, config: MoEConfig) -> list[Task]:
-    """The GEMM1 tasks of every row block that holds a row of a token of `block`."""
+def _column_tiles(kind: int, expert: int, tile: RowTile, config: MoEConfig) -> list[Task]:
+    """The tasks of one kind of a row tile."""
+    owner, local = divmod(expert, config.num_experts_per_rank)
+    number = tiles_n0(config) if kind == GEMM0 else tiles_n1(config)
+    return [Task(kind, owner, tile.peer, local, tile.m, n) for n in range(number)]
+
+
+def _gemm_tasks(expert: int, tile: RowTile, config: MoEConfig) -> dict[Task, list[Task]]:
+    dispatches = [_dispatch(run.source, expert, config) for run in tile.runs]
+    hidden_tiles = _column_tiles(GEMM0, expert, tile, config)
+    graph = dict.fromkeys(hidden_tiles, dispatches)
+    return graph | dict.fromkeys(_column_tiles(GEMM1, expert, tile, config), hidden_tiles)
+
+
+ChunkTiles = dict[tuple[int, int, int], list[RowTile]]  # by source, expert and chunk
+
+
+def _chunk_tiles(tiles: list[list[RowTile]], packets: Sequence[Packets], config: MoEConfig) -> ChunkTiles:
+    """The row tiles that must be done before the result flag of a chunk is raised: those with rows of it."""
+    found: ChunkTiles = {}
+    for expert, of_expert in enumerate(tiles):
+        for tile in of_expert:
+            for run in tile.runs:
+                height = chunk_height(int(packets[run.source].sent[expert]), config)
+                for m in range(run.first // height, run.slots[-1] // height + 1):
+                    found.setdefault((run.source, expert, m), []).append(tile)
+    return found
+
+
+def _combine_inputs(packet: Packets, source: int, block: int, needed: ChunkTiles, config: MoEConfig) -> list[Task]:
+    """The GEMM1 tasks of every row tile with rows of a chunk that holds a row of a token of `block`."""
     tokens = slice(block * config.token_block, (block + 1) * config.token_block)
     pairs = zip(packet.topk_idx[tokens].ravel().tolist(), packet.slot[tokens].ravel().tolist(), strict=True)
     rows = [(expert, slot) for expert, slot in pairs if slot >= 0]
-    heights = {expert: packet_tile_height(int(packet.sent[expert]), config) for expert, _ in rows}
-    row_blocks = sorted({(expert, slot // heights[expert]) for expert, slot in rows})
-    per_rank = config.num_experts_per_rank
-    return [tile for e, m in row_blocks for tile in _result_tiles(e // per_rank, source, e % per_rank, m, config)]
+    heights = {expert: chunk_height(int(packet.sent[expert]), config) for expert, _ in rows}
+    chunks = sorted({(expert, slot // heights[expert]) for expert, slot in rows})
+    tiles = dict.fromkeys((expert, tile) for expert, m in chunks for tile in needed[source, expert, m])
+    return [task for expert, tile in tiles for task in _column_tiles(GEMM1, expert, tile, config)]

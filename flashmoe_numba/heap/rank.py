@@ -12,7 +12,7 @@ import numpy as np
 
 from reference import Layout, MoEConfig, Routing, Weights
 from reference.plan import hidden_rows, max_tasks
-from reference.tiles import packet_row_blocks, packet_tile_height
+from reference.runs import packet_row_blocks, packet_tile_height
 
 from ..device.storage import storage_dtype
 from ..kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS

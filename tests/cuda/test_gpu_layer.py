@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from worlds import World, worlds
 
 from reference import Weights, max_rel_error, moe_layer, tolerance
-from reference.tiles import packet_tile_height
+from reference.runs import packet_tile_height
 
 ROWS = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300)
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections import Counter
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from reference import (
     Layout,
     MoEConfig,
     Routing,
+    RowTile,
+    Run,
     Task,
     TiledLayer,
     Weights,
@@ -113,6 +117,35 @@ def test_writes_are_valid_complete_and_free_of_conflicts(layer, order_seed):
     num_rows = sum(int(packet.sent.sum()) for packet in tiled.packets)
     assert tiled.conflicts() == []
     assert all(tiled.layout.is_valid(write) for writes in tiled.writes for write in writes)
+    assert [len(writes) for writes in tiled.writes] == [2 * num_rows] + [num_rows] * (len(tiled.writes) - 1)
+
+
+def packed_tiles(rows, config):
+    """Another tiling: the rows of all sources laid end to end and cut at tile_m, so that a tile has several runs."""
+    places = [(source, slot) for source, num_rows in enumerate(rows) for slot in range(num_rows)]
+    tiles, begun = [], Counter()
+    for first in range(0, len(places), config.tile_m):
+        slots = {}
+        for source, slot in places[first : first + config.tile_m]:
+            slots.setdefault(source, []).append(slot)
+        peer = places[first][0]
+        runs = tuple(Run(source, own[0], len(own)) for source, own in slots.items())
+        tiles.append(RowTile(peer, begun[peer], config.tile_m, runs))
+        begun[peer] += 1
+    return tiles
+
+
+@fixed
+@given(layers(), st.integers(0, 2**32))
+def test_tiles_with_rows_of_several_sources_give_the_layer(layer, order_seed):
+    config, weights, x, idx, factors = layer
+    with patch("reference.runs.row_tiles", packed_tiles):
+        tiled = TiledLayer(x, weights, config, idx, factors)
+    y = tiled.run(np.random.default_rng(order_seed))
+    ref = moe_layer(x, weights, config, tiled.topk_idx, tiled.topk_weights)
+    assert max_rel_error(y, ref) <= tolerance(config)
+    num_rows = sum(int(packet.sent.sum()) for packet in tiled.packets)
+    assert tiled.conflicts() == []
     assert [len(writes) for writes in tiled.writes] == [2 * num_rows] + [num_rows] * (len(tiled.writes) - 1)
 
 

@@ -11,8 +11,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reference import GATE, KIND_NAMES, MoEConfig, Packets, Routing, Task, Workload, make_packets, task_graph
-from reference.tiles import packet_row_blocks, packet_tile_height
+from reference import (
+    GATE,
+    KIND_NAMES,
+    MoEConfig,
+    Packets,
+    Routing,
+    Task,
+    Workload,
+    make_packets,
+    result_chunks,
+    task_graph,
+)
 
 from ...bench.check import check_layer
 from ...kernel.signals import EPOCH_SHIFT
@@ -103,12 +113,11 @@ class Checker:
         return []
 
     def _flag_reports(self, case: str, epoch: int, call: Call, packets: Packets) -> list[Report]:
-        """Result flags of this call: one for each row tile of each packet, with its rows."""
+        """Result flags of this call: one for each result chunk of each packet, with its rows."""
         config, wanted = self.world.spec.config, np.full_like(call.flags, -1)
         for e, rows in enumerate(packets.sent.tolist()):
-            height = packet_tile_height(rows, config)
-            for m in range(packet_row_blocks(rows, config)):
-                wanted[e, m] = epoch << EPOCH_SHIFT | min(height, rows - m * height)
+            for m, chunk in enumerate(result_chunks(rows, config)):
+                wanted[e, m] = epoch << EPOCH_SHIFT | len(chunk)
         found = np.where(call.flags >> EPOCH_SHIFT == epoch, call.flags, -1)
         wrong = np.argwhere(found != wanted)
         if not len(wrong):

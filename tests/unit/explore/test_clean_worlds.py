@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from reference import make_packets, route
-from reference.tiles import packet_tile_height
+from reference.runs import packet_tile_height
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from reference import COMBINE, GEMM1, MoEConfig, make_packets, make_workload, task_graph
 from reference.arrays import stream
-from reference.tiles import packet_tile_height
+from reference.runs import packet_tile_height
 from sim.drafting.blocks import token_block_packets
 from sim.world.routing import SimRouting, _raced, _redrawn, make_routing, packet_slots
 
