@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .formats import DTYPES
-from .scalars import plain
+from .scalars import whole
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -48,9 +48,7 @@ def overflowed(values: Array, dtype: np.dtype[Any]) -> Array:
 
 def check_seed(seed: int) -> int:
     """`seed` as a Python integer, if it is a non-negative one; else TypeError or ValueError."""
-    seed = plain(seed)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
+    seed = whole("seed", seed)
     if seed < 0:
         raise ValueError(f"seed must be >= 0, got {seed}")
     return seed

@@ -12,7 +12,7 @@ import numpy as np
 
 from .formats import DTYPES, FORMATS, NumberFormat
 from .layer_kinds import ACTIVATIONS, ExpertKind, RouterKind
-from .scalars import dtype_name, make_plain
+from .scalars import dtype_name, make_plain, whole
 
 SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")
 SIZES += ("tile_m", "tile_m_min", "tile_n", "token_block")
@@ -78,9 +78,7 @@ class MoEConfig:
 
     @staticmethod
     def _check_size(name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if not 1 <= value < 2**31:
+        if not 1 <= whole(name, value) < 2**31:
             raise ValueError(f"{name} must be in [1, 2**31 - 1], got {value}")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:

@@ -1,8 +1,8 @@
 """Numbers and truth values as frameworks give them, made Python's own, and names of element types.
 
 Values that are kept (in configs, seeds, kernel arguments) are plain Python: so they print, compare, hash, become JSON
-and TOML, and type a compiled kernel alike, wherever they came from. Leaves out: rules about values; whoever calls this
-checks what comes back, and a `bool` is no integer there, NumPy's no more than Python's.
+and TOML, and type a compiled kernel alike, wherever they came from. A `bool` is no number, NumPy's no more than
+Python's. Leaves out: rules about values.
 """
 
 from __future__ import annotations
@@ -17,6 +17,28 @@ def plain(value: Any) -> Any:
     """The Python value of a NumPy scalar or of an array without dimensions; anything else as it is."""
     scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if scalar else value
+
+
+def is_whole(value: Any) -> bool:
+    """Is it an integer of Python's?"""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole(name: str, value: Any) -> int:
+    """`value` as an integer of Python's; else a TypeError that calls it `name`."""
+    value = plain(value)
+    if not is_whole(value):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def number(name: str, value: Any) -> int | float:
+    """`value` as an integer or a float of Python's; else a TypeError that calls it `name`."""
+    value = plain(value)
+    if not is_whole(value) and not isinstance(value, float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    checked: int | float = value
+    return checked
 
 
 def make_plain(instance: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .arrays import Array, check_array, stream
 from .config import MoEConfig
-from .scalars import plain
+from .scalars import whole
 
 ROUTER_STREAM, EXPERT_STREAM = 0, 1
 
@@ -82,10 +82,7 @@ class Weights:
                 experts are not present.
         """
         total = len(self.router)
-        rank_idx, num_ranks = plain(rank_idx), plain(num_ranks)
-        for name, value in (("rank_idx", rank_idx), ("num_ranks", num_ranks)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
+        rank_idx, num_ranks = whole("rank_idx", rank_idx), whole("num_ranks", num_ranks)
         if num_ranks < 1 or total % num_ranks:
             raise ValueError(f"num_ranks must divide num_experts={total}, got {num_ranks}")
         if not 0 <= rank_idx < num_ranks:

@@ -10,6 +10,7 @@ import numpy as np
 
 from reference import MoEConfig
 from reference.arrays import check_seed
+from reference.scalars import is_whole, number
 
 from ..device.compilation import interpreted
 from ..device.fibers import Scheduler
@@ -31,11 +32,9 @@ class FiberBackend(HostMemory):
 
     def __init__(self, seed: int = 0, lanes: int = 2, preempt: float = 0.3) -> None:
         seed = check_seed(seed)
-        if isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1:
+        if not is_whole(lanes) or lanes < 1:
             raise ValueError(f"lanes must be an integer of at least 1, got {lanes!r}")
-        if isinstance(preempt, bool) or not isinstance(preempt, (int, float)):
-            raise TypeError(f"preempt must be a number, got {preempt!r}")
-        if not 0 <= preempt <= 1:
+        if not 0 <= number("preempt", preempt) <= 1:
             raise ValueError(f"preempt must be in [0, 1], got {preempt!r}")
         self.seed, self.lanes, self.preempt = seed, lanes, preempt
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reference import MoEConfig, Weights
+from reference.scalars import number, whole
 
 from ..backends import check_backend
 from ..processes.meeting import SETUP_DEADLINE_S
@@ -31,9 +32,7 @@ def _check_arguments(
         raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
     weights.check(config)
     check_backend(backend, backend_settings)
-    if num_processors is not None and (isinstance(num_processors, bool) or not isinstance(num_processors, int)):
-        raise TypeError(f"num_processors must be an integer, got {num_processors!r}")
-    if num_processors is not None and not 1 <= num_processors <= MOST_PROCESSORS:
+    if num_processors is not None and not 1 <= whole("num_processors", num_processors) <= MOST_PROCESSORS:
         raise ValueError(f"num_processors must be in [1, {MOST_PROCESSORS}], got {num_processors}")
     if not isinstance(trace, bool):
         raise TypeError(f"trace must be True or False, got {trace!r}")
@@ -49,9 +48,7 @@ def _check_arguments(
 
 
 def _check_seconds(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value <= 86400:
+    if not 0 < number(name, value) <= 86400:
         raise ValueError(f"{name} must be in (0, 86400], got {value}")
 
 

@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from reference import scalars
 from reference.scalars import make_plain, plain
 
 SCHEMA = 1
@@ -279,8 +280,6 @@ def check_text(name: str, value: object) -> None:
 
 
 def check_positive(name: str, value: object, whole: bool = False) -> None:
-    kinds, noun = ((int,), "an integer") if whole else ((int, float), "a number")
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {noun}, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    found = scalars.whole(name, value) if whole else scalars.number(name, value)
+    if not (math.isfinite(found) and found > 0):
         raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -15,7 +15,7 @@ import heapq
 import numpy as np
 
 from reference.arrays import Array
-from reference.scalars import plain
+from reference.scalars import whole
 
 from .routing import SimRouting, blocked_owner, packet_slots
 
@@ -47,7 +47,7 @@ def place_copies(load: Array, num_ranks: int, replicas: int = 0) -> Array:
     Without replicas the busiest rank is never busier than with experts in blocks: where greed does worse, blocks stay.
     With replicas nothing compares the two, and greed may do worse on loads that were level.
     """
-    replicas = plain(replicas)
+    replicas = whole("replicas", replicas)
     _check_replicas(replicas, len(load), num_ranks)
     copies = _num_copies(load, num_ranks, replicas)
     _, experts = np.nonzero(_place(load / copies, copies, num_ranks).T)
@@ -59,8 +59,6 @@ def place_copies(load: Array, num_ranks: int, replicas: int = 0) -> Array:
 
 
 def _check_replicas(replicas: int, num_experts: int, num_ranks: int) -> None:
-    if isinstance(replicas, bool) or not isinstance(replicas, int):
-        raise TypeError(f"replicas must be an integer, got {replicas!r}")
     most = num_experts * (num_ranks - 1)
     if not 0 <= replicas <= most:
         raise ValueError(f"replicas must be in [0, num_experts * (num_ranks - 1) = {most}], got {replicas}")

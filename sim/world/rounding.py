@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from reference.arrays import Array, stream
-from reference.scalars import plain
+from reference.scalars import is_whole, plain
 
 from . import streams
 from .routing import SimRouting
@@ -38,7 +38,7 @@ def round_tokens(routing: SimRouting, tile_m: int, how: str = "nearest", seed: i
         TypeError, ValueError: naming the argument, its value and the rule.
     """
     tile_m = plain(tile_m)
-    if type(tile_m) is not int or tile_m < 1:
+    if not is_whole(tile_m) or tile_m < 1:
         raise ValueError(f"tile_m must be an integer >= 1, got {tile_m!r}")
     if how not in WAYS:
         raise ValueError(f"how must be one of {', '.join(WAYS)}; got {how!r}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reference import MoEConfig
+from reference.scalars import is_whole
 
 from ..choose.schedules import Choice
 from ..plants import PLANTS
@@ -120,5 +121,5 @@ def _check_keys(what: str, parts: Any, wanted: Any) -> None:
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:
-    if type(value) is not int or value < least:
+    if not is_whole(value) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
