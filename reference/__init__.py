@@ -5,15 +5,14 @@ Importing it needs NumPy only; bfloat16 needs ml_dtypes, and .safetensors files 
 
 from .config import MoEConfig
 from .experts import activation, expert_ffn
-from .formats import DTYPES, FORMATS, NumberFormat, element_dtype
+from .formats import DTYPES, element_dtype
 from .layer import moe_layer
-from .layer_kinds import ACTIVATIONS, ExpertKind, RouterKind
+from .layer_kinds import ACTIVATIONS
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
 from .packets import Packets, make_packets
 from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
 from .presets import load_preset, preset_names, read_preset
 from .routers import Routing, check_routing, external_routing, route, softmax_topk
-from .runs import RowTile, Run, result_chunks, row_tiles
 from .tiled_layer import TiledLayer
 from .tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, Task, task_graph, tiles_n0, tiles_n1
 from .tolerance import max_rel_error, tolerance
@@ -25,22 +24,16 @@ __all__ = [
     "COMBINE",
     "DISPATCH",
     "DTYPES",
-    "FORMATS",
     "GATE",
     "GEMM0",
     "GEMM1",
     "KIND_NAMES",
     "WORKLOAD_NAMES",
-    "ExpertKind",
     "Layout",
     "MoEConfig",
-    "NumberFormat",
     "Packets",
     "Plan",
-    "RouterKind",
     "Routing",
-    "RowTile",
-    "Run",
     "Task",
     "TiledLayer",
     "Weights",
@@ -63,9 +56,7 @@ __all__ = [
     "num_row_blocks",
     "preset_names",
     "read_preset",
-    "result_chunks",
     "route",
-    "row_tiles",
     "softmax_topk",
     "task_graph",
     "tile_height",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class NumberFormat:
     """One format of elements.
 
@@ -66,21 +66,11 @@ def element_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def _row(name: str, storage: str, fraction_bits: int, accumulator: str, arithmetic: str) -> NumberFormat:
-    return NumberFormat(
-        name=name,
-        storage=np.dtype(storage),
-        fraction_bits=fraction_bits,
-        accumulator=accumulator,
-        arithmetic=arithmetic,
-    )
-
-
-_ROWS = (  # name, storage, fraction bits, accumulator, arithmetic
-    _row("float32", "float32", 23, "float32", "float32"),
-    _row("float64", "float64", 52, "float64", "float64"),
-    _row("float16", "uint16", 10, "float32", "float16"),
-    _row("bfloat16", "int16", 7, "float32", "bfloat16"),
+_ROWS = (
+    NumberFormat("float32", np.dtype(np.float32), 23, "float32", "float32"),
+    NumberFormat("float64", np.dtype(np.float64), 52, "float64", "float64"),
+    NumberFormat("float16", np.dtype(np.uint16), 10, "float32", "float16"),
+    NumberFormat("bfloat16", np.dtype(np.int16), 7, "float32", "bfloat16"),
 )
 FORMATS = {row.name: row for row in _ROWS}
 DTYPES = tuple(FORMATS)

@@ -35,10 +35,9 @@ def whole(name: str, value: Any) -> int:
 def number(name: str, value: Any) -> int | float:
     """`value` as an integer or a float of Python's; else a TypeError that calls it `name`."""
     value = plain(value)
-    if not is_whole(value) and not isinstance(value, float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    checked: int | float = value
-    return checked
+    return value
 
 
 def make_plain(instance: Any) -> None:

@@ -34,24 +34,22 @@ class Yardstick:
             return arrays.asarray(matrices.astype(dtype, copy=False)).swapaxes(1, 2)
 
         self._arrays = arrays
-        self._gate = None if weights.gate_proj is None else operands(weights.gate_proj)
-        self._up, self._down = operands(weights.up_proj), operands(weights.down_proj)
+        self._ups, self._down = [operands(matrices) for matrices, _ in weights.ups], operands(weights.down_proj)
         self._rows = [int(rows) for rows in rows_per_expert]
         most = max(self._rows, default=0)
         x = np.random.default_rng(0).standard_normal((most, config.hidden))
         self._x = arrays.asarray(x.astype(dtype))
-        self._gates, self._hidden = arrays.empty((2, most, config.ffn), dtype)
+        self._products = arrays.empty((len(self._ups), most, config.ffn), dtype)
         self._y = arrays.empty((most, config.hidden), dtype)
 
     def run(self, note_progress: Callable[[], None]) -> int:
         """Nanoseconds of one pass over all experts."""
         start = time.perf_counter_ns()
         for expert, rows in enumerate(self._rows):
-            x, gates, hidden, y = (array[:rows] for array in (self._x, self._gates, self._hidden, self._y))
-            if self._gate is not None:
-                self._arrays.matmul(x, self._gate[expert], out=gates)
-            self._arrays.matmul(x, self._up[expert], out=hidden)
-            self._arrays.matmul(hidden, self._down[expert], out=y)
+            x, products, y = self._x[:rows], self._products[:, :rows], self._y[:rows]
+            for matrices, product in zip(self._ups, products, strict=True):
+                self._arrays.matmul(x, matrices[expert], out=product)
+            self._arrays.matmul(products[-1], self._down[expert], out=y)
             note_progress()
         if self._arrays is not np:
             self._arrays.cuda.Device().synchronize()

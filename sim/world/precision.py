@@ -16,6 +16,8 @@ from reference.scalars import make_plain
 
 from .hardware import ARITHMETICS, check_positive, check_text
 
+SIZES = ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
@@ -45,7 +47,7 @@ class Precision:
         check_text("name", self.name)
         if self.arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}; got {self.arithmetic!r}")
-        for name in ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes"):
+        for name in SIZES:
             check_positive(name, getattr(self, name))
 
 
@@ -62,15 +64,8 @@ def precision(name: str) -> Precision:
 
 def _plain(name: str) -> Precision:
     """All of a layer in one format of `reference.formats`."""
-    numbers, size = FORMATS[name], FORMATS[name].num_bytes
-    return Precision(
-        name=name,
-        arithmetic=numbers.arithmetic,
-        weight_bytes=size,
-        token_bytes=size,
-        hidden_bytes=size,
-        result_bytes=size,
-    )
+    sizes = dict.fromkeys(SIZES, FORMATS[name].num_bytes)
+    return Precision(name=name, arithmetic=FORMATS[name].arithmetic, **sizes)
 
 
 _SUMMED = FORMATS["bfloat16"]  # of results that are narrower before they are summed

@@ -20,8 +20,6 @@ from reference import (
     Layout,
     MoEConfig,
     Routing,
-    RowTile,
-    Run,
     Task,
     TiledLayer,
     Weights,
@@ -38,6 +36,7 @@ from reference import (
     tolerance,
     write_conflicts,
 )
+from reference.runs import RowTile, Run
 
 fixed = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 

@@ -11,18 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reference import (
-    GATE,
-    KIND_NAMES,
-    MoEConfig,
-    Packets,
-    Routing,
-    Task,
-    Workload,
-    make_packets,
-    result_chunks,
-    task_graph,
-)
+from reference import GATE, KIND_NAMES, MoEConfig, Packets, Routing, Task, Workload, make_packets, task_graph
+from reference.runs import result_chunks
 
 from ...bench.check import check_layer
 from ...kernel.signals import EPOCH_SHIFT

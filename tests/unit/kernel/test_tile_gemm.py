@@ -24,7 +24,8 @@ from flashmoe_numba.tile_gemm.cpu_activations import exp32
 from flashmoe_numba.tile_gemm.formulas import MOST_ULPS, make_gelu, make_silu
 from flashmoe_numba.tile_gemm.matrices import scratch_elements
 from flashmoe_numba.tile_gemm.panels import pack, packed_elements, panels_per_tile
-from reference import ACTIVATIONS, FORMATS, MoEConfig, activation, element_dtype
+from reference import ACTIVATIONS, MoEConfig, activation, element_dtype
+from reference.formats import FORMATS
 from reference.tolerance import ELEMENTWISE_ULPS, GROWTH
 
 

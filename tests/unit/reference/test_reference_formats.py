@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from reference import DTYPES, FORMATS, MoEConfig
+from reference import DTYPES, MoEConfig
+from reference.formats import FORMATS
 
 
 @pytest.mark.parametrize("name", DTYPES)

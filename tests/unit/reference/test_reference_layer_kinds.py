@@ -2,7 +2,8 @@
 
 import pytest
 
-from reference import ACTIVATIONS, ExpertKind, MoEConfig, RouterKind, Weights
+from reference import ACTIVATIONS, MoEConfig, Weights
+from reference.layer_kinds import ExpertKind, RouterKind
 
 SIZES = dict(num_ranks=1, num_tokens=3, hidden=4, ffn=5, num_experts=2, num_topk=1)
 
