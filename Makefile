@@ -1,4 +1,4 @@
-# make run | test | lint | smoke | mutants | compile-test | clean.
+# make run | test | lint | smoke | mutants | compare | compile-test | clean.
 # Everything is installed into .venv and nothing outside this folder is changed.
 PYTHON ?= python3
 PRESET ?= laptop-text
@@ -8,13 +8,14 @@ SEED ?= 0
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: help run test lint smoke mutants compile-test clean
+.PHONY: help run test lint smoke mutants compare compile-test clean
 
 help:
 	@echo "make run    one MoE layer on $(RANKS) ranks of this machine (PRESET=$(PRESET) RANKS=$(RANKS) WORKLOAD=$(WORKLOAD))"
 	@echo "make test   all tests            make lint    ruff and mypy"
 	@echo "make smoke  every experiment, small              make clean   remove what make made"
 	@echo "make mutants   small faults in copies of the source, which tests must notice (SEED=$(SEED); for a night)"
+	@echo "make compare BASE=COMMIT   do HEAD and that commit compute the same? with their lines of code, and speeds in turn"
 	@echo "make compile-test   build the kernels for GPUs, without one, and check their machine code"
 
 run: .venv/for-run
@@ -38,6 +39,9 @@ smoke: .venv/for-dev
 
 mutants: .venv/for-dev
 	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED)
+
+compare: .venv/for-dev
+	.venv/bin/python tests/compare_commits.py $(BASE) --speed 5
 
 # Compilers for GPUs are some 530 MB, so they come only here; `make test` skips what needs them.
 compile-test: .venv/for-compile

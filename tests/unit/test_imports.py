@@ -1,55 +1,23 @@
 """The import rule: `reference <- sim`, `reference <- flashmoe_numba`; only the commands of `cli.py` see both.
 
-Inside a package imports go down its floors only, and never round in a circle. Read from the source by `ast`, so that an
-import inside a function or under TYPE_CHECKING counts like any other.
+Inside a package imports go down its floors only (tests/floors.py), and never round in a circle.
 """
 
-import ast
 import graphlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
+from floors import FLOORS, ROOT, arrows, imported_names, upward
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = {"reference", "sim", "flashmoe_numba", "experiments", "tests"}
 MAY_IMPORT = {"reference": set(), "sim": {"reference"}, "flashmoe_numba": {"reference"}}
 SEES_ALL = (Path("flashmoe_numba/cli.py"), Path("flashmoe_numba/commands"))
-FLOORS = {  # of what lies in a folder, from the ground; what shares a floor does not see each other
-    "sim": "world engine / drafting / policies / simulation / reading / studies validation",
-    "flashmoe_numba": "errors / device processes / gpu tile_gemm / kernel / heap / build / backends / layer / seeing "
-    "/ bench / explore / commands / cli / __main__",
-    "flashmoe_numba/explore": "run / choose worlds / plants / search / exhaustive hunt tell",
-}
-MOST_ENTRIES = {
-    "sim": 12,
-    "flashmoe_numba": 17,
-}  # three places are kept: ptx/, checkpoints/, torch.py
+MOST_ENTRIES = {"sim": 12, "flashmoe_numba": 20 - len({"ptx/", "checkpoints/", "torch.py"})}  # which are to come
 CUDA = ("numba.cuda", "numba_cuda", "numba_cuda_mlir")
 COSTLY = ["ml_dtypes", "safetensors", "numba", "llvmlite", "mpi4py", "matplotlib", "scipy", "greenlet", "tqdm"]
-
-
-@cache  # by the text: all but one of a planted copy's files are read again and again
-def imported_names(source: str, package: tuple[str, ...]) -> frozenset[str]:
-    """Absolute dotted names that a module of a package imports."""
-    return frozenset(_imported_names(ast.parse(source), package))
-
-
-def _imported_names(tree: ast.Module, package: tuple[str, ...]) -> Iterator[str]:
-    """`from a import b` gives `a` and `a.b`, as b may be a module."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            yield from [base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
 def violations(root: Path) -> list[str]:
@@ -68,37 +36,6 @@ def violations(root: Path) -> list[str]:
     if len(cuda_files) > 1:
         found.append(f"numba.cuda is imported in {len(cuda_files)} modules: {', '.join(map(str, cuda_files))}")
     return found
-
-
-def arrows(root: Path, package: str) -> dict[str, set[str]]:
-    """The modules of the package that each of its modules imports, by dotted names."""
-    files = {_dotted(file.relative_to(root)): file for file in sorted((root / package).rglob("*.py"))}
-    found = {}
-    for name, file in files.items():
-        names = imported_names(file.read_text(encoding="utf-8"), file.relative_to(root).parent.parts)
-        modules = {module for module in names if module in files}
-        found[name] = {module for module in modules if not any(other.startswith(f"{module}.") for other in modules)}
-    return found
-
-
-def _dotted(path: Path) -> str:
-    parts = path.with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def upward(root: Path, folder: str) -> list[str]:
-    """One line per import between two entries of the folder that does not go down, and per entry without a floor."""
-    floors = {name: height for height, names in enumerate(FLOORS[folder].split("/")) for name in names.split()}
-    inside, found = folder.replace("/", ".") + ".", set()
-    for module, imported in arrows(root, folder.split("/")[0]).items():
-        for other in imported:
-            if module.startswith(inside) and other.startswith(inside):
-                above, below = (name.removeprefix(inside).split(".")[0] for name in (module, other))
-                homeless = {f"{folder}/{name} has no floor" for name in (above, below) if name not in floors}
-                if not homeless and above != below and floors[above] <= floors[below]:
-                    found.add(f"{module} imports {other}")
-                found |= homeless
-    return sorted(found)
 
 
 @pytest.mark.parametrize("folder", FLOORS)
@@ -171,7 +108,7 @@ def test_finds_a_planted_import(copy, path, source, imported):
         ("sim", "sim/world/planted.py", "from ..engine import graph", "sim.world.planted imports sim.engine.graph"),
         ("sim", "sim/engine/planted.py", "import sim.reading.report", "sim.engine.planted imports sim.reading.report"),
         ("sim", "sim/engine/planted.py", "from sim import simulation", "sim.engine.planted imports sim.simulation"),
-        ("sim", "sim/attic/planted.py", "from ..world import world", "sim/attic has no floor"),
+        ("sim", "sim/attic/planted.py", "from ..world import world", "sim.attic.planted imports sim.world.world"),
         (
             "flashmoe_numba",
             "flashmoe_numba/kernel/planted.py",
