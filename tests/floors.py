@@ -1,12 +1,14 @@
 """Who imports whom, read from the source by `ast`, and the floors of the house: imports go down only.
 
-    .venv/bin/python tests/floors.py docs/floors.svg
+    .venv/bin/python tests/floors.py docs/floors.png
 
-draws them: a box is what lies at the top of a package, lines lead down to what it imports.
+draws them: a box is what lies at the top of a package, lines lead down to what it imports and has not already below it.
 """
 
 import ast
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {  # of what lies in a folder, from the ground; what shares a floor does not see each other
     "sim": "world engine / drafting / policies / simulation / reading / studies validation",
-    "flashmoe_numba": "errors / device processes / gpu tile_gemm / kernel / heap / build / backends / layer / seeing "
-    "/ bench / explore / commands / cli / __main__",
+    "flashmoe_numba": "errors / device processes / tile_gemm gpu / kernel / heap seeing / build / backends / layer / "
+    "bench / explore / commands / cli / __main__",
     "flashmoe_numba/explore": "run / choose worlds / plants / search / exhaustive hunt tell",
 }
 
@@ -91,15 +93,27 @@ def upward(root: Path, folder: str) -> list[str]:
     return sorted(line for lines in wrong for line in lines)
 
 
+def needed(pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Those (above, below) that do not follow from others, so that a picture stays readable."""
+    below: dict[str, set[str]] = {}
+    for upper, lower in pairs:
+        below.setdefault(upper, set()).add(lower)
+
+    def reaches(start: str, end: str) -> bool:
+        return any(mid == end or reaches(mid, end) for mid in below.get(start, ()))
+
+    return {(x, z) for x, z in pairs if not any(y != z and reaches(y, z) for y in below[x])}
+
+
 def draw(file: str) -> None:
-    """The floors of both packages side by side."""
+    """The floors of both packages side by side, each box with the beginning of its docstring."""
     import matplotlib.pyplot as plt
 
     folders = [folder for folder in FLOORS if "/" not in folder]
-    figure, axes = plt.subplots(1, len(folders), figsize=(11, 8), layout="constrained")
+    figure, axes = plt.subplots(1, len(folders), figsize=(14, 9), layout="constrained")
     for axis, folder in zip(axes, folders, strict=True):
         draw_folder(axis, folder)
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, dpi=90)
 
 
 def draw_folder(axis, folder: str) -> None:
@@ -107,15 +121,20 @@ def draw_folder(axis, folder: str) -> None:
     for names in FLOORS[folder].split("/"):
         for i, name in enumerate(names.split()):
             places[name] = ((i + 1) / (len(names.split()) + 1), floor[name])
-    for above, below in between(ROOT, folder):
-        (x0, y0), (x1, y1) = places[above], places[below]
-        bend = 0.0 if y0 - y1 == 1 else 0.25 * (1 if (y0 + y1) % 2 else -1)
-        style = dict(arrowstyle="-", color="0.75", connectionstyle=f"arc3,rad={bend}")
-        axis.annotate("", (x1, y1), (x0, y0), arrowprops=style)
+    down = {(above, below) for above, below in between(ROOT, folder) if floor[above] > floor[below]}
+    for above, below in needed(down):
+        axis.annotate("", places[below], places[above], arrowprops=dict(arrowstyle="-", color="0.6"))
     for name, (x, y) in places.items():
-        axis.text(x, y, name, ha="center", va="center", bbox=dict(boxstyle="round", fc="white", ec="0.3"))
+        text = f"{name}\n{textwrap.fill(purpose(ROOT / folder / name), 44)}"
+        axis.text(x, y, text, ha="center", va="center", fontsize=8, bbox=dict(boxstyle="round", fc="white", ec="0.4"))
     axis.set(title=folder + "/", xlim=(0, 1), ylim=(-0.7, max(floor.values()) + 0.7))
     axis.axis("off")
+
+
+def purpose(place: Path) -> str:
+    """How the docstring of a package or module begins."""
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    return re.split(r"[.:;]( |$)", str(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))))[0]
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_every_value_has_a_source_and_guesses_say_so(kind):
 
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_a_file_is_named_like_its_kind(kind):
-    text = tomllib.loads((Path(module.__file__).parent / "presets" / f"{kind}.toml").read_text(encoding="utf-8"))
+    text = tomllib.loads((Path(module.__file__).parents[1] / "presets" / f"{kind}.toml").read_text(encoding="utf-8"))
     assert (text["schema"], text["name"]) == (1, kind)
     assert kind in text["description"]
 
@@ -222,7 +222,7 @@ def test_round_trip_of_odd_texts_and_numbers(tmp_path):
 
 
 def test_the_file_of_a_preset_is_a_file_like_any_other():
-    path = Path(module.__file__).parent / "presets" / "H100.toml"
+    path = Path(module.__file__).parents[1] / "presets" / "H100.toml"
     assert load_hardware(str(path)) == replace(load_hardware("8xH100"), name="H100")
 
 
