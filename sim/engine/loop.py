@@ -125,7 +125,6 @@ def _enqueue(nodes: Any, servers: Any, counters: Any, index: int, node: int) -> 
         servers[index].root = push(nodes, servers[index].root, node, nodes[node].priority, turn)
         return
     nodes[node].key = nodes[node].priority
-    nodes[node].turn = turn
     nodes[node].sibling = EMPTY
     if servers[index].head == EMPTY:
         servers[index].head = node
@@ -136,17 +135,17 @@ def _enqueue(nodes: Any, servers: Any, counters: Any, index: int, node: int) -> 
 
 @compiled
 def _first(nodes: Any, servers: Any, index: int) -> int:
-    """The node that is next, of a queue that has some."""
+    """The node that is next, of a queue that has some.
+
+    A node in the heap came when the list ended with a larger key, so of the list what has its key was there before it.
+    """
     head: int = servers[index].head
     root: int = servers[index].root
     if head == EMPTY:
         return root
     if root == EMPTY:
         return head
-    heap_first = nodes[root].key < nodes[head].key or (
-        nodes[root].key == nodes[head].key and nodes[root].turn < nodes[head].turn
-    )
-    return root if heap_first else head
+    return root if nodes[root].key < nodes[head].key else head
 
 
 @compiled

@@ -33,10 +33,10 @@ class IpcGpu:
         return self._do("allocate", self.rank)
 
     def ipc_handle(self, segment):
-        return b"handle"
+        return str(segment).encode()
 
     def open_ipc(self, handle):
-        return self._do("open", 100 + self.rank)
+        return self._do("open", 100 + int(handle))
 
     def view(self, address, num_bytes):
         return address
@@ -53,14 +53,16 @@ class Heap(gpus.GpuIpcHeap):
         pass
 
 
-def set_up(num_ranks, fails):
+def set_up(num_ranks, fails, seen=None):
     """Every rank takes segments and gives them back; the errors by rank, and what was done, in order."""
     log, arrived, errors = [], {}, {}
+    seen = {} if seen is None else seen  # the segments of each rank
 
     def one(rank):
         try:
             heap = Heap(Comm(rank, num_ranks, arrived), SETUP_DEADLINE_S)
             heap.allocate(64, SimpleNamespace(gpu=IpcGpu(rank, log, fails.get(rank, ""))))
+            seen[rank] = list(heap.segments)
             heap.close(lambda: None)
         except Exception as error:
             errors[rank] = error
@@ -90,3 +92,10 @@ def test_an_error_of_cleaning_up_hides_none_that_made_it_necessary():
     errors, _ = set_up(2, {0: "close", 1: "open"})
     assert str(errors[0]) == "another rank could not start: rank 1: open"
     assert isinstance(errors[1], MemoryError)
+
+
+def test_each_rank_has_its_own_segment_and_maps_those_of_the_others():
+    seen = {}
+    errors, _ = set_up(3, {}, seen)
+    assert not errors
+    assert seen == {0: [0, 101, 102], 1: [100, 1, 102], 2: [100, 101, 2]}

@@ -38,6 +38,15 @@ def test_every_task_of_the_graph_is_recorded_once(traced):
     assert sorted(tasks) == sorted(graph)
 
 
+def test_a_layer_that_keeps_no_records_has_no_room_for_any():
+    config = load_preset("laptop-tiny")
+    with FlashMoE(config, Weights.random(config), num_processors=NUM_PROCESSORS) as layer:
+        layer(make_workload("uniform", config).x)
+        assert {(lane, buffer.size) for lane, buffer in layer.traces.items()} == {
+            ((rank, block), 0) for rank in range(config.num_ranks) for block in range(NUM_PROCESSORS + 1)
+        }
+
+
 def test_a_task_begins_after_all_that_it_waits_for_began(traced):
     records, routing, config = traced
     graph = task_graph([make_packets(part.topk_idx, config) for part in routing], config)

@@ -192,6 +192,17 @@ def test_no_thread_outlives_a_call_that_fails(monkeypatch):
         backend.close()
 
 
+def test_no_thread_outlives_a_layer_that_an_error_leaves():
+    config = tiny_config()
+    others = set(threading.enumerate())
+    with pytest.raises(ZeroDivisionError), FlashMoE(config, Weights.random(config), num_processors=2) as layer:
+        layer(random_tokens(config))
+        assert set(threading.enumerate()) > others
+        raise ZeroDivisionError
+    assert set(threading.enumerate()) == others
+    assert layer is not None, "and not because the layer itself is gone"
+
+
 def test_a_layer_refuses_the_call_that_flags_cannot_count():
     config = tiny_config(num_ranks=1)
     x = random_tokens(config)

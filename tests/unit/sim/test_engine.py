@@ -1,6 +1,7 @@
 """The two engines agree event for event, and what they say obeys the laws of schedules; SimPy is the oracle."""
 
 import ast
+from collections import Counter
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ class Ledger(plain.Instrument):
         self.running = [0] * len(graph.servers)
         self.peak = [0] * len(graph.servers)
         self.done = []
+        self.sent = [Counter() for _ in graph.links]  # bytes by (node, time at which a run of it ended)
 
     def on_start(self, time, node, count):
         server = self.graph.nodes["server"][node]
@@ -44,6 +46,9 @@ class Ledger(plain.Instrument):
 
     def on_done(self, time, node):
         self.done.append(node)
+
+    def on_transfer(self, time, node, link, nbytes):
+        self.sent[link][node, time] += nbytes
 
 
 def test_room_is_made_for_tasks_not_for_slots():
@@ -105,6 +110,15 @@ def work_ns(graph):
     return max(work)
 
 
+def sent_by_run(time, nodes, mine):
+    """Bytes by (node, time) that the runs of these nodes put on their way, each when it ended."""
+    sent = Counter()
+    for node, count, end_ns in zip(time.run_node, time.run_count, time.run_end_ns, strict=True):
+        if mine[node] and nodes["nbytes"][node]:
+            sent[int(node), int(end_ns)] += int(count) * int(nodes["nbytes"][node])
+    return sent
+
+
 @given(graph=graphs(), seed=st.one_of(st.none(), st.integers(0, 2**63 - 1)))
 def test_laws_of_a_schedule(graph, seed):
     ledger = Ledger(graph)
@@ -120,6 +134,7 @@ def test_laws_of_a_schedule(graph, seed):
     for index in range(len(graph.links)):
         mine = (nodes["egress"] == index) | (nodes["ingress"] == index)
         assert time.link_bytes[index] == sent[mine].sum()
+        assert ledger.sent[index] == sent_by_run(time, nodes, mine)
         assert time.link_bytes[index] <= time.link_busy_ns[index] * graph.links[index].gbps * (1 + 1e-9)
     # Nobody starts before what it waits for, and bounds from below hold.
     for node in range(graph.num_nodes):
