@@ -39,8 +39,9 @@ from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands.calibrate import hardware_of, knobs_of, lines, settings_from
 from flashmoe_numba.commands.knobs import knobs_from
 from flashmoe_numba.commands.sizes import integer
-from flashmoe_numba.seeing.trace import TRACE_KIND_NAMES, TraceRecord, decode, write_chrome_trace
+from flashmoe_numba.seeing.trace import decode, write_chrome_trace
 from reference import DTYPES, MoEConfig, Weights, make_workload
+from reference.traces import TRACE_KIND_NAMES, Slice
 from sim.engine.kinds import JOIN, KIND_NAMES
 from sim.world.routing import blocked_owner
 
@@ -164,7 +165,7 @@ class Run:
         self._layer = FlashMoE(self.config, weights, backend=backend, num_processors=num_processors, trace=True)
         self._call()
         self._wall_ns: list[int] = []
-        self._records: list[TraceRecord] = []  # of the fastest call
+        self._records: list[Slice] = []  # of the fastest call
         self._times: dict[tuple[int, ...], list[int]] = defaultdict(list)  # of each task
 
     def _call(self) -> None:

@@ -35,8 +35,10 @@ from gpu_common import (
 from flashmoe_numba.commands import UsageError
 from flashmoe_numba.processes.launch import guard_this_rank, inside_mpirun, start
 from flashmoe_numba.processes.together import MpiWorld
-from flashmoe_numba.seeing.trace import TraceRecord, decode
+from flashmoe_numba.seeing.trace import decode
 from reference import COMBINE, DISPATCH, MoEConfig, Weights
+from reference.tiles import RECEIVE
+from reference.traces import Slice
 
 DEADLINE_S = 60.0
 PROCESSES = 2
@@ -126,7 +128,7 @@ def between_processes(args: argparse.Namespace, comm: Any) -> int:
     return 0 if all(row["ok"] for row in rows) else 1
 
 
-def summary(calls: list[list[TraceRecord]], config: MoEConfig, tokens: int) -> Row:
+def summary(calls: list[list[Slice]], config: MoEConfig, tokens: int) -> Row:
     """Of several calls."""
     latencies = [latency for records in calls for latency in signal_latencies(records)]
     clock = [step for records in calls for step in clock_steps(records)]
@@ -148,28 +150,28 @@ def summary(calls: list[list[TraceRecord]], config: MoEConfig, tokens: int) -> R
     }
 
 
-def signal_latencies(records: list[TraceRecord]) -> list[int]:
+def signal_latencies(records: list[Slice]) -> list[int]:
     """Nanoseconds of every packet, empty ones too."""
     sent = {(r.rank, r.peer, r.expert): r.end_ns for r in records if r.kind == DISPATCH}
-    seen = {(r.peer, r.rank, r.expert): r.start_ns for r in records if r.name == "RECEIVE"}
+    seen = {(r.peer, r.rank, r.expert): r.start_ns for r in records if r.kind == RECEIVE}
     return [seen[packet] - sent[packet] for packet in sent if packet in seen]
 
 
-def clock_steps(records: list[TraceRecord]) -> list[int]:
+def clock_steps(records: list[Slice]) -> list[int]:
     """Differences of times that follow each other: the least is what the clock can tell apart."""
     times = sorted({time for record in records for time in (record.start_ns, record.end_ns)})
     return np.diff(times).tolist()
 
 
-def packet_rates(records: list[TraceRecord], config: MoEConfig) -> tuple[list[float], float]:
+def packet_rates(records: list[Slice], config: MoEConfig) -> tuple[list[float], float]:
     """(bytes per nanosecond of each DISPATCH with rows, of all together), counted as written."""
-    rows = {(r.peer, r.rank, r.expert): r.n for r in records if r.name == "RECEIVE"}
+    rows = {(r.peer, r.rank, r.expert): r.n for r in records if r.kind == RECEIVE}
     tasks = [(r, rows.get((r.rank, r.peer, r.expert), 0)) for r in records if r.kind == DISPATCH]
     row_bytes = config.hidden * config.format.num_bytes
     return rates([(r.start_ns, r.end_ns, num_rows * row_bytes) for r, num_rows in tasks])
 
 
-def combine_rates(records: list[TraceRecord], config: MoEConfig) -> tuple[list[float], float]:
+def combine_rates(records: list[Slice], config: MoEConfig) -> tuple[list[float], float]:
     """The same for COMBINE, counted as read: a token reads a row for each of its choices."""
     row_bytes = config.hidden * config.format.num_bytes
     tokens = min(config.token_block, config.num_tokens)

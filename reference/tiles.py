@@ -23,6 +23,7 @@ from .runs import RowTile, chunk_height, expert_tiles
 
 GATE, DISPATCH, GEMM0, GEMM1, COMBINE = range(5)
 KIND_NAMES = ("GATE", "DISPATCH", "GEMM0", "GEMM1", "COMBINE")
+RECEIVE = len(KIND_NAMES)  # no tile task: the OS block saw a packet, as traces record it
 
 
 class Task(NamedTuple):

@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, MoEConfig, Weights, make_workload
+from reference.tiles import RECEIVE
+from reference.traces import Slice
 
-from ..kernel.trace import RECEIVE
 from ..layer.layer import FlashMoE
-from ..seeing.trace import TraceRecord, decode
+from ..seeing.trace import decode
 from .measure import SETTLE_S
 from .memory import make_memory
 
@@ -58,7 +59,7 @@ class Call(NamedTuple):
 
     config: MoEConfig
     rows: int | None
-    records: list[TraceRecord]
+    records: list[Slice]
     wall_ns: int
 
 
@@ -276,7 +277,7 @@ def _combine_gbps(calls: Iterable[Call]) -> Iterator[float]:
                 yield nbytes / max(1, record.end_ns - record.start_ns)
 
 
-def _signals(records: Sequence[TraceRecord]) -> Iterator[int]:
+def _signals(records: Sequence[Slice]) -> Iterator[int]:
     """How late each packet was seen that found its owner's OS block idle: the gate open, and all before received."""
     sent = {(r.rank, r.peer, r.expert): r.end_ns for r in records if r.kind == DISPATCH}
     gate: dict[int, int] = defaultdict(int)
@@ -295,7 +296,7 @@ def _durations(calls: Iterable[Call], kind: int) -> Iterator[int]:
     return (r.end_ns - r.start_ns for call in calls for r in call.records if r.kind == kind)
 
 
-def _span_ns(records: Sequence[TraceRecord]) -> int:
+def _span_ns(records: Sequence[Slice]) -> int:
     return max(r.end_ns for r in records) - min(r.start_ns for r in records)
 
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reference import Weights, Workload, make_workload
+from reference.traces import Slice
 
 from ..bench.check import check_layer
 from ..bench.measure import Measurement, Settings
 from ..bench.report import make_report, table
-from ..seeing.trace import TraceRecord, decode, write_chrome_trace
+from ..seeing.trace import decode, write_chrome_trace
 from .plan import describe
 from .sizes import write_json
 
@@ -44,7 +45,7 @@ def _workload(settings: Settings, parts: Sequence[Measurement]) -> Workload:
 
 
 def _write_pictures(settings: Settings, parts: Sequence[Measurement], trace: str | None, plot: str | None) -> None:
-    records: list[TraceRecord] = []
+    records: list[Slice] = []
     for part in parts:
         records += decode(part.traces)
     if trace:

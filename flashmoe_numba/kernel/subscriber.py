@@ -9,7 +9,7 @@ stop by.
 from __future__ import annotations
 
 from flashmoe_numba.device import fetch_add, jit, lane, lanes, ld_acquire, ld_relaxed, now, st_release
-from reference.tiles import COMBINE, GATE, GEMM0
+from reference.tiles import COMBINE, GATE, GEMM0, RECEIVE
 
 from .queue import (
     GATE_OPEN,
@@ -39,7 +39,7 @@ from .signals import (
     word_rows,
 )
 from .sizes import down_tiles, num_gate_tasks, num_row_blocks, num_token_blocks, tile_height, up_tiles
-from .trace import RECEIVE, record
+from .trace import record
 
 
 @jit

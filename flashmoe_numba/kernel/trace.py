@@ -5,7 +5,6 @@ from __future__ import annotations
 from flashmoe_numba.device import fetch_add, jit, now
 
 RECORD_WORDS = 8  # kind, peer, expert, m, n, start, end
-RECEIVE = 5  # kind of the OS block's records: a packet was seen, with n rows
 
 
 @jit

@@ -6,26 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
 from reference.pictures import picture_format
+from reference.traces import COLOURS, TRACE_KIND_NAMES, Slice
 
-from ..kernel.trace import RECEIVE
-from .trace import TRACE_KIND_NAMES, TraceRecord, block_name
+from .trace import block_name, from_zero
 
-# Okabe and Ito's colours, told apart by everybody.
-COLOURS = {
-    GATE: "#CC79A7",
-    DISPATCH: "#E69F00",
-    GEMM0: "#0072B2",
-    GEMM1: "#56B4E9",
-    COMBINE: "#009E73",
-    RECEIVE: "#D55E00",
-}
 LANE_HEIGHT = 0.42  # half of it, in lanes; the rest is the gap
 MOST_NAMED_LANES = 64
 
 
-def plot_timeline(records: Sequence[TraceRecord], num_processors: int, file: Path) -> None:
+def plot_timeline(slices: Sequence[Slice], num_processors: int, file: Path) -> None:
     """Write a PNG, PDF or SVG, by the file's suffix: a lane per block, rank 0 on top, a colour per kind, milliseconds.
 
     Raises:
@@ -35,30 +25,29 @@ def plot_timeline(records: Sequence[TraceRecord], num_processors: int, file: Pat
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'flashmoe-numba[plots]'") from error
-    lanes = sorted({(record.rank, record.block) for record in records})
+    lanes = sorted({(task.rank, task.lane) for task in slices})
     figure = Figure(figsize=(12, min(30, 1.5 + 0.3 * len(lanes))), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    _draw_slices(axes, records, lanes)
+    _draw_slices(axes, from_zero(slices), lanes)
     _label(figure, axes, lanes, num_processors)
     figure.savefig(file, format=picture_format(file))
 
 
-def _draw_slices(axes: Any, records: Sequence[TraceRecord], lanes: Sequence[tuple[int, int]]) -> None:
+def _draw_slices(axes: Any, slices: Sequence[Slice], lanes: Sequence[tuple[int, int]]) -> None:
     from matplotlib.collections import PolyCollection
 
     row = {lane: number for number, lane in enumerate(lanes)}
-    origin = min((record.start_ns for record in records), default=0)
     for kind, colour in COLOURS.items():
-        boxes = [_box(record, row[record.rank, record.block], origin) for record in records if record.kind == kind]
+        boxes = [_box(task, row[task.rank, task.lane]) for task in slices if task.kind == kind]
         label = TRACE_KIND_NAMES[kind].lower()
         # the edge keeps a slice of a microsecond visible
         axes.add_collection(PolyCollection(boxes, facecolors=colour, edgecolors=colour, linewidths=0.4, label=label))
-    axes.set_xlim(0, max((record.end_ns - origin for record in records), default=1) / 1e6)
+    axes.set_xlim(0, max((task.end_ns for task in slices), default=1) / 1e6)
 
 
-def _box(record: TraceRecord, row: int, origin: int) -> list[tuple[float, float]]:
+def _box(task: Slice, row: int) -> list[tuple[float, float]]:
     """Corners of a slice: milliseconds and lanes."""
-    left, right = (record.start_ns - origin) / 1e6, (record.end_ns - origin) / 1e6
+    left, right = task.start_ns / 1e6, task.end_ns / 1e6
     top, bottom = row - LANE_HEIGHT, row + LANE_HEIGHT
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 

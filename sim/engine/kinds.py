@@ -10,11 +10,11 @@ nothing: it names the moment at which several tasks are done.
 from __future__ import annotations
 
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
-from reference import KIND_NAMES as REFERENCE_KIND_NAMES
+from reference.tiles import RECEIVE
+from reference.traces import TRACE_KIND_NAMES
 
 KIND_NAMES = (
-    *REFERENCE_KIND_NAMES,
-    "RECEIVE",
+    *TRACE_KIND_NAMES,
     "LAUNCH",
     "BARRIER",
     "SEND",
@@ -25,8 +25,8 @@ KIND_NAMES = (
     "LOAD",
     "EPILOGUE",
 )
-_OWN = range(len(REFERENCE_KIND_NAMES), len(KIND_NAMES))
-RECEIVE, LAUNCH, BARRIER, SEND, PERMUTE, ELEMENTWISE, DENSE, JOIN, LOAD, EPILOGUE = _OWN
+_OWN = range(len(TRACE_KIND_NAMES), len(KIND_NAMES))
+LAUNCH, BARRIER, SEND, PERMUTE, ELEMENTWISE, DENSE, JOIN, LOAD, EPILOGUE = _OWN
 
 __all__ = [
     "BARRIER",

@@ -1,9 +1,8 @@
 """The tasks of a simulation as slices in lanes: what a trace shows, whatever its format.
 
-A lane is one slot of one of a rank's servers, the lowest that is free. Slices have the fields of `reference.Task`, of
-which a run of several tasks is as many slices. A task that runs on another rank's server, as a pull does, is shown
-there with its own rank as the peer. Tasks without a server (meetings, copy engines, collectives) have lanes of their
-own, in which a slice ends when the bytes are there.
+A lane is one slot of one of a rank's servers, the lowest that is free. A run of several tasks is as many slices. A task
+that runs on another rank's server, as a pull does, is shown there with its own rank as the peer. Tasks without a server
+(meetings, copy engines, collectives) have lanes of their own, in which a slice ends when the bytes are there.
 
 Leaves out: ranks and times beyond `MAX_SLICES` slices; JOINs; which slot a real GPU would take.
 """
@@ -15,9 +14,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from reference.traces import Slice
 
 from ..engine.graph import NONE, Array
 from ..engine.kinds import JOIN
@@ -25,20 +26,6 @@ from ..simulation import Simulation
 from .report import check_runs, places
 
 MAX_SLICES = 200_000  # viewers get slow with more
-
-
-class Slice(NamedTuple):
-    """One task in a lane; `lane` is the thread's number within the rank."""
-
-    rank: int
-    lane: int
-    kind: int
-    peer: int
-    expert: int
-    m: int
-    n: int
-    start_ns: int
-    end_ns: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,21 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from reference.traces import COLOURS
+
 from ..engine.graph import Array
-from ..engine.kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
+from ..engine.kinds import KIND_NAMES
 from ..simulation import Simulation
 from .charts import blank, save
 from .report import check_runs, horizon_ns, num_slots, places, sm_runs, transfers
 from .steps import levels, means
 
-COLOURS = {  # Okabe and Ito's, told apart by everybody, where the kernel's pictures have them too
-    GATE: "#CC79A7",
-    DISPATCH: "#E69F00",
-    GEMM0: "#0072B2",
-    GEMM1: "#56B4E9",
-    COMBINE: "#009E73",
-}
-OTHERS = ("#F0E442", "#D55E00", "#8C6D31", "#7B4173", "#999999", "#637939")
+# The first is also that of RECEIVE, which holds no slots.
+OTHERS = ("#D55E00", "#8C6D31", "#7B4173", "#999999", "#637939", "#F0E442")
 BINS = 1200
 MAX_RANKS = 16
 BAND, STRIP = 0.78, 0.06  # heights, of the distance of two ranks

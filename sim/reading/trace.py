@@ -1,30 +1,27 @@
 """A simulation as a Chrome trace, in the form of the kernel's own traces, so that the two can be laid side by side.
 
 A process is a rank, with its slices in the lanes of `sim.reading.lanes`. Counters show the slots that are held and the
-bytes under way on each link; an arrow leads from each packet's DISPATCH to the first GEMM0 that it made possible. Open
-the file at https://ui.perfetto.dev or chrome://tracing.
+bytes under way on each link; an arrow leads from each packet's DISPATCH to the first GEMM0 that it made possible.
 
-Leaves out: arrows beyond `MAX_FLOWS`; what does not fit into the lanes, which the file says.
+Leaves out: what does not fit into the lanes, which the file says.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from reference.traces import Event, Slice, counter_event, flow_events, name_events, slice_events, write_events
+
 from ..engine.graph import NONE, Array
 from ..engine.kinds import DISPATCH, GEMM0, JOIN, KIND_NAMES, RECEIVE
 from ..simulation import Simulation
-from .lanes import Slice, Trace, make_trace
+from .lanes import Trace, make_trace
 from .report import horizon_ns
 from .steps import levels
-
-MAX_FLOWS = 4096
 
 
 def write_chrome_trace(simulation: Simulation, file: Path | str, ranks: Sequence[int] | None = None) -> None:
@@ -34,11 +31,8 @@ def write_chrome_trace(simulation: Simulation, file: Path | str, ranks: Sequence
         ValueError: there is no such rank.
     """
     trace = make_trace(simulation, ranks)
-    events = ",\n".join(json.dumps(event) for event in chrome_events(simulation, trace))
-    other = json.dumps({"simulated": True, "note": note(simulation, trace)})
-    Path(file).write_text(
-        f'{{"displayTimeUnit": "ns", "otherData": {other}, "traceEvents": [\n{events}\n]}}\n', encoding="utf-8"
-    )
+    about = {"simulated": True, "note": note(simulation, trace)}
+    write_events(chrome_events(simulation, trace), file, about)
 
 
 def note(simulation: Simulation, trace: Trace) -> str:
@@ -60,37 +54,17 @@ def _num_tasks(simulation: Simulation) -> int:
 # ---- events
 
 
-def chrome_events(simulation: Simulation, trace: Trace) -> Iterator[dict[str, Any]]:
+def chrome_events(simulation: Simulation, trace: Trace) -> Iterator[Event]:
     """Names of ranks (pid) and lanes (tid), a slice per task, counters, arrows. Times are microseconds."""
-    yield from _names(simulation, trace)
-    yield from map(_slice, trace.slices)
+    hardware = simulation.world.hardware.name
+    yield from name_events({rank: f"rank {rank}, simulated {hardware}" for rank in trace.ranks}, trace.lanes)
+    yield from slice_events(trace.slices, KIND_NAMES)
     yield from _slot_counters(simulation, trace)
     yield from _link_counters(simulation, trace)
-    yield from _flows(simulation, trace)
+    yield from flow_events(_packets(simulation, trace))
 
 
-def _names(simulation: Simulation, trace: Trace) -> Iterator[dict[str, Any]]:
-    hardware = simulation.world.hardware.name
-    for rank in trace.ranks:
-        yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}, simulated {hardware}"}}
-        yield {"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}}
-    for (rank, lane), name in trace.lanes.items():
-        about = {"ph": "M", "pid": rank, "tid": lane}
-        yield about | {"name": "thread_name", "args": {"name": name}}
-        yield about | {"name": "thread_sort_index", "args": {"sort_index": lane}}
-
-
-def _slice(task: Slice) -> dict[str, Any]:
-    args = {"peer": task.peer, "expert": task.expert, "m": task.m, "n": task.n}
-    duration = {"dur": (task.end_ns - task.start_ns) / 1000, "args": args}
-    return {"ph": "X", "name": KIND_NAMES[task.kind], "cat": "task", **_at(task), **duration}
-
-
-def _at(task: Slice) -> dict[str, Any]:
-    return {"pid": task.rank, "tid": task.lane, "ts": task.start_ns / 1000}
-
-
-def _slot_counters(simulation: Simulation, trace: Trace) -> Iterator[dict[str, Any]]:
+def _slot_counters(simulation: Simulation, trace: Trace) -> Iterator[Event]:
     """Slots held, a counter per server."""
     graph, time = simulation.graph, simulation.timeline
     server = graph.nodes["server"][time.run_node]
@@ -99,7 +73,7 @@ def _slot_counters(simulation: Simulation, trace: Trace) -> Iterator[dict[str, A
     yield from _counters(simulation, trace, graph.servers, held, "slots held")
 
 
-def _link_counters(simulation: Simulation, trace: Trace) -> Iterator[dict[str, Any]]:
+def _link_counters(simulation: Simulation, trace: Trace) -> Iterator[Event]:
     """Bytes under way, a counter per link."""
     graph, time = simulation.graph, simulation.timeline
     nbytes = graph.nodes["nbytes"][time.run_node] * time.run_count
@@ -112,23 +86,14 @@ def _link_counters(simulation: Simulation, trace: Trace) -> Iterator[dict[str, A
 
 def _counters(
     simulation: Simulation, trace: Trace, resources: Sequence[Any], held: tuple[Array, Array, Array, Array], unit: str
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Event]:
     """The levels of the resources of the trace's ranks that were used, up to where it is cut off."""
     used, owner = np.unique(held[0]), np.array([resource.rank for resource in resources] or [0])
     steps = levels(*held, len(resources), horizon_ns(simulation))
     shown = np.isin(steps.group, used) & np.isin(owner[steps.group], trace.ranks) & (steps.left < trace.until_ns)
     kept = (steps.group[shown].tolist(), steps.left[shown].tolist(), steps.level[shown].tolist())
     for index, left, level in zip(*kept, strict=True):
-        name = f"{resources[index].name}: {unit}"
-        yield {"ph": "C", "name": name, "pid": resources[index].rank, "ts": left / 1000, "args": {unit: level}}
-
-
-def _flows(simulation: Simulation, trace: Trace) -> Iterator[dict[str, Any]]:
-    """Two events per packet: the arrow's start in the DISPATCH slice and its end at the GEMM0 slice."""
-    for number, (sent, used) in enumerate(islice(_packets(simulation, trace), MAX_FLOWS)):
-        flow = {"name": "packet", "cat": "packet", "id": number}
-        yield {"ph": "s", **flow, **_at(sent)}
-        yield {"ph": "f", "bp": "e", **flow, **_at(used)}
+        yield counter_event(resources[index].rank, resources[index].name, unit, left, level)
 
 
 def _packets(simulation: Simulation, trace: Trace) -> Iterator[tuple[Slice, Slice]]:

@@ -10,10 +10,10 @@ from flashmoe_numba import FlashMoEError, cli
 from flashmoe_numba.bench import calibrate as bench
 from flashmoe_numba.bench.calibrate import ROWS, Call, Rates, Settings, fit_tiles, rates
 from flashmoe_numba.commands import calibrate as command
-from flashmoe_numba.kernel.trace import RECEIVE
 from flashmoe_numba.processes import launch
-from flashmoe_numba.seeing.trace import TraceRecord
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, MoEConfig
+from reference.tiles import RECEIVE
+from reference.traces import Slice
 from sim.world.hardware import VALUES
 
 UNIT = 6
@@ -51,7 +51,7 @@ def fake_call(config, rows):
     def slice_of(rank, block, kind, peer, expert, n, duration, rows=0):
         nonlocal now
         start, now = now, now + round(duration)
-        records.append(TraceRecord(rank, block, kind, peer, expert, 0, rows or n, start, now))
+        records.append(Slice(rank, block, kind, peer, expert, 0, rows or n, start, now))
 
     for rank in range(config.num_ranks):
         slice_of(rank, 0, GATE, 0, 0, 0, GATE_NS)
@@ -111,11 +111,11 @@ def test_the_fit_knows_that_rows_are_multiplied_in_units():
 
 def signals(*packets):
     """(dispatch end, receive start) of packets to one rank whose gate ended at 100."""
-    records = [TraceRecord(0, 0, GATE, 0, 0, 0, 0, 0, 100)]
+    records = [Slice(0, 0, GATE, 0, 0, 0, 0, 0, 100)]
     for expert, (sent, seen) in enumerate(packets):
         records += [
-            TraceRecord(0, 0, DISPATCH, 0, expert, 0, 0, sent - 5, sent),
-            TraceRecord(0, 1, RECEIVE, 0, expert, 0, 16, seen, seen + 10),
+            Slice(0, 0, DISPATCH, 0, expert, 0, 0, sent - 5, sent),
+            Slice(0, 1, RECEIVE, 0, expert, 0, 16, seen, seen + 10),
         ]
     return list(bench._signals(records))
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.seeing import trace
 from flashmoe_numba.seeing.plots import plot_timeline
-from flashmoe_numba.seeing.trace import TraceRecord, chrome_trace, decode, write_chrome_trace
-from reference import DISPATCH, GATE, GEMM0, Task, Weights, load_preset, make_packets, make_workload, task_graph
+from flashmoe_numba.seeing.trace import chrome_trace, decode, write_chrome_trace
+from reference import DISPATCH, GATE, GEMM0, Task, Weights, load_preset, make_packets, make_workload, task_graph, traces
+from reference.tiles import RECEIVE
+from reference.traces import Slice
 
 NUM_PROCESSORS = 2
 
@@ -33,7 +34,7 @@ def as_task(record):
 def test_every_task_of_the_graph_is_recorded_once(traced):
     records, routing, config = traced
     graph = task_graph([make_packets(part.topk_idx, config) for part in routing], config)
-    tasks = [as_task(record) for record in records if record.name != "RECEIVE"]
+    tasks = [as_task(record) for record in records if record.kind != RECEIVE]
     tasks.remove(Task(GATE, rank=1))  # of a rank without tokens: somebody has to start its empty packets
     assert sorted(tasks) == sorted(graph)
 
@@ -50,7 +51,7 @@ def test_a_layer_that_keeps_no_records_has_no_room_for_any():
 def test_a_task_begins_after_all_that_it_waits_for_began(traced):
     records, routing, config = traced
     graph = task_graph([make_packets(part.topk_idx, config) for part in routing], config)
-    start = {as_task(record): record.start_ns for record in records if record.name != "RECEIVE"}
+    start = {as_task(record): record.start_ns for record in records if record.kind != RECEIVE}
     for task, needs in graph.items():
         for need in needs:
             assert start[need] < start[task], f"{task} began before {need}"
@@ -59,17 +60,17 @@ def test_a_task_begins_after_all_that_it_waits_for_began(traced):
 def test_slices_of_a_lane_are_disjoint(traced):
     records, _, config = traced
     lanes = {(rank, block) for rank in range(config.num_ranks) for block in range(NUM_PROCESSORS + 1)}
-    assert {(record.rank, record.block) for record in records} <= lanes
+    assert {(record.rank, record.lane) for record in records} <= lanes
     for before, after in pairwise(records):
         assert before.start_ns <= before.end_ns
-        if (before.rank, before.block) == (after.rank, after.block):
+        if (before.rank, before.lane) == (after.rank, after.lane):
             assert before.end_ns <= after.start_ns, f"{before} overlaps {after}"
 
 
 def test_the_os_block_receives_every_packet_with_its_rows(traced):
     records, routing, config = traced
     sent = [make_packets(part.topk_idx, config).sent for part in routing]
-    received = {(r.peer, r.rank, r.expert): r.n for r in records if r.name == "RECEIVE"}
+    received = {(r.peer, r.rank, r.expert): r.n for r in records if r.kind == RECEIVE}
     here = config.num_experts_per_rank
     assert len(received) == config.num_ranks * config.num_experts
     for (source, owner, expert), rows in received.items():
@@ -93,16 +94,16 @@ def test_flows_join_the_dispatch_of_a_packet_and_its_first_gemm(traced):
 
 
 def test_flows_are_capped_to_the_earliest(monkeypatch):
-    records = [TraceRecord(0, 0, DISPATCH, 1, e, 0, 0, 10 * e, 10 * e + 5) for e in range(5)]
-    records += [TraceRecord(1, 0, GEMM0, 0, e, 0, 0, 100 + 10 * e, 105 + 10 * e) for e in range(5)]
-    monkeypatch.setattr(trace, "MAX_FLOWS", 3)
+    records = [Slice(0, 0, DISPATCH, 1, e, 0, 0, 10 * e, 10 * e + 5) for e in range(5)]
+    records += [Slice(1, 0, GEMM0, 0, e, 0, 0, 100 + 10 * e, 105 + 10 * e) for e in range(5)]
+    monkeypatch.setattr(traces, "MAX_FLOWS", 3)
     starts = [event for event in chrome_trace(records, 1) if event["ph"] == "s"]
     assert [event["ts"] for event in starts] == [0, 0.01, 0.02]
 
 
 def test_chrome_events_are_microseconds_with_names_for_lanes():
-    gemm = TraceRecord(1, 0, 2, 3, 4, 5, 6, 1_002_500, 1_003_000)
-    receive = TraceRecord(1, 2, 5, 0, 0, 0, 9, 1_000_000, 1_000_100)
+    gemm = Slice(1, 0, 2, 3, 4, 5, 6, 1_002_500, 1_003_000)
+    receive = Slice(1, 2, 5, 0, 0, 0, 9, 1_000_000, 1_000_100)
     events = chrome_trace([gemm, receive], 2)
     (task,) = [event for event in events if event.get("name") == "GEMM0"]
     assert (task["ph"], task["pid"], task["tid"], task["ts"], task["dur"]) == ("X", 1, 0, 2.5, 0.5)

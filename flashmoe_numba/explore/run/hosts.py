@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from reference import Routing, Task
+from reference.tiles import RECEIVE
 
 from ...device.fibers import Fiber, Scheduler, clock, current, note_progress
 from ...device.records import record_words
 from ...heap.rank import Rank
 from ...kernel.grid import HEADER_WORDS, Record
-from ...kernel.trace import RECEIVE, RECORD_WORDS
+from ...kernel.trace import RECORD_WORDS
 from .arrays import Arrays
 from .blame import Blame
 from .memory import Actor, joined

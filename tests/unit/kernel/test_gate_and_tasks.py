@@ -11,8 +11,9 @@ from worlds import configs, token_counts
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.kernel.queue import EXPERT, KIND, PEER, STAMP, TASK_WORDS, M, N
-from flashmoe_numba.kernel.trace import RECEIVE, RECORD_WORDS
+from flashmoe_numba.kernel.trace import RECORD_WORDS
 from reference import GATE, Task, Weights, make_packets, softmax_topk, task_graph
+from reference.tiles import RECEIVE
 
 backends = st.sampled_from([{"backend": "cpu"}, {"backend": "fibers", "lanes": 1}, {"backend": "fibers", "lanes": 3}])
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sim.engine.graph import NONE, GraphBuilder
-from sim.engine.kinds import DISPATCH, GEMM0, KIND_NAMES
+from sim.engine.kinds import DISPATCH, GEMM0
 
 
 def test_arguments_are_broadcast_and_indices_have_their_shape():
@@ -33,12 +33,6 @@ def test_a_node_is_described_in_the_words_of_a_task():
     builder = GraphBuilder()
     builder.add(GEMM0, 3, peer=1, expert=2, m=5)
     assert builder.build().describe(0) == "GEMM0 on rank 3, peer 1, expert 2, m 5"
-
-
-def test_kinds_begin_with_those_of_the_kernels_trace():
-    from flashmoe_numba.seeing.trace import TRACE_KIND_NAMES
-
-    assert KIND_NAMES[: len(TRACE_KIND_NAMES)] == TRACE_KIND_NAMES
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from hypothesis import given
 from policy_worlds import odd_worlds, small_world
 from test_report import simulations
 
-from flashmoe_numba.seeing.trace import TRACE_KIND_NAMES, TraceRecord, chrome_trace
+from flashmoe_numba.seeing.trace import chrome_trace
+from reference import traces
+from reference.traces import TRACE_KIND_NAMES, Slice
 from sim.engine import kinds
 from sim.policies import POLICY_NAMES, make_knobs
-from sim.reading import lanes, trace
+from sim.reading import lanes
 from sim.reading.lanes import make_trace
 from sim.reading.trace import note, write_chrome_trace
 from sim.simulation import simulate
@@ -103,7 +105,7 @@ def test_the_file_says_that_it_is_simulated_and_where(simulation, tmp_path):
 
 def test_slices_look_like_those_of_the_kernel(simulation, tmp_path):
     ours = slices_of(written(simulation, tmp_path)["traceEvents"])
-    (theirs,) = slices_of(chrome_trace([TraceRecord(0, 0, kinds.GEMM0, 0, 0, 0, 0, 0, 1)], 1))
+    (theirs,) = slices_of(chrome_trace([Slice(0, 0, kinds.GEMM0, 0, 0, 0, 0, 0, 1)], 1))
     for task in ours:
         assert task.keys() == theirs.keys()
         assert task["args"].keys() == theirs["args"].keys()
@@ -151,7 +153,7 @@ def test_a_flow_ends_at_the_first_tile_to_start(tmp_path):
 
 
 def test_flows_are_capped(simulation, tmp_path, monkeypatch):
-    monkeypatch.setattr(trace, "MAX_FLOWS", 3)
+    monkeypatch.setattr(traces, "MAX_FLOWS", 3)
     events = written(simulation, tmp_path)["traceEvents"]
     assert len([event for event in events if event["ph"] == "s"]) == 3
 
