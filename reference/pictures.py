@@ -11,9 +11,20 @@ def picture_format(file: Path | str) -> str:
     Raises:
         ValueError: another suffix: the file would not be what its name says.
     """
-    _, dot, ending = Path(file).name.rpartition(".")  # also of a name that is nothing else, such as ".pdf"
-    suffix = ending.lower() if dot else PICTURE_FORMATS[0]
+    suffix = _suffix(file)
+    if suffix is None:
+        return PICTURE_FORMATS[0]
     if suffix not in PICTURE_FORMATS:
         endings = ", ".join(f".{name}" for name in PICTURE_FORMATS)
         raise ValueError(f"a picture must end in one of {endings}, got '{file}'")
     return suffix
+
+
+def named_as_picture(path: Path | str) -> bool:
+    """Whether it has the suffix of a picture."""
+    return _suffix(path) in PICTURE_FORMATS
+
+
+def _suffix(file: Path | str) -> str | None:
+    _, dot, ending = Path(file).name.rpartition(".")  # also of a name that is nothing else, such as ".pdf"
+    return ending.lower() if dot else None

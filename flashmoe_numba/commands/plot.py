@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from reference.pictures import PICTURE_FORMATS
+from reference.pictures import named_as_picture
 from sim.studies.figures import draw_figures
 from sim.studies.sweep import Row, read_rows
 
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     for condition in args.where:
         rows = _chosen(rows, condition)
-    if args.out.suffix.removeprefix(".") in PICTURE_FORMATS and not args.out.is_dir():
+    if named_as_picture(args.out) and not args.out.is_dir():
         raise UsageError(f"argument --out: is a folder, where several figures go as PNG, got {str(args.out)!r}")
     make_folder("--out", str(args.out), args.out)
     files, notes = draw_figures(rows, args.out, args.most)
