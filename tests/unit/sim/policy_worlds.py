@@ -7,11 +7,13 @@ import numpy as np
 from reference import MoEConfig
 from sim.engine import compiled, plain
 from sim.engine.kinds import GATE, GEMM0, GEMM1
+from sim.policies import build, make_knobs
 from sim.world.hardware import load_hardware
 from sim.world.precision import precision
 from sim.world.routing import make_routing
 from sim.world.world import World
 
+COUNT_BYTES = 8
 ROUTINGS = ("even", "uniform", "zipf:1.2", "hot")
 
 
@@ -68,6 +70,20 @@ def odd_worlds():
     }
 
 
+def on_few_sms(world, sms):
+    return replace(world, hardware=replace(world.hardware, sms=sms))
+
+
+def make_graph(policy, world, **knobs):
+    return build(policy, world, make_knobs(policy, knobs))
+
+
+def run_policy(policy, world, **knobs):
+    """(graph, timeline)"""
+    graph = make_graph(policy, world, **knobs)
+    return graph, run_both(graph)
+
+
 def run_both(graph):
     """The timeline, which both engines must agree on."""
     one, other = plain.run(graph), compiled.run(graph)
@@ -115,13 +131,18 @@ def carried_bytes(graph, timeline, num_ranks):
     return carried
 
 
-def assert_link_bytes(graph, timeline, world, slack=0):
-    """Links carry every row there and every result back, once; `slack`: bytes that rounding may add per transfer."""
-    size = world.config.hidden
-    out, into = demanded_link_bytes(world, size * world.precision.token_bytes, size * world.precision.result_bytes)
-    room = slack * graph.num_tasks
-    for want, got in zip((out, into), carried_bytes(graph, timeline, world.num_ranks), strict=True):
-        assert (got >= want - 1e-6).all() and (got <= want + room + 1e-6).all(), (want, got)
+def assert_link_bytes(graph, timeline, world, slack=0, counts=False):
+    """Links carry every row there and every result back, once.
+
+    Args:
+        slack: bytes that rounding may add per transfer.
+        counts: each rank tells every other how many rows it has for each of its experts, in eight bytes.
+    """
+    size, precision = world.config.hidden, world.precision
+    demand = np.array(demanded_link_bytes(world, size * precision.token_bytes, size * precision.result_bytes))
+    demand += counts * (world.num_ranks - 1) * world.config.num_experts_per_rank * COUNT_BYTES
+    moved, room = carried_bytes(graph, timeline, world.num_ranks), slack * graph.num_tasks
+    assert (moved >= demand - 1e-6).all() and (moved <= demand + room + 1e-6).all(), (demand, moved)
 
 
 def kind_nodes(graph, kind, rank=None):

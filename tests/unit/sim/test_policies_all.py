@@ -5,18 +5,81 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from policy_worlds import assert_computed_once, kind_nodes, run_both, small_world
+from policy_worlds import (
+    assert_computed_once,
+    assert_link_bytes,
+    kind_nodes,
+    make_graph,
+    odd_worlds,
+    run_both,
+    run_policy,
+    small_world,
+)
 
 from sim import PolicyKnobs
 from sim.engine import plain
 from sim.engine.kinds import COMBINE, GATE
-from sim.policies import POLICY_NAMES, build, make_knobs
+from sim.policies import POLICY_NAMES, make_knobs
+from sim.policies.scmoe import with_zero_experts
 from sim.studies.what_if import NOT_CHOICES
 from sim.world.placement import balance
 
+WORLDS = odd_worlds()
+ROUNDED, COUNTED = {"slack": 1}, {"counts": True}
+# (policy, what its links may carry beside the rows and results, knobs that change what is moved or computed);
+# COMET moves tokens, not rows, and DeepEP crosses a link once for several ranks: what they move is counted in theirs.
+MOVES = [
+    ("flashmoe", ROUNDED, {"packing": "per_source", "tile_m": 16, "ladder": False}),
+    ("flashmoe", ROUNDED, {"packing": "per_expert", "tile_m": 16, "ladder": False}),
+    ("megamoe", ROUNDED | COUNTED, {"split": False}),
+    ("megamoe", ROUNDED | COUNTED, {"split": True}),
+    ("sonic", {}, {}),
+    ("sonic", {}, {"tile_m": 16, "tile_n": 64, "ping_pong": False}),
+    ("t3", {}, {}),
+    ("t3", {}, {"tile_m": 16, "tile_n": 50, "trigger_tiles": 1, "tracker_entries": 3, "op_and_store": False}),
+    ("scmoe", {}, {}),
+    ("scmoe", {}, {"zero_share": 1 / 3, "order": "free", "tile_m": 16}),
+    ("scmoe", {}, {"overlap": False, "zero_share": 0.7}),
+    ("nanoflow", ROUNDED, {"nano_batches": 1}),
+    ("nanoflow", ROUNDED, {"tile_m": 16, "nano_batches": 3}),
+    ("nanoflow", ROUNDED, {"overlap": False}),
+    ("bulk", COUNTED, {"num_ops": 17, "framework_ns": 0}),
+    ("fastermoe", COUNTED, {"group_size": 1}),
+    ("fastermoe", COUNTED, {"group_size": 2}),
+    ("fastermoe", COUNTED, {"group_size": 100}),
+    ("fastermoe", COUNTED, {"cut": "rows", "degree": 3}),
+]
 
-def graph_of(policy, world):
-    return build(policy, world, make_knobs(policy, {}))
+
+def words(knobs):
+    """A test's name."""
+    return ",".join(f"{name}={value}" for name, value in knobs.items()) if isinstance(knobs, dict) else None
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize(("policy", "beside", "knobs"), MOVES, ids=words)
+def test_every_row_is_moved_and_computed_once(policy, beside, knobs, name):
+    world = WORLDS[name]
+    if world.num_ranks == 1 and knobs == {"group_size": 2}:
+        knobs = {"group_size": 1}
+    graph, timeline = run_policy(policy, world, **knobs)
+    left = replace(world, routing=with_zero_experts(world.routing, knobs.get("zero_share", 0.0), seed=1))
+    assert_computed_once(graph, left)
+    assert_link_bytes(graph, timeline, left, **beside)
+
+
+def test_all_policies_but_those_that_move_tokens_move_rows():
+    assert {policy for policy, _, _ in MOVES} == set(POLICY_NAMES) - {"comet", "deepep"}
+
+
+GATED = [policy for policy in POLICY_NAMES if hasattr(make_knobs(policy, {}), "gate")]
+
+
+@pytest.mark.parametrize("policy", GATED)
+def test_the_gate_is_a_knob(policy):
+    world = small_world()
+    assert len(kind_nodes(make_graph(policy, world), GATE)) == world.num_ranks
+    assert not len(kind_nodes(make_graph(policy, world, gate=False), GATE))
 
 
 @pytest.mark.parametrize("hardware", ["4xH100", "2x2xH100"])
@@ -24,14 +87,14 @@ def graph_of(policy, world):
 def test_copies_of_experts_are_computed_where_they_are(policy, hardware):
     world = small_world("zipf:1.2", hardware=hardware)
     copied = replace(world, routing=balance(world.routing, 4))
-    graph = graph_of(policy, copied)
+    graph = make_graph(policy, copied)
     run_both(graph)
     assert_computed_once(graph, copied)
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_ties_in_time_change_no_count(policy):
-    graph = graph_of(policy, small_world("hot", hardware="2x2xH100"))
+    graph = make_graph(policy, small_world("hot", hardware="2x2xH100"))
     usual = plain.run(graph)
     for seed in range(3):
         shuffled = plain.run(graph, tie_seed=seed)
@@ -55,7 +118,7 @@ def descendants(graph, nodes):
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_every_combine_waits_for_its_ranks_gate(policy, silent_ranks):
     """Also that of tokens which have no row anywhere: what they chose is known then, and not before."""
-    graph = graph_of(policy, small_world(silent_ranks=silent_ranks))
+    graph = make_graph(policy, small_world(silent_ranks=silent_ranks))
     for rank in range(4):
         combines = set(kind_nodes(graph, COMBINE, rank).tolist())
         assert combines <= descendants(graph, kind_nodes(graph, GATE, rank)), f"rank {rank}"

@@ -1,23 +1,21 @@
 """COMET's schedule: tokens gathered once, tiles in the order of arrival and then by column blocks, and its knobs."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_worlds import assert_computed_once, carried_bytes, kind_nodes, odd_worlds, run_both, small_world
+from policy_worlds import assert_computed_once, carried_bytes, kind_nodes, make_graph, odd_worlds, run_both, small_world
 
 from sim.drafting.blocks import blocks_per_expert
 from sim.engine.kinds import BARRIER, COMBINE, ELEMENTWISE, GATE, GEMM0, GEMM1, LAUNCH, SEND
-from sim.policies import build, make_knobs
 from sim.policies.comet import fetch_order
 
 WORLDS = odd_worlds()
 
-
-def graph_of(world, **knobs):
-    return build("comet", world, make_knobs("comet", knobs))
+graph_of = partial(make_graph, "comet")
 
 
 def token_pairs(world, group=1):
@@ -253,12 +251,6 @@ def test_layer0_ends_at_the_barrier_without_a_gate():
     timeline = run_both(graph)
     assert timeline.makespan_ns == timeline.done_ns[kind_nodes(graph, BARRIER)[-1]]
     assert_moved(graph, timeline, world, layer1=False)
-
-
-def test_the_gate_is_a_knob():
-    world = small_world()
-    assert len(kind_nodes(graph_of(world), GATE)) == world.num_ranks
-    assert not len(kind_nodes(graph_of(world, gate=False), GATE))
 
 
 @pytest.mark.parametrize(

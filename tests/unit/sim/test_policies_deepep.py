@@ -1,15 +1,15 @@
 """DeepEP: rows that cross each link once, kernels that wait for their own rank, and knobs that do what they say."""
 
+from functools import partial
 from math import ceil
 
 import numpy as np
 import pytest
-from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
+from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_policy, small_world
 
 from sim.drafting.comm_sms import analytic_comm_sms
 from sim.drafting.hops import make_hops
 from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND
-from sim.policies import build, make_knobs
 from sim.validation.published import bottleneck_gbps
 
 WORLDS = odd_worlds() | {
@@ -17,10 +17,7 @@ WORLDS = odd_worlds() | {
     "fp8": small_world(precision_name="fp8", hidden=256, hardware="2x2xH100"),
 }
 
-
-def deepep(world, **values):
-    graph = build("deepep", world, make_knobs("deepep", values))
-    return graph, run_both(graph)
+deepep = partial(run_policy, "deepep")
 
 
 def carried(graph, timeline, name):

@@ -1,42 +1,15 @@
 """FasterMoE and Tutel: steps that overlap in the stated order, shadows that pay, and everything computed once."""
 
+from functools import partial
+
 import numpy as np
 import pytest
-from policy_worlds import assert_computed_once, demanded_link_bytes, kind_nodes, odd_worlds, run_both, small_world
+from policy_worlds import COUNT_BYTES, assert_computed_once, kind_nodes, run_policy, small_world
 
 from sim.drafting.shadow import choose_shadows, predicted_ns, shadowed
 from sim.engine.kinds import COMBINE, GEMM0, GEMM1, SEND
-from sim.policies import build, make_knobs
 
-WORLDS = odd_worlds()
-KNOBS = {
-    "groups of 1": {"group_size": 1},
-    "groups of 2": {"group_size": 2},
-    "all at once": {"group_size": 100},
-    "rows": {"cut": "rows", "degree": 3},
-}
-COUNT_BYTES = 8
-
-
-def fastermoe(world, **values):
-    graph = build("fastermoe", world, make_knobs("fastermoe", values))
-    return graph, run_both(graph)
-
-
-@pytest.mark.parametrize("knobs", KNOBS)
-@pytest.mark.parametrize("name", WORLDS)
-def test_every_row_is_moved_and_computed_once(name, knobs):
-    world = WORLDS[name]
-    if world.num_ranks == 1 and knobs == "groups of 2":
-        knobs = "all at once"
-    graph, timeline = fastermoe(world, **KNOBS[knobs])
-    assert_computed_once(graph, world)
-    size, precision, ranks = world.config.hidden, world.precision, world.num_ranks
-    counts = (ranks - 1) * world.config.num_experts // ranks * COUNT_BYTES
-    moved = demanded_link_bytes(world, size * precision.token_bytes, size * precision.result_bytes)
-    for way, want in zip(("out", "in"), moved, strict=True):
-        carried = [timeline.link_bytes[i] for i, link in enumerate(graph.links) if link.name.endswith(way)]
-        np.testing.assert_array_equal(np.reshape(carried, (2, ranks)).sum(axis=0), want + counts)
+fastermoe = partial(run_policy, "fastermoe")
 
 
 def steps_of(graph, timeline, rank, size):

@@ -1,10 +1,11 @@
 """FlashMoE's schedule: all rows once, no waiting but for inputs, and its knobs."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
+from policy_worlds import assert_computed_once, kind_nodes, make_graph, odd_worlds, run_both, small_world
 
 from sim.engine.kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, RECEIVE
 from sim.policies import build, make_knobs
@@ -12,18 +13,7 @@ from sim.simulation import simulate
 
 WORLDS = odd_worlds()
 
-
-def graph_of(world, **knobs):
-    return build("flashmoe", world, make_knobs("flashmoe", knobs))
-
-
-@pytest.mark.parametrize("packing", ["per_source", "per_expert"])
-@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
-def test_every_row_goes_there_and_back_once(world, packing):
-    graph = graph_of(world, packing=packing, tile_m=16, ladder=False)
-    timeline = run_both(graph)
-    assert_computed_once(graph, world)
-    assert_link_bytes(graph, timeline, world, slack=1)
+graph_of = partial(make_graph, "flashmoe")
 
 
 def test_tasks_wait_for_their_own_inputs_only():
@@ -139,10 +129,6 @@ def test_each_tile_is_handed_out_once(packing):
         signals = received[mine[received]]
         spent = nodes["duration_ns"][signals].sum() - 1000 * len(signals)
         assert tiles * 100 <= spent <= tiles * 100 + len(signals)  # each is rounded up
-
-
-def test_without_a_gate_there_is_none():
-    assert kind_nodes(graph_of(small_world(), gate=False), GATE).size == 0
 
 
 @pytest.mark.parametrize(

@@ -1,47 +1,20 @@
 """MegaMoE's schedule: all rows once, pulled in order beside the products, in waves, between two barriers."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from policy_worlds import (
-    assert_computed_once,
-    carried_bytes,
-    demanded_link_bytes,
-    kind_nodes,
-    odd_worlds,
-    run_both,
-    small_world,
-)
+from policy_worlds import kind_nodes, make_graph, odd_worlds, on_few_sms, run_both, small_world
 
-from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, SEND
-from sim.policies import build, make_knobs
+from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GEMM0, GEMM1, SEND
+from sim.policies import make_knobs
 from sim.policies.megamoe import Knobs, tile_columns, tile_height
 
 WORLDS = odd_worlds()
-COUNT_BYTES = 8
 
-
-def graph_of(world, **knobs):
-    return build("megamoe", world, make_knobs("megamoe", knobs))
-
-
-def on_few_sms(world, sms):
-    return replace(world, hardware=replace(world.hardware, sms=sms))
-
-
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
-def test_every_row_goes_there_and_back_once(world, split):
-    graph = graph_of(world, split=split)
-    timeline = run_both(graph)
-    assert_computed_once(graph, world)
-    size, precision = world.config.hidden, world.precision
-    demand = np.array(demanded_link_bytes(world, size * precision.token_bytes, size * precision.result_bytes))
-    demand += (world.num_ranks - 1) * world.config.num_experts_per_rank * COUNT_BYTES
-    moved = carried_bytes(graph, timeline, world.num_ranks)
-    assert (moved >= demand).all() and (moved <= demand + graph.num_tasks).all()  # a task's bytes are rounded up
+graph_of = partial(make_graph, "megamoe")
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
@@ -194,12 +167,6 @@ def test_a_cluster_reads_its_rows_once():
     alone, pair = (graph_of(world, cluster=cluster) for cluster in (1, 2))
     product = kind_nodes(alone, GEMM0)[0]
     assert alone.nodes["duration_ns"][product] > pair.nodes["duration_ns"][product]
-
-
-def test_the_gate_is_a_knob():
-    world = small_world()
-    assert len(kind_nodes(graph_of(world), GATE)) == world.num_ranks
-    assert not len(kind_nodes(graph_of(world, gate=False), GATE))
 
 
 @pytest.mark.parametrize("name", ["tile_m", "tile_n", "cluster", "experts_per_wave", "pull_rows"])

@@ -1,33 +1,22 @@
 """NanoFlow: chains of nano-batches, beside each other or not, and the weights that each of them reads."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
+from policy_worlds import kind_nodes, odd_worlds, run_policy, small_world
 
 from sim.engine.kinds import BARRIER, COMBINE, GATE, GEMM0, GEMM1, LAUNCH, SEND
-from sim.policies import build, make_knobs
+from sim.policies import make_knobs
 
-
-def nanoflow(world, **values):
-    graph = build("nanoflow", world, make_knobs("nanoflow", values))
-    return graph, run_both(graph)
+nanoflow = partial(run_policy, "nanoflow")
 
 
 def of_batch(graph, kind, batch):
     """Nodes of a batch's products or transfers, which its number is the priority of."""
     nodes = kind_nodes(graph, kind)
     return nodes[graph.nodes["priority"][nodes] == batch]
-
-
-@pytest.mark.parametrize("name", odd_worlds())
-@pytest.mark.parametrize("values", [{"nano_batches": 1}, {"tile_m": 16, "nano_batches": 3}, {"overlap": False}])
-def test_every_row_is_moved_and_computed_once(name, values):
-    world = odd_worlds()[name]
-    graph, timeline = nanoflow(world, **values)
-    assert_computed_once(graph, world)
-    assert_link_bytes(graph, timeline, world, slack=1)
 
 
 @pytest.mark.parametrize("name", odd_worlds())

@@ -1,37 +1,18 @@
 """ScMoE: dense work beside the transfers, expert products alone, and choices that go nowhere."""
 
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
+from policy_worlds import kind_nodes, run_policy, small_world
 
 from sim.engine.kinds import COMBINE, DENSE, GEMM0, GEMM1, SEND
-from sim.policies import build, make_knobs
+from sim.policies import make_knobs
 from sim.policies.scmoe import with_zero_experts
 
 BIG = {"num_tokens": 3000, "hidden": 1024, "ffn": 512}
 
-
-def scmoe(world, **values):
-    graph = build("scmoe", world, make_knobs("scmoe", values))
-    return graph, run_both(graph)
-
-
-def without_zero(world, share, seed=1):
-    return replace(world, routing=with_zero_experts(world.routing, share, seed))
-
-
-@pytest.mark.parametrize("name", odd_worlds())
-@pytest.mark.parametrize(
-    "values", [{}, {"zero_share": 1 / 3, "order": "free", "tile_m": 16}, {"overlap": False, "zero_share": 0.7}]
-)
-def test_every_row_that_is_left_is_moved_and_computed_once(name, values):
-    world = odd_worlds()[name]
-    graph, timeline = scmoe(world, **values)
-    left = without_zero(world, values.get("zero_share", 0.0))
-    assert_computed_once(graph, left)
-    assert_link_bytes(graph, timeline, left)
+scmoe = partial(run_policy, "scmoe")
 
 
 def test_zero_experts_are_a_share_of_the_choices():

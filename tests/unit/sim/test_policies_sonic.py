@@ -1,28 +1,17 @@
 """SonicMoE: kernels in order, tiles whose stages hide behind each other's, no row moved within a GPU."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
+from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_policy, small_world
 
 from sim.engine.kinds import COMBINE, EPILOGUE, GATE, GEMM0, GEMM1, LAUNCH, LOAD, PERMUTE
-from sim.policies import build, make_knobs
+from sim.policies import make_knobs
 from sim.world.rounding import round_tokens
 
-
-def sonic(world, **values):
-    graph = build("sonic", world, make_knobs("sonic", values))
-    return graph, run_both(graph)
-
-
-@pytest.mark.parametrize("name", odd_worlds())
-@pytest.mark.parametrize("values", [{}, {"tile_m": 16, "tile_n": 64, "ping_pong": False}])
-def test_every_row_is_moved_and_computed_once(name, values):
-    world = odd_worlds()[name]
-    graph, timeline = sonic(world, **values)
-    assert_computed_once(graph, world)
-    assert_link_bytes(graph, timeline, world)
+sonic = partial(run_policy, "sonic")
 
 
 @pytest.mark.parametrize("name", odd_worlds())

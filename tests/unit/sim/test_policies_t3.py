@@ -1,40 +1,22 @@
 """T3: copies that a tracker triggers, beside the product, at no slot's cost, to staggered destinations."""
 
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, odd_worlds, run_both, small_world
+from policy_worlds import kind_nodes, odd_worlds, on_few_sms, run_policy, small_world
 
 from sim.engine.graph import NONE
 from sim.engine.kinds import COMBINE, GATE, GEMM0, GEMM1, SEND
-from sim.policies import build, make_knobs
+from sim.policies import make_knobs
 
-
-def t3(world, **values):
-    graph = build("t3", world, make_knobs("t3", values))
-    return graph, run_both(graph)
+t3 = partial(run_policy, "t3")
 
 
 def returns(graph):
     """The copies of results: those that wait for a part of a second product."""
     products = set(kind_nodes(graph, GEMM1).tolist())
     return [node for node in kind_nodes(graph, SEND).tolist() if products & set(graph.predecessors(node).tolist())]
-
-
-def few_sms(world, sms):
-    return replace(world, hardware=replace(world.hardware, sms=sms))
-
-
-@pytest.mark.parametrize("name", odd_worlds())
-@pytest.mark.parametrize(
-    "values", [{}, {"tile_m": 16, "tile_n": 50, "trigger_tiles": 1, "tracker_entries": 3, "op_and_store": False}]
-)
-def test_every_row_is_moved_and_computed_once(name, values):
-    world = odd_worlds()[name]
-    graph, timeline = t3(world, **values)
-    assert_computed_once(graph, world)
-    assert_link_bytes(graph, timeline, world)
 
 
 @pytest.mark.parametrize("name", odd_worlds())
@@ -51,7 +33,7 @@ def test_products_follow_each_other_and_copies_follow_their_parts(name):
 
 
 def test_copies_run_beside_the_product():
-    world = few_sms(small_world(num_tokens=1000, hidden=1024, ffn=512), 4)
+    world = on_few_sms(small_world(num_tokens=1000, hidden=1024, ffn=512), 4)
     graph, timeline = t3(world)
     copies, products = returns(graph), kind_nodes(graph, GEMM1)
     early = timeline.done_ns[copies] < timeline.done_ns[products].max()
@@ -71,7 +53,7 @@ def test_memory_adds_or_a_kernel_does():
 
 @pytest.mark.parametrize("stagger", [True, False])
 def test_ranks_begin_with_different_destinations(stagger):
-    world = few_sms(small_world("even", num_tokens=64, num_experts=4, num_topk=4), 2)  # 64 rows from each to each
+    world = on_few_sms(small_world("even", num_tokens=64, num_experts=4, num_topk=4), 2)  # 64 rows from each to each
     graph, timeline = t3(world, tile_m=16, stagger=stagger)
     copies = np.array(returns(graph))
     for rank in range(4):
