@@ -17,6 +17,16 @@ settings.register_profile("nightly", max_examples=1000, derandomize=False, **com
 settings.register_profile("mutants", settings.get_profile("fast"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
+
+@pytest.fixture
+def outside_mpirun(monkeypatch):
+    """An environment in which this process is no rank of an mpirun."""
+    from flashmoe_numba.mpi_environment import RANK_VARIABLES, SIZE_VARIABLES
+
+    for name in (*RANK_VARIABLES, *SIZE_VARIABLES, "PMI_FD"):
+        monkeypatch.delenv(name, raising=False)
+
+
 COMPILES_S = 600  # the first test that runs a kernel compiles it, half a minute for each element type
 RUN_KERNELS = {"property", "kernel", "mpi", "test_cli.py", "test_trace.py"}  # folders and files
 

@@ -1,11 +1,9 @@
 """What the linker and the disassembler say of every kernel variant: registers, shared memory, tensor instructions."""
 
 import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from children import printed
 
 if not importlib.util.find_spec("numba_cuda"):
     reason = "numba-cuda is not installed: pip install 'flashmoe-numba[compile]'"
@@ -19,7 +17,6 @@ from flashmoe_numba.tile_gemm.hopper import ROWS
 from flashmoe_numba.tile_gemm.matrices import CELLS
 from reference import MoEConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 MOST_REGISTERS = 255  # that an instruction can name
 MULTIPROCESSOR_REGISTERS = 65536
 MULTIPROCESSOR_SHARED_BYTES = {"sm_80": 167936, "sm_90a": 233472, "sm_100a": 233472}
@@ -102,7 +99,5 @@ def test_the_second_build_reads_the_disk_and_imports_no_compiler(kernel, folder)
         "print(*sorted({'numba', 'numba_cuda', 'llvmlite', 'cuda', 'cupy'} & set(sys.modules)))"
     )
     written = kernel.path.stat().st_mtime_ns
-    command = [sys.executable, "-c", program, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{kernel.path}\n\n"
+    assert printed("-c", program, folder) == f"{kernel.path}\n\n"
     assert kernel.path.stat().st_mtime_ns == written

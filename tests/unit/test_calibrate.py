@@ -25,10 +25,7 @@ FOUND = Rates(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def outside_mpirun(monkeypatch):
-    for name in launch.RANK_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("outside_mpirun")
 
 
 # ---- made-up slices

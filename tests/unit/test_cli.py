@@ -7,16 +7,15 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
+from children import printed
 
 from flashmoe_numba import FlashMoE, FlashMoEError, cli
 from flashmoe_numba.processes import launch, mpi_environment
 from reference import Layout, Weights, load_preset, make_plan, make_workload
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ["run", "--preset", "laptop-tiny", "--threads", "--iterations", "2"]
 ISSUE_KEYS = {
     *("backend", "ranks", "config", "workload", "iterations", "latency_ms", "tokens_per_s", "gflops", "blas_gflops"),
@@ -25,10 +24,7 @@ ISSUE_KEYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def outside_mpirun(monkeypatch):
-    for name in launch.RANK_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("outside_mpirun")
 
 
 def run_json(capsys, *flags):
@@ -322,8 +318,7 @@ def test_plan_as_a_table(capsys):
 def test_importing_the_command_line_is_cheap():
     costly = ["numpy", "numba", "mpi4py", "matplotlib", "greenlet", "tqdm", "threadpoolctl"]
     program = "import sys, flashmoe_numba.cli; print(*sorted(set(sys.modules) & set(sys.argv[1:])))"
-    command = [sys.executable, "-c", program, *costly]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ""
+    assert printed("-c", program, *costly).strip() == ""
 
 
 def test_plan_counts_all_ranks(capsys):

@@ -1,13 +1,11 @@
 """`flashmoe sim` in this process: errors before anything is simulated, tables, JSON, files."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
+from children import printed
 
 import sim
 from flashmoe_numba import cli
@@ -15,7 +13,6 @@ from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands.knobs import knob_types, knobs_from, parse
 from reference import load_preset
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["sim", "--preset", "laptop-text", "--hardware", "4xH100", "--tokens", "64"]
 KEYS = {
     *("policy", "hardware", "tokens", "latency_us", "tokens_per_s", "tensor_busy", "useful", "resident", "idle"),
@@ -259,6 +256,5 @@ def test_a_knob_is_set_in_all_policies_and_the_last_value_counts():
 
 def test_importing_the_simulator_for_a_notebook_loads_no_numba():
     program = "import sys, sim; sim.load_hardware('8xH100'); print(sorted({'numba', 'matplotlib'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed("-c", program).strip() == "[]"
     assert all(hasattr(sim, name) for name in sim.__all__)

@@ -1,12 +1,11 @@
 """Where the environment and MPI do not fit, one sentence names the variable and what to do."""
 
-import os
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from children import run_python
 
 from flashmoe_numba import cli
 from flashmoe_numba.layer import arguments
@@ -20,13 +19,7 @@ from flashmoe_numba.processes.mpi_environment import (
 )
 from reference import MoEConfig, Weights
 
-VARIABLES = (*mpi_environment.RANK_VARIABLES, *mpi_environment.SIZE_VARIABLES, "PMI_FD")
-
-
-@pytest.fixture(autouse=True)
-def outside_mpirun(monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("outside_mpirun")
 
 
 @pytest.mark.parametrize(("variables", "vendor", "strange"), [
@@ -95,9 +88,8 @@ def test_a_left_over_rank_is_named(monkeypatch, capsys, command):
 
 @pytest.mark.mpi
 def test_a_left_over_connection_is_one_sentence():
-    command = [sys.executable, "-Pm", "flashmoe_numba", "run", "--preset", "laptop-tiny", "--ranks", "2"]
-    left = os.environ | {"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_FD": "1"}
-    done = subprocess.run(command, env=left, capture_output=True, text=True, timeout=60)
+    command = ["-m", "flashmoe_numba", "run", "--preset", "laptop-tiny", "--ranks", "2"]
+    done = run_python(*command, PMI_RANK="0", PMI_SIZE="2", PMI_FD="1")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("flashmoe run: error: PMI_FD=1 in the environment is not of an mpirun of ")
     assert done.stderr.endswith("or unset PMI_RANK PMI_SIZE PMI_FD if left over\n")

@@ -1,12 +1,10 @@
 """NUMBA_DISABLE_JIT=1, which people leave set after a session with a debugger."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import printed
 
 from flashmoe_numba.commands.doctor import host
 from flashmoe_numba.commands.doctor.host import NO, OK, WARN
@@ -16,11 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.fixture(scope="module")
 def facts():
-    environment = dict(os.environ, NUMBA_DISABLE_JIT="1", PYTHONPATH=str(HERE.parents[1]))
-    command = [sys.executable, "-P", str(HERE / "no_compiler.py")]  # -P: beside it are tests in a folder "reference"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(printed(HERE / "no_compiler.py", NUMBA_DISABLE_JIT="1"))
 
 
 def test_fibers_need_no_compiler(facts):

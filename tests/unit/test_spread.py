@@ -13,11 +13,7 @@ from flashmoe_numba.commands.spread import num_processes, open_pool, progress
 from flashmoe_numba.processes import launch
 from flashmoe_numba.processes.pools import Pool, process_pool
 
-
-@pytest.fixture(autouse=True)
-def outside_mpirun(monkeypatch):
-    for name in launch.RANK_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("outside_mpirun")
 
 
 def die(search, seeds, pool):

@@ -2,10 +2,9 @@
 
 import json
 import shlex
-import subprocess
-import sys
 
 import pytest
+from children import run_python
 from small_worlds import flashmoe, spec
 
 from flashmoe_numba.commands.failures import shrink
@@ -248,8 +247,7 @@ def test_a_search_shrinks_what_it_finds_and_tells_how_to_replay_it(tmp_path, cap
     assert lines[-1] == f"replay: flashmoe explore --replay {file}"
     assert any(line.startswith("shrunk in ") and ": 1 ranks x 1 processors + 1" in line for line in lines)
     assert "still polls result_flag(owner 0, expert 0, m 0) = (call 0, 0 rows)" in lines[-2]
-    command = [sys.executable, "-m", "flashmoe_numba", *shlex.split(lines[-1])[2:], "--history", "40"]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    again = run_python("-m", "flashmoe_numba", *shlex.split(lines[-1])[2:], "--history", "40")
     assert (again.returncode, again.stderr) == (1, "")
     assert again.stdout.splitlines()[-5:] == lines[-6:-1]
     _, brief, _ = flashmoe(capsys, "--replay", file, "--history", "0")

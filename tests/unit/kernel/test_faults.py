@@ -1,22 +1,19 @@
 """A wait that nobody ends gives up after its deadline, says what it waited for, and stops every rank."""
 
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import DTYPES, assert_same_bits, random_routing, random_tokens, tiny_config
+from children import run_python
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.errors import FlashMoEError, describe, explain
 from flashmoe_numba.kernel import signals as s
 from reference import Routing, Weights
 
-ROOT = Path(__file__).resolve().parents[3]
 DEADLINE_S = 1.0
 
 
@@ -242,9 +239,8 @@ print("left")
 
 
 def run_script(script, timeout=100):
-    """(exit status, stdout, stderr) of a fresh process that can import the project and the tests' helpers."""
-    path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-    done = subprocess.run([sys.executable, "-c", path + script], capture_output=True, text=True, timeout=timeout)
+    """(exit status, stdout, stderr)"""
+    done = run_python("-c", script, timeout=timeout)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,13 +1,11 @@
 """The tile GEMM against float64 NumPy, and its promise: a row's bits depend on the row and the weights only."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from cases import DTYPES, assert_same_bits, finfo
+from children import printed
 from exact_activations import assert_within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -343,7 +341,6 @@ def test_exp_beyond_its_range():
 
 def test_vectors_are_those_that_numba_compiles_for():
     """So that a machine with AVX-512 can run the code of one without."""
-    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
+    haswell = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
     program = "from flashmoe_numba.tile_gemm import cpu; print(cpu.VECTOR_BYTES, cpu.MICRO_ROWS, cpu.FUSED)"
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["32", "6", "True"], run.stdout
+    assert printed("-c", program, **haswell).split() == ["32", "6", "True"]

@@ -3,18 +3,16 @@
 import errno
 import os
 import pwd
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from children import run_python
 
 from reference import cache_folder as module
 from reference.cache_folder import cache_folder, note_use, remove_old, usable_cache_folder
 
-ROOT = Path(__file__).resolve().parents[3]
 STAMP = "0123456789abcdef01234567"
 
 
@@ -113,9 +111,7 @@ def test_a_temporary_folder_goes_with_the_process_that_made_it(tmp_path):
         assert folder.is_dir(), "a child removed it"
         print(folder)
     """
-    environment = dict(os.environ, FLASHMOE_CACHE_DIR="/dev/null/none", TMPDIR=str(tmp_path), PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = run_python("-c", program, FLASHMOE_CACHE_DIR="/dev/null/none", TMPDIR=str(tmp_path))
     assert done.stdout.startswith(f"{tmp_path}/flashmoe-numba-"), done.stderr
     assert list(tmp_path.iterdir()) == []
 

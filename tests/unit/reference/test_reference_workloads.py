@@ -1,17 +1,12 @@
 """Workloads do not depend on how they are cut; recordings say what is wrong with them."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from children import printed
 
 from reference import MoEConfig, Weights, load_preset, make_workload, route
 
 NAMES = ("text", "uniform", "zipf:1.2", "hot")
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def make_config(**fields):
@@ -121,8 +116,7 @@ def test_a_bfloat16_recording_in_a_process_that_has_not_met_bfloat16(tmp_path):
         "c = MoEConfig(num_ranks=1, num_tokens=3, hidden=19, ffn=1, num_experts=1, num_topk=1)\n"
         f"print(make_workload({str(file)!r}, c).x[0].sum())"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "57.0\n", done.stderr
+    assert printed("-c", program) == "57.0\n"
 
 
 def test_recorded_uneven_and_without_routing(tmp_path):

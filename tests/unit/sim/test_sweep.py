@@ -26,10 +26,7 @@ GRID = (
 )
 
 
-@pytest.fixture(autouse=True)
-def outside_mpirun(monkeypatch):
-    for name in launch.RANK_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("outside_mpirun")
 
 
 @pytest.fixture
