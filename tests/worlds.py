@@ -14,7 +14,7 @@ from reference import MoEConfig, Weights
 
 
 @dataclass
-class World:
+class LayerCalls:
     """A layer, and several calls of it: the tokens of each rank, and for each call a routing or None."""
 
     config: MoEConfig
@@ -76,7 +76,7 @@ def worlds(draw, max_calls=3, **options):
     ]
     padded = [draw(st.booleans()) if routing else False for routing in routings]
     routings = [with_no_choices(config, r, s) if p else r for r, s, p in zip(routings, seeds, padded, strict=True)]
-    return World(config, weights, draw(st.integers(1, 4)), x, routings)
+    return LayerCalls(config, weights, draw(st.integers(1, 4)), x, routings)
 
 
 @contextlib.contextmanager

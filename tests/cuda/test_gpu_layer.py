@@ -8,7 +8,7 @@ from cases import DTYPES, assert_equals_oracle, random_routing, random_tokens, t
 from gpu_cases import TILE_M, TILE_M_MIN, call, make_layer, run_world, tensor_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import World, worlds
+from worlds import LayerCalls, worlds
 
 from reference import Weights, max_rel_error, moe_layer, tolerance
 from reference.runs import packet_tile_height
@@ -47,7 +47,7 @@ def tensor_worlds(draw):
         None if bias is None else random_routing(config, count, seed, bias)
         for seed, (count, bias) in enumerate(zip(counts, biases, strict=True))
     ]
-    return World(config, weights, draw(st.sampled_from([1, 3, 20])), x, routings)
+    return LayerCalls(config, weights, draw(st.sampled_from([1, 3, 20])), x, routings)
 
 
 @given(tensor_worlds())

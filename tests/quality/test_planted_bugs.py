@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from cases import random_routing, random_tokens, tiny_config, with_no_choices
-from worlds import World, run_world
+from worlds import LayerCalls, run_world
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.device.compilation import interpreted
@@ -48,7 +48,7 @@ def make_world(seed):
     x = [random_tokens(config, count, seed) for count in counts]
     routings = [random_routing(config, count, seed, choose.choice([0.0, 50.0])) for count in counts]
     routings = [choose.choice([None, with_no_choices(config, routing, seed)]) for routing in routings]
-    return World(config, Weights.random(config, bias=True), choose.choice([1, 2]), x, routings)
+    return LayerCalls(config, Weights.random(config, bias=True), choose.choice([1, 2]), x, routings)
 
 
 def run_worlds(num_worlds):
