@@ -21,7 +21,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 @pytest.fixture
 def outside_mpirun(monkeypatch):
     """An environment in which this process is no rank of an mpirun."""
-    from flashmoe_numba.mpi_environment import RANK_VARIABLES, SIZE_VARIABLES
+    from flashmoe_numba.processes.mpi_environment import RANK_VARIABLES, SIZE_VARIABLES
 
     for name in (*RANK_VARIABLES, *SIZE_VARIABLES, "PMI_FD"):
         monkeypatch.delenv(name, raising=False)

@@ -10,7 +10,6 @@ from flashmoe_numba import FlashMoEError, cli
 from flashmoe_numba.bench import calibrate as bench
 from flashmoe_numba.bench.calibrate import ROWS, Call, Rates, Settings, fit_tiles, rates
 from flashmoe_numba.commands import calibrate as command
-from flashmoe_numba.processes import launch
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, MoEConfig
 from reference.tiles import RECEIVE
 from reference.traces import Slice
