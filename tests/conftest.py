@@ -17,6 +17,16 @@ settings.register_profile("nightly", max_examples=1000, derandomize=False, **com
 settings.register_profile("mutants", settings.get_profile("fast"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
+COMPILES_S = 600  # the first test that runs a kernel compiles it, half a minute for each element type
+RUN_KERNELS = {"property", "kernel", "mpi", "test_cli.py", "test_trace.py"}  # folders and files
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        parts = item.path.relative_to(item.config.rootpath).parts
+        if RUN_KERNELS.intersection(parts) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(COMPILES_S))
+
 
 @pytest.fixture
 def outside_mpirun(monkeypatch):
@@ -27,12 +37,11 @@ def outside_mpirun(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-COMPILES_S = 600  # the first test that runs a kernel compiles it, half a minute for each element type
-RUN_KERNELS = {"property", "kernel", "mpi", "test_cli.py", "test_trace.py"}  # folders and files
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved."""
+    from matplotlib.figure import Figure
 
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        parts = item.path.relative_to(item.config.rootpath).parts
-        if RUN_KERNELS.intersection(parts) and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(COMPILES_S))
+    made, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (made.append(self), save(self, *a, **k)))
+    return made

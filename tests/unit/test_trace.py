@@ -134,12 +134,7 @@ def test_a_call_without_tasks_has_a_file_and_a_picture(tmp_path):
     assert (tmp_path / "empty.png").stat().st_size > 0
 
 
-def test_the_picture_has_a_box_for_every_record(traced, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+def test_the_picture_has_a_box_for_every_record(traced, tmp_path, figures):
     plot_timeline(traced[0], NUM_PROCESSORS, tmp_path / "timeline.png")
     (axes,) = figures[0].axes
     assert sum(len(collection.get_paths()) for collection in axes.collections) == len(traced[0])

@@ -1,10 +1,15 @@
-"""Random task graphs for tests of the engines, as Hypothesis strategies."""
+"""Random task graphs and what they become in time, as Hypothesis strategies."""
+
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 from hypothesis import strategies as st
 
+from sim.engine import plain
 from sim.engine.graph import NONE, GraphBuilder
-from sim.engine.kinds import GEMM0
+from sim.engine.kinds import GEMM0, KIND_NAMES
+from sim.simulation import Simulation
 
 KIND = GEMM0
 
@@ -44,3 +49,22 @@ def graphs(draw, max_nodes=30, links=True):
     low, high = np.minimum(before, after), np.maximum(before, after)
     builder.edge(order[low[low < high]], order[high[low < high]])
     return builder.build()
+
+
+def simulation_of(graph, num_ranks, sms=1):
+    """A simulation of any graph; the world has no more than what reports of times need."""
+    world = SimpleNamespace(num_ranks=num_ranks, hardware=SimpleNamespace(sms=sms, name="none"))
+    return Simulation(policy="none", knobs=None, world=world, graph=graph, timeline=plain.run(graph))
+
+
+@st.composite
+def simulations(draw):
+    """Random graphs with tasks of all kinds, on servers of which some are no multiprocessors."""
+    graph = draw(graphs())
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    graph.nodes["kind"][:] = random.integers(0, len(KIND_NAMES), graph.num_nodes)
+    num_ranks = len(graph.servers)
+    graph.nodes["peer"][:] = random.integers(0, num_ranks, graph.num_nodes)
+    names = random.choice(["SM slots", "SM slots", "pull engines", "OS block", "host"], num_ranks)
+    servers = [server._replace(name=name) for server, name in zip(graph.servers, names, strict=True)]
+    return simulation_of(replace(graph, servers=tuple(servers)), num_ranks, sms=draw(st.integers(1, 3)))

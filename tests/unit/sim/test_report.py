@@ -1,43 +1,22 @@
 """Reports: shares add up, and all numbers that come from sweeps are recounted nanosecond by nanosecond."""
 
 import json
-from dataclasses import asdict, replace
-from types import SimpleNamespace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
-from graphs import graphs
+from graphs import simulation_of, simulations
 from hypothesis import given
-from hypothesis import strategies as st
 from policy_worlds import odd_worlds, small_world
 
-from sim.engine import kinds, plain
+from sim.engine import kinds
 from sim.engine.graph import NONE, GraphBuilder
 from sim.policies import POLICY_NAMES, make_knobs
 from sim.reading.report import IDLE_CAUSES, exposed_communication_us, num_slots, report, slot_shares
-from sim.simulation import Simulation, simulate
+from sim.simulation import simulate
 
 ODD_WORLDS = odd_worlds()
 COMPUTES = (kinds.GEMM0, kinds.GEMM1, kinds.DENSE)
-
-
-def simulation_of(graph, num_ranks, sms=1):
-    """A simulation of any graph; the world has no more than what reports of times need."""
-    world = SimpleNamespace(num_ranks=num_ranks, hardware=SimpleNamespace(sms=sms, name="none"))
-    return Simulation(policy="none", knobs=None, world=world, graph=graph, timeline=plain.run(graph))
-
-
-@st.composite
-def simulations(draw):
-    """Random graphs with tasks of all kinds, on servers of which some are no multiprocessors."""
-    graph = draw(graphs())
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    graph.nodes["kind"][:] = random.integers(0, len(kinds.KIND_NAMES), graph.num_nodes)
-    num_ranks = len(graph.servers)
-    graph.nodes["peer"][:] = random.integers(0, num_ranks, graph.num_nodes)
-    names = random.choice(["SM slots", "SM slots", "pull engines", "OS block", "host"], num_ranks)
-    servers = [server._replace(name=name) for server, name in zip(graph.servers, names, strict=True)]
-    return simulation_of(replace(graph, servers=tuple(servers)), num_ranks, sms=draw(st.integers(1, 3)))
 
 
 def runs_of(simulation):

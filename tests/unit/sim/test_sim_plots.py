@@ -55,16 +55,6 @@ def test_bands_hold_all_slot_time(policy):
         np.testing.assert_array_equal(held_slots(simulation, kind, 2, edges), held[:2])
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """Every figure that is saved."""
-    from matplotlib.figure import Figure
-
-    made, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (made.append(self), save(self, *a, **k)))
-    return made
-
-
 def test_the_picture_says_simulated_and_the_hardware(figures, tmp_path):
     simulation = simulate("flashmoe", small_world())
     plot_timeline(simulation, tmp_path / "a.png")

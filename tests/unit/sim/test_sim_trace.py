@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from graphs import simulations
 from hypothesis import given
 from policy_worlds import odd_worlds, small_world
-from test_report import simulations
 
 from flashmoe_numba.seeing.trace import chrome_trace
 from reference import traces
