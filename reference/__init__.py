@@ -3,11 +3,11 @@
 Importing it needs NumPy only; bfloat16 needs ml_dtypes, and .safetensors files need safetensors, where they are used.
 """
 
+from .activations import ACTIVATIONS, activation
 from .config import MoEConfig
-from .experts import activation, expert_ffn
+from .experts import expert_ffn
 from .formats import DTYPES, element_dtype
 from .layer import moe_layer
-from .layer_kinds import ACTIVATIONS
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
 from .packets import Packets, make_packets
 from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks

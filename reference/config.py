@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from .activations import ACTIVATIONS
 from .formats import DTYPES, FORMATS, NumberFormat
-from .layer_kinds import ACTIVATIONS, ExpertKind, RouterKind
+from .layer_kinds import ExpertKind, RouterKind
 from .scalars import dtype_name, make_plain, whole
 
 SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")

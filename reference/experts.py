@@ -11,75 +11,15 @@ and come back; clamped and scaled variants of gating.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from .activations import activation
 from .arrays import Array, overflowed
 from .config import MoEConfig
-from .layer_kinds import ACTIVATIONS, ExpertKind
+from .layer_kinds import ExpertKind
 from .weights import Weights
-
-
-def activation(name: str, x: Array) -> Array:
-    """One of `ACTIVATIONS`, elementwise, computed in float64 and rounded to the dtype of `x`.
-
-    Within 8 units in the last place of the exact value in float64, and a little more than half a unit otherwise, where
-    that is a normal number. Infinities give the limits of the formulas in IEEE arithmetic: silu(-inf) and gelu(-inf)
-    are -inf * 0, NaN.
-
-    Raises:
-        ValueError: no such activation.
-    """
-    if name == "identity":
-        return x
-    if name == "relu":
-        positive: Array = np.maximum(x, 0)
-        return positive
-    if name not in ("gelu", "silu"):
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
-    function = _gelu if name == "gelu" else _silu
-    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        value: Array = function(x.astype(np.float64)).astype(x.dtype)
-    return value
-
-
-def _silu(x: Array) -> Array:
-    """x / (1 + exp(-x)); for negative x, x exp(x) / (1 + exp(x)) with exp(x) in two steps, as x exp(x) may be a normal
-    number where exp(x) is not."""
-    root = np.exp(-0.5 * np.abs(x))
-    value: Array = x / (1 + root * root)
-    return np.where(x < 0, value * root * root, value)
-
-
-def _gelu(x: Array) -> Array:
-    """x P(X < x) for a normal X: x tail(-x), or x - x tail(x), so that nothing cancels; tail(t) = mills root^2."""
-    t = np.minimum(np.abs(x), _ZERO)
-    high = t.astype(np.float32).astype(np.float64)  # its square is exact
-    root = np.exp(-0.25 * high * high) * np.exp(-0.25 * (t - high) * (t + high))
-    near, below = t < _FAR, np.minimum(x, _ZERO)
-    below = np.where(near, below * (_erfc(t * 0.5**0.5) / 2), below * _mills(np.maximum(t, _FAR)) * root * root)
-    return np.where(x > 0, x - below, below)
-
-
-_FAR = 2.0  # from here on erfc(t / sqrt 2) would multiply the rounding of its argument by more than t^2
-_ZERO = 80.0  # from here on root is 0
-
-
-def _mills(t: Array) -> Array:
-    """P(X > t) exp(t^2 / 2) for t >= _FAR, by Laplace's continued fraction 1/(t + 1/(t + 2/(t + 3/(t + ...))))."""
-    value = t
-    for n in range(100, 0, -1):
-        value = t + n / value
-    mills: Array = 1 / (value * (2 * np.pi) ** 0.5)
-    return mills
-
-
-def _erfc(x: Array) -> Array:
-    """The complementary error function to the last bit or so, from the C library: about 60 ns per element."""
-    values = np.fromiter(map(math.erfc, x.ravel().tolist()), np.float64, count=x.size)
-    return values.reshape(x.shape)
 
 
 def activate(products: Sequence[Array], kind: ExpertKind) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ACTIVATIONS = ("identity", "relu", "gelu", "silu")
+from .activations import ACTIVATIONS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.device import st_release
-from reference import MoEConfig, Weights
+from reference import ACTIVATIONS, MoEConfig, Weights
 
 
 @dataclass
@@ -43,7 +43,7 @@ def configs(draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("fl
         num_experts=num_experts,
         num_topk=draw(st.sampled_from(sorted({1, min(2, num_experts), min(3, num_experts), num_experts}))),
         gated=draw(st.booleans()),
-        activation=draw(st.sampled_from(["identity", "relu", "gelu", "silu"])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from(dtypes)),
         capacity=draw(st.none() | st.integers(1, num_tokens)),
         renormalize=draw(st.booleans()),

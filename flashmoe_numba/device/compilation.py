@@ -79,10 +79,10 @@ def _interpretation() -> Iterator[None]:
 def source_hash() -> str:
     """Hash of every source file that compiled code can depend on."""
     digest = hashlib.sha256()
-    folders = [PACKAGE / name for name in ("device", "kernel", "tile_gemm")]
-    names = ("formats.py", "layer_kinds.py", "layout.py", "tiles.py")
-    reference = [PACKAGE.parent / "reference" / name for name in names]
-    for file in sorted(file for folder in folders for file in folder.rglob("*.py")) + reference:
+    reference = PACKAGE.parent / "reference"
+    folders = [PACKAGE / "device", PACKAGE / "kernel", PACKAGE / "tile_gemm", reference / "activations"]
+    files = [reference / name for name in ("formats.py", "layer_kinds.py", "layout.py", "tiles.py")]
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")) + files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 

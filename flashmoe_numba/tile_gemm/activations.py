@@ -1,21 +1,21 @@
-"""Activation kinds as kernel code knows them, indices into `reference.ACTIVATIONS`, and the two with a formula."""
+"""Activations as verbs of kernel code: one for each formula (reference/activations/), in the type of its argument."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
-from reference.experts import activation
-from reference.layer_kinds import ACTIVATIONS
+from reference.activations import ACTIVATIONS, FILES, activation
 
-IDENTITY, RELU, GELU, SILU = (ACTIVATIONS.index(name) for name in ("identity", "relu", "gelu", "silu"))
 IS_VERB = True  # places in the source are those of callers (device/fibers.py)
+IDENTITY = ACTIVATIONS.index("identity")  # it has no verb
 
 
-def silu(x):
-    """x / (1 + exp(-x)) in the type of x."""
-    return activation("silu", np.asarray(x))[()]
+def _make_verb(name: str) -> Callable[[Any], Any]:
+    return lambda x: activation(name, np.asarray(x))[()]
 
 
-def gelu(x):
-    """x (1 + erf(x / sqrt 2)) / 2 in the type of x."""
-    return activation("gelu", np.asarray(x))[()]
+VERBS = {name: _make_verb(name) for name in FILES}
+BY_INDEX = tuple((ACTIVATIONS.index(name), verb) for name, verb in VERBS.items())

@@ -7,11 +7,13 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from reference.activations import FILES
+from reference.activations.exponential import make_exp
+
 from ..device.compilation import jit
 from ..device.cpu import JIT_OPTIONS
 from ..device.vocabulary import load, store
-from .activations import GELU, RELU, SILU, gelu, silu
-from .formulas import make_exp, make_gelu, make_silu
+from .activations import BY_INDEX, VERBS
 
 # A formula is more than LLVM inlines by itself, and no loop around a call is vectorised.
 _INLINED = JIT_OPTIONS | {"forceinline": True}
@@ -36,7 +38,8 @@ exp64 = make_exp(
 )  # fmt: skip
 
 
-def _register(verb, make):
+def _register(name, verb):
+    make = FILES[name].make
     single, double = make(np.float32, _inlined, exp32), make(np.float64, _inlined, exp64)
 
     @overload(verb, target="cpu", jit_options=_INLINED)
@@ -44,20 +47,26 @@ def _register(verb, make):
         return (lambda x: double(x)) if x == types.float64 else (lambda x: single(x))
 
 
-_register(silu, make_silu)
-_register(gelu, make_gelu)
+for _name, _verb in VERBS.items():
+    _register(_name, _verb)
 
 
-@jit
-def activate(sums, at, columns, activation):
-    """The activation of `columns` sums from `at` on."""
-    if activation == RELU:
-        for c in range(at, at + columns):
-            x = load(sums, c)
-            store(sums, c, x if not x < 0 else sums.dtype.type(0))
-    elif activation == SILU:
-        for c in range(at, at + columns):
-            store(sums, c, silu(load(sums, c)))
-    elif activation == GELU:
-        for c in range(at, at + columns):
-            store(sums, c, gelu(load(sums, c)))
+def _loops(kinds):
+    """The activation of `columns` sums from `at` on: a loop for each of these kinds, and nothing for others."""
+    if not kinds:
+        return jit(lambda sums, at, columns, activation: None)
+    (index, verb), *others = kinds
+    rest = _loops(others)
+
+    @jit
+    def activate(sums, at, columns, activation):
+        if activation == index:
+            for c in range(at, at + columns):
+                store(sums, c, verb(load(sums, c)))
+        else:
+            rest(sums, at, columns, activation)
+
+    return activate
+
+
+activate = _loops(BY_INDEX)

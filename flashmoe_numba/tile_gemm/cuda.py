@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from reference.activations import FILES
 from reference.formats import FORMATS
 
 from ..device.compilation import jit
 from ..device.cuda_api import element_pointer, intrinsic, ir, overload, types
-from .activations import gelu, silu
-from .formulas import make_gelu, make_silu
+from .activations import VERBS
 from .hopper import DEPTH_BYTES, HALF_COLUMNS, INSTRUCTIONS, MAP_WORDS, ROWS, TmaMatrices, main_loop
 from .lanes import multiply_tile, sum_products
 from .matrices import Matrices
@@ -27,16 +27,16 @@ def _tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, sc
     return meaning
 
 
-def _register(verb, make):
-    single, double = (make(real, jit, math.exp) for real in (np.float32, np.float64))
+def _register(name, verb):
+    single, double = (FILES[name].make(real, jit, math.exp) for real in (np.float32, np.float64))
 
     @overload(verb)
     def _meaning(x):
         return (lambda x: double(x)) if x == types.float64 else (lambda x: single(x))
 
 
-_register(silu, make_silu)
-_register(gelu, make_gelu)
+for _name, _verb in VERBS.items():
+    _register(_name, _verb)
 
 
 @overload(tile_sums)

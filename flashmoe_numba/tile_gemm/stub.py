@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reference.experts import activation as apply_activation
-from reference.layer_kinds import ACTIVATIONS
+from reference.activations import ACTIVATIONS
+from reference.activations import activation as apply_activation
 
 from ..device import fibers
 from ..device import vocabulary as verbs

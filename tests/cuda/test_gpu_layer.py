@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import LayerCalls, worlds
 
-from reference import Weights, max_rel_error, moe_layer, tolerance
+from reference import ACTIVATIONS, Weights, max_rel_error, moe_layer, tolerance
 from reference.runs import packet_tile_height
 
 ROWS = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300)
@@ -33,7 +33,7 @@ def tensor_worlds(draw):
         num_experts=num_ranks * draw(st.sampled_from([1, 2])) * 2,
         num_topk=draw(st.sampled_from([1, 2])),
         gated=draw(st.booleans()),
-        activation=draw(st.sampled_from(["identity", "relu", "gelu", "silu"])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from(["float16", "bfloat16"])),
         capacity=draw(st.sampled_from([None, None, 1])),
         tile_m_min=draw(st.sampled_from([TILE_M_MIN, TILE_M])),

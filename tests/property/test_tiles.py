@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference import (
+    ACTIVATIONS,
     COMBINE,
     DISPATCH,
     GATE,
@@ -55,7 +56,7 @@ def configs(draw):
         num_experts=num_experts,
         num_topk=draw(st.sampled_from(sorted({1, min(2, num_experts), num_experts}))),
         gated=draw(st.booleans()),
-        activation=draw(st.sampled_from(["identity", "relu", "gelu", "silu"])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from(["float32", "float32", "float64", "float16", "bfloat16"])),
         capacity=draw(st.none() | st.integers(1, num_tokens)),
         renormalize=draw(st.booleans()),

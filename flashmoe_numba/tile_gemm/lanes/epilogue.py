@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from flashmoe_numba.device import block_sync, jit, lane, lanes, load, store
-from flashmoe_numba.tile_gemm.activations import GELU, RELU, SILU, gelu, silu
+from flashmoe_numba.tile_gemm.activations import BY_INDEX
 from flashmoe_numba.tile_gemm.matrices import SUMS_STRIDE
 from flashmoe_numba.tile_gemm.stub import tile_sums
+
+
+def _choices(kinds):
+    """activate(x, activation): by the one of these kinds that it is, or x itself."""
+    if not kinds:
+        return jit(lambda x, activation: x)
+    (index, verb), *others = kinds
+    rest = _choices(others)
+    return jit(lambda x, activation: verb(x) if activation == index else rest(x, activation))
+
+
+activate = _choices(BY_INDEX)
 
 
 @jit
@@ -29,20 +41,8 @@ def finish(out, out_row, rows, matrices, expert, first, columns, activation, sum
     bias_at = expert * matrices.parts * matrices.columns + first
     for r in range(lane() // across, rows if lane() < across * down else 0, down):
         for c in range(lane() % across, columns, across):
-            value = activate(load(sums, r * SUMS_STRIDE + c) + load(matrices.bias, bias_at + c), activation, sums)
+            value = activate(load(sums, r * SUMS_STRIDE + c) + load(matrices.bias, bias_at + c), activation)
             if matrices.parts == 2:
                 up = load(sums, r * SUMS_STRIDE + matrices.tile_n + c)
                 value = value * (up + load(matrices.bias, bias_at + matrices.columns + c))
             store(out, (out_row + r) * matrices.columns + first + c, value)
-
-
-@jit
-def activate(x, activation, sums):
-    """In the type of `sums`."""
-    if activation == RELU:
-        return x if not x < 0 else sums.dtype.type(0)
-    if activation == SILU:
-        return silu(x)
-    if activation == GELU:
-        return gelu(x)
-    return x

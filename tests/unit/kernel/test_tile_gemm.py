@@ -17,12 +17,12 @@ from flashmoe_numba.device.cpu import JIT_OPTIONS
 from flashmoe_numba.device.fibers import Scheduler
 from flashmoe_numba.device.storage import as_storage
 from flashmoe_numba.tile_gemm import Scratch, as_matrices, tile_gemm
-from flashmoe_numba.tile_gemm.activations import gelu, silu
+from flashmoe_numba.tile_gemm.activations import VERBS
 from flashmoe_numba.tile_gemm.cpu_activations import exp32
-from flashmoe_numba.tile_gemm.formulas import MOST_ULPS, make_gelu, make_silu
 from flashmoe_numba.tile_gemm.matrices import scratch_elements
 from flashmoe_numba.tile_gemm.panels import pack, packed_elements, panels_per_tile
 from reference import ACTIVATIONS, MoEConfig, activation, element_dtype
+from reference.activations import FILES, MOST_ULPS
 from reference.formats import FORMATS
 from reference.tolerance import ELEMENTWISE_ULPS, GROWTH
 
@@ -283,8 +283,8 @@ def test_activations_are_accurate_everywhere(dtype, name):
 def test_formulas_are_accurate_with_the_exp_of_a_library(real):
     """As GPUs compile them; the interpreted verbs are those of the reference."""
     x = activation_inputs(np.dtype(real).name)[::5]
-    for name, make, verb in (("silu", make_silu, silu), ("gelu", make_gelu, gelu)):
-        formula = make(real, lambda function: function, lambda v: real(np.exp(v)))
+    for name, verb in VERBS.items():
+        formula = FILES[name].make(real, lambda function: function, lambda v: real(np.exp(v)))
         with np.errstate(all="ignore"):
             assert_within(name, x, np.array([formula(v) for v in x], real), MOST_ULPS)
         assert_within(name, x, np.array([verb(v) for v in x]), 8)

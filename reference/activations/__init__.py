@@ -1,0 +1,37 @@
+"""Activations, one file each, beside `identity`, which has none: what they mean, and how kernels compute them.
+
+A file has `exact(x)`, elementwise in float64, within 8 units in the last place where the result is a normal number; and
+`make(real, compiled, exp)`, its formula in plain arithmetic of one type `real`, float32 or float64, without a branch
+that compilers cannot make a choice of, so that loops of it are vectorised. `compiled` is what each function of the
+formula is put through, and `exp` the target's exponential function. A formula is within MOST_ULPS units in the last
+place where the result is a normal number, below that off by less than the smallest normal number, and at infinities,
+NaN and zeros what the definition's limits are in IEEE arithmetic. Multiply-adds that a compiler fuses do no harm.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+
+from ..arrays import Array
+from . import gelu, relu, silu
+
+FILES: dict[str, ModuleType] = {"relu": relu, "gelu": gelu, "silu": silu}
+ACTIVATIONS = ("identity", *FILES)  # kernels know them by their index
+MOST_ULPS = 7.0
+
+
+def activation(name: str, x: Array) -> Array:
+    """One of `ACTIVATIONS`, elementwise, computed in float64 and rounded to the dtype of `x`.
+
+    Raises:
+        ValueError: no such activation.
+    """
+    if name == "identity":
+        return x
+    if name not in FILES:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        value: Array = FILES[name].exact(x.astype(np.float64)).astype(x.dtype)
+    return value

@@ -1,0 +1,31 @@
+"""silu(x) = x / (1 + exp(-x)); silu(-inf) is -inf * 0, NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array
+from .exponential import Compile, Formula
+
+
+def exact(x: Array) -> Array:
+    """x / (1 + exp(-x)); for negative x, x exp(x) / (1 + exp(x)) with exp(x) in two steps, as x exp(x) may be a normal
+    number where exp(x) is not."""
+    root = np.exp(-0.5 * np.abs(x))
+    value: Array = x / (1 + root * root)
+    return np.where(x < 0, value * root * root, value)
+
+
+def make(real: Any, compiled: Compile, exp: Formula) -> Formula:
+    """x / (1 + exp(-x)). For negative x it is x exp(x) / (1 + exp(x)), and exp(x) in two steps, as it may not be normal
+    where the result is."""
+    one, half = real(1), real(0.5)
+
+    def silu(x: Any) -> Any:
+        root = exp(-half * abs(x))
+        y = x / (one + root * root)
+        return y * root * root if x < 0 else y
+
+    return compiled(silu)
