@@ -191,8 +191,8 @@ def test_the_os_block_names_what_it_waits_for(results_left, missing):
     """The gate, or the result flag of (expert, row tile); of all experts there are, the last one, too."""
     ranks, epoch = Ranks(3), 3
     sizes = dict(num_experts=3, experts_per_rank=1, row_blocks=2, tile_m_min=4, tile_m=4)
-    p = SimpleNamespace(**vars(ranks.problem(0, epoch)), **sizes)
-    segments = SimpleNamespace(**vars(ranks.segments(0)), result_flag=np.arange(6) + (2 << 32))
+    p = SimpleNamespace(**vars(ranks.problem(1, epoch)), **sizes)
+    segments = SimpleNamespace(**vars(ranks.segments(1)), result_flag=np.arange(6) + (2 << 32))
     seen = np.full((3, 2), epoch)
     if missing:
         seen[missing] = epoch - 1
@@ -200,10 +200,10 @@ def test_the_os_block_names_what_it_waits_for(results_left, missing):
     packets = SimpleNamespace(seen=np.full(3, epoch))
     run(lambda: KERNEL.subscriber.blame(p, 4, segments, tokens, packets, 0, results_left))
     words = [s.RECORD_BLOCK, s.RECORD_ROLE, s.RECORD_FLAG, s.RECORD_PEER, s.RECORD_EXPERT, s.RECORD_M, s.RECORD_FOUND]
-    expert, m = missing or (0, 0)
-    flag, found = (RESULT_FLAG, (2 << 32) + 2 * expert + m) if missing else (GATE_FLAG, 0)
-    assert ranks.controls[0][words].tolist() == [4, SUBSCRIBER, flag, expert, 0, m, found]
-    assert ranks.controls[0][s.RECORD_MISSING] == 1
+    owner, m = missing or (1, 0)
+    flag, found = (RESULT_FLAG, (2 << 32) + 2 * owner + m) if missing else (GATE_FLAG, 0)
+    assert ranks.controls[1][words].tolist() == [4, SUBSCRIBER, flag, owner, 0, m, found]
+    assert ranks.controls[1][s.RECORD_MISSING] == 1
 
 
 @pytest.mark.parametrize(
