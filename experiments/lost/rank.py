@@ -111,7 +111,7 @@ def _suffer(memory: Memory, rank: Any) -> None:
 
 
 def giving_up(memory: Memory, rank_idx: int, epoch: int) -> list[Callable[[], None]]:
-    """What `leave` does (kernel/signals.py), store by store, so that a rank can be lost between any two of them.
+    """What `leave` does (kernel/waits.py), store by store, so that a rank can be lost between any two of them.
 
     Stores of zeros are left out: the words are zero until somebody gives up.
     """

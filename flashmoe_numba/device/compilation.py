@@ -25,20 +25,22 @@ _switch = threading.local()  # .interpreting: this thread loads kernel source to
 _lock = threading.RLock()  # of twins in the making, and of the cache that a dispatcher has at the moment
 
 
-def jit(function=None, *, entry=False):
+def jit(function=None, *, entry=False, inline=False):
     """Compile a kernel function on its first call; inside `interpreted`, leave it as it is.
 
     Only an `entry` can be called from Python when compiled: the wrappers for that take longer to compile than the code.
+    A function that returns an array that it made, a view of a peer's memory, must be put into its callers (`inline`).
     """
     if function is None:
-        return lambda function: jit(function, entry=entry)
+        return lambda function: jit(function, entry=entry, inline=inline)
     if getattr(_switch, "interpreting", False):
         return function
     from numba import njit
 
     from .cpu import JIT_OPTIONS  # and registers the overloads
 
-    return njit(**JIT_OPTIONS, no_cpython_wrapper=not entry, no_cfunc_wrapper=True)(function)
+    where = "always" if inline else "never"
+    return njit(**JIT_OPTIONS, no_cpython_wrapper=not entry, no_cfunc_wrapper=True, inline=where)(function)
 
 
 def interpreted(package: str) -> ModuleType:

@@ -92,17 +92,17 @@ _ALL = (
     Plant(
         "dispatch-not-released",
         "a packet's signal is a plain store",
-        "dispatch.py",
-        "        st_release(flags, packet, signal_word(p.epoch, tokens.sent[e]))",
-        "        flags[packet] = signal_word(p.epoch, tokens.sent[e])",
+        "peers.py",
+        "    st_release(flags, packet, signal_word(p.epoch, num_rows))",
+        "    flags[packet] = signal_word(p.epoch, num_rows)",
         (RACE,),
     ),
     Plant(
         "result-not-released",
         "a result tile's signal is a plain store",
-        "processor.py",
-        "        st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))",
-        "        flags[e * p.row_blocks + m] = signal_word(p.epoch, rows)",
+        "peers.py",
+        "    st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, num_rows))",
+        "    flags[e * p.row_blocks + m] = signal_word(p.epoch, num_rows)",
         (RACE,),
     ),
     Plant(
@@ -174,8 +174,8 @@ _ALL = (
         "no-barrier-before-dispatch-signal",
         "a packet is signalled before all lanes have copied",
         "dispatch.py",
-        "    block_sync()\n    if lane() == 0:\n        flags",
-        "    if lane() == 0:\n        flags",
+        "    block_sync()\n    if lane() == 0:\n        tell_packet",
+        "    if lane() == 0:\n        tell_packet",
         (RACE, WRONG_RESULT),
     ),
     Plant(
@@ -257,24 +257,22 @@ _ALL = (
         first = b * p.token_block * p.num_topk + tokens.starts[i]
         for pair in range(first, first + min(tokens.counts[i], p.slots - slot)):
             token = tokens.order[pair] // p.num_topk
-            copy_row(target, (packet * p.slots + slot) * p.hidden, tokens.x, token * p.hidden, p.hidden)
+            copy_row(room, (packet * p.slots + slot) * p.hidden, tokens.x, token * p.hidden, p.hidden)
             slot += 1
     block_sync()
     if lane() == 0:
-        flags = array_at(segments.address[owner] + p.dispatch_flag_at, p.num_experts, segments.control)
-        st_release(flags, packet, signal_word(p.epoch, tokens.sent[e]))
+        tell_packet(p, segments, owner, packet, tokens.sent[e])
 """,
         """\
     if lane() == 0:
-        flags = array_at(segments.address[owner] + p.dispatch_flag_at, p.num_experts, segments.control)
-        st_release(flags, packet, signal_word(p.epoch, tokens.sent[e]))
+        tell_packet(p, segments, owner, packet, tokens.sent[e])
     for b in range(num_token_blocks(p)):
         i = b * p.num_experts + e
         slot = tokens.bases[i]
         first = b * p.token_block * p.num_topk + tokens.starts[i]
         for pair in range(first, first + min(tokens.counts[i], p.slots - slot)):
             token = tokens.order[pair] // p.num_topk
-            copy_row(target, (packet * p.slots + slot) * p.hidden, tokens.x, token * p.hidden, p.hidden)
+            copy_row(room, (packet * p.slots + slot) * p.hidden, tokens.x, token * p.hidden, p.hidden)
             slot += 1
 """,
         (RACE, POISON, WRONG_RESULT),
@@ -320,24 +318,24 @@ _ALL = (
         "slot-twice",
         "two rows of a packet share a slot",
         "dispatch.py",
-        "copy_row(target, (packet * p.slots + slot)",
-        "copy_row(target, (packet * p.slots + max(slot - 1, 0))",
+        "copy_row(room, (packet * p.slots + slot)",
+        "copy_row(room, (packet * p.slots + max(slot - 1, 0))",
         (CONFLICT, WRONG_RESULT, POISON),
     ),
     Plant(
         "slot-off-by-one",
         "rows go one slot too far",
         "dispatch.py",
-        "copy_row(target, (packet * p.slots + slot)",
-        "copy_row(target, (packet * p.slots + slot + 1)",
+        "copy_row(room, (packet * p.slots + slot)",
+        "copy_row(room, (packet * p.slots + slot + 1)",
         (POISON, WRONG_RESULT, CONFLICT, OUT_OF_BOUNDS, RACE),
     ),
     Plant(
         "two-writers",
         "rows of all sources go to the region of source 0",
         "dispatch.py",
-        "copy_row(target, (packet * p.slots + slot)",
-        "copy_row(target, (expert * p.slots + slot)",
+        "copy_row(room, (packet * p.slots + slot)",
+        "copy_row(room, (expert * p.slots + slot)",
         (CONFLICT, WRONG_RESULT, POISON, RACE),
     ),
     Plant(
@@ -470,8 +468,8 @@ _ALL = (
         "later-row-tiles-not-signalled",
         "only the first row tile of a packet is signalled",
         "processor.py",
-        "        st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))",
-        "        if m == 0:\n            st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))",
+        "        tell_results(p, segments, source, e, m, rows)",
+        "        if m == 0:\n            tell_results(p, segments, source, e, m, rows)",
         (DEADLOCK,),
         world="tall packets",
     ),
@@ -610,7 +608,7 @@ _ALL = (
     Plant(
         "abort-ignored",
         "waits do not look at the abort word",
-        "signals.py",
+        "waits.py",
         "return ld_relaxed(segments.control, ABORT) != 0",
         "return False",
         (DEADLOCK,),
@@ -619,7 +617,7 @@ _ALL = (
     Plant(
         "culprit-not-agreed",
         "a rank that gives up names itself also where another was first",
-        "signals.py",
+        "waits.py",
         "        if rank_idx == 0 and before != 0:",
         "        if False:",
         (BLAME,),
@@ -628,7 +626,7 @@ _ALL = (
     Plant(
         "record-complete-before-its-fields",
         "a record is complete before its fields are written",
-        "signals.py",
+        "waits.py",
         "        control[RECORD_BLOCK] = block\n",
         "        st_release(control, RECORD, COMPLETE)\n        control[RECORD_BLOCK] = block\n",
         (RACE, BLAME),
@@ -637,7 +635,7 @@ _ALL = (
     Plant(
         "abort-before-record",
         "the abort words are set before the record is written",
-        "signals.py",
+        "waits.py",
         "    control = segments.control\n    if cas(control, RECORD, 0, WRITING) == 0:",
         "    control = segments.control\n    abort(p, segments)\n    if cas(control, RECORD, 0, WRITING) == 0:",
         (BLAME,),
@@ -647,7 +645,7 @@ _ALL = (
     Plant(
         "record-not-waited-for",
         "a second block of a rank that gives up does not wait until the first one's record is complete",
-        "signals.py",
+        "waits.py",
         "    attempt = 0\n    while ld_acquire(control, RECORD) != COMPLETE:  # another block of this rank is at it\n"
         "        attempt = pause(attempt)\n",
         "",
@@ -657,7 +655,7 @@ _ALL = (
     Plant(
         "abort-skipped",
         "who gives up tells nobody",
-        "signals.py",
+        "waits.py",
         "        attempt = pause(attempt)\n    abort(p, segments)\n",
         "        attempt = pause(attempt)\n",
         (BLAME, DEADLOCK),
@@ -666,7 +664,7 @@ _ALL = (
     Plant(
         "silence-of-this-call-only",
         "a rank that waits in the call before is not taken for one that waits itself",
-        "signals.py",
+        "waits.py",
         ">= max(1, p.epoch - 1)",
         ">= p.epoch",
         (BLAME,),
@@ -675,7 +673,7 @@ _ALL = (
     Plant(
         "silence-said-late",
         "a rank says only after a whole deadline that it waits itself",
-        "signals.py",
+        "waits.py",
         "    if silence_ns(wait) > p.deadline_ns // 2:",
         "    if silence_ns(wait) > p.deadline_ns:",
         (BLAME,),
@@ -684,7 +682,7 @@ _ALL = (
     Plant(
         "silence-from-the-beginning",
         "a wait fails after a deadline, whatever others finish meanwhile",
-        "signals.py",
+        "waits.py",
         "time if moved else wait.since",
         "wait.since",
         (BLAME,),
@@ -825,8 +823,8 @@ _ALL = (
         "rows-of-a-whole-tile",
         "a result tile's signal tells of a whole tile's rows",
         "processor.py",
-        "e * p.row_blocks + m, signal_word(p.epoch, rows))",
-        "e * p.row_blocks + m, signal_word(p.epoch, p.tile_m))",
+        "tell_results(p, segments, source, e, m, rows)",
+        "tell_results(p, segments, source, e, m, p.tile_m)",
         (WRONG_RESULT,),
     ),
 )

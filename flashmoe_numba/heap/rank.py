@@ -275,6 +275,5 @@ class Rank(Owned):
             dispatch_flag_at=layout.dispatch_flag,
             result_flag_at=layout.result_flag,
             control_at=layout.control,
-            region_elements=layout.region_elements,
             deadline_ns=0,
         )

@@ -2,6 +2,6 @@
 
 from .grid import grid_block
 from .persistent import persistent
-from .signals import leave
+from .waits import leave
 
 __all__ = ["grid_block", "leave", "persistent"]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from flashmoe_numba.device import (
-    array_at,
     block_sync,
     fetch_add,
     jit,
     lane,
     ld_acquire,
     now,
-    st_release,
 )
 from flashmoe_numba.tile_gemm import IDENTITY, tile_gemm
 from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
@@ -18,21 +16,20 @@ from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
 from .combine import combine
 from .dispatch import dispatch
 from .gate import gate
+from .peers import result_room, tell_results
 from .queue import EXPERT, HEAD, KIND, PEER, STAMP, TASK_WORDS, TOTAL, M, N, counter, fill, reserve
-from .signals import (
-    PROCESSOR,
-    TASK_FLAG,
+from .signals import PROCESSOR, TASK_FLAG
+from .sizes import down_tiles, tile_height, up_tiles
+from .state import PLACE
+from .trace import record
+from .waits import (
     aborted,
     begin_wait,
     give_up,
     keep_waiting,
     note_progress,
-    signal_word,
     silence_ns,
 )
-from .sizes import down_tiles, tile_height, up_tiles
-from .state import PLACE
-from .trace import record
 
 
 @jit
@@ -118,16 +115,13 @@ def gemm1(p, segments, experts, packets, scratch, source, expert, m, n):
     packet = source * p.experts_per_rank + expert
     first, rows = packet_tile(p, packets, packet, m)
     e = p.rank_idx * p.experts_per_rank + expert
-    target = array_at(segments.address[source] + p.result_at, p.region_elements, segments.result)
     tile_gemm(
-        target, e * p.slots + first,
+        result_room(p, segments, source), e * p.slots + first,
         packets.hidden, packets.first_row[packet] + first, rows, experts.down, expert, n, IDENTITY, scratch,
     )  # fmt: skip
     block_sync()
     if lane() == 0 and finished_last(packets.down_done, packet * p.row_blocks + m, down_tiles(p)):
-        num_flags = p.num_experts * p.row_blocks
-        flags = array_at(segments.address[source] + p.result_flag_at, num_flags, segments.control)
-        st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, rows))
+        tell_results(p, segments, source, e, m, rows)
 
 
 @jit

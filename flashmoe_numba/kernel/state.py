@@ -46,7 +46,6 @@ class Problem(NamedTuple):
     dispatch_flag_at: int
     result_flag_at: int
     control_at: int
-    region_elements: int
     deadline_ns: int
 
 

@@ -23,23 +23,10 @@ from .queue import (
     reserve,
     zero_next_counters,
 )
-from .signals import (
-    DISPATCH_FLAG,
-    GATE_FLAG,
-    RESULT_FLAG,
-    SUBSCRIBER,
-    aborted,
-    begin_wait,
-    give_up,
-    keep_waiting,
-    note_silence,
-    silence_ns,
-    waits_itself,
-    word_epoch,
-    word_rows,
-)
+from .signals import DISPATCH_FLAG, GATE_FLAG, RESULT_FLAG, SUBSCRIBER, word_epoch, word_rows
 from .sizes import down_tiles, num_gate_tasks, num_row_blocks, num_token_blocks, tile_height, up_tiles
 from .trace import record
+from .waits import aborted, begin_wait, give_up, keep_waiting, note_silence, silence_ns, waits_itself
 
 
 @jit

@@ -122,7 +122,7 @@ def test_a_plant_is_one_edit_of_the_kernel_as_it_is(name):
     assert not any(str(folder) in str(module.__dict__.get("__file__")) for module in list(sys.modules.values()))
 
 
-@pytest.mark.parametrize(("old", "times"), [("no such text", 0), ("st_release", 2)])
+@pytest.mark.parametrize(("old", "times"), [("no such text", 0), ("tell_packet", 2)])
 def test_an_edit_that_fits_no_place_or_two_is_refused(old, times):
     plant = Plant("planted", "", "dispatch.py", old, "", (RACE,))
     with pytest.raises(ValueError, match=rf"must fit one place of dispatch.py, .* {times}x"), planted(plant):

@@ -11,7 +11,7 @@ import numpy as np
 
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
 
-LEAST_DEADLINE = 100  # kernel/signals.py looks at the time sixteen times in it
+LEAST_DEADLINE = 100  # kernel/waits.py looks at the time sixteen times in it
 NO_CHOICE_SHARE = 1 / 8  # of the pairs that a routing from outside has
 MOST_FIBERS, MOST_EPOCHS, MOST_BYTES = 1000, 1000, 1 << 22  # every access is a Python call, every cell has its history
 

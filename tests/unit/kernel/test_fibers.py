@@ -200,16 +200,16 @@ def test_the_layer_on_fibers_is_replayed_by_its_seed():
 def test_a_lost_signal_of_the_kernel_is_reported_with_its_place(monkeypatch):
     config = tiny_config()
     weights, x = Weights.random(config), random_tokens(config)
-    processor = interpreted("flashmoe_numba.kernel").persistent.__globals__["processor"].__globals__
-    release = processor["st_release"]
+    kernel = interpreted("flashmoe_numba.kernel")
+    tell = kernel.peers.tell_results
 
-    def forgets_one(words, i, value):
-        if not (value >> 32 == 2 and i == 0):
-            release(words, i, value)
+    def forgets_one(p, segments, source, e, m, num_rows):
+        if not (p.epoch == 2 and e == m == 0):
+            tell(p, segments, source, e, m, num_rows)
 
     with FlashMoE(config, weights, backend="fibers", lanes=2, num_processors=1) as layer:
         layer(x)
-        monkeypatch.setitem(processor, "st_release", forgets_one)
+        monkeypatch.setattr(kernel.processor, "tell_results", forgets_one)
         with pytest.raises(Deadlock, match=r"rank \d OS block lane \d at .*subscribe:\d+") as caught:
             layer(x)
         assert str(caught.value).count("wait_for_place:") == 2, f"{caught.value}"

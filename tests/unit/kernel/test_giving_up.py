@@ -10,11 +10,12 @@ from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Scheduler
 from flashmoe_numba.errors import describe, explain
 from flashmoe_numba.kernel import signals as s
-from flashmoe_numba.kernel.signals import DISPATCH_FLAG, GATE_FLAG, PROCESSOR, RESULT_FLAG, SUBSCRIBER, TASK_FLAG, Wait
+from flashmoe_numba.kernel.signals import DISPATCH_FLAG, GATE_FLAG, PROCESSOR, RESULT_FLAG, SUBSCRIBER, TASK_FLAG
+from flashmoe_numba.kernel.waits import Wait
 from reference.layout import CONTROL_WORDS
 
 KERNEL = interpreted("flashmoe_numba.kernel")
-SIGNALS, QUEUE = KERNEL.signals, KERNEL.queue
+WAITS, QUEUE = KERNEL.waits, KERNEL.queue
 DEADLINE = 1000
 
 
@@ -49,7 +50,7 @@ RECORD = dict(block=11, role=PROCESSOR, flag=RESULT_FLAG, peer=12, expert=13, m=
 
 
 def give_up(ranks, rank_idx, **changes):
-    SIGNALS.give_up(ranks.problem(rank_idx), ranks.segments(rank_idx), **(RECORD | changes))
+    WAITS.give_up(ranks.problem(rank_idx), ranks.segments(rank_idx), **(RECORD | changes))
 
 
 @pytest.mark.parametrize("rank_idx", [0, 2])
@@ -97,7 +98,7 @@ def test_the_rank_that_set_the_abort_word_of_rank_0_first_is_named_by_all():
 def test_a_host_that_leaves_says_why():
     for why in (s.FAILED, s.CLOSED_BY_THREAD, s.CLOSED_EARLY):
         ranks = Ranks()
-        run(lambda ranks=ranks, why=why: SIGNALS.leave(ranks.problem(1), ranks.segments(1), why))
+        run(lambda ranks=ranks, why=why: WAITS.leave(ranks.problem(1), ranks.segments(1), why))
         assert ranks.controls[1][[s.RECORD_ROLE, s.RECORD_FLAG, s.RECORD_M]].tolist() == [s.HOST, s.CLOSED_FLAG, why]
 
 
@@ -134,7 +135,7 @@ def test_silence_is_said_after_half_a_deadline():
     for silence, said in ((0, 0), (DEADLINE // 2, 0), (DEADLINE // 2 + 1, 3), (DEADLINE, 3), (2 * DEADLINE, 3)):
         ranks = Ranks()
         wait = Wait(0, 50, 50 + silence, 0)
-        run(lambda ranks=ranks, wait=wait: SIGNALS.note_silence(ranks.problem(1), ranks.segments(1), wait))
+        run(lambda ranks=ranks, wait=wait: WAITS.note_silence(ranks.problem(1), ranks.segments(1), wait))
         assert ranks.words(s.SILENT) == [0, said], f"after {silence} of {DEADLINE}"
 
 
@@ -145,7 +146,7 @@ def test_silence_is_said_after_half_a_deadline():
 def test_a_rank_waits_itself_if_it_said_so_in_this_epoch_or_the_last(epoch, silent, waits):
     ranks, said = Ranks(3), []
     ranks.controls[1][s.SILENT] = silent
-    run(lambda: said.append(bool(SIGNALS.waits_itself(ranks.problem(0, epoch), ranks.segments(0), 1))))
+    run(lambda: said.append(bool(WAITS.waits_itself(ranks.problem(0, epoch), ranks.segments(0), 1))))
     assert said == [waits]
 
 

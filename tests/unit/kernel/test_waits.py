@@ -7,9 +7,10 @@ import pytest
 
 from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Scheduler
+from flashmoe_numba.kernel.signals import ABORT
 
 DEADLINE = 1000
-SIGNALS = interpreted("flashmoe_numba.kernel").signals
+WAITS = interpreted("flashmoe_numba.kernel").waits
 PROCESSOR = interpreted("flashmoe_numba.kernel").processor
 QUEUE = interpreted("flashmoe_numba.kernel").queue
 PARAMETERS = SimpleNamespace(deadline_ns=DEADLINE, num_ranks=0, epoch=1)  # no ranks: nobody makes progress
@@ -31,11 +32,11 @@ def silences(pauses):
     said = []
 
     def body(sleep):
-        wait = SIGNALS.begin_wait()
+        wait = WAITS.begin_wait()
         for nanoseconds in pauses:
             sleep(nanoseconds)
-            wait = SIGNALS.keep_waiting(PARAMETERS, None, wait)
-            said.append(SIGNALS.silence_ns(wait))
+            wait = WAITS.keep_waiting(PARAMETERS, None, wait)
+            said.append(WAITS.silence_ns(wait))
 
     run(body)
     return said
@@ -66,7 +67,7 @@ def test_a_processor_leaves_the_rest_of_the_queue_when_the_call_was_given_up(giv
     )
     queue.tasks[:: QUEUE.TASK_WORDS] = PARAMETERS.epoch  # four tasks are ready
     control = np.zeros(64, np.int64)
-    control[SIGNALS.ABORT] = given_up
+    control[ABORT] = given_up
     places = []
     run(lambda sleep: places.append(PROCESSOR.wait_for_place(PARAMETERS, 0, SimpleNamespace(control=control), queue)))
     assert places == [-1 if given_up else 0]

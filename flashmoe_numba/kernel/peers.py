@@ -1,0 +1,61 @@
+"""What a rank does to its peers: the one module of the kernel that knows how another rank's memory is reached.
+
+Rows for a peer are written into its *room* for them, and then *told*: whoever acquires the signal word sees what this
+block stored before. In both directions the room's first index is the rank that writes.
+"""
+
+from __future__ import annotations
+
+from flashmoe_numba.device import array_at, cas, jit, ld_relaxed, st_release
+
+from .signals import ABORT, PROGRESS, SILENT, signal_word
+
+
+@jit(inline=True)
+def of_peer(segments, peer, at, own):
+    """A peer's array like this rank's `own`, which begins at byte `at` of a segment."""
+    return array_at(segments.address[peer] + at, own.size, own)
+
+
+@jit(inline=True)
+def packet_room(p, segments, owner):
+    """Where rows for experts of `owner` are written: elements `[num_ranks, experts_per_rank, slots, hidden]`."""
+    return of_peer(segments, owner, p.dispatch_at, segments.dispatch)
+
+
+@jit
+def tell_packet(p, segments, owner, packet, num_rows):
+    """Publish a packet's rows, which may be none."""
+    flags = of_peer(segments, owner, p.dispatch_flag_at, segments.dispatch_flag)
+    st_release(flags, packet, signal_word(p.epoch, num_rows))
+
+
+@jit(inline=True)
+def result_room(p, segments, source):
+    """Where results of this rank's experts for `source` are written: elements, likewise."""
+    return of_peer(segments, source, p.result_at, segments.result)
+
+
+@jit
+def tell_results(p, segments, source, e, m, num_rows):
+    """Publish the results of row tile m of the packet that `source` sent to expert e of all."""
+    flags = of_peer(segments, source, p.result_flag_at, segments.result_flag)
+    st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, num_rows))
+
+
+@jit
+def tell_abort(p, segments, peer, culprit):
+    """Set a peer's abort word to 1 + the rank to name, unless it is set; returns what it held."""
+    return cas(of_peer(segments, peer, p.control_at, segments.control), ABORT, 0, culprit)
+
+
+@jit
+def progress_of(p, segments, peer):
+    """Tasks that a peer has finished, ever."""
+    return ld_relaxed(of_peer(segments, peer, p.control_at, segments.control), PROGRESS)
+
+
+@jit
+def silence_of(p, segments, peer):
+    """The last epoch in which a peer's OS block waited for half a deadline."""
+    return ld_relaxed(of_peer(segments, peer, p.control_at, segments.control), SILENT)

@@ -1,0 +1,142 @@
+"""How a wait goes on, and how it ends badly.
+
+The deadline is for silence: a wait goes on as long as some rank finishes tasks. When no rank has for a deadline (seen
+to a sixteenth of it), the waiting block writes what it waits for into its rank's control words and sets the abort word
+of every rank; all waits look at their own rank's abort word. Rank 0's abort word decides whom all ranks name: the first
+to set it has its record complete by then.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flashmoe_numba.device import cas, fetch_add, jit, ld_acquire, ld_relaxed, now, pause, st_release
+
+from .peers import progress_of, silence_of, tell_abort
+from .signals import (
+    ABORT,
+    CLOSED_FLAG,
+    COMPLETE,
+    FAILED,
+    HOST,
+    PROGRESS,
+    RECORD,
+    RECORD_BLOCK,
+    RECORD_DEADLINE_NS,
+    RECORD_EPOCH,
+    RECORD_EXPERT,
+    RECORD_FLAG,
+    RECORD_FOUND,
+    RECORD_M,
+    RECORD_MISSING,
+    RECORD_PEER,
+    RECORD_ROLE,
+    SILENT,
+    WRITING,
+)
+
+LOOKS_PER_DEADLINE = 16
+
+
+@jit
+def aborted(segments):
+    return ld_relaxed(segments.control, ABORT) != 0
+
+
+@jit
+def note_progress(segments):
+    fetch_add(segments.control, PROGRESS, 1)
+
+
+@jit
+def total_progress(p, segments):
+    """Tasks that all ranks have finished."""
+    tasks = 0
+    for rank_idx in range(p.num_ranks):
+        tasks += progress_of(p, segments, rank_idx)
+    return tasks
+
+
+class Wait(NamedTuple):
+    """How a wait is going; times in nanoseconds."""
+
+    attempt: int  # polls so far
+    since: int  # when some rank was last seen to make progress
+    looked: int  # when progress was last looked at
+    progress: int  # tasks that all ranks had finished then; -1 before the first look
+
+
+@jit
+def begin_wait():
+    start = now()
+    return Wait(0, start, start, -1)
+
+
+@jit
+def keep_waiting(p, segments, wait):
+    """Give way, and now and then look whether any rank has finished a task."""
+    attempt = pause(wait.attempt)
+    time = now()
+    if time - wait.looked < p.deadline_ns // LOOKS_PER_DEADLINE:
+        return Wait(attempt, wait.since, wait.looked, wait.progress)
+    progress = total_progress(p, segments)
+    slept = time - wait.looked > p.deadline_ns // 4  # the process was stopped: it cannot tell of the others
+    moved = slept or (wait.progress >= 0 and progress != wait.progress)
+    return Wait(attempt, time if moved else wait.since, time, progress)
+
+
+@jit
+def silence_ns(wait):
+    """How long no rank has been seen to make progress."""
+    return wait.looked - wait.since
+
+
+@jit
+def note_silence(p, segments, wait):
+    """After half a deadline, tell the others that this rank waits itself, and is not the one to blame."""
+    if silence_ns(wait) > p.deadline_ns // 2:
+        st_release(segments.control, SILENT, p.epoch)
+
+
+@jit
+def waits_itself(p, segments, rank_idx):
+    """Does this rank wait for others in this epoch, or in the last one if it is not beyond that?"""
+    return silence_of(p, segments, rank_idx) >= max(1, p.epoch - 1)
+
+
+@jit
+def give_up(p, segments, block, role, flag, peer, expert, m, found, missing):
+    """Record the wait that failed and stop every rank. One lane calls it."""
+    control = segments.control
+    if cas(control, RECORD, 0, WRITING) == 0:
+        control[RECORD_BLOCK] = block
+        control[RECORD_ROLE] = role
+        control[RECORD_FLAG] = flag
+        control[RECORD_PEER] = peer
+        control[RECORD_EXPERT] = expert
+        control[RECORD_M] = m
+        control[RECORD_EPOCH] = p.epoch
+        control[RECORD_FOUND] = found
+        control[RECORD_MISSING] = missing
+        control[RECORD_DEADLINE_NS] = p.deadline_ns
+        st_release(control, RECORD, COMPLETE)
+    attempt = 0
+    while ld_acquire(control, RECORD) != COMPLETE:  # another block of this rank is at it
+        attempt = pause(attempt)
+    abort(p, segments)
+
+
+@jit
+def abort(p, segments):
+    """Set every rank's abort word to the rank that was the first to set rank 0's."""
+    culprit = p.rank_idx + 1
+    for rank_idx in range(p.num_ranks):
+        before = tell_abort(p, segments, rank_idx, culprit)
+        if rank_idx == 0 and before != 0:
+            culprit = before
+
+
+@jit(entry=True)
+def leave(p, segments, why=FAILED):
+    """The host of this rank will not go on: say so, that the others stop now and not at the deadline."""
+    give_up(p, segments, 0, HOST, CLOSED_FLAG, p.rank_idx, 0, why, 0, 0)
