@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from flashmoe_numba.kernel.control import RECORD_FIELDS, AbortRecord
 from reference import (
     Layout,
     MoEConfig,
@@ -31,6 +32,15 @@ TINY = dict(
     num_ranks=2, num_tokens=7, hidden=9, ffn=6, num_experts=4, num_topk=2, gated=True, activation="silu",
     tile_m=4, tile_m_min=2, tile_n=4, token_block=3,
 )  # fmt: skip
+
+
+def record_words(*fields):
+    """Indices of fields of the abort record among the control words."""
+    return [RECORD_FIELDS.start + AbortRecord._fields.index(field) for field in fields]
+
+
+def record_word(field):
+    return record_words(field)[0]
 
 
 def tiny_config(**changes):

@@ -10,8 +10,8 @@ import numpy as np
 from cases import assert_equals_oracle, assert_same_bits
 
 from flashmoe_numba.explore.run.cells import COUNTERS
+from flashmoe_numba.kernel.control import PROGRESS
 from flashmoe_numba.kernel.queue import COUNTER_STRIDE, NUM_COUNTERS
-from flashmoe_numba.kernel.signals import PROGRESS
 from reference import GATE, make_plan, num_row_blocks, tile_height
 from reference.tiles import KIND_NAMES, num_token_blocks, tiles_n0, tiles_n1
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from flashmoe_numba.kernel import control as s
 from flashmoe_numba.kernel import queue as q
-from flashmoe_numba.kernel import signals as s
 from reference import Layout, MoEConfig
 from reference.tiles import KIND_NAMES
 
@@ -54,7 +54,7 @@ class Memory:
         return self._arenas[rank_idx][start : start + num_bytes].view(dtype)
 
     def control(self, rank_idx: int) -> Array:
-        """The rank's control words (kernel/signals.py)."""
+        """The rank's control words (kernel/control.py)."""
         return self.segments[rank_idx][self.layout.control :].view(np.int64)
 
     def text(self, rank_idx: int) -> str:

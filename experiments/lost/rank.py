@@ -21,7 +21,7 @@ from flashmoe_numba import FlashMoE
 from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.heap.threads import ThreadHeap
-from flashmoe_numba.kernel import signals as s
+from flashmoe_numba.kernel import control as s
 from flashmoe_numba.layer import layer as layer_module
 
 from . import memory as m
@@ -111,14 +111,9 @@ def _suffer(memory: Memory, rank: Any) -> None:
 
 
 def giving_up(memory: Memory, rank_idx: int, epoch: int) -> list[Callable[[], None]]:
-    """What `leave` does (kernel/waits.py), store by store, so that a rank can be lost between any two of them.
-
-    Stores of zeros are left out: the words are zero until somebody gives up.
-    """
-    own = memory.control(rank_idx)
-    record = [(s.RECORD, s.WRITING), (s.RECORD_ROLE, s.HOST), (s.RECORD_FLAG, s.CLOSED_FLAG)]
-    record += [(s.RECORD_PEER, rank_idx), (s.RECORD_EPOCH, epoch), (s.RECORD, s.COMPLETE)]
-    stores = [(own, word, value) for word, value in record]
+    """What `leave` does (kernel/waits.py), store by store, so that a rank can be lost between any two of them."""
+    own, record = memory.control(rank_idx), s.departure(rank_idx, epoch, s.FAILED, 0)
+    stores = [(own, word, value) for word, value in [(s.RECORD, s.WRITING), *s.record_stores(record)]]
     stores += [(memory.control(other), s.ABORT, rank_idx + 1) for other in range(len(memory.segments))]
     return [functools.partial(_store, *store) for store in stores]
 

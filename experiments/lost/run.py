@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flashmoe_numba.kernel import signals as s
+from flashmoe_numba.kernel import control as s
 
 from . import memory as m
 from .memory import Memory

@@ -15,7 +15,7 @@ from ..device.compilation import compile_for
 from ..device.cpu import reset_float_control
 from ..heap.host import HostMemory
 from ..kernel import leave, persistent
-from ..kernel.signals import FAILED
+from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.cpu import MICRO_ROWS, ROW_STRIDE, panel_width

@@ -19,19 +19,8 @@ from reference import MoEConfig
 from ..build.variants import Variant, architecture_of, choose_variant
 from ..device.records import record_words
 from ..gpu.arrays import GpuTokens, check_gpu_tokens, current_stream, empty_like, stack
+from ..kernel.control import ABORT, FAILED, RECORD, departure, record_stores
 from ..kernel.grid import HEADER_WORDS, Record
-from ..kernel.signals import (
-    ABORT,
-    CLOSED_FLAG,
-    COMPLETE,
-    FAILED,
-    HOST,
-    RECORD,
-    RECORD_EPOCH,
-    RECORD_FLAG,
-    RECORD_M,
-    RECORD_ROLE,
-)
 from ..kernel.state import Problem, Segments
 from ..processes.ownership import Owned
 from ..tile_gemm import as_matrices
@@ -227,8 +216,8 @@ class CudaBackend(Owned):
         if own[ABORT] != 0:  # somebody stopped all ranks before
             return
         if own[RECORD] == 0:
-            words = {RECORD_ROLE: HOST, RECORD_FLAG: CLOSED_FLAG, RECORD_M: why, RECORD_EPOCH: problem.epoch}
-            for word, value in [*words.items(), (RECORD, COMPLETE)]:
+            record = departure(problem.rank_idx, problem.epoch, why, problem.deadline_ns)
+            for word, value in record_stores(record):
                 self.gpu.write_word(control + 8 * word, value)
         culprit = problem.rank_idx + 1
         for rank_idx, address in enumerate(self._addresses(segments)):

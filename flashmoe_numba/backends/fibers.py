@@ -15,7 +15,7 @@ from reference.scalars import is_whole, number
 from ..device.compilation import interpreted
 from ..device.fibers import Scheduler
 from ..heap.host import HostMemory
-from ..kernel.signals import FAILED
+from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.stub import INTERPRETED_PANEL_WIDTH

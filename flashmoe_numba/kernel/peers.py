@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from flashmoe_numba.device import array_at, cas, jit, ld_relaxed, st_release
 
-from .signals import ABORT, PROGRESS, SILENT, signal_word
+from .control import ABORT, PROGRESS, SILENT
+from .signals import signal_word
 
 
 @jit(inline=True)

@@ -14,14 +14,14 @@ from flashmoe_numba.tile_gemm import IDENTITY, tile_gemm
 from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
 
 from .combine import combine
+from .control import PROCESSOR, TASK_FLAG, AbortRecord
 from .dispatch import dispatch
 from .gate import gate
 from .peers import result_room, tell_results
 from .queue import EXPERT, HEAD, KIND, PEER, STAMP, TASK_WORDS, TOTAL, M, N, counter, fill, reserve
-from .signals import PROCESSOR, TASK_FLAG
 from .sizes import down_tiles, tile_height, up_tiles
 from .state import PLACE
-from .trace import record
+from .trace import note_event
 from .waits import (
     aborted,
     begin_wait,
@@ -53,7 +53,7 @@ def processor(p, block, segments, experts, tokens, packets, queue, scratch, box,
         elif kind == COMBINE:
             combine(p, tokens, segments, scratch, m)
         if lane() == 0:
-            record(trace, kind, peer, expert, m, n, start)
+            note_event(trace, kind, peer, expert, m, n, start)
             note_progress(segments)
 
 
@@ -81,7 +81,8 @@ def wait_for_place(p, block, segments, queue):
             return -1
         wait = keep_waiting(p, segments, wait)
         if silence_ns(wait) > p.deadline_ns + p.deadline_ns // 2:  # the OS block knows more, so it should speak first
-            give_up(p, segments, block, PROCESSOR, TASK_FLAG, p.rank_idx, 0, place, total, 1)
+            record = AbortRecord(block, PROCESSOR, TASK_FLAG, p.rank_idx, 0, place, p.epoch, total, 1, p.deadline_ns)
+            give_up(p, segments, record)
             return -1
     return -1 if aborted(segments) else place  # nobody wants the rest of the queue any more
 

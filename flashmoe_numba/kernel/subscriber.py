@@ -11,6 +11,7 @@ from __future__ import annotations
 from flashmoe_numba.device import fetch_add, jit, lane, lanes, ld_acquire, ld_relaxed, now, st_release
 from reference.tiles import COMBINE, GATE, GEMM0, RECEIVE
 
+from .control import DISPATCH_FLAG, GATE_FLAG, RESULT_FLAG, SUBSCRIBER, AbortRecord
 from .queue import (
     GATE_OPEN,
     GEMM_TASKS,
@@ -23,9 +24,9 @@ from .queue import (
     reserve,
     zero_next_counters,
 )
-from .signals import DISPATCH_FLAG, GATE_FLAG, RESULT_FLAG, SUBSCRIBER, word_epoch, word_rows
+from .signals import word_epoch, word_rows
 from .sizes import down_tiles, num_gate_tasks, num_row_blocks, num_token_blocks, tile_height, up_tiles
-from .trace import record
+from .trace import note_event
 from .waits import aborted, begin_wait, give_up, keep_waiting, note_silence, silence_ns, waits_itself
 
 
@@ -79,7 +80,7 @@ def poll_packets(p, segments, packets, queue, trace):
             if packets.seen[packet] != p.epoch and word_epoch(ld_relaxed(segments.dispatch_flag, packet)) >= p.epoch:
                 start = now()
                 row_tiles += open_packet(p, segments, packets, queue, packet)
-                record(trace, RECEIVE, source, expert, 0, packets.rows[packet], start)
+                note_event(trace, RECEIVE, source, expert, 0, packets.rows[packet], start)
                 seen += 1
         if row_tiles > 0:
             queue_gemm0(p, packets, queue, expert, row_tiles)
@@ -176,14 +177,18 @@ def block_of_slot(p, tokens, e, slot):
 def blame(p, block, segments, tokens, packets, packets_left, results_left):
     """Name a flag that this lane still waits for."""
     if results_left < 0:
-        give_up(p, segments, block, SUBSCRIBER, GATE_FLAG, p.rank_idx, 0, 0, 0, 1)
+        record = AbortRecord(block, SUBSCRIBER, GATE_FLAG, p.rank_idx, 0, 0, p.epoch, 0, 1, p.deadline_ns)
+        give_up(p, segments, record)
         return
     missing = packets_left + results_left
     packet = overdue_packet(p, segments, packets)
     if packet >= 0:
         source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
         found = ld_relaxed(segments.dispatch_flag, packet)
-        give_up(p, segments, block, SUBSCRIBER, DISPATCH_FLAG, source, expert, 0, found, missing)
+        record = AbortRecord(
+            block, SUBSCRIBER, DISPATCH_FLAG, source, expert, 0, p.epoch, found, missing, p.deadline_ns
+        )
+        give_up(p, segments, record)
         return
     for e in range(lane(), p.num_experts, lanes()):
         for m in range(num_row_blocks(tokens.sent[e], p.tile_m_min, p.tile_m)):
@@ -191,7 +196,10 @@ def blame(p, block, segments, tokens, packets, packets_left, results_left):
             if tokens.result_seen[i] != p.epoch:
                 owner, expert = e // p.experts_per_rank, e % p.experts_per_rank
                 found = ld_relaxed(segments.result_flag, i)
-                give_up(p, segments, block, SUBSCRIBER, RESULT_FLAG, owner, expert, m, found, missing)
+                record = AbortRecord(
+                    block, SUBSCRIBER, RESULT_FLAG, owner, expert, m, p.epoch, found, missing, p.deadline_ns
+                )
+                give_up(p, segments, record)
                 return
 
 

@@ -8,7 +8,7 @@ RECORD_WORDS = 8  # kind, peer, expert, m, n, start, end
 
 
 @jit
-def record(trace, kind, peer, expert, m, n, start):
+def note_event(trace, kind, peer, expert, m, n, start):
     """Append a record of this lane. `trace[0]` counts them; an empty buffer records nothing, a full one only counts."""
     if trace.size > 0:
         i = fetch_add(trace, 0, 1) + 1

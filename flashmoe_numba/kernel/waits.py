@@ -10,32 +10,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmoe_numba.device import cas, fetch_add, jit, ld_acquire, ld_relaxed, now, pause, st_release
+from flashmoe_numba.device import fetch_add, jit, ld_relaxed, now, pause, st_release
 
+from .control import ABORT, FAILED, PROGRESS, SILENT, departure, write_record
 from .peers import progress_of, silence_of, tell_abort
-from .signals import (
-    ABORT,
-    CLOSED_FLAG,
-    COMPLETE,
-    FAILED,
-    HOST,
-    PROGRESS,
-    RECORD,
-    RECORD_BLOCK,
-    RECORD_DEADLINE_NS,
-    RECORD_EPOCH,
-    RECORD_EXPERT,
-    RECORD_FLAG,
-    RECORD_FOUND,
-    RECORD_M,
-    RECORD_MISSING,
-    RECORD_PEER,
-    RECORD_ROLE,
-    SILENT,
-    WRITING,
-)
 
 LOOKS_PER_DEADLINE = 16
+
+departure_record = jit(departure)
 
 
 @jit
@@ -105,24 +87,9 @@ def waits_itself(p, segments, rank_idx):
 
 
 @jit
-def give_up(p, segments, block, role, flag, peer, expert, m, found, missing):
-    """Record the wait that failed and stop every rank. One lane calls it."""
-    control = segments.control
-    if cas(control, RECORD, 0, WRITING) == 0:
-        control[RECORD_BLOCK] = block
-        control[RECORD_ROLE] = role
-        control[RECORD_FLAG] = flag
-        control[RECORD_PEER] = peer
-        control[RECORD_EXPERT] = expert
-        control[RECORD_M] = m
-        control[RECORD_EPOCH] = p.epoch
-        control[RECORD_FOUND] = found
-        control[RECORD_MISSING] = missing
-        control[RECORD_DEADLINE_NS] = p.deadline_ns
-        st_release(control, RECORD, COMPLETE)
-    attempt = 0
-    while ld_acquire(control, RECORD) != COMPLETE:  # another block of this rank is at it
-        attempt = pause(attempt)
+def give_up(p, segments, record):
+    """Leave a record of the wait that failed, and stop every rank. One lane calls it."""
+    write_record(segments.control, record)
     abort(p, segments)
 
 
@@ -139,4 +106,4 @@ def abort(p, segments):
 @jit(entry=True)
 def leave(p, segments, why=FAILED):
     """The host of this rank will not go on: say so, that the others stop now and not at the deadline."""
-    give_up(p, segments, 0, HOST, CLOSED_FLAG, p.rank_idx, 0, why, 0, 0)
+    give_up(p, segments, departure_record(p.rank_idx, p.epoch, why, p.deadline_ns))

@@ -17,13 +17,15 @@ from reference.plan import max_tasks
 from reference.scalars import plain
 
 from ..backends import make_backend
-from ..errors import FlashMoEError, explain
+from ..errors import FlashMoEError
 from ..heap import make_heap
 from ..heap.rank import Rank, Stats
-from ..kernel.signals import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, EPOCH_SHIFT, FAILED
+from ..kernel.control import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, FAILED
+from ..kernel.signals import EPOCH_SHIFT
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
 from .arguments import find_problem, patience_s
+from .failures import explain
 
 LAST_EPOCH = 2**31 - 1
 

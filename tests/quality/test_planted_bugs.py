@@ -15,9 +15,9 @@ from worlds import LayerCalls, run_world
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Deadlock
-from flashmoe_numba.errors import explain
 from flashmoe_numba.explore.plants import BLAME, KERNEL, PLANTS, RACE, Plant, planted
 from flashmoe_numba.explore.run.reports import KINDS
+from flashmoe_numba.layer.failures import explain
 from reference import Weights
 
 NUM_WORLDS, NUM_WORLDS_OF_A_BUG = 30, 600

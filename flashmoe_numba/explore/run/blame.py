@@ -1,8 +1,8 @@
 """When a call is given up: may it be, do all ranks hear of it, and is the right one named?
 
 What a host does when its blocks have ended is done here in the order of `FlashMoE._raise_if_given_up` and
-`errors.explain`: it loads its own rank's abort word, then looks for its own rank's record, which there may be, and for
-the one of the rank that the word names, which must be complete.
+`failures.explain`: it loads its own rank's abort word, then looks for its own rank's record, which there may be, and
+for the one of the rank that the word names, which must be complete.
 
 Deadlines are in switches, and a schedule may let anybody wait for long. So nobody is told off for giving up after a
 silence that there was, and whom a record names is asked only where the schedule was fair: by docs/explorer.md, nobody
@@ -21,12 +21,12 @@ from greenlet import getcurrent
 from reference import Layout
 
 from ...device.fibers import clock
-from ...kernel import signals as s
+from ...kernel import control as s
+from ...kernel.signals import EPOCH_SHIFT
 from .memory import Region
 from .spec import WorldSpec
 from .watched import ld_acquire
 
-ROLE, FLAG, PEER, EXPERT, M, EPOCH, FOUND, MISSING, DEADLINE = range(1, 10)  # of a record, after the block
 FLAGS = {s.SUBSCRIBER: (s.DISPATCH_FLAG, s.RESULT_FLAG, s.GATE_FLAG), s.PROCESSOR: (s.TASK_FLAG,)}
 
 
@@ -109,15 +109,16 @@ class Blame:
             if must_be:
                 self._report(f"rank {reader} names rank {rank_idx}, whose record is not complete")
             return
-        found = control[s.RECORD_BLOCK : s.RECORD_DEADLINE_NS + 1].tolist()
-        if found[ROLE] == s.HOST or self._spec.deadline is None:
-            wanted = [0, s.HOST, s.CLOSED_FLAG, rank_idx, 0, 0, self._spec.epochs, 0, 0, 0]
+        found = s.record_fields(control)
+        if found.role == s.HOST or self._spec.deadline is None:
+            wanted = s.departure(rank_idx, self._spec.epochs, s.FAILED, 0)
             if found != wanted:
-                self._report(f"rank {reader} finds {found} in the record of rank {rank_idx}, wanted {wanted}")
+                told = f"{[*found]} in the record of rank {rank_idx}, wanted {[*wanted]}"
+                self._report(f"rank {reader} finds {told}")
         elif not self._is_legal(found):
-            self._report(f"rank {reader} finds {found} in the record of rank {rank_idx}, which no wait can write")
+            self._report(f"rank {reader} finds {[*found]} in the record of rank {rank_idx}, which no wait can write")
 
-    def _is_legal(self, record: Sequence[int]) -> bool:
+    def _is_legal(self, record: s.AbortRecord) -> bool:
         block, role, flag, peer, expert, _, epoch, _, missing, deadline = record
         c, processors = self._spec.config, self._spec.num_processors
         blocks = {s.SUBSCRIBER: (processors,), s.PROCESSOR: range(processors)}
@@ -138,7 +139,7 @@ class Blame:
     def _words(self) -> str | None:
         """Who gave up and was not lost has told all; if all were in the midst of it, not all need have been told."""
         named = [int(control.array[s.ABORT]) - 1 for control in self._controls]
-        gave_up = [rank for rank, control in enumerate(self._controls) if control.array[s.RECORD] == s.COMPLETE]
+        gave_up = [rank for rank, control in enumerate(self._controls) if s.record_in(control.array)]
         may_be_silent = all(self._hosts[rank].is_lost for rank in gave_up)
         culprits = set(named) - {-1}
         if len(culprits) <= 1 and culprits <= set(gave_up) and (may_be_silent or -1 not in named):
@@ -158,8 +159,9 @@ class Blame:
 
     def _names(self) -> str | None:
         for rank, control in enumerate(self._controls):
-            if control.array[s.RECORD] == s.COMPLETE and self.is_fair(rank):
-                wrong = self._wrong_name(rank, control.array[s.RECORD_BLOCK : s.RECORD_DEADLINE_NS + 1].tolist())
+            record = s.record_in(control.array)
+            if record and self.is_fair(rank):
+                wrong = self._wrong_name(rank, record)
                 if wrong:
                     return wrong
         return None
@@ -173,16 +175,16 @@ class Blame:
         is_long = 20 * (time - last) >= 17 * self._spec.deadline
         return is_long and self._memory.last_long_turn <= last + self._memory.fair_turn
 
-    def _wrong_name(self, rank: int, record: Sequence[int]) -> str | None:
-        if record[ROLE] == s.HOST or self._a_lost_one_waited_itself(record[EPOCH]):
+    def _wrong_name(self, rank: int, record: s.AbortRecord) -> str | None:
+        if record.role == s.HOST or self._a_lost_one_waited_itself(record.epoch):
             return None
-        peer, flag = record[PEER], record[FLAG]
+        peer, flag = record.peer, record.flag
         if not self._hosts[peer].is_lost:
-            return f"rank {rank} blames rank {peer} for flag {flag} in call {record[EPOCH]}, which was not lost"
+            return f"rank {rank} blames rank {peer} for flag {flag} in call {record.epoch}, which was not lost"
         word = self._flag(rank, record)
-        ahead = (word >> s.EPOCH_SHIFT) - record[EPOCH]
-        if ahead == 0 or (ahead > 0 and flag == s.DISPATCH_FLAG) or record[FOUND] != word:
-            return f"rank {rank} blames rank {peer} for flag {flag} of {record[FOUND]}, but it is {word}"
+        ahead = (word >> EPOCH_SHIFT) - record.epoch
+        if ahead == 0 or (ahead > 0 and flag == s.DISPATCH_FLAG) or record.found != word:
+            return f"rank {rank} blames rank {peer} for flag {flag} of {record.found}, but it is {word}"
         return None
 
     def _a_lost_one_waited_itself(self, epoch: int) -> bool:
@@ -190,9 +192,9 @@ class Blame:
         lost = [control for rank, control in enumerate(self._controls) if self._hosts[rank].is_lost]
         return any(control.array[s.SILENT] >= max(1, epoch - 1) for control in lost)
 
-    def _flag(self, rank: int, record: Sequence[int]) -> int:
+    def _flag(self, rank: int, record: s.AbortRecord) -> int:
         """The word that the record says was waited for."""
-        packet = record[PEER] * self._spec.config.num_experts_per_rank + record[EXPERT]
-        if record[FLAG] == s.DISPATCH_FLAG:
+        packet = record.peer * self._spec.config.num_experts_per_rank + record.expert
+        if record.flag == s.DISPATCH_FLAG:
             return int(self._segments[rank].dispatch_flag.array[packet])
-        return int(self._segments[rank].result_flag.array[packet * Layout(self._spec.config).row_blocks + record[M]])
+        return int(self._segments[rank].result_flag.array[packet * Layout(self._spec.config).row_blocks + record.m])

@@ -14,16 +14,16 @@ import numpy as np
 from reference import Layout, MoEConfig
 from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
 
-from ...kernel import queue, signals
+from ...kernel import control, queue, signals
 
 # As kernel/queue.py numbers them.
 COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TASKS", "HIDDEN_ROWS", "TOTAL")
 CONTROL = {
-    signals.ABORT: "the abort word",
-    signals.RECORD: "RECORD",
-    signals.PROGRESS: "PROGRESS",
-    signals.SILENT: "SILENT",
-    **dict.fromkeys(range(signals.RECORD_BLOCK, signals.RECORD_DEADLINE_NS + 1), "RECORD's fields"),
+    control.ABORT: "the abort word",
+    control.RECORD: "RECORD",
+    control.PROGRESS: "PROGRESS",
+    control.SILENT: "SILENT",
+    **dict.fromkeys(range(control.RECORD_FIELDS.start, control.RECORD_FIELDS.stop), "RECORD's fields"),
 }
 FIELDS = range(queue.KIND, queue.N + 1)
 

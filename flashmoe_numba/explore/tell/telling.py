@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from reference import MoEConfig
 
-from ...kernel import signals
+from ...kernel import control
 from ..run.cells import Cells, split_name, value_of, word
 from ..run.memory import LOADS, Actor, Region
 from ..run.reports import Report
@@ -189,14 +189,14 @@ def _count_polls(turns: Sequence[Turn], vain: set[Event]) -> tuple[dict[Event, i
 
 def _is_noise(event: Event) -> bool:
     name = split_name(event.region.name)[1]
-    if name == "control" and event.i == signals.PROGRESS:
+    if name == "control" and event.i == control.PROGRESS:
         return True
     private = any(part in event.region.name for part in PRIVATE)
     return private or (event.verb in LOADS and _is_quiet_abort(event.region, event.i))
 
 
 def _is_quiet_abort(region: Region, i: int) -> bool:
-    return split_name(region.name)[1] == "control" and i == signals.ABORT and region.cells[i] == 0
+    return split_name(region.name)[1] == "control" and i == control.ABORT and region.cells[i] == 0
 
 
 def _steps(events: Iterable[Event]) -> list[_Step]:

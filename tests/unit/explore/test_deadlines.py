@@ -4,15 +4,17 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from cases import record_word, record_words
 from small_worlds import flashmoe, spec
 
 from flashmoe_numba.explore.run.spec import Lost
 from flashmoe_numba.explore.search import Explorer, Search, watched_kernel
 from flashmoe_numba.explore.worlds import WORLDS
-from flashmoe_numba.kernel import signals as s
+from flashmoe_numba.kernel import control as s
 
 LOST = [name for name, world in WORLDS.items() if world.lost]
 BETWEEN = WORLDS["lost between two"]
+TICKET_OF_ITS_OWN = dict(zip(record_words("role", "flag", "peer"), (s.PROCESSOR, s.TASK_FLAG, 0), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def kernel():
 def names(world):
     """Whom each rank's complete record names; None: it has none."""
     controls = [rank.control for rank in world.ranks]
-    return [int(control[s.RECORD_PEER]) if control[s.RECORD] == s.COMPLETE else None for control in controls]
+    return [int(control[record_word("peer")]) if control[s.RECORD] == s.COMPLETE else None for control in controls]
 
 
 @pytest.mark.parametrize("strategy", ["random", "pct", "round-robin"])
@@ -47,9 +49,9 @@ def test_a_rank_that_is_a_call_ahead_names_the_lost_one_not_the_one_behind(kerne
     for seed in range(10):
         assert explorer.run(seed).reports == []
         control = explorer.world.ranks[0].control
-        if control[s.RECORD] == s.COMPLETE and control[s.RECORD_EPOCH] == 2:
+        if control[s.RECORD] == s.COMPLETE and control[record_word("epoch")] == 2:
             ahead += 1
-            assert control[s.RECORD_PEER] == 2, f"seed {seed}"
+            assert control[record_word("peer")] == 2, f"seed {seed}"
     assert ahead > 0
 
 
@@ -74,10 +76,10 @@ def test_ranks_that_are_all_there_give_up_after_a_silence_only(kernel, strategy)
         ({0: {s.ABORT: 2}}, "rank 0 names rank 1, rank 1 names rank 0, rank 2 names rank 0"),
         ({2: {s.ABORT: 0}}, "rank 0 names rank 0, rank 1 names rank 0, rank 2 names nobody"),
         ({0: {s.RECORD: s.WRITING}, 1: {s.RECORD: 0}}, "rank 0 names rank 0, rank 1 names rank 0, rank 2 names rank 0"),
-        ({0: {s.RECORD_PEER: 1}}, "rank 0 blames rank 1 for flag 0 in call 2, which was not lost"),
-        ({0: {s.RECORD_ROLE: s.PROCESSOR, s.RECORD_FLAG: s.TASK_FLAG, s.RECORD_PEER: 0}}, "rank 0 blames rank 0"),
-        ({0: {s.RECORD_FOUND: 77}}, "rank 0 blames rank 2 for flag 0 of 77, but it is"),
-        ({0: {s.RECORD_PEER: 1}, 2: {s.SILENT: 1}}, None),
+        ({0: {record_word("peer"): 1}}, "rank 0 blames rank 1 for flag 0 in call 2, which was not lost"),
+        ({0: TICKET_OF_ITS_OWN}, "rank 0 blames rank 0"),
+        ({0: {record_word("found"): 77}}, "rank 0 blames rank 2 for flag 0 of 77, but it is"),
+        ({0: {record_word("peer"): 1}, 2: {s.SILENT: 1}}, None),
     ],
 )
 def test_what_is_left_when_all_has_ended(kernel, words, told):
@@ -95,7 +97,7 @@ def test_what_is_left_when_all_has_ended(kernel, words, told):
 def is_first(explorer, seed):
     explorer.run(seed)
     control = explorer.world.ranks[0].control
-    return control[s.ABORT] == 1 and control[s.RECORD_EPOCH] == 2 and explorer.world.blame.is_fair(0)
+    return control[s.ABORT] == 1 and control[record_word("epoch")] == 2 and explorer.world.blame.is_fair(0)
 
 
 def test_a_rank_is_lost_where_it_should_be(kernel):

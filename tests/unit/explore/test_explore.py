@@ -10,7 +10,7 @@ from small_worlds import flashmoe, spec
 
 from flashmoe_numba.explore.search import Explorer, Search, explore, watched_kernel
 from flashmoe_numba.explore.worlds import WORLDS as NAMED
-from flashmoe_numba.kernel.signals import ABORT
+from flashmoe_numba.kernel.control import ABORT
 from flashmoe_numba.processes.pools import process_pool
 
 WORLDS = {

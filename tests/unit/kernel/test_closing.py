@@ -14,7 +14,8 @@ from flashmoe_numba import FlashMoE
 from flashmoe_numba.backends import cpu
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.heap.threads import ThreadHeap
-from flashmoe_numba.kernel import signals as s
+from flashmoe_numba.kernel import control as s
+from flashmoe_numba.kernel.signals import EPOCH_SHIFT
 from flashmoe_numba.layer import layer as layer_module
 from reference import Weights
 
@@ -212,7 +213,7 @@ def test_a_layer_refuses_the_call_that_flags_cannot_count():
         layer._epoch = 2**31 - 3
         for call in ("the last call but one", "the last call"):
             assert_same_bits(layer(x), expected, call)
-        assert s.EPOCH_SHIFT == 32 and layer.stats[0].epoch == np.iinfo(np.int32).max
+        assert EPOCH_SHIFT == 32 and layer.stats[0].epoch == np.iinfo(np.int32).max
         for _ in range(2):
             with pytest.raises(FlashMoEError, match="at most 2147483647 calls"):
                 layer(x)

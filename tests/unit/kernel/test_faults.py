@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from cases import DTYPES, assert_same_bits, random_routing, random_tokens, tiny_config
+from cases import DTYPES, assert_same_bits, random_routing, random_tokens, record_words, tiny_config
 from children import run_python
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.errors import FlashMoEError, describe, explain
-from flashmoe_numba.kernel import signals as s
+from flashmoe_numba.errors import FlashMoEError
+from flashmoe_numba.kernel import control as s
+from flashmoe_numba.layer.failures import describe, explain
 from reference import Routing, Weights
 
 DEADLINE_S = 1.0
@@ -106,7 +107,7 @@ def test_a_missing_result_is_named():
     with FlashMoE(config, Weights.random(config), num_processors=1) as layer:
         controls = call_without_results(layer, x, routing)
         record = controls[0]
-        found = [int(record[i]) for i in (s.RECORD_ROLE, s.RECORD_FLAG, s.RECORD_PEER, s.RECORD_EXPERT, s.RECORD_M)]
+        found = record[record_words("role", "flag", "peer", "expert", "m")].tolist()
         assert found == [s.SUBSCRIBER, s.RESULT_FLAG, 1, 0, 0], f"{record}"
         message = explain(0, controls)
         assert "the result flag of rank 1, its expert 0, row tile 0; it holds epoch 0; 2 flags missing" in message
@@ -214,7 +215,7 @@ def test_a_closed_layer_stays_closed_after_a_fault(dtype):
 
 INTERRUPTED = """
 import os, signal, threading
-from cases import random_tokens, tiny_config
+from cases import random_tokens, record_words, tiny_config
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.errors import FlashMoEError
 from reference import Weights

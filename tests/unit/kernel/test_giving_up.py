@@ -4,14 +4,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cases import record_word, record_words
 
 from flashmoe_numba.device import pause, st_release
 from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Scheduler
-from flashmoe_numba.errors import describe, explain
-from flashmoe_numba.kernel import signals as s
-from flashmoe_numba.kernel.signals import DISPATCH_FLAG, GATE_FLAG, PROCESSOR, RESULT_FLAG, SUBSCRIBER, TASK_FLAG
+from flashmoe_numba.kernel import control as s
+from flashmoe_numba.kernel.control import (
+    DISPATCH_FLAG,
+    GATE_FLAG,
+    PROCESSOR,
+    RESULT_FLAG,
+    SUBSCRIBER,
+    TASK_FLAG,
+    AbortRecord,
+)
 from flashmoe_numba.kernel.waits import Wait
+from flashmoe_numba.layer.failures import describe, explain
 from reference.layout import CONTROL_WORDS
 
 KERNEL = interpreted("flashmoe_numba.kernel")
@@ -50,7 +59,9 @@ RECORD = dict(block=11, role=PROCESSOR, flag=RESULT_FLAG, peer=12, expert=13, m=
 
 
 def give_up(ranks, rank_idx, **changes):
-    WAITS.give_up(ranks.problem(rank_idx), ranks.segments(rank_idx), **(RECORD | changes))
+    p = ranks.problem(rank_idx)
+    record = AbortRecord(**(RECORD | changes), epoch=p.epoch, deadline_ns=p.deadline_ns)
+    WAITS.give_up(p, ranks.segments(rank_idx), record)
 
 
 @pytest.mark.parametrize("rank_idx", [0, 2])
@@ -59,8 +70,7 @@ def test_every_field_of_a_record_has_its_word(rank_idx):
     run(lambda: give_up(ranks, rank_idx))
     control = ranks.controls[rank_idx]
     assert control[s.RECORD] == s.COMPLETE
-    words = [s.RECORD_BLOCK, s.RECORD_ROLE, s.RECORD_FLAG, s.RECORD_PEER, s.RECORD_EXPERT, s.RECORD_M, s.RECORD_EPOCH]
-    words += [s.RECORD_FOUND, s.RECORD_MISSING, s.RECORD_DEADLINE_NS]
+    words = record_words("block", "role", "flag", "peer", "expert", "m", "epoch", "found", "missing", "deadline_ns")
     assert control[words].tolist() == [11, PROCESSOR, RESULT_FLAG, 12, 13, 14, 3, (15 << 32) + 1, 16, DEADLINE]
     assert ranks.words(s.ABORT) == [rank_idx + 1] * 3
     assert [bool(words.any()) for words in (c[s.RECORD :] for c in ranks.controls)] == [i == rank_idx for i in range(3)]
@@ -79,13 +89,13 @@ def test_a_second_block_stops_nobody_before_the_record_of_the_first_is_complete(
             pause(0)
             st_release(unused, 0, turn)  # something happens: this is no deadlock
         before.extend(ranks.words(s.ABORT))
-        control[s.RECORD_M] = 99
+        control[record_word("m")] = 99
         st_release(control, s.RECORD, s.COMPLETE)
 
     run(first, lambda: give_up(ranks, 1), seed=seed)
     assert before == [0, 0]
     assert ranks.words(s.ABORT) == [2, 2]
-    assert control[s.RECORD_M] == 99 and control[s.RECORD_BLOCK] == 0, "the record is the first block's"
+    assert control[record_word("m")] == 99 and control[record_word("block")] == 0, "the record is the first block's"
 
 
 def test_the_rank_that_set_the_abort_word_of_rank_0_first_is_named_by_all():
@@ -99,7 +109,8 @@ def test_a_host_that_leaves_says_why():
     for why in (s.FAILED, s.CLOSED_BY_THREAD, s.CLOSED_EARLY):
         ranks = Ranks()
         run(lambda ranks=ranks, why=why: WAITS.leave(ranks.problem(1), ranks.segments(1), why))
-        assert ranks.controls[1][[s.RECORD_ROLE, s.RECORD_FLAG, s.RECORD_M]].tolist() == [s.HOST, s.CLOSED_FLAG, why]
+        said = ranks.controls[1][record_words("role", "flag", "m")].tolist()
+        assert said == [s.HOST, s.CLOSED_FLAG, why]
 
 
 def test_a_processor_names_its_ticket():
@@ -158,7 +169,7 @@ def control(abort=0, **record):
     words = np.zeros(CONTROL_WORDS, np.int64)
     words[s.ABORT] = abort
     for name, value in record.items():
-        words[getattr(s, f"RECORD_{name.upper()}")] = value
+        words[record_word(name)] = value
         words[s.RECORD] = s.COMPLETE
     return words
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from cases import assert_equals_oracle, assert_same_bits, random_routing, random_tokens, tiny_config
+from cases import assert_equals_oracle, assert_same_bits, random_routing, random_tokens, record_words, tiny_config
 from interpreted_gpu import Event, make_layer
 
 from flashmoe_numba.errors import FlashMoEError
-from flashmoe_numba.kernel import signals as s
+from flashmoe_numba.kernel import control as s
 from reference import Weights
 
 CONFIG = tiny_config(num_ranks=2, num_experts=2, num_topk=1, num_tokens=4)
@@ -29,7 +29,8 @@ def fail(layer, culprit=1):
     """What the kernel leaves where a rank gave up, as the copy behind the launch finds it."""
     for rank in layer._ranks:
         rank.control[s.ABORT] = culprit + 1
-    layer._ranks[culprit].control[[s.RECORD_ROLE, s.RECORD_FLAG, s.RECORD]] = s.SUBSCRIBER, s.GATE_FLAG, s.COMPLETE
+    control = layer._ranks[culprit].control
+    control[[*record_words("role", "flag"), s.RECORD]] = s.SUBSCRIBER, s.GATE_FLAG, s.COMPLETE
 
 
 def verbs(gpu):

@@ -16,7 +16,7 @@ from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.gpu.gpu import Gpu
 from flashmoe_numba.heap.gpus import GpuHeap, GpuIpcHeap
 from flashmoe_numba.heap.mpi import MpiHeap
-from flashmoe_numba.kernel import signals as s
+from flashmoe_numba.kernel import control as s
 from reference import Weights
 
 CONFIG = tiny_config()

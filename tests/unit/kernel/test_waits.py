@@ -7,7 +7,7 @@ import pytest
 
 from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Scheduler
-from flashmoe_numba.kernel.signals import ABORT
+from flashmoe_numba.kernel.control import ABORT
 
 DEADLINE = 1000
 WAITS = interpreted("flashmoe_numba.kernel").waits
