@@ -37,7 +37,7 @@ from flashmoe_numba.processes.launch import guard_this_rank, inside_mpirun, star
 from flashmoe_numba.processes.together import MpiWorld
 from flashmoe_numba.seeing.trace import decode
 from reference import COMBINE, DISPATCH, MoEConfig, Weights
-from reference.tiles import RECEIVE
+from reference.task_kinds import RECEIVE
 from reference.traces import Slice
 
 DEADLINE_S = 60.0

@@ -14,7 +14,8 @@ from .arrays import Array, check_array
 from .config import MoEConfig
 from .layout import CONTROL_WORDS, FLAG_BYTES, Layout
 from .runs import packet_row_blocks, packet_tile_height
-from .tiles import KIND_NAMES, num_token_blocks, tiles_n0, tiles_n1
+from .task_kinds import KIND_NAMES
+from .tiles import num_token_blocks, tiles_n0, tiles_n1
 
 
 @dataclass(frozen=True, kw_only=True)

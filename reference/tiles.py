@@ -20,10 +20,7 @@ from typing import NamedTuple
 from .config import MoEConfig
 from .packets import Packets
 from .runs import RowTile, chunk_height, expert_tiles
-
-GATE, DISPATCH, GEMM0, GEMM1, COMBINE = range(5)
-KIND_NAMES = ("GATE", "DISPATCH", "GEMM0", "GEMM1", "COMBINE")
-RECEIVE = len(KIND_NAMES)  # no tile task: the OS block saw a packet, as traces record it
+from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
 
 
 class Task(NamedTuple):

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, RECEIVE
+from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, RECEIVE
 
 TRACE_KIND_NAMES = (*KIND_NAMES, "RECEIVE")
 MAX_FLOWS = 4096  # arrows; viewers get slow with more

@@ -13,7 +13,8 @@ from flashmoe_numba.explore.run.cells import COUNTERS
 from flashmoe_numba.kernel.control import PROGRESS
 from flashmoe_numba.kernel.queue import COUNTER_STRIDE, NUM_COUNTERS
 from reference import GATE, make_plan, num_row_blocks, tile_height
-from reference.tiles import KIND_NAMES, num_token_blocks, tiles_n0, tiles_n1
+from reference.task_kinds import KIND_NAMES
+from reference.tiles import num_token_blocks, tiles_n0, tiles_n1
 
 
 def equals_the_oracle(run):
@@ -144,8 +145,8 @@ def nothing_is_left_over(run):
     """At the end finished tiles are zero everywhere, the other set of counters is, and no block waits for a result."""
     for rank in run.world.ranks:
         case = f"rank {rank.rank_idx}"
-        assert not rank.packets.up_done.any() and not rank.packets.down_done.any(), f"{case}: finished tiles"
-        assert not rank.packets.tiles_to_queue.any(), f"{case}: tiles to queue"
+        assert not rank.received.up_done.any() and not rank.received.down_done.any(), f"{case}: finished tiles"
+        assert not rank.received.tiles_to_queue.any(), f"{case}: tiles to queue"
         assert not rank.tokens.results_left.any(), f"{case}: results left {rank.tokens.results_left}"
         counters = rank.queue.counters.reshape(2, -1)
         assert not counters[1 - (run.spec.epochs & 1)].any(), f"{case}: counters of the next call"

@@ -14,7 +14,7 @@ import numpy as np
 from flashmoe_numba.kernel import control as s
 from flashmoe_numba.kernel import queue as q
 from reference import Layout, MoEConfig
-from reference.tiles import KIND_NAMES
+from reference.task_kinds import KIND_NAMES
 
 Array = np.ndarray[Any, Any]
 

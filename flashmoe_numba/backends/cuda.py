@@ -189,9 +189,9 @@ class CudaBackend(Owned):
 
     def _words(self, arguments: tuple[Any, ...]) -> list[int]:
         """A rank's record, from the arguments of its first block."""
-        _, problem, segments, experts, tokens, packets, queue, _, _, trace = arguments
+        _, problem, segments, experts, tokens, received, queue, _, _, trace = arguments
         left = self._left[problem.rank_idx : problem.rank_idx + 1]
-        record = Record(problem, segments, experts, tokens, packets, queue, trace, left)
+        record = Record(problem, segments, experts, tokens, received, queue, trace, left)
         words = record_words(record, self.address)
         words[-3] *= _num_blocks(arguments)  # their buffers lie one after the other: all of them are one array
         return words

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, MoEConfig, Weights, make_workload
-from reference.tiles import RECEIVE
+from reference.task_kinds import RECEIVE
 from reference.traces import Slice
 
 from ..layer.layer import FlashMoE

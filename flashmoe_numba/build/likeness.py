@@ -23,7 +23,7 @@ def like_record(variant: Variant) -> Record:
     config = MoEConfig(**sizes, dtype=variant.dtype)
     segment = np.zeros(Layout(config).num_bytes, np.uint8)
     rank = Rank(config, 0, Weights.random(config), [segment], 1, _Likeness(variant), 0)
-    groups = (rank.problem, rank.segments, rank.experts, rank.tokens, rank.packets, rank.queue)
+    groups = (rank.problem, rank.segments, rank.experts, rank.tokens, rank.received, rank.queue)
     return Record(*groups, rank.all_traces, np.zeros(1, np.int64))
 
 

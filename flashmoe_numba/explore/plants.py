@@ -198,18 +198,18 @@ _ALL = (
     Plant(
         "no-barrier-after-gemm0",
         "a down projection begins before all lanes have multiplied",
-        "processor.py",
-        "    block_sync()\n    if lane() == 0 and finished_last(packets.up_done",
-        "    if lane() == 0 and finished_last(packets.up_done",
+        "gemms.py",
+        "    block_sync()\n    if lane() == 0 and finished_last(received.up_done",
+        "    if lane() == 0 and finished_last(received.up_done",
         (RACE, WRONG_RESULT),
         world="grid",
     ),
     Plant(
         "no-barrier-before-result-signal",
         "a result tile is signalled before all lanes have multiplied",
-        "processor.py",
-        "    block_sync()\n    if lane() == 0 and finished_last(packets.down_done",
-        "    if lane() == 0 and finished_last(packets.down_done",
+        "gemms.py",
+        "    block_sync()\n    if lane() == 0 and finished_last(received.down_done",
+        "    if lane() == 0 and finished_last(received.down_done",
         (RACE, WRONG_RESULT, POISON),
     ),
     Plant(
@@ -242,8 +242,8 @@ _ALL = (
         "task-before-its-fields",
         "a task is published before its fields are written",
         "queue.py",
-        "    queue.tasks[at + KIND] = kind\n",
-        "    st_release(queue.tasks, at + STAMP, p.epoch)\n    queue.tasks[at + KIND] = kind\n",
+        "    queue.tasks[at + KIND] = task.kind\n",
+        "    st_release(queue.tasks, at + STAMP, p.epoch)\n    queue.tasks[at + KIND] = task.kind\n",
         (RACE, DEADLOCK, COUNT, WRONG_RESULT, CONFLICT, POISON),
     ),
     Plant(
@@ -280,26 +280,26 @@ _ALL = (
     Plant(
         "gemm1-early",
         "the last GEMM0 of a row tile to begin, not to end, queues its GEMM1",
-        "processor.py",
+        "gemms.py",
         """\
     tile_gemm(
-        packets.hidden, packets.first_row[packet] + first,
-        segments.dispatch, packet * p.slots + first, rows, experts.up, expert, n, p.activation, scratch,
+        received.hidden, received.first_row[packet] + first,
+        segments.dispatch, packet * p.slots + first, rows, experts.up, expert, task.n, p.activation, scratch,
     )  # fmt: skip
     block_sync()
-    if lane() == 0 and finished_last(packets.up_done, packet * p.row_blocks + m, up_tiles(p)):
+    if lane() == 0 and finished_last(received.up_done, packet * p.row_blocks + m, up_tiles(p)):
         place = reserve(p, queue, down_tiles(p))
-        for down_n in range(down_tiles(p)):
-            fill(p, queue, place + down_n, GEMM1, source, expert, m, down_n)
+        for n in range(down_tiles(p)):
+            fill(p, queue, place + n, QueueTask(GEMM1, source, expert, m, n))
 """,
         """\
-    if lane() == 0 and finished_last(packets.up_done, packet * p.row_blocks + m, up_tiles(p)):
+    if lane() == 0 and finished_last(received.up_done, packet * p.row_blocks + m, up_tiles(p)):
         place = reserve(p, queue, down_tiles(p))
-        for down_n in range(down_tiles(p)):
-            fill(p, queue, place + down_n, GEMM1, source, expert, m, down_n)
+        for n in range(down_tiles(p)):
+            fill(p, queue, place + n, QueueTask(GEMM1, source, expert, m, n))
     tile_gemm(
-        packets.hidden, packets.first_row[packet] + first,
-        segments.dispatch, packet * p.slots + first, rows, experts.up, expert, n, p.activation, scratch,
+        received.hidden, received.first_row[packet] + first,
+        segments.dispatch, packet * p.slots + first, rows, experts.up, expert, task.n, p.activation, scratch,
     )  # fmt: skip
 """,
         (RACE, WRONG_RESULT, POISON),
@@ -384,8 +384,8 @@ _ALL = (
         "hidden-rows-shared",
         "hidden rows of all packets lie in one place",
         "subscriber.py",
-        "packets.first_row[packet] = fetch_add",
-        "packets.first_row[packet] = 0 * fetch_add",
+        "received.first_row[packet] = fetch_add",
+        "received.first_row[packet] = 0 * fetch_add",
         (WRONG_RESULT, RACE),
     ),
     # Epochs
@@ -443,8 +443,8 @@ _ALL = (
         "rows-remembered",
         "rows of an earlier call's packet are remembered where this call's is empty",
         "subscriber.py",
-        "    packets.rows[packet] = rows\n",
-        "    if rows > 0:\n        packets.rows[packet] = rows\n",
+        "    received.rows[packet] = rows\n",
+        "    if rows > 0:\n        received.rows[packet] = rows\n",
         (COUNT, WRONG_RESULT),
     ),
     Plant(
@@ -467,7 +467,7 @@ _ALL = (
     Plant(
         "later-row-tiles-not-signalled",
         "only the first row tile of a packet is signalled",
-        "processor.py",
+        "gemms.py",
         "        tell_results(p, segments, source, e, m, rows)",
         "        if m == 0:\n            tell_results(p, segments, source, e, m, rows)",
         (DEADLOCK,),
@@ -493,7 +493,7 @@ _ALL = (
     Plant(
         "last-finisher-early",
         "the last but one tile finished is taken for the last",
-        "processor.py",
+        "gemms.py",
         "fetch_add(done, i, 1) + 1 <",
         "fetch_add(done, i, 1) + 2 <",
         (CONFLICT, RACE, COUNT, OUT_OF_BOUNDS, WRONG_RESULT, POISON),
@@ -501,7 +501,7 @@ _ALL = (
     Plant(
         "last-finisher-late",
         "one more finished tile is waited for than there are",
-        "processor.py",
+        "gemms.py",
         "fetch_add(done, i, 1) + 1 <",
         "fetch_add(done, i, 1) <",
         (DEADLOCK,),
@@ -509,7 +509,7 @@ _ALL = (
     Plant(
         "finished-tiles-not-reset",
         "the last finisher leaves its counter as it is",
-        "processor.py",
+        "gemms.py",
         "    done[i] = 0\n",
         "",
         (CONFLICT, COUNT, RACE, OUT_OF_BOUNDS, WRONG_RESULT, POISON),
@@ -592,14 +592,14 @@ _ALL = (
         """\
                 seen += 1
         if row_tiles > 0:
-            queue_gemm0(p, packets, queue, expert, row_tiles)
+            queue_gemm0(p, received, queue, expert, row_tiles)
     if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
 """,
         """\
                 seen += 1
                 counted = fetch_add(queue.counters, counter(p, PACKETS_SEEN), 1) + 1
         if row_tiles > 0:
-            queue_gemm0(p, packets, queue, expert, row_tiles)
+            queue_gemm0(p, received, queue, expert, row_tiles)
     if seen > 0 and counted == p.num_experts:
 """,
         (COUNT, WRONG_RESULT, DEADLOCK),
@@ -701,7 +701,7 @@ _ALL = (
         "arrived-packet-blamed",
         "who gives up names a packet that is here",
         "subscriber.py",
-        "        if expert % lanes() == lane() and packets.seen[packet] != p.epoch:\n",
+        "        if expert % lanes() == lane() and received.seen[packet] != p.epoch:\n",
         "        if expert % lanes() == lane():\n",
         (BLAME,),
         world="lost on the way",
@@ -763,34 +763,34 @@ _ALL = (
     Plant(
         "first-row-tile-again",
         "the down projection takes the first row tile's hidden rows",
-        "processor.py",
-        "packets.hidden, packets.first_row[packet] + first, rows, experts.down",
-        "packets.hidden, packets.first_row[packet], rows, experts.down",
+        "gemms.py",
+        "received.hidden, received.first_row[packet] + first, rows, experts.down",
+        "received.hidden, received.first_row[packet], rows, experts.down",
         (WRONG_RESULT,),
         world="tall packets",
     ),
     Plant(
         "tile-heights-disagree",
         "owner and source disagree on the height of row tiles",
-        "processor.py",
-        "height = tile_height(packets.rows[packet], p.tile_m_min, p.tile_m)",
+        "gemms.py",
+        "height = tile_height(received.rows[packet], p.tile_m_min, p.tile_m)",
         "height = p.tile_m_min",
         (WRONG_RESULT, POISON),
     ),
     Plant(
         "column-tile-twice",
         "a column tile of weights is used twice",
-        "processor.py",
-        "experts.up, expert, n,",
-        "experts.up, expert, max(n - 1, 0),",
+        "gemms.py",
+        "experts.up, expert, task.n,",
+        "experts.up, expert, max(task.n - 1, 0),",
         (WRONG_RESULT, POISON, RACE),
     ),
     Plant(
         "first-experts-weights",
         "every expert has the first one's down projection",
-        "processor.py",
-        "experts.down, expert, n,",
-        "experts.down, 0, n,",
+        "gemms.py",
+        "experts.down, expert, task.n,",
+        "experts.down, 0, task.n,",
         (WRONG_RESULT,),
     ),
     Plant(
@@ -822,7 +822,7 @@ _ALL = (
     Plant(
         "rows-of-a-whole-tile",
         "a result tile's signal tells of a whole tile's rows",
-        "processor.py",
+        "gemms.py",
         "tell_results(p, segments, source, e, m, rows)",
         "tell_results(p, segments, source, e, m, p.tile_m)",
         (WRONG_RESULT,),

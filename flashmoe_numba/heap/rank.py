@@ -16,7 +16,7 @@ from reference.runs import packet_row_blocks, packet_tile_height
 
 from ..device.storage import storage_dtype
 from ..kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
-from ..kernel.state import BOX_WORDS, Experts, Packets, Problem, Queue, Segments, Tokens
+from ..kernel.state import BOX_WORDS, Experts, Problem, Queue, Received, Segments, Tokens
 from ..kernel.trace import RECORD_WORDS
 from ..processes.ownership import Owned
 
@@ -78,7 +78,7 @@ class Rank(Owned):
         self.config, self.rank_idx, self.num_processors, self._backend = config, rank_idx, num_processors, backend
         self.layout = Layout(config)
         self.segments = self._segments(segments)
-        self.packets = self._packets()
+        self.received = self._received()
         self.experts = self._experts(weights)
         self.queue = Queue(
             backend.zeros(max_tasks(config) * TASK_WORDS, np.int64),
@@ -129,7 +129,7 @@ class Rank(Owned):
 
     def _arguments(self, block: int, problem: Problem, tokens: Tokens) -> tuple[Any, ...]:
         scratch = self.scratch[min(block, self.num_processors - 1)]  # the OS block uses none
-        arguments = (block, problem, self.segments, self.experts, tokens, self.packets, self.queue, scratch)
+        arguments = (block, problem, self.segments, self.experts, tokens, self.received, self.queue, scratch)
         return (*arguments, self.boxes[block], self.traces[block])
 
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
@@ -145,7 +145,7 @@ class Rank(Owned):
 
     def stats(self, epoch: int, num_tokens: int) -> Stats:
         c = self.config
-        seen, rows, sent = map(self._backend.to_host, (self.packets.seen, self.packets.rows, self.tokens.sent))
+        seen, rows, sent = map(self._backend.to_host, (self.received.seen, self.received.rows, self.tokens.sent))
         received, routing = np.where(seen == epoch, rows, 0), self.routing(num_tokens)
         heights = [packet_tile_height(int(num_rows), c) for num_rows in received]
         tiles = [packet_row_blocks(int(num_rows), c) for num_rows in received]
@@ -197,20 +197,20 @@ class Rank(Owned):
         return Experts(
             router=pack([router], [None], c.tile_n, c.accumulator, None),
             up=pack(ups, up_biases, c.tile_ffn, c.accumulator, self.segments.dispatch),
-            down=pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator, self.packets.hidden),
+            down=pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator, self.received.hidden),
         )
 
     def _words(self, values: list[int]) -> np.ndarray:
         return self._backend.array(np.array(values, np.int64))
 
-    def _packets(self) -> Packets:
+    def _received(self) -> Received:
         c, row_blocks = self.config, self.layout.row_blocks
         element = storage_dtype(c.numpy_dtype)
 
         def words(size: int) -> np.ndarray:
             return self._backend.zeros(size, np.int64)
 
-        return Packets(
+        return Received(
             seen=words(c.num_experts),
             rows=words(c.num_experts),
             first_row=words(c.num_experts),

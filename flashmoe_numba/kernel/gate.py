@@ -11,9 +11,9 @@ import math
 
 from flashmoe_numba.device import block_sync, fetch_add, jit, lane, lanes, st_release
 from flashmoe_numba.tile_gemm import IDENTITY, tile_gemm
-from reference.tiles import COMBINE, DISPATCH
+from reference.task_kinds import COMBINE, DISPATCH
 
-from .queue import GATE_OPEN, GATES_DONE, counter, fill, push, reserve
+from .queue import GATE_OPEN, GATES_DONE, QueueTask, counter, fill, push, reserve
 from .sizes import num_gate_tasks, num_row_blocks, num_token_blocks, tile_height
 from .state import IS_LAST
 
@@ -127,10 +127,10 @@ def open_gate(p, tokens, queue):
         first = reserve(p, queue, p.num_experts)
         for i in range(p.num_experts):  # begin with the next rank, so that not all send to the same one first
             e = ((p.rank_idx + 1) * p.experts_per_rank + i) % p.num_experts
-            fill(p, queue, first + i, DISPATCH, e // p.experts_per_rank, e % p.experts_per_rank, 0, 0)
+            fill(p, queue, first + i, QueueTask(DISPATCH, e // p.experts_per_rank, e % p.experts_per_rank, 0, 0))
         for b in range(num_token_blocks(p)):
             if tokens.tiles_left[b] == 0:  # no pair is sent: none was chosen, or all were dropped
-                push(p, queue, COMBINE, 0, 0, b, 0)
+                push(p, queue, QueueTask(COMBINE, 0, 0, b, 0))
         st_release(queue.counters, counter(p, GATE_OPEN), 1)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from flashmoe_numba.device import block_sync, fetch_add, jit, lane, record_at
 
 from .persistent import persistent
-from .state import Experts, Packets, Problem, Queue, Segments, Tokens
+from .state import Experts, Problem, Queue, Received, Segments, Tokens
 
 # words of the header
 BLOCKS_PER_RANK, RECORD_WORDS = 0, 1
@@ -26,7 +26,7 @@ class Record(NamedTuple):
     segments: Segments
     experts: Experts
     tokens: Tokens
-    packets: Packets
+    received: Received
     queue: Queue
     traces: Any  # int64 [blocks, words of a block's buffer]
     left: Any  # int64 [1]: blocks that have left this epoch
@@ -43,7 +43,7 @@ def grid_block(index, table, like, scratch, box):
     trace = r.traces[block * trace_words : (block + 1) * trace_words]
     if trace_words > 0 and lane() == 0:
         trace[0] = 0
-    persistent(block, r.problem, r.segments, r.experts, r.tokens, r.packets, r.queue, scratch, box, trace)
+    persistent(block, r.problem, r.segments, r.experts, r.tokens, r.received, r.queue, scratch, box, trace)
     block_sync()
     if lane() == 0 and fetch_add(r.left, 0, 1) + 1 == num_blocks:  # nobody needs this epoch's number any more
         r.left[0] = 0

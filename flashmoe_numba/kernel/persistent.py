@@ -9,13 +9,13 @@ from .subscriber import os_block
 
 
 @jit(entry=True)
-def persistent(block, p, segments, experts, tokens, packets, queue, scratch, box, trace):
+def persistent(block, p, segments, experts, tokens, received, queue, scratch, box, trace):
     """Run block `block` of this rank: blocks [0, num_processors) are processors, the last is the OS block.
 
     `scratch` and `box` belong to the block: working memory of the tile GEMM, and words that its lanes share. `trace` is
     the block's record buffer, of size 0 when nothing is to be recorded.
     """
     if block == p.num_processors:
-        os_block(p, block, segments, tokens, packets, queue, trace)
+        os_block(p, block, segments, tokens, received, queue, trace)
     else:
-        processor(p, block, segments, experts, tokens, packets, queue, scratch, box, trace)
+        processor(p, block, segments, experts, tokens, received, queue, scratch, box, trace)

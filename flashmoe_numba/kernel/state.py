@@ -87,7 +87,7 @@ class Tokens(NamedTuple):
     result_seen: np.ndarray  # int64 [num_experts, row_blocks]: epoch in which the flag was seen
 
 
-class Packets(NamedTuple):
+class Received(NamedTuple):
     """Packets that this rank received, and how far its experts are with them."""
 
     seen: np.ndarray  # int64 [packets]: epoch in which the signal was seen

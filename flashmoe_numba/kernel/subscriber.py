@@ -9,7 +9,7 @@ stop by.
 from __future__ import annotations
 
 from flashmoe_numba.device import fetch_add, jit, lane, lanes, ld_acquire, ld_relaxed, now, st_release
-from reference.tiles import COMBINE, GATE, GEMM0, RECEIVE
+from reference.task_kinds import COMBINE, GATE, GEMM0, RECEIVE
 
 from .control import DISPATCH_FLAG, GATE_FLAG, RESULT_FLAG, SUBSCRIBER, AbortRecord
 from .queue import (
@@ -18,6 +18,7 @@ from .queue import (
     HIDDEN_ROWS,
     PACKETS_SEEN,
     TOTAL,
+    QueueTask,
     counter,
     fill,
     push,
@@ -31,17 +32,17 @@ from .waits import aborted, begin_wait, give_up, keep_waiting, note_silence, sil
 
 
 @jit
-def os_block(p, block, segments, tokens, packets, queue, trace):
+def os_block(p, block, segments, tokens, received, queue, trace):
     if lane() == 0:
         zero_next_counters(p, queue)
         first = reserve(p, queue, num_gate_tasks(p))
         for b in range(num_gate_tasks(p)):
-            fill(p, queue, first + b, GATE, 0, 0, b, 0)
-    subscribe(p, block, segments, tokens, packets, queue, trace)
+            fill(p, queue, first + b, QueueTask(GATE, 0, 0, b, 0))
+    subscribe(p, block, segments, tokens, received, queue, trace)
 
 
 @jit
-def subscribe(p, block, segments, tokens, packets, queue, trace):
+def subscribe(p, block, segments, tokens, received, queue, trace):
     """Poll this lane's flags until all have been seen."""
     packets_left = (p.experts_per_rank - lane() + lanes() - 1) // lanes() * p.num_ranks
     results_left = -1  # unknown until the gate is open
@@ -52,7 +53,7 @@ def subscribe(p, block, segments, tokens, packets, queue, trace):
             results_left = count_results(p, tokens)
             seen += 1
         if results_left >= 0:  # not before: this rank's dispatches, which its peers wait for, come first in the queue
-            arrived = poll_packets(p, segments, packets, queue, trace)
+            arrived = poll_packets(p, segments, received, queue, trace)
             landed = poll_results(p, segments, tokens, queue)
             packets_left -= arrived
             results_left -= landed
@@ -65,25 +66,25 @@ def subscribe(p, block, segments, tokens, packets, queue, trace):
             wait = keep_waiting(p, segments, wait)
             note_silence(p, segments, wait)
             if silence_ns(wait) > p.deadline_ns:
-                blame(p, block, segments, tokens, packets, packets_left, results_left)
+                blame(p, block, segments, tokens, received, packets_left, results_left)
                 return
 
 
 @jit
-def poll_packets(p, segments, packets, queue, trace):
+def poll_packets(p, segments, received, queue, trace):
     """Admit what has arrived for this lane's experts since the last look; returns how many packets."""
     seen = 0
     for expert in range(lane(), p.experts_per_rank, lanes()):
         row_tiles = 0
         for source in range(p.num_ranks):
             packet = source * p.experts_per_rank + expert
-            if packets.seen[packet] != p.epoch and word_epoch(ld_relaxed(segments.dispatch_flag, packet)) >= p.epoch:
+            if received.seen[packet] != p.epoch and word_epoch(ld_relaxed(segments.dispatch_flag, packet)) >= p.epoch:
                 start = now()
-                row_tiles += open_packet(p, segments, packets, queue, packet)
-                note_event(trace, RECEIVE, source, expert, 0, packets.rows[packet], start)
+                row_tiles += open_packet(p, segments, received, queue, packet)
+                note_event(trace, QueueTask(RECEIVE, source, expert, 0, received.rows[packet]), start)
                 seen += 1
         if row_tiles > 0:
-            queue_gemm0(p, packets, queue, expert, row_tiles)
+            queue_gemm0(p, received, queue, expert, row_tiles)
     if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
         gemms = ld_acquire(queue.counters, counter(p, GEMM_TASKS))
         total = num_gate_tasks(p) + p.num_experts + num_token_blocks(p) + gemms
@@ -92,33 +93,33 @@ def poll_packets(p, segments, packets, queue, trace):
 
 
 @jit
-def open_packet(p, segments, packets, queue, packet):
+def open_packet(p, segments, received, queue, packet):
     """Take note of a packet that is here; returns its number of row tiles."""
     word = ld_acquire(segments.dispatch_flag, packet)
     # A word of the next epoch: its sender has left this one, so its packet held nothing that we had to answer.
     rows = word_rows(word) if word_epoch(word) == p.epoch else 0
     row_tiles = num_row_blocks(rows, p.tile_m_min, p.tile_m)
     height = tile_height(rows, p.tile_m_min, p.tile_m)
-    packets.seen[packet] = p.epoch
-    packets.rows[packet] = rows
-    packets.tiles_to_queue[packet] = row_tiles
-    packets.first_row[packet] = fetch_add(queue.counters, counter(p, HIDDEN_ROWS), row_tiles * height)
+    received.seen[packet] = p.epoch
+    received.rows[packet] = rows
+    received.tiles_to_queue[packet] = row_tiles
+    received.first_row[packet] = fetch_add(queue.counters, counter(p, HIDDEN_ROWS), row_tiles * height)
     return row_tiles
 
 
 @jit
-def queue_gemm0(p, packets, queue, expert, row_tiles):
+def queue_gemm0(p, received, queue, expert, row_tiles):
     """Queue the GEMM0 tasks of an expert's new packets, all row tiles of a column tile in a row: they share weights."""
     fetch_add(queue.counters, counter(p, GEMM_TASKS), row_tiles * (up_tiles(p) + down_tiles(p)))
     place = reserve(p, queue, row_tiles * up_tiles(p))
     for n in range(up_tiles(p)):
         for source in range(p.num_ranks):
             packet = source * p.experts_per_rank + expert
-            for m in range(packets.tiles_to_queue[packet]):
-                fill(p, queue, place, GEMM0, source, expert, m, n)
+            for m in range(received.tiles_to_queue[packet]):
+                fill(p, queue, place, QueueTask(GEMM0, source, expert, m, n))
                 place += 1
     for source in range(p.num_ranks):
-        packets.tiles_to_queue[source * p.experts_per_rank + expert] = 0
+        received.tiles_to_queue[source * p.experts_per_rank + expert] = 0
 
 
 @jit
@@ -156,7 +157,7 @@ def land(p, tokens, queue, e, m):
     b = block_of_slot(p, tokens, e, first)
     while b < num_token_blocks(p) and tokens.bases[b * p.num_experts + e] < end:
         if tokens.counts[b * p.num_experts + e] > 0 and fetch_add(tokens.tiles_left, b, -1) == 1:
-            push(p, queue, COMBINE, 0, 0, b, 0)
+            push(p, queue, QueueTask(COMBINE, 0, 0, b, 0))
         b += 1
 
 
@@ -174,14 +175,14 @@ def block_of_slot(p, tokens, e, slot):
 
 
 @jit
-def blame(p, block, segments, tokens, packets, packets_left, results_left):
+def blame(p, block, segments, tokens, received, packets_left, results_left):
     """Name a flag that this lane still waits for."""
     if results_left < 0:
         record = AbortRecord(block, SUBSCRIBER, GATE_FLAG, p.rank_idx, 0, 0, p.epoch, 0, 1, p.deadline_ns)
         give_up(p, segments, record)
         return
     missing = packets_left + results_left
-    packet = overdue_packet(p, segments, packets)
+    packet = overdue_packet(p, segments, received)
     if packet >= 0:
         source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
         found = ld_relaxed(segments.dispatch_flag, packet)
@@ -204,12 +205,12 @@ def blame(p, block, segments, tokens, packets, packets_left, results_left):
 
 
 @jit
-def overdue_packet(p, segments, packets):
+def overdue_packet(p, segments, received):
     """The first packet that this lane misses of a rank that does not wait itself, else the first it misses, or -1."""
     first = -1
     for packet in range(p.num_experts):
         source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
-        if expert % lanes() == lane() and packets.seen[packet] != p.epoch:
+        if expert % lanes() == lane() and received.seen[packet] != p.epoch:
             if not waits_itself(p, segments, source):
                 return packet
             if first < 0:

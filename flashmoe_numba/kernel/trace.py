@@ -8,16 +8,16 @@ RECORD_WORDS = 8  # kind, peer, expert, m, n, start, end
 
 
 @jit
-def note_event(trace, kind, peer, expert, m, n, start):
-    """Append a record of this lane. `trace[0]` counts them; an empty buffer records nothing, a full one only counts."""
+def note_event(trace, task, start):
+    """Append what this lane did. `trace[0]` counts records; an empty buffer takes none, a full one only counts."""
     if trace.size > 0:
         i = fetch_add(trace, 0, 1) + 1
         at = i * RECORD_WORDS
         if at + RECORD_WORDS <= trace.size:
-            trace[at] = kind
-            trace[at + 1] = peer
-            trace[at + 2] = expert
-            trace[at + 3] = m
-            trace[at + 4] = n
+            trace[at] = task.kind
+            trace[at + 1] = task.peer
+            trace[at + 2] = task.expert
+            trace[at + 3] = task.m
+            trace[at + 4] = task.n
             trace[at + 5] = start
             trace[at + 6] = now()

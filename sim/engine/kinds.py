@@ -10,7 +10,7 @@ nothing: it names the moment at which several tasks are done.
 from __future__ import annotations
 
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
-from reference.tiles import RECEIVE
+from reference.task_kinds import RECEIVE
 from reference.traces import TRACE_KIND_NAMES
 
 KIND_NAMES = (

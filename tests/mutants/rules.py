@@ -29,8 +29,8 @@ OTHER = {ast.And: ast.Or, ast.Or: ast.And}
 EXPRESSIONS = (ast.expr, ast.keyword, ast.comprehension, ast.withitem)
 SYMMETRIC = {"min", "max"}
 GROUPS = {  # arrays and objects: where one of these and a number change places, nothing runs
-    "p", "segments", "experts", "tokens", "packets", "queue", "scratch", "box", "trace", "matrices", "control", "words",
-    "nodes", "servers", "links", "expected", "counters", "runs", "marks", "events", "items", "succ", "graph",
+    "p", "segments", "experts", "tokens", "received", "queue", "scratch", "box", "trace", "matrices", "control",
+    "words", "nodes", "servers", "links", "expected", "counters", "runs", "marks", "events", "items", "succ", "graph",
     "typing", "context", "builder", "b",
 }  # fmt: skip
 CONTEXT = 40  # characters on each side of an edit that a name shows

@@ -11,7 +11,7 @@ from flashmoe_numba.bench import calibrate as bench
 from flashmoe_numba.bench.calibrate import ROWS, Call, Rates, Settings, fit_tiles, rates
 from flashmoe_numba.commands import calibrate as command
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, MoEConfig
-from reference.tiles import RECEIVE
+from reference.task_kinds import RECEIVE
 from reference.traces import Slice
 from sim.world.hardware import VALUES
 

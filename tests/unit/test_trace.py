@@ -10,7 +10,7 @@ from flashmoe_numba import FlashMoE
 from flashmoe_numba.seeing.plots import plot_timeline
 from flashmoe_numba.seeing.trace import chrome_trace, decode, write_chrome_trace
 from reference import DISPATCH, GATE, GEMM0, Task, Weights, load_preset, make_packets, make_workload, task_graph, traces
-from reference.tiles import RECEIVE
+from reference.task_kinds import RECEIVE
 from reference.traces import Slice
 
 NUM_PROCESSORS = 2

@@ -57,7 +57,7 @@ class Arrays:
         weights = self.weights.shard(rank_idx, c.num_ranks)
         records = max_tasks(c) + c.num_experts
         rank = Rank(c, rank_idx, weights, segments, spec.num_processors, self._backend, records)
-        for group in (rank.segments, rank.tokens, rank.packets, rank.queue):
+        for group in (rank.segments, rank.tokens, rank.received, rank.queue):
             for name, array in zip(group._fields, group, strict=True):
                 self._watch(rank_idx, f"{type(group).__name__.lower()}.{name}", array)
         for block in range(self.num_blocks):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from reference import Layout, MoEConfig
-from reference.tiles import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
+from reference.task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
 
 from ...kernel import control, queue, signals
 

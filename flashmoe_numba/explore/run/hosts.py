@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from reference import Routing, Task
-from reference.tiles import RECEIVE
+from reference.task_kinds import RECEIVE
 
 from ...device.fibers import Fiber, Scheduler, clock, current, note_progress
 from ...device.records import record_words
@@ -65,9 +65,9 @@ class Table:
         return rank.rank_idx * self._world.num_blocks + block, self.region, record, scratch, box
 
     def _record(self, rank: Rank, of_persistent: tuple[Any, ...]) -> Record:
-        _, problem, segments, experts, tokens, packets, queue, *_ = of_persistent
+        _, problem, segments, experts, tokens, received, queue, *_ = of_persistent
         left = self._left[rank.rank_idx]
-        return Record(problem, segments, experts, tokens, packets, queue, rank.all_traces, left)
+        return Record(problem, segments, experts, tokens, received, queue, rank.all_traces, left)
 
     @staticmethod
     def _words(record: Record) -> list[int]:
@@ -188,7 +188,7 @@ def _call_of(rank: Rank, y: np.ndarray) -> Call:
     shape = (c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
     results = rank.segments.result.view(c.numpy_dtype).reshape(shape).copy()
     flags = rank.segments.result_flag.reshape(c.num_experts, -1).copy()
-    rows = rank.packets.rows.reshape(shape[:2]).copy()
+    rows = rank.received.rows.reshape(shape[:2]).copy()
     return Call(y.copy(), rank.routing(len(y)), results, flags, rows, _tasks(rank))
 
 

@@ -180,7 +180,7 @@ def test_a_bad_seed_is_replayed_by_its_command(capsys):
     flags = ["--plant", "gemm1-early", "--strategy", "pct", "--processors", "3"]
     status, out, _ = flashmoe(capsys, *flags, "--seeds=8", "--seed", "5", "--jobs", "1", "--history", "3")
     assert status == 1
-    assert re.search(r"race: rank \d packets.hidden\[\d+\]: .* at gemm\d:\d+ and .* at gemm\d:\d+", out), out
+    assert re.search(r"race: rank \d received.hidden\[\d+\]: .* at gemm\d:\d+ and .* at gemm\d:\d+", out), out
     replay = out.splitlines()[-1].removeprefix("replay: flashmoe explore ").split()
     assert replay[:-4] == flags
     assert replay[-4::2] == ["--seed", "--seeds"]

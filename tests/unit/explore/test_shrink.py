@@ -114,7 +114,7 @@ def test_a_run_without_the_report_is_not_shrunk():
 
 def test_reports_of_worlds_of_any_size_are_the_same_finding():
     def race(rank, i, *places):
-        return Report("race", f"{i}", (f"rank {rank} packets.hidden", i), tuple(Site("x", i, p) for p in places))
+        return Report("race", f"{i}", (f"rank {rank} received.hidden", i), tuple(Site("x", i, p) for p in places))
 
     assert finding(race(0, 3, "gemm0:1", "gemm1:2")) == finding(race(1, 0, "gemm1:2", "gemm0:1"))
     assert finding(race(0, 3, "gemm0:1", "gemm1:2")) != finding(race(0, 3, "gemm0:1", "gemm1:3"))

@@ -209,7 +209,7 @@ def test_a_lost_signal_of_the_kernel_is_reported_with_its_place(monkeypatch):
 
     with FlashMoE(config, weights, backend="fibers", lanes=2, num_processors=1) as layer:
         layer(x)
-        monkeypatch.setattr(kernel.processor, "tell_results", forgets_one)
+        monkeypatch.setattr(kernel.gemms, "tell_results", forgets_one)
         with pytest.raises(Deadlock, match=r"rank \d OS block lane \d at .*subscribe:\d+") as caught:
             layer(x)
         assert str(caught.value).count("wait_for_place:") == 2, f"{caught.value}"

@@ -13,7 +13,7 @@ from flashmoe_numba import FlashMoE
 from flashmoe_numba.kernel.queue import EXPERT, KIND, PEER, STAMP, TASK_WORDS, M, N
 from flashmoe_numba.kernel.trace import RECORD_WORDS
 from reference import GATE, Task, Weights, make_packets, softmax_topk, task_graph
-from reference.tiles import RECEIVE
+from reference.task_kinds import RECEIVE
 
 backends = st.sampled_from([{"backend": "cpu"}, {"backend": "fibers", "lanes": 1}, {"backend": "fibers", "lanes": 3}])
 

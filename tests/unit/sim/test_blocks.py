@@ -7,7 +7,7 @@ from policy_worlds import small_world
 
 from reference import MoEConfig, make_packets, task_graph
 from reference.runs import packet_tile_height
-from reference.tiles import COMBINE, GEMM0
+from reference.task_kinds import COMBINE, GEMM0
 from sim.drafting.blocks import blocks_per_expert, blocks_per_source, ladder
 from sim.world.routing import make_routing
 
