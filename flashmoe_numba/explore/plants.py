@@ -165,9 +165,9 @@ _ALL = (
     Plant(
         "no-barrier-after-logits",
         "tokens choose experts before all lanes have made logits",
-        "gate.py",
-        "        compute_logits(p, tokens, experts, scratch, first, rows)\n        block_sync()\n",
-        "        compute_logits(p, tokens, experts, scratch, first, rows)\n",
+        "router.py",
+        "    compute_logits(p, tokens, experts, scratch, first, rows)\n    block_sync()\n",
+        "    compute_logits(p, tokens, experts, scratch, first, rows)\n",
         (WRONG_RESULT, POISON, RACE),
     ),
     Plant(
@@ -796,7 +796,7 @@ _ALL = (
     Plant(
         "not-renormalised",
         "weights of the chosen experts are not normalised",
-        "gate.py",
+        "router.py",
         "    if p.renormalize:\n",
         "    if False:\n",
         (WRONG_RESULT,),
@@ -804,7 +804,7 @@ _ALL = (
     Plant(
         "softmax-without-sum",
         "the softmax is not divided by its sum",
-        "gate.py",
+        "router.py",
         " - highest) / total",
         " - highest)",
         (WRONG_RESULT,),
@@ -813,7 +813,7 @@ _ALL = (
     Plant(
         "tie-to-the-last",
         "of experts with the same logits, the last one is chosen",
-        "gate.py",
+        "router.py",
         "logit > tokens.logits[at + best]",
         "logit >= tokens.logits[at + best]",
         (WRONG_RESULT,),

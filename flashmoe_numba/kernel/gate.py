@@ -1,4 +1,4 @@
-"""The gate: logits, softmax and top-k of a token block, then the slots of all pairs in token order.
+"""The gate: a token block's routing (router.py), then the slots of all pairs in token order.
 
 A GATE task handles one token block and sorts its pairs by expert. The block that finishes last adds up the counts of
 all token blocks, which gives every pair its slot without an atomic: routing, drops and slots depend on the tokens
@@ -7,13 +7,11 @@ alone.
 
 from __future__ import annotations
 
-import math
-
 from flashmoe_numba.device import block_sync, fetch_add, jit, lane, lanes, st_release
-from flashmoe_numba.tile_gemm import IDENTITY, tile_gemm
 from reference.task_kinds import COMBINE, DISPATCH
 
 from .queue import GATE_OPEN, GATES_DONE, QueueTask, counter, fill, push, reserve
+from .router import route
 from .sizes import num_gate_tasks, num_row_blocks, num_token_blocks, tile_height
 from .state import IS_LAST
 
@@ -23,10 +21,7 @@ def gate(p, tokens, experts, queue, scratch, box, token_block):
     first = token_block * p.token_block
     rows = min(p.token_block, p.num_tokens - first)
     if rows > 0 and not p.routed:
-        compute_logits(p, tokens, experts, scratch, first, rows)
-        block_sync()
-        for token in range(first + lane(), first + rows, lanes()):
-            choose_experts(p, tokens, token)
+        route(p, tokens, experts, scratch, first, rows)
     block_sync()
     sort_pairs(p, tokens, token_block, first * p.num_topk, rows * p.num_topk)
     block_sync()
@@ -36,50 +31,6 @@ def gate(p, tokens, experts, queue, scratch, box, token_block):
     block_sync()
     if box[IS_LAST]:
         open_gate(p, tokens, queue)
-
-
-@jit
-def compute_logits(p, tokens, experts, scratch, first, rows):
-    """logits[first:first + rows] = x @ router.T"""
-    for n in range((p.num_experts + p.tile_experts - 1) // p.tile_experts):
-        tile_gemm(tokens.logits, first, tokens.x, first, rows, experts.router, 0, n, IDENTITY, scratch)
-
-
-@jit
-def choose_experts(p, tokens, token):
-    """Softmax over all experts, greedy top-k on the logits, ties to the lowest index; spends the token's logits.
-
-    A row with a NaN or an infinity chooses experts 0..k-1 with NaN weights, so that it spoils its own result only.
-    """
-    at = token * p.num_experts
-    highest = tokens.logits[at]
-    for e in range(p.num_experts):
-        if tokens.logits[at + e] > highest:
-            highest = tokens.logits[at + e]
-    total = highest - highest
-    for e in range(p.num_experts):
-        total += math.exp(tokens.logits[at + e] - highest)
-    chosen = total - total
-    for j in range(token * p.num_topk, (token + 1) * p.num_topk):
-        best = best_expert(p, tokens, at) if total == total else j - token * p.num_topk
-        tokens.topk_idx[j] = best
-        tokens.topk_weights[j] = math.exp(tokens.logits[at + best] - highest) / total
-        tokens.logits[at + best] = math.nan  # taken
-        chosen += tokens.topk_weights[j]
-    if p.renormalize:
-        for j in range(token * p.num_topk, (token + 1) * p.num_topk):
-            tokens.topk_weights[j] = tokens.topk_weights[j] / chosen
-
-
-@jit
-def best_expert(p, tokens, at):
-    """The expert of the largest logit that is not NaN."""
-    best = -1
-    for e in range(p.num_experts):
-        logit = tokens.logits[at + e]
-        if logit == logit and (best < 0 or logit > tokens.logits[at + best]):
-            best = e
-    return best
 
 
 @jit
