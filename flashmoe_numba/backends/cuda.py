@@ -24,10 +24,9 @@ from ..kernel.grid import HEADER_WORDS, Record
 from ..kernel.state import Problem, Segments
 from ..processes.ownership import Owned
 from ..tile_gemm import as_matrices
-from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, tma_matrices
+from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, THREADS, tma_matrices
 from ..tile_gemm.matrices import MAX_TILE_COLUMNS, PASS_ROWS, SUMS_STRIDE, scratch_elements
 
-THREADS = 128
 CALLS_AHEAD = 64  # calls for which page-locked memory is taken before the first one: taking more may wait for the GPU
 
 

@@ -21,10 +21,10 @@ from reference.cache_folder import note_use, remove_old
 from reference.code_cache import compiler_is_off, gpu_settings
 
 from ..device.compilation import source_hash
+from ..tile_gemm.hopper import THREADS
 from .variants import ARCHITECTURES, Variant
 
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
-THREADS = 128  # of a block: one warpgroup
 BLOCKS_PER_MULTIPROCESSOR = 2  # one computes while the other waits or stores
 SUFFIX, FACTS = ".cubin", ".json"
 

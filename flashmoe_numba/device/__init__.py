@@ -1,4 +1,4 @@
-"""The device vocabulary and its meanings: interpreted (fibers.py) and compiled for CPUs (cpu.py)."""
+"""The device vocabulary and its meanings: interpreted (fibers.py), compiled for CPUs (cpu.py) and GPUs (cuda.py)."""
 
 from .compilation import jit
 from .vocabulary import (

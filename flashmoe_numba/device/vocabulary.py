@@ -1,7 +1,8 @@
 """The device vocabulary: every verb that kernel code may use, besides arithmetic and array indexing.
 
 A verb is a Python function. Its body is the *interpreted* meaning (fibers.py); compiled meanings are overloads that the
-target's module registers (cpu.py). Kernel code imports the verbs by name and nothing else, so one source serves all.
+target's module registers (cpu.py, cuda.py), and the explorer puts a watched one in its place (explore/run/watched.py).
+Kernel code imports the verbs by name, beside tile_gemm and constants, so one source serves all.
 
 Arrays are C-contiguous and one-dimensional, indexed in elements. 16-bit floats are stored as integers, because no
 compiled CPU target has them: `uint16` holds float16 bits and `int16` holds bfloat16 bits; `load` and `store` convert.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from .matrices import MAX_TILE_COLUMNS, SUMS_STRIDE
 
-THREADS = 128  # one warpgroup
+THREADS = 128  # of a block of any kernel: one warpgroup
 ROWS = (16, 32, 64, 128)  # heights of a tile
 STAGES = {16: 6, 32: 5, 64: 4, 128: 3}  # as many as leave room for a second block on a multiprocessor
 DEPTH_BYTES = 128  # of a block of the depth: the swizzle's width

@@ -1,6 +1,7 @@
 """The tile GEMM as a verb: one tile of `out = epilogue(a @ weights + bias)`, done by all lanes of a block.
 
-It is the only numerics that differ by target. The body below is the interpreted meaning; cpu.py holds the compiled one.
+It is the only numerics that differ by target, and by the form of the weights: `Panels` (cpu.py), `Matrices` (lanes/)
+and `TmaMatrices` (hopper.py), of which cuda.py registers the last two. The body below is the interpreted meaning.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scr
     Args:
         out, out_row: elements `[..., columns]`, and the tile's first row there. Its columns are those of column tile n.
         a, a_row, rows: elements `[..., depth]`, the first row to multiply, and how many.
-        matrices, expert, n: `Panels` or `Matrices`, and which column tile of which expert.
+        matrices, expert, n: weights in one of these forms, and which column tile of which expert.
         activation: index into ACTIVATIONS.
         scratch: the block's `Scratch`.
     """

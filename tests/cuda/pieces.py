@@ -18,12 +18,11 @@ from flashmoe_numba.device import block_sync, cas, copy_row, fetch_add, lane, la
 from flashmoe_numba.device.records import record_words
 from flashmoe_numba.device.storage import storage_dtype
 from flashmoe_numba.tile_gemm import as_matrices, tile_gemm
-from flashmoe_numba.tile_gemm.hopper import MAP_WORDS, NUM_MAPS, tma_matrices
+from flashmoe_numba.tile_gemm.hopper import MAP_WORDS, NUM_MAPS, THREADS, tma_matrices
 from flashmoe_numba.tile_gemm.matrices import SUMS_STRIDE
 from flashmoe_numba.tile_gemm.stub import tile_sums
 from reference import element_dtype
 
-THREADS = 128
 MOST_POLLS = 1 << 22  # some seconds: a signal that does not come shows as a wrong value and not as a hang
 
 
