@@ -5,6 +5,7 @@ from __future__ import annotations
 from flashmoe_numba.device import jit
 
 from .processor import processor
+from .state import RankState
 from .subscriber import os_block
 
 
@@ -15,7 +16,8 @@ def persistent(block, p, segments, experts, tokens, received, queue, scratch, bo
     `scratch` and `box` belong to the block: working memory of the tile GEMM, and words that its lanes share. `trace` is
     the block's record buffer, of size 0 when nothing is to be recorded.
     """
+    rank = RankState(p, segments, experts, tokens, received, queue)
     if block == p.num_processors:
-        os_block(p, block, segments, tokens, received, queue, trace)
+        os_block(block, rank, trace)
     else:
-        processor(p, block, segments, experts, tokens, received, queue, scratch, box, trace)
+        processor(block, rank, scratch, box, trace)

@@ -13,25 +13,25 @@ from .waits import aborted, begin_wait, give_up, keep_waiting, note_progress, si
 
 
 @jit
-def processor(p, block, segments, experts, tokens, received, queue, scratch, box, trace):
+def processor(block, rank, scratch, box, trace):
     while True:
-        place = next_task(p, block, segments, queue, box)
+        place = next_task(block, rank, box)
         if place < 0:
             break
         start = now()
-        task = read_task(queue, place)
-        run_task(p, segments, experts, tokens, received, queue, scratch, box, task)
+        task = read_task(rank.queue, place)
+        run_task(rank, scratch, box, task)
         if lane() == 0:
             note_event(trace, task, start)
-            note_progress(segments)
+            note_progress(rank.segments)
 
 
 @jit
-def next_task(p, block, segments, queue, box):
+def next_task(block, rank, box):
     """Place of the next task, the same for all lanes; -1 when there is none left or the call was aborted."""
     block_sync()
     if lane() == 0:
-        box[PLACE] = wait_for_place(p, block, segments, queue)
+        box[PLACE] = wait_for_place(rank.problem, block, rank.segments, rank.queue)
     block_sync()
     return box[PLACE]
 

@@ -104,3 +104,14 @@ class Queue(NamedTuple):
 
     tasks: np.ndarray  # int64 [max_tasks, TASK_WORDS]
     counters: np.ndarray  # int64 [2, NUM_COUNTERS, COUNTER_STRIDE]
+
+
+class RankState(NamedTuple):
+    """All that is one rank's."""
+
+    problem: Problem
+    segments: Segments
+    experts: Experts
+    tokens: Tokens
+    received: Received
+    queue: Queue

@@ -32,18 +32,20 @@ from .waits import aborted, begin_wait, give_up, keep_waiting, note_silence, sil
 
 
 @jit
-def os_block(p, block, segments, tokens, received, queue, trace):
+def os_block(block, rank, trace):
+    p, queue = rank.problem, rank.queue
     if lane() == 0:
         zero_next_counters(p, queue)
         first = reserve(p, queue, num_gate_tasks(p))
         for b in range(num_gate_tasks(p)):
             fill(p, queue, first + b, QueueTask(GATE, 0, 0, b, 0))
-    subscribe(p, block, segments, tokens, received, queue, trace)
+    subscribe(block, rank, trace)
 
 
 @jit
-def subscribe(p, block, segments, tokens, received, queue, trace):
+def subscribe(block, rank, trace):
     """Poll this lane's flags until all have been seen."""
+    p, segments, tokens, queue = rank.problem, rank.segments, rank.tokens, rank.queue
     packets_left = (p.experts_per_rank - lane() + lanes() - 1) // lanes() * p.num_ranks
     results_left = -1  # unknown until the gate is open
     wait = begin_wait()
@@ -53,7 +55,7 @@ def subscribe(p, block, segments, tokens, received, queue, trace):
             results_left = count_results(p, tokens)
             seen += 1
         if results_left >= 0:  # not before: this rank's dispatches, which its peers wait for, come first in the queue
-            arrived = poll_packets(p, segments, received, queue, trace)
+            arrived = poll_packets(p, segments, rank.received, queue, trace)
             landed = poll_results(p, segments, tokens, queue)
             packets_left -= arrived
             results_left -= landed
@@ -66,7 +68,7 @@ def subscribe(p, block, segments, tokens, received, queue, trace):
             wait = keep_waiting(p, segments, wait)
             note_silence(p, segments, wait)
             if silence_ns(wait) > p.deadline_ns:
-                blame(p, block, segments, tokens, received, packets_left, results_left)
+                blame(block, rank, packets_left, results_left)
                 return
 
 
@@ -175,14 +177,15 @@ def block_of_slot(p, tokens, e, slot):
 
 
 @jit
-def blame(p, block, segments, tokens, received, packets_left, results_left):
+def blame(block, rank, packets_left, results_left):
     """Name a flag that this lane still waits for."""
+    p, segments, tokens = rank.problem, rank.segments, rank.tokens
     if results_left < 0:
         record = AbortRecord(block, SUBSCRIBER, GATE_FLAG, p.rank_idx, 0, 0, p.epoch, 0, 1, p.deadline_ns)
         give_up(p, segments, record)
         return
     missing = packets_left + results_left
-    packet = overdue_packet(p, segments, received)
+    packet = overdue_packet(p, segments, rank.received)
     if packet >= 0:
         source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
         found = ld_relaxed(segments.dispatch_flag, packet)

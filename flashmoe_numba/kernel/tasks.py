@@ -12,8 +12,10 @@ from .gemms import gemm0, gemm1
 
 
 @jit
-def run_task(p, segments, experts, tokens, received, queue, scratch, box, task):
+def run_task(rank, scratch, box, task):
     """All lanes of a block do what the task's kind says, and tell who waits for it."""
+    p, segments, experts = rank.problem, rank.segments, rank.experts
+    tokens, received, queue = rank.tokens, rank.received, rank.queue
     if task.kind == GATE:
         gate(p, tokens, experts, queue, scratch, box, task.m)
     elif task.kind == DISPATCH:
