@@ -193,8 +193,8 @@ def test_the_first_packet_is_named_where_all_that_are_missed_are_of_ranks_that_w
         control[s.SILENT] = epoch
     named = []
     for seen in ([0, 0, 0], [epoch, 0, 0], [epoch, epoch, 0], [epoch] * 3):
-        packets = SimpleNamespace(seen=np.array(seen))
-        run(lambda packets=packets: named.append(KERNEL.subscriber.overdue_packet(p, ranks.segments(0), packets)))
+        received = SimpleNamespace(seen=np.array(seen))
+        run(lambda received=received: named.append(KERNEL.subscriber.overdue_packet(p, ranks.segments(0), received)))
     assert named == [0, 1, 2, -1]
 
 
@@ -209,13 +209,14 @@ def test_the_os_block_names_what_it_waits_for(results_left, missing):
     if missing:
         seen[missing] = epoch - 1
     tokens = SimpleNamespace(sent=np.array([8, 3, 8]), result_seen=seen.reshape(-1))
-    packets = SimpleNamespace(seen=np.full(3, epoch))
-    run(lambda: KERNEL.subscriber.blame(p, 4, segments, tokens, packets, 0, results_left))
-    words = [s.RECORD_BLOCK, s.RECORD_ROLE, s.RECORD_FLAG, s.RECORD_PEER, s.RECORD_EXPERT, s.RECORD_M, s.RECORD_FOUND]
+    received = SimpleNamespace(seen=np.full(3, epoch))
+    rank = SimpleNamespace(problem=p, segments=segments, tokens=tokens, received=received)
+    run(lambda: KERNEL.subscriber.blame(4, rank, 0, results_left))
+    words = record_words("block", "role", "flag", "peer", "expert", "m", "found")
     owner, m = missing or (1, 0)
     flag, found = (RESULT_FLAG, (2 << 32) + 2 * owner + m) if missing else (GATE_FLAG, 0)
     assert ranks.controls[1][words].tolist() == [4, SUBSCRIBER, flag, owner, 0, m, found]
-    assert ranks.controls[1][s.RECORD_MISSING] == 1
+    assert ranks.controls[1][record_word("missing")] == 1
 
 
 @pytest.mark.parametrize(
