@@ -1,5 +1,6 @@
 """What ranks tell each other while a layer is set up and taken down; with threads as ranks."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -65,6 +66,15 @@ def test_errors_of_any_length_are_told_whole():
     problem, long = ValueError("y" * 3000), "y" * 3000
     first, second = errors_of([lambda m: m.agree(problem, same={}), lambda m: m.agree(None, same={"size": 1})])
     assert first is problem and str(second) == f"another rank could not start: rank 0: {long}"
+
+
+@pytest.mark.parametrize(("num_local", "said"), [(3, None), (2, "one machine, but 2 of 3 ranks share this one")])
+def test_ranks_on_several_machines_are_told_so(monkeypatch, num_local, said):
+    local = SimpleNamespace(size=num_local, Free=lambda: None)
+    monkeypatch.setattr(Comm, "Split_type", lambda self, kind: local, raising=False)
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_TYPE_SHARED=0)))
+    errors = errors_of([Meeting.require_one_machine] * 3)
+    assert [error and str(error) for error in errors] == [said and f"comm must lie on {said}"] * 3
 
 
 def test_a_rank_that_the_others_never_join_is_told_why_that_may_be():
