@@ -12,17 +12,14 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NoReturn
-
-import numpy as np
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.errors import FlashMoEError
+from flashmoe_numba.heap.protocols import Memory as Place
 from flashmoe_numba.heap.threads import ThreadHeap
 from flashmoe_numba.kernel import control as s
-from flashmoe_numba.layer import layer as layer_module
 
 from . import memory as m
 from .memory import Memory
@@ -34,13 +31,26 @@ NAP_S = 1e-4
 class InheritedHeap(ThreadHeap):
     """Segments that this process was forked with; it runs one rank. The parent has all ranks start together."""
 
+    all_here = False
+
     def __init__(self, memory: Memory, rank_idx: int) -> None:
         super().__init__(len(memory.segments))
         self.rank_idx, self.rank_indices = rank_idx, range(rank_idx, rank_idx + 1)
         self._memory = memory
 
-    def allocate(self, num_bytes: int, backend: Any) -> None:
+    def allocate(self, num_bytes: int, memory: Place) -> None:
         self.segments = self._memory.segments
+
+
+class SeenBackend(CpuBackend):
+    """Its arrays lie where the parent can see them."""
+
+    def __init__(self, memory: Memory, rank_idx: int) -> None:
+        super().__init__()
+        self._memory, self._rank_idx = memory, rank_idx
+
+    def zeros(self, size: int, dtype: Any) -> m.Array:
+        return self._memory.zeros(self._rank_idx, size, dtype)
 
 
 def be_rank(world: World, memory: Memory, rank_idx: int) -> NoReturn:
@@ -73,11 +83,14 @@ def _make_calls(world: World, memory: Memory, rank_idx: int) -> int:
 
 
 def _make_layer(world: World, memory: Memory, rank_idx: int) -> FlashMoE:
-    layer_module.make_heap = lambda *_: InheritedHeap(memory, rank_idx)  # type: ignore[attr-defined]
-    CpuBackend.zeros = lambda self, size, dtype: memory.zeros(rank_idx, size, dtype)  # type: ignore[method-assign]
-    comm = SimpleNamespace(Split_type=None, rank=rank_idx, size=world.config.num_ranks)
-    layer = FlashMoE(
-        world.config, world.weights, comm=comm, num_processors=world.num_processors, deadline_s=world.deadline_s
+    heap, backend = InheritedHeap(memory, rank_idx), SeenBackend(memory, rank_idx)
+    layer = FlashMoE.from_parts(
+        world.config,
+        world.weights,
+        heap,
+        backend,
+        num_processors=world.num_processors,
+        deadline_s=world.deadline_s,
     )
     queue = layer._ranks[0].queue
     memory.words[rank_idx, [m.COUNTERS, m.TASKS]] = queue.counters.ctypes.data, queue.tasks.ctypes.data
@@ -118,6 +131,6 @@ def giving_up(memory: Memory, rank_idx: int, epoch: int) -> list[Callable[[], No
     return [functools.partial(_store, *store) for store in stores]
 
 
-def _store(words: np.ndarray[Any, Any], word: int, value: int) -> None:
+def _store(words: m.Array, word: int, value: int) -> None:
     if word != s.ABORT or words[word] == 0:
         words[word] = value

@@ -1,16 +1,17 @@
-"""Backends: memory for kernels, and what it takes to run the blocks of one call. One file each, all giving the same.
-
-`pack(...)` (weights for the tile GEMM), `make_scratch(config)`, `prepare(arguments, folder)` (compile for these), and
-`deadline_ns`; `begin(tokens)` of a call, `run(blocks, stop)`, which returns when every block has, or on a GPU once all
-are on their way, and `leave(problem, segments, why)`, which makes the blocks of all ranks stop early.
+"""Backends: memory for kernels, and what it takes to run the blocks of a call. One file each, all giving the same
+(protocols.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from reference import MoEConfig
 from reference.code_cache import compiler_is_off
+
+if TYPE_CHECKING:
+    from .protocols import Backend
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "cpu": (),
@@ -19,7 +20,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_backend(name: Any, settings: dict[str, Any]) -> None:
+def check_backend(name: Any, settings: Mapping[str, Any]) -> None:
     """Raise a TypeError or ValueError if there is no such backend, it has no such setting, or cannot compile."""
     if name not in SETTINGS:
         raise ValueError(f"backend must be one of {', '.join(SETTINGS)}; got {name!r}")
@@ -32,7 +33,7 @@ def check_backend(name: Any, settings: dict[str, Any]) -> None:
         raise ValueError(f'backend {name!r} {rule}: unset it, or use backend="fibers", which needs no compiler')
 
 
-def make_backend(name: str, config: MoEConfig, first_rank: int, **settings: Any) -> Any:
+def make_backend(name: str, config: MoEConfig, first_rank: int, **settings: Any) -> Backend:
     """The backend of that name; imports what it needs only now.
 
     Args:

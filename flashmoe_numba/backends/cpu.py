@@ -10,34 +10,36 @@ from typing import Any
 import numpy as np
 
 from reference import MoEConfig
+from reference.arrays import Array
 
 from ..device.compilation import compile_for
 from ..device.cpu import reset_float_control
-from ..heap.host import HostMemory
 from ..kernel import leave, persistent
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.cpu import MICRO_ROWS, ROW_STRIDE, panel_width
+from .host import Block, HostBackend
 
 MOST_BLOCKS = 1 << 20
 
 
-class CpuBackend(HostMemory):
+class CpuBackend(HostBackend):
     """One thread per block; threads are kept between calls."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._threads = ThreadPoolExecutor(  # made as they are needed
             MOST_BLOCKS, thread_name_prefix="flashmoe", initializer=reset_float_control
         )
 
     def pack(
         self,
-        matrices: Sequence[np.ndarray],
-        biases: Sequence[np.ndarray | None],
+        matrices: Sequence[Array],
+        biases: Sequence[Array | None],
         tile_n: int,
-        accumulator: np.dtype,
-        rows: np.ndarray | None,
+        accumulator: np.dtype[Any],
+        rows: Array | None,
     ) -> Panels:
         return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator)
 
@@ -50,18 +52,15 @@ class CpuBackend(HostMemory):
         sums = max(rows * columns, config.hidden)
         return Scratch(np.empty(rows * ROW_STRIDE, config.accumulator), np.empty(sums, config.accumulator))
 
-    def prepare(self, arguments: Sequence[tuple[Any, ...]], folder: Path) -> None:
-        """Compile the kernel for arguments of the types of the first rank's, or load it from `folder`."""
+    def compile(self, arguments: tuple[Any, ...], folder: Path) -> None:
         compile_for(reset_float_control, (), folder)
-        compile_for(persistent, arguments[0], folder)
-        compile_for(leave, (*arguments[0][1:3], FAILED), folder)
+        compile_for(persistent, arguments, folder)
+        compile_for(leave, (*arguments[1:3], FAILED), folder)
 
     def leave(self, problem: Problem, segments: Segments, why: int = FAILED) -> None:
-        """Stop every rank, from outside of a kernel."""
         leave(problem, segments, why)
 
-    def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:
-        """Run all blocks to their end. `stop` makes them leave early; it is called if this thread is interrupted."""
+    def run_blocks(self, blocks: Sequence[Block], stop: Callable[[], None]) -> None:
         futures: list[Future[None]] = []
         try:
             for _, arguments in blocks:
@@ -78,4 +77,5 @@ class CpuBackend(HostMemory):
         return int(deadline_s * 1e9)
 
     def close(self) -> None:
+        super().close()
         self._threads.shutdown()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from reference import MoEConfig
+from reference.arrays import Array
 
 from ..build.variants import Variant, architecture_of, choose_variant
 from ..device.records import record_words
@@ -41,8 +42,6 @@ class CudaBackend(Owned):
     Raises:
         ValueError: the layer does not fit this kind of kernel.
     """
-
-    every_block = False
 
     def __init__(self, config: MoEConfig, gpu: Any, tf32: bool = False) -> None:
         if config.tile_n > MAX_TILE_COLUMNS:
@@ -74,7 +73,6 @@ class CudaBackend(Owned):
 
         kernel = build(self.variant, folder)
         self._function = self.gpu.load(kernel.path, kernel.entry, self.shared_bytes)
-        self._left = self.zeros(self._config.num_ranks, np.int64)
 
     def default_processors(self, num_ranks_here: int, num_ranks: int) -> int:
         """All blocks that can be resident, shared out among the ranks here, but for an OS block each."""
@@ -114,14 +112,11 @@ class CudaBackend(Owned):
         data = b"".join(self.gpu.tensor_map(array, shape, box) for shape, box, array in [*weights, *of_rows])
         return self.gpu.to_device(np.frombuffer(data, np.int64))
 
-    def make_scratch(self, config: MoEConfig) -> None:
-        """It is shared memory, which the kernel's entry makes."""
-
-    def prepare(self, arguments: Sequence[tuple[Any, ...]], folder: Path) -> None:
-        """Make the table, from each rank's arguments, and wait until weights and segments are where they belong."""
-        rows = np.array([self._words(of_rank) for of_rank in arguments], np.int64)
+    def prepare(self, config: MoEConfig, records: Sequence[Record], folder: Path) -> None:
+        """Make the table of records, and wait until weights and segments are where they belong."""
+        rows = self._rows(records)
         rows[:, 0] = 1  # the epoch of the first call; the kernel counts it up
-        header = np.array([_num_blocks(arguments[0]), rows.shape[1]], np.int64)
+        header = np.array([_num_blocks(records), rows.shape[1]], np.int64)
         self._table = self.gpu.to_device(np.concatenate([header, rows.reshape(-1)]))
         [self.gpu.pinned(rows.size, np.int64) for _ in range(CALLS_AHEAD)]  # a pool has them from now on
         self.gpu.synchronize()
@@ -165,16 +160,15 @@ class CudaBackend(Owned):
     def join(self, x: Any, parts: list[Any]) -> Any:
         return stack(x, parts, self.gpu)
 
-    def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:
+    def run(self, records: Sequence[Record], stop: Callable[[], None]) -> None:
         """Launch all blocks in the caller's stream, behind the last call, and return."""
-        ranks = [arguments for _, arguments in blocks]
-        rows = np.array([self._words(arguments) for arguments in ranks], np.int64)
+        rows = self._rows(records)
         staged = self._stage(rows, np.int64).reshape(rows.shape)
         self.gpu.copy_rows(self._table[HEADER_WORDS:], staged, 1, self._stream)  # the kernel counts the epoch itself
-        num_blocks = len(ranks) * _num_blocks(ranks[0])
+        num_blocks = len(records) * _num_blocks(records)
         arguments = (self.address(self._table), self._table.size)
         self.gpu.launch(self._function, num_blocks, THREADS, arguments, self.shared_bytes, self._stream)
-        control = self.address(ranks[0][2].control)  # who gives up sets the abort words of all ranks
+        control = self.address(records[0].segments.control)  # who gives up sets the abort words of all ranks
         self.gpu.copy_out(self._aborted, control + 8 * ABORT, self._stream)
         self._keep_staged()
 
@@ -186,14 +180,9 @@ class CudaBackend(Owned):
             self._under_way.append((self._last, self._staged))
         self._staged = []
 
-    def _words(self, arguments: tuple[Any, ...]) -> list[int]:
-        """A rank's record, from the arguments of its first block."""
-        _, problem, segments, experts, tokens, received, queue, _, _, trace = arguments
-        left = self._left[problem.rank_idx : problem.rank_idx + 1]
-        record = Record(problem, segments, experts, tokens, received, queue, trace, left)
-        words = record_words(record, self.address)
-        words[-3] *= _num_blocks(arguments)  # their buffers lie one after the other: all of them are one array
-        return words
+    def _rows(self, records: Sequence[Record]) -> Array:
+        """int64 `[ranks here, words of a record]`: the table without its header."""
+        return np.array([record_words(record, self.address) for record in records], np.int64)
 
     def may_have_failed(self) -> bool:
         """Could a call have been given up, as far as is known without waiting? No time to ask while capturing."""
@@ -241,9 +230,9 @@ class CudaBackend(Owned):
             self._captured.clear()
 
 
-def _num_blocks(arguments: tuple[Any, ...]) -> int:
-    """Blocks of the rank with these arguments."""
-    return int(arguments[1].num_processors) + 1
+def _num_blocks(records: Sequence[Record]) -> int:
+    """Blocks of each rank."""
+    return records[0].problem.num_processors + 1
 
 
 def shared_bytes(config: MoEConfig, variant: Variant) -> int:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from reference import MoEConfig
-from reference.arrays import check_seed
+from reference.arrays import Array, check_seed
 from reference.scalars import is_whole, number
 
 from ..device.compilation import interpreted
 from ..device.fibers import Scheduler
-from ..heap.host import HostMemory
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.stub import INTERPRETED_PANEL_WIDTH
+from .host import Block, HostBackend
 
 
-class FiberBackend(HostMemory):
+class FiberBackend(HostBackend):
     """Every call runs under a scheduler with the next seed, in the caller's thread, and rounds as that does.
 
     Args:
@@ -31,6 +30,7 @@ class FiberBackend(HostMemory):
     """
 
     def __init__(self, seed: int = 0, lanes: int = 2, preempt: float = 0.3) -> None:
+        super().__init__()
         seed = check_seed(seed)
         if not is_whole(lanes) or lanes < 1:
             raise ValueError(f"lanes must be an integer of at least 1, got {lanes!r}")
@@ -40,28 +40,24 @@ class FiberBackend(HostMemory):
 
     def pack(
         self,
-        matrices: Sequence[np.ndarray],
-        biases: Sequence[np.ndarray | None],
+        matrices: Sequence[Array],
+        biases: Sequence[Array | None],
         tile_n: int,
-        accumulator: np.dtype,
-        rows: np.ndarray | None,
+        accumulator: np.dtype[Any],
+        rows: Array | None,
     ) -> Panels:
         return pack_matrices(matrices, biases, tile_n, INTERPRETED_PANEL_WIDTH, accumulator)
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
         return Scratch(np.empty(0, config.accumulator), np.empty(config.hidden, config.accumulator))
 
-    def prepare(self, arguments: Sequence[tuple[Any, ...]], folder: Path) -> None:
-        """Nothing to compile."""
-
     def leave(self, problem: Problem, segments: Segments, why: int = FAILED) -> None:
-        """Stop every rank, from outside of a kernel."""
         scheduler = Scheduler(self.seed, self.preempt)
         scheduler.add_block("host", interpreted("flashmoe_numba.kernel").leave, (problem, segments, why))
         scheduler.run()
 
-    def run(self, blocks: Sequence[tuple[str, tuple[Any, ...]]], stop: Callable[[], None]) -> None:
-        """Run all blocks to their end.
+    def run_blocks(self, blocks: Sequence[Block], stop: Callable[[], None]) -> None:
+        """Run these to their end.
 
         Raises:
             Deadlock: nobody can go on; names where every thread waits.
@@ -76,6 +72,3 @@ class FiberBackend(HostMemory):
     def deadline_ns(self, deadline_s: float) -> int:
         """None in effect: the clock counts switches, and the scheduler finds a deadlock by itself."""
         return 1 << 62
-
-    def close(self) -> None:
-        """Nothing to give back."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from reference import Layout, MoEConfig, Weights
+from reference.arrays import Array
 
 from ..heap.host import HostMemory
 from ..kernel.grid import Record
@@ -22,27 +24,22 @@ def like_record(variant: Variant) -> Record:
     sizes = dict(num_ranks=1, num_tokens=1, hidden=8, ffn=8, num_experts=1, num_topk=1)
     config = MoEConfig(**sizes, dtype=variant.dtype)
     segment = np.zeros(Layout(config).num_bytes, np.uint8)
-    rank = Rank(config, 0, Weights.random(config), [segment], 1, _Likeness(variant), 0)
-    groups = (rank.problem, rank.segments, rank.experts, rank.tokens, rank.received, rank.queue)
-    return Record(*groups, rank.all_traces, np.zeros(1, np.int64))
+    return Rank(config, 0, Weights.random(config), [segment], 1, _Likeness(variant), 0).first_record()
 
 
 class _Likeness(HostMemory):
-    """A backend for `Rank` of which only the types matter."""
+    """A rank's memory, of which only the types matter."""
 
     def __init__(self, variant: Variant) -> None:
         self._variant = variant
 
-    def make_scratch(self, config: MoEConfig) -> None:
-        """It is shared memory, which the entry makes."""
-
     def pack(
         self,
-        matrices: Sequence[np.ndarray],
-        biases: Sequence[np.ndarray | None],
+        matrices: Sequence[Array],
+        biases: Sequence[Array | None],
         tile_n: int,
-        accumulator: np.dtype,
-        rows: np.ndarray | None,
+        accumulator: np.dtype[Any],
+        rows: Array | None,
     ) -> Matrices | TmaMatrices:
         packed = as_matrices(matrices, biases, tile_n, accumulator, np.ascontiguousarray)
         if rows is None or not self._variant.tensor_cores:

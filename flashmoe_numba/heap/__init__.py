@@ -1,7 +1,5 @@
-"""Symmetric heaps: one segment per rank, all of one size, all visible to every rank.
-
-A heap has `num_ranks`, `rank_indices` (the ranks that live in this process), `agree`, `from_first`, `allocate`, then
-`segments` (rank -> uint8 array, of all ranks), `barrier` and `close`.
+"""Symmetric heaps: one segment per rank, all of one size, all visible to every rank. What each gives is said in
+protocols.py.
 """
 
 from __future__ import annotations
@@ -10,10 +8,11 @@ from typing import Any
 
 from reference import MoEConfig
 
+from .protocols import Heap
 from .threads import ThreadHeap
 
 
-def make_heap(config: MoEConfig, comm: Any, backend: str, setup_deadline_s: float) -> Any:
+def make_heap(config: MoEConfig, comm: Any, backend: str, setup_deadline_s: float) -> Heap:
     """A heap without memory yet: of ranks in this process, or of the ranks of an MPI communicator."""
     if backend == "cuda":
         from .gpus import GpuHeap, GpuIpcHeap

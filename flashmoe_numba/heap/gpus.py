@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..gpu.gpu import Gpu
 from ..processes.meeting import Meeting
+from .protocols import Memory
 from .threads import ThreadHeap
+
+
+@runtime_checkable
+class OnGpu(Protocol):
+    """A memory that says on which GPU it is."""
+
+    @property
+    def gpu(self) -> Gpu: ...
 
 
 class GpuHeap(ThreadHeap):
     """Segments of `num_ranks` ranks of this process, all on one GPU."""
 
-    def allocate(self, num_bytes: int, backend: Any) -> None:
+    def allocate(self, num_bytes: int, memory: Memory) -> None:
         """Take zeroed segments of `num_bytes` each.
 
         Raises:
             MemoryError: how much is needed and how much is free.
         """
-        self.segments = [backend.zeros(num_bytes, np.uint8) for _ in range(self.num_ranks)]
+        self.segments = [memory.zeros(num_bytes, np.uint8) for _ in range(self.num_ranks)]
 
 
 class GpuIpcHeap(Meeting):
@@ -31,24 +40,24 @@ class GpuIpcHeap(Meeting):
 
     def __init__(self, comm: Any, setup_deadline_s: float) -> None:
         super().__init__(comm, setup_deadline_s)
-        self._gpu: Any = None
+        self._gpu: Gpu
         self._own: Any = None
         self._mapped: list[int] = []
 
-    def allocate(self, num_bytes: int, backend: Any) -> None:
+    def allocate(self, num_bytes: int, memory: Memory) -> None:
         """Take a zeroed segment of `num_bytes`, and map everybody's.
 
         Raises:
             ValueError: ranks on several machines, or two GPUs that cannot reach each other's memory.
             MemoryError: how much is needed and how much is free.
         """
-        self._gpu = backend.gpu
+        assert isinstance(memory, OnGpu), "a rank maps others' segments from a GPU"
+        self._gpu = memory.gpu
         self.require_one_machine()
         self.agree(self._missing_access())
-        error = self._try(lambda: self._allocate_own(num_bytes))
-        self.agree(error)
+        self.together(lambda: self._allocate_own(num_bytes))
         handles = self._gather_bytes(self._gpu.ipc_handle(self._own))
-        self.agree(self._try(lambda: self._map(handles, num_bytes)))
+        self.together(lambda: self._map(handles, num_bytes))
 
     def _missing_access(self) -> ValueError | None:
         blocked = [bus_id for bus_id in self._gather(self._gpu.bus_id()) if not self._gpu.can_access(bus_id)]
@@ -56,14 +65,6 @@ class GpuIpcHeap(Meeting):
             return None
         rule = "every process must see all GPUs, and each reach the memory of every other: `flashmoe doctor` shows it"
         return ValueError(f"GPU {self._gpu.bus_id()} cannot reach the memory of GPU {blocked[0]}; {rule}")
-
-    @staticmethod
-    def _try(step: Callable[[], None]) -> Exception | None:
-        try:
-            step()
-        except Exception as error:
-            return error
-        return None
 
     def _allocate_own(self, num_bytes: int) -> None:
         self._own = self._gpu.allocate_alone(num_bytes)

@@ -1,47 +1,41 @@
-"""What backends share whose kernels read NumPy arrays."""
+"""Arrays of this process as a rank's memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from reference import MoEConfig
+from reference.arrays import Array
 
 from ..device.storage import as_storage
-from ..processes.cores import default_processors
 from ..processes.ownership import Owned
 
 
 class HostMemory(Owned):
-    """Arrays of this process."""
+    """NumPy's arrays, which the kernel reads where they are."""
 
-    every_block = True  # wants the arguments of every block, and not just of a rank's first
-
-    def zeros(self, size: int, dtype: Any) -> np.ndarray:
+    def zeros(self, size: int, dtype: npt.DTypeLike) -> Array:
         return np.zeros(size, dtype)
 
-    def empty(self, size: int, dtype: Any) -> np.ndarray:
+    def empty(self, size: int, dtype: npt.DTypeLike) -> Array:
         return np.empty(size, dtype)
 
-    def array(self, values: np.ndarray) -> np.ndarray:
-        """Values from the host in an array of this memory."""
+    def array(self, values: Array) -> Array:
         return values
 
-    def address(self, array: np.ndarray) -> int:
+    def address(self, array: Array) -> int:
         return array.ctypes.data
 
-    def to_host(self, array: np.ndarray) -> np.ndarray:
-        """A copy."""
+    def to_host(self, array: Array) -> Array:
         return array.copy()
 
-    def store(self, target: np.ndarray, values: np.ndarray) -> None:
-        """Copy values from the host into an array of this memory, as a part of the call that began."""
+    def store(self, target: Array, values: Array) -> None:
         target[...] = values
 
-    def check_tokens(self, name: str, x: Any, config: MoEConfig) -> np.ndarray:
+    def check_tokens(self, name: str, x: Any, config: MoEConfig) -> Array:
         """One rank's tokens, as `adopt` wants them: the same array if it is contiguous and writable, else a copy.
 
         Raises:
@@ -57,35 +51,9 @@ class HostMemory(Owned):
             raise TypeError(f"{name} must have config's dtype {config.dtype}, got {x.dtype}")
         return np.require(np.asarray(x), requirements=("C_CONTIGUOUS", "ALIGNED", "WRITEABLE"))
 
-    def begin(self, tokens: Sequence[Any]) -> None:
-        """A call begins, with these tokens of each rank here."""
-
-    def adopt(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(x as the kernel sees it, room for y likewise, y)."""
+    def adopt(self, x: Array) -> tuple[Array, Array, Array]:
         y = np.empty_like(x)
         return as_storage(x), as_storage(y), y
 
-    def join(self, x: Any, parts: list[np.ndarray]) -> Any:
-        """Results of all ranks: one array if the tokens were one."""
+    def join(self, x: Any, parts: list[Any]) -> Any:
         return np.stack(parts) if isinstance(x, np.ndarray) else parts
-
-    def load(self, folder: Path) -> None:
-        """Nothing to load before the arguments' types are known: `prepare` does it."""
-
-    def check_grid(self, num_ranks_here: int, num_processors: int) -> None:
-        """Any number of blocks will do."""
-
-    def default_processors(self, num_ranks_here: int, num_ranks: int) -> int:
-        """The cores, shared out among the ranks of the layer, at least one."""
-        return default_processors(num_ranks)
-
-    def may_have_failed(self) -> bool:
-        """Could a call have been given up, as far as is known without waiting? `run` waited, so just look."""
-        return True
-
-    def synchronize(self) -> None:
-        """`run` waits."""
-
-    def epoch(self, position: int, counted: int) -> int:
-        """Calls that a rank has finished."""
-        return counted

@@ -11,24 +11,23 @@ import contextlib
 import mmap
 import os
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 
 from ..processes import shared_memory
 from ..processes.meeting import Meeting
+from .protocols import Memory
 
 CURE = "use a smaller config.num_tokens, a config.capacity, close other layers, or enlarge it"
-T = TypeVar("T")
 
 
 class MpiHeap(Meeting):
     """Segments of all ranks of `comm`, an mpi4py communicator whose ranks share one machine."""
 
-    def allocate(self, num_bytes: int, backend: Any) -> None:
+    def allocate(self, num_bytes: int, memory: Memory) -> None:
         """Take zeroed segments of `num_bytes` each. The system gives memory as it is touched.
 
         Raises:
@@ -40,16 +39,15 @@ class MpiHeap(Meeting):
         with ExitStack() as stack:
             file = self._open_together(folder, stack)
             self._claim(file, stride * self.num_ranks, folder)
-            memory = self._together(lambda: mmap.mmap(file.fileno(), stride * self.num_ranks))
-        self.segments = [np.frombuffer(memory, np.uint8, num_bytes, i * stride) for i in range(self.num_ranks)]
+            mapped = self.together(lambda: mmap.mmap(file.fileno(), stride * self.num_ranks))
+        self.segments = [np.frombuffer(mapped, np.uint8, num_bytes, i * stride) for i in range(self.num_ranks)]
         self.barrier()
 
     def _open_together(self, folder: Path, opened: ExitStack) -> BinaryIO:
         """One empty file, opened by every rank; without a name when this returns."""
         with ExitStack() as named:
-            made = self._together(lambda: _make_file(folder, named) if self.rank_indices[0] == 0 else "")
-            name = self.from_first(lambda: made)
-            return self._together(lambda: opened.enter_context(open(name, "r+b")))
+            name = self.from_first(lambda: _make_file(folder, named))
+            return self.together(lambda: opened.enter_context(open(name, "r+b")))
 
     def _claim(self, file: BinaryIO, num_bytes: int, folder: Path) -> None:
         """Give the file its size. The system would also give one beyond what there is, and ranks die as they touch it.
@@ -67,16 +65,6 @@ class MpiHeap(Meeting):
 
         problem = self.from_first(try_to_claim)
         self.agree(shared_memory.Shortage(problem) if problem else None)
-
-    def _together(self, step: Callable[[], T]) -> T:
-        """What this rank's step returns; if it fails on any rank, raise on all."""
-        error = None
-        try:
-            result = step()
-        except Exception as caught:
-            error = caught
-        self.agree(error)
-        return result
 
 
 def _make_file(folder: Path, named: ExitStack) -> str:

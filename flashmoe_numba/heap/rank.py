@@ -15,10 +15,12 @@ from reference.plan import hidden_rows, max_tasks
 from reference.runs import packet_row_blocks, packet_tile_height
 
 from ..device.storage import storage_dtype
+from ..kernel.grid import Record
 from ..kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
-from ..kernel.state import BOX_WORDS, Experts, Problem, Queue, Received, Segments, Tokens
+from ..kernel.state import Experts, Problem, Queue, Received, Segments, Tokens
 from ..kernel.trace import RECORD_WORDS
 from ..processes.ownership import Owned
+from .protocols import Memory
 
 
 @dataclass(frozen=True)
@@ -72,65 +74,52 @@ class Rank(Owned):
         weights: Weights,
         segments: list[np.ndarray],
         num_processors: int,
-        backend: Any,
+        memory: Memory,
         trace_records: int,
     ) -> None:
-        self.config, self.rank_idx, self.num_processors, self._backend = config, rank_idx, num_processors, backend
+        self.config, self.rank_idx, self.num_processors, self._memory = config, rank_idx, num_processors, memory
         self.layout = Layout(config)
         self.segments = self._segments(segments)
         self.received = self._received()
         self.experts = self._experts(weights)
         self.queue = Queue(
-            backend.zeros(max_tasks(config) * TASK_WORDS, np.int64),
-            backend.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
+            memory.zeros(max_tasks(config) * TASK_WORDS, np.int64),
+            memory.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
         )
         self.tokens = self._token_arrays()
-        self.scratch = [backend.make_scratch(config) for _ in range(num_processors)]
-        self.boxes = [np.zeros(BOX_WORDS, np.int64) for _ in range(num_processors + 1)]
         trace_words = (trace_records + 1) * RECORD_WORDS if trace_records else 0
-        self.all_traces = backend.zeros((num_processors + 1) * trace_words, np.int64)
-        self.traces = [self.all_traces[b * trace_words : (b + 1) * trace_words] for b in range(num_processors + 1)]
+        self.traces = memory.zeros((num_processors + 1) * trace_words, np.int64)
+        self.left = memory.zeros(1, np.int64)
         self.problem = self._fixed_problem()
 
     @property
     def control(self) -> np.ndarray:
         return self.segments.control
 
-    def call(
-        self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int
-    ) -> tuple[Any, list[tuple[str, tuple[Any, ...]]]]:
-        """(y, blocks of this call, or the first one where `every_block` is not wanted): y is filled once all have run.
+    def call(self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int) -> tuple[Any, Record]:
+        """(y, what the blocks of this call are given): y is filled once all have run.
 
         Args:
-            x: `[num_tokens, hidden]`, as `check_tokens` of the backend returns it.
+            x: `[num_tokens, hidden]`, as `check_tokens` of the memory returns it.
             routing: one from outside, or None.
         """
-        x_storage, y_storage, y = self._backend.adopt(x)
+        x_storage, y_storage, y = self._memory.adopt(x)
         tokens = self.tokens._replace(x=x_storage, y=y_storage)
         if routing is not None:
-            self._backend.store(tokens.topk_idx[: routing.topk_idx.size], routing.topk_idx.reshape(-1))
-            self._backend.store(tokens.topk_weights[: routing.topk_weights.size], routing.topk_weights.reshape(-1))
+            self._memory.store(tokens.topk_idx[: routing.topk_idx.size], routing.topk_idx.reshape(-1))
+            self._memory.store(tokens.topk_weights[: routing.topk_weights.size], routing.topk_weights.reshape(-1))
         problem = self.problem._replace(
             epoch=epoch, num_tokens=len(x), routed=routing is not None, deadline_ns=deadline_ns
         )
-        if not self._backend.every_block:  # the grid finds its blocks' arguments, and clears their traces, by itself
-            return y, [(f"rank {self.rank_idx}", self._arguments(0, problem, tokens))]
-        for trace in self.traces:
-            trace[:1] = 0
-        blocks = []
-        for block in range(self.num_processors + 1):
-            role = "OS block" if block == self.num_processors else f"processor {block}"
-            blocks.append((f"rank {self.rank_idx} {role}", self._arguments(block, problem, tokens)))
-        return y, blocks
+        return y, self._record(problem, tokens)
 
-    def first_arguments(self) -> tuple[Any, ...]:
-        """Arguments of block 0 before any call, with tokens of size 0."""
-        return self._arguments(0, self.problem, self.tokens)
+    def first_record(self) -> Record:
+        """What blocks are given before any call, with tokens of size 0."""
+        return self._record(self.problem, self.tokens)
 
-    def _arguments(self, block: int, problem: Problem, tokens: Tokens) -> tuple[Any, ...]:
-        scratch = self.scratch[min(block, self.num_processors - 1)]  # the OS block uses none
-        arguments = (block, problem, self.segments, self.experts, tokens, self.received, self.queue, scratch)
-        return (*arguments, self.boxes[block], self.traces[block])
+    def _record(self, problem: Problem, tokens: Tokens) -> Record:
+        groups = problem, self.segments, self.experts, tokens, self.received, self.queue
+        return Record(*groups, traces=self.traces, left=self.left)
 
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
         """Arguments of `kernel.leave`."""
@@ -141,11 +130,11 @@ class Rank(Owned):
         shape = (num_tokens, self.config.num_topk)
         size = num_tokens * self.config.num_topk
         parts = self.tokens.topk_idx[:size], self.tokens.topk_weights[:size]
-        return Routing(*(self._backend.to_host(part).reshape(shape) for part in parts))
+        return Routing(*(self._memory.to_host(part).reshape(shape) for part in parts))
 
     def stats(self, epoch: int, num_tokens: int) -> Stats:
         c = self.config
-        seen, rows, sent = map(self._backend.to_host, (self.received.seen, self.received.rows, self.tokens.sent))
+        seen, rows, sent = map(self._memory.to_host, (self.received.seen, self.received.rows, self.tokens.sent))
         received, routing = np.where(seen == epoch, rows, 0), self.routing(num_tokens)
         heights = [packet_tile_height(int(num_rows), c) for num_rows in received]
         tiles = [packet_row_blocks(int(num_rows), c) for num_rows in received]
@@ -166,7 +155,7 @@ class Rank(Owned):
         """`[num_rows, hidden]`: a copy of what came back for the rows sent to this expert, whose slots come first."""
         c = self.config
         first = expert * c.slots * c.hidden
-        rows = self._backend.to_host(self.segments.result[first : first + num_rows * c.hidden])
+        rows = self._memory.to_host(self.segments.result[first : first + num_rows * c.hidden])
         return rows.view(c.numpy_dtype).reshape(num_rows, c.hidden)
 
     def _segments(self, segments: list[np.ndarray]) -> Segments:
@@ -181,7 +170,7 @@ class Rank(Owned):
             0  # MPI does not promise zeroed memory; peers write only after all ranks are ready
         )
         return Segments(
-            address=self._words([self._backend.address(segment) for segment in segments]),
+            address=self._words([self._memory.address(segment) for segment in segments]),
             dispatch=view(layout.dispatch, layout.region_elements, element),
             result=view(layout.result, layout.region_elements, element),
             dispatch_flag=view(layout.dispatch_flag, layout.num_dispatch_flags, word),
@@ -193,7 +182,7 @@ class Rank(Owned):
         """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put."""
         c = self.config
         ups, up_biases = zip(*weights.ups, strict=True)
-        router, pack = weights.router.astype(c.accumulator)[None], self._backend.pack
+        router, pack = weights.router.astype(c.accumulator)[None], self._memory.pack
         return Experts(
             router=pack([router], [None], c.tile_n, c.accumulator, None),
             up=pack(ups, up_biases, c.tile_ffn, c.accumulator, self.segments.dispatch),
@@ -201,14 +190,14 @@ class Rank(Owned):
         )
 
     def _words(self, values: list[int]) -> np.ndarray:
-        return self._backend.array(np.array(values, np.int64))
+        return self._memory.array(np.array(values, np.int64))
 
     def _received(self) -> Received:
         c, row_blocks = self.config, self.layout.row_blocks
         element = storage_dtype(c.numpy_dtype)
 
         def words(size: int) -> np.ndarray:
-            return self._backend.zeros(size, np.int64)
+            return self._memory.zeros(size, np.int64)
 
         return Received(
             seen=words(c.num_experts),
@@ -217,13 +206,13 @@ class Rank(Owned):
             tiles_to_queue=words(c.num_experts),
             up_done=words(c.num_experts * row_blocks),
             down_done=words(c.num_experts * row_blocks),
-            hidden=self._backend.empty(hidden_rows(c) * c.ffn, element),
+            hidden=self._memory.empty(hidden_rows(c) * c.ffn, element),
         )
 
     def _token_arrays(self) -> Tokens:
         c = self.config
         pairs, blocks = c.num_tokens * c.num_topk, -(-c.num_tokens // c.token_block)
-        memory = self._backend
+        memory = self._memory
         empty = memory.empty(0, storage_dtype(c.numpy_dtype))
 
         def integers(size: int) -> np.ndarray:

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from reference.arrays import Array
 from reference.layout import ALIGNMENT
 
 from ..processes.ownership import Owned
+from .protocols import Memory
+
+T = TypeVar("T")
 
 
 class ThreadHeap(Owned):
     """Segments of `num_ranks` ranks of this process."""
 
+    all_here = True
+
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self.rank_indices = range(num_ranks)
-        self.segments: list[np.ndarray] = []
+        self.segments: list[Array] = []
 
     def agree(self, error: Exception | None, same: Mapping[str, Any] | None = None) -> None:
-        """Raise this process's error, if there is one."""
         if error is not None:
             raise error
 
+    def together(self, step: Callable[[], T]) -> T:
+        return step()
+
     def from_first(self, make: Callable[[], str]) -> str:
-        """This process's text."""
         return make()
 
-    def allocate(self, num_bytes: int, backend: Any) -> None:
+    def allocate(self, num_bytes: int, memory: Memory) -> None:
         """Take zeroed segments of `num_bytes` each. The system gives memory as it is touched.
 
         Raises:
@@ -42,15 +49,11 @@ class ThreadHeap(Owned):
             cure = "use a smaller config.num_tokens or a config.capacity; `flashmoe plan` shows what they need"
             raise MemoryError(f"{need}, more than this machine gives: {cure}") from None
 
-    def barrier(self) -> None:
-        """Nothing to wait for: there is one process."""
-
     def close(self, check: Callable[[], None] | None) -> None:
-        """Give the segments back."""
         self.segments = []
 
 
-def _aligned_zeros(num_bytes: int) -> np.ndarray:
+def _aligned_zeros(num_bytes: int) -> Array:
     raw = np.zeros(num_bytes + ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % ALIGNMENT
     return raw[first : first + num_bytes]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,17 +13,18 @@ import numpy as np
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
 from reference.cache_folder import usable_cache_folder
 from reference.plan import max_tasks
-from reference.scalars import plain
 
 from ..backends import make_backend
+from ..backends.protocols import Backend
 from ..errors import FlashMoEError
 from ..heap import make_heap
+from ..heap.protocols import Heap
 from ..heap.rank import Rank, Stats
 from ..kernel.control import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, FAILED
 from ..kernel.signals import EPOCH_SHIFT
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
-from .arguments import find_problem, patience_s
+from .arguments import DEADLINE_S, Settings
 from .failures import explain
 
 LAST_EPOCH = 2**31 - 1
@@ -69,84 +69,98 @@ class FlashMoE(Owned):
         comm: Any = None,
         backend: str = "cpu",
         num_processors: int | None = None,
-        deadline_s: float = 30.0,
+        deadline_s: float = DEADLINE_S,
         setup_deadline_s: float = SETUP_DEADLINE_S,
         trace: bool = False,
         **backend_settings: Any,
     ) -> None:
         if comm is not None and not hasattr(comm, "Split_type"):
             raise TypeError(f"comm must be an mpi4py communicator or None, got {type(comm).__name__}")
-        num_processors, trace = plain(num_processors), plain(trace)
-        deadline_s, setup_deadline_s = plain(deadline_s), plain(setup_deadline_s)
-        backend_settings = {name: plain(value) for name, value in backend_settings.items()}
-        problem = find_problem(
-            config, weights, comm, backend, backend_settings, num_processors, deadline_s, setup_deadline_s, trace
+        settings = Settings(
+            config=config,
+            weights=weights,
+            comm=comm,
+            backend=backend,
+            backend_settings=backend_settings,
+            num_processors=num_processors,
+            deadline_s=deadline_s,
+            setup_deadline_s=setup_deadline_s,
+            trace=trace,
         )
-        if comm is None and problem is not None:
-            raise problem
-        self.config = config
-        self.deadline_s = deadline_s
+        if comm is None:
+            settings.check()
+        heap = make_heap(config, comm, backend, settings.patience_s())
+        first_rank, how = heap.rank_indices[0], settings.backend_settings
+        self._set_up(settings, heap, lambda: make_backend(backend, config, first_rank, **how))
+
+    @classmethod
+    def from_parts(
+        cls,
+        config: MoEConfig,
+        weights: Weights,
+        heap: Heap,
+        backend: Backend,
+        *,
+        num_processors: int | None = None,
+        deadline_s: float = DEADLINE_S,
+        trace: bool = False,
+    ) -> FlashMoE:
+        """A layer on objects (backends/protocols.py, heap/protocols.py) in place of names; it closes them.
+
+        Args:
+            weights: of the experts of all ranks.
+            heap: without segments yet.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and the rule.
+        """
+        how: dict[str, Any] = dict(num_processors=num_processors, deadline_s=deadline_s, trace=trace)
+        layer = cls.__new__(cls)
+        layer._set_up(Settings(config=config, weights=weights, **how), heap, lambda: backend)
+        return layer
+
+    def _set_up(self, settings: Settings, heap: Heap, make_backend: Callable[[], Backend]) -> None:
+        heap.together(settings.check)  # the other ranks must hear of a problem, too
+        heap.agree(None, same=settings.shared())
+        self.config, self.deadline_s = settings.config, settings.deadline_s
         self._closed: str | None = None
         self._epoch = 0
         self._num_tokens: list[int] = []
-        self._in_process = comm is None
         self._calling = threading.Lock()
         self._caller = 0
-        self._heap: Any = make_heap(config, comm, backend, patience_s(setup_deadline_s))
-        # under MPI the other ranks must hear of a problem, too
-        self._heap.agree(problem, same=None if problem else self._shared_settings(backend, backend_settings))
-        self._backend: Any = None
         self._ranks: list[Rank] = []
-        self._make_ready(lambda: self._make_backend(backend, backend_settings))
-        self._cache_folder = Path(self._heap.from_first(lambda: str(usable_cache_folder())))
-        self._one_first(lambda: self._backend.load(self._cache_folder))
-        self._make_ready(lambda: self._set_processors(num_processors))
-        self._heap.allocate(Layout(config).num_bytes, self._backend)
-        self._make_ready(lambda: self._make_ranks(weights, trace))
-        self._one_first(self._prepare)
-
-    def _shared_settings(self, backend: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """What must not differ between ranks, by name."""
-        fields = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
-        return fields | {"backend": backend, "tf32": settings.get("tf32", False)}
-
-    def _one_first(self, step: Callable[[], None]) -> None:
-        """Take a step that may compile: one rank of a machine does, the others then find its kernel on the disk."""
-        self._make_ready(lambda: step() if self._heap.rank_indices[0] == 0 else None)
-        self._make_ready(step)
-
-    def _make_backend(self, name: str, settings: dict[str, Any]) -> None:
-        self._backend = make_backend(name, self.config, self._heap.rank_indices[0], **settings)
-
-    def _set_processors(self, wanted: int | None) -> None:
-        here, ranks = len(self._heap.rank_indices), self.config.num_ranks
-        self.num_processors = wanted or self._backend.default_processors(here, ranks)
-        self._backend.check_grid(here, self.num_processors)
-
-    def _make_ready(self, step: Callable[[], None]) -> None:
-        """Take one step of setting up; if it fails on any rank, raise on all."""
-        error = None
+        self._heap: Heap | None = heap
+        self._in_process = heap.all_here
+        self._backend = heap.together(make_backend)
         try:
-            step()
-        except Exception as caught:
-            error = caught
-        try:
-            self._heap.agree(error)
+            self._make_ready(settings, heap)
         except BaseException:
-            if self._backend is not None:
-                with contextlib.suppress(Exception):  # what failed may fail again, and must not hide it
-                    self._backend.close()
+            with contextlib.suppress(Exception):  # what failed may fail again, and must not hide it
+                self._backend.close()
             raise
 
-    def _make_ranks(self, weights: Weights, trace: bool) -> None:
-        records = max_tasks(self.config) + self.config.num_experts if trace else 0
-        for rank_idx in self._heap.rank_indices:
-            own = weights.shard(rank_idx, self.config.num_ranks)
-            segments = self._heap.segments
-            self._ranks.append(Rank(self.config, rank_idx, own, segments, self.num_processors, self._backend, records))
+    def _make_ready(self, settings: Settings, heap: Heap) -> None:
+        """All steps of setting up that take memory or compile, each with all ranks."""
+        folder = Path(heap.from_first(lambda: str(usable_cache_folder())))
+        _one_first(heap, lambda: self._backend.load(folder))
+        heap.together(lambda: self._set_processors(settings.num_processors, heap))
+        heap.allocate(Layout(self.config).num_bytes, self._backend)
+        heap.together(lambda: self._make_ranks(settings, heap))
+        records = [rank.first_record() for rank in self._ranks]
+        _one_first(heap, lambda: self._backend.prepare(self.config, records, folder))
 
-    def _prepare(self) -> None:
-        self._backend.prepare([rank.first_arguments() for rank in self._ranks], self._cache_folder)
+    def _set_processors(self, wanted: int | None, heap: Heap) -> None:
+        here = len(heap.rank_indices)
+        self.num_processors = wanted or self._backend.default_processors(here, self.config.num_ranks)
+        self._backend.check_grid(here, self.num_processors)
+
+    def _make_ranks(self, settings: Settings, heap: Heap) -> None:
+        config = self.config
+        records = max_tasks(config) + config.num_experts if settings.trace else 0
+        for rank_idx in heap.rank_indices:
+            own = settings.weights.shard(rank_idx, config.num_ranks)
+            memory = heap.segments, self.num_processors, self._backend
+            self._ranks.append(Rank(config, rank_idx, own, *memory, records))
 
     def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None) -> Any:
         """The layer's output for these tokens.
@@ -222,13 +236,13 @@ class FlashMoE(Owned):
         self._epoch += 1
         self._num_tokens = [len(x) for x in tokens]
         deadline_ns = self._backend.deadline_ns(self.deadline_s)
-        ys, blocks = [], []
+        ys, records = [], []
         try:
             for rank, x, routing in zip(self._ranks, tokens, routings, strict=True):
-                y, rank_blocks = rank.call(x, routing, self._epoch, deadline_ns)
+                y, record = rank.call(x, routing, self._epoch, deadline_ns)
                 ys.append(y)
-                blocks += rank_blocks
-            self._backend.run(blocks, self._leave)
+                records.append(record)
+            self._backend.run(records, self._leave)
         except BaseException as error:
             self._closed = f"its last call was interrupted by {type(error).__name__}"
             self._leave()
@@ -258,6 +272,7 @@ class FlashMoE(Owned):
 
     def _controls(self) -> list[np.ndarray]:
         """Control words of all ranks."""
+        assert self._heap is not None, "ranks go with it"
         control = Layout(self.config).control
         return [self._backend.to_host(segment[control:]).view(np.int64) for segment in self._heap.segments]
 
@@ -294,9 +309,9 @@ class FlashMoE(Owned):
         """Raw records of the last call, by (rank, block); decoded by `flashmoe_numba.seeing.trace`."""
         self._last_tokens()
         return {
-            (r.rank_idx, block): self._backend.to_host(trace)
-            for r in self._ranks
-            for block, trace in enumerate(r.traces)
+            (rank.rank_idx, block): trace
+            for rank in self._ranks
+            for block, trace in enumerate(np.split(self._backend.to_host(rank.traces), self.num_processors + 1))
         }
 
     def _last_tokens(self) -> list[int]:
@@ -330,23 +345,23 @@ class FlashMoE(Owned):
                 return
             try:
                 if orderly and not self._closed:
-                    self._give_back()
+                    self._give_back(self._heap)
                 else:
-                    self._abandon()
+                    self._abandon(self._heap)
             finally:
                 self._closed = self._closed or "close() was called"
                 self._ranks, self._heap = [], None
 
-    def _give_back(self) -> None:
+    def _give_back(self, heap: Heap) -> None:
         """Close backend and heap, with all ranks."""
         try:
             self._backend.synchronize()
             self._epoch = self._backend.epoch(0, self._epoch)
             self._backend.close()
         except BaseException:
-            self._abandon()
+            self._abandon(heap)
             raise
-        self._heap.close(self._look_at_others)
+        heap.close(self._look_at_others)
 
     def _look_at_others(self) -> None:
         """While this rank waits for the others to close: raise if one has left, or makes a call that this one will not.
@@ -359,15 +374,22 @@ class FlashMoE(Owned):
             self._leave(CLOSED_EARLY)
         self._raise_if_given_up()
 
-    def _abandon(self) -> None:
+    def _abandon(self, heap: Heap) -> None:
         """The same after an error, which was told already: tell the others, wait for nobody, and raise nothing more."""
         self._leave()
         with contextlib.suppress(Exception):
             self._backend.close()
-        self._heap.close(None)
+        heap.close(None)
 
     def __enter__(self) -> FlashMoE:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._close(orderly=kind is None)
+
+
+def _one_first(heap: Heap, step: Callable[[], None]) -> None:
+    """Take a step that may compile: one rank of a machine does, the others then find its kernel on the disk."""
+    first = heap.rank_indices[0] == 0
+    heap.together(lambda: step() if first else None)
+    heap.together(lambda: None if first else step())

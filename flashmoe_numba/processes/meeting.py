@@ -11,12 +11,15 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from reference.arrays import Array
+
 from .ownership import Owned
 
+T = TypeVar("T")
 SETUP_DEADLINE_S = 600.0  # a rank may compile the kernel meanwhile
 CLOSE_DEADLINE_S = 3600.0  # a rank may do much between its last call and its close
 
@@ -28,8 +31,10 @@ class Meeting(Owned):
         setup_deadline_s: a rank that waits for the others longer than that raises a TimeoutError.
     """
 
+    all_here = False
+
     def __init__(self, comm: Any, setup_deadline_s: float) -> None:
-        self.segments: list[Any] = []
+        self.segments: list[Array] = []
         self.num_ranks = comm.size
         self.rank_indices = range(comm.rank, comm.rank + 1)
         self._setup_deadline_s = setup_deadline_s
@@ -61,9 +66,19 @@ class Meeting(Owned):
         if different:
             raise ValueError(f"all ranks must be given the same: {'; '.join(different)}")
 
+    def together(self, step: Callable[[], T]) -> T:
+        """What this rank's step returns; if it fails on any rank, raise on all as `agree` does."""
+        error = None
+        try:
+            result = step()
+        except Exception as caught:
+            error = caught
+        self.agree(error)
+        return result
+
     def from_first(self, make: Callable[[], str]) -> str:
-        """Rank 0's text, on all ranks."""
-        return self._gather(make() if self._comm.rank == 0 else "")[0]
+        """Rank 0's text, on all ranks; if it cannot make one, raise on all as `agree` does."""
+        return self._gather(self.together(lambda: make() if self._comm.rank == 0 else ""))[0]
 
     def require_one_machine(self) -> None:
         """Raise a ValueError on every rank, if the ranks do not share a machine."""
@@ -83,7 +98,7 @@ class Meeting(Owned):
         mine[: data.size] = data
         return [bytes(row[:size]).decode() for row, size in zip(self._gather_rows(mine), sizes, strict=True)]
 
-    def _gather_rows(self, mine: np.ndarray) -> np.ndarray:
+    def _gather_rows(self, mine: Array) -> Array:
         """Everybody's array, `[num_ranks, mine.size]`; all are of one size."""
         everybody = np.empty((self.num_ranks, mine.size), mine.dtype)
         self._wait_for_all(self._comm.Iallgather(mine, everybody))

@@ -50,8 +50,8 @@ def lose(moment, folder, signum):
     """Prepare this process, whatever its rank. The victim leaves its pid in `folder`."""
     honest_run, honest_meet, victim = CpuBackend.run, MpiWorld.meet, folder / "victim"
 
-    def run(self, blocks, stop):
-        problem, segments = blocks[0][1][1:3]
+    def run(self, records, stop):
+        problem, segments = records[0].problem, records[0].segments
         here = problem.epoch == EPOCH and problem.rank_idx == VICTIM
         if here:
             write(victim, str(os.getpid()))
@@ -61,7 +61,7 @@ def lose(moment, folder, signum):
             threading.Thread(target=end_after_dispatch, args=(problem, segments, signum), daemon=True).start()
         if problem.epoch == EPOCH and not here and moment == "after its dispatch":
             wait_for(lambda: victim.exists() and state(victim.read_text()) in ("T", "Z", ""))
-        honest_run(self, blocks, stop)
+        honest_run(self, records, stop)
 
     def meet(self, what):
         if moment == "before a meeting" and self.rank_idx == VICTIM and what.startswith(MEETING):

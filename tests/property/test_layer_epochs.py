@@ -49,8 +49,8 @@ def ahead_on_threads(config, weights, calls, num_processors, naps):
             for epoch, x in enumerate(calls, start=1):
                 if (rank.rank_idx, epoch) in naps:
                     time.sleep(0.005)
-                y, blocks = rank.call(x[rank.rank_idx], None, epoch, DEADLINE_NS)
-                backend.run(blocks, layer._leave)
+                y, record = rank.call(x[rank.rank_idx], None, epoch, DEADLINE_NS)
+                backend.run_blocks(layer._backend.blocks(record), layer._leave)
                 results.append(y)
             backend.close()
             return results
@@ -78,7 +78,8 @@ def ahead_on_fibers(config, weights, calls, num_processors, seed, lanes, preempt
         for rank in layer._ranks:
             by_block = [[] for _ in range(num_processors + 1)]
             for epoch, x in enumerate(calls, start=1):
-                y, blocks = rank.call(x[rank.rank_idx], None, epoch, DEADLINE_NS)
+                y, record = rank.call(x[rank.rank_idx], None, epoch, DEADLINE_NS)
+                blocks = layer._backend.blocks(record)
                 results[epoch - 1].append(y)
                 for arguments, (_, block_arguments) in zip(by_block, blocks, strict=True):
                     arguments.append(block_arguments)
@@ -129,8 +130,8 @@ def test_an_empty_packets_signal_is_overtaken(backend):
         from_0 = rank.segments.dispatch_flag[:2]
         from_0[:] = [2 << 32 | 3, 2 << 32 | 0]
         for epoch, rows in ((1, 0), (2, 3)):
-            _, blocks = rank.call(none, None, epoch, DEADLINE_NS)
-            layer._backend.run(blocks, layer._leave)
+            _, record = rank.call(none, None, epoch, DEADLINE_NS)
+            layer._backend.run([record], layer._leave)
             layer._raise_if_given_up()
             assert rank.stats(epoch, 0).rows_per_expert == (rows, 0), f"epoch {epoch}"
             assert back.any() == (epoch == 2), f"epoch {epoch}: results are sent for rows of epoch 2 only, {back}"

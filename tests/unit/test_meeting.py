@@ -77,6 +77,18 @@ def test_ranks_on_several_machines_are_told_so(monkeypatch, num_local, said):
     assert [error and str(error) for error in errors] == [said and f"comm must lie on {said}"] * 3
 
 
+def test_a_text_that_rank_0_cannot_make_is_an_error_of_all():
+    problem, made = OSError("no room"), []
+
+    def make():
+        made.append(1)
+        raise problem
+
+    first, *others = errors_of([lambda meeting: meeting.from_first(make)] * 3)
+    assert first is problem and made == [1]
+    assert set(map(str, others)) == {"another rank could not start: rank 0: no room"}
+
+
 def test_a_rank_that_the_others_never_join_is_told_why_that_may_be():
     with pytest.raises(TimeoutError) as caught:
         Meeting(Comm(0, 2, {}), 0.01)

@@ -69,9 +69,11 @@ def test_the_sentence_names_variable_mpirun_and_cure(monkeypatch):
 def test_a_layer_on_a_lonely_rank_says_so(monkeypatch):
     monkeypatch.setattr(mpi_environment, "mpirun_beside", lambda: "/venv/bin/mpirun")
     config = MoEConfig(num_ranks=4, num_tokens=3, hidden=4, ffn=4, num_experts=4, num_topk=1)
-    asked = (config, Weights.random(config), SimpleNamespace(size=1, rank=0), "cpu", {}, None, 30.0, 600.0, False)
+    comm = SimpleNamespace(size=1, rank=0)
+    settings = arguments.Settings(config=config, weights=Weights.random(config), comm=comm, backend="cpu")
     message = "comm must have config.num_ranks=4 ranks, got 1: start 4 ranks by /venv/bin/mpirun -n 4"
-    assert str(arguments.find_problem(*asked)) == message
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        settings.check()
 
 
 @pytest.mark.parametrize("command", [["run", "--threads", "--preset", "laptop-tiny"], ["calibrate", "--out", "x.toml"]])

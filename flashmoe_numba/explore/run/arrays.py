@@ -47,7 +47,7 @@ class Arrays:
         hosts = c.num_ranks + len(spec.leavers) if self.can_stop else 0  # those that look, then those that give up
         self.memory = Memory(self.num_lanes + hosts, *patience(spec))
         self.regions: dict[int, Region] = {}  # by id of the array
-        self._backend = _WatchedBackend()
+        self.backend = _WatchedBackend()
         segments = [np.empty(Layout(c).num_bytes, np.uint8) for _ in range(c.num_ranks)]
         self.ranks = [self._make_rank(rank_idx, segments) for rank_idx in range(c.num_ranks)]
         self._make_tokens()
@@ -56,22 +56,23 @@ class Arrays:
         c, spec = self.spec.config, self.spec
         weights = self.weights.shard(rank_idx, c.num_ranks)
         records = max_tasks(c) + c.num_experts
-        rank = Rank(c, rank_idx, weights, segments, spec.num_processors, self._backend, records)
+        rank = Rank(c, rank_idx, weights, segments, spec.num_processors, self.backend, records)
         for group in (rank.segments, rank.tokens, rank.received, rank.queue):
             for name, array in zip(group._fields, group, strict=True):
                 self._watch(rank_idx, f"{type(group).__name__.lower()}.{name}", array)
-        for block in range(self.num_blocks):
-            self._watch(rank_idx, f"box of block {block}", rank.boxes[block])
-            self._watch(rank_idx, f"trace of block {block}", rank.traces[block])
-        for block, scratch in enumerate(rank.scratch):
-            self._watch(rank_idx, f"scratch.rows of block {block}", scratch.rows)
-            self._watch(rank_idx, f"scratch.sums of block {block}", scratch.sums)
+        rooms = self.backend.make_rooms(c, rank.first_record())
+        for block, room in enumerate(rooms):
+            self._watch(rank_idx, f"box of block {block}", room.box)
+            self._watch(rank_idx, f"trace of block {block}", room.trace)
+        for block, room in enumerate(rooms[: spec.num_processors]):
+            self._watch(rank_idx, f"scratch.rows of block {block}", room.scratch.rows)
+            self._watch(rank_idx, f"scratch.sums of block {block}", room.scratch.sums)
         return rank
 
     def _watch(self, rank_idx: int, name: str, array: np.ndarray) -> None:
         group, _, what = name.partition(".")
         rows = name in ("segments.dispatch", "segments.result")
-        initialised = not rows and not any(array is other for other in self._backend.uninitialised)
+        initialised = not rows and not any(array is other for other in self.backend.uninitialised)
         writers = self.spec.config.num_ranks if rows or (group == "segments" and what.endswith("_flag")) else 0
         full_name = f"rank {rank_idx} {name}"
         self.regions[id(array)] = self.memory.region(full_name, array, initialised=initialised, num_writers=writers)
@@ -80,8 +81,8 @@ class Arrays:
         for epoch, (x, _) in enumerate(self.data, start=1):
             for rank_idx, part in enumerate(x):
                 adopted = as_storage(part), as_storage(np.empty_like(part))
-                self._backend.adopted[id(part)] = (*adopted, adopted[1].view(part.dtype).reshape(part.shape))
-                self._backend.uninitialised.append(adopted[1])
+                self.backend.adopted[id(part)] = (*adopted, adopted[1].view(part.dtype).reshape(part.shape))
+                self.backend.uninitialised.append(adopted[1])
                 self._watch(rank_idx, f"tokens.x of call {epoch}", adopted[0])
                 self._watch(rank_idx, f"tokens.y of call {epoch}", adopted[1])
 

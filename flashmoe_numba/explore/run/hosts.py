@@ -45,29 +45,21 @@ class Table:
 
     def __init__(self, world: Arrays) -> None:
         self._world = world
-        self._left = [np.zeros(1, np.int64) for _ in world.ranks]  # blocks of each rank that have left a call
-        records = [self._record(rank, rank.first_arguments()) for rank in world.ranks]
-        words = [self._words(record) for record in records]
+        words = [self._words(rank.first_record()) for rank in world.ranks]
         header = [world.num_blocks, len(words[0])]
         self.array = np.array(header + [word for row in words for word in [1, *row[1:]]], np.int64)
         self.region = world.memory.region("table", self.array)
         world.regions[id(self.array)] = self.region
-        for rank_idx, left in enumerate(self._left):
-            world.regions[id(left)] = world.memory.region(f"rank {rank_idx} left", left)
+        for rank in world.ranks:
+            world.regions[id(rank.left)] = world.memory.region(f"rank {rank.rank_idx} left", rank.left)
 
-    def arguments(self, rank: Rank, block: int, of_persistent: tuple[Any, ...]) -> tuple[Any, ...]:
+    def arguments(self, record: Record, block: int, of_persistent: tuple[Any, ...]) -> tuple[Any, ...]:
         """Of `grid_block`, for a block that would have these of `persistent`; the host writes the rank's record."""
-        record = self._record(rank, of_persistent)
-        words = self._words(record)
-        at = HEADER_WORDS + rank.rank_idx * len(words)
+        words, rank_idx = self._words(record), record.problem.rank_idx
+        at = HEADER_WORDS + rank_idx * len(words)
         self.array[at + 1 : at + len(words)] = words[1:]
         scratch, box = self._world.watched(of_persistent[-3:-1])
-        return rank.rank_idx * self._world.num_blocks + block, self.region, record, scratch, box
-
-    def _record(self, rank: Rank, of_persistent: tuple[Any, ...]) -> Record:
-        _, problem, segments, experts, tokens, received, queue, *_ = of_persistent
-        left = self._left[rank.rank_idx]
-        return Record(problem, segments, experts, tokens, received, queue, rank.all_traces, left)
+        return rank_idx * self._world.num_blocks + block, self.region, record, scratch, box
 
     @staticmethod
     def _words(record: Record) -> list[int]:
@@ -108,19 +100,21 @@ class Host:
     def _launch(self, rank: Rank, epoch: int) -> None:
         x, routings = self.world.data[epoch - 1]
         world, lanes, rank_idx = self.world, self.world.spec.lanes, rank.rank_idx
-        y, blocks = rank.call(x[rank_idx], routings[rank_idx], epoch, world.spec.deadline or NO_DEADLINE)
+        y, record = rank.call(x[rank_idx], routings[rank_idx], epoch, world.spec.deadline or NO_DEADLINE)
         self._y.append(y)
-        for block, (name, arguments) in enumerate(blocks):
-            entry, given = self._entry(rank, block, arguments)
+        for block, (name, arguments) in enumerate(world.backend.blocks(record)):
+            entry, given = self._entry(record, block, arguments)
             self.fibers += self.scheduler.add_block(name, self._lane, (rank_idx, block, entry, given), lanes)
         if rank_idx in world.spec.leavers and epoch == len(world.data):
             arguments = world.watched(rank.leaving(epoch))
             self.leaving = self.scheduler.add_block(f"rank {rank_idx} host", self._leave, (rank_idx, epoch, *arguments))
 
-    def _entry(self, rank: Rank, block: int, arguments: tuple[Any, ...]) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    def _entry(
+        self, record: Record, block: int, arguments: tuple[Any, ...]
+    ) -> tuple[Callable[..., None], tuple[Any, ...]]:
         """What a block of a call enters, and what it is given."""
         if self._table:
-            return self.world.kernel.grid_block, self._table.arguments(rank, block, arguments)
+            return self.world.kernel.grid_block, self._table.arguments(record, block, arguments)
         return self.world.kernel.persistent, self.world.watched(arguments)
 
     def _leave(self, rank_idx: int, epoch: int, *arguments: Any) -> None:
@@ -194,7 +188,7 @@ def _call_of(rank: Rank, y: np.ndarray) -> Call:
 
 def _tasks(rank: Rank) -> Counter[Task]:
     tasks: Counter[Task] = Counter()
-    for trace in rank.traces:
+    for trace in np.split(rank.traces, rank.num_processors + 1):
         for kind, peer, expert, m, n, *_ in trace.reshape(-1, RECORD_WORDS)[1 : trace[0] + 1].tolist():
             if kind != RECEIVE:
                 tasks[Task(kind, rank.rank_idx, peer, expert, m, n)] += 1

@@ -10,9 +10,9 @@ from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Scheduler, memory_view
 from flashmoe_numba.device.storage import as_storage
 from flashmoe_numba.gpu.arrays import GpuTokens
+from flashmoe_numba.heap.gpus import GpuHeap
 from flashmoe_numba.heap.host import HostMemory
 from flashmoe_numba.kernel.state import BOX_WORDS
-from flashmoe_numba.layer import layer
 from flashmoe_numba.tile_gemm import Scratch
 from flashmoe_numba.tile_gemm.matrices import PASS_ROWS, SUMS_STRIDE, scratch_elements
 
@@ -113,13 +113,9 @@ class InterpretedCuda(CudaBackend):
         return HostMemory.adopt(self, tokens.original)
 
     def load(self, folder):
-        self._function, self._left = None, self.zeros(self._config.num_ranks, np.int64)
+        self._function = None
 
 
 def make_layer(config, weights, seed=0, **how):
-    original = layer.make_backend
-    layer.make_backend = lambda name, config, first_rank, **_: InterpretedCuda(config, InterpretedGpu(config, seed))
-    try:
-        return FlashMoE(config, weights, backend="cuda", **how)
-    finally:
-        layer.make_backend = original
+    backend = InterpretedCuda(config, InterpretedGpu(config, seed))
+    return FlashMoE.from_parts(config, weights, GpuHeap(config.num_ranks), backend, **how)

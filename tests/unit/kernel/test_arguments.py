@@ -10,7 +10,9 @@ from cases import DTYPES, assert_same_bits, random_routing, random_tokens, tiny_
 
 import flashmoe_numba
 from flashmoe_numba import FlashMoE
+from flashmoe_numba.backends.fibers import FiberBackend
 from flashmoe_numba.errors import FlashMoEError
+from flashmoe_numba.heap.threads import ThreadHeap
 from reference import MoEConfig, Weights
 
 CONFIG = tiny_config(num_ranks=2, num_tokens=5, hidden=6, ffn=4)
@@ -183,6 +185,18 @@ def test_numpy_scalars_are_numbers(layer):
     fibers = dict(backend="fibers", num_processors=1, seed=np.uint32(4), lanes=np.array(2), preempt=np.float64(0.1))
     with FlashMoE(CONFIG, WEIGHTS, **fibers) as other:
         assert [type(getattr(other._backend, name)) for name in ("seed", "lanes", "preempt")] == [int, int, float]
+
+
+def test_a_layer_of_objects_is_the_layer_of_their_names():
+    heap, backend = ThreadHeap(CONFIG.num_ranks), FiberBackend(lanes=1)
+    with pytest.raises(ValueError, match=r"num_processors must be in \[1, 512\], got 0"):
+        FlashMoE.from_parts(CONFIG, WEIGHTS, heap, backend, num_processors=0)
+    with FlashMoE(CONFIG, WEIGHTS, backend="fibers", num_processors=1, lanes=1) as layer:
+        expected = layer(X)
+    with FlashMoE.from_parts(CONFIG, WEIGHTS, heap, backend, num_processors=1) as other:
+        assert_same_bits(other(X), expected, "a layer of objects")
+        assert len(heap.segments) == CONFIG.num_ranks and backend.seed == 1, "these objects were used"
+    assert heap.segments == []
 
 
 def test_one_ranks_tokens_without_an_index_of_ranks():

@@ -4,7 +4,6 @@ import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.heap.threads import ThreadHeap
 from flashmoe_numba.kernel import control as s
 from flashmoe_numba.kernel.signals import EPOCH_SHIFT
-from flashmoe_numba.layer import layer as layer_module
 from reference import Weights
 
 LONG_S = 20  # a deadline that no test waits for, unless the layer is wrong
@@ -29,24 +27,25 @@ class Together:
         self.config, self.weights = config, Weights.random(config)
         self.segments, self.closing = [], set()
 
-    def layers(self, monkeypatch, **settings):
+    def layers(self, **settings):
         """A layer for every rank, each as in a process of its own."""
         made = []
         for rank in range(self.config.num_ranks):
-            monkeypatch.setattr(layer_module, "make_heap", lambda *_, rank=rank: OneRankHeap(self, rank))
-            comm = SimpleNamespace(Split_type=None, rank=rank, size=self.config.num_ranks)
-            made.append(FlashMoE(self.config, self.weights, comm=comm, num_processors=1, **settings))
+            heap, backend = OneRankHeap(self, rank), cpu.CpuBackend()
+            made.append(FlashMoE.from_parts(self.config, self.weights, heap, backend, num_processors=1, **settings))
         return made
 
 
 class OneRankHeap(ThreadHeap):
+    all_here = False
+
     def __init__(self, together, rank):
         super().__init__(together.config.num_ranks)
         self._together, self.rank_indices = together, range(rank, rank + 1)
 
-    def allocate(self, num_bytes, backend):
+    def allocate(self, num_bytes, memory):
         if not self._together.segments:
-            super().allocate(num_bytes, backend)
+            super().allocate(num_bytes, memory)
             self._together.segments = self.segments
         self.segments = self._together.segments
 
@@ -81,10 +80,10 @@ def calls(number, x, rank):
 
 
 @pytest.mark.parametrize("numbers", [[2, 1], [1, 2], [0, 1], [2, 1, 2], [3, 3, 2]])
-def test_a_rank_that_closes_while_another_makes_one_more_call_is_named_at_once_by_all(monkeypatch, numbers):
+def test_a_rank_that_closes_while_another_makes_one_more_call_is_named_at_once_by_all(numbers):
     config = tiny_config(num_ranks=len(numbers), num_experts=2 * len(numbers))
     x = random_tokens(config)
-    layers = Together(config).layers(monkeypatch, deadline_s=LONG_S)
+    layers = Together(config).layers(deadline_s=LONG_S)
     early = numbers.index(min(numbers))
     why = f"rank {early} closed its layer after {min(numbers)} calls, and another rank made one more"
     for rank, error in enumerate(outcomes(layers, [calls(n, x, rank) for rank, n in enumerate(numbers)])):
@@ -92,18 +91,18 @@ def test_a_rank_that_closes_while_another_makes_one_more_call_is_named_at_once_b
         assert str(error).startswith(why if rank == early else f"rank {rank} stopped: {why}"), f"rank {rank}: {error}"
 
 
-def test_ranks_that_make_the_same_calls_close_in_order(monkeypatch):
+def test_ranks_that_make_the_same_calls_close_in_order():
     config = tiny_config()
     x = random_tokens(config)
     with FlashMoE(config, Weights.random(config)) as layer:
         expected = layer(x)
-    layers = Together(config).layers(monkeypatch, deadline_s=LONG_S)
+    layers = Together(config).layers(deadline_s=LONG_S)
     for rank, results in enumerate(outcomes(layers, [calls(3, x, rank) for rank in range(2)])):
         for y in results:
             assert_same_bits(y, expected[rank])
 
 
-def test_a_rank_that_waits_in_close_is_told_of_one_that_left(monkeypatch):
+def test_a_rank_that_waits_in_close_is_told_of_one_that_left():
     config = tiny_config()
     x = random_tokens(config)
 
@@ -111,7 +110,7 @@ def test_a_rank_that_waits_in_close_is_told_of_one_that_left(monkeypatch):
         layer(x[1])
         raise FlashMoEError("of its own")
 
-    layers = Together(config).layers(monkeypatch, deadline_s=LONG_S)
+    layers = Together(config).layers(deadline_s=LONG_S)
     told, own = outcomes(layers, [calls(1, x, 0), leaves])
     assert str(told) == "rank 0 stopped: rank 1 left in epoch 1 because of an error of its own" and "of its" in str(own)
 
@@ -128,7 +127,7 @@ def test_a_call_that_raises_tells_all_ranks_also_without_a_with_block(monkeypatc
 
     for place in ("run", "adopt"):
         config = tiny_config()
-        layer, other = Together(config).layers(monkeypatch, deadline_s=LONG_S)
+        layer, other = Together(config).layers(deadline_s=LONG_S)
         x = random_tokens(config)
         monkeypatch.setattr(layer._backend, place, broken)
         with pytest.raises(Broken):
@@ -145,13 +144,13 @@ def test_a_close_in_another_thread_ends_the_call_and_says_so():
     x, begun = random_tokens(config), threading.Event()
     layer = FlashMoE(config, Weights.random(config), num_processors=1, deadline_s=LONG_S)
     layer(x)
-    honest = layer._backend.run
+    honest = layer._backend.run_blocks
 
     def without_rank_1(blocks, stop):  # the call would last for ever
         begun.set()
         honest(blocks[:2], stop)
 
-    layer._backend.run = without_rank_1
+    layer._backend.run_blocks = without_rank_1
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(layer, x)
         assert begun.wait(60)
@@ -187,7 +186,7 @@ def test_no_thread_outlives_a_call_that_fails(monkeypatch):
     backend = cpu.CpuBackend()
     try:
         with pytest.raises(Broken):
-            backend.run([("first", (0,)), ("second", (1,))], stopped.set)
+            backend.run_blocks([("first", (0,)), ("second", (1,))], stopped.set)
         assert stopped.is_set() and ended.is_set(), "the second block still runs"
     finally:
         last.set()

@@ -23,9 +23,9 @@ def call_without(layer, x, missing, routing=None):
     layer._epoch += 1
     blocks = []
     for rank, part, given in zip(layer._ranks, x, routing or [None] * len(x), strict=True):
-        _, rank_blocks = rank.call(part, given, layer._epoch, int(DEADLINE_S * 1e9))
+        _, record = rank.call(part, given, layer._epoch, int(DEADLINE_S * 1e9))
         if rank.rank_idx != missing:
-            blocks += rank_blocks
+            blocks += layer._backend.blocks(record)
     run_until_silence(layer, blocks, missing)
     return [rank.control for rank in layer._ranks]
 
@@ -38,7 +38,7 @@ def run_until_silence(layer, blocks, missing):
     present = [rank for rank in range(layer.config.num_ranks) if rank != missing]
     flags = [rank.segments.dispatch_flag.reshape(layer.config.num_ranks, -1) for rank in layer._ranks]
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(layer._backend.run, blocks, layer._leave)
+        running = pool.submit(layer._backend.run_blocks, blocks, layer._leave)
         dispatched = False
         while not dispatched:
             assert not running.done(), "given up although a rank was at work"
@@ -89,10 +89,10 @@ def test_a_rank_that_waits_itself_is_not_the_one_to_name(silent, named):
     with FlashMoE(config, Weights.random(config), num_processors=1) as layer:
         layer(x)
         layer._epoch += 1
-        _, blocks = layer._ranks[2].call(x[2], None, layer._epoch, int(DEADLINE_S * 1e9))
+        _, record = layer._ranks[2].call(x[2], None, layer._epoch, int(DEADLINE_S * 1e9))
         if silent is not None:
             layer._ranks[silent].control[s.SILENT] = 1
-        layer._backend.run(blocks, layer._leave)
+        layer._backend.run([record], layer._leave)
         message = explain(2, [rank.control for rank in layer._ranks])
         assert f"waited for the dispatch flag of rank {named} for expert 0 here; it holds epoch 1" in message, message
         assert layer._ranks[2].control[s.SILENT] == 2, "rank 2 has been waiting itself"
@@ -117,12 +117,12 @@ def test_a_missing_result_is_named():
 def call_without_results(layer, x, routing):
     """Rank 1 signals its empty packets by hand, and nothing else of it runs."""
     layer._epoch += 1
-    (_, blocks), _ = (
+    (_, record), _ = (
         rank.call(part, given, layer._epoch, int(DEADLINE_S * 1e9))
         for rank, part, given in zip(layer._ranks, x, routing, strict=True)
     )
     layer._ranks[0].segments.dispatch_flag[2:] = layer._epoch << 32
-    run_until_silence(layer, blocks, missing=1)
+    run_until_silence(layer, layer._backend.blocks(record), missing=1)
     return [rank.control for rank in layer._ranks]
 
 
@@ -131,8 +131,8 @@ def test_without_its_processors_a_rank_waits_for_its_gate():
     x = random_tokens(config)
     with FlashMoE(config, Weights.random(config), num_processors=2) as layer:
         layer._epoch += 1
-        _, blocks = layer._ranks[0].call(x[0], None, 1, int(DEADLINE_S * 1e9))
-        layer._backend.run(blocks[-1:], layer._leave)
+        _, record = layer._ranks[0].call(x[0], None, 1, int(DEADLINE_S * 1e9))
+        layer._backend.run_blocks(layer._backend.blocks(record)[-1:], layer._leave)
         message = explain(0, [layer._ranks[0].control])
         assert "rank 0, block 2 (OS block) gave up in epoch 1" in message, message
         assert "waited for the gate of this rank; 1 flags missing" in message, message
@@ -142,8 +142,8 @@ def test_without_its_os_block_a_processor_speaks():
     config = tiny_config(num_ranks=1)
     x = random_tokens(config)
     with FlashMoE(config, Weights.random(config), num_processors=2) as layer:
-        _, blocks = layer._ranks[0].call(x[0], None, 1, int(DEADLINE_S * 1e9))
-        layer._backend.run(blocks[:-1], layer._leave)
+        _, record = layer._ranks[0].call(x[0], None, 1, int(DEADLINE_S * 1e9))
+        layer._backend.run_blocks(layer._backend.blocks(record)[:-1], layer._leave)
         message = explain(0, [layer._ranks[0].control])
         assert "(processor) gave up in epoch 1: waited for task" in message, message
 
@@ -224,8 +224,8 @@ config = tiny_config()
 x = random_tokens(config)
 with FlashMoE(config, Weights.random(config), num_processors=2, deadline_s=600) as layer:
     layer(x)
-    run = layer._backend.run
-    layer._backend.run = lambda blocks, stop: run(blocks[:3], stop)  # rank 1 never comes: the call would last 600 s
+    run = layer._backend.run_blocks
+    layer._backend.run_blocks = lambda blocks, stop: run(blocks[:3], stop)  # without rank 1 it would last 600 s
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     try:
         layer(x)

@@ -73,11 +73,14 @@ def test_a_call_waits_for_nothing(layer):
     assert gpu.synchronized == before
 
 
-def test_a_call_hands_over_one_list_of_arguments_per_rank(layer):
-    rank = layer._ranks[0]
-    tokens = layer._backend.check_tokens("x", random_tokens(CONFIG)[0], CONFIG)
-    _, blocks = rank.call(tokens, None, 1, 10**9)
-    assert [(name, arguments[0]) for name, arguments in blocks] == [("rank 0", 0)]
+def test_a_call_hands_over_one_record_per_rank(layer):
+    gpu, copied = layer._backend.gpu, []
+    gpu.copy_rows = lambda target, rows, skip, stream: copied.append((rows.copy(), target.size))
+    gpu.launch = lambda *arguments: None
+    layer(random_tokens(CONFIG))
+    [(rows, table_words)] = copied
+    assert len(rows) == CONFIG.num_ranks and rows.size == table_words
+    assert rows[:, 1].tolist() == list(range(CONFIG.num_ranks)), "the second word is the rank"
 
 
 # page-locked memory
@@ -276,4 +279,4 @@ def test_table_and_epochs_are_there_before_any_call(layer):
     assert [backend.epoch(position, 0) for position in range(CONFIG.num_ranks)] == [0, 0]
     layer(random_tokens(CONFIG))
     assert [stats.epoch for stats in layer.stats] == [1, 1]
-    assert np.all(backend._left == 0)
+    assert all(np.all(rank.left == 0) for rank in layer._ranks)

@@ -1,0 +1,104 @@
+"""What backends share that run blocks in this process, and return when all have."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reference import MoEConfig
+from reference.arrays import Array
+
+from ..heap.host import HostMemory
+from ..kernel.grid import Record
+from ..kernel.state import BOX_WORDS
+from ..processes.cores import default_processors
+from ..tile_gemm import Scratch
+
+Block = tuple[str, tuple[Any, ...]]  # its name, and what `persistent` is given
+
+
+class Room(NamedTuple):
+    """What one block has to itself."""
+
+    scratch: Scratch
+    box: Array  # int64 [BOX_WORDS]
+    trace: Array  # int64, its part of the record's `traces`
+
+
+class HostBackend(HostMemory, ABC):
+    """Blocks as something of this process. Those who inherit say how they compile, and how they run."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[int, list[Room]] = {}  # by rank, then by block
+
+    @abstractmethod
+    def make_scratch(self, config: MoEConfig) -> Scratch:
+        """Working memory of one block."""
+
+    def compile(self, arguments: tuple[Any, ...], folder: Path) -> None:
+        """Compile the kernel for arguments of these types, or load it from `folder`; nothing, if it is interpreted."""
+
+    @abstractmethod
+    def run_blocks(self, blocks: Sequence[Block], stop: Callable[[], None]) -> None:
+        """Run these to their end. `stop` makes them leave early; it is called if this thread is interrupted."""
+
+    def load(self, folder: Path) -> None:
+        """Nothing to load before the arguments' types are known: `prepare` does it."""
+
+    def default_processors(self, num_ranks_here: int, num_ranks: int) -> int:
+        """The cores, shared out among the ranks of the layer, at least one."""
+        return default_processors(num_ranks)
+
+    def check_grid(self, num_ranks_here: int, num_processors: int) -> None:
+        """Any number of blocks will do."""
+
+    def prepare(self, config: MoEConfig, records: Sequence[Record], folder: Path) -> None:
+        """Give every block its room, and compile the kernel for arguments of the types of the first one's."""
+        for record in records:
+            self.make_rooms(config, record)
+        _, arguments = self.blocks(records[0])[0]
+        self.compile(arguments, folder)
+
+    def make_rooms(self, config: MoEConfig, record: Record) -> list[Room]:
+        """A room for each block of the rank with this record. The OS block uses no scratch, so it shares one."""
+        num_blocks = record.problem.num_processors + 1
+        scratch = [self.make_scratch(config) for _ in range(num_blocks - 1)]
+        parts = zip([*scratch, scratch[-1]], np.split(record.traces, num_blocks), strict=True)
+        rooms = [Room(of_block, np.zeros(BOX_WORDS, np.int64), trace) for of_block, trace in parts]
+        self._rooms[record.problem.rank_idx] = rooms
+        return rooms
+
+    def blocks(self, record: Record) -> list[Block]:
+        """Those of a rank in one call, with cleared traces."""
+        problem, found = record.problem, []
+        for block, room in enumerate(self._rooms[problem.rank_idx]):
+            room.trace[:1] = 0
+            role = "OS block" if block == problem.num_processors else f"processor {block}"
+            groups = problem, record.segments, record.experts, record.tokens, record.received, record.queue
+            found.append((f"rank {problem.rank_idx} {role}", (block, *groups, *room)))
+        return found
+
+    def begin(self, tokens: Sequence[Any]) -> None:
+        """Nothing: calls come one after the other."""
+
+    def run(self, records: Sequence[Record], stop: Callable[[], None]) -> None:
+        """Run all blocks of these ranks to their end."""
+        self.run_blocks([block for record in records for block in self.blocks(record)], stop)
+
+    def may_have_failed(self) -> bool:
+        """`run` waited, so just look."""
+        return True
+
+    def synchronize(self) -> None:
+        """`run` waits."""
+
+    def epoch(self, position: int, counted: int) -> int:
+        """Only the host begins calls."""
+        return counted
+
+    def close(self) -> None:
+        self._rooms.clear()

@@ -1,0 +1,119 @@
+"""What a layer stands on: memory for a rank's arrays, and a heap of segments.
+
+Arrays are NumPy's, or on a GPU CuPy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from reference import MoEConfig
+from reference.arrays import Array
+
+T = TypeVar("T")
+
+
+class Memory(Protocol):
+    """Where a rank's arrays lie, and those that its user brings."""
+
+    def zeros(self, size: int, dtype: npt.DTypeLike) -> Array:
+        """`[size]`, each 0.
+
+        Raises:
+            MemoryError: how much is needed and how much is free, where that is known.
+        """
+
+    def empty(self, size: int, dtype: npt.DTypeLike) -> Array:
+        """`[size]`, with whatever was there."""
+
+    def array(self, values: Array) -> Array:
+        """Values from the host in an array of this memory: the same array, where the host's is that."""
+
+    def address(self, array: Array) -> int:
+        """Where the array begins, as the kernel sees it."""
+
+    def to_host(self, array: Array) -> Array:
+        """A copy for the host to read, when all work on the array so far is done."""
+
+    def store(self, target: Array, values: Array) -> None:
+        """Copy values from the host into an array of this memory, as a part of the call that began."""
+
+    def pack(
+        self,
+        matrices: Sequence[Array],
+        biases: Sequence[Array | None],
+        tile_n: int,
+        accumulator: np.dtype[Any],
+        rows: Array | None,
+    ) -> Any:
+        """Weights in the form that the tile GEMM of this memory's kernel reads.
+
+        Args:
+            matrices: one, or two of a gated product, `[experts, columns, depth]` each.
+            biases: of each of them, `[experts, columns]` or None.
+            tile_n: columns of a tile.
+            rows: what they will multiply, where that lies in one place in all calls; not looked at where a kernel is
+                not told in advance.
+        """
+
+    def check_tokens(self, name: str, x: Any, config: MoEConfig) -> Any:
+        """One rank's tokens, as `adopt` wants them. Errors call them `name`.
+
+        Raises:
+            TypeError, ValueError: naming the rule, and both sides of it.
+        """
+
+    def adopt(self, x: Any) -> tuple[Array, Array, Any]:
+        """(tokens as the kernel sees them, room for results likewise, the same room as the user sees it)."""
+
+    def join(self, x: Any, parts: list[Any]) -> Any:
+        """Results of all ranks in the form in which the tokens came: one array, or the list as it is."""
+
+
+class Heap(Protocol):
+    """Symmetric memory: one segment per rank, all of one size, all visible to every rank.
+
+    Attributes:
+        num_ranks: of the layer.
+        rank_indices: those that live in this process.
+        all_here: a call takes and returns the tokens of all ranks, and not those of this process's one.
+        segments: rank -> bytes, of all ranks; empty before `allocate` and after `close`.
+    """
+
+    num_ranks: int
+    rank_indices: range
+    all_here: bool
+    segments: list[Array]
+
+    def agree(self, error: Exception | None, same: Mapping[str, Any] | None = None) -> None:
+        """Raise on every rank if any brings an error, or if values by name are not the `same` on all ranks.
+
+        Where all ranks are here: raise the error, if there is one.
+        """
+
+    def together(self, step: Callable[[], T]) -> T:
+        """What this rank's step returns; if it fails on any rank, raise on all as `agree` does.
+
+        Where all ranks are here: just take it.
+        """
+
+    def from_first(self, make: Callable[[], str]) -> str:
+        """Rank 0's text on all ranks; only there it is made. If that fails, raise on all as `agree` does."""
+
+    def allocate(self, num_bytes: int, memory: Memory) -> None:
+        """Take zeroed segments of `num_bytes` each: in `memory`, or in what processes can share.
+
+        Raises:
+            MemoryError, ValueError: on every rank, naming what is missing.
+        """
+
+    def close(self, check: Callable[[], None] | None) -> None:
+        """Give everything back, which takes all ranks, or with `check=None` leave it to the end of the process.
+
+        Args:
+            check: called while waiting for the others; raises if one of them will not come.
+        """
