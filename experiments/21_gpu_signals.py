@@ -32,7 +32,7 @@ from gpu_common import (
     to_gpu,
 )
 
-from flashmoe_numba.commands import UsageError
+from flashmoe_numba.errors import UsageError
 from flashmoe_numba.processes.launch import guard_this_rank, inside_mpirun, start
 from flashmoe_numba.processes.together import MpiWorld
 from flashmoe_numba.seeing.trace import decode

@@ -25,8 +25,8 @@ from pathlib import Path
 from common import Row, parser_of, show, store
 from explore_common import search_of
 
-from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands.spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped
+from flashmoe_numba.errors import UsageError
 from flashmoe_numba.explore import worlds
 from flashmoe_numba.explore.search import explore
 from flashmoe_numba.processes import launch

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands.sizes import check_outputs
+from flashmoe_numba.errors import UsageError
 
 Row = dict[str, Any]
 

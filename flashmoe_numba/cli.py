@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from .commands import UsageError
+from .errors import UsageError
 from .processes.launch import is_first_rank
 
 COMMANDS = {

@@ -21,9 +21,9 @@ import sim
 from reference import DTYPES
 from sim.world.hardware import to_toml
 
+from ..errors import UsageError
 from ..processes import launch
 from ..processes.mpi_environment import unless_left_over
-from . import UsageError
 from .sizes import check_backend_flag, check_outputs, integer
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from reference import DTYPES, MoEConfig
 
 from ..build.sass import TENSOR_LOAD, Facts, MainLoop, disassemble, failures, find_nvdisasm, read_facts
 from ..build.variants import ARCHITECTURES, TENSOR_DTYPES, Variant, choose_variant
-from . import UsageError
+from ..errors import UsageError
 from .plan import readable
 from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
 

@@ -23,6 +23,7 @@ from typing import Any
 from flashmoe_numba.processes.pools import Pool
 from reference import DTYPES
 
+from ..errors import UsageError
 from ..explore.choose.choice_tree import COMPLETE, REDUNDANT, UNFINISHED
 from ..explore.choose.strategies import STRATEGIES
 from ..explore.exhaustive import EXHAUSTIVE, check_search, explore_all
@@ -31,7 +32,6 @@ from ..explore.run.spec import Lost, WorldSpec
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore, search_of
 from ..explore.worlds import PLAIN, WORLDS
 from ..processes import launch
-from . import UsageError
 from .failures import add_failure_arguments, describe_world, replay, shrink, tell
 from .sizes import FLAGS, add_json_argument, check_outputs, in_flags, integer, write_json
 from .spread import STOPS, add_jobs_argument, num_processes, open_pool, progress, stopped_status, why_stopped

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..device.fibers import Strategy
+from ..errors import UsageError
 from ..explore.choose.schedules import Scheduled
 from ..explore.run.checks import Checker
 from ..explore.run.reports import Report
@@ -19,7 +20,6 @@ from ..explore.tell.cases import Case, load, save
 from ..explore.tell.history import record
 from ..explore.tell.shrink import MOST_RUNS, Shrinker
 from ..explore.tell.telling import Line, Teller, as_text
-from . import UsageError
 from .sizes import integer, write_json
 
 MOST_LINES = 40

@@ -10,7 +10,7 @@ from typing import Any
 
 from sim import PolicyKnobs, make_knobs
 
-from . import UsageError
+from ..errors import UsageError
 
 RULES = {int: "an integer", float: "a number", bool: "true or false", str: "a word"}
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from reference import MoEConfig, Plan, make_plan
 
+from ..errors import UsageError
 from ..processes import launch, shared_memory
-from . import UsageError
 from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
 
 MOST_PACKETS = 2**24  # a minute to count, and each takes some ten bytes

@@ -15,7 +15,7 @@ from reference.pictures import named_as_picture
 from sim.studies.figures import draw_figures
 from sim.studies.sweep import Row, read_rows
 
-from . import UsageError
+from ..errors import UsageError
 from .sizes import integer, make_folder
 
 

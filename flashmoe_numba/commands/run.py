@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from reference import Layout, MoEConfig, make_workload
 
+from ..errors import UsageError
 from ..processes import launch
 from ..processes.mpi_environment import unless_left_over
 from ..processes.shared_memory import Shortage
-from . import UsageError
 from .sizes import (
     add_json_argument,
     add_size_arguments,

@@ -16,7 +16,7 @@ from pathlib import Path
 import sim
 from reference import MoEConfig
 
-from . import UsageError
+from ..errors import UsageError
 from .simulated import catalogue, table
 from .simulation_flags import Asked, add_simulation_arguments, ask, blaming, load_engine, simulate_asked
 from .sizes import add_json_argument, check_outputs, config_from, write_json

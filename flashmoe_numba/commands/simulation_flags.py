@@ -13,7 +13,7 @@ import sim
 from reference import MoEConfig
 from sim.world.rounding import WAYS
 
-from . import UsageError
+from ..errors import UsageError
 from .knobs import knobs_from
 from .sizes import add_size_arguments, in_flags, integer
 

@@ -16,7 +16,7 @@ from reference.pictures import picture_format
 from reference.plan import weight_bytes
 
 from ..backends import check_backend
-from . import UsageError
+from ..errors import UsageError
 
 DEFAULT_PRESET = "laptop-text"
 

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from flashmoe_numba.processes.pools import Pool, mpi_pool, process_pool
 
+from ..errors import UsageError
 from ..processes import launch
 from ..processes.cores import count_cores
 from ..processes.mpi_environment import begin_mpi
-from . import UsageError
 from .sizes import integer
 
 STOPS = (KeyboardInterrupt, BrokenExecutor, MemoryError)  # end the work early; what was done till then counts

@@ -18,7 +18,7 @@ from sim.validation.compare import Group, Result, compare
 from sim.validation.fit import Fit, fit_all, write_rates
 from sim.validation.tables import FOLDER, Row, read_folder
 
-from . import UsageError
+from ..errors import UsageError
 from .sizes import add_json_argument, check_outputs, write_json
 
 WIDTH = 120

@@ -9,8 +9,8 @@ from children import printed
 
 import sim
 from flashmoe_numba import cli
-from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands.knobs import knob_types, knobs_from, parse
+from flashmoe_numba.errors import UsageError
 from reference import load_preset
 
 SMALL = ["sim", "--preset", "laptop-text", "--hardware", "4xH100", "--tokens", "64"]

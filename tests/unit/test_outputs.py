@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from flashmoe_numba import cli
-from flashmoe_numba.commands import UsageError
 from flashmoe_numba.commands.sizes import check_outputs
+from flashmoe_numba.errors import UsageError
 from flashmoe_numba.seeing.plots import plot_timeline
 from reference.pictures import picture_format
 from sim.reading.charts import blank, save

@@ -18,8 +18,8 @@ from reference import Layout, load_preset
 from reference.cache_folder import VARIABLE, cache_folder, try_folder
 from reference.code_cache import compiler_is_off
 
+from ...errors import UsageError
 from ...processes import launch, shared_memory
-from .. import UsageError
 from ..sizes import DEFAULT_PRESET
 
 USES = ("cpu", "mpi", "compile", "cuda")  # layers as threads, as processes; building for GPUs; running there
