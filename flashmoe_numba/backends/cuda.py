@@ -20,6 +20,7 @@ from reference.arrays import Array
 from ..build.variants import Variant, architecture_of, choose_variant
 from ..device.records import record_words
 from ..gpu.arrays import GpuTokens, check_gpu_tokens, current_stream, empty_like, stack
+from ..gpu.gpu import Gpu
 from ..kernel.control import ABORT, FAILED, RECORD, departure, record_stores
 from ..kernel.grid import HEADER_WORDS, Record
 from ..kernel.state import Problem, Segments
@@ -43,7 +44,7 @@ class CudaBackend(Owned):
         ValueError: the layer does not fit this kind of kernel.
     """
 
-    def __init__(self, config: MoEConfig, gpu: Any, tf32: bool = False) -> None:
+    def __init__(self, config: MoEConfig, gpu: Gpu, tf32: bool = False) -> None:
         if config.tile_n > MAX_TILE_COLUMNS:
             raise ValueError(f"tile_n must be at most {MAX_TILE_COLUMNS} on a GPU, got {config.tile_n}")
         self.gpu, self._config = gpu, config

@@ -22,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -285,7 +285,7 @@ def _signals(records: Sequence[Slice]) -> Iterator[int]:
         if record.kind == GATE:
             gate[record.rank] = max(gate[record.rank], record.end_ns)
     receives = sorted((r for r in records if r.kind == RECEIVE), key=lambda r: (r.rank, r.start_ns))
-    for before, record in pairwise([None, *receives]):
+    for before, record in zip([None, *receives], receives, strict=False):
         idle_ns = before.end_ns if before is not None and before.rank == record.rank else gate[record.rank]
         signal_ns = sent[record.peer, record.rank, record.expert]
         if signal_ns >= idle_ns:

@@ -197,4 +197,5 @@ def _progress(iterations: range, show: bool) -> Iterable[int]:
         return iterations
     from tqdm import tqdm
 
-    return tqdm(iterations, desc="layer and BLAS", unit="call", leave=False)
+    shown: Iterable[int] = tqdm(iterations, desc="layer and BLAS", unit="call", leave=False)
+    return shown

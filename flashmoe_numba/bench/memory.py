@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from reference import MoEConfig
+from reference.arrays import Array
 
 
 class HostArrays:
@@ -31,7 +32,8 @@ class GpuArrays:
         return self._cupy.asarray(array.view(self._format.exchanged))
 
     def to_host(self, array: Any) -> np.ndarray:
-        return self._cupy.asnumpy(array).view(self._format.dtype)
+        elements: Array = self._cupy.asnumpy(array).view(self._format.dtype)
+        return elements
 
 
 def make_memory(backend: str, config: MoEConfig) -> HostArrays | GpuArrays:

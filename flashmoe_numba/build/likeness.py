@@ -21,8 +21,7 @@ from .variants import Variant
 
 def like_record(variant: Variant) -> Record:
     """The record of a tiny layer in this process's memory."""
-    sizes = dict(num_ranks=1, num_tokens=1, hidden=8, ffn=8, num_experts=1, num_topk=1)
-    config = MoEConfig(**sizes, dtype=variant.dtype)
+    config = MoEConfig(num_ranks=1, num_tokens=1, hidden=8, ffn=8, num_experts=1, num_topk=1, dtype=variant.dtype)
     segment = np.zeros(Layout(config).num_bytes, np.uint8)
     return Rank(config, 0, Weights.random(config), [segment], 1, _Likeness(variant), 0).first_record()
 

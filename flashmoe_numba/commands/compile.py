@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"argument --tf32: --dtype must be float32, got {config.dtype!r}")
     check_outputs({"--sass": args.sass, "--json": args.json})
     _check_installed()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for variant in variants_of(args, config):
         rows.append(_report(variant, replace(config, dtype=variant.dtype), args.sass, append=bool(rows)))
         _say(rows, as_table=args.json != "-")

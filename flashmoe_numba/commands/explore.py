@@ -238,7 +238,7 @@ def _changed(spec: WorldSpec, args: argparse.Namespace) -> WorldSpec:
         changes["leavers"] = tuple(changes["leavers"])
     if "lost" in changes:
         last = changes.get("epochs", spec.epochs)
-        changes["lost"] = tuple(Lost(*lost) if len(lost) > 1 else Lost(*lost, last) for lost in changes["lost"])
+        changes["lost"] = tuple(Lost(*lost) if len(lost) > 1 else Lost(lost[0], last) for lost in changes["lost"])
     return replace(spec, config=replace(spec.config, **config), **changes)
 
 

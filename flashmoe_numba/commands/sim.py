@@ -87,7 +87,8 @@ def _progress(points: Sequence[tuple[MoEConfig, str]]) -> Iterable[tuple[MoEConf
         return points
     from tqdm import tqdm
 
-    return tqdm(points, desc="simulations", unit="run", leave=False)
+    shown: Iterable[tuple[MoEConfig, str]] = tqdm(points, desc="simulations", unit="run", leave=False)
+    return shown
 
 
 # ---- outputs

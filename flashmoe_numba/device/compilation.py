@@ -25,7 +25,7 @@ _switch = threading.local()  # .interpreting: this thread loads kernel source to
 _lock = threading.RLock()  # of twins in the making, and of the cache that a dispatcher has at the moment
 
 
-def jit(function=None, *, entry=False, inline=False):
+def jit(function: Any = None, *, entry: bool = False, inline: bool = False) -> Any:
     """Compile a kernel function on its first call; inside `interpreted`, leave it as it is.
 
     Only an `entry` can be called from Python when compiled: the wrappers for that take longer to compile than the code.

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from greenlet import getcurrent, greenlet
 
+from reference.arrays import Array
+
 QUIET_POLLS = 50
 PLACE_DEPTH = 3
 IS_VERB = True  # modules with this are verbs, not kernel code: places in the source leave them out
@@ -36,7 +38,7 @@ class Block:
         self.waiting: list[Fiber] = []
 
 
-class Fiber(greenlet):
+class Fiber(greenlet):  # type: ignore[misc]  # greenlet has no types
     """One thread of a block, in one call; `name` is the same in every call."""
 
     def __init__(self, scheduler: Scheduler, block: Block, lane: int, lanes: int, body: Callable[[], object]) -> None:
@@ -65,7 +67,7 @@ class Fiber(greenlet):
 
     def place(self) -> str:
         """Where this fiber stands in the kernel's source: the innermost function first, then its callers."""
-        names = []
+        names: list[str] = []
         frame = self.gr_frame
         while frame and len(names) < PLACE_DEPTH:
             if "IS_VERB" not in frame.f_globals:
@@ -186,7 +188,8 @@ class Scheduler:
 
 def current() -> Fiber:
     """The running fiber."""
-    return getcurrent()  # type: ignore[return-value]
+    fiber: Fiber = getcurrent()
+    return fiber
 
 
 def preempt() -> None:
@@ -227,11 +230,11 @@ def clock() -> int:
     return current().scheduler.switches
 
 
-def memory_view(address: int, num_elements: int, dtype: np.dtype[Any]) -> np.ndarray:
+def memory_view(address: int, num_elements: int, dtype: np.dtype[Any]) -> Array:
     """Elements at an address; none at all may be anywhere."""
     if num_elements == 0:
         return np.empty(0, dtype)
-    buffer = (ctypes.c_char * (int(num_elements) * dtype.itemsize)).from_address(int(address))
+    buffer: Any = (ctypes.c_char * (int(num_elements) * dtype.itemsize)).from_address(int(address))
     return np.frombuffer(buffer, dtype)
 
 
@@ -239,4 +242,5 @@ def bfloat16_bits(value: float) -> np.int16:
     """The bfloat16 nearest to a float32, as bits."""
     import ml_dtypes
 
-    return np.float32(value).astype(ml_dtypes.bfloat16).view(np.int16)
+    bits: np.int16 = np.float32(value).astype(ml_dtypes.bfloat16).view(np.int16)
+    return bits

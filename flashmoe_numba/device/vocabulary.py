@@ -14,6 +14,8 @@ int64 words.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from . import fibers
@@ -38,19 +40,19 @@ def block_sync() -> None:
     fibers.block_barrier()
 
 
-def ld_acquire(words, i):
+def ld_acquire(words: Any, i: int) -> Any:
     """Load word `i`; what its releaser wrote before is visible after."""
     fibers.preempt()
     return words[i]
 
 
-def ld_relaxed(words, i):
+def ld_relaxed(words: Any, i: int) -> Any:
     """Load word `i` atomically, ordering nothing else: the cheap poll."""
     fibers.preempt()
     return words[i]
 
 
-def st_release(words, i, value) -> None:
+def st_release(words: Any, i: int, value: int) -> None:
     """Store word `i` after everything this block did before (with `block_sync` in between) is visible."""
     fibers.preempt()
     words[i] = value
@@ -58,7 +60,7 @@ def st_release(words, i, value) -> None:
     fibers.preempt()
 
 
-def fetch_add(words, i, value):
+def fetch_add(words: Any, i: int, value: int) -> Any:
     """Add to word `i`; returns what it held."""
     fibers.preempt()
     old = words[i]
@@ -68,7 +70,7 @@ def fetch_add(words, i, value):
     return old
 
 
-def cas(words, i, expected, value):
+def cas(words: Any, i: int, expected: int, value: int) -> Any:
     """Replace word `i` by `value` if it holds `expected`; returns what it held."""
     fibers.preempt()
     old = words[i]
@@ -79,7 +81,7 @@ def cas(words, i, expected, value):
     return old
 
 
-def pause(attempt):
+def pause(attempt: int) -> int:
     """Give way while polling. `attempt` counts the polls since the last success; returns it plus one."""
     fibers.idle()
     return attempt + 1
@@ -90,17 +92,17 @@ def now() -> int:
     return fibers.clock()
 
 
-def array_at(address, num_elements, like):
+def array_at(address: int, num_elements: int, like: Any) -> Any:
     """View of raw memory, such as a peer's segment, with the element type of `like`."""
     return fibers.memory_view(address, num_elements, like.dtype)
 
 
-def record_at(words, at, like):
+def record_at(words: Any, at: int, like: Any) -> Any:
     """The named tuple that lies in `words` from word `at` on (records.py), of the type of `like`."""
     return read_record(words, at, like, fibers.memory_view)
 
 
-def load(array, i):
+def load(array: Any, i: int) -> Any:
     """Element `i` as float32, or float64 for a float64 array."""
     value = array[i]
     if array.dtype == np.uint16:
@@ -110,7 +112,7 @@ def load(array, i):
     return value
 
 
-def store(array, i, value) -> None:
+def store(array: Any, i: int, value: Any) -> None:
     """Round `value` to the element type (to nearest, ties to even) and store it."""
     if array.dtype == np.uint16:
         with np.errstate(over="ignore"):
@@ -121,7 +123,7 @@ def store(array, i, value) -> None:
         array[i] = value
 
 
-def copy_row(target, target_at, source, source_at, num_elements) -> None:
+def copy_row(target: Any, target_at: int, source: Any, source_at: int, num_elements: int) -> None:
     """Copy a row with all lanes of the block."""
     fiber = fibers.current()
     fibers.preempt()
@@ -129,6 +131,6 @@ def copy_row(target, target_at, source, source_at, num_elements) -> None:
         target[target_at + c] = source[source_at + c]
 
 
-def local_array(like):
+def local_array(like: Any) -> Any:
     """LOCAL_ELEMENTS zeros of the element type of `like`, of this lane only; in registers where that can be."""
     return np.zeros(LOCAL_ELEMENTS, like.dtype)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from reference.arrays import Array
+
 from ..processes.ownership import Owned
 from . import libcuda
 
@@ -107,7 +109,8 @@ class Gpu(Owned):
         """A copy, when all work on the GPU so far is done."""
         with self.here:
             self.runtime.deviceSynchronize()
-            return self.cupy.asnumpy(array)
+            copy: Array = self.cupy.asnumpy(array)
+            return copy
 
     def to_device(self, array: Any) -> Any:
         """The array on this GPU, contiguous: a NumPy array is copied there, one that is there stays."""

@@ -7,7 +7,7 @@ context are the parent's. So copies are refused, and in a child an error comes b
 from __future__ import annotations
 
 import os
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from ..errors import FlashMoEError
 
@@ -17,7 +17,7 @@ class Owned:
 
     _made_in: int
 
-    def __new__(cls, *_: Any, **__: Any) -> Any:
+    def __new__(cls, *_: Any, **__: Any) -> Self:
         made = super().__new__(cls)
         made._made_in = os.getpid()
         return made

@@ -183,4 +183,4 @@ def _store_sums(rows: int) -> list[str]:
 def tma_matrices(matrices: Any, maps: Any) -> TmaMatrices:
     """`Matrices` of tiles of 128 columns in all, with maps; a tile is not cut where a matrix has fewer columns."""
     wide = matrices._replace(tile_n=MAX_TILE_COLUMNS // matrices.parts, group_rows=max(ROWS))
-    return TmaMatrices(*wide, maps)
+    return TmaMatrices._make((*wide, maps))

@@ -374,7 +374,8 @@ def test_two_mpis_are_a_warning(monkeypatch):
 
 
 def test_no_mpirun_and_little_shared_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(host.launch, "find_mpirun", lambda: (_ for _ in ()).throw(host.UsageError("no: do this")))
+    refusal = host.UsageError("no: do this")
+    monkeypatch.setattr(host.mpi_environment, "find_mpirun", lambda: (_ for _ in ()).throw(refusal))
     assert (host.check_mpirun().status, host.check_mpirun().fix) == (NO, "do this")
     free = SimpleNamespace(f_bavail=1, f_frsize=4096, f_blocks=1)
     monkeypatch.setattr(host.os, "statvfs", lambda path: free)

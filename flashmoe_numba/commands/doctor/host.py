@@ -19,7 +19,7 @@ from reference.cache_folder import VARIABLE, cache_folder, try_folder
 from reference.code_cache import compiler_is_off
 
 from ...errors import UsageError
-from ...processes import launch, shared_memory
+from ...processes import launch, mpi_environment, shared_memory
 from ..sizes import DEFAULT_PRESET
 
 USES = ("cpu", "mpi", "compile", "cuda")  # layers as threads, as processes; building for GPUs; running there
@@ -123,7 +123,7 @@ def check_cache() -> Check:
 
 def check_mpirun() -> Check:
     try:
-        found = f"{launch.find_mpirun()}, mpi4py {metadata.version('mpi4py')}"
+        found = f"{mpi_environment.find_mpirun()}, mpi4py {metadata.version('mpi4py')}"
         return Check(name="mpirun", needed_for=("mpi",), status=OK, found=found)
     except UsageError as error:
         found, _, fix = str(error).partition(": ")
