@@ -65,7 +65,7 @@ class Backend(Memory, Protocol):
         """Calls that the rank at this position here has finished: the host's number, where only the host begins any."""
 
     def leave(self, problem: Problem, segments: Segments, why: int) -> None:
-        """Make the blocks of all ranks stop, from outside of a kernel (kernel/signals.py)."""
+        """Make the blocks of all ranks stop, as the kernel's `leave` does, but from outside of a kernel."""
 
     def close(self) -> None:
         """Give threads back and wait for the last call; nothing, where there is neither. No other verb comes after."""
