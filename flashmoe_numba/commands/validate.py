@@ -1,7 +1,7 @@
 """Published measurements beside what the simulator says of the same layers, row by row, with the errors by group.
 
-With --fit, first finds the one rate per policy and GPU that brings its rows closest, and writes them to sim/rates.toml;
-with --data too, the rates of policies and GPUs that its tables say nothing of stay.
+With --fit, first finds the one rate per policy and GPU that brings its rows closest, and writes them to
+sim/drafting/rates.toml; with --data too, the rates of policies and GPUs that its tables say nothing of stay.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=FOLDER,
         help="folder with .csv files of the columns of sim/data/README.md, instead of those there",
     )
-    parser.add_argument("--fit", action="store_true", help="fit the rates to these tables and write sim/rates.toml")
+    parser.add_argument(
+        "--fit", action="store_true", help="fit the rates to these tables and write sim/drafting/rates.toml"
+    )
     add_json_argument(parser)
 
 
@@ -81,7 +83,7 @@ def lines(num_rows: int, groups: Sequence[Group], rest: NotCompared, fits: Seque
 
 def _fit_lines(fits: Sequence[Fit]) -> Iterator[str]:
     yield ""
-    yield "fitted rates, written to sim/rates.toml"
+    yield "fitted rates, written to sim/drafting/rates.toml"
     yield f"  {'policy':12}{'GPU':8}{'rows':>5}{'old rate':>10}{'error':>9}{'new rate':>10}{'error':>9}"
     for fit in fits:
         old, new = f"{fit.old_rate:10.3g}{fit.old_error:9.1%}", f"{fit.rate:10.3g}{fit.error:9.1%}"
