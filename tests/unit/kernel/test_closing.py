@@ -204,6 +204,37 @@ def test_no_thread_outlives_a_layer_that_an_error_leaves():
     assert layer is not None, "and not because the layer itself is gone"
 
 
+def test_calls_that_only_the_kernel_counted_are_no_calls_of_another_rank(monkeypatch):
+    """As replays of a captured call are, which flags and blocks know of and hosts do not."""
+    config, replays = tiny_config(), 2
+    x = random_tokens(config)
+
+    def replay(rank):
+        def body(layer):
+            layer(x[rank])
+            layer._ranks[0].segments.dispatch_flag[:] += replays << EPOCH_SHIFT
+            monkeypatch.setattr(layer._backend, "epoch", lambda position, counted: counted + replays)
+
+        return body
+
+    layers = Together(config).layers(deadline_s=LONG_S)
+    assert outcomes(layers, [replay(rank) for rank in range(2)]) == [None, None]
+
+
+def test_a_layer_whose_set_up_fails_gives_its_backend_back(monkeypatch):
+    config, closed = tiny_config(), []
+    backend = cpu.CpuBackend()
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(backend, "prepare", fail)
+    monkeypatch.setattr(backend, "close", lambda: closed.append(backend))
+    with pytest.raises(ZeroDivisionError):
+        FlashMoE.from_parts(config, Weights.random(config), ThreadHeap(config.num_ranks), backend)
+    assert closed == [backend]
+
+
 def test_a_layer_refuses_the_call_that_flags_cannot_count():
     config = tiny_config(num_ranks=1)
     x = random_tokens(config)
