@@ -16,12 +16,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
 from flashmoe_numba.processes.pools import Pool
-from reference import DTYPES
+from reference import DTYPES, MoEConfig
 
 from ..errors import UsageError
 from ..explore.choose.choice_tree import COMPLETE, REDUNDANT, UNFINISHED
@@ -33,55 +33,43 @@ from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore, search_o
 from ..explore.worlds import PLAIN, WORLDS
 from ..processes import launch
 from .failures import add_failure_arguments, describe_world, replay, shrink, tell
-from .sizes import FLAGS, add_json_argument, check_outputs, in_flags, integer, write_json
+from .sizes import add_json_argument, blaming, check_outputs, give, in_flags, integer, write_json
 from .spread import STOPS, add_jobs_argument, num_processes, open_pool, progress, stopped_status, why_stopped
 
 SEEDS = 100
 MOST_SEEDS = 1_000_000  # all are handed to the processes at once; --seed goes on from there
 REPLACED = ("--seed", "--seeds", "--jobs", "--history", "--shrink")
-# The field of WorldSpec that a flag is, where it is none of MoEConfig's.
-SPEC_FLAGS = {"num_processors": "processors", "leavers": "leaver"} | {
-    name: name for name in ("lanes", "epochs", "data_seed", "lost", "deadline", "grid", "ties")
-}
-CONFIG_FLAGS = {"renormalize": "renormalize"} | {name: FLAGS[name] for name in (
-    "num_ranks", "num_tokens", "num_experts", "num_topk", "hidden", "ffn", "gated", "dtype", "capacity",
-)}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All flags of `flashmoe explore`."""
+    """All flags of `flashmoe explore`. What changes a world has the name of its field in WorldSpec or MoEConfig."""
     what = "a small world by its name, or all of them, which seeds take in turn; then changes of them, where these fit"
     group = parser.add_argument_group("world", what)
     add = group.add_argument
     add("--world", metavar="NAME", help="one of --list-worlds [all in turn; plain with exhaustive]")
-    for flag, what in (
-        ("ranks", "ranks of expert parallelism; must divide the experts"),
-        ("processors", "processor blocks of a rank, beside its OS block"),
+    for name, what in (
+        ("num_ranks", "ranks of expert parallelism; must divide the experts"),
+        ("num_processors", "processor blocks of a rank, beside its OS block"),
         ("lanes", "threads of a block; races that block barriers prevent need two [1 with exhaustive]"),
-        ("tokens", "most tokens of a rank"),
-        ("experts", "experts over all ranks"),
-        ("topk", "experts of each token"),
+        ("num_tokens", "most tokens of a rank"),
+        ("num_experts", "experts over all ranks"),
+        ("num_topk", "experts of each token"),
         ("hidden", "row length of a token"),
         ("ffn", "row length inside an expert"),
         ("capacity", "most rows from one rank to one expert"),
         ("epochs", "calls in a row; later ones have fewer tokens on some ranks, or routing from outside"),
     ):
-        add(f"--{flag}", type=integer(1), metavar="N", help=what)
+        add(f"--{name.removeprefix('num_')}", dest=name, type=integer(1), metavar="N", help=what)
     add("--dtype", choices=DTYPES, help=", ".join(DTYPES))
     add("--gated", action=argparse.BooleanOptionalAction, help="act(gate) * up instead of act(up)")
     add("--renormalize", action=argparse.BooleanOptionalAction, help="weights of a token add up to 1")
     add("--ties", action=argparse.BooleanOptionalAction, help="every other expert has the logits of the one before it")
     add("--data-seed", type=integer(0), metavar="N", help="of weights, tokens, counts and routing")
     what = "this rank, or several, gives up in the last call, and all must stop"
-    add("--leaver", type=integer(0), action="append", metavar="RANK", help=what)
+    add("--leaver", dest="leavers", type=integer(0), action="append", metavar="RANK", help=what)
     what = "this rank, or several, is lost in a call (the last one) after so many tasks (0: it never begins the call)"
     add("--lost", type=_lost, action="append", metavar="RANK[:CALL[:TASKS]]", help=what)
-    add(
-        "--deadline",
-        type=integer(1),
-        metavar="N",
-        help="of waits, in switches; none: who waits for ever is told",
-    )
+    add("--deadline", type=integer(1), metavar="N", help="of waits, in switches; none: who waits for ever is told")
     what = "all blocks are one launch, as on a GPU, and calls follow each other"
     add("--grid", action=argparse.BooleanOptionalAction, help=what)
     _add_search(parser)
@@ -165,11 +153,12 @@ def _look_closer(args: argparse.Namespace, search: Search, bad: Outcome) -> dict
                 say(line)
     finally:  # also when Ctrl-C ends the telling
         say(replay, flush=True)
+    found = story.as_json() if story else {}
     if args.shrink is None:
-        return (story.as_json() if story else {}) | {"shrunk": None}
+        return found
     shrunk = shrink(search, bad, args.shrink)
     say(*shrunk.text(args.shrink, args.history), sep="\n", flush=True)
-    return (story.as_json() if story else {}) | {"shrunk": shrunk.as_json()}
+    return found | {"shrunk": shrunk.as_json()}
 
 
 def make_searches(args: argparse.Namespace) -> dict[str, Search]:
@@ -187,17 +176,11 @@ def make_searches(args: argparse.Namespace) -> dict[str, Search]:
     weak = args.strategy != EXHAUSTIVE if args.weak is None else args.weak
     how = dict(strategy=args.strategy, depth=args.depth, plant=args.plant, weak=weak)
     searches = {name: Search(spec=spec, **how) for name, spec in _specs(args).items()}
-    if args.strategy == EXHAUSTIVE:
-        _check_worlds(searches)
-    return searches
-
-
-def _check_worlds(searches: dict[str, Search]) -> None:
     for name, search in searches.items():
-        try:
-            check_search(search)
-        except ValueError as error:
-            raise UsageError(f"argument --world: {name!r}: {error}") from None
+        if args.strategy == EXHAUSTIVE:
+            with blaming(f"argument --world: {name!r}"):
+                check_search(search)
+    return searches
 
 
 def _specs(args: argparse.Namespace) -> dict[str, WorldSpec]:
@@ -231,7 +214,7 @@ def _world_names(args: argparse.Namespace) -> list[str]:
 
 def _changed(spec: WorldSpec, args: argparse.Namespace) -> WorldSpec:
     """The world with what is given; it may fit no layer."""
-    config, changes = _given(args, CONFIG_FLAGS), _given(args, SPEC_FLAGS)
+    config, changes = _given(args, MoEConfig), _given(args, WorldSpec)
     if args.strategy == EXHAUSTIVE:
         changes = {"lanes": 1} | changes
     if "leavers" in changes:
@@ -242,15 +225,15 @@ def _changed(spec: WorldSpec, args: argparse.Namespace) -> WorldSpec:
     return replace(spec, config=replace(spec.config, **config), **changes)
 
 
-def _given(args: argparse.Namespace, flags: dict[str, str]) -> dict[str, Any]:
-    """By field, the flags that are."""
-    values = {field: getattr(args, flag) for field, flag in flags.items()}
-    return {field: value for field, value in values.items() if value is not None}
+def _given(args: argparse.Namespace, kind: type[MoEConfig | WorldSpec]) -> dict[str, Any]:
+    """By field of this kind, the flags that are."""
+    values = {field.name: getattr(args, field.name, None) for field in fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_exhaustive(args: argparse.Namespace) -> None:
-    given = {"--weak": args.weak, "--leaver": args.leaver, "--lost": args.lost, "--deadline": args.deadline is not None}
-    given |= {"--grid": args.grid, "--seed": args.seed, "--jobs": args.jobs is not None}
+    given = {"--weak": args.weak, "--leaver": args.leavers, "--lost": args.lost, "--deadline": args.deadline}
+    given |= {"--grid": args.grid, "--seed": args.seed, "--jobs": args.jobs}
     for flag in [flag for flag, value in given.items() if value]:
         raise UsageError(f"argument {flag}: not with --strategy {EXHAUSTIVE}")
     if args.lanes not in (None, 1):
@@ -291,6 +274,14 @@ def _tally(outcomes: Iterable[Outcome]) -> _Tally:
     return tally
 
 
+def _rates(tally: _Tally) -> dict[str, float]:
+    return {
+        "runs_per_s": tally.runs / tally.wall_s,
+        "switches_per_s": tally.switches / tally.wall_s,
+        "runs_per_process_s": tally.runs / (tally.busy_s or 1),
+    }
+
+
 # ---- what is said
 
 
@@ -302,9 +293,9 @@ def _describe(searches: dict[str, Search]) -> str:
 
 
 def _lines(args: argparse.Namespace, searches: dict[str, Search], tally: _Tally) -> list[str]:
-    rate = f"{tally.runs / tally.wall_s:,.0f} runs/s, {tally.switches / tally.wall_s:,.0f} switches/s"
-    per_core = f"{tally.runs / (tally.busy_s or 1):,.0f} runs/s in each process"
-    counted = f"{tally.runs} runs in {tally.wall_s:.1f} s: {rate}; {per_core}"
+    runs, switches, in_each = _rates(tally).values()
+    rate = f"{runs:,.0f} runs/s, {switches:,.0f} switches/s; {in_each:,.0f} runs/s in each process"
+    counted = f"{tally.runs} runs in {tally.wall_s:.1f} s: {rate}"
     lines = [counted, *([_covered(tally)] if args.strategy == EXHAUSTIVE else [])]
     if tally.bad is None:
         clean = "clean so far" if tally.stop else "clean"
@@ -354,9 +345,7 @@ def _as_json(
         "runs": tally.runs,
         "ends": dict(tally.ends),
         "all_made": tally.all_made,
-        "runs_per_s": tally.runs / tally.wall_s,
-        "switches_per_s": tally.switches / tally.wall_s,
-        "runs_per_process_s": tally.runs / (tally.busy_s or 1),
+        **_rates(tally),
         "stopped": why_stopped(tally.stop) if tally.stop else None,
         "clean": bad is None,
         "bad_seed": bad.seed if bad else None,
@@ -368,18 +357,13 @@ def _as_json(
 
 
 def _list_plants(json: str | None) -> int:
-    if json != "-":
-        for plant in PLANTS.values():
-            print(f"{plant.name:34}{plant.file:15}{plant.summary} [{', '.join(plant.found_by)}]")
-    if json:
-        write_json(json, [asdict(plant) for plant in PLANTS.values()])
+    plants = PLANTS.values()
+    lines = (f"{each.name:34}{each.file:15}{each.summary} [{', '.join(each.found_by)}]" for each in plants)
+    give(json, lines, [asdict(plant) for plant in plants])
     return 0
 
 
 def _list_worlds(json: str | None) -> int:
-    if json != "-":
-        for name, spec in WORLDS.items():
-            print(f"{name:18}{describe_world(spec)}")
-    if json:
-        write_json(json, [{"name": name} | asdict(spec) for name, spec in WORLDS.items()])
+    lines = (f"{name:18}{describe_world(spec)}" for name, spec in WORLDS.items())
+    give(json, lines, [{"name": name} | asdict(spec) for name, spec in WORLDS.items()])
     return 0

@@ -20,7 +20,7 @@ from ..explore.tell.cases import Case, load, save
 from ..explore.tell.history import record
 from ..explore.tell.shrink import MOST_RUNS, Shrinker
 from ..explore.tell.telling import Line, Teller, as_text
-from .sizes import integer, write_json
+from .sizes import give, integer
 
 MOST_LINES = 40
 BESIDE_REPLAY = ("--replay", "--history", "--json")
@@ -128,10 +128,8 @@ def replay(args: argparse.Namespace) -> int:
         raise UsageError(f"argument --replay: {args.replay!r} is no file of --shrink: {error}") from None
     with watched_kernel(case.plant) as kernel:
         story = _play(World(case.spec, kernel), case)
-    if args.json != "-":
-        print("\n".join([describe_case(case), *_replayed(story, case, args.history)]), flush=True)
-    if args.json:
-        write_json(args.json, {"case": asdict(case), "clean": not story.reports} | story.as_json())
+    lines = [describe_case(case), *_replayed(story, case, args.history)]
+    give(args.json, lines, {"case": asdict(case), "clean": not story.reports} | story.as_json())
     return 1 if story.reports else 0
 
 

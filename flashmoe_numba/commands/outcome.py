@@ -13,7 +13,7 @@ from ..bench.measure import Measurement, Settings
 from ..bench.report import make_report, table
 from ..seeing.trace import decode, write_chrome_trace
 from .plan import describe
-from .sizes import write_json
+from .sizes import give
 
 
 def conclude(
@@ -30,10 +30,7 @@ def conclude(
     y = [rank for part in parts for rank in part.y]
     verdict = check_layer(settings.config, weights, _workload(settings, parts), routing, y)
     report = make_report(settings, parts, verdict)
-    if json != "-":
-        print("\n".join(table(report, describe(settings.config))), flush=True)
-    if json:
-        write_json(json, report)
+    give(json, table(report, describe(settings.config)), report)
     _write_pictures(settings, parts, trace, plot)
     return 0 if report["passed"] else 1
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 from reference import MoEConfig, Plan, make_plan
 
 from ..errors import UsageError
 from ..processes import launch, shared_memory
-from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
+from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, give
 
 MOST_PACKETS = 2**24  # a minute to count, and each takes some ten bytes
 
@@ -32,15 +31,9 @@ def main(args: argparse.Namespace) -> int:
         rule = f"--ranks x --experts, the packets, must be at most {MOST_PACKETS:,}"
         raise UsageError(f"{rule}, got {config.num_ranks:,} x {config.num_experts:,}")
     plan = make_plan(config)
-    if args.json != "-":
-        print("\n".join(lines(args.preset, config, plan)))
-    if args.json:
-        write_json(args.json, as_json(args.preset, config, plan))
+    value = {"preset": args.preset, "config": asdict(config), **asdict(plan)}
+    give(args.json, lines(args.preset, config, plan), value)
     return 0
-
-
-def as_json(preset: str, config: MoEConfig, plan: Plan) -> dict[str, Any]:
-    return {"preset": preset, "config": asdict(config), **asdict(plan)}
 
 
 def lines(preset: str, config: MoEConfig, plan: Plan) -> Iterator[str]:

@@ -7,7 +7,6 @@ status is 0 only if the routing and the results are right and all calls gave the
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
 import sys
@@ -45,13 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--processors", type=integer(1), metavar="N", help="blocks of a rank beside its OS block [cores / ranks]")
     add("--iterations", type=integer(1), default=10, metavar="N", help="measured calls, after one that warms up [10]")
     add("--seed", type=integer(0), default=0, metavar="N", help="of weights, tokens and fibers [0]")
-    add(
-        "--deadline-s",
-        type=_deadline,
-        default=30.0,
-        metavar="S",
-        help="give up after S seconds without progress, once ranks run [30]",
-    )
+    patience = "give up after S seconds without progress, once ranks run [30]"
+    add("--deadline-s", type=_deadline, default=30.0, metavar="S", help=patience)
     interpreted = "interpreted in this process, for tiny sizes: try --preset laptop-tiny"
     backends = f"compiled for CPUs, compiled for GPUs, or {interpreted} [cpu]"
     add("--backend", choices=("cpu", "cuda", "fibers"), default="cpu", help=backends)
@@ -134,8 +128,6 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
         make_workload(args.workload, config, _num_tokens(args), args.seed, ranks=[])
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise UsageError(f"argument --workload: {in_flags(str(error))}") from None
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise UsageError("argument --plot: needs matplotlib, not found here: pip install 'flashmoe-numba[plots]'")
     return config
 
 

@@ -6,7 +6,6 @@ Nothing of it is measured: every number is simulated. `flashmoe validate` says h
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,8 +17,8 @@ from reference import MoEConfig
 
 from ..errors import UsageError
 from .simulated import catalogue, table
-from .simulation_flags import Asked, add_simulation_arguments, ask, blaming, load_engine, simulate_asked
-from .sizes import add_json_argument, check_outputs, config_from, write_json
+from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked
+from .sizes import add_json_argument, blaming, check_outputs, config_from, give
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +61,6 @@ def _check_files(args: argparse.Namespace, num_points: int) -> None:
         if getattr(args, flag) and num_points > 1:
             raise UsageError(f"argument --{flag}: needs one policy and one --tokens, got {num_points} combinations")
     check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot")})
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise UsageError("argument --plot: needs matplotlib, not found here: pip install 'flashmoe-numba[plots]'")
 
 
 # ---- simulations
@@ -95,12 +92,10 @@ def _progress(points: Sequence[tuple[MoEConfig, str]]) -> Iterable[tuple[MoEConf
 
 
 def _write(args: argparse.Namespace, configs: Sequence[MoEConfig], reports: Sequence[sim.Report]) -> None:
-    if args.json != "-":
-        print("\n".join(table(args.preset, configs[0], args.seed, reports)), flush=True)
-    if args.json:
-        about = {"preset": args.preset, "seed": args.seed, "layer": asdict(configs[0])}
-        del about["layer"]["num_tokens"]  # each report has its own
-        write_json(args.json, [asdict(report) | about for report in reports])
+    about = {"preset": args.preset, "seed": args.seed, "layer": asdict(configs[0])}
+    del about["layer"]["num_tokens"]  # each report has its own
+    lines = table(args.preset, configs[0], args.seed, reports)
+    give(args.json, lines, [asdict(report) | about for report in reports])
 
 
 def _write_pictures(args: argparse.Namespace, simulation: sim.Simulation) -> None:

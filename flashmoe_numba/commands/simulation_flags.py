@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sim
@@ -15,7 +14,7 @@ from sim.world.rounding import WAYS
 
 from ..errors import UsageError
 from .knobs import knobs_from
-from .sizes import add_size_arguments, in_flags, integer
+from .sizes import add_size_arguments, blaming, integer
 
 DEFAULT_PRESET = "llama-4-scout"
 DEFAULT_HARDWARE = "8xH100"
@@ -104,12 +103,3 @@ def load_engine() -> None:
 
     compiled.run(GraphBuilder().build())
     timer.cancel()
-
-
-@contextmanager
-def blaming(flag: str) -> Iterator[None]:
-    """Turn what is wrong with a value into an error of its flag."""
-    try:
-        yield
-    except (TypeError, ValueError, OSError) as error:
-        raise UsageError(f"{flag}: {in_flags(str(error))}") from None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +96,25 @@ def in_flags(message: str) -> str:
     return re.sub(rf"\b(?:config\.)?({'|'.join(FLAGS)})\b", lambda match: f"--{FLAGS[match[1]]}", message)
 
 
+@contextmanager
+def blaming(flag: str) -> Iterator[None]:
+    """Turn what is wrong with a value into an error of its flag."""
+    try:
+        yield
+    except (TypeError, ValueError, OSError) as error:
+        raise UsageError(f"{flag}: {in_flags(str(error))}") from None
+
+
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; with - to stdout, alone")
+
+
+def give(path: str | None, lines: Iterable[str], value: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """A result by `--json`: lines for people unless JSON goes to stdout, and JSON where it is asked for."""
+    if path != "-":
+        print("\n".join(lines), flush=True)
+    if path:
+        write_json(path, value)
 
 
 def write_json(path: str, value: dict[str, Any] | list[dict[str, Any]]) -> None:
@@ -117,14 +136,14 @@ def check_outputs(paths: dict[str, str | None]) -> None:
         UsageError: naming the flag and what is wrong.
     """
     given = {flag: path for flag, path in paths.items() if path is not None}
+    if "--plot" in given:
+        _check_picture(given["--plot"])
     for flag, path in given.items():
         if path == "-" and flag != "--json":
             raise UsageError(f"argument {flag}: must be a file, got '-'")
         same = [other for other in given if other != flag and os.path.realpath(given[other]) == os.path.realpath(path)]
         if same:
             raise UsageError(f"argument {flag}: must not be the file of {same[0]}, got {path!r}")
-        if flag == "--plot":
-            _check_picture(path)
         if path != "-":
             if path.endswith(os.sep):
                 raise UsageError(f"argument {flag}: cannot write {path!r}: it names a folder")
@@ -132,6 +151,8 @@ def check_outputs(paths: dict[str, str | None]) -> None:
 
 
 def _check_picture(path: str) -> None:
+    if not importlib.util.find_spec("matplotlib"):
+        raise UsageError("argument --plot: needs matplotlib, not found here: pip install 'flashmoe-numba[plots]'")
     try:
         picture_format(path)
     except ValueError as error:
@@ -168,10 +189,8 @@ def make_folder(flag: str, path: str, folder: Path) -> None:
 
 def check_backend_flag(name: str) -> None:
     """Raise a UsageError if this backend can run nothing here."""
-    try:
+    with blaming("argument --backend"):
         check_backend(name, {})
-    except ValueError as error:
-        raise UsageError(f"argument --backend: {error}") from None
 
 
 def check_memory(config: MoEConfig) -> None:

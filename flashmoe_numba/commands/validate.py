@@ -19,20 +19,15 @@ from sim.validation.fit import Fit, fit_all, write_rates
 from sim.validation.tables import FOLDER, Row, read_folder
 
 from ..errors import UsageError
-from .sizes import add_json_argument, check_outputs, write_json
+from .sizes import add_json_argument, check_outputs, give
 
 WIDTH = 120
 NotCompared = Sequence[tuple[Row, Reason]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        metavar="DIR",
-        type=Path,
-        default=FOLDER,
-        help="folder with .csv files of the columns of sim/data/README.md, instead of those there",
-    )
+    folder = "folder with .csv files of the columns of sim/data/README.md, instead of those there"
+    parser.add_argument("--data", metavar="DIR", type=Path, default=FOLDER, help=folder)
     parser.add_argument(
         "--fit", action="store_true", help="fit the rates to these tables and write sim/drafting/rates.toml"
     )
@@ -50,20 +45,12 @@ def main(args: argparse.Namespace) -> int:
     groups, refused = compare(cases)
     fits = []
     if args.fit:
-        fits = _fit(groups, keep=args.data != FOLDER)
+        fits = fit_all(result.case for group in groups for result in group.results)
+        write_rates(fits, keep=args.data != FOLDER)
         groups, refused = compare(cases)
     rest += refused
-    if args.json != "-":
-        print("\n".join(lines(len(rows), groups, rest, fits)))
-    if args.json:
-        write_json(args.json, as_json(groups, rest, fits))
+    give(args.json, lines(len(rows), groups, rest, fits), as_json(groups, rest, fits))
     return 0
-
-
-def _fit(groups: Sequence[Group], keep: bool) -> list[Fit]:
-    fits = fit_all(result.case for group in groups for result in group.results)
-    write_rates(fits, keep=keep)
-    return fits
 
 
 # ---- what people read ----
@@ -142,12 +129,12 @@ def as_json(groups: Sequence[Group], rest: NotCompared, fits: Sequence[Fit]) -> 
 
 def _group_json(group: Group) -> dict[str, Any]:
     rule = group.results[0].case.rule
-    errors = {"mean_error": group.mean_error, "worst_error": group.worst.error}
     return {
         **group.key._asdict(),
         "fitted": rule.fitted,
         "why_not": rule.why_not,
-        **errors,
+        "mean_error": group.mean_error,
+        "worst_error": group.worst.error,
         "results": [_result_json(result) for result in group.results],
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from ..device.fibers import Fiber, Strategy
 from .choose.choice_tree import RETRY, ChoiceTree
-from .choose.schedules import Choice, Recorded
+from .choose.schedules import Recorded
 from .run.checks import Checker
 from .run.world import World
 from .search import Outcome, Search, watched_kernel
@@ -44,7 +44,7 @@ def explore_all(search: Search) -> Iterator[Outcome]:
         while more:
             run = world.run(_once(tree))
             reports = checker.check(run)
-            schedule = _schedule(world, tree) if reports else None
+            schedule = tuple(world.run(lambda: Recorded(tree.replay())).strategy.choices) if reports else None
             end, more = tree.end(), tree.turn()
             if end != RETRY:
                 seconds = time.perf_counter() - start
@@ -56,12 +56,6 @@ def _once(tree: ChoiceTree) -> Callable[[], Strategy]:
     """Makes the next run's strategy, then others that make the same run."""
     strategies = iter([tree.begin()])
     return lambda: next(strategies, None) or tree.replay()
-
-
-def _schedule(world: World, tree: ChoiceTree) -> tuple[Choice, ...]:
-    recorded = Recorded(tree.replay())
-    world.run(lambda: recorded)
-    return tuple(recorded.choices)
 
 
 def rank_of(fiber: Fiber) -> str:

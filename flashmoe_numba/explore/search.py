@@ -73,14 +73,7 @@ class Explorer:
 
     def _measure_steps(self) -> int:
         """PCT's k: the steps of a run in turns, which is the same one for every seed."""
-        made: list[RoundRobinStrategy] = []
-
-        def make() -> RoundRobinStrategy:
-            made.append(RoundRobinStrategy(0))
-            return made[-1]
-
-        self.world.run(make)
-        return made[-1].steps
+        return self.world.run(lambda: RoundRobinStrategy(0)).strategy.steps
 
     def strategy(self, seed: int) -> Callable[[], Strategy]:
         """Makes the strategy of a seed's run, as often as it is made."""

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...processes.cores import count_cores
-from ..sizes import add_json_argument, check_outputs, write_json
+from ..sizes import add_json_argument, check_outputs, give
 
 MEANING = {
     "cpu": "layers on CPUs, ranks as threads",
@@ -30,10 +30,7 @@ def main(args: argparse.Namespace) -> int:
     """Look at everything, and say it."""
     check_outputs({"--json": args.json})
     report = examine()
-    if args.json != "-":
-        print("\n".join(lines(report)))
-    if args.json:
-        write_json(args.json, report)
+    give(args.json, lines(report), report)
     return 0 if report["can_run"]["cpu"] else 1
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Checker:
         rows = world.weights.router
         self._twins = [{low for low in range(e) if np.array_equal(rows[low], rows[e])} for e in range(len(rows))]
 
-    def check(self, run: Run) -> list[Report]:
+    def check(self, run: Run[Any]) -> list[Report]:
         """Everything that is wrong with a run; the memory's reports are among them."""
         reports = list(run.reports)
         with np.errstate(over="ignore", invalid="ignore"):  # as in the kernel: wrong numbers are a report, no warning

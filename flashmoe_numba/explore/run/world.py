@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from greenlet import getcurrent
@@ -23,16 +23,18 @@ from .reports import Report, Stopped
 from .spec import WorldSpec
 from .waiting import waiting
 
+S = TypeVar("S", bound=Strategy)
 MAX_SWITCHES = 200_000  # a run of three ranks through three calls has some 10 000
 
 
 @dataclass
-class Run:
-    """One run: `calls[rank]` are the calls that ended."""
+class Run(Generic[S]):
+    """One run: `calls[rank]` are the calls that ended, and `strategy` is the one that made it."""
 
     reports: list[Report]
     switches: int
     calls: list[list[Call]]
+    strategy: S
 
 
 class World(Arrays):
@@ -44,9 +46,7 @@ class World(Arrays):
         self.blame = Blame(spec, [self.watched(rank.segments) for rank in self.ranks])
         self._first = [(region, _first_content(region)) for region in self.regions.values()]
 
-    def run(
-        self, make_strategy: Callable[[], Strategy], late_seed: int | None = None, with_places: bool = False
-    ) -> Run:
+    def run(self, make_strategy: Callable[[], S], late_seed: int | None = None, with_places: bool = False) -> Run[S]:
         """One run from the beginning; whatever goes wrong in it is a report.
 
         Args:
@@ -61,7 +61,7 @@ class World(Arrays):
                 return run
         return self._run(make_strategy(), late_seed, with_places=True)
 
-    def _run(self, strategy: Strategy, late_seed: int | None, with_places: bool) -> Run:
+    def _run(self, strategy: S, late_seed: int | None, with_places: bool) -> Run[S]:
         self.memory.begin(with_places, late_seed)
         for region, content in self._first:
             region.array[:] = content
@@ -75,7 +75,7 @@ class World(Arrays):
         problem = self._try(scheduler, hosts)
         _abandon(hosts)
         reports = self.memory.reports + ([problem] if problem else [])
-        return Run(reports, scheduler.switches, [calls for host in hosts for calls in host.calls])
+        return Run(reports, scheduler.switches, [calls for host in hosts for calls in host.calls], strategy)
 
     def _try(self, scheduler: Scheduler, hosts: list[Host]) -> Report | None:
         try:

@@ -113,14 +113,8 @@ class Recorder:
 
 def record(world: World, make: Callable[[], Strategy], late_seed: int | None, until: Report | None) -> list[Turn]:
     """The turns of this strategy's run, up to the access that brought the report."""
-    made: list[Recorder] = []
-
-    def begin() -> Recorder:
-        made.append(Recorder(make(), world.memory, until))
-        return made[-1]
-
     try:
-        world.run(begin, late_seed, with_places=True)
+        run = world.run(lambda: Recorder(make(), world.memory, until), late_seed, with_places=True)
     finally:
         world.memory.listener = world.memory.plain_listener = None
-    return [turn for turn in made[-1].turns if turn.events]
+    return [turn for turn in run.strategy.turns if turn.events]

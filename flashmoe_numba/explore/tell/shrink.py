@@ -145,29 +145,24 @@ class Shrinker:
 
     def _fails(self, world: World, make: Callable[[], Strategy], late_seed: int | None) -> Case | None:
         """The run as a case, if it has the finding."""
-        run, schedule = self._run(world, make, late_seed)
+        run = self._run(world, make, late_seed)
         reports = Checker(world).check(run) if self._finding[0] in JUDGED else run.reports
         report = next((report for report in reports if finding(report) == self._finding), None)
         if report is None:
             return None
+        schedule = tuple(run.strategy.choices)
         return Case(spec=world.spec, plant=self._plant, late_seed=late_seed, schedule=schedule, report=f"{report}")
 
-    def _run(self, world: World, make: Callable[[], Strategy], late_seed: int | None) -> tuple[Run, tuple[Choice, ...]]:
-        """One more run, if one is left, and its schedule."""
+    def _run(self, world: World, make: Callable[[], Strategy], late_seed: int | None) -> Run[Recorded]:
+        """One more run, if one is left."""
         if self.runs == self._most_runs:
             raise _Spent
         self._told(self.runs, self.best)
         self.runs += 1
-        made: list[Recorded] = []
-
-        def record() -> Recorded:
-            made.append(Recorded(make(), self._most_turns))
-            return made[-1]
-
-        run = world.run(record, late_seed)
-        self._steps = made[-1].steps
-        self._most_turns = self._most_turns or MANY * made[-1].turns
-        return run, tuple(made[-1].choices)
+        run = world.run(lambda: Recorded(make(), self._most_turns), late_seed)
+        self._steps = run.strategy.steps
+        self._most_turns = self._most_turns or MANY * run.strategy.turns
+        return run
 
 
 def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:
