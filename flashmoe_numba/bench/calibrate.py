@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
@@ -195,7 +195,8 @@ def rates(calls: Sequence[Call], processors: int, unit: int | None) -> Rates:
     even = [call for call in calls if call.rows is not None]
     gated = [call for call in calls if call.rows is None]
     latency, per_flop, per_byte, error = fit_tiles(list(_tiles(even, unit)))
-    puts = list(_dispatch_gbps(even, local=False))
+    puts = list(_gbps(even, _even_rows, lambda record: record.kind == DISPATCH and record.peer != record.rank))
+    moves = _gbps(even, _even_rows, lambda record: record.kind == DISPATCH and record.peer == record.rank)
     signals = [ns for call in calls for ns in _signals(call.records)]
     return Rates(
         processors=processors,
@@ -204,8 +205,8 @@ def rates(calls: Sequence[Call], processors: int, unit: int | None) -> Rates:
         read_gbps=1 / per_byte if per_byte else None,
         fit_error=error,
         put_gbps=median(puts) if puts else None,
-        move_gbps=median(_dispatch_gbps(even, local=True)),
-        combine_gbps=median(_combine_gbps(even)),
+        move_gbps=median(moves),
+        combine_gbps=median(_gbps(even, _combined_rows, lambda record: record.kind == COMBINE)),
         signal_ns=median(signals) if signals else 0.0,
         receive_ns=median(_durations(calls, RECEIVE)),
         gate_ns=median(_durations(gated, GATE)),
@@ -260,21 +261,21 @@ def fit_tiles(tiles: Sequence[Tile]) -> tuple[float, float, float, float]:
     return result.get("latency", 0.0), result["flops"], result.get("bytes", 0.0), error
 
 
-def _dispatch_gbps(calls: Iterable[Call], local: bool) -> Iterator[float]:
-    for config, rows, records, _ in calls:
-        nbytes = (rows or 0) * config.hidden * config.format.num_bytes
-        for record in records:
-            if record.kind == DISPATCH and (record.peer == record.rank) == local:
-                yield nbytes / max(1, record.end_ns - record.start_ns)
+def _gbps(calls: Iterable[Call], rows_of: Callable[[Call], int], chosen: Callable[[Slice], bool]) -> Iterator[float]:
+    """Of the chosen slices, each of which moves so many rows of its call."""
+    for call in calls:
+        nbytes = rows_of(call) * call.config.hidden * call.config.format.num_bytes
+        for record in filter(chosen, call.records):
+            yield nbytes / max(1, record.end_ns - record.start_ns)
 
 
-def _combine_gbps(calls: Iterable[Call]) -> Iterator[float]:
+def _even_rows(call: Call) -> int:
+    return call.rows or 0
+
+
+def _combined_rows(call: Call) -> int:
     """Of whole token blocks: with one choice per token as many rows are read as written."""
-    for config, _, records, _ in calls:
-        nbytes = 2 * config.token_block * config.hidden * config.format.num_bytes
-        for record in records:
-            if record.kind == COMBINE:
-                yield nbytes / max(1, record.end_ns - record.start_ns)
+    return 2 * call.config.token_block
 
 
 def _signals(records: Sequence[Slice]) -> Iterator[int]:

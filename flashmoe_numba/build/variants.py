@@ -47,6 +47,11 @@ class Variant:
         return f"{self.architecture}-{self.dtype}-{kind}"
 
 
+def has_tensor_cores(architecture: str, dtype: str) -> bool:
+    """Is there a variant of these that uses them?"""
+    return architecture == "sm_90a" and dtype in TENSOR_DTYPES
+
+
 def choose_variant(config: MoEConfig, architecture: str, tf32: bool = False) -> Variant:
     """The fastest variant that can run this layer.
 
@@ -55,8 +60,7 @@ def choose_variant(config: MoEConfig, architecture: str, tf32: bool = False) -> 
     """
     row_bytes = [columns * config.format.num_bytes for columns in (config.hidden, config.ffn)]
     possible = (
-        architecture == "sm_90a"
-        and config.dtype in TENSOR_DTYPES
+        has_tensor_cores(architecture, config.dtype)
         and (config.dtype != "float32" or tf32)
         and all(num_bytes % TMA_ALIGNMENT == 0 for num_bytes in row_bytes)
         and config.tile_n == MAX_TILE_COLUMNS

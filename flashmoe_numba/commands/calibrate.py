@@ -98,10 +98,8 @@ def hardware_of(found: Rates, settings: Settings) -> sim.Hardware:
     """The machine of these rates."""
     measured = _measured_text(settings)
     sms, ranks = found.processors + 1, settings.num_ranks
-    read, reading = (
-        found.read_gbps or found.combine_gbps,
-        "weights and rows read by tiles" if found.read_gbps else "COMBINE",
-    )
+    read = found.read_gbps or found.combine_gbps
+    reading = "weights and rows read by tiles" if found.read_gbps else "COMBINE"
     put = found.put_gbps or found.move_gbps
     signal = max(1, round(found.signal_ns))
     values: dict[str, tuple[Any, str]] = {

@@ -11,7 +11,7 @@ import importlib.util
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from reference import DTYPES, MoEConfig
 
 from ..build.sass import TENSOR_LOAD, Facts, MainLoop, disassemble, failures, find_nvdisasm, read_facts
-from ..build.variants import ARCHITECTURES, TENSOR_DTYPES, Variant, choose_variant
+from ..build.variants import ARCHITECTURES, Variant, choose_variant, has_tensor_cores
 from ..errors import UsageError
 from .plan import readable
 from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from ..build.build import Kernel
 
 DEFAULT_ARCHITECTURE = "sm_90a"
-COLUMNS = {  # of the table, with their widths
-    "variant": 23,
-    "registers": 9,
-    "spill B": 7,
-    "stack B": 7,
-    "static": 7,
-    "dynamic": 9,
-    "HGMMA": 5,
-    "HMMA": 4,
-    "UTMALDG": 7,
-    "cubin": 9,
-    "seconds": 7,
-    "main loops": 0,
-}
+COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], object]], ...] = (  # name, alignment, what of a row
+    ("variant", "<23", lambda row: row["variant"]),
+    ("registers", ">9", lambda row: row["registers"]),
+    ("spill B", ">7", lambda row: row["spill_bytes"]),
+    ("stack B", ">7", lambda row: row["stack_bytes"]),
+    ("static", ">7", lambda row: readable(row["static_shared_bytes"])),
+    ("dynamic", ">9", lambda row: readable(row["dynamic_shared_bytes"])),
+    ("HGMMA", ">5", lambda row: row["counts"]["HGMMA"]),
+    ("HMMA", ">4", lambda row: row["counts"]["HMMA"]),
+    ("UTMALDG", ">7", lambda row: row["counts"]["UTMALDG"]),
+    ("cubin", ">9", lambda row: readable(row["cubin_bytes"])),
+    ("seconds", ">7", lambda row: "cached" if row["seconds"] is None else f"{row['seconds']:.1f}"),
+    ("main loops", "", lambda row: row["main_loops_summary"]),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,9 +85,9 @@ def variants_of(args: argparse.Namespace, config: MoEConfig) -> list[Variant]:
 def all_variants(architecture: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Variant]:
     """Every variant of an architecture for some element types."""
     for dtype in dtypes:
-        for tensor_cores in (False, True):
-            if not tensor_cores or (architecture == "sm_90a" and dtype in TENSOR_DTYPES):
-                yield Variant(dtype=dtype, architecture=architecture, tensor_cores=tensor_cores)
+        yield Variant(dtype=dtype, architecture=architecture, tensor_cores=False)
+        if has_tensor_cores(architecture, dtype):
+            yield Variant(dtype=dtype, architecture=architecture, tensor_cores=True)
 
 
 def _check_installed() -> None:
@@ -173,28 +173,9 @@ def _kinds(loop: MainLoop) -> str:
 def _say(rows: Sequence[dict[str, Any]], as_table: bool) -> None:
     """The last row of the table as soon as it is known, and what is wrong with it on stderr."""
     if as_table and len(rows) == 1:
-        print(_line(dict(zip(COLUMNS, COLUMNS, strict=True))), flush=True)
+        print("  ".join(f"{name:{alignment}}" for name, alignment, _ in COLUMNS), flush=True)
     row = rows[-1]
     if as_table and "registers" in row:
-        print(_line(_cells(row)), flush=True)
+        print("  ".join(f"{what(row)!s:{alignment}}" for _, alignment, what in COLUMNS), flush=True)
     for failure in row["failures"]:
         print(f"FAILED {row['variant']}: {failure}", file=sys.stderr)
-
-
-def _cells(row: dict[str, Any]) -> dict[str, str]:
-    values = [
-        row["variant"],
-        *(row[name] for name in ("registers", "spill_bytes", "stack_bytes")),
-        *(readable(row[name]) for name in ("static_shared_bytes", "dynamic_shared_bytes")),
-        *(row["counts"][name] for name in ("HGMMA", "HMMA", "UTMALDG")),
-        readable(row["cubin_bytes"]),
-        "cached" if row["seconds"] is None else f"{row['seconds']:.1f}",
-        row["main_loops_summary"],
-    ]
-    return dict(zip(COLUMNS, map(str, values), strict=True))
-
-
-def _line(cells: dict[str, str]) -> str:
-    texts = {"variant", "main loops"}  # to the left, numbers to the right
-    aligned = (f"{cells[name]:{'<' if name in texts else '>'}{width}}" for name, width in COLUMNS.items())
-    return "  ".join(aligned).rstrip()

@@ -24,6 +24,8 @@ PLAIN = "plain"
 ALONE: dict[str, Any] = TINY | dict(num_ranks=1, token_block=1, dtype="float64")
 SEVERAL: dict[str, Any] = TINY | dict(num_experts=6, num_topk=3, capacity=3, num_tokens=5, renormalize=False)
 ALL: dict[str, Any] = TINY | dict(num_topk=4, num_tokens=5, token_block=3, gated=False, dtype="float16")
+PAIR: dict[str, Any] = TINY | dict(num_tokens=2, num_topk=1)
+LONELY: dict[str, Any] = THREE | dict(num_tokens=1)
 ONE_EACH: dict[str, Any] = TINY | dict(num_ranks=4, num_tokens=3, dtype="bfloat16")
 
 WORLDS: dict[str, WorldSpec] = {
@@ -38,28 +40,15 @@ WORLDS: dict[str, WorldSpec] = {
         config=MoEConfig(**TINY | dict(num_tokens=3, num_topk=1)), num_processors=1, epochs=4, data_seed=2
     ),
     "all leave": WorldSpec(config=MoEConfig(**THREE), leavers=(0, 1, 2)),
-    "one leaves": WorldSpec(
-        config=MoEConfig(**TINY | dict(num_tokens=2, num_topk=1)), num_processors=1, epochs=2, leavers=(1,)
-    ),
+    "one leaves": WorldSpec(config=MoEConfig(**PAIR), num_processors=1, epochs=2, leavers=(1,)),
     "never comes": WorldSpec(config=MoEConfig(**THREE), num_processors=1, epochs=2, lost=(Lost(1, 2),), deadline=1000),
     "lost on the way": WorldSpec(
         config=MoEConfig(**THREE | dict(num_experts=6)), num_processors=1, lanes=2, lost=(Lost(1, 1, 4),), deadline=1000
     ),
     "lost between two": WorldSpec(
-        config=MoEConfig(**THREE | dict(num_tokens=1)),
-        num_processors=1,
-        epochs=2,
-        data_seed=6,
-        lost=(Lost(2, 1, 2),),
-        deadline=1000,
+        config=MoEConfig(**LONELY), num_processors=1, epochs=2, data_seed=6, lost=(Lost(2, 1, 2),), deadline=1000
     ),
-    "two give up": WorldSpec(
-        config=MoEConfig(**TINY | dict(num_tokens=2, num_topk=1)),
-        num_processors=1,
-        lanes=2,
-        lost=(Lost(1, 1),),
-        deadline=240,
-    ),
+    "two give up": WorldSpec(config=MoEConfig(**PAIR), num_processors=1, lanes=2, lost=(Lost(1, 1),), deadline=240),
     "short of time": WorldSpec(config=MoEConfig(**TINY), lanes=2, epochs=2, deadline=100),
     "grid": WorldSpec(
         config=MoEConfig(**TINY | dict(num_tokens=3, num_experts=2, num_topk=1)), lanes=3, epochs=2, grid=True

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 
 from ...build.sass import find_nvdisasm
 from ...build.variants import ARCHITECTURES, architecture_of
 from ...gpu.driver import Device, Driver
-from .host import NO, OK, WARN, Check, check_package, one_line
+from .host import OK, WARN, Check, check_package, judged, one_line
 
 OLDEST_DRIVER = (13, 0)  # CUDA's, of the compilers that setup.cfg asks for
 BUILDING = ("compile", "cuda")
@@ -38,38 +39,32 @@ def check_numba_cuda() -> Check:
         return check
     try:
         implementation = importlib.import_module("flashmoe_numba.device.cuda_api").cuda.implementation
+        return replace(check, found=f"{check.found}, implementation {implementation}")
     except Exception as error:  # Numba and numba-cuda of versions that do not fit may raise anything
-        found = f"{check.found}, cannot be used: {one_line(error)}"
-        return Check(name=check.name, needed_for=BUILDING, status=NO, found=found, fix=BUILD_FIX)
-    found = f"{check.found}, implementation {implementation}"
-    return Check(name=check.name, needed_for=BUILDING, status=OK, found=found)
+        return judged(check.name, BUILDING, f"{check.found}, cannot be used: {one_line(error)}", BUILD_FIX)
 
 
 def check_linker() -> Check:
     try:
-        version = importlib.import_module("cuda.bindings.nvjitlink").version()
+        return judged("nvJitLink", BUILDING, _dotted(importlib.import_module("cuda.bindings.nvjitlink").version()))
     except Exception as error:  # the bindings are there without the library, say
-        return Check(name="nvJitLink", needed_for=BUILDING, status=NO, found=one_line(error), fix=BUILD_FIX)
-    return Check(name="nvJitLink", needed_for=BUILDING, status=OK, found=".".join(map(str, version)))
+        return judged("nvJitLink", BUILDING, one_line(error), BUILD_FIX)
 
 
 def check_disassembler() -> Check:
     try:
-        return Check(name="nvdisasm", needed_for=("compile",), status=OK, found=str(find_nvdisasm()))
+        return judged("nvdisasm", ("compile",), str(find_nvdisasm()))
     except FileNotFoundError:
-        return Check(name="nvdisasm", needed_for=("compile",), status=NO, found="not found", fix=BUILD_FIX)
+        return judged("nvdisasm", ("compile",), "not found", BUILD_FIX)
 
 
 def check_driver(driver: Driver) -> Check:
     name = "NVIDIA driver"
     if driver.version is None:
-        fix = "install it; in a container: docker run --gpus all"
-        return Check(name=name, needed_for=("cuda",), status=NO, found=driver.error, fix=fix)
+        return judged(name, ("cuda",), driver.error, "install it; in a container: docker run --gpus all")
+    fix = f"install one for CUDA {_dotted(OLDEST_DRIVER)} or newer"
     found = f"runs CUDA {_dotted(driver.version)}"
-    if driver.version < OLDEST_DRIVER:
-        fix = f"install one for CUDA {_dotted(OLDEST_DRIVER)} or newer"
-        return Check(name=name, needed_for=("cuda",), status=NO, found=found, fix=fix)
-    return Check(name=name, needed_for=("cuda",), status=OK, found=found)
+    return judged(name, ("cuda",), found, fix if driver.version < OLDEST_DRIVER else "")
 
 
 def check_devices(driver: Driver) -> Check:
@@ -78,17 +73,13 @@ def check_devices(driver: Driver) -> Check:
     limited = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible!r}"
     usable = [device for device in driver.devices if not _no_kernel(device)]
     if usable:
-        found = f"{len(usable)} usable of {len(driver.devices)}{limited}"
-        return Check(name="GPUs", needed_for=("cuda",), status=OK, found=found)
-    found = (
-        ("none usable" if driver.devices else "none")
-        + limited
-        + (f", {driver.error}" if driver.version and driver.error else "")
-    )
+        return judged("GPUs", ("cuda",), f"{len(usable)} usable of {len(driver.devices)}{limited}")
+    refused = f", {driver.error}" if driver.version and driver.error else ""
+    found = f"{'none usable' if driver.devices else 'none'}{limited}{refused}"
     fix = "unset CUDA_VISIBLE_DEVICES" if limited else "see what nvidia-smi says; in a container: docker run --gpus all"
     if driver.devices:
         fix = f"use one for which there are kernels: {', '.join(ARCHITECTURES)}"
-    return Check(name="GPUs", needed_for=("cuda",), status=NO, found=found, fix=fix)
+    return judged("GPUs", ("cuda",), found, fix)
 
 
 def check_device(index: int, device: Device) -> Check:
@@ -96,10 +87,8 @@ def check_device(index: int, device: Device) -> Check:
     name, lacking = f"GPU {index}", _no_kernel(device)
     found = f"{device.name}, {device.memory_bytes / 2**30:.1f} GiB, compute capability {_dotted(device.capability)}"
     if not lacking:
-        found += f", kernels for {architecture_of(device.capability)}"
-        return Check(name=name, needed_for=(), status=OK, found=found)
-    fix = "use another, by CUDA_VISIBLE_DEVICES or FlashMoE(..., device=N)"
-    return Check(name=name, needed_for=(), status=NO, found=f"{found}, {lacking}", fix=fix)
+        return judged(name, (), f"{found}, kernels for {architecture_of(device.capability)}")
+    return judged(name, (), f"{found}, {lacking}", "use another, by CUDA_VISIBLE_DEVICES or FlashMoE(..., device=N)")
 
 
 def _no_kernel(device: Device) -> str:
@@ -116,11 +105,10 @@ def check_peers(driver: Driver) -> Check:
     pairs = combinations(range(len(driver.devices)), 2)
     apart = [f"{i} and {j}" for i, j in pairs if not (driver.peers[i][j] and driver.peers[j][i])]
     if not apart:
-        return Check(name="peer access", needed_for=(), status=OK, found="between all GPUs")
-    found = f"none between GPUs {', '.join(apart)}"
+        return judged("peer access", (), "between all GPUs")
     fix = "choose GPUs that reach each other by CUDA_VISIBLE_DEVICES (nvidia-smi topo -p2p r), or one GPU for all ranks"
-    return Check(name="peer access", needed_for=(), status=WARN, found=found, fix=fix)
+    return judged("peer access", (), f"none between GPUs {', '.join(apart)}", fix, WARN)
 
 
-def _dotted(version: tuple[int, int]) -> str:
+def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))

