@@ -13,6 +13,7 @@ import numpy as np
 
 from reference.plan import row_flops
 
+from ..heap.rank import Stats
 from .check import Verdict
 from .measure import Measurement, Settings
 
@@ -28,6 +29,7 @@ def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdi
     Args:
         parts: of all processes, in the order of ranks.
     """
+    stats = [rank for part in parts for rank in part.stats]
     return {
         "backend": settings.backend,
         "transport": settings.transport,
@@ -37,18 +39,17 @@ def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdi
         "workload": settings.workload,
         "seed": settings.seed,
         "iterations": settings.iterations,
-        **_speed(settings, parts),
-        **_rows(parts),
+        **_speed(settings, parts, stats),
+        **_rows(stats),
         **_judgement(parts, verdict),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
     }
 
 
-def _speed(settings: Settings, parts: Sequence[Measurement]) -> dict[str, Any]:
+def _speed(settings: Settings, parts: Sequence[Measurement], stats: Sequence[Stats]) -> dict[str, Any]:
     latency_ns = np.max([part.latency_ns for part in parts], axis=0)
     median_ns = float(np.median(latency_ns))
     blas_ns = float(np.median(np.max([part.blas_ns for part in parts], axis=0)))
-    stats = [rank for part in parts for rank in part.stats]
     flops = row_flops(settings.config) * sum(rank.received_rows for rank in stats)
     spread = {"median": median_ns, "min": float(latency_ns.min()), "max": float(latency_ns.max())}
     return {
@@ -60,8 +61,7 @@ def _speed(settings: Settings, parts: Sequence[Measurement]) -> dict[str, Any]:
     }
 
 
-def _rows(parts: Sequence[Measurement]) -> dict[str, Any]:
-    stats = [rank for part in parts for rank in part.stats]
+def _rows(stats: Sequence[Stats]) -> dict[str, Any]:
     received, padded = sum(rank.received_rows for rank in stats), sum(rank.padded_rows for rank in stats)
     return {
         "sent_rows": sum(rank.sent_rows for rank in stats),

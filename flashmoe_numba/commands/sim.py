@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Simulate what the flags describe."""
+    from tqdm import tqdm
+
     if args.list:
         print("\n".join(catalogue()))
         return 0
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     _check_files(args, len(points))
     load_engine()
     reports = []
-    for config, policy in _progress(points):
+    for config, policy in tqdm(points, desc="simulations", unit="run", leave=False, disable=len(points) == 1 or None):
         simulation = simulate_asked(asked, policy, config, args.replicas)
         reports.append(_report(asked, simulation))
     _write(args, configs, reports)
@@ -77,15 +78,6 @@ def _report(asked: Asked, simulation: sim.Simulation) -> sim.Report:
     replicas = None if replicas is None else 2 * replicas // config.num_ranks  # as many copies on a rank
     two = simulate_asked(asked, simulation.policy, pair, replicas)
     return replace(report, overlap_efficiency=two.latency_us / simulation.latency_us)
-
-
-def _progress(points: Sequence[tuple[MoEConfig, str]]) -> Iterable[tuple[MoEConfig, str]]:
-    if len(points) == 1 or not sys.stderr.isatty():
-        return points
-    from tqdm import tqdm
-
-    shown: Iterable[tuple[MoEConfig, str]] = tqdm(points, desc="simulations", unit="run", leave=False)
-    return shown
 
 
 # ---- outputs

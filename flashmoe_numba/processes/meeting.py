@@ -115,7 +115,7 @@ class Meeting(Owned):
     def _wait_for_all(self, request: Any) -> None:
         """Wait for a collective of setting up."""
         try:
-            _wait(request, self._setup_deadline_s)
+            wait_for(request, self._setup_deadline_s)
         except TimeoutError as error:
             raise TimeoutError(
                 f"{error} (setup_deadline_s): a rank failed before it made its layer, or does not make this one; "
@@ -129,7 +129,7 @@ class Meeting(Owned):
             check: called while waiting for the others; raises if one of them will not come.
         """
         if check is not None and self.segments:
-            _wait(self._comm.Ibarrier(), CLOSE_DEADLINE_S, check)
+            wait_for(self._comm.Ibarrier(), CLOSE_DEADLINE_S, check)
             self._free()
         self.segments = []
 
@@ -138,7 +138,12 @@ class Meeting(Owned):
         self._comm.Free()
 
 
-def _wait(request: Any, deadline_s: float, check: Callable[[], None] = lambda: None) -> None:
+def wait_for(request: Any, deadline_s: float, check: Callable[[], None] = lambda: None) -> None:
+    """Until a non-blocking collective has ended; `check` is called meanwhile.
+
+    Raises:
+        TimeoutError: it has not for so long.
+    """
     start, nap = time.monotonic(), 1e-5
     while not request.Test():
         check()

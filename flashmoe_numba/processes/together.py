@@ -7,6 +7,7 @@ the others stop at once.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 
 from ..errors import FlashMoEError
 from .launch import TERMINAL_VARIABLE, answer_ctrl_c, tell_begun
-from .meeting import SETUP_DEADLINE_S, unlink_startup_segment
+from .meeting import SETUP_DEADLINE_S, unlink_startup_segment, wait_for
 from .mpi_environment import begin_mpi
 from .shared_memory import Shortage
 
@@ -115,9 +116,7 @@ class MpiWorld:
     def agree(self, code: int) -> int:
         """Rank 0's `code`, on all ranks; waits for it without a limit, because rank 0 may have much to compute."""
         word = np.array([code])
-        request = self.comm.Ibcast(word)
-        while not request.Test():
-            time.sleep(0.01)
+        wait_for(self.comm.Ibcast(word), math.inf)
         return int(word[0])
 
     def abandon(self, error: BaseException) -> NoReturn:

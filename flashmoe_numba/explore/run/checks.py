@@ -7,7 +7,7 @@ computed again: later ones are compared with it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from .reports import Report
 from .world import Run, World
 
 MOST_TASKS = 4  # named in a report
+WRONG = "wrong result"
 
 
 class Checker:
@@ -42,46 +43,45 @@ class Checker:
                 reports += self._differences(epoch, calls) if epoch in self._right else self._judge(epoch, calls)
         return reports
 
-    def _differences(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
-        reports = []
+    def _differences(self, epoch: int, calls: Sequence[Call]) -> Iterator[Report]:
         for rank, (call, right) in enumerate(zip(calls, self._right[epoch], strict=True)):
             case = f"rank {rank}, call {epoch}:"
             if not np.array_equal(bits(call.y), bits(right.y)):
                 rows = np.flatnonzero((bits(call.y) != bits(right.y)).any(axis=1)).tolist()
-                reports.append(Report("wrong result", f"{case} rows {rows} have other bits than under another seed"))
+                yield Report(WRONG, f"{case} rows {rows} have other bits than under another seed")
             if not np.array_equal(call.routing.topk_idx, right.routing.topk_idx):
-                reports.append(Report("wrong result", f"{case} routed otherwise than under another seed"))
-            reports += _count_reports(case, call, right.rows, right.tasks)
+                yield Report(WRONG, f"{case} routed otherwise than under another seed")
+            yield from _miscounts(case, call, right.rows, right.tasks)
             if not np.array_equal(call.flags, right.flags):
-                reports.append(Report("wrong result", f"{case} other result flags than under another seed"))
-        return reports
+                yield Report(WRONG, f"{case} other result flags than under another seed")
 
     def _judge(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
         """Against the reference, everything; or the routing alone, where nothing can follow from it."""
         given = self.world.data[epoch - 1][1]
-        illegal = [r for rank, call in enumerate(calls) for r in self._illegal_experts(rank, epoch, call, given[rank])]
+        cases = [f"rank {rank}, call {epoch}:" for rank in range(len(calls))]
+        illegal = [r for part in zip(cases, calls, given, strict=True) for r in self._illegal_experts(*part)]
         if illegal:
             return illegal
-        ties = [report for rank, call in enumerate(calls) for report in self._tie_reports(rank, epoch, call)]
-        config, packets = self.world.spec.config, [self._packets(call) for call in calls]
-        reports = ties + self._compare_with_oracle(epoch, calls)
+        reports = [report for part in zip(cases, calls, given, strict=True) for report in self._wrong_ties(*part)]
+        reports += self._compare_with_oracle(epoch, calls)
+        config = self.world.spec.config
+        packets = [make_packets(call.routing.topk_idx, config) for call in calls]
         graph = task_graph(packets, config)
         sent = np.array([packet.sent for packet in packets]).reshape(config.num_ranks, config.num_ranks, -1)
-        for rank, call in enumerate(calls):
-            case = f"rank {rank}, call {epoch}:"
+        for rank, (case, call) in enumerate(zip(cases, calls, strict=True)):
             wrong = np.argwhere(bits(call.y) != bits(ordered_sums(call, packets[rank], config)))
             if len(wrong):
                 text = f"{case} y{wrong[0].tolist()} is not the sum of its results in the order of choices"
-                reports.append(Report("wrong result", text))
-            reports += self._flag_reports(case, epoch, call, packets[rank])
+                reports.append(Report(WRONG, text))
+            reports += self._wrong_flags(case, epoch, call, packets[rank])
             tasks = Counter(task for task in graph if task.rank == rank)
             tasks[Task(GATE, rank)] = 1  # a rank without tokens runs one, too, which tells every peer so
-            reports += _count_reports(case, call, sent[:, rank], tasks)
+            reports += _miscounts(case, call, sent[:, rank], tasks)
         if not reports:
             self._right[epoch] = list(calls)
         return reports
 
-    def _illegal_experts(self, rank: int, epoch: int, call: Call, given: Routing | None) -> list[Report]:
+    def _illegal_experts(self, case: str, call: Call, given: Routing | None) -> Iterator[Report]:
         """The first token whose experts are not distinct ones of the layer; no choice (-1) may be given only."""
         num_experts = self.world.spec.config.num_experts
         for token, experts in enumerate(call.routing.topk_idx.tolist()):
@@ -89,36 +89,28 @@ class Checker:
             bad = [e for i, e in enumerate(chosen) if not 0 <= e < num_experts or e in chosen[:i]]
             if bad:
                 text = f"token {token} goes to expert {bad[0]} of {experts}: not in [0, {num_experts}), or twice"
-                return [Report("wrong result", f"rank {rank}, call {epoch}: {text}")]
-        return []
+                yield Report(WRONG, f"{case} {text}")
+                return
 
-    def _tie_reports(self, rank: int, epoch: int, call: Call) -> list[Report]:
+    def _wrong_ties(self, case: str, call: Call, given: Routing | None) -> Iterator[Report]:
         """The first token that the gate sends to an expert before one of the same logits and a lower index."""
-        if self.world.data[epoch - 1][1][rank] is not None:  # a routing from outside
-            return []
-        for token, experts in enumerate(call.routing.topk_idx.tolist()):
+        for token, experts in enumerate(call.routing.topk_idx.tolist() if given is None else []):
             for j, e in enumerate(experts):
                 if not self._twins[e] <= set(experts[:j]):
                     text = f"token {token} goes to expert {e} of {experts}, where a lower one has the same logits"
-                    return [Report("wrong result", f"rank {rank}, call {epoch}: {text}")]
-        return []
+                    yield Report(WRONG, f"{case} {text}")
+                    return
 
-    def _flag_reports(self, case: str, epoch: int, call: Call, packets: Packets) -> list[Report]:
+    def _wrong_flags(self, case: str, epoch: int, call: Call, packets: Packets) -> Iterator[Report]:
         """Result flags of this call: one for each result chunk of each packet, with its rows."""
         config, wanted = self.world.spec.config, np.full_like(call.flags, -1)
         for e, rows in enumerate(packets.sent.tolist()):
             for m, chunk in enumerate(result_chunks(rows, config)):
                 wanted[e, m] = epoch << EPOCH_SHIFT | len(chunk)
         found = np.where(call.flags >> EPOCH_SHIFT == epoch, call.flags, -1)
-        wrong = np.argwhere(found != wanted)
-        if not len(wrong):
-            return []
-        e, m = wrong[0].tolist()
-        text = f"{case} the result flag of expert {e}, row tile {m} is {found[e, m]}, wanted {wanted[e, m]}"
-        return [Report("wrong result", text)]
-
-    def _packets(self, call: Call) -> Packets:
-        return make_packets(call.routing.topk_idx, self.world.spec.config)
+        for e, m in np.argwhere(found != wanted)[:1].tolist():  # the first
+            text = f"the result flag of expert {e}, row tile {m} is {found[e, m]}, wanted {wanted[e, m]}"
+            yield Report(WRONG, f"{case} {text}")
 
     def _compare_with_oracle(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
         x, given = self.world.data[epoch - 1]
@@ -127,7 +119,7 @@ class Checker:
         workload = Workload(x, idx or None, factors or None)
         routing, y = [call.routing for call in calls], [call.y for call in calls]
         verdict = check_layer(self.world.spec.config, self.world.weights, workload, routing, y)
-        return [Report("wrong result", f"call {epoch}: {failure}") for failure in verdict.failures]
+        return [Report(WRONG, f"call {epoch}: {failure}") for failure in verdict.failures]
 
 
 def ordered_sums(call: Call, packets: Packets, config: MoEConfig) -> np.ndarray:
@@ -152,15 +144,12 @@ def _name(task: Task) -> str:
     return str(task) if 0 <= task.kind < len(KIND_NAMES) else f"kind {task.kind}{tuple(task[1:])}"
 
 
-def _count_reports(case: str, call: Call, rows: np.ndarray, tasks: Counter[Task]) -> list[Report]:
+def _miscounts(case: str, call: Call, rows: np.ndarray, tasks: Counter[Task]) -> Iterator[Report]:
     """Rows of the packets `[num_ranks, num_experts_per_rank]` and tasks, against what they should be."""
-    reports = []
     if not np.array_equal(call.rows, rows):
-        text = f"{case} packets of {call.rows.tolist()} rows, wanted {rows.tolist()}"
-        reports.append(Report("count", text))
+        yield Report("count", f"{case} packets of {call.rows.tolist()} rows, wanted {rows.tolist()}")
     if call.tasks != tasks:
         wrong = [task for task in sorted(call.tasks | tasks) if call.tasks[task] != tasks[task]]
         texts = [f"{_name(task)} ran {call.tasks[task]} times, wanted {tasks[task]}" for task in wrong[:MOST_TASKS]]
         texts += [f"and {len(wrong) - MOST_TASKS} more"] if len(wrong) > MOST_TASKS else []
-        reports.append(Report("count", f"{case} {'; '.join(texts)}"))
-    return reports
+        yield Report("count", f"{case} {'; '.join(texts)}")
