@@ -11,8 +11,8 @@ from reference import Layout, MoEConfig, Weights
 from reference.arrays import Array
 
 from ..heap.host import HostMemory
-from ..kernel.grid import Record
 from ..heap.rank import Rank
+from ..kernel.grid import Record
 from ..tile_gemm import as_matrices
 from ..tile_gemm.hopper import MAP_WORDS, NUM_MAPS, TmaMatrices, tma_matrices
 from ..tile_gemm.matrices import Matrices
