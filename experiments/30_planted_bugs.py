@@ -3,7 +3,7 @@
 Command:  python experiments/30_planted_bugs.py [--starts N] [--json FILE]
 Expected: every planted bug is found, by a report that fits it, in the world that it names; most in the first run.
 
-A bug is one edit of the kernel's source, and names a world (flashmoe_numba/explore/plants.py, worlds.py). There it is
+A bug is one edit of the kernel's source, and names a world (flashmoe_numba/explore/plants.toml, worlds.py). There it is
 looked for under each strategy: `runs` are until a report fits, the median over several first seeds, and `most` of them;
 -1: none in those tried. `default` are the runs that `flashmoe explore --plant NAME` takes, whose 100 seeds go through
 all worlds in turn; -1: none of them finds it.

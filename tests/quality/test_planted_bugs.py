@@ -15,7 +15,7 @@ from worlds import LayerCalls, run_world
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Deadlock
-from flashmoe_numba.explore.plants import BLAME, KERNEL, PLANTS, RACE, Plant, planted
+from flashmoe_numba.explore.plants import KERNEL, PLANTS, Plant, planted
 from flashmoe_numba.explore.run.reports import KINDS
 from flashmoe_numba.layer.failures import explain
 from reference import Weights
@@ -24,10 +24,10 @@ NUM_WORLDS, NUM_WORLDS_OF_A_BUG = 30, 600
 NO_CHANGE = Plant("no-change", "", "dispatch.py", "import annotations", "import annotations  # no change", ())
 OVERTAKEN = ("overtaken-signal-used", "overtaken-signal-missed")  # all ranks of a world are in the same epoch
 ABORTED = ("abort-ignored",)  # no rank of a world gives up
-BLAMED = [name for name, plant in PLANTS.items() if BLAME in plant.found_by]  # nor two of them
+BLAMED = [name for name, plant in PLANTS.items() if "blame" in plant.found_by]  # nor two of them
 ELSEWHERE = ("no-barrier-before-next-epoch", "tie-to-the-last", "rows-of-a-whole-tile")  # no grid, tie, flag's rows
 SELDOM = ("no-barrier-before-gates-done", "packets-seen-before-queued")  # lanes far apart: left to the explorer
-UNSEEN = [name for name, plant in PLANTS.items() if plant.found_by == (RACE,) or plant.weak]
+UNSEEN = [name for name, plant in PLANTS.items() if plant.found_by == ("race",) or plant.weak]
 IN_WORLDS = [name for name in PLANTS if name not in [*UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED, *ELSEWHERE, *SELDOM]]
 
 
@@ -124,6 +124,6 @@ def test_a_plant_is_one_edit_of_the_kernel_as_it_is(name):
 
 @pytest.mark.parametrize(("old", "times"), [("no such text", 0), ("tell_packet", 2)])
 def test_an_edit_that_fits_no_place_or_two_is_refused(old, times):
-    plant = Plant("planted", "", "dispatch.py", old, "", (RACE,))
+    plant = Plant("planted", "", "dispatch.py", old, "", ("race",))
     with pytest.raises(ValueError, match=rf"must fit one place of dispatch.py, .* {times}x"), planted(plant):
         pass
