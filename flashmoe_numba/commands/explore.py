@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -24,7 +20,6 @@ from flashmoe_numba.processes.pools import Pool
 from reference import DTYPES, MoEConfig
 
 from ..errors import UsageError
-from ..explore.choose.choice_tree import COMPLETE, REDUNDANT, UNFINISHED
 from ..explore.choose.strategies import STRATEGIES
 from ..explore.exhaustive import EXHAUSTIVE, check_search, explore_all
 from ..explore.plants import PLANTS
@@ -32,13 +27,13 @@ from ..explore.run.spec import Lost, WorldSpec
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore, search_of
 from ..explore.worlds import PLAIN, WORLDS
 from ..processes import launch
+from .explored import as_json, count, describe, lines, replay_command
 from .failures import add_failure_arguments, describe_world, replay, shrink, tell
 from .sizes import add_json_argument, blaming, check_outputs, give, in_flags, integer, write_json
-from .spread import STOPS, add_jobs_argument, num_processes, open_pool, progress, stopped_status, why_stopped
+from .spread import add_jobs_argument, num_processes, open_pool, progress, stopped_status, why_stopped
 
 SEEDS = 100
 MOST_SEEDS = 1_000_000  # all are handed to the processes at once; --seed goes on from there
-REPLACED = ("--seed", "--seeds", "--jobs", "--history", "--shrink")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,18 +115,18 @@ def main(args: argparse.Namespace) -> int:
 def _explore(args: argparse.Namespace, searches: dict[str, Search], seeds: range | None, pool: Pool | None) -> int:
     """Seeds, or all that there is."""
     if args.json != "-":
-        print(_describe(searches), flush=True)
+        print(describe(searches), flush=True)
     several = list(searches.values())
     if seeds is None:
-        tally = _tally(progress(islice(explore_all(several[0]), args.seeds), args.seeds, "runs"))
+        tally = count(progress(islice(explore_all(several[0]), args.seeds), args.seeds, "runs"))
     else:
-        tally = _tally(progress(explore(several, seeds, pool), len(seeds), "runs"))
+        tally = count(progress(explore(several, seeds, pool), len(seeds), "runs"))
     if args.json != "-":
-        print("\n".join(_lines(args, searches, tally)), flush=True)
+        print("\n".join(lines(args, searches, tally)), flush=True)
     search = search_of(several, tally.bad.seed) if tally.bad else several[0]
     found = _look_closer(args, search, tally.bad) if tally.bad else {}
     if args.json:
-        write_json(args.json, _as_json(args, searches, search, num_processes(pool), tally) | found)
+        write_json(args.json, as_json(args, searches, search, num_processes(pool), tally) | found)
     if tally.stop:
         state = f"{tally.runs} runs are done"
         if seeds is not None:
@@ -144,7 +139,7 @@ def _explore(args: argparse.Namespace, searches: dict[str, Search], seeds: range
 def _look_closer(args: argparse.Namespace, search: Search, bad: Outcome) -> dict[str, Any]:
     """Tell of a bad run, or of what it can be shrunk to; for JSON, of both."""
     say = print if args.json != "-" else lambda *lines, **_: None
-    replay, story = f"replay: {_replay(args.argv, search, bad.seed)}", None
+    replay, story = f"replay: {replay_command(args.argv, search, bad.seed)}", None
     try:
         if args.json or (args.history and args.shrink is None):
             story = tell(search, bad)
@@ -240,130 +235,14 @@ def _check_exhaustive(args: argparse.Namespace) -> None:
         raise UsageError(f"argument --lanes: must be 1 with --strategy {EXHAUSTIVE}, got {args.lanes}")
 
 
-# ---- the runs
-
-
-@dataclass
-class _Tally:
-    runs: int = 0
-    ends: Counter[str] = field(default_factory=Counter)
-    all_made: bool = False
-    switches: int = 0
-    busy_s: float = 0.0  # of all processes together
-    wall_s: float = 0.0
-    bad: Outcome | None = None
-    stop: BaseException | None = None  # what ended the search early
-
-
-def _tally(outcomes: Iterable[Outcome]) -> _Tally:
-    """Count runs until the first that is not clean, or until something ends the search early."""
-    tally, start = _Tally(), time.perf_counter()
-    try:
-        for outcome in outcomes:
-            tally.runs += 1
-            tally.ends[outcome.end] += 1
-            tally.switches += outcome.switches
-            tally.busy_s += outcome.seconds
-            if outcome.reports:
-                tally.bad = outcome
-                break
-            tally.all_made = outcome.is_last
-    except STOPS as stop:
-        tally.stop = stop
-    tally.wall_s = time.perf_counter() - start
-    return tally
-
-
-def _rates(tally: _Tally) -> dict[str, float]:
-    return {
-        "runs_per_s": tally.runs / tally.wall_s,
-        "switches_per_s": tally.switches / tally.wall_s,
-        "runs_per_process_s": tally.runs / (tally.busy_s or 1),
-    }
-
-
-# ---- what is said
-
-
-def _describe(searches: dict[str, Search]) -> str:
-    (name, search), *others = searches.items()
-    plant = f", plant {search.plant}" if search.plant else ""
-    world = f"{name}: {describe_world(search.spec)}" if not others else f"{len(searches)} worlds: {', '.join(searches)}"
-    return f"{world}; strategy {search.strategy}{plant}"
-
-
-def _lines(args: argparse.Namespace, searches: dict[str, Search], tally: _Tally) -> list[str]:
-    runs, switches, in_each = _rates(tally).values()
-    rate = f"{runs:,.0f} runs/s, {switches:,.0f} switches/s; {in_each:,.0f} runs/s in each process"
-    counted = f"{tally.runs} runs in {tally.wall_s:.1f} s: {rate}"
-    lines = [counted, *([_covered(tally)] if args.strategy == EXHAUSTIVE else [])]
-    if tally.bad is None:
-        clean = "clean so far" if tally.stop else "clean"
-        if args.plant:
-            where = "this world and these runs; another" if len(searches) == 1 else "these runs; others"
-            clean += f": {args.plant} does not show in {where} may have what it takes"
-        return [*lines, *(["nothing to shrink"] if args.shrink else []), clean]
-    name = "run" if args.strategy == EXHAUSTIVE else "seed"
-    lines += [f"{name} {tally.bad.seed} is not clean:", *[f"  {report}" for report in tally.bad.reports]]
-    if len(searches) > 1:
-        world = list(searches)[tally.bad.seed % len(searches)]
-        lines.append(f"its world: {world}: {describe_world(searches[world].spec)}")
-    return lines
-
-
-def _covered(tally: _Tally) -> str:
-    """Of an exhaustive search."""
-    ends = tally.ends
-    whole = "all there are" if tally.all_made else "not all there are"
-    others = f"{ends[UNFINISHED]:,} runs could not be completed, {ends[REDUNDANT]:,} were cut short as redundant"
-    return f"{ends[COMPLETE]:,} interleavings up to the order of independent accesses, {whole}; {others}"
-
-
-def _replay(argv: list[str], search: Search, seed: int) -> str:
-    """The command that runs this seed alone; an exhaustive search comes to the same run again."""
-    if search.strategy == EXHAUSTIVE:
-        return shlex.join(["flashmoe", *argv])
-    kept, words = [], iter(argv)
-    for word in words:
-        if word in REPLACED:
-            next(words, None)
-        elif word.partition("=")[0] not in REPLACED:
-            kept.append(word)
-    return shlex.join(["flashmoe", *kept, "--seed", str(seed), "--seeds", "1"])
-
-
-def _as_json(
-    args: argparse.Namespace, searches: dict[str, Search], search: Search, processes: int, tally: _Tally
-) -> dict[str, Any]:
-    """`search` is the bad run's, or the first one."""
-    bad = tally.bad
-    return {
-        "worlds": list(searches),
-        "search": asdict(search),
-        "first_seed": args.seed,
-        "jobs": processes,
-        "runs": tally.runs,
-        "ends": dict(tally.ends),
-        "all_made": tally.all_made,
-        **_rates(tally),
-        "stopped": why_stopped(tally.stop) if tally.stop else None,
-        "clean": bad is None,
-        "bad_seed": bad.seed if bad else None,
-        "reports": [report._asdict() for report in bad.reports] if bad else [],
-        "history": [],
-        "shrunk": None,
-        "replay": _replay(args.argv, search, bad.seed) if bad else None,
-    }
-
-
 def _list_plants(json: str | None) -> int:
     plants = PLANTS.values()
-    lines = (f"{each.name:34}{each.file:15}{each.summary} [{', '.join(each.found_by)}]" for each in plants)
-    give(json, lines, [asdict(plant) for plant in plants])
+    table = (f"{each.name:34}{each.file:15}{each.summary} [{', '.join(each.found_by)}]" for each in plants)
+    give(json, table, [asdict(plant) for plant in plants])
     return 0
 
 
 def _list_worlds(json: str | None) -> int:
-    lines = (f"{name:18}{describe_world(spec)}" for name, spec in WORLDS.items())
-    give(json, lines, [{"name": name} | asdict(spec) for name, spec in WORLDS.items()])
+    table = (f"{name:18}{describe_world(spec)}" for name, spec in WORLDS.items())
+    give(json, table, [{"name": name} | asdict(spec) for name, spec in WORLDS.items()])
     return 0
