@@ -125,9 +125,8 @@ def row_unit(backend: str) -> int | None:
 def _even_calls(settings: Settings, hidden: int, ffn: int) -> Iterator[Call]:
     """Calls of one layer with packets of each height."""
     experts = EXPERTS_PER_RANK * settings.num_ranks
-    config = _config(settings, max(ROWS) * experts, hidden, ffn, experts)
-    with _layer(settings, config) as layer:
-        probes = [(rows, *_even_tokens(config, rows, settings.backend)) for rows in ROWS]
+    with _layer(settings, max(ROWS) * experts, hidden, ffn, experts) as layer:
+        probes = [(rows, *_even_tokens(layer.config, rows, settings.backend)) for rows in ROWS]
         for repeat, (rows, x, routing) in product(range(settings.repeats + 1), probes):
             call = _call(layer, x, routing, rows)
             if repeat:  # the first one warms up
@@ -136,17 +135,14 @@ def _even_calls(settings: Settings, hidden: int, ffn: int) -> Iterator[Call]:
 
 def _gated_calls(settings: Settings) -> tuple[int, list[Call]]:
     """Blocks of a rank beside its OS block, and calls without a routing from outside."""
-    hidden, ffn = DEPTHS[0]
-    config = _config(settings, GATE_TOKENS, hidden, ffn, GATE_EXPERTS * settings.num_ranks)
-    memory = make_memory(settings.backend, config)
-    x = [memory.to_device(part) for part in make_workload("uniform", config).x]
-    with _layer(settings, config) as layer:
+    with _layer(settings, GATE_TOKENS, *DEPTHS[0], GATE_EXPERTS * settings.num_ranks) as layer:
+        x = _tokens(layer.config, GATE_TOKENS, settings.backend)
         calls = [_call(layer, x, {}, None) for _ in range(settings.repeats + 1)]
         return layer.num_processors, calls[1:]
 
 
-def _config(settings: Settings, tokens: int, hidden: int, ffn: int, experts: int) -> MoEConfig:
-    return MoEConfig(
+def _layer(settings: Settings, tokens: int, hidden: int, ffn: int, experts: int) -> FlashMoE:
+    config = MoEConfig(
         num_ranks=settings.num_ranks,
         num_tokens=tokens,
         hidden=hidden,
@@ -156,21 +152,23 @@ def _config(settings: Settings, tokens: int, hidden: int, ffn: int, experts: int
         activation="silu",
         dtype=settings.dtype,
     )
-
-
-def _layer(settings: Settings, config: MoEConfig) -> FlashMoE:
     weights = Weights.random(config)
     return FlashMoE(config, weights, backend=settings.backend, num_processors=settings.num_processors, trace=True)
+
+
+def _tokens(config: MoEConfig, tokens: int, backend: str) -> list[Any]:
+    """Of each rank."""
+    memory = make_memory(backend, config)
+    return [memory.to_device(part) for part in make_workload("uniform", config, tokens).x]
 
 
 def _even_tokens(config: MoEConfig, rows: int, backend: str) -> tuple[list[Any], dict[str, list[np.ndarray]]]:
     """Tokens of each rank, and a routing that sends `rows` of them to every expert."""
     tokens = rows * config.num_experts
-    memory = make_memory(backend, config)
-    x = [memory.to_device(part) for part in make_workload("uniform", config, tokens).x]
     expert = np.arange(tokens, dtype=np.int32)[:, None] % config.num_experts
     ones = np.ones((tokens, 1), config.accumulator)
-    return x, {"topk_idx": [expert] * config.num_ranks, "topk_weights": [ones] * config.num_ranks}
+    routing = {"topk_idx": [expert] * config.num_ranks, "topk_weights": [ones] * config.num_ranks}
+    return _tokens(config, tokens, backend), routing
 
 
 def _call(layer: FlashMoE, x: list[Any], routing: dict[str, Any], rows: int | None) -> Call:

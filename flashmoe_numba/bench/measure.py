@@ -126,8 +126,8 @@ def _measure(
 ) -> Measurement:
     call = _Call(layer, workload, settings)
     world.meet("before the warm-up")
-    y = call()
-    stats = call.per_rank(layer.stats)
+    call.run()
+    y, stats = call.results(), call.per_rank(layer.stats)
     rows = [rows for part in stats for rows in part.rows_per_expert]
     yardstick = make_yardstick(settings.backend, settings.config, weights, rows)
     yardstick.run(world.note_progress)
@@ -175,10 +175,6 @@ class _Call:
     def results(self) -> list[np.ndarray]:
         """Of the last call, in this process's memory."""
         return [self._memory.to_host(part) for part in self.per_rank(self._y)]
-
-    def __call__(self) -> list[np.ndarray]:
-        self.run()
-        return self.results()
 
     def per_rank(self, value: Any) -> list[Any]:
         """`value` of every rank here, from a property or result of the layer."""

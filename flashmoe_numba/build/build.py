@@ -6,6 +6,7 @@ for all it depends on: sources, variant, and the versions of what compiles.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -58,9 +59,9 @@ def build(variant: Variant, folder: Path) -> Kernel:
         RuntimeError: the linker refused, and what it said; or the compiler is switched off.
     """
     stem = folder / f"{variant.name}-{_stamp(variant)}"
-    kept = _kept(variant, stem)
-    if kept is not None:
-        return kept
+    # it is not there; or half a file is, of a full disk
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _read(variant, stem)
     cubin, log = _link(variant)
     folder.mkdir(parents=True, exist_ok=True)
     _write(stem.with_suffix(SUFFIX), cubin)
@@ -72,13 +73,6 @@ def build(variant: Variant, folder: Path) -> Kernel:
 def kept_kernels(folder: Path) -> Iterator[Path]:
     """The cubins in a cache folder."""
     yield from sorted(folder.glob(f"*{SUFFIX}"))
-
-
-def _kept(variant: Variant, stem: Path) -> Kernel | None:
-    try:
-        return _read(variant, stem)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there; or half a file, of a full disk
-        return None
 
 
 def _read(variant: Variant, stem: Path) -> Kernel:

@@ -17,17 +17,11 @@ EXHAUSTIVE = "exhaustive"  # beside strategies.STRATEGIES
 
 def check_search(search: Search) -> None:
     """Raises ValueError where the tree would not hold everything."""
-    spec = search.spec
-    if spec.lanes > 1:
-        raise ValueError(f"exhaustive search needs lanes=1, got {spec.lanes}")
-    if spec.leavers:
-        raise ValueError(f"exhaustive search needs leavers=(), got {spec.leavers}")
-    if spec.deadline is not None:  # classes of interleavings do not know the time
-        raise ValueError(f"exhaustive search needs deadline=None, got {spec.deadline}")
-    if spec.grid:
-        raise ValueError("exhaustive search needs grid=False, got True")
-    if search.weak:
-        raise ValueError("exhaustive search needs weak=False, got True")
+    needs = {"lanes": 1, "leavers": (), "deadline": None, "grid": False, "weak": False}  # classes know no time
+    for name, needed in needs.items():
+        given = search.weak if name == "weak" else getattr(search.spec, name)
+        if given != needed:
+            raise ValueError(f"exhaustive search needs {name}={needed}, got {given}")
 
 
 def explore_all(search: Search) -> Iterator[Outcome]:

@@ -77,14 +77,12 @@ def start(num_ranks: int, command: list[str], deadline_s: float) -> int:
             start_new_session=True,  # a terminal's Ctrl-C comes here once, and mpirun gets it from here once
             preexec_fn=functools.partial(_die_with_parent, signal.SIGTERM),
         )
-        before = _startup_segments()
+        before, code = _startup_segments(), 1
         try:
             code = _wait(process, lambda: _wait_for_ranks(process, mpirun, Path(begun.name), num_ranks))
-        except BaseException:
-            _remove_unmapped(before)
-            raise
-    if code != 0:
-        _remove_unmapped(before)
+        finally:
+            if code != 0:
+                _remove_unmapped(before)
     return code
 
 
