@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     asked = ask(args, [args.policy])
-    config = config_from(args, args.ranks or asked.hardware.num_gpus)
+    config = config_from(args, num_ranks=args.ranks or asked.hardware.num_gpus)
     load_engine()
     simulation = simulate_asked(asked, args.policy, config, args.replicas)
     print(_heading(args.preset, simulation))

@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
     _take_virtual_ranks(args)
     if launch.inside_mpirun():
         return _run_as_rank(args)
-    config = _validate(args, None)
+    config = _validate(args, args.ranks)
     in_process = args.threads or args.backend == "fibers" or (config.num_ranks == 1 and not args.mpi)
     if args.backend == "cuda" and not in_process:
         _check_gpus(config.num_ranks)
@@ -120,7 +120,7 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     """The config, if nothing is wrong that can be known before a rank starts."""
     from ..layer.arguments import MOST_PROCESSORS
 
-    config = config_from(args, num_ranks)
+    config = config_from(args, num_ranks=num_ranks)
     if (args.processors or 1) > MOST_PROCESSORS:
         raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
     check_backend_flag(args.backend)

@@ -40,7 +40,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     policies = list(sim.POLICY_NAMES) if args.policy == "all" else args.policy.split(",")
     asked = ask(args, policies)
-    configs = [_config(args, tokens, args.ranks or asked.hardware.num_gpus) for tokens in args.tokens or [None]]
+    num_ranks = args.ranks or asked.hardware.num_gpus
+    configs = [config_from(args, num_ranks=num_ranks, num_tokens=tokens) for tokens in args.tokens or [None]]
     points = list(itertools.product(configs, policies))
     _check_files(args, len(points))
     load_engine()
@@ -51,10 +52,6 @@ def main(args: argparse.Namespace) -> int:
     _write(args, configs, reports)
     _write_pictures(args, simulation)
     return 0
-
-
-def _config(args: argparse.Namespace, tokens: int | None, num_ranks: int) -> MoEConfig:
-    return config_from(argparse.Namespace(**{**vars(args), "tokens": tokens}), num_ranks)
 
 
 def _check_files(args: argparse.Namespace, num_points: int) -> None:

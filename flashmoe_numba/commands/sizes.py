@@ -76,14 +76,13 @@ def add_size_arguments(
     add("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert [no limit]")
 
 
-def config_from(args: argparse.Namespace, num_ranks: int | None = None) -> MoEConfig:
-    """The config that the flags describe, on `num_ranks` ranks if given.
+def config_from(args: argparse.Namespace, **instead: int | None) -> MoEConfig:
+    """The config that the flags describe, but for fields that are given here.
 
     Raises:
         UsageError: naming the flag, its value and the rule.
     """
-    fields = {field: getattr(args, flag) for field, flag in FLAGS.items() if field != "preset"}
-    fields["num_ranks"] = num_ranks or fields["num_ranks"]
+    fields = {field: getattr(args, flag) for field, flag in FLAGS.items() if field != "preset"} | instead
     given = {field: value for field, value in fields.items() if value is not None}
     try:
         return load_preset(args.preset, **given)

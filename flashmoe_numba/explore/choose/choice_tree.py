@@ -197,7 +197,7 @@ class ChoiceTree:
         if awake:
             return min(awake, key=lambda thread: (self._looked_early(thread), thread is not self._running))
         asleep = self._asleep()
-        live = [thread for thread in self._threads.values() if not thread.ended]
+        live = self._live()
         able = [thread for thread in live if not self._waits(thread)]
         if able:
             self._look_early(live, asleep)
@@ -207,13 +207,15 @@ class ChoiceTree:
         self._end = DEADLOCK
         raise Deadlock("every live thread polls and nobody writes")
 
+    def _live(self) -> list[_Thread]:
+        return [thread for thread in self._threads.values() if not thread.ended]
+
     def _waits(self, thread: _Thread) -> bool:
         return thread.rest is not None and all(self._versions[word] == version for word, version in thread.rest)
 
     def _awake(self) -> list[_Thread]:
         asleep = self._asleep()
-        live = [thread for thread in self._threads.values() if not thread.ended and thread.name not in asleep]
-        return [thread for thread in live if not self._waits(thread)]
+        return [thread for thread in self._live() if thread.name not in asleep and not self._waits(thread)]
 
     def _looked_early(self, thread: _Thread) -> bool:
         """It was made to, and its poll is likely to be in vain: then it could not go on where it stands now."""
@@ -246,6 +248,5 @@ class ChoiceTree:
 
     def _last_looks(self) -> Iterator[Event]:
         """What threads that still wait at the end of a run looked at in vain."""
-        for thread in self._threads.values():
-            if not thread.ended:
-                yield from (Event(thread.name, word, False) for word, _ in thread.rest or [])
+        for thread in self._live():
+            yield from (Event(thread.name, word, False) for word, _ in thread.rest or [])
