@@ -13,7 +13,7 @@ from flashmoe_numba.build.variants import Variant
 from flashmoe_numba.device.fibers import memory_view
 from flashmoe_numba.device.records import read_record, record_words
 from flashmoe_numba.seeing.trace import decode
-from reference import Weights
+from reference import DISPATCH, Weights
 
 
 @settings(max_examples=max(3, settings().max_examples // 20))
@@ -35,7 +35,7 @@ def test_the_launch_equals_the_oracle(dtype, num_ranks, seed):
             check_stats(layer, x, layer.routing, epoch=call + 1)
             records = decode(layer.traces)
             assert {record.rank for record in records} == set(range(num_ranks))
-            assert sum(record.name == "DISPATCH" for record in records) == num_ranks * config.num_experts
+            assert sum(record.kind == DISPATCH for record in records) == num_ranks * config.num_experts
 
 
 def test_calls_give_the_same_bits_for_any_number_of_blocks():
