@@ -120,50 +120,29 @@ CUTLASS = {"num_ops": 85}  # as the paper counted them
 
 MEGATRON = r"Megatron(-LM|-TE|-CUTLASS)?"
 COMET = r"COMET|flux\(COMET\)"
-RANDOM = "uniform"  # the tests of DeepEP and DeepGEMM, which measure, take the top k of random numbers
-MEGAMOE = {"gate": False}  # its benchmark begins with a routing that is there
 LOW_LATENCY = {"mode": "low_latency", "token_block": 1}  # its combine gives a token to a multiprocessor
-ANY_FFN = {"ffn": 2048}  # rows only move
+
+# What several rules have in common.
+layer_v012 = partial(Rule, metric="layer_fwd_latency_v012", measure=LATENCY)
+layer = partial(Rule, metric="layer_fwd_latency", measure=LATENCY)
+overlap = partial(Rule, metric="overlap_efficiency_T2_over_TN", measure=SCALING)
+# The tests of DeepEP and DeepGEMM, which measure, take the top k of random numbers.
+deepgemm = partial(Rule, metric="layer_latency", measure=LATENCY, routing="uniform", gated=True)
+megamoe = partial(deepgemm, system="MegaMoE", policy="megamoe", knobs={"gate": False})  # a routing is there
+deepep = partial(Rule, policy="deepep", routing="uniform", sizes={"ffn": 2048}, why_not=NO_PRODUCT)  # rows only move
 
 RULES = (
-    Rule(system="FlashMoE", metric="layer_fwd_latency_v012", policy="flashmoe", measure=LATENCY, knobs=V012),
-    Rule(system=MEGATRON, metric="layer_fwd_latency_v012", policy="bulk", measure=LATENCY),
-    Rule(system=COMET, metric="layer_fwd_latency_v012", policy="comet", measure=LATENCY, knobs={"gate": False}),
-    Rule(
-        system="FlashMoE",
-        metric="layer_fwd_latency",
-        policy="flashmoe",
-        measure=LATENCY,
-        knobs=PAPER,
-        why_not=OLDER,
-    ),
-    Rule(
-        system="Megatron-CUTLASS",
-        metric="layer_fwd_latency",
-        policy="bulk",
-        measure=LATENCY,
-        knobs=CUTLASS,
-        why_not=OFF,
-    ),
-    Rule(system=MEGATRON, metric="layer_fwd_latency", policy="bulk", measure=LATENCY, why_not=OFF),
-    Rule(system="FasterMoE", metric="layer_fwd_latency", policy="fastermoe", measure=LATENCY, why_not=OFF),
-    Rule(system=COMET, metric="layer_fwd_latency", policy="comet", measure=LATENCY, why_not=OFF),
-    Rule(
-        system="FlashMoE",
-        metric="overlap_efficiency_T2_over_TN",
-        policy="flashmoe",
-        measure=SCALING,
-        knobs=PAPER,
-        why_not=OLDER,
-    ),
-    Rule(
-        system=MEGATRON,
-        metric="overlap_efficiency_T2_over_TN",
-        policy="bulk",
-        measure=SCALING,
-        why_not=OFF,
-    ),
-    Rule(system="FasterMoE", metric="overlap_efficiency_T2_over_TN", policy="fastermoe", measure=SCALING, why_not=OFF),
+    layer_v012(system="FlashMoE", policy="flashmoe", knobs=V012),
+    layer_v012(system=MEGATRON, policy="bulk"),
+    layer_v012(system=COMET, policy="comet", knobs={"gate": False}),
+    layer(system="FlashMoE", policy="flashmoe", knobs=PAPER, why_not=OLDER),
+    layer(system="Megatron-CUTLASS", policy="bulk", knobs=CUTLASS, why_not=OFF),
+    layer(system=MEGATRON, policy="bulk", why_not=OFF),
+    layer(system="FasterMoE", policy="fastermoe", why_not=OFF),
+    layer(system=COMET, policy="comet", why_not=OFF),
+    overlap(system="FlashMoE", policy="flashmoe", knobs=PAPER, why_not=OLDER),
+    overlap(system=MEGATRON, policy="bulk", why_not=OFF),
+    overlap(system="FasterMoE", policy="fastermoe", why_not=OFF),
     Rule(
         system=COMET,
         metric="moe_layer0_ag_scatter_gemm",
@@ -172,88 +151,31 @@ RULES = (
         knobs={"stages": "layer0"},
         columns={"tensor_parallel": "tp"},
     ),
-    Rule(
-        system=r"MegaMoE.*split.*",
-        metric="layer_latency",
-        policy="megamoe",
-        measure=LATENCY,
-        knobs={**MEGAMOE, "split": True},
-        routing=RANDOM,
-        gated=True,
-    ),
-    Rule(
-        system=r"MegaMoE.*",
-        metric="layer_latency",
-        policy="megamoe",
-        measure=LATENCY,
-        knobs=MEGAMOE,
-        routing=RANDOM,
-        gated=True,
-    ),
+    megamoe(system=r"MegaMoE.*split.*", knobs={"gate": False, "split": True}),
+    megamoe(system=r"MegaMoE.*"),
     *(
-        Rule(
-            system="MegaMoE",
-            metric=name,
-            policy="megamoe",
-            measure=_rate(name, unit, partial(_column, name)),
-            knobs=MEGAMOE,
-            routing=RANDOM,
-            gated=True,
-            why_not=SAME_TIME,
-        )
+        megamoe(metric=name, measure=_rate(name, unit, partial(_column, name)), why_not=SAME_TIME)
         for name, unit in (("compute_throughput", "TFLOPS"), ("hbm_bw", "GB/s"), ("nvlink_bw", "GB/s"))
     ),
-    Rule(
-        system="MegaMoE",
-        metric=r"speedup_vs_DeepEP\+DeepGEMM",
-        policy="megamoe",
-        measure=SPEEDUP,
-        knobs=MEGAMOE,
-        routing=RANDOM,
-        gated=True,
-        why_not=SAME_TIME,
-    ),
-    Rule(
-        system=r"DeepEP high-throughput \+ DeepGEMM",
-        metric="layer_latency",
-        policy="deepep",
-        measure=LATENCY,
-        routing=RANDOM,
-        gated=True,
-    ),
-    Rule(
-        system=r"DeepEP low-latency \+ DeepGEMM",
-        metric="layer_latency",
-        policy="deepep",
-        measure=LATENCY,
-        knobs=LOW_LATENCY,
-        routing=RANDOM,
-        gated=True,
-    ),
+    megamoe(metric=r"speedup_vs_DeepEP\+DeepGEMM", measure=SPEEDUP, why_not=SAME_TIME),
+    deepgemm(system=r"DeepEP high-throughput \+ DeepGEMM", policy="deepep"),
+    deepgemm(system=r"DeepEP low-latency \+ DeepGEMM", policy="deepep", knobs=LOW_LATENCY),
     *(
-        Rule(
+        deepep(
             system=r"DeepEP V1 normal.*",
             metric=f"{stage}_bottleneck_bw_(NVLink|RDMA)",
-            policy="deepep",
             measure=measure,
             knobs={"stages": stage},
             dtype="fp8",
-            routing=RANDOM,
-            sizes=ANY_FFN,
-            why_not=NO_PRODUCT,
         )
         for stage, measure in (("dispatch", DISPATCH), ("combine", COMBINE))
     ),
     *(
-        Rule(
+        deepep(
             system=r"DeepEP V1 low-latency \(NVLink allowed.*",
             metric=f"ll_{stage}_latency",
-            policy="deepep",
             measure=LATENCY,
             knobs={**LOW_LATENCY, "stages": stage},
-            routing=RANDOM,
-            sizes=ANY_FFN,
-            why_not=NO_PRODUCT,
         )
         for stage in ("dispatch", "combine")
     ),
