@@ -158,12 +158,6 @@ class GraphBuilder:
         pred, succ = np.broadcast_arrays(np.asarray(before, np.int32), np.asarray(after, np.int32))
         self._edges.append((pred.ravel(), succ.ravel()))
 
-    def join(self, before: ArrayLike, rank: int) -> int:
-        """The node that is complete when all nodes in `before` are."""
-        node = self.add(KIND_NAMES.index("JOIN"), rank)
-        self.edge(before, node)
-        return int(node)
-
     def build(self) -> TaskGraph:
         """The graph.
 

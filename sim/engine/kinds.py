@@ -9,40 +9,14 @@ nothing: it names the moment at which several tasks are done.
 
 from __future__ import annotations
 
-from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
-from reference.task_kinds import RECEIVE
+from reference.task_kinds import COMBINE as COMBINE
+from reference.task_kinds import DISPATCH as DISPATCH
+from reference.task_kinds import GATE as GATE
+from reference.task_kinds import GEMM0 as GEMM0
+from reference.task_kinds import GEMM1 as GEMM1
+from reference.task_kinds import RECEIVE as RECEIVE
 from reference.traces import TRACE_KIND_NAMES
 
-KIND_NAMES = (
-    *TRACE_KIND_NAMES,
-    "LAUNCH",
-    "BARRIER",
-    "SEND",
-    "PERMUTE",
-    "ELEMENTWISE",
-    "DENSE",
-    "JOIN",
-    "LOAD",
-    "EPILOGUE",
-)
-_OWN = range(len(TRACE_KIND_NAMES), len(KIND_NAMES))
-LAUNCH, BARRIER, SEND, PERMUTE, ELEMENTWISE, DENSE, JOIN, LOAD, EPILOGUE = _OWN
-
-__all__ = [
-    "BARRIER",
-    "COMBINE",
-    "DENSE",
-    "DISPATCH",
-    "ELEMENTWISE",
-    "EPILOGUE",
-    "GATE",
-    "GEMM0",
-    "GEMM1",
-    "JOIN",
-    "KIND_NAMES",
-    "LAUNCH",
-    "LOAD",
-    "PERMUTE",
-    "RECEIVE",
-    "SEND",
-]
+_OWN = ("LAUNCH", "BARRIER", "SEND", "PERMUTE", "ELEMENTWISE", "DENSE", "JOIN", "LOAD", "EPILOGUE")
+KIND_NAMES = (*TRACE_KIND_NAMES, *_OWN)
+LAUNCH, BARRIER, SEND, PERMUTE, ELEMENTWISE, DENSE, JOIN, LOAD, EPILOGUE = range(len(TRACE_KIND_NAMES), len(KIND_NAMES))

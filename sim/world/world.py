@@ -44,14 +44,11 @@ class World:
         ranks, gpus = self.config.num_ranks, self.hardware.num_gpus
         if ranks > gpus:
             raise ValueError(f"num_ranks must be at most the {gpus} GPUs of hardware {self.hardware.name}, got {ranks}")
-        if self.routing.num_ranks != ranks:
-            raise ValueError(f"routing must be for num_ranks={ranks}, got one for {self.routing.num_ranks}")
-        if self.routing.num_tokens != self.config.num_tokens:
-            tokens = self.config.num_tokens
-            raise ValueError(f"routing must be for num_tokens={tokens}, got one for {self.routing.num_tokens}")
-        if self.routing.num_experts < self.config.num_experts:
-            experts = self.config.num_experts
-            raise ValueError(f"routing must be for num_experts={experts}, got one for {self.routing.num_experts}")
+        for name in ("num_ranks", "num_tokens", "num_experts"):
+            asked, got = getattr(self.config, name), getattr(self.routing, name)
+            fits = got >= asked if name == "num_experts" else got == asked
+            if not fits:
+                raise ValueError(f"routing must be for {name}={asked}, got one for {got}")
         if self.precision.arithmetic not in self.hardware.tflops:
             known = ", ".join(self.hardware.tflops)
             raise ValueError(f"precision {self.precision.name} computes in {self.precision.arithmetic}, "
