@@ -73,16 +73,16 @@ def ladder(rows: Array, shortest: int, tallest: int) -> Array:
 
 def blocks_per_source(counts: Array, heights: Array) -> Blocks:
     """Row blocks of each packet on its own; `counts` and `heights` are `[num_ranks, num_experts]`."""
-    number = -(-counts // heights)
-    packet = np.repeat(np.arange(counts.size), number.ravel())
-    start = _exclusive(number.ravel())
-    m = np.arange(len(packet)) - start[packet]
-    height = heights.ravel()[packet]
-    rows = np.minimum(height, counts.ravel()[packet] - m * height)
-    block = np.arange(len(packet))
-    source, expert = np.divmod(packet, counts.shape[1])
-    zero = np.zeros(counts.shape, np.int64)
-    return Blocks(expert, m, rows, height, block, source, rows, start.reshape(counts.shape), zero, heights)
+    alone = blocks_per_expert(counts.reshape(1, -1), heights.ravel())  # as if each packet were an expert's only one
+    source, expert = np.divmod(alone.expert, counts.shape[1])
+    return replace(
+        alone,
+        expert=expert,
+        piece_source=source,
+        piece_start=alone.piece_start.reshape(counts.shape),
+        row_offset=np.zeros(counts.shape, np.int64),
+        packet_height=heights,
+    )
 
 
 def blocks_per_expert(counts: Array, heights: ArrayLike, order: Array | None = None) -> Blocks:

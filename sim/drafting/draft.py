@@ -139,11 +139,11 @@ class Draft:
         self.builder.edge(after, met)
         return np.full(self.world.num_ranks, int(met), np.int32)
 
-    def stream(self, after: ArrayLike | None, nbytes: ArrayLike, kind: int = PERMUTE) -> Array:
+    def stream(self, after: ArrayLike | None, nbytes: ArrayLike, kind: int = PERMUTE, **fields: ArrayLike) -> Array:
         """`[num_ranks]`: a kernel over all slots that reads and writes `nbytes` `[num_ranks]` within each GPU."""
-        share = np.asarray(nbytes) / self.cost.slots
-        time = self.cost.stream(share) + self.cost.tile_latency_ns
-        nodes = self.builder.add(kind, self.ranks, server=self.machine.sm, count=self.cost.slots, duration_ns=time)
+        slots, sm = self.cost.slots, self.machine.sm
+        time = self.cost.stream(np.asarray(nbytes) / slots) + self.cost.tile_latency_ns
+        nodes = self.builder.add(kind, self.ranks, server=sm, count=slots, duration_ns=time, **fields)
         return self.after(after, nodes)
 
     def exchange(self, after: Array, nbytes: Array, latency_ns: int = 0) -> Array:
@@ -153,19 +153,19 @@ class Draft:
         runs beside.
         """
         source, target = np.nonzero(nbytes + np.eye(len(nbytes)))
-        path = self.machine.transfer(source, target, nbytes[source, target])
-        sends = self.builder.add(SEND, source, peer=target, duration_ns=latency_ns, **path)
+        sends = self.send(SEND, source, target, nbytes[source, target], duration_ns=latency_ns)
         self.builder.edge(after[source], sends)
         return self.gather(sends, target)
 
-    def collective(self, begun: Array, nbytes: Array, floor_ns: int) -> Array:
+    def collective(self, begun: Array, nbytes: Array, floor_ns: int | None = None) -> Array:
         """`[num_ranks]`, one node: an all-to-all that begins when the last rank is there and ends for all at once.
 
-        `nbytes` is `[num_ranks, num_ranks]`, from and to; nothing is called where there is one rank.
+        `nbytes` is `[num_ranks, num_ranks]`, from and to; it takes `floor_ns` at least, else the time of a barrier.
+        Nothing is called where there is one rank.
         """
         met = self.barrier(begun, 0)
-        floor = floor_ns if self.world.num_ranks > 1 else 0
-        return self.barrier(self.exchange(met, nbytes, floor), 0)
+        floor = self.world.hardware.barrier_ns if floor_ns is None else floor_ns
+        return self.barrier(self.exchange(met, nbytes, floor if self.world.num_ranks > 1 else 0), 0)
 
     def exchange_counts(self, begun: Array, floor_ns: int) -> Array:
         """`[num_ranks]`, one node: every rank knows what it will get, and its host reads that before it goes on."""
@@ -189,6 +189,17 @@ class Draft:
 
     # ---- by packet, row block and piece
 
+    def send(self, kind: int, source: Array, target: Array, nbytes: ArrayLike, **fields: ArrayLike) -> Array:
+        """Tasks of `source` after which `nbytes` each go to `target`; they take no slots, unless fields say so."""
+        return self.builder.add(kind, source, peer=target, **fields, **self.machine.transfer(source, target, nbytes))
+
+    def store(
+        self, kind: int, source: Array, target: Array, nbytes: Array, first_ns: ArrayLike = 0, **fields: ArrayLike
+    ) -> Array:
+        """Tasks whose slots at `source` store `nbytes` each to `target`, after `first_ns` of something else."""
+        time = first_ns + self.cost.store(nbytes, source == target)
+        return self.send(kind, source, target, nbytes, server=self.machine.sm[source], duration_ns=time, **fields)
+
     def dispatch(self, after: Array, packets: tuple[Array, ...], rows_per_task: int, priority: int = 0) -> Array:
         """`[packets]`: slots store the rows of the packets (source, expert) to their owners and signal each task."""
         source, expert = packets
@@ -196,22 +207,13 @@ class Draft:
         rows = self.world.routing.counts[source, expert]
         tasks = np.maximum(1, -(-rows // rows_per_task))
         nbytes = rows / tasks * self.world.config.hidden * self.world.precision.token_bytes
-        nodes = self.builder.add(
-            DISPATCH,
-            source,
-            peer=owner,
-            expert=self.local[expert],
-            count=tasks,
-            server=self.machine.sm[source],
-            priority=priority,
-            duration_ns=self.cost.store(nbytes, source == owner),
-            **self.machine.transfer(source, owner, nbytes),
-        )
+        local = self.local[expert]
+        nodes = self.store(DISPATCH, source, owner, nbytes, expert=local, count=tasks, priority=priority)
         return self.after(after[source], nodes)
 
     def gemm0(self, blocks: Blocks, tile_n: int, priority: ArrayLike = 0) -> Array:
         """`[num_blocks]`: the first product of each row block; who waits for what is the caller's to say."""
-        return self._gemm(GEMM0, blocks, self.world.up_columns, self.world.config.hidden, tile_n, priority)
+        return self._gemm(GEMM0, blocks, tile_n, priority)
 
     def gemm1(
         self,
@@ -225,8 +227,7 @@ class Draft:
 
         With `tiles` `[num_parts, 1]`, column tiles in each part of a row block: a node each, `[num_parts, num_blocks]`.
         """
-        columns, depth = self.world.config.hidden, self.world.config.ffn
-        return self._gemm(GEMM1, blocks, columns, depth, tile_n, priority, source, tiles)
+        return self._gemm(GEMM1, blocks, tile_n, priority, source, tiles)
 
     def ffn(self, after: ArrayLike, blocks: Blocks, tile_n: int) -> tuple[Array, Array]:
         """Three kernels, one after the other: the products, and the activation between them.
@@ -246,14 +247,13 @@ class Draft:
         self,
         kind: int,
         blocks: Blocks,
-        columns: int,
-        depth: int,
         tile_n: int,
         priority: ArrayLike,
         source: Array | None = None,
         part_tiles: ArrayLike | None = None,
     ) -> Array:
-        owner = self.world.routing.owner[blocks.expert]
+        config, owner = self.world.config, self.world.routing.owner[blocks.expert]
+        columns, depth = (self.world.up_columns, config.hidden) if kind == GEMM0 else (config.hidden, config.ffn)
         tile_n = min(tile_n, columns)
         tiles = -(-columns // tile_n)
         row_blocks = np.bincount(blocks.expert, minlength=1)[blocks.expert]
@@ -287,8 +287,7 @@ class Draft:
         owner = self.world.routing.owner[blocks.expert[blocks.piece_block]]
         columns = np.asarray(self.world.config.hidden if columns is None else columns)
         nbytes = blocks.piece_rows * columns * self.world.precision.result_bytes
-        path = self.machine.transfer(owner, blocks.piece_source, nbytes)
-        sends = self.builder.add(SEND, owner, peer=blocks.piece_source, m=blocks.m[blocks.piece_block], **path)
+        sends = self.send(SEND, owner, blocks.piece_source, nbytes, m=blocks.m[blocks.piece_block])
         return self.after(after[..., blocks.piece_block], sends)
 
     def combine(self, blocks: Blocks, results: Array, gated: Array) -> Array:

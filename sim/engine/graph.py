@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from reference.arrays import Array as Array
 
 from .kinds import KIND_NAMES
 
-Array = NDArray[Any]
 NONE = -1  # no server, no link
 MOST_BYTES = 2**53  # at once on a link: exact as a float
 MOST_NS = 2**62

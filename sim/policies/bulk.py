@@ -108,12 +108,11 @@ class _Stream:
 def _experts(stream: _Stream, knobs: Knobs) -> None:
     """From rows in token order to results in the same order."""
     draft, world = stream.draft, stream.draft.world
-    precision, hidden = world.precision, world.config.hidden
-    counts = world.routing.counts
+    precision, counts = world.precision, world.routing.counts
     blocks = blocks_per_expert(counts, knobs.tile_m)
     stream.permute(counts.sum(axis=1), precision.token_bytes)
-    stream.all_to_all(world.traffic * hidden * precision.token_bytes)
+    stream.all_to_all(world.dispatch_bytes)
     stream.permute(world.rows, precision.token_bytes)
     _, stream.last = draft.ffn(stream.last, blocks, knobs.tile_n)
     stream.permute(world.rows, precision.result_bytes)
-    stream.all_to_all(world.traffic.T * hidden * precision.result_bytes)
+    stream.all_to_all(world.combine_bytes)

@@ -151,7 +151,7 @@ def _gather(draft: Draft, ready: Array, knobs: Knobs) -> Array:
     Two streams of each rank copy one after the other: one from its node, one from other nodes. All tokens of a source
     in another node are fetched by the rank in its place, and from there by the others; routed ones by each on its own.
     """
-    world, rank, machine = draft.world, draft.ranks, draft.machine
+    world, rank = draft.world, draft.ranks
     source = fetch_order(world)[1:]  # [turn, rank]
     turn = np.arange(1, world.num_ranks)[:, None]
     tokens = np.full(source.shape, world.routing.num_tokens)
@@ -160,8 +160,7 @@ def _gather(draft: Draft, ready: Array, knobs: Knobs) -> Array:
     if knobs.gather == "routed":
         tokens, holder = routed_tokens(world.routing)[source, rank], source
     sender = np.where(holder == rank, source, holder)
-    path = machine.transfer(sender, rank, tokens * world.config.hidden * world.precision.token_bytes)
-    copies = draft.builder.add(SEND, sender, peer=rank, m=turn, **path)
+    copies = draft.send(SEND, sender, rank, tokens * world.config.hidden * world.precision.token_bytes, m=turn)
     draft.builder.edge(draft.begin(ready, world.hardware.launch_ns * len(turn)), copies)
     arrived = np.empty((world.num_ranks, world.num_ranks), np.int32)
     arrived[rank, rank] = ready
@@ -226,35 +225,16 @@ def _reduce(draft: Draft, complete: Array, share: Array) -> None:
 
 def _send_sums(draft: Draft, tokens: Array, source: Array, owner: Array, row_bytes: Array) -> Array:
     """`[column_blocks, num_pairs]`: a rank sums the results of each token over its experts, and stores the sums."""
-    world, cost = draft.world, draft.cost
-    column = np.arange(len(row_bytes))[:, None]
+    world, column = draft.world, np.arange(len(row_bytes))[:, None]
     count = -(-tokens[source, owner] // draft.token_block)
     sent = row_bytes * tokens[source, owner] / count
     read = row_bytes * world.traffic[source, owner] / count
-    return draft.builder.add(
-        SEND,
-        owner,
-        peer=source,
-        m=column,
-        count=count,
-        server=draft.machine.sm[owner],
-        priority=column,
-        duration_ns=cost.stream(read / 2) + cost.store(sent, source == owner),
-        **draft.machine.transfer(owner, source, sent),
-    )
+    summed = draft.cost.stream(read / 2)
+    return draft.store(SEND, owner, source, sent, first_ns=summed, count=count, m=column, priority=column)
 
 
 def _add_up(draft: Draft, tokens: Array, row_bytes: Array) -> Array:
     """`[column_blocks, num_ranks]`: a rank adds up what the ranks sent for its tokens."""
-    world, cost = draft.world, draft.cost
     column = np.arange(len(row_bytes))[:, None]
-    added = (tokens.sum(axis=1) + world.routing.num_tokens) * row_bytes  # read and written, [column_blocks, num_ranks]
-    return draft.builder.add(
-        COMBINE,
-        draft.ranks,
-        m=column,
-        count=cost.slots,
-        server=draft.machine.sm,
-        priority=column,
-        duration_ns=cost.stream(added / 2 / cost.slots) + cost.tile_latency_ns,
-    )
+    added = (tokens.sum(axis=1) + draft.world.routing.num_tokens) * row_bytes  # read and written
+    return draft.stream(None, added / 2, COMBINE, m=column, priority=column)

@@ -214,8 +214,7 @@ class _Normal:
         """Chunks on one hop, a window of them under way in each stream (source, target, `of`)."""
         time = self._time(nbytes if read is None else read, nbytes) if busy else 0
         server = self.comm[source] if busy else NONE
-        path = self.draft.machine.transfer(source, target, nbytes)
-        nodes = self.draft.builder.add(kind, source, peer=target, server=server, duration_ns=time, **path)
+        nodes = self.draft.send(kind, source, target, nbytes, server=server, duration_ns=time)
         stream = (source * self.world.num_ranks + target) * self.world.num_ranks + of
         order = np.argsort(stream, kind="stable")
         before, after = order[: -self.window], order[self.window :]

@@ -163,8 +163,7 @@ class _Sends:
         draft = self.draft
         begun = draft.begin(self.last, calls * draft.world.hardware.launch_ns)
         draft.after(ready, begun)
-        path = draft.machine.transfer(source, target, nbytes)
-        sends = draft.builder.add(SEND, source, peer=target, duration_ns=calls * self.send_ns, **path)
+        sends = draft.send(SEND, source, target, nbytes, duration_ns=calls * self.send_ns)
         draft.builder.edge(begun[target], sends)
         self.last = draft.kernel(begun, sends, source)
         draft.builder.edge(sends, self.last[target])

@@ -157,16 +157,16 @@ def _pull(draft: Draft, blocks: Blocks, met: Array, knobs: Knobs) -> Array:
     tasks = -(-blocks.piece_rows // knobs.pull_rows)
     nbytes = blocks.piece_rows / tasks * world.config.hidden * world.precision.token_bytes
     order = local * (blocks.m.max(initial=0) + 1) + blocks.m[block]
-    pulls = draft.builder.add(
+    pulls = draft.send(
         DISPATCH,
         source,
-        peer=owner,
+        owner,
+        nbytes,
         expert=local,
         m=blocks.m[block],
         count=tasks,
         server=engines[owner],
         priority=np.minimum(order, 2**20 - 1),
         duration_ns=np.ceil(nbytes / world.hardware.sm_read_gbps),
-        **draft.machine.transfer(source, owner, nbytes),
     )
     return draft.after(met[owner], pulls)

@@ -118,16 +118,7 @@ def _all_to_all(batch: _Batch, after: Array | None, rows: Array, element_bytes: 
     source, target = np.nonzero(rows)
     tasks = -(-rows[source, target] // knobs.send_rows)
     nbytes = rows[source, target] / tasks * draft.world.config.hidden * element_bytes
-    sends = draft.builder.add(
-        SEND,
-        source,
-        peer=target,
-        count=tasks,
-        server=draft.machine.sm[source],
-        priority=batch.index,
-        duration_ns=draft.cost.store(nbytes, source == target),
-        **draft.machine.transfer(source, target, nbytes),
-    )
+    sends = draft.store(SEND, source, target, nbytes, count=tasks, priority=batch.index)
     return draft.kernel(met, sends, target)
 
 

@@ -106,9 +106,7 @@ def _both(draft: Draft, one: Array, other: Array) -> Array:
 
 
 def _dispatch(draft: Draft, gated: Array) -> Array:
-    world = draft.world
-    nbytes = world.traffic * world.config.hidden * world.precision.token_bytes
-    return draft.collective(_begin(draft, gated), nbytes, world.hardware.barrier_ns)
+    return draft.collective(_begin(draft, gated), draft.world.dispatch_bytes)
 
 
 def _experts(draft: Draft, after: Array, knobs: Knobs) -> Array:
@@ -121,9 +119,7 @@ def _experts(draft: Draft, after: Array, knobs: Knobs) -> Array:
 
 
 def _combine(draft: Draft, experts: Array, copies: Array) -> Array:
-    world = draft.world
-    nbytes = world.traffic.T * world.config.hidden * world.precision.result_bytes
-    returned = draft.collective(_begin(draft, experts), nbytes, world.hardware.barrier_ns)
+    returned = draft.collective(_begin(draft, experts), draft.world.combine_bytes)
     return draft.combine_kernel(_begin(draft, returned), copies)
 
 

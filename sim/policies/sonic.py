@@ -63,10 +63,10 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     stages = _stages(draft, knobs)
     blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
     gated = draft.gate(draft.begin())
-    arrived = _exchange(draft, gated, world.traffic, world.precision.token_bytes)
+    arrived = _exchange(draft, gated, world.dispatch_bytes)
     hidden = _kernel(draft, stages, arrived, blocks, _up(draft, blocks, knobs), knobs)
     results = _kernel(draft, stages, hidden, blocks, _down(draft, blocks, knobs), knobs)
-    returned = _exchange(draft, results, world.traffic.T, world.precision.result_bytes)
+    returned = _exchange(draft, results, world.combine_bytes)
     draft.combine_kernel(draft.begin(returned))
     return draft.builder.build()
 
@@ -77,11 +77,8 @@ def _stages(draft: Draft, knobs: Knobs) -> _Stages:
     return _Stages(draft.machine.sm, draft.machine.sm)
 
 
-def _exchange(draft: Draft, after: Array, rows: Array, element_bytes: float) -> Array:
-    if draft.world.num_ranks == 1:
-        return after
-    nbytes = rows * draft.world.config.hidden * element_bytes
-    return draft.collective(draft.begin(after), nbytes, draft.world.hardware.barrier_ns)
+def _exchange(draft: Draft, after: Array, nbytes: Array) -> Array:
+    return after if draft.world.num_ranks == 1 else draft.collective(draft.begin(after), nbytes)
 
 
 def _up(draft: Draft, blocks: Blocks, knobs: Knobs) -> _Products:

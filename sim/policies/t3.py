@@ -48,8 +48,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
     owner = world.routing.owner[blocks.expert]
     gated = draft.gate(draft.begin())
-    nbytes = world.traffic * world.config.hidden * world.precision.token_bytes
-    arrived = draft.collective(draft.begin(gated), nbytes, world.hardware.barrier_ns)
+    arrived = draft.collective(draft.begin(gated), world.dispatch_bytes)
     hidden = draft.kernel(draft.begin(arrived), draft.gemm0(blocks, knobs.tile_n), owner)
     tiles, columns = _parts(world.config.hidden, knobs)
     turn = _turn(world, blocks, knobs)

@@ -21,7 +21,7 @@ import itertools
 import json
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 from reference import MoEConfig, load_preset
 
 from ..policies import POLICY_NAMES, make_knobs
+from ..world.checks import check_keys, naming
 from ..world.hardware import load_hardware
 from ..world.precision import precision
 from ..world.routing import make_routing
@@ -39,21 +40,6 @@ SCHEMA = 1
 WANTED = ("policy", "hardware", "preset")
 SIZES = {"tokens": "num_tokens", "experts": "num_experts", "topk": "num_topk", "hidden": "hidden", "ffn": "ffn"}
 DEFAULTS: dict[str, Any] = {"routing": "uniform", "capacity_factor": None, "precision": "bfloat16", "seed": 0}
-AXES: dict[str, tuple[type, str]] = {
-    "policy": (str, "texts"),
-    "hardware": (str, "texts"),
-    "preset": (str, "texts"),
-    "tokens": (int, "integers"),
-    "experts": (int, "integers"),
-    "topk": (int, "integers"),
-    "hidden": (int, "integers"),
-    "ffn": (int, "integers"),
-    "gated": (bool, "true or false"),
-    "routing": (str, "texts"),
-    "capacity_factor": (float, "numbers"),
-    "precision": (str, "texts"),
-    "seed": (int, "integers"),
-}
 ONE_TOKEN = MoEConfig(num_ranks=1, num_tokens=1, hidden=1, ffn=1, num_experts=1, num_topk=1)
 
 
@@ -111,6 +97,15 @@ class Point:
         return scenario.make()
 
 
+KINDS: dict[object, tuple[type, str]] = {  # of an axis, by its type in `Point`
+    "str": (str, "texts"),
+    "int": (int, "integers"),
+    "bool": (bool, "true or false"),
+    "float | None": (float, "numbers"),
+}
+AXES = {axis.name: KINDS[axis.type] for axis in fields(Point) if axis.name != "knobs"}
+
+
 def load_grid(path: Path) -> list[Point]:
     """All combinations of a file, each once.
 
@@ -120,11 +115,11 @@ def load_grid(path: Path) -> list[Point]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        axes, knobs = _check_file(tomllib.loads(path.read_text(encoding="utf-8")))
+        file = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
-    except (TypeError, ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    with naming(str(path)):
+        axes, knobs = _check_file(file)
     points = {point.key: point for point in _points(axes, knobs)}
     return list(points.values())
 
@@ -144,24 +139,14 @@ def _points(axes: dict[str, list[Any]], knobs: dict[str, list[dict[str, Any]]]) 
 def _check_file(file: dict[str, Any]) -> tuple[dict[str, list[Any]], dict[str, list[dict[str, Any]]]]:
     if file.get("schema") != SCHEMA:
         raise ValueError(f"schema must be {SCHEMA}, got {file.get('schema', 'none')!r}")
-    _check_names("the file", file, ("schema", "grid", "knobs"))
+    check_keys("the file", file, (), ("schema", "grid", "knobs"))
     axes, knobs = file.get("grid", {}), file.get("knobs", {})
-    for name, table in (("[grid]", axes), ("[knobs]", knobs)):
-        if not isinstance(table, dict):
-            raise TypeError(f"{name} must be a table, got {table!r}")
-    _check_names("[grid]", axes, tuple(AXES))
-    missing = [name for name in WANTED if name not in axes]
-    if missing:
-        raise ValueError(f"[grid] must have {', '.join(WANTED)}; missing: {', '.join(missing)}")
+    check_keys("[grid]", axes, WANTED, [name for name in AXES if name not in WANTED])
+    if not isinstance(knobs, dict):
+        raise TypeError(f"[knobs] must be a table, got {knobs!r}")
     checked = {name: _check_axis(name, values) for name, values in axes.items()}
     _check_knobs(knobs, axes["policy"])
     return checked, knobs
-
-
-def _check_names(where: str, table: dict[str, Any], known: tuple[str, ...]) -> None:
-    unknown = [name for name in table if name not in known]
-    if unknown:
-        raise ValueError(f"{where} must have only {', '.join(known)}; unknown: {', '.join(unknown)}")
 
 
 def _check_axis(name: str, values: object) -> list[Any]:
@@ -187,10 +172,8 @@ def _check_value(name: str, value: Any) -> None:
     }
     least = 0 if name == "seed" else 1
     if name in checks:
-        try:
+        with naming(f"[grid] {name}"):
             checks[name](value)
-        except (TypeError, ValueError, FileNotFoundError) as error:
-            raise ValueError(f"[grid] {name}: {error}") from None
     elif AXES[name][0] is int and value < least:
         raise ValueError(f"[grid] {name} must be at least {least}, got {value}")
     elif name == "capacity_factor" and not 0 < value < float("inf"):
@@ -212,7 +195,5 @@ def _check_knobs(knobs: dict[str, Any], policies: list[str]) -> None:
         if not isinstance(sets, list) or not sets or not all(isinstance(values, dict) for values in sets):
             raise TypeError(f"[knobs] {policy} must be a list of tables, got {sets!r}")
         for values in sets:
-            try:
+            with naming(f"[knobs] {policy}"):
                 make_knobs(policy, values)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"[knobs] {policy}: {error}") from None

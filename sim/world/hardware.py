@@ -12,18 +12,18 @@ Source: data/hardware.csv, data/nccl_nvshmem.csv and vendors' datasheets, as eac
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from reference import scalars
 from reference.scalars import make_plain, plain
+
+from .checks import check_keys, check_positive, check_text, naming
 
 SCHEMA = 1
 ARITHMETICS = ("float64", "float32", "float16", "bfloat16", "fp8", "fp4")  # float32 is tf32 on tensor cores
@@ -115,7 +115,7 @@ class Hardware:
     def _check_sources(self) -> None:
         if not isinstance(self.sources, Mapping):
             raise TypeError(f"sources must be a mapping from value to text, got {self.sources!r}")
-        _check_keys("sources", self.sources, (*VALUES, *(f"tflops.{arithmetic}" for arithmetic in self.tflops)))
+        check_keys("sources", self.sources, (*VALUES, *(f"tflops.{arithmetic}" for arithmetic in self.tflops)))
         for name, text in self.sources.items():
             check_text(f"sources of {name}", text)
 
@@ -141,7 +141,9 @@ def load_hardware(name_or_path: str) -> Hardware:
     if not isinstance(name_or_path, str):
         raise TypeError(f"hardware must be a name or the path of a .toml file, got {name_or_path!r}")
     if name_or_path.lower().endswith(".toml"):
-        return _from_file(Path(name_or_path))
+        path = Path(name_or_path)
+        file = _read(path)
+        return _build(path, file, file["node"]["gpus"])
     nodes, gpus, kind = _parse(name_or_path)
     path = _FOLDER / f"{kind}.toml"
     file = _read(path)
@@ -190,11 +192,6 @@ def _good_names(kind: str, most: int) -> str:
 # ---- files ----
 
 
-def _from_file(path: Path) -> Hardware:
-    file = _read(path)
-    return _build(path, file, file["node"]["gpus"])
-
-
 def _read(path: Path) -> dict[str, Any]:
     """The tables of a file, with the right keys and counts; `Hardware` checks the values."""
     if not path.is_file():
@@ -203,10 +200,8 @@ def _read(path: Path) -> dict[str, Any]:
         file = deepcopy(_parse_toml(path.read_text(encoding="utf-8")))
     except ValueError as error:  # malformed TOML, or not UTF-8
         raise ValueError(f"hardware file {path}: not a TOML file: {error}") from None
-    try:
+    with naming(f"hardware file {path}"):
         _check_file(file)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"hardware file {path}: {error}") from None
     return file
 
 
@@ -218,11 +213,11 @@ def _parse_toml(text: str) -> dict[str, Any]:
 def _check_file(file: dict[str, Any]) -> None:
     if file.get("schema") != SCHEMA or isinstance(file["schema"], bool):
         raise ValueError(f"schema must be {SCHEMA}, got {file.get('schema', 'none')!r}")
-    _check_keys("the file", file, ("schema", "name", "description", *TABLES, "sources"), ("nodes",))
+    check_keys("the file", file, ("schema", "name", "description", *TABLES, "sources"), ("nodes",))
     check_text("description", file["description"])
     for table, names in TABLES.items():
         extra, optional = {"gpu": (("tflops",), ()), "node": (("gpus",), ("max_gpus",))}.get(table, ((), ()))
-        _check_keys(f"[{table}]", file[table], (*names, *extra), optional)
+        check_keys(f"[{table}]", file[table], (*names, *extra), optional)
     node = file["node"]
     counts = {"nodes": file.get("nodes", 1), "gpus": node["gpus"], "max_gpus": node.get("max_gpus", node["gpus"])}
     for name, value in counts.items():
@@ -234,10 +229,8 @@ def _check_file(file: dict[str, Any]) -> None:
 def _build(path: Path, file: dict[str, Any], gpus: int) -> Hardware:
     values = {name: file[table][name] for table, names in TABLES.items() for name in names}
     about = {"name": file["name"], "num_nodes": file.get("nodes", 1), "gpus_per_node": gpus}
-    try:
+    with naming(f"hardware file {path}"):
         return Hardware(**about, **values, tflops=file["gpu"]["tflops"], sources=file["sources"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"hardware file {path}: {error}") from None
 
 
 def _number(value: float) -> str:
@@ -252,34 +245,9 @@ def _quote(text: str) -> str:
 # ---- rules ----
 
 
-def _check_keys(where: str, table: object, required: Iterable[str], optional: Iterable[str] = ()) -> None:
-    if not isinstance(table, Mapping):
-        raise TypeError(f"{where} must be a table, got {table!r}")
-    required = tuple(required)
-    missing = [name for name in required if name not in table]
-    if missing:
-        raise ValueError(f"{where} must have {', '.join(required)}; missing: {', '.join(missing)}")
-    unknown = [str(name) for name in table if name not in (*required, *optional)]
-    if unknown:
-        raise ValueError(f"{where} must have only {', '.join((*required, *optional))}; unknown: {', '.join(unknown)}")
-
-
 def _check_value(name: str, value: float, whole: bool = False) -> None:
     check_positive(name, value, whole)
     if not whole and value < LEAST_RATE:
         raise ValueError(f"{name} must be at least {LEAST_RATE:g}, got {value}")
     if whole and value > MOST_WHOLE:
         raise ValueError(f"{name} must be at most {MOST_WHOLE}, got {value}")
-
-
-def check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a text, got {value!r}")
-    if not value.strip():
-        raise ValueError(f"{name} must be a text that is not empty, got {value!r}")
-
-
-def check_positive(name: str, value: object, whole: bool = False) -> None:
-    found = scalars.whole(name, value) if whole else scalars.number(name, value)
-    if not (math.isfinite(found) and found > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from reference.formats import FORMATS
 from reference.scalars import make_plain
 
-from .hardware import ARITHMETICS, check_positive, check_text
+from .checks import check_positive, check_text
+from .hardware import ARITHMETICS
 
 SIZES = ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes")
 

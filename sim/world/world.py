@@ -112,6 +112,18 @@ class World:
         """`[num_ranks, num_ranks]`, rows from each source to each owner."""
         return self.routing.traffic(self.routing.counts)
 
+    @property
+    def dispatch_bytes(self) -> Array:
+        """`[num_ranks, num_ranks]`, of rows from each source to each owner."""
+        result: Array = self.traffic * self.config.hidden * self.precision.token_bytes
+        return result
+
+    @property
+    def combine_bytes(self) -> Array:
+        """`[num_ranks, num_ranks]`, of results from each owner to each source."""
+        result: Array = self.traffic.T * self.config.hidden * self.precision.result_bytes
+        return result
+
 
 def check_sent_rows(config: MoEConfig, hardware: Hardware, precision: Precision) -> None:
     """Nothing, if a GPU can hold the rows that it sends; known before a routing is made of more than fits this machine.
