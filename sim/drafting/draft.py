@@ -211,23 +211,10 @@ class Draft:
         nodes = self.store(DISPATCH, source, owner, nbytes, expert=local, count=tasks, priority=priority)
         return self.after(after[source], nodes)
 
-    def gemm0(self, blocks: Blocks, tile_n: int, priority: ArrayLike = 0) -> Array:
-        """`[num_blocks]`: the first product of each row block; who waits for what is the caller's to say."""
-        return self._gemm(GEMM0, blocks, tile_n, priority)
-
-    def gemm1(
-        self,
-        blocks: Blocks,
-        tile_n: int,
-        priority: ArrayLike = 0,
-        source: Array | None = None,
-        tiles: ArrayLike | None = None,
-    ) -> Array:
-        """`[num_blocks]`: the second product; with `source` `[num_blocks]`, each tile goes to that rank when done.
-
-        With `tiles` `[num_parts, 1]`, column tiles in each part of a row block: a node each, `[num_parts, num_blocks]`.
-        """
-        return self._gemm(GEMM1, blocks, tile_n, priority, source, tiles)
+    def product_shape(self, kind: int) -> tuple[int, int]:
+        """Columns and depth of the first product, GEMM0, or the second, GEMM1."""
+        config = self.world.config
+        return (self.world.up_columns, config.hidden) if kind == GEMM0 else (config.hidden, config.ffn)
 
     def ffn(self, after: ArrayLike, blocks: Blocks, tile_n: int) -> tuple[Array, Array]:
         """Three kernels, one after the other: the products, and the activation between them.
@@ -235,25 +222,33 @@ class Draft:
         Returns the second product's nodes `[num_blocks]`, and `[num_ranks]`: all three are complete.
         """
         owner = self.world.routing.owner[blocks.expert]
-        hidden = self.kernel(self.begin(after), self.gemm0(blocks, tile_n), owner)
+        hidden = self.kernel(self.begin(after), self.gemm(GEMM0, blocks, tile_n), owner)
         rows = np.bincount(owner, blocks.rows, self.world.num_ranks)
         columns = self.world.up_columns * self.world.precision.result_bytes
         nbytes = rows * (columns + self.world.config.ffn * self.world.precision.hidden_bytes) / 2
         active = self.stream(self.begin(hidden), nbytes, ELEMENTWISE)
-        results = self.gemm1(blocks, tile_n)
+        results = self.gemm(GEMM1, blocks, tile_n)
         return results, self.kernel(self.begin(active), results, owner)
 
-    def _gemm(
+    def gemm(
         self,
         kind: int,
         blocks: Blocks,
         tile_n: int,
-        priority: ArrayLike,
+        priority: ArrayLike = 0,
         source: Array | None = None,
         part_tiles: ArrayLike | None = None,
     ) -> Array:
-        config, owner = self.world.config, self.world.routing.owner[blocks.expert]
-        columns, depth = (self.world.up_columns, config.hidden) if kind == GEMM0 else (config.hidden, config.ffn)
+        """`[num_blocks]`: the first or second product of each row block; who waits for what is the caller's to say.
+
+        Args:
+            kind: GEMM0 or GEMM1.
+            source: `[num_blocks]`: each tile goes to that rank when done.
+            part_tiles: `[num_parts, 1]`, column tiles in each part of a row block: a node each, the result is
+                `[num_parts, num_blocks]` then.
+        """
+        owner = self.world.routing.owner[blocks.expert]
+        columns, depth = self.product_shape(kind)
         tile_n = min(tile_n, columns)
         tiles = -(-columns // tile_n)
         row_blocks = np.bincount(blocks.expert, minlength=1)[blocks.expert]

@@ -28,7 +28,7 @@ from ..drafting.draft import Draft
 from ..drafting.hops import relay, token_copies
 from ..drafting.knobs import PolicyKnobs
 from ..engine.graph import Array, TaskGraph
-from ..engine.kinds import COMBINE, ELEMENTWISE, JOIN, SEND
+from ..engine.kinds import COMBINE, ELEMENTWISE, GEMM0, GEMM1, JOIN, SEND
 from ..world.routing import SimRouting
 from ..world.world import World
 
@@ -119,7 +119,7 @@ def _layer0(draft: Draft, blocks: Blocks, knobs: Knobs) -> Array:
     draft.sync(rows_sorted)  # the host needs the counts to set the products up
     owner = world.routing.owner[blocks.expert]
     turn = arrival_turn(world, blocks)
-    products = draft.gemm0(blocks, knobs.tile_n, priority=turn)
+    products = draft.gemm(GEMM0, blocks, knobs.tile_n, priority=turn)
     draft.builder.edge(arrived[blocks.piece_source, owner[blocks.piece_block]], products[blocks.piece_block])
     order = np.argsort(turn, kind="stable")  # also of those that are ready when the kernel begins
     done = draft.kernel(draft.begin(rows_sorted), products[order], owner[order])
@@ -198,7 +198,7 @@ def _layer1(draft: Draft, blocks: Blocks, activated: Array, knobs: Knobs) -> Non
     column = np.arange(min(knobs.column_blocks, tiles))[:, None]  # column blocks
     count = np.diff(np.arange(len(column) + 1) * tiles // len(column))[:, None]
     compute = draft.on(draft.servers("compute blocks", sms - knobs.num_comm_blocks), sms)  # a slot is still one SM
-    products = compute.gemm1(blocks, knobs.tile_n, priority=column, tiles=count)
+    products = compute.gemm(GEMM1, blocks, knobs.tile_n, priority=column, part_tiles=count)
     begun = draft.begin(activated)
     draft.builder.edge(begun[owner], products)
     complete = draft.after(begun, draft.builder.add(JOIN, draft.ranks, m=column))

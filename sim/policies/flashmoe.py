@@ -21,7 +21,7 @@ from ..drafting.blocks import Blocks, blocks_per_expert, blocks_per_source, ladd
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..engine.graph import NONE, Array, TaskGraph
-from ..engine.kinds import RECEIVE
+from ..engine.kinds import GEMM0, GEMM1, RECEIVE
 from ..world.world import World
 
 FIRST = -1  # rows go before tiles, which wait for nothing else
@@ -110,8 +110,8 @@ def _receive(draft: Draft, sent: Array, packets: tuple[Array, ...], blocks: Bloc
 
 def _experts(draft: Draft, blocks: Blocks, knobs: Knobs) -> tuple[Array, Array]:
     """GEMM0 of each row block, and of each piece the node with which its results are at their source."""
-    hidden = draft.gemm0(blocks, knobs.tile_n)
+    hidden = draft.gemm(GEMM0, blocks, knobs.tile_n)
     if knobs.packing == "per_source":  # pieces are blocks
         source = blocks.piece_source
-        return hidden, draft.after(hidden, draft.gemm1(blocks, knobs.tile_n, source=source))
-    return hidden, draft.send_pieces(blocks, draft.after(hidden, draft.gemm1(blocks, knobs.tile_n)))
+        return hidden, draft.after(hidden, draft.gemm(GEMM1, blocks, knobs.tile_n, source=source))
+    return hidden, draft.send_pieces(blocks, draft.after(hidden, draft.gemm(GEMM1, blocks, knobs.tile_n)))

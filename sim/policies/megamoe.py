@@ -27,7 +27,7 @@ from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import COUNT_BYTES, Draft
 from ..drafting.knobs import PolicyKnobs
 from ..engine.graph import Array, TaskGraph
-from ..engine.kinds import DISPATCH, LAUNCH
+from ..engine.kinds import DISPATCH, GEMM0, GEMM1, LAUNCH
 from ..world.world import World
 
 TILE_HEIGHTS = ((8.5, 16), (16.5, 32), (32.5, 64), (64.5, 96), (96.5, 128), (float("inf"), 192))  # up to so many rows
@@ -133,8 +133,8 @@ def _experts(draft: Draft, blocks: Blocks, met: Array, height: int, knobs: Knobs
     local, owner = draft.local[blocks.expert], draft.world.routing.owner[blocks.expert]
     wave = local // experts_per_wave(draft.world, height, draft.cost.slots, knobs)
     columns = tile_columns(draft.world, knobs)
-    first = draft.gemm0(blocks, columns[0], priority=2 * wave)
-    second = draft.gemm1(blocks, columns[1], priority=2 * wave + 1)
+    first = draft.gemm(GEMM0, blocks, columns[0], priority=2 * wave)
+    second = draft.gemm(GEMM1, blocks, columns[1], priority=2 * wave + 1)
     draft.builder.edge(_pull(draft, blocks, met, knobs), first[blocks.piece_block])
     before = first
     if knobs.split:

@@ -14,6 +14,7 @@ most; contention for the memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..engine.graph import Array, TaskGraph
-from ..engine.kinds import SEND
+from ..engine.kinds import GEMM0, GEMM1, SEND
 from ..world.world import World
 
 
@@ -68,7 +69,7 @@ class _Batch:
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     batches = _batches(world, knobs)
-    stages = (_gate, _dispatch, _gemm0, _gemm1, _return, _combine)
+    stages = (_gate, _dispatch, partial(_product, GEMM0), partial(_product, GEMM1), _return, _combine)
     done: list[Array | None] = [None] * len(batches)
     if knobs.overlap:
         for stage in stages:
@@ -122,16 +123,9 @@ def _all_to_all(batch: _Batch, after: Array | None, rows: Array, element_bytes: 
     return draft.kernel(met, sends, target)
 
 
-def _gemm0(batch: _Batch, after: Array | None, knobs: Knobs) -> Array:
-    return _products(batch, after, batch.compute.gemm0(batch.blocks, knobs.tile_n, batch.index))
-
-
-def _gemm1(batch: _Batch, after: Array | None, knobs: Knobs) -> Array:
-    return _products(batch, after, batch.compute.gemm1(batch.blocks, knobs.tile_n, batch.index))
-
-
-def _products(batch: _Batch, after: Array | None, nodes: Array) -> Array:
+def _product(kind: int, batch: _Batch, after: Array | None, knobs: Knobs) -> Array:
     draft = batch.compute
+    nodes = draft.gemm(kind, batch.blocks, knobs.tile_n, batch.index)
     return draft.kernel(draft.begin(after), nodes, draft.world.routing.owner[batch.blocks.expert])
 
 

@@ -26,7 +26,7 @@ from ..drafting.blocks import blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..engine.graph import Array, TaskGraph
-from ..engine.kinds import DENSE
+from ..engine.kinds import DENSE, GEMM0, GEMM1
 from ..world import streams
 from ..world.routing import SimRouting
 from ..world.world import World
@@ -114,8 +114,8 @@ def _experts(draft: Draft, after: Array, knobs: Knobs) -> Array:
     routing = draft.world.routing
     blocks = blocks_per_expert(routing.counts, knobs.tile_m)
     owner = routing.owner[blocks.expert]
-    hidden = draft.kernel(_begin(draft, after), draft.gemm0(blocks, knobs.tile_n), owner)
-    return draft.kernel(_begin(draft, hidden), draft.gemm1(blocks, knobs.tile_n), owner)
+    hidden = draft.kernel(_begin(draft, after), draft.gemm(GEMM0, blocks, knobs.tile_n), owner)
+    return draft.kernel(_begin(draft, hidden), draft.gemm(GEMM1, blocks, knobs.tile_n), owner)
 
 
 def _combine(draft: Draft, experts: Array, copies: Array) -> Array:

@@ -22,7 +22,7 @@ from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..engine.graph import Array, TaskGraph
-from ..engine.kinds import EPILOGUE, LOAD
+from ..engine.kinds import EPILOGUE, GEMM0, GEMM1, LOAD
 from ..world.world import World
 
 PRODUCT, LAST = -1, -2  # priorities, for stages that share slots: a tile is finished before another is begun
@@ -49,14 +49,6 @@ class _Stages(NamedTuple):
     epilogue: Array
 
 
-class _Products(NamedTuple):
-    """Nodes `[num_blocks]` of `tiles` tasks each, and what the tiles of a row block write for each row."""
-
-    nodes: Array
-    tiles: int
-    row_bytes: float
-
-
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     draft = Draft(world, knobs, "sonic", world.hardware.sms, tile_latency_ns=0)  # it is the time of LOAD
@@ -64,8 +56,11 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
     gated = draft.gate(draft.begin())
     arrived = _exchange(draft, gated, world.dispatch_bytes)
-    hidden = _kernel(draft, stages, arrived, blocks, _up(draft, blocks, knobs), knobs)
-    results = _kernel(draft, stages, hidden, blocks, _down(draft, blocks, knobs), knobs)
+    saved_bytes = world.up_columns * world.precision.result_bytes if knobs.save_up else 0
+    hidden_bytes = world.config.ffn * world.precision.hidden_bytes + saved_bytes
+    hidden = _kernel(draft, stages, arrived, blocks, GEMM0, hidden_bytes, knobs)
+    result_bytes = world.config.hidden * world.precision.result_bytes
+    results = _kernel(draft, stages, hidden, blocks, GEMM1, result_bytes, knobs)
     returned = _exchange(draft, results, world.combine_bytes)
     draft.combine_kernel(draft.begin(returned))
     return draft.builder.build()
@@ -81,26 +76,20 @@ def _exchange(draft: Draft, after: Array, nbytes: Array) -> Array:
     return after if draft.world.num_ranks == 1 else draft.collective(draft.begin(after), nbytes)
 
 
-def _up(draft: Draft, blocks: Blocks, knobs: Knobs) -> _Products:
-    world, columns = draft.world, draft.world.up_columns
-    saved = columns * world.precision.result_bytes if knobs.save_up else 0
-    nodes = draft.gemm0(blocks, knobs.tile_n, PRODUCT)
-    return _Products(nodes, -(-columns // knobs.tile_n), world.config.ffn * world.precision.hidden_bytes + saved)
+def _kernel(
+    draft: Draft, stages: _Stages, after: Array, blocks: Blocks, kind: int, row_bytes: float, knobs: Knobs
+) -> Array:
+    """`[num_ranks]`: a kernel of these products is complete, each tile loaded before and written after.
 
-
-def _down(draft: Draft, blocks: Blocks, knobs: Knobs) -> _Products:
-    columns = draft.world.config.hidden
-    nodes = draft.gemm1(blocks, knobs.tile_n, PRODUCT)
-    return _Products(nodes, -(-columns // knobs.tile_n), columns * draft.world.precision.result_bytes)
-
-
-def _kernel(draft: Draft, stages: _Stages, after: Array, blocks: Blocks, products: _Products, knobs: Knobs) -> Array:
-    """`[num_ranks]`: a kernel of these products, each tile loaded before and written after, is complete."""
+    `row_bytes` are what the tiles of a row block write for each row.
+    """
+    products = draft.gemm(kind, blocks, knobs.tile_n, PRODUCT)
     begun, owner = draft.begin(after), draft.world.routing.owner[blocks.expert]
-    names: dict[str, ArrayLike] = {"expert": draft.local[blocks.expert], "m": blocks.m, "count": products.tiles}
+    tiles = -(-draft.product_shape(kind)[0] // knobs.tile_n)
+    names: dict[str, ArrayLike] = {"expert": draft.local[blocks.expert], "m": blocks.m, "count": tiles}
     loads = draft.builder.add(LOAD, owner, server=stages.load[owner], duration_ns=knobs.tile_latency_ns, **names)
     draft.builder.edge(begun[owner], loads)
-    written = blocks.rows * products.row_bytes / products.tiles
+    written = blocks.rows * row_bytes / tiles
     ends = draft.builder.add(
         EPILOGUE,
         owner,
@@ -109,5 +98,5 @@ def _kernel(draft: Draft, stages: _Stages, after: Array, blocks: Blocks, product
         duration_ns=draft.cost.stream(written / 2),  # written, but not read
         **names,
     )
-    draft.after(draft.after(loads, products.nodes), ends)
+    draft.after(draft.after(loads, products), ends)
     return draft.kernel(begun, ends, owner)

@@ -21,6 +21,7 @@ from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..engine.graph import Array, TaskGraph
+from ..engine.kinds import GEMM0, GEMM1
 from ..world.world import World
 
 
@@ -49,10 +50,10 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     owner = world.routing.owner[blocks.expert]
     gated = draft.gate(draft.begin())
     arrived = draft.collective(draft.begin(gated), world.dispatch_bytes)
-    hidden = draft.kernel(draft.begin(arrived), draft.gemm0(blocks, knobs.tile_n), owner)
+    hidden = draft.kernel(draft.begin(arrived), draft.gemm(GEMM0, blocks, knobs.tile_n), owner)
     tiles, columns = _parts(world.config.hidden, knobs)
     turn = _turn(world, blocks, knobs)
-    parts = draft.gemm1(blocks, knobs.tile_n, turn, tiles=tiles)
+    parts = draft.gemm(GEMM1, blocks, knobs.tile_n, turn, part_tiles=tiles)
     rank = np.broadcast_to(owner, parts.shape).ravel()
     by_turn = np.lexsort((parts.ravel(), np.broadcast_to(turn, parts.shape).ravel(), rank))
     in_turn, rank = parts.ravel()[by_turn], rank[by_turn]  # a kernel starts its tasks in the order given

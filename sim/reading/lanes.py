@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 import numpy as np
 
@@ -56,7 +55,7 @@ def make_trace(simulation: Simulation, ranks: Sequence[int] | None = None) -> Tr
     until = time.makespan_ns if kept == len(runs) else int(time.run_start_ns[runs[kept]])
     slices, first = _slices(simulation, runs[:kept])
     names = _lane_names(simulation)
-    lanes = {(rank, lane): names[rank](lane) for rank, lane in sorted({(of.rank, of.lane) for of in slices})}
+    lanes = {lane: names(*lane) for lane in sorted({(of.rank, of.lane) for of in slices})}
     return Trace(slices, lanes, first, chosen, until)
 
 
@@ -102,7 +101,6 @@ def _first_lanes(simulation: Simulation) -> tuple[dict[int, int], dict[int, int]
 def _slices(simulation: Simulation, runs: Array) -> tuple[list[Slice], dict[int, int]]:
     """The tasks of these runs in lanes, and the first slice of each node."""
     nodes, time = simulation.graph.nodes, simulation.timeline
-    first_of_server, first_of_rank = _first_lanes(simulation)
     node = time.run_node[runs]
     server = nodes["server"][node]
     place = places(simulation.graph)[node]
@@ -119,7 +117,7 @@ def _slices(simulation: Simulation, runs: Array) -> tuple[list[Slice], dict[int,
         time.run_start_ns[runs],
         np.where(server == NONE, time.run_arrive_ns[runs], time.run_end_ns[runs]),
     ]
-    return _in_lanes(zip(*(column.tolist() for column in columns), strict=True), first_of_server, first_of_rank)
+    return _in_lanes(zip(*(column.tolist() for column in columns), strict=True), *_first_lanes(simulation))
 
 
 def _in_lanes(
@@ -149,15 +147,11 @@ def index_in_node(run_node: Array, run_count: Array) -> Array:
     return index
 
 
-def _lane_names(simulation: Simulation) -> dict[int, Any]:
-    """For each rank, the name of a lane by its number."""
+def _lane_names(simulation: Simulation) -> Callable[[int, int], str]:
+    """The name of a lane by its rank and number."""
     first, room = _first_lanes(simulation)
-    names: dict[int, dict[int, str]] = defaultdict(dict)
+    names = {}
     for index, server in enumerate(simulation.graph.servers):
         for slot in range(server.slots):
-            names[server.rank][first[index] + slot] = f"{server.name} {slot}" if server.slots > 1 else server.name
-
-    def named(rank: int) -> Any:
-        return lambda lane: names[rank].get(lane, f"no server {lane - room[rank]}")
-
-    return {rank: named(rank) for rank in range(simulation.world.num_ranks)}
+            names[server.rank, first[index] + slot] = f"{server.name} {slot}" if server.slots > 1 else server.name
+    return lambda rank, lane: names.get((rank, lane), f"no server {lane - room[rank]}")

@@ -70,11 +70,9 @@ class Case:
         """
 
         def run(policy: str, world: World) -> int:
-            if policy != self.rule.policy:
-                return _time_ns(policy, world, make_knobs(policy, {"rate": fitted_rate(policy, world.hardware.name)}))
-            return _time_ns(
-                policy, world, make_knobs(policy, {**self.knobs, "rate": rate or fitted_rate(*self.rate_key)})
-            )
+            given, knobs = (rate, self.knobs) if policy == self.rule.policy else (None, {})
+            knobs = knobs | {"rate": given or fitted_rate(policy, world.hardware.name)}
+            return _time_ns(policy, world, make_knobs(policy, knobs))
 
         return self.rule.measure.of(run, self.rule.policy, self.world)
 
