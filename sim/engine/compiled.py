@@ -63,8 +63,8 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, keep_runs: bool = True
     state.counters[loop.SEED] = NONE if tie_seed is None else tie_seed
     state.counters[loop.KEEP_RUNS] = keep_runs
     state.counters[loop.FREE_RUN] = NONE
-    loop.start(state.nodes, state.servers, state.counters, state.runs, state.events)
-    while loop.loop(*state, margin) == loop.FULL:
+    loop.start(state)
+    while loop.loop(state, margin) == loop.FULL:
         state = state.longer()
     check_complete(graph, state.nodes["preds_left"])
     return _timeline(state)
