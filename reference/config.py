@@ -13,7 +13,7 @@ import numpy as np
 from .activations import ACTIVATIONS
 from .formats import DTYPES, FORMATS, NumberFormat
 from .layer_kinds import ExpertKind, RouterKind
-from .scalars import dtype_name, make_plain, whole
+from .scalars import check_one_of, dtype_name, make_plain, whole
 
 SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")
 SIZES += ("tile_m", "tile_m_min", "tile_n", "token_block")
@@ -86,8 +86,7 @@ class MoEConfig:
         value = getattr(self, name)
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a string, one of {', '.join(choices)}; got {value!r}")
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        check_one_of(name, value, choices)
 
     def _check_relations(self) -> None:
         if self.num_experts % self.num_ranks:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .activations import activation
 from .arrays import Array, overflowed
@@ -41,7 +42,9 @@ def expert_ffn(x: Array, weights: Weights, expert_position: int, config: MoEConf
         return overflowed(result, config.numpy_dtype)
 
 
-def linear(x: Array, matrices: Array, biases: Array | None, position: int) -> Array:
-    """`x @ matrices[position].T + biases[position]` in float64."""
-    product: Array = x.astype(np.float64) @ matrices[position].astype(np.float64).T
-    return product if biases is None else product + biases[position].astype(np.float64)
+def linear(
+    x: Array, matrices: Array, biases: Array | None, place: int | tuple[int, slice], dtype: DTypeLike = np.float64
+) -> Array:
+    """`x @ matrices[place].T + biases[place]` in `dtype`; the place is an expert's, or some columns of its product."""
+    product: Array = x.astype(dtype) @ matrices[place].astype(dtype).T
+    return product if biases is None else product + biases[place].astype(dtype)

@@ -42,9 +42,7 @@ def moe_layer(
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
     """
-    weights.check(config)
-    if weights.num_experts != config.num_experts:
-        raise ValueError(f"weights must have all num_experts={config.num_experts}, got {weights.num_experts}")
+    weights.check_all(config)
     tokens = sources(x, config)
     routings = source_routings(tokens, weights, config, topk_idx, topk_weights)
     packets = [make_packets(routing.topk_idx, config) for routing in routings]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import MoEConfig
+from .scalars import check_one_of
 
 _FOLDER = Path(__file__).parent / "presets"
 
@@ -27,8 +28,7 @@ def read_preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: no such preset; lists those there are.
     """
-    if name not in preset_names():
-        raise ValueError(f"preset must be one of {', '.join(preset_names())}; got {name!r}")
+    check_one_of("preset", name, preset_names())
     return tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
 
 

@@ -2,11 +2,12 @@
 
 Values that are kept (in configs, seeds, kernel arguments) are plain Python: so they print, compare, hash, become JSON
 and TOML, and type a compiled kernel alike, wherever they came from. A `bool` is no number, NumPy's no more than
-Python's. Leaves out: rules about values.
+Python's. Leaves out: rules about values, but that a word is one of some.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -38,6 +39,12 @@ def number(name: str, value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return value
+
+
+def check_one_of(name: str, value: Any, choices: Collection[str]) -> None:
+    """Nothing, if `value` is one of the choices; else a ValueError that calls it `name`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def make_plain(instance: Any) -> None:

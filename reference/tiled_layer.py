@@ -14,7 +14,7 @@ import numpy as np
 
 from .arrays import Array
 from .config import MoEConfig
-from .experts import activate
+from .experts import activate, linear
 from .layer import source_routings, sources
 from .layout import DISPATCH, RESULT, Layout, Write, write_conflicts
 from .packets import make_packets
@@ -49,9 +49,7 @@ class TiledLayer:
         topk_idx: Sequence[Array] | None = None,
         topk_weights: Sequence[Array] | None = None,
     ) -> None:
-        weights.check(config)
-        if weights.num_experts != config.num_experts:
-            raise ValueError(f"weights must have all num_experts={config.num_experts}, got {weights.num_experts}")
+        weights.check_all(config)
         self.config, self.weights, self.layout = config, weights, Layout(config)
         self.x = sources(list(x), config)
         for rank, part in enumerate(self.x):
@@ -172,18 +170,18 @@ class TiledLayer:
         self._dispatch_flags(task.peer)[task.rank, task.expert] = 1 << 32 | len(pairs)
 
     def _gemm0(self, task: Task) -> None:
-        columns = _columns(task, self.config.tile_ffn, self.config.ffn)
-        x = self._gather(task, self._tiles[_tile_name(task)])
-        ups = [self._linear(x, *up, task, columns) for up in self.weights.ups]
-        hidden = activate(ups, self.config.expert_kind)
-        self._hidden[_tile_name(task)][:, columns] = hidden.astype(self.config.numpy_dtype)
+        c, tile = self.config, self._tiles[_tile_name(task)]
+        place = self._place(task, c.tile_ffn)
+        x = self._gather(task, tile)
+        hidden = activate([linear(x, *up, place, c.accumulator) for up in self.weights.ups], c.expert_kind)
+        self._hidden[_tile_name(task)][:, place[1]] = hidden.astype(c.numpy_dtype)
 
     def _gemm1(self, task: Task) -> None:
-        columns = _columns(task, self.config.tile_n, self.config.hidden)
-        hidden, w = self._hidden[_tile_name(task)], self.weights
-        results = self._linear(hidden, w.down_proj, w.down_bias, task, columns).astype(self.config.numpy_dtype)
-        places = [(run.source, slot) for run in self._tiles[_tile_name(task)].runs for slot in run.slots]
-        for (source, slot), row in zip(places, results, strict=True):
+        c, w, tile = self.config, self.weights, self._tiles[_tile_name(task)]
+        place = self._place(task, c.tile_n)
+        results = linear(self._hidden[_tile_name(task)], w.down_proj, w.down_bias, place, c.accumulator)
+        places = [(run.source, slot) for run in tile.runs for slot in run.slots]
+        for (source, slot), row in zip(places, results.astype(c.numpy_dtype), strict=True):
             self._store(Write(task.rank, source, RESULT, task.rank, task.expert, slot), task.n, row)
 
     def _combine(self, task: Task) -> None:
@@ -204,11 +202,10 @@ class TiledLayer:
         runs = [packets[run.source, task.expert, run.first : run.slots.stop] for run in tile.runs]
         return np.concatenate(runs)
 
-    def _linear(self, x: Array, matrices: Array, biases: Array | None, task: Task, columns: slice) -> Array:
-        """`[rows, columns]` of the product with the task's expert, in the accumulator's type."""
+    def _place(self, task: Task, tile_columns: int) -> tuple[int, slice]:
+        """The task's expert, and the columns of its column tile."""
         expert = task.rank * self.config.num_experts_per_rank + task.expert
-        product: Array = x.astype(self.config.accumulator) @ matrices[expert, columns].astype(self.config.accumulator).T
-        return product if biases is None else product + biases[expert, columns].astype(self.config.accumulator)
+        return expert, slice(task.n * tile_columns, (task.n + 1) * tile_columns)
 
     def _store(self, write: Write, column_tile: int, values: Array) -> None:
         """One row, or the part of it in one column tile, to where the layout says."""
@@ -221,8 +218,3 @@ class TiledLayer:
 def _tile_name(task: Task) -> tuple[int, int, int, int]:
     """Of the row tile that a GEMM task is of."""
     return task.rank, task.expert, task.peer, task.m
-
-
-def _columns(task: Task, tile_columns: int, num_columns: int) -> slice:
-    """Of `num_columns`, those of the task's column tile."""
-    return slice(task.n * tile_columns, min((task.n + 1) * tile_columns, num_columns))

@@ -114,6 +114,12 @@ class Weights:
         if not 0 <= self.first_expert <= last:
             raise ValueError(f"first_expert must be in [0, {last}] for {num_present} experts, got {self.first_expert}")
 
+    def check_all(self, config: MoEConfig) -> None:
+        """`check`, and that all experts are here."""
+        self.check(config)
+        if self.num_experts != config.num_experts:
+            raise ValueError(f"weights must have all num_experts={config.num_experts}, got {self.num_experts}")
+
     def _check_optional(self, config: MoEConfig) -> None:
         if config.gated and self.gate_proj is None:
             raise ValueError("gate_proj is missing, but config.gated is True")

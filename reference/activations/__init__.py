@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from ..arrays import Array
+from ..scalars import check_one_of
 from . import gelu, relu, silu
 
 FILES: dict[str, ModuleType] = {"relu": relu, "gelu": gelu, "silu": silu}
@@ -30,8 +31,7 @@ def activation(name: str, x: Array) -> Array:
     """
     if name == "identity":
         return x
-    if name not in FILES:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+    check_one_of("activation", name, ACTIVATIONS)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         value: Array = FILES[name].exact(x.astype(np.float64)).astype(x.dtype)
     return value

@@ -8,7 +8,7 @@ from functools import cache
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
 
-from reference.scalars import make_plain
+from reference.scalars import check_one_of, make_plain
 
 MOST = 2**31 - 1  # of a whole number: what a graph's counts hold, and 2 s as a time
 
@@ -38,10 +38,11 @@ class PolicyKnobs:
         make_plain(self)
         for name, value in vars(self).items():
             self._check_type(name, value)
-            if name in self.choices and value not in self.choices[name]:
-                raise ValueError(f"{name} must be one of {', '.join(self.choices[name])}; got {value!r}")
-            if type(value) is int and value < (0 if name.endswith("_ns") else 1):
-                raise ValueError(f"{name} must be at least {0 if name.endswith('_ns') else 1}, got {value}")
+            if name in self.choices:
+                check_one_of(name, value, self.choices[name])
+            least = 0 if name.endswith("_ns") else 1
+            if type(value) is int and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
             if type(value) is int and value > MOST:
                 raise ValueError(f"{name} must be at most {MOST}, got {value}")
         if self.rate is not None and not 0 < self.rate <= 1:

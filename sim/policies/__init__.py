@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from reference.scalars import check_one_of
+
 from ..drafting.knobs import PolicyKnobs
 from ..engine.graph import TaskGraph
 from ..world.world import World
@@ -52,6 +54,5 @@ def describe(policy: str) -> str:
 
 
 def _module(policy: str) -> Any:
-    if policy not in POLICY_NAMES:
-        raise ValueError(f"policy must be one of {', '.join(POLICY_NAMES)}; got {policy!r}")
+    check_one_of("policy", policy, POLICY_NAMES)
     return importlib.import_module(f".{policy}", __name__)

@@ -89,12 +89,8 @@ def shared_experts(world: World, size: int) -> World:
     choices = routing.topk_idx[..., None]
     topk_idx = np.where(choices < 0, -1, choices * size + part).reshape(*choices.shape[:2], -1)
     owner = routing.owner[:, None] // size * size + part
-    cut = SimRouting(
-        name=routing.name,
-        num_experts=owner.size,
-        topk_idx=topk_idx.astype(np.int32),
-        owner=owner.ravel().astype(np.int32),
-    )
+    owner = owner.ravel().astype(np.int32)
+    cut = replace(routing, num_experts=owner.size, topk_idx=topk_idx.astype(np.int32), owner=owner)
     return replace(world, config=replace(world.config, ffn=world.config.ffn // size), routing=cut)
 
 

@@ -100,17 +100,13 @@ def run_points(points: Iterable[Point], pool: Executor | None = None) -> Iterato
 def run_point(point: Point) -> Row:
     """The row of a point: its report, or why it cannot be."""
     try:
-        return point.row() | {"report": _numbers(point)}
+        simulation = simulate(point.policy, point.world(), make_knobs(point.policy, point.knobs))
+        return point.row() | {"report": asdict(report(simulation))}
     except ValueError as error:
         return point.row() | {"error": str(error)}
     except Exception as error:
         error.add_note(f"while simulating {point}")
         raise
-
-
-def _numbers(point: Point) -> Row:
-    simulation = simulate(point.policy, point.world(), make_knobs(point.policy, point.knobs))
-    return asdict(report(simulation))
 
 
 def _parse(path: Path, data: bytes) -> tuple[list[Row], int]:

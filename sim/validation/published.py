@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from reference.scalars import check_one_of
+
 from ..drafting.hops import make_hops
 from ..world.world import World
 
@@ -28,8 +30,7 @@ def megamoe_columns(world: World, latency_us: float) -> dict[str, float]:
     Raises:
         ValueError: a precision that the benchmark does not have.
     """
-    if world.precision.name not in ELEMENT_BYTES:
-        raise ValueError(f"precision must be one of {', '.join(ELEMENT_BYTES)}; got {world.precision.name!r}")
+    check_one_of("precision", world.precision.name, ELEMENT_BYTES)
     hidden, ffn = world.config.hidden, world.config.ffn
     weight, token = ELEMENT_BYTES[world.precision.name]
     rows = world.rows.sum() / world.num_ranks

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reference.formats import FORMATS
-from reference.scalars import make_plain
+from reference.scalars import check_one_of, make_plain
 
 from .checks import check_positive, check_text
 from .hardware import ARITHMETICS
@@ -46,8 +46,7 @@ class Precision:
     def __post_init__(self) -> None:
         make_plain(self)
         check_text("name", self.name)
-        if self.arithmetic not in ARITHMETICS:
-            raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}; got {self.arithmetic!r}")
+        check_one_of("arithmetic", self.arithmetic, ARITHMETICS)
         for name in SIZES:
             check_positive(name, getattr(self, name))
 
@@ -58,8 +57,7 @@ def precision(name: str) -> Precision:
     Raises:
         ValueError: no such precision; lists those there are.
     """
-    if name not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {name!r}")
+    check_one_of("precision", name, PRECISIONS)
     return _TABLE[name]
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from reference.arrays import Array, stream
-from reference.scalars import is_whole, plain
+from reference.scalars import check_one_of, is_whole, plain
 
 from . import streams
 from .routing import SimRouting
@@ -40,8 +40,7 @@ def round_tokens(routing: SimRouting, tile_m: int, how: str = "nearest", seed: i
     tile_m = plain(tile_m)
     if not is_whole(tile_m) or tile_m < 1:
         raise ValueError(f"tile_m must be an integer >= 1, got {tile_m!r}")
-    if how not in WAYS:
-        raise ValueError(f"how must be one of {', '.join(WAYS)}; got {how!r}")
+    check_one_of("how", how, WAYS)
     random = stream(seed, streams.ROUNDING)
     choices = routing.topk_idx.reshape(-1, routing.num_topk).copy()  # tokens of all ranks
     present = choices.max(axis=1) >= 0
