@@ -216,6 +216,39 @@ class Draft:
         config = self.world.config
         return (self.world.up_columns, config.hidden) if kind == GEMM0 else (config.hidden, config.ffn)
 
+    def gemm(self, kind: int, blocks: Blocks, tile_n: int, source: Array | None = None, **fields: ArrayLike) -> Array:
+        """`[num_blocks]`: the first or second product of each row block; who waits for what is the caller's to say.
+
+        Args:
+            kind: GEMM0 or GEMM1.
+            source: `[num_blocks]`: each tile goes to that rank when done.
+            fields: of the nodes, beside the usual ones or in their place, such as a `count` of column tiles in each
+                part of a row block, `[num_parts, 1]`; the result is `[num_parts, num_blocks]` then.
+        """
+        owner = self.world.routing.owner[blocks.expert]
+        columns, depth = self.product_shape(kind)
+        tile_n = min(tile_n, columns)
+        tiles = -(-columns // tile_n)
+        row_blocks = np.bincount(blocks.expert, minlength=1)[blocks.expert]
+        reuse = self.cost.reuse(row_blocks, columns, depth, tile_n)
+        on_gpu = np.bincount(owner, minlength=1)[owner] * tiles
+        flops = 2 * columns / tiles * depth
+        usual: dict[str, ArrayLike] = {"peer": blocks.sources(owner), "count": tiles}
+        if source is not None:
+            nbytes = blocks.rows * columns / tiles * self.world.precision.result_bytes
+            usual |= {"peer": source} | self.machine.transfer(owner, source, nbytes)
+        return self.builder.add(
+            kind,
+            owner,
+            expert=self.local[blocks.expert],
+            m=blocks.m,
+            server=self.machine.sm[owner],
+            duration_ns=self.cost.tile(blocks.height, tile_n, depth, on_gpu, reuse),
+            flops=flops * blocks.height,
+            useful_flops=flops * blocks.rows,
+            **(usual | fields),
+        )
+
     def ffn(self, after: ArrayLike, blocks: Blocks, tile_n: int) -> tuple[Array, Array]:
         """Three kernels, one after the other: the products, and the activation between them.
 
@@ -229,50 +262,6 @@ class Draft:
         active = self.stream(self.begin(hidden), nbytes, ELEMENTWISE)
         results = self.gemm(GEMM1, blocks, tile_n)
         return results, self.kernel(self.begin(active), results, owner)
-
-    def gemm(
-        self,
-        kind: int,
-        blocks: Blocks,
-        tile_n: int,
-        priority: ArrayLike = 0,
-        source: Array | None = None,
-        part_tiles: ArrayLike | None = None,
-    ) -> Array:
-        """`[num_blocks]`: the first or second product of each row block; who waits for what is the caller's to say.
-
-        Args:
-            kind: GEMM0 or GEMM1.
-            source: `[num_blocks]`: each tile goes to that rank when done.
-            part_tiles: `[num_parts, 1]`, column tiles in each part of a row block: a node each, the result is
-                `[num_parts, num_blocks]` then.
-        """
-        owner = self.world.routing.owner[blocks.expert]
-        columns, depth = self.product_shape(kind)
-        tile_n = min(tile_n, columns)
-        tiles = -(-columns // tile_n)
-        row_blocks = np.bincount(blocks.expert, minlength=1)[blocks.expert]
-        reuse = self.cost.reuse(row_blocks, columns, depth, tile_n)
-        on_gpu = np.bincount(owner, minlength=1)[owner] * tiles
-        flops = 2 * columns / tiles * depth
-        path = {}
-        if source is not None:
-            nbytes = blocks.rows * columns / tiles * self.world.precision.result_bytes
-            path = self.machine.transfer(owner, source, nbytes)
-        return self.builder.add(
-            kind,
-            owner,
-            peer=blocks.sources(owner) if source is None else source,
-            expert=self.local[blocks.expert],
-            m=blocks.m,
-            count=tiles if part_tiles is None else part_tiles,
-            server=self.machine.sm[owner],
-            priority=priority,
-            duration_ns=self.cost.tile(blocks.height, tile_n, depth, on_gpu, reuse),
-            flops=flops * blocks.height,
-            useful_flops=flops * blocks.rows,
-            **path,
-        )
 
     def send_pieces(self, blocks: Blocks, after: Array, columns: ArrayLike | None = None) -> Array:
         """`[num_pieces]`: the results of each piece go back to its source, once `after` `[num_blocks]` is complete.

@@ -194,7 +194,7 @@ def _layer1(draft: Draft, blocks: Blocks, activated: Array, knobs: Knobs) -> Non
     column = np.arange(min(knobs.column_blocks, tiles))[:, None]  # column blocks
     count = np.diff(np.arange(len(column) + 1) * tiles // len(column))[:, None]
     compute = draft.on(draft.servers("compute blocks", sms - knobs.num_comm_blocks), sms)  # a slot is still one SM
-    products = compute.gemm(GEMM1, blocks, knobs.tile_n, priority=column, part_tiles=count)
+    products = compute.gemm(GEMM1, blocks, knobs.tile_n, priority=column, count=count)
     begun = draft.begin(activated)
     draft.builder.edge(begun[owner], products)
     complete = draft.after(begun, draft.builder.add(JOIN, draft.ranks, m=column))

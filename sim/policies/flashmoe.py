@@ -69,9 +69,8 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     hidden, results = _experts(draft, blocks, knobs)
     packets = np.nonzero(world.routing.counts)
     received = np.full(world.routing.counts.shape, NONE, np.int32)
-    received[packets] = _receive(
-        draft, draft.dispatch(gated, packets, knobs.dispatch_rows, FIRST), packets, blocks, knobs
-    )
+    sent = draft.dispatch(gated, packets, knobs.dispatch_rows, FIRST)
+    received[packets] = _receive(draft, sent, packets, blocks, knobs)
     draft.builder.edge(received[blocks.piece_source, blocks.expert[blocks.piece_block]], hidden[blocks.piece_block])
     draft.combine(blocks, results, gated)
     return draft.builder.build()

@@ -125,7 +125,7 @@ def _all_to_all(batch: _Batch, after: Array | None, rows: Array, element_bytes: 
 
 def _product(kind: int, batch: _Batch, after: Array | None, knobs: Knobs) -> Array:
     draft = batch.compute
-    nodes = draft.gemm(kind, batch.blocks, knobs.tile_n, batch.index)
+    nodes = draft.gemm(kind, batch.blocks, knobs.tile_n, priority=batch.index)
     return draft.kernel(draft.begin(after), nodes, draft.world.routing.owner[batch.blocks.expert])
 
 

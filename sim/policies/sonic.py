@@ -83,7 +83,7 @@ def _kernel(
 
     `row_bytes` are what the tiles of a row block write for each row.
     """
-    products = draft.gemm(kind, blocks, knobs.tile_n, PRODUCT)
+    products = draft.gemm(kind, blocks, knobs.tile_n, priority=PRODUCT)
     begun, owner = draft.begin(after), draft.world.routing.owner[blocks.expert]
     tiles = -(-draft.product_shape(kind)[0] // knobs.tile_n)
     names: dict[str, ArrayLike] = {"expert": draft.local[blocks.expert], "m": blocks.m, "count": tiles}

@@ -53,7 +53,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     hidden = draft.kernel(draft.begin(arrived), draft.gemm(GEMM0, blocks, knobs.tile_n), owner)
     tiles, columns = _parts(world.config.hidden, knobs)
     turn = _turn(world, blocks, knobs)
-    parts = draft.gemm(GEMM1, blocks, knobs.tile_n, turn, part_tiles=tiles)
+    parts = draft.gemm(GEMM1, blocks, knobs.tile_n, priority=turn, count=tiles)
     rank = np.broadcast_to(owner, parts.shape).ravel()
     by_turn = np.lexsort((parts.ravel(), np.broadcast_to(turn, parts.shape).ravel(), rank))
     in_turn, rank = parts.ravel()[by_turn], rank[by_turn]  # a kernel starts its tasks in the order given
