@@ -99,7 +99,7 @@ class Draft:
             gap = self.builder.add(LAUNCH, self.ranks, duration_ns=self.world.hardware.graph_launch_ns)
             return self.after(after, gap)
         self.launched.append(self.launch(self.launched[-1] if self.launched else None, launch_ns))
-        return self.after(after, self.after(self.launched[-1], self.builder.add(JOIN, self.ranks)))
+        return self.after(after, self.after(self.launched[-1], self.idle()))
 
     def sync(self, after: Array) -> None:
         """The hosts read a result of `after` before they launch more."""
@@ -131,6 +131,10 @@ class Draft:
     def idle(self) -> Array:
         """`[num_ranks]`: the beginning of time, for what follows nothing."""
         return self.builder.add(JOIN, self.ranks)
+
+    def all_of(self, *before: Array) -> Array:
+        """`[num_ranks]`: a rank's part of each is complete."""
+        return self.after(before, self.idle())
 
     def barrier(self, after: ArrayLike, duration_ns: int | None = None) -> Array:
         """`[num_ranks]`, one node: all ranks have met."""
@@ -169,15 +173,17 @@ class Draft:
 
     def exchange_counts(self, begun: Array, floor_ns: int) -> Array:
         """`[num_ranks]`, one node: every rank knows what it will get, and its host reads that before it goes on."""
-        ranks = self.world.num_ranks
-        nbytes = np.full((ranks, ranks), self.world.experts_per_rank * COUNT_BYTES)
-        counted = self.collective(begun, nbytes, floor_ns)
+        counted = self.collective(begun, self.count_bytes(), floor_ns)
         self.sync(counted)
         return counted
 
+    def count_bytes(self) -> Array:
+        """`[num_ranks, num_ranks]`, from and to: how many rows come for each expert."""
+        return np.full((self.world.num_ranks, self.world.num_ranks), self.world.experts_per_rank * COUNT_BYTES)
+
     def gather(self, nodes: Array, rank: Array) -> Array:
         """`[num_ranks]`: joins of the nodes that belong to each rank."""
-        joins = self.builder.add(JOIN, self.ranks)
+        joins = self.idle()
         self.builder.edge(nodes, joins[rank])
         return joins
 
@@ -186,6 +192,16 @@ class Draft:
         rows = self.world.routing.counts.sum(axis=1) + self.world.routing.num_tokens + copies
         nbytes = rows * self.world.config.hidden * self.world.precision.result_bytes
         return self.stream(after, nbytes / 2, COMBINE)
+
+    def in_window(self, nodes: Array, stream: Array, window: int) -> None:
+        """Of the nodes of a stream, in their order, each begins when the one `window` places before is complete.
+
+        `nodes` and `stream` are `[num_nodes]`.
+        """
+        order = np.argsort(stream, kind="stable")
+        before, after = order[:-window], order[window:]
+        same = stream[before] == stream[after]
+        self.builder.edge(nodes[before[same]], nodes[after[same]])
 
     # ---- by packet, row block and piece
 

@@ -165,16 +165,9 @@ def _gather(draft: Draft, ready: Array, knobs: Knobs) -> Array:
     draft.builder.edge(arrived[source, sender][relayed], copies[relayed])
     far = sender // world.hardware.gpus_per_node != node
     for stream in (far, ~far):
-        _one_after_the_other(draft, copies, stream)
+        of, turns = stream.T.nonzero()  # by rank, then by turn
+        draft.in_window(copies[turns, of], of, 1)
     return arrived
-
-
-def _one_after_the_other(draft: Draft, copies: Array, stream: Array) -> None:
-    """Of `copies` `[turn, rank]`, those of each rank that are in the `stream`."""
-    rank, turn = stream.T.nonzero()  # by rank, then by turn
-    same = rank[1:] == rank[:-1]
-    in_turn = copies[turn, rank]
-    draft.builder.edge(in_turn[:-1][same], in_turn[1:][same])
 
 
 # ---- layer 1

@@ -216,10 +216,7 @@ class _Normal:
         server = self.comm[source] if busy else NONE
         nodes = self.draft.send(kind, source, target, nbytes, server=server, duration_ns=time)
         stream = (source * self.world.num_ranks + target) * self.world.num_ranks + of
-        order = np.argsort(stream, kind="stable")
-        before, after = order[: -self.window], order[self.window :]
-        same = stream[before] == stream[after]
-        self.draft.builder.edge(nodes[before[same]], nodes[after[same]])
+        self.draft.in_window(nodes, stream, self.window)
         return nodes
 
     def _time(self, read: ArrayLike, written: ArrayLike) -> Array:

@@ -25,7 +25,7 @@ from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.shadow import choose_shadows, shadowed
 from ..engine.graph import Array, TaskGraph
-from ..engine.kinds import JOIN, SEND
+from ..engine.kinds import SEND
 from ..world.world import World
 
 
@@ -122,8 +122,7 @@ def _pack(draft: Draft, knobs: Knobs) -> Array:
 
 def _compute(draft: Draft, counts: Array, before: Array, rows: Array, knobs: Knobs) -> Array:
     """`[num_ranks]`: the experts have done the rows of `counts`, which are there after `rows`."""
-    done = draft.builder.add(JOIN, draft.ranks)
-    draft.builder.edge([before, rows], done)
+    done = draft.all_of(before, rows)
     for blocks in _kernels(draft, counts, knobs):
         _, done = draft.ffn(done, blocks, knobs.tile_n)
     return done

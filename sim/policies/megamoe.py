@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..drafting.blocks import Blocks, blocks_per_expert
-from ..drafting.draft import COUNT_BYTES, Draft
+from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import DISPATCH, GEMM0, GEMM1, LAUNCH
@@ -65,7 +65,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     order = (routing.owner + draft.ranks[:, None]) % world.num_ranks  # the own rows first
     blocks = blocks_per_expert(routing.counts, height, order)
     gated = draft.gate(draft.begin()) if knobs.gate else None
-    met = draft.barrier(_tell_counts(draft, draft.begin(gated)))
+    met = draft.barrier(draft.exchange(draft.begin(gated), draft.count_bytes()))
     results = _experts(draft, blocks, met, height, knobs)
     draft.combine_kernel(draft.barrier(np.concatenate([results, met])))
     return draft.builder.build()
@@ -120,12 +120,6 @@ def experts_per_wave(world: World, height: int, slots: int, knobs: Knobs) -> int
     tiles = row_blocks * -(-world.up_columns // tile_columns(world, knobs)[0])
     fewest = min(local, -(-2 * slots // tiles))
     return next(number for number in range(fewest, local + 1) if local % number == 0)
-
-
-def _tell_counts(draft: Draft, after: Array) -> Array:
-    """`[num_ranks]`: each rank has what all others will send to its experts."""
-    counts = np.full((len(draft.ranks), len(draft.ranks)), COUNT_BYTES * draft.world.experts_per_rank)
-    return draft.exchange(after, counts)
 
 
 def _experts(draft: Draft, blocks: Blocks, met: Array, height: int, knobs: Knobs) -> Array:

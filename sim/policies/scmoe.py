@@ -90,8 +90,8 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     gated = draft.gate(begun)
     sent = _dispatch(draft, gated)
     dense = _dense(draft, gated if staged else begun, beside, knobs)
-    experts = _experts(draft, _both(draft, sent, dense) if staged else sent, knobs)
-    _dense(draft, _both(draft, dense, experts) if staged else dense, later, knobs)
+    experts = _experts(draft, draft.all_of(sent, dense) if staged else sent, knobs)
+    _dense(draft, draft.all_of(dense, experts) if staged else dense, later, knobs)
     _combine(draft, experts, copies)
     return draft.builder.build()
 
@@ -99,10 +99,6 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
 def _begin(draft: Draft, after: Array | None = None) -> Array:
     """A kernel of a CUDA graph begins."""
     return draft.begin(after, draft.world.hardware.graph_launch_ns)
-
-
-def _both(draft: Draft, one: Array, other: Array) -> Array:
-    return draft.gather(np.stack([one, other]), np.stack([draft.ranks, draft.ranks]))
 
 
 def _dispatch(draft: Draft, gated: Array) -> Array:

@@ -57,7 +57,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     rank = np.broadcast_to(owner, parts.shape).ravel()
     by_turn = np.lexsort((parts.ravel(), np.broadcast_to(turn, parts.shape).ravel(), rank))
     in_turn, rank = parts.ravel()[by_turn], rank[by_turn]  # a kernel starts its tasks in the order given
-    _share_tracker(draft, in_turn, rank, knobs.tracker_entries)
+    draft.in_window(in_turn, rank, knobs.tracker_entries)  # an entry is free when the part that had it is complete
     produced = draft.kernel(draft.begin(hidden), in_turn, rank)
     sent = draft.send_pieces(blocks, parts, columns)
     returned = draft.gather(sent, np.broadcast_to(blocks.piece_source, sent.shape))
@@ -81,9 +81,3 @@ def _turn(world: World, blocks: Blocks, knobs: Knobs) -> Array:
     own = world.routing.owner[blocks.expert] if knobs.stagger else -1
     turn: Array = (first - own - 1) % world.num_ranks
     return turn
-
-
-def _share_tracker(draft: Draft, in_turn: Array, rank: Array, entries: int) -> None:
-    """A part of a row block begins when the one of its rank that had its tracker entry before is complete."""
-    same = rank[:-entries] == rank[entries:]
-    draft.builder.edge(in_turn[:-entries][same], in_turn[entries:][same])

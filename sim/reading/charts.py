@@ -24,6 +24,8 @@ TICKS = ((20, (1, 1.5, 2, 3, 5, 7)), (500, (1, 2, 5)), (float("inf"), (1,)))  # 
 MOST_TICKS = 9
 LEGEND_ROW = 0.19  # inches
 
+Cell = tuple[str, float | None]  # the first line, and how much longer the next one takes; None if there is no other
+
 
 class Style:
     """Colour and marker of each line."""
@@ -74,21 +76,15 @@ def bars(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]]) ->
     return figure
 
 
-def table(
-    title: str,
-    labels: tuple[str, str],
-    order: tuple[Sequence[Any], Sequence[Any]],
-    cells: Mapping[tuple[Any, Any], tuple[str, float | None]],
-    style: Style,
-) -> Any:
-    """Cells by (x, y): the first line and how much longer the next one takes, None if there is no other."""
-    xs, ys = order
+def table(title: str, sides: Mapping[str, Sequence[Any]], cells: Mapping[tuple[Any, Any], Cell], style: Style) -> Any:
+    """Cells by (x, y); `sides` are the labels of x and of y, each with its values in order."""
+    (x_label, xs), (y_label, ys) = sides.items()
     figure = _figure(max(7.0, 2.4 + 0.95 * len(xs)), 2.2 + 0.55 * len(ys), title)
     axes = figure.add_subplot()
     for row, y in enumerate(ys):
         for column, x in enumerate(xs):
             _draw_cell(axes, column, row, cells.get((x, y)), style)
-    axes.set(xlim=(-0.5, len(xs) - 0.5), ylim=(len(ys) - 0.5, -0.5), xlabel=labels[0], ylabel=labels[1])
+    axes.set(xlim=(-0.5, len(xs) - 0.5), ylim=(len(ys) - 0.5, -0.5), xlabel=x_label, ylabel=y_label)
     axes.set_xticks(range(len(xs)), [_number(x) for x in xs])
     axes.set_yticks(range(len(ys)), [_number(y) for y in ys])
     axes.tick_params(length=0)
@@ -160,7 +156,7 @@ def _scale_y(axes: Any, values: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
 
 
-def _draw_cell(axes: Any, column: int, row: int, cell: tuple[str, float | None] | None, style: Style) -> None:
+def _draw_cell(axes: Any, column: int, row: int, cell: Cell | None, style: Style) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 

@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 from ..drafting.rates import gpu_kind
-from ..reading.charts import Style, bars, curves, save, table
+from ..reading.charts import Cell, Style, bars, curves, save, table
 
 Row = dict[str, Any]
 FIXED: tuple[str, ...] = ("hardware", "preset", "hidden", "ffn", "gated", "experts", "topk", "capacity_factor")
@@ -223,13 +223,13 @@ def _draw_bars(_: Kind, figure: Figure, style: Style) -> Any:
 def _draw_table(kind: Kind, figure: Figure, style: Style) -> Any:
     y, x = kind.varies
     latency = _values(figure.rows, (x, y), "latency_us")
-    cells: dict[tuple[Any, Any], tuple[str, float | None]] = {}
+    cells: dict[tuple[Any, Any], Cell] = {}
     for place in {key[1:] for key in latency}:
         ranked = sorted((value, key[0]) for key, value in latency.items() if key[1:] == place)
         cells[place] = (ranked[0][1], ranked[1][0] / ranked[0][0] if len(ranked) > 1 else None)
     title = _title("Fastest policy, and the time of the next one over its time", figure)
-    order = [_ordered(figure.rows, axis) for axis in (x, y)]
-    return table(title, (UNITS.get(x, x), UNITS.get(y, y)), (order[0], order[1]), cells, style)
+    sides = {UNITS.get(name, name): _ordered(figure.rows, name) for name in (x, y)}
+    return table(title, sides, cells, style)
 
 
 def _ordered(rows: Sequence[Row], name: str) -> list[Any]:

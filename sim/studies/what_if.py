@@ -8,7 +8,7 @@ change costs, knobs that are chosen by the policy (None), and those in `NOT_CHOI
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,14 +51,11 @@ def changes(simulation: Simulation) -> list[Change]:
     world, knobs = simulation.world, simulation.knobs
     found = []
     for name, hardware in _machines(world.hardware):
-        found += _fitting(name, world, knobs, faster=True, hardware=hardware)
-    for name, values in _knobs(knobs):
-        try:
-            found.append(Change(name=name, world=world, knobs=replace(knobs, **values)))
-        except ValueError:
-            continue
+        found += _fitting(name, simulation, faster=True, hardware=hardware)
+    for name, knob in _knobs(knobs):
+        found += _fitting(name, simulation, knob)
     for name, routing in _routings(world):
-        found += _fitting(name, world, knobs, routing=routing)
+        found += _fitting(name, simulation, routing=routing)
     return found
 
 
@@ -75,9 +72,12 @@ def gains(simulation: Simulation, candidates: Iterable[Change]) -> list[Gain]:
     return sorted(found, key=lambda gain: -gain.gain)
 
 
-def _fitting(name: str, world: World, knobs: PolicyKnobs, faster: bool = False, **parts: Any) -> list[Change]:
+def _fitting(
+    name: str, simulation: Simulation, knob: Mapping[str, Any] | None = None, faster: bool = False, **parts: Any
+) -> list[Change]:
     try:
-        return [Change(name=name, world=replace(world, **parts), knobs=knobs, faster=faster)]
+        world = replace(simulation.world, **parts) if parts else simulation.world
+        return [Change(name=name, world=world, knobs=replace(simulation.knobs, **(knob or {})), faster=faster)]
     except ValueError:
         return []
 
