@@ -66,7 +66,7 @@ def make_workload(
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule; FileNotFoundError: no such recording.
     """
-    if name.endswith((".npz", ".safetensors")):
+    if is_recording(name):
         rows = _load(Path(name), config)
         counts = _even(len(rows["x"]), config.num_ranks) if num_tokens is None else num_tokens
         part = _recorded_part(name, rows, config)
@@ -87,18 +87,28 @@ Part = Callable[[range], tuple[Array, Routing | None]]
 
 def _synthetic_part(name: str, config: MoEConfig, seed: int) -> Part:
     """The function from a range of token indices to those tokens and their routing."""
-    kind, _, parameter = name.partition(":")
-    if kind == "zipf" and re.fullmatch(r"\d+(\.\d*)?|\.\d+", parameter):
-        exponent = float(parameter)
+    exponent = zipf_exponent(name)
+    if exponent is not None:
         return lambda span: (_zipf(span, config, seed, exponent), None)
-    plain: dict[str, Part] = {
+    others: dict[str, Part] = {
         "text": lambda span: (_text(span, config, seed), None),
         "uniform": lambda span: (_uniform(span, config, seed), None),
         "hot": lambda span: (_uniform(span, config, seed), _hot_routing(span, config, seed)),
     }
-    if name not in plain:
+    if name not in others:
         raise ValueError(f"name must be one of: {', '.join(WORKLOAD_NAMES)}; got {name!r}")
-    return plain[name]
+    return others[name]
+
+
+def is_recording(name: str) -> bool:
+    """Is it the path of a recorded workload?"""
+    return name.endswith((".npz", ".safetensors"))
+
+
+def zipf_exponent(name: str) -> float | None:
+    """s of "zipf:s"; None of other names."""
+    match = re.fullmatch(r"zipf:(\d+(?:\.\d*)?|\.\d+)", name)
+    return float(match[1]) if match else None
 
 
 def _uniform(span: range, config: MoEConfig, seed: int) -> Array:

@@ -96,10 +96,13 @@ class Draft:
         `after` is what comes before it in its stream. With `cuda_graph` no host is asked: it begins a while after that.
         """
         if self.cuda_graph:
-            gap = self.builder.add(LAUNCH, self.ranks, duration_ns=self.world.hardware.graph_launch_ns)
-            return self.after(after, gap)
+            return self.gap(after)
         self.launched.append(self.launch(self.launched[-1] if self.launched else None, launch_ns))
         return self.after(after, self.after(self.launched[-1], self.idle()))
+
+    def gap(self, after: ArrayLike | None) -> Array:
+        """`[num_ranks]`: what passes between two kernels of a CUDA graph."""
+        return self.after(after, self.builder.add(LAUNCH, self.ranks, duration_ns=self.world.hardware.graph_launch_ns))
 
     def sync(self, after: Array) -> None:
         """The hosts read a result of `after` before they launch more."""

@@ -207,7 +207,9 @@ def _reduce(draft: Draft, complete: Array, share: Array) -> None:
     source, owner = np.nonzero(tokens)
     sends = _send_sums(draft, tokens, source, owner, row_bytes)
     draft.builder.edge(complete[:, owner], sends)
-    sums = _add_up(draft, tokens, row_bytes)
+    added = (tokens.sum(axis=1) + world.routing.num_tokens) * row_bytes  # read and written
+    column = np.arange(len(share))[:, None]
+    sums = draft.stream(None, added / 2, COMBINE, m=column, priority=column)
     draft.builder.edge(complete, sums)
     draft.builder.edge(sends, sums[:, source])
 
@@ -220,10 +222,3 @@ def _send_sums(draft: Draft, tokens: Array, source: Array, owner: Array, row_byt
     read = row_bytes * world.traffic[source, owner] / count
     summed = draft.cost.stream(read / 2)
     return draft.store(SEND, owner, source, sent, first_ns=summed, count=count, m=column, priority=column)
-
-
-def _add_up(draft: Draft, tokens: Array, row_bytes: Array) -> Array:
-    """`[column_blocks, num_ranks]`: a rank adds up what the ranks sent for its tokens."""
-    column = np.arange(len(row_bytes))[:, None]
-    added = (tokens.sum(axis=1) + draft.world.routing.num_tokens) * row_bytes  # read and written
-    return draft.stream(None, added / 2, COMBINE, m=column, priority=column)

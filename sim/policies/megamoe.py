@@ -27,7 +27,7 @@ from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..engine.graph import Array, TaskGraph
-from ..engine.kinds import DISPATCH, GEMM0, GEMM1, LAUNCH
+from ..engine.kinds import DISPATCH, GEMM0, GEMM1
 from ..world.world import World
 
 TILE_HEIGHTS = ((8.5, 16), (16.5, 32), (32.5, 64), (64.5, 96), (96.5, 128), (float("inf"), 192))  # up to so many rows
@@ -132,14 +132,9 @@ def _experts(draft: Draft, blocks: Blocks, met: Array, height: int, knobs: Knobs
     draft.builder.edge(_pull(draft, blocks, met, knobs), first[blocks.piece_block])
     before = first
     if knobs.split:
-        before = _second_kernel(draft, draft.after(met, draft.gather(first, owner)))[owner]
+        begun = draft.begin(draft.after(met, draft.gather(first, owner)))  # launched while the first kernel runs
+        before = draft.gap(begun)[owner]
     return draft.send_pieces(blocks, draft.after(before, second))
-
-
-def _second_kernel(draft: Draft, first_done: Array) -> Array:
-    """`[num_ranks]`: launched while the first kernel runs, it starts after the gap between two."""
-    gap = draft.builder.add(LAUNCH, draft.ranks, duration_ns=draft.world.hardware.graph_launch_ns)
-    return draft.after(draft.begin(first_done), gap)
 
 
 def _pull(draft: Draft, blocks: Blocks, met: Array, knobs: Knobs) -> Array:

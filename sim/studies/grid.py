@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from reference import MoEConfig, load_preset
+from reference.workloads import is_recording
 
 from ..policies import POLICY_NAMES, make_knobs
 from ..world.checks import check_keys, naming
@@ -181,7 +182,7 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def _check_routing(name: str) -> None:
-    if not name.endswith((".npz", ".safetensors")):
+    if not is_recording(name):
         make_routing(name, ONE_TOKEN)
     elif not Path(name).is_file():
         raise FileNotFoundError(f"no such recording: {name}")

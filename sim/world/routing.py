@@ -16,7 +16,6 @@ ranks with different numbers of tokens (a token that is not there has only choic
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
@@ -28,7 +27,7 @@ from reference.arrays import Array, check_array, stream
 from reference.config import MoEConfig
 from reference.routers import route
 from reference.scalars import make_plain
-from reference.workloads import flat_rows, make_workload, read_recording, recorded_routing
+from reference.workloads import flat_rows, is_recording, make_workload, read_recording, recorded_routing, zipf_exponent
 
 from . import streams
 
@@ -127,11 +126,11 @@ def blocked_owner(num_experts: int, num_ranks: int) -> Array:
 def _choices(name: str, config: MoEConfig, seed: int) -> Array:
     """The choices of all tokens, rank after rank, nothing dropped."""
     random = stream(seed, streams.ROUTING)
-    if name.endswith((".npz", ".safetensors")):
+    if is_recording(name):
         return _recorded(Path(name), config)
-    kind, _, parameter = name.partition(":")
-    if kind == "zipf" and re.fullmatch(r"\d+(\.\d*)?|\.\d+", parameter):
-        return _zipf(config, random, float(parameter))
+    exponent = zipf_exponent(name)
+    if exponent is not None:
+        return _zipf(config, random, exponent)
     makers = {"even": _even, "uniform": _uniform, "hot": _hot, "hot-rank": _hot_rank}
     if name in makers:
         return makers[name](config, random)

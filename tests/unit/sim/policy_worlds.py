@@ -8,10 +8,8 @@ from reference import MoEConfig
 from sim.engine import compiled, plain
 from sim.engine.kinds import GATE, GEMM0, GEMM1
 from sim.policies import build, make_knobs
-from sim.world.hardware import load_hardware
-from sim.world.precision import precision
 from sim.world.routing import make_routing
-from sim.world.world import World
+from sim.world.scenario import Scenario
 
 COUNT_BYTES = 8
 ROUTINGS = ("even", "uniform", "zipf:1.2", "hot")
@@ -47,12 +45,9 @@ def small_world(
     if routing == "to-rank-0":
         topk_idx[made.owner[topk_idx] != 0] = -1
     topk_idx[list(silent_ranks)] = -1
-    return World(
-        config=config,
-        hardware=load_hardware(hardware or f"{num_ranks}xH100"),
-        routing=replace(made, topk_idx=topk_idx),
-        precision=precision(precision_name),
-    )
+    routing = replace(made, topk_idx=topk_idx)
+    on = hardware or f"{num_ranks}xH100"
+    return Scenario(config=config, hardware=on, precision=precision_name, routing=routing).make()
 
 
 def odd_worlds():
