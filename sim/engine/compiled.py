@@ -11,36 +11,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
 from . import loop, plain
 from .graph import NONE, Array, TaskGraph
 from .heaps import COMPILES, EMPTY, EVENT
+from .loop import State
 from .plain import check_tie_seed
 from .timeline import Timeline, check_complete
 
 RUN_ARRAYS = ("run_node", "run_count", "run_start_ns", "run_end_ns", "run_arrive_ns")
-
-
-class State(NamedTuple):
-    """Everything the loop works on; the runs' arrays are `runs`, `marks` and `events`."""
-
-    nodes: Array
-    succ: Array
-    servers: Array
-    links: Array
-    expected: Array  # heap of links by the end of their next transfer
-    counters: Array
-    runs: Array
-    marks: Array
-    events: Array
-
-    def longer(self) -> State:
-        """The same with twice the room for runs."""
-        names = ("runs", "marks", "events")
-        return self._replace(**{name: np.resize(getattr(self, name), 2 * len(getattr(self, name))) for name in names})
 
 
 def run(graph: TaskGraph, *, tie_seed: int | None = None, keep_runs: bool = True) -> Timeline:

@@ -1,17 +1,17 @@
 """The event loop of `compiled.py`, compiled: what happens at each event, on arrays of records.
 
-`s` is a `compiled.State`. Functions named like a method of `plain.py` follow it; the others keep queues and heaps,
-which Python has, and numbers in place of its objects.
+Functions named like a method of `plain.py` follow it; the others keep queues and heaps, which Python has, and numbers
+in place of its objects.
 """
 
 from __future__ import annotations
 
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .graph import NONE
+from .graph import NONE, Array
 from .heaps import EMPTY, compiled, entry, event_pop, event_push, heap_dtype, pop, push
 from .plain import RANK_MASK
 
@@ -39,15 +39,34 @@ RUN = np.dtype(
 MARK = heap_dtype(np.float64)  # two per run, one for each of its links: item 2 run + side
 
 
+class State(NamedTuple):
+    """Everything the loop works on; the runs' arrays are `runs`, `marks` and `events`."""
+
+    nodes: Array
+    succ: Array
+    servers: Array
+    links: Array
+    expected: Array  # heap of links by the end of their next transfer
+    counters: Array
+    runs: Array
+    marks: Array
+    events: Array
+
+    def longer(self) -> State:
+        """The same with twice the room for runs."""
+        names = ("runs", "marks", "events")
+        return self._replace(**{name: np.resize(getattr(self, name), 2 * len(getattr(self, name))) for name in names})
+
+
 @entry
-def start(s: Any) -> None:
+def start(s: State) -> None:
     for node in range(s.nodes.size):
         if s.nodes[node].preds_left == 0:
             _ready(s, node, 0)
 
 
 @entry
-def loop(s: Any, margin: int) -> int:
+def loop(s: State, margin: int) -> int:
     """Process events until there are none, or until the runs' arrays might be full."""
     while s.counters[NUM_RUNS] + margin <= s.runs.size:
         waiting = s.counters[NUM_WAITING]
@@ -70,7 +89,7 @@ def loop(s: Any, margin: int) -> int:
 
 
 @compiled
-def _key(s: Any, rank: int) -> Any:
+def _key(s: State, rank: int) -> Any:
     """The order of an event among those of its time: by rank, or a random number, and then by sequence."""
     sequence = s.counters[SEQUENCE]
     s.counters[SEQUENCE] = sequence + 1
@@ -90,7 +109,7 @@ def _mix(number: Any, seed: Any) -> Any:
 
 
 @compiled
-def _schedule(s: Any, run: int, arrived: int, time: int) -> None:
+def _schedule(s: State, run: int, arrived: int, time: int) -> None:
     key = _key(s, s.nodes[s.runs[run].node].rank)
     event_push(s.events, s.counters[NUM_WAITING], time, key, 2 * run + arrived)
     s.counters[NUM_WAITING] += 1
@@ -100,7 +119,7 @@ def _schedule(s: Any, run: int, arrived: int, time: int) -> None:
 
 
 @compiled
-def _ready(s: Any, node: int, time: int) -> None:
+def _ready(s: State, node: int, time: int) -> None:
     s.nodes[node].ready_ns = time
     index = s.nodes[node].server
     if index == NONE:
@@ -112,7 +131,7 @@ def _ready(s: Any, node: int, time: int) -> None:
 
 
 @compiled
-def _enqueue(s: Any, index: int, node: int) -> None:
+def _enqueue(s: State, index: int, node: int) -> None:
     """Nodes mostly come in the order in which they go: those are a list, and only the others are put into a heap."""
     turn = s.counters[TURN]
     s.counters[TURN] += 1
@@ -131,7 +150,7 @@ def _enqueue(s: Any, index: int, node: int) -> None:
 
 
 @compiled
-def _first(s: Any, index: int) -> int:
+def _first(s: State, index: int) -> int:
     """The node that is next, of a queue that has some.
 
     A node in the heap came when the list ended with a larger key, so of the list what has its key was there before it.
@@ -146,7 +165,7 @@ def _first(s: Any, index: int) -> int:
 
 
 @compiled
-def _dequeue(s: Any, index: int, node: int) -> None:
+def _dequeue(s: State, index: int, node: int) -> None:
     s.servers[index].length -= 1
     if node == s.servers[index].head:
         s.servers[index].head = s.nodes[node].sibling
@@ -155,7 +174,7 @@ def _dequeue(s: Any, index: int, node: int) -> None:
 
 
 @compiled
-def _serve(s: Any, index: int, time: int) -> None:
+def _serve(s: State, index: int, time: int) -> None:
     """Give the free slots to what waits."""
     while s.servers[index].free > 0 and s.servers[index].length > 0:
         node = _first(s, index)
@@ -167,7 +186,7 @@ def _serve(s: Any, index: int, time: int) -> None:
 
 
 @compiled
-def _begin(s: Any, node: int, count: int, time: int) -> None:
+def _begin(s: State, node: int, count: int, time: int) -> None:
     if s.nodes[node].unstarted == s.nodes[node].count:
         s.nodes[node].start_ns = time
     s.nodes[node].unstarted -= count
@@ -188,7 +207,7 @@ def _begin(s: Any, node: int, count: int, time: int) -> None:
 
 
 @compiled
-def _end(s: Any, run: int, time: int) -> None:
+def _end(s: State, run: int, time: int) -> None:
     node = s.runs[run].node
     index = s.nodes[node].server
     if index != NONE:
@@ -204,7 +223,7 @@ def _end(s: Any, run: int, time: int) -> None:
 
 
 @compiled
-def _arrive(s: Any, run: int, time: int) -> None:
+def _arrive(s: State, run: int, time: int) -> None:
     node = s.runs[run].node
     s.runs[run].arrive_ns = time
     s.nodes[node].undone -= s.runs[run].count
@@ -226,7 +245,7 @@ def _arrive(s: Any, run: int, time: int) -> None:
 
 
 @compiled
-def _send(s: Any, run: int, time: int) -> None:
+def _send(s: State, run: int, time: int) -> None:
     node = s.runs[run].node
     nbytes = s.runs[run].count * s.nodes[node].nbytes
     egress, ingress = s.nodes[node].egress, s.nodes[node].ingress
@@ -238,7 +257,7 @@ def _send(s: Any, run: int, time: int) -> None:
 
 
 @compiled
-def _put(s: Any, link: int, item: int, nbytes: int, turn: int, time: int) -> None:
+def _put(s: State, link: int, item: int, nbytes: int, turn: int, time: int) -> None:
     _advance(s, link, time)
     s.links[link].nbytes += nbytes
     s.links[link].root = push(s.marks, s.links[link].root, item, s.links[link].served + nbytes, turn)
@@ -248,12 +267,12 @@ def _put(s: Any, link: int, item: int, nbytes: int, turn: int, time: int) -> Non
 
 
 @compiled
-def _share(s: Any, link: int) -> Any:
+def _share(s: State, link: int) -> Any:
     return min(s.links[link].flow_gbps, s.links[link].gbps / s.links[link].active)
 
 
 @compiled
-def _advance(s: Any, link: int, time: int) -> None:
+def _advance(s: State, link: int, time: int) -> None:
     if s.links[link].active:
         passed = time - s.links[link].since
         s.links[link].served += passed * _share(s, link)
@@ -262,13 +281,13 @@ def _advance(s: Any, link: int, time: int) -> None:
 
 
 @compiled
-def _expect(s: Any, link: int, time: int) -> None:
+def _expect(s: State, link: int, time: int) -> None:
     wait = ceil((s.marks[s.links[link].root].key - s.links[link].served) / _share(s, link))
     _move(s, link, time + max(np.int64(0), np.int64(wait)), _key(s, s.links[link].rank))
 
 
 @compiled
-def _through(s: Any, link: int, time: int) -> None:
+def _through(s: State, link: int, time: int) -> None:
     _advance(s, link, time)
     last = first = s.links[link].root  # those that are through, a list linked by `child`
     s.links[link].root = pop(s.marks, first)
@@ -300,7 +319,7 @@ def _earlier(one: Any, other: Any) -> Any:
 
 
 @compiled
-def _swap(s: Any, a: int, b: int) -> None:
+def _swap(s: State, a: int, b: int) -> None:
     time, key, item = s.expected[a].time, s.expected[a].key, s.expected[a].item
     s.expected[a] = s.expected[b]
     s.expected[b].time, s.expected[b].key, s.expected[b].item = time, key, item
@@ -309,7 +328,7 @@ def _swap(s: Any, a: int, b: int) -> None:
 
 
 @compiled
-def _move(s: Any, link: int, time: Any, key: int) -> None:
+def _move(s: State, link: int, time: Any, key: int) -> None:
     """Give the link another time, and the place in the heap that goes with it."""
     place = s.links[link].place
     s.expected[place].time = time

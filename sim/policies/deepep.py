@@ -159,10 +159,11 @@ class _Normal:
     def dispatch(self, begun: Array) -> Array:
         """Each row to the relay of each node, from there to each rank."""
         hops, size = self.hops, self.world.config.hidden * self.world.precision.token_bytes
-        first = self._send(DISPATCH, hops.source, hops.relay, hops.rows * size, busy=not self.one_node)
+        rows, shares = hops.rows * size, hops.share_rows * size
+        first = self._send(DISPATCH, hops.source, hops.relay, rows, read=None if self.one_node else rows)
         self.draft.after(begun[hops.source], first)
         relay = hops.relay[hops.share_chunk]
-        second = self._send(DISPATCH, relay, hops.share_rank, hops.share_rows * size, of=hops.source[hops.share_chunk])
+        second = self._send(DISPATCH, relay, hops.share_rank, shares, read=shares, of=hops.source[hops.share_chunk])
         self.draft.after(first[hops.share_chunk], second)
         return self.draft.after(begun, self.draft.gather(second, hops.share_rank))
 
@@ -182,11 +183,11 @@ class _Normal:
     def combine(self, begun: Array) -> Array:
         """The way back, with sums at the relays and at the source."""
         hops, size = self.hops, self.world.config.hidden * self.world.precision.result_bytes
-        met, relay = self.meet(begun), hops.relay[hops.share_chunk]
-        first = self._send(SEND, hops.share_rank, relay, hops.share_rows * size, of=hops.source[hops.share_chunk])
+        met, relay, shares = self.meet(begun), hops.relay[hops.share_chunk], hops.share_rows * size
+        first = self._send(SEND, hops.share_rank, relay, shares, read=shares, of=hops.source[hops.share_chunk])
         self.draft.after(met[hops.share_rank], first)
-        read = np.bincount(hops.share_chunk, hops.share_rows, len(hops.rows)) * size
-        second = self._send(SEND, hops.relay, hops.source, hops.rows * size, read=read, busy=not self.one_node)
+        read = None if self.one_node else np.bincount(hops.share_chunk, hops.share_rows, len(hops.rows)) * size
+        second = self._send(SEND, hops.relay, hops.source, hops.rows * size, read=read)
         self.draft.builder.edge(first, second[hops.share_chunk])
         return self._sum(met, second, size)
 
@@ -202,18 +203,13 @@ class _Normal:
         return draft.kernel(met, sums.ravel(), np.repeat(draft.ranks, len(block)))
 
     def _send(
-        self,
-        kind: int,
-        source: Array,
-        target: Array,
-        nbytes: Array,
-        of: Array | int = 0,
-        read: Array | None = None,
-        busy: bool = True,
+        self, kind: int, source: Array, target: Array, nbytes: Array, read: Array | None, of: Array | int = 0
     ) -> Array:
-        """Chunks on one hop, a window of them under way in each stream (source, target, `of`)."""
-        time = self._time(nbytes if read is None else read, nbytes) if busy else 0
-        server = self.comm[source] if busy else NONE
+        """Chunks on one hop, a window of them under way in each stream (source, target, `of`).
+
+        A multiprocessor reads `read` bytes and writes `nbytes`; None: there is nothing to do on this hop.
+        """
+        time, server = (0, NONE) if read is None else (self._time(read, nbytes), self.comm[source])
         nodes = self.draft.send(kind, source, target, nbytes, server=server, duration_ns=time)
         stream = (source * self.world.num_ranks + target) * self.world.num_ranks + of
         self.draft.in_window(nodes, stream, self.window)
