@@ -20,7 +20,7 @@ from common import Row, parser_of, show, store
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.bench.check import check_layer
 from flashmoe_numba.processes.launch import guard_this_rank, inside_mpirun, start
-from flashmoe_numba.processes.together import LocalWorld, MpiWorld
+from flashmoe_numba.processes.together import LocalRanks, MpiRanks
 from reference import MoEConfig, Routing, TiledLayer, Weights, Workload, make_workload
 
 RANKS = (1, 2, 4, 8)
@@ -33,18 +33,18 @@ def main() -> int:
     args = parser_of(__doc__).parse_args()
     if inside_mpirun():
         guard_this_rank(DEADLINE_S)
-        world = MpiWorld(DEADLINE_S)
+        world = MpiRanks(DEADLINE_S)
         try:
             return world.agree(run(args, world, world.num_ranks))
         except BaseException as error:
             world.abandon(error)
-    codes = [run(args, LocalWorld(), 1)]
+    codes = [run(args, LocalRanks(), 1)]
     for ranks in RANKS[1:2] if args.smoke else RANKS[1:]:
         codes.append(start(ranks, [sys.executable, *sys.argv], DEADLINE_S))
     return max(codes)
 
 
-def run(args: Any, world: LocalWorld | MpiWorld, ranks: int) -> int:
+def run(args: Any, world: LocalRanks | MpiRanks, ranks: int) -> int:
     """All links of all layers of that many ranks; rank 0 reports."""
     rows = [row for name, config, workload in layers(ranks, args.smoke) for row in links(name, config, workload, world)]
     if world.rank_idx == 0:
@@ -67,7 +67,7 @@ def layers(ranks: int, smoke: bool) -> Iterator[tuple[str, MoEConfig, str]]:
         yield name, MoEConfig(**sizes, **layer, token_block=5), workload
 
 
-def links(name: str, config: MoEConfig, workload_name: str, world: LocalWorld | MpiWorld) -> list[Row]:
+def links(name: str, config: MoEConfig, workload_name: str, world: LocalRanks | MpiRanks) -> list[Row]:
     """Rows of one layer on rank 0; the others take part in the link that needs them."""
     tokens = [13 - 2 * (rank % 7) for rank in range(config.num_ranks)]  # 13, 11, ... 1
     workload = make_workload(workload_name, config, tokens, SEED)
@@ -97,7 +97,7 @@ def kernel(
 
 
 def across_processes(
-    config: MoEConfig, weights: Weights, workload: Workload, world: MpiWorld
+    config: MoEConfig, weights: Weights, workload: Workload, world: MpiRanks
 ) -> list[np.ndarray] | None:
     """Results of each rank, a process each; None except on rank 0."""
     rank = world.rank_idx

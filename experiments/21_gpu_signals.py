@@ -34,7 +34,7 @@ from gpu_common import (
 
 from flashmoe_numba.errors import UsageError
 from flashmoe_numba.processes.launch import guard_this_rank, inside_mpirun, start
-from flashmoe_numba.processes.together import MpiWorld
+from flashmoe_numba.processes.together import MpiRanks
 from flashmoe_numba.seeing.trace import decode
 from reference import COMBINE, DISPATCH, MoEConfig, Weights
 from reference.task_kinds import RECEIVE
@@ -70,7 +70,7 @@ def main() -> int:
         args.tokens, args.virtual_ranks, args.repeats = "64", 2, 2
     if inside_mpirun():
         guard_this_rank(DEADLINE_S)
-        world = MpiWorld(DEADLINE_S)
+        world = MpiRanks(DEADLINE_S)
         try:
             return world.agree(between_processes(args, world.comm))
         except BaseException as error:

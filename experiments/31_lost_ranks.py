@@ -34,7 +34,7 @@ from lost.faults import FAULTS
 from lost.lose import lose_one
 from lost.memory import PLACES
 from lost.verdict import Verdict
-from lost.world import make_world
+from lost.world import make_trial
 
 from flashmoe_numba.processes.cores import count_cores
 
@@ -44,7 +44,7 @@ COLUMNS = {"fault": "", "runs": "d", "right": "d", "named": "d", "other": "d", "
 
 def main() -> int:
     args = arguments()
-    worlds = {n: make_world(n, args.calls, args.deadline_s) for n in RANKS}
+    worlds = {n: make_trial(n, args.calls, args.deadline_s) for n in RANKS}
     names = args.fault or list(FAULTS)
     runs = list(zip(range(len(names) if args.smoke else args.runs), itertools.cycle(names), strict=False))
     runs += list(zip(range(args.mpirun), itertools.cycle(mpi.FAULTS), strict=False))

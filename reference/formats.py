@@ -1,7 +1,7 @@
 """Number formats: how an element is held, as what kernels see it, and in what its sums are made.
 
-One row per format, which the rest of the house asks: sizes, tolerances, memory and simulated bytes follow from it. A
-narrower format (fp8) is one more row; if it has scales, their bytes per element belong here too.
+One row per format, which the rest of the house asks: sizes, tolerances, memory and simulated bytes follow from it. What
+a row cannot say is how kernels convert and multiply it (CONTRIBUTING.md lists the places).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .layout import num_row_blocks, tile_height
 from .packets import Packets
 
 
-class Run(NamedTuple):
+class RowRun(NamedTuple):
     """Rows `first` to `first + num_rows` of the packet that `source` sent to the tile's expert."""
 
     source: int
@@ -42,7 +42,7 @@ class RowTile:
     peer: int
     m: int
     height: int
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
 
     @property
     def num_rows(self) -> int:
@@ -63,7 +63,7 @@ def row_tiles(rows: Sequence[int], config: MoEConfig) -> list[RowTile]:
     for source, num_rows in enumerate(rows):
         height = packet_tile_height(num_rows, config)
         for m, first in enumerate(range(0, num_rows, height)):
-            tiles.append(RowTile(source, m, height, (Run(source, first, min(height, num_rows - first)),)))
+            tiles.append(RowTile(source, m, height, (RowRun(source, first, min(height, num_rows - first)),)))
     return tiles
 
 

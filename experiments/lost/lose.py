@@ -7,10 +7,10 @@ import numpy as np
 from .faults import Fault
 from .run import Hang, running
 from .verdict import Verdict, judge
-from .world import World
+from .world import Trial
 
 
-def lose_one(world: World, fault: Fault, rng: np.random.Generator, slack_s: float) -> Verdict:
+def lose_one(world: Trial, fault: Fault, rng: np.random.Generator, slack_s: float) -> Verdict:
     """Start ranks, do this to a random one of them at a random moment, wait for the end of all, and judge it."""
     with running(world, rng) as run:
         victim = int(rng.integers(run.num_ranks))

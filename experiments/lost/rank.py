@@ -23,7 +23,7 @@ from flashmoe_numba.kernel import control as s
 
 from . import memory as m
 from .memory import Memory
-from .world import World
+from .world import Trial
 
 NAP_S = 1e-4
 
@@ -53,7 +53,7 @@ class SeenBackend(CpuBackend):
         return self._memory.zeros(self._rank_idx, size, dtype)
 
 
-def be_rank(world: World, memory: Memory, rank_idx: int) -> NoReturn:
+def be_rank(world: Trial, memory: Memory, rank_idx: int) -> NoReturn:
     """Run as rank `rank_idx`, and end this process."""
     words = memory.words[rank_idx]
     try:
@@ -65,7 +65,7 @@ def be_rank(world: World, memory: Memory, rank_idx: int) -> NoReturn:
         os._exit(0)
 
 
-def _make_calls(world: World, memory: Memory, rank_idx: int) -> int:
+def _make_calls(world: Trial, memory: Memory, rank_idx: int) -> int:
     """The outcome; errors of the layer go through."""
     words = memory.words[rank_idx]
     with _make_layer(world, memory, rank_idx) as layer:
@@ -82,7 +82,7 @@ def _make_calls(world: World, memory: Memory, rank_idx: int) -> int:
     return m.RIGHT if wrong is None else m.WRONG
 
 
-def _make_layer(world: World, memory: Memory, rank_idx: int) -> FlashMoE:
+def _make_layer(world: Trial, memory: Memory, rank_idx: int) -> FlashMoE:
     heap, backend = InheritedHeap(memory, rank_idx), SeenBackend(memory, rank_idx)
     layer = FlashMoE.from_parts(
         world.config,
@@ -97,7 +97,7 @@ def _make_layer(world: World, memory: Memory, rank_idx: int) -> FlashMoE:
     return layer
 
 
-def _call(world: World, memory: Memory, layer: FlashMoE, call: int) -> bool:
+def _call(world: Trial, memory: Memory, layer: FlashMoE, call: int) -> bool:
     """Is the result of this call the undisturbed one, bit for bit?"""
     rank = layer._ranks[0]
     words = memory.words[rank.rank_idx]

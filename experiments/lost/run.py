@@ -18,7 +18,7 @@ from flashmoe_numba.kernel import control as s
 from . import memory as m
 from .memory import Memory
 from .rank import be_rank
-from .world import World
+from .world import Trial
 
 NAP_S, SHORT_NAP_S = 1e-3, 1e-4
 LONGEST_CALL_S = 0.02
@@ -36,7 +36,7 @@ class Run:
     `fell` are the places at which signals met their rank. After each of `faults_ns` a rank may take a deadline to end.
     """
 
-    def __init__(self, world: World, rng: np.random.Generator) -> None:
+    def __init__(self, world: Trial, rng: np.random.Generator) -> None:
         self.world, self.rng, self.memory = world, rng, Memory(world.config)
         self.num_ranks = world.config.num_ranks
         self.fell: list[str] = []
@@ -138,7 +138,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def running(world: World, rng: np.random.Generator) -> Iterator[Run]:
+def running(world: Trial, rng: np.random.Generator) -> Iterator[Run]:
     """A run whose ranks have just begun; none of them outlives the block."""
     run = Run(world, rng)
     try:

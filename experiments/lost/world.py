@@ -14,7 +14,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class Trial:
     """Calls go round `tokens`, `[calls][rank] -> [num_tokens, hidden]`; `expected` are the results, likewise."""
 
     config: MoEConfig
@@ -26,7 +26,7 @@ class World:
     deadline_s: float
 
 
-def make_world(num_ranks: int, num_calls: int, deadline_s: float, num_processors: int = 2) -> World:
+def make_trial(num_ranks: int, num_calls: int, deadline_s: float, num_processors: int = 2) -> Trial:
     """Compiles the kernel, if that was not done, so that forked ranks need not."""
     config = MoEConfig(
         num_ranks=num_ranks, num_tokens=64, hidden=64, ffn=128, num_experts=2 * num_ranks, num_topk=2, gated=True,
@@ -37,7 +37,7 @@ def make_world(num_ranks: int, num_calls: int, deadline_s: float, num_processors
     tokens = [_tokens(config, counts, rng) for counts in (full, ragged, [0] * (num_ranks - 1) + [40], full)]
     with FlashMoE(config, weights, num_processors=num_processors) as layer:
         expected = [layer(parts) for parts in tokens]
-    return World(
+    return Trial(
         config=config, weights=weights, tokens=tokens, expected=expected, num_calls=num_calls,
         num_processors=num_processors, deadline_s=deadline_s,
     )  # fmt: skip

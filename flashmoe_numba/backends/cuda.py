@@ -22,7 +22,7 @@ from ..device.records import record_words
 from ..gpu.arrays import GpuTokens, check_gpu_tokens, current_stream, empty_like, stack
 from ..gpu.gpu import Gpu
 from ..kernel.control import ABORT, FAILED, RECORD, departure, record_stores
-from ..kernel.grid import HEADER_WORDS, Record
+from ..kernel.grid import HEADER_WORDS, RankArguments
 from ..kernel.state import Problem, Segments
 from ..processes.ownership import Owned
 from ..tile_gemm import as_matrices
@@ -113,11 +113,11 @@ class CudaBackend(Owned):
         data = b"".join(self.gpu.tensor_map(array, shape, box) for shape, box, array in [*weights, *of_rows])
         return self.gpu.to_device(np.frombuffer(data, np.int64))
 
-    def prepare(self, config: MoEConfig, records: Sequence[Record], folder: Path) -> None:
-        """Make the table of records, and wait until weights and segments are where they belong."""
-        rows = self._rows(records)
+    def prepare(self, config: MoEConfig, of_ranks: Sequence[RankArguments], folder: Path) -> None:
+        """Make the table, and wait until weights and segments are where they belong."""
+        rows = self._rows(of_ranks)
         rows[:, 0] = 1  # the epoch of the first call; the kernel counts it up
-        header = np.array([_num_blocks(records), rows.shape[1]], np.int64)
+        header = np.array([_num_blocks(of_ranks), rows.shape[1]], np.int64)
         self._table = self.gpu.to_device(np.concatenate([header, rows.reshape(-1)]))
         [self.gpu.pinned(rows.size, np.int64) for _ in range(CALLS_AHEAD)]  # a pool has them from now on
         self.gpu.synchronize()
@@ -161,15 +161,15 @@ class CudaBackend(Owned):
     def join(self, x: Any, parts: list[Any]) -> Any:
         return stack(x, parts, self.gpu)
 
-    def run(self, records: Sequence[Record], stop: Callable[[], None]) -> None:
+    def run(self, of_ranks: Sequence[RankArguments], stop: Callable[[], None]) -> None:
         """Launch all blocks in the caller's stream, behind the last call, and return."""
-        rows = self._rows(records)
+        rows = self._rows(of_ranks)
         staged = self._stage(rows, np.int64).reshape(rows.shape)
         self.gpu.copy_rows(self._table[HEADER_WORDS:], staged, 1, self._stream)  # the kernel counts the epoch itself
-        num_blocks = len(records) * _num_blocks(records)
+        num_blocks = len(of_ranks) * _num_blocks(of_ranks)
         arguments = (self.address(self._table), self._table.size)
         self.gpu.launch(self._function, num_blocks, THREADS, arguments, self.shared_bytes, self._stream)
-        control = self.address(records[0].segments.control)  # who gives up sets the abort words of all ranks
+        control = self.address(of_ranks[0].segments.control)  # who gives up sets the abort words of all ranks
         self.gpu.copy_out(self._aborted, control + 8 * ABORT, self._stream)
         self._keep_staged()
 
@@ -181,9 +181,9 @@ class CudaBackend(Owned):
             self._under_way.append((self._last, self._staged))
         self._staged = []
 
-    def _rows(self, records: Sequence[Record]) -> Array:
-        """int64 `[ranks here, words of a record]`: the table without its header."""
-        return np.array([record_words(record, self.address) for record in records], np.int64)
+    def _rows(self, of_ranks: Sequence[RankArguments]) -> Array:
+        """int64 `[ranks here, words of a rank's arguments]`: the table without its header."""
+        return np.array([record_words(of_rank, self.address) for of_rank in of_ranks], np.int64)
 
     def may_have_failed(self) -> bool:
         """Could a call have been given up, as far as is known without waiting? No time to ask while capturing."""
@@ -231,9 +231,9 @@ class CudaBackend(Owned):
             self._captured.clear()
 
 
-def _num_blocks(records: Sequence[Record]) -> int:
+def _num_blocks(of_ranks: Sequence[RankArguments]) -> int:
     """Blocks of each rank."""
-    return records[0].problem.num_processors + 1
+    return of_ranks[0].problem.num_processors + 1
 
 
 def shared_bytes(config: MoEConfig, variant: Variant) -> int:

@@ -13,7 +13,7 @@ from reference import MoEConfig
 from reference.arrays import Array
 
 from ..heap.host import HostMemory
-from ..kernel.grid import Record
+from ..kernel.grid import RankArguments
 from ..kernel.state import BOX_WORDS
 from ..processes.cores import default_processors
 from ..tile_gemm import Scratch
@@ -26,7 +26,7 @@ class Room(NamedTuple):
 
     scratch: Scratch
     box: Array  # int64 [BOX_WORDS]
-    trace: Array  # int64, its part of the record's `traces`
+    trace: Array  # int64, its part of the rank's `traces`
 
 
 class HostBackend(HostMemory, ABC):
@@ -56,38 +56,38 @@ class HostBackend(HostMemory, ABC):
     def check_grid(self, num_ranks_here: int, num_processors: int) -> None:
         """Any number of blocks will do."""
 
-    def prepare(self, config: MoEConfig, records: Sequence[Record], folder: Path) -> None:
+    def prepare(self, config: MoEConfig, of_ranks: Sequence[RankArguments], folder: Path) -> None:
         """Give every block its room, and compile the kernel for arguments of the types of the first one's."""
-        for record in records:
-            self.make_rooms(config, record)
-        _, arguments = self.blocks(records[0])[0]
+        for of_rank in of_ranks:
+            self.make_rooms(config, of_rank)
+        _, arguments = self.blocks(of_ranks[0])[0]
         self.compile(arguments, folder)
 
-    def make_rooms(self, config: MoEConfig, record: Record) -> list[Room]:
-        """A room for each block of the rank with this record. The OS block uses no scratch, so it shares one."""
-        num_blocks = record.problem.num_processors + 1
+    def make_rooms(self, config: MoEConfig, of_rank: RankArguments) -> list[Room]:
+        """A room for each block of the rank with these arguments. The OS block uses no scratch, so it shares one."""
+        num_blocks = of_rank.problem.num_processors + 1
         scratch = [self.make_scratch(config) for _ in range(num_blocks - 1)]
-        parts = zip([*scratch, scratch[-1]], np.split(record.traces, num_blocks), strict=True)
+        parts = zip([*scratch, scratch[-1]], np.split(of_rank.traces, num_blocks), strict=True)
         rooms = [Room(of_block, np.zeros(BOX_WORDS, np.int64), trace) for of_block, trace in parts]
-        self._rooms[record.problem.rank_idx] = rooms
+        self._rooms[of_rank.problem.rank_idx] = rooms
         return rooms
 
-    def blocks(self, record: Record) -> list[Block]:
+    def blocks(self, of_rank: RankArguments) -> list[Block]:
         """Those of a rank in one call, with cleared traces."""
-        problem, found = record.problem, []
+        problem, found = of_rank.problem, []
         for block, room in enumerate(self._rooms[problem.rank_idx]):
             room.trace[:1] = 0
             role = "OS block" if block == problem.num_processors else f"processor {block}"
-            groups = problem, record.segments, record.experts, record.tokens, record.received, record.queue
+            groups = problem, of_rank.segments, of_rank.experts, of_rank.tokens, of_rank.received, of_rank.queue
             found.append((f"rank {problem.rank_idx} {role}", (block, *groups, *room)))
         return found
 
     def begin(self, tokens: Sequence[Any]) -> None:
         """Nothing: calls come one after the other."""
 
-    def run(self, records: Sequence[Record], stop: Callable[[], None]) -> None:
+    def run(self, of_ranks: Sequence[RankArguments], stop: Callable[[], None]) -> None:
         """Run all blocks of these ranks to their end."""
-        self.run_blocks([block for record in records for block in self.blocks(record)], stop)
+        self.run_blocks([block for of_rank in of_ranks for block in self.blocks(of_rank)], stop)
 
     def may_have_failed(self) -> bool:
         """`run` waited, so just look."""

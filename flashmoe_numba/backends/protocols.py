@@ -1,7 +1,7 @@
 """What runs a layer's blocks.
 
-A layer and its ranks use what stands here and in heap/protocols.py and nothing else, so that whatever gives it can take
-the place of ours (`FlashMoE.from_parts`).
+A layer and its ranks use what stands here and in heap/protocols.py, and nothing else, so that whatever gives it can
+take the place of ours (`FlashMoE.from_parts`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from reference import MoEConfig
 
 from ..heap.protocols import Memory
-from ..kernel.grid import Record
+from ..kernel.grid import RankArguments
 from ..kernel.state import Problem, Segments
 
 
@@ -34,8 +34,8 @@ class Backend(Memory, Protocol):
     def check_grid(self, num_ranks_here: int, num_processors: int) -> None:
         """Raise a ValueError if so many blocks cannot run at the same time; nothing, where any number can."""
 
-    def prepare(self, config: MoEConfig, records: Sequence[Record], folder: Path) -> None:
-        """Make all that blocks need beside these records, one per rank of this process, and compile what is left.
+    def prepare(self, config: MoEConfig, of_ranks: Sequence[RankArguments], folder: Path) -> None:
+        """Make all that blocks need beside these arguments of each rank of this process, and compile what is left.
 
         Args:
             folder: where compiled kernels are kept; not looked at where nothing is compiled.
@@ -47,11 +47,11 @@ class Backend(Memory, Protocol):
     def begin(self, tokens: Sequence[Any]) -> None:
         """A call begins, with these tokens of each rank here; nothing, where calls have no order to keep."""
 
-    def run(self, records: Sequence[Record], stop: Callable[[], None]) -> None:
+    def run(self, of_ranks: Sequence[RankArguments], stop: Callable[[], None]) -> None:
         """Run all blocks of these ranks: to their end, or on a GPU only to where they are on their way.
 
         Args:
-            records: of this call, in the order of those that were prepared.
+            of_ranks: of this call, in the order of those that were prepared.
             stop: makes blocks leave early; called if this thread is interrupted while it waits.
         """
 

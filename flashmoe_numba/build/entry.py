@@ -17,7 +17,7 @@ from ..tile_gemm import Scratch
 from ..tile_gemm import cuda as _registers_the_tile_gemm  # noqa: F401
 from ..tile_gemm.hopper import SHARED_ALIGNMENT
 from ..tile_gemm.matrices import PASS_ROWS, SUMS_STRIDE
-from .likeness import like_record
+from .likeness import like_arguments
 from .variants import Variant
 
 ROWS_AT = PASS_ROWS * SUMS_STRIDE  # in the block's shared memory, elements: behind the sums that lanes make
@@ -39,8 +39,8 @@ def make_entry(variant: Variant) -> tuple[Callable[..., None], tuple[Any, ...]]:
 
 
 def record_types(variant: Variant) -> tuple[Any, Any]:
-    """Numba's types of a Record and of a sum."""
+    """Numba's types of a rank's arguments and of a sum."""
     from numba import typeof
 
-    record = like_record(variant)
+    record = like_arguments(variant)
     return typeof(record), typeof(record.tokens.logits).dtype

@@ -1,4 +1,4 @@
-"""A record of the table's type, made without a GPU: what kernels are compiled for is read off it."""
+"""Arguments of a rank, made without a GPU: what kernels are compiled for is read off it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from reference.arrays import Array
 
 from ..heap.host import HostMemory
 from ..heap.rank import Rank
-from ..kernel.grid import Record
+from ..kernel.grid import RankArguments
 from ..tile_gemm import as_matrices
 from ..tile_gemm.hopper import MAP_WORDS, NUM_MAPS, TmaMatrices, tma_matrices
 from ..tile_gemm.matrices import Matrices
 from .variants import Variant
 
 
-def like_record(variant: Variant) -> Record:
-    """The record of a tiny layer in this process's memory."""
+def like_arguments(variant: Variant) -> RankArguments:
+    """Those of a tiny layer's rank in this process's memory."""
     config = MoEConfig(num_ranks=1, num_tokens=1, hidden=8, ffn=8, num_experts=1, num_topk=1, dtype=variant.dtype)
     segment = np.zeros(Layout(config).num_bytes, np.uint8)
-    return Rank(config, 0, Weights.random(config), [segment], 1, _Likeness(variant), 0).first_record()
+    return Rank(config, 0, Weights.random(config), [segment], 1, _Likeness(variant), 0).first_arguments()
 
 
 class _Likeness(HostMemory):

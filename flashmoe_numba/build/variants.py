@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from reference import DTYPES, MoEConfig
 
+from ..tile_gemm.hopper import INSTRUCTIONS
 from ..tile_gemm.matrices import MAX_TILE_COLUMNS
 
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
 TMA_ALIGNMENT = 16  # bytes, of a row
-TENSOR_DTYPES = ("float16", "bfloat16", "float32")
+TENSOR_DTYPES = tuple(INSTRUCTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

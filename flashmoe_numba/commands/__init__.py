@@ -1,1 +1,1 @@
-"""The commands of `flashmoe`, one module each."""
+"""The commands of `flashmoe`, a module each (cli.py names them), and what several of them share."""

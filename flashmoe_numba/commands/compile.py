@@ -173,9 +173,9 @@ def _kinds(loop: MainLoop) -> str:
 def _say(rows: Sequence[dict[str, Any]], as_table: bool) -> None:
     """The last row of the table as soon as it is known, and what is wrong with it on stderr."""
     if as_table and len(rows) == 1:
-        print("  ".join(f"{name:{alignment}}" for name, alignment, _ in COLUMNS), flush=True)
+        print("  ".join(f"{name:{alignment}}" for name, alignment, _ in COLUMNS).rstrip(), flush=True)
     row = rows[-1]
     if as_table and "registers" in row:
-        print("  ".join(f"{what(row)!s:{alignment}}" for _, alignment, what in COLUMNS), flush=True)
+        print("  ".join(f"{what(row)!s:{alignment}}" for _, alignment, what in COLUMNS).rstrip(), flush=True)
     for failure in row["failures"]:
         print(f"FAILED {row['variant']}: {failure}", file=sys.stderr)

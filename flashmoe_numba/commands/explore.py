@@ -16,7 +16,6 @@ from dataclasses import asdict, fields, replace
 from itertools import islice
 from typing import Any
 
-from flashmoe_numba.processes.pools import Pool
 from reference import DTYPES, MoEConfig
 
 from ..errors import UsageError
@@ -27,6 +26,7 @@ from ..explore.run.spec import Lost, WorldSpec
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore, search_of
 from ..explore.worlds import PLAIN, WORLDS
 from ..processes import launch
+from ..processes.pools import Pool
 from .explored import as_json, count, describe, lines, replay_command
 from .failures import add_failure_arguments, describe_world, replay, shrink, tell
 from .sizes import add_json_argument, blaming, check_outputs, give, in_flags, integer, write_json

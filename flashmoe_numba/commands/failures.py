@@ -14,10 +14,10 @@ from ..explore.choose.schedules import Scheduled
 from ..explore.run.checks import Checker
 from ..explore.run.reports import Report
 from ..explore.run.spec import WorldSpec
-from ..explore.run.world import World
+from ..explore.run.world import WatchedWorld
 from ..explore.search import Explorer, Outcome, Search, watched_kernel
 from ..explore.tell.cases import Case, load, save
-from ..explore.tell.history import record
+from ..explore.tell.history import turns_until
 from ..explore.tell.shrink import MOST_RUNS, Shrinker
 from ..explore.tell.telling import Line, Teller, as_text
 from .sizes import give, integer
@@ -107,7 +107,7 @@ def shrink(search: Search, bad: Outcome, file: str) -> Shrunk:
         except ValueError:
             return Shrunk(None, shrinker.runs, complete=False, story=None)
         save(case, Path(file))
-        return Shrunk(case, shrinker.runs, shrinker.complete, _play(World(case.spec, kernel), case))
+        return Shrunk(case, shrinker.runs, shrinker.complete, _play(WatchedWorld(case.spec, kernel), case))
 
 
 # ---- a run from a file
@@ -127,7 +127,7 @@ def replay(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(f"argument --replay: {args.replay!r} is no file of --shrink: {error}") from None
     with watched_kernel(case.plant) as kernel:
-        story = _play(World(case.spec, kernel), case)
+        story = _play(WatchedWorld(case.spec, kernel), case)
     lines = [describe_case(case), *_replayed(story, case, args.history)]
     give(args.json, lines, {"case": asdict(case), "clean": not story.reports} | story.as_json())
     return 1 if story.reports else 0
@@ -146,7 +146,7 @@ def _replayed(story: Story, case: Case, most: int) -> list[str]:
     return [f"clean: what the file tells of does not come any more: {case.report}"]
 
 
-def _play(world: World, case: Case) -> Story:
+def _play(world: WatchedWorld, case: Case) -> Story:
     def make() -> Strategy:
         return Scheduled(case.schedule)
 
@@ -155,10 +155,10 @@ def _play(world: World, case: Case) -> Story:
     return _story(world, make, case.late_seed, first + [report for report in reports if report not in first])
 
 
-def _story(world: World, make: Callable[[], Strategy], late_seed: int | None, reports: list[Report]) -> Story:
+def _story(world: WatchedWorld, make: Callable[[], Strategy], late_seed: int | None, reports: list[Report]) -> Story:
     if not reports:
         return Story([], [])
-    turns = record(world, make, late_seed, until=reports[0])
+    turns = turns_until(world, make, late_seed, until=reports[0])
     return Story(reports, Teller(world.spec.config, reports[0]).tell(turns))
 
 

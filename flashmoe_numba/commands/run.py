@@ -30,7 +30,7 @@ from .sizes import (
 )
 
 if TYPE_CHECKING:
-    from ..processes.together import LocalWorld, MpiWorld
+    from ..processes.together import LocalRanks, MpiRanks
 
 MOST_DEADLINE_S = 86400.0
 
@@ -144,10 +144,10 @@ def _num_tokens(args: argparse.Namespace) -> int | None:
 def _run_here(args: argparse.Namespace, config: MoEConfig) -> int:
     """All ranks in this process."""
     from ..errors import FlashMoEError
-    from ..processes.together import LocalWorld
+    from ..processes.together import LocalRanks
 
     try:
-        return _run(args, config, LocalWorld())
+        return _run(args, config, LocalRanks())
     except (FlashMoEError, ImportError, MemoryError, RuntimeError, ValueError) as error:
         if args.backend != "cuda" and not isinstance(error, FlashMoEError):
             raise
@@ -158,9 +158,9 @@ def _run_here(args: argparse.Namespace, config: MoEConfig) -> int:
 def _run_as_rank(args: argparse.Namespace) -> int:
     """This process is one rank of many."""
     launch.guard_this_rank(args.deadline_s)
-    from ..processes.together import MpiWorld
+    from ..processes.together import MpiRanks
 
-    world = MpiWorld(args.deadline_s)
+    world = MpiRanks(args.deadline_s)
     try:
         if args.threads or args.backend == "fibers":
             rule = "--threads and fibers run all ranks in one process: start this without mpirun"
@@ -177,7 +177,7 @@ def _run_as_rank(args: argparse.Namespace) -> int:
         world.abandon(error)
 
 
-def _run(args: argparse.Namespace, config: MoEConfig, world: LocalWorld | MpiWorld) -> int:
+def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRanks) -> int:
     from ..bench.measure import Settings, measure
     from .outcome import conclude
 

@@ -9,12 +9,11 @@ from concurrent.futures import BrokenExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-from flashmoe_numba.processes.pools import Pool, mpi_pool, process_pool
-
 from ..errors import UsageError
 from ..processes import launch
 from ..processes.cores import count_cores
 from ..processes.mpi_environment import begin_mpi
+from ..processes.pools import Pool, mpi_pool, process_pool
 from .sizes import integer
 
 STOPS = (KeyboardInterrupt, BrokenExecutor, MemoryError)  # end the work early; what was done till then counts

@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flashmoe_numba.processes.pools import Pool
 from sim.studies.grid import Point, load_grid
 from sim.studies.sweep import Row, RowFile, missing, run_points
 
 from ..errors import UsageError
 from ..processes import launch
+from ..processes.pools import Pool
 from .sizes import make_folder
 from .spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped
 

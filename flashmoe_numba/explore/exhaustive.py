@@ -9,7 +9,7 @@ from ..device.fibers import Fiber, Strategy
 from .choose.choice_tree import RETRY, ChoiceTree
 from .choose.schedules import Recorded
 from .run.checks import Checker
-from .run.world import World
+from .run.world import WatchedWorld
 from .search import Outcome, Search, watched_kernel
 
 EXHAUSTIVE = "exhaustive"  # beside strategies.STRATEGIES
@@ -32,7 +32,7 @@ def explore_all(search: Search) -> Iterator[Outcome]:
     """
     check_search(search)
     with watched_kernel(search.plant) as kernel:
-        world = World(search.spec, kernel)
+        world = WatchedWorld(search.spec, kernel)
         checker, tree = Checker(world), ChoiceTree(world.memory, rank_of)
         number, start, more = 0, time.perf_counter(), True
         while more:

@@ -11,7 +11,7 @@ from .worlds import WORLDS
 
 
 def searches(plant: str | None, worlds: Iterable[str], strategies: Sequence[str]) -> list[Search]:
-    """World by world, each under every strategy."""
+    """WatchedWorld by world, each under every strategy."""
     return [Search(spec=WORLDS[world], strategy=each, plant=plant) for world in worlds for each in strategies]
 
 

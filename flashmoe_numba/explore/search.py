@@ -20,7 +20,7 @@ from .run.checks import Checker
 from .run.reports import Report
 from .run.spec import WorldSpec
 from .run.watched import watch
-from .run.world import World
+from .run.world import WatchedWorld
 
 SEEDS_PER_BATCH = 8
 
@@ -67,7 +67,7 @@ class Explorer:
 
     def __init__(self, search: Search, kernel: ModuleType) -> None:
         self.search = search
-        self.world = World(search.spec, kernel)
+        self.world = WatchedWorld(search.spec, kernel)
         self.checker = Checker(self.world)
         self.num_steps = self._measure_steps() if search.strategy == "pct" else 0
 
@@ -99,7 +99,7 @@ class Explorer:
 
 @contextlib.contextmanager
 def watched_kernel(plant: str | None) -> Iterator[ModuleType]:
-    """The kernel for `World`, with a planted bug if one is named."""
+    """The kernel for `WatchedWorld`, with a planted bug if one is named."""
     with contextlib.ExitStack() as stack:
         if plant is None:
             yield watch(load_interpreted(PACKAGE / "kernel", "flashmoe_numba.kernel_watched"))

@@ -1,5 +1,6 @@
-"""Symmetric heaps: one segment per rank, all of one size, all visible to every rank. What each gives is said in
-protocols.py.
+"""Memory: a rank's arrays, and symmetric heaps, one segment per rank, all of one size, all visible to every rank.
+
+What a memory and a heap give is said in `protocols`.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class GpuIpcHeap(Meeting):
             ValueError: ranks on several machines, or two GPUs that cannot reach each other's memory.
             MemoryError: how much is needed and how much is free.
         """
-        assert isinstance(memory, OnGpu), "a rank maps others' segments from a GPU"
+        if not isinstance(memory, OnGpu):
+            raise TypeError(f"backend must be on a GPU for segments that GPUs share, got {type(memory).__name__}")
         self._gpu = memory.gpu
         self.require_one_machine()
         self.agree(self._missing_access())

@@ -14,11 +14,10 @@ from reference import Layout, MoEConfig, Routing, Weights
 from reference.plan import hidden_rows, max_tasks
 from reference.runs import packet_row_blocks, packet_tile_height
 
-from ..device.storage import storage_dtype
-from ..kernel.grid import Record
+from ..kernel.grid import RankArguments
 from ..kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
 from ..kernel.state import Experts, Problem, Queue, Received, Segments, Tokens
-from ..kernel.trace import RECORD_WORDS
+from ..kernel.trace import EVENT_WORDS
 from ..processes.ownership import Owned
 from .protocols import Memory
 
@@ -64,7 +63,7 @@ class Rank(Owned):
     Args:
         weights: the experts of this rank only.
         segments: every rank's segment as bytes, as seen from this process.
-        trace_records: records to keep per block and call, 0 for none.
+        trace_events: events to keep per block and call, 0 for none.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Rank(Owned):
         segments: list[np.ndarray],
         num_processors: int,
         memory: Memory,
-        trace_records: int,
+        trace_events: int,
     ) -> None:
         self.config, self.rank_idx, self.num_processors, self._memory = config, rank_idx, num_processors, memory
         self.layout = Layout(config)
@@ -87,7 +86,7 @@ class Rank(Owned):
             memory.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
         )
         self.tokens = self._token_arrays()
-        trace_words = (trace_records + 1) * RECORD_WORDS if trace_records else 0
+        trace_words = (trace_events + 1) * EVENT_WORDS if trace_events else 0
         self.traces = memory.zeros((num_processors + 1) * trace_words, np.int64)
         self.left = memory.zeros(1, np.int64)
         self.problem = self._fixed_problem()
@@ -96,7 +95,7 @@ class Rank(Owned):
     def control(self) -> np.ndarray:
         return self.segments.control
 
-    def call(self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int) -> tuple[Any, Record]:
+    def call(self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int) -> tuple[Any, RankArguments]:
         """(y, what the blocks of this call are given): y is filled once all have run.
 
         Args:
@@ -111,15 +110,15 @@ class Rank(Owned):
         problem = self.problem._replace(
             epoch=epoch, num_tokens=len(x), routed=routing is not None, deadline_ns=deadline_ns
         )
-        return y, self._record(problem, tokens)
+        return y, self._arguments(problem, tokens)
 
-    def first_record(self) -> Record:
+    def first_arguments(self) -> RankArguments:
         """What blocks are given before any call, with tokens of size 0."""
-        return self._record(self.problem, self.tokens)
+        return self._arguments(self.problem, self.tokens)
 
-    def _record(self, problem: Problem, tokens: Tokens) -> Record:
+    def _arguments(self, problem: Problem, tokens: Tokens) -> RankArguments:
         groups = problem, self.segments, self.experts, tokens, self.received, self.queue
-        return Record(*groups, traces=self.traces, left=self.left)
+        return RankArguments(*groups, traces=self.traces, left=self.left)
 
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
         """Arguments of `kernel.leave`."""
@@ -160,7 +159,7 @@ class Rank(Owned):
 
     def _segments(self, segments: list[np.ndarray]) -> Segments:
         own, layout = segments[self.rank_idx], self.layout
-        element = storage_dtype(self.config.numpy_dtype)
+        element = self.config.format.storage
 
         def view(offset: int, num_elements: int, dtype: np.dtype) -> np.ndarray:
             return own[offset : offset + num_elements * dtype.itemsize].view(dtype)
@@ -194,7 +193,7 @@ class Rank(Owned):
 
     def _received(self) -> Received:
         c, row_blocks = self.config, self.layout.row_blocks
-        element = storage_dtype(c.numpy_dtype)
+        element = c.format.storage
 
         def words(size: int) -> np.ndarray:
             return self._memory.zeros(size, np.int64)
@@ -213,7 +212,7 @@ class Rank(Owned):
         c = self.config
         pairs, blocks = c.num_tokens * c.num_topk, -(-c.num_tokens // c.token_block)
         memory = self._memory
-        empty = memory.empty(0, storage_dtype(c.numpy_dtype))
+        empty = memory.empty(0, c.format.storage)
 
         def integers(size: int) -> np.ndarray:
             return memory.zeros(size, np.int32)

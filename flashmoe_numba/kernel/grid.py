@@ -1,6 +1,6 @@
 """Many ranks' blocks in one launch, which find their arguments in a table: how a GPU runs `persistent`.
 
-The table is an array of words: a header, then a record for each rank that this launch runs. So a launch has one
+The table is an array of words: a header, then the arguments of each rank that this launch runs. So a launch has one
 argument, whatever the layer's size, and a recorded launch (a CUDA graph) can be replayed: epochs are counted where the
 kernel runs, by the last block of a rank to leave.
 """
@@ -15,11 +15,11 @@ from .persistent import persistent
 from .state import Experts, Problem, Queue, Received, Segments, Tokens
 
 # words of the header
-BLOCKS_PER_RANK, RECORD_WORDS = 0, 1
+BLOCKS_PER_RANK, WORDS_PER_RANK = 0, 1
 HEADER_WORDS = 2
 
 
-class Record(NamedTuple):
+class RankArguments(NamedTuple):
     """What all blocks of a rank are given. `problem` comes first, and its epoch first in it: `leave` counts it up."""
 
     problem: Problem
@@ -37,7 +37,7 @@ def grid_block(index, table, like, scratch, box):
     """Run block `index` of the launch; `like` is any value of the record's type."""
     num_blocks = table[BLOCKS_PER_RANK]
     rank, block = index // num_blocks, index % num_blocks
-    at = HEADER_WORDS + rank * table[RECORD_WORDS]
+    at = HEADER_WORDS + rank * table[WORDS_PER_RANK]
     r = record_at(table, at, like)
     trace_words = r.traces.size // num_blocks
     trace = r.traces[block * trace_words : (block + 1) * trace_words]

@@ -15,7 +15,7 @@ from .waits import aborted, begin_wait, give_up, keep_waiting, note_progress, si
 @jit
 def processor(block, rank, scratch, box, trace):
     while True:
-        place = next_task(block, rank, box)
+        place = next_task(rank.problem, block, rank.segments, rank.queue, box)
         if place < 0:
             break
         start = now()
@@ -27,11 +27,11 @@ def processor(block, rank, scratch, box, trace):
 
 
 @jit
-def next_task(block, rank, box):
+def next_task(p, block, segments, queue, box):
     """Place of the next task, the same for all lanes; -1 when there is none left or the call was aborted."""
     block_sync()
     if lane() == 0:
-        box[PLACE] = wait_for_place(rank.problem, block, rank.segments, rank.queue)
+        box[PLACE] = wait_for_place(p, block, segments, queue)
     block_sync()
     return box[PLACE]
 

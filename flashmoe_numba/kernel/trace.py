@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashmoe_numba.device import fetch_add, jit, now
 
-RECORD_WORDS = 8  # kind, peer, expert, m, n, start, end
+EVENT_WORDS = 8  # kind, peer, expert, m, n, start, end
 
 
 @jit
@@ -12,8 +12,8 @@ def note_event(trace, task, start):
     """Append what this lane did. `trace[0]` counts records; an empty buffer takes none, a full one only counts."""
     if trace.size > 0:
         i = fetch_add(trace, 0, 1) + 1
-        at = i * RECORD_WORDS
-        if at + RECORD_WORDS <= trace.size:
+        at = i * EVENT_WORDS
+        if at + EVENT_WORDS <= trace.size:
             trace[at] = task.kind
             trace[at + 1] = task.peer
             trace[at + 2] = task.expert

@@ -10,6 +10,7 @@ from reference import MoEConfig, Weights
 from reference.scalars import make_plain, number, plain, whole
 
 from ..backends import check_backend
+from ..heap.protocols import Heap
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.mpi_environment import why_alone
 
@@ -18,7 +19,7 @@ MOST_PROCESSORS = 512  # threads of one rank: with thousands, most never get to 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class LayerSettings:
     """Arguments of a layer as its user gave them (see `FlashMoE`), of which any may be wrong until `check` was called.
 
     `backend` is None where it is no name but an object.
@@ -40,8 +41,11 @@ class Settings:
         settings = {name: plain(value) for name, value in self.backend_settings.items()}
         object.__setattr__(self, "backend_settings", settings)
 
-    def check(self) -> None:
+    def check(self, heap: Heap | None = None) -> None:
         """Find out what a layer can know to be wrong before it takes memory.
+
+        Args:
+            heap: the one that the user gave, or that was made for these settings.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and the rule.
@@ -60,6 +64,8 @@ class Settings:
         _check_seconds("deadline_s", self.deadline_s)
         _check_seconds("setup_deadline_s", self.setup_deadline_s)
         self._check_comm()
+        if heap is not None and heap.num_ranks != self.config.num_ranks:
+            raise ValueError(f"heap must have config.num_ranks={self.config.num_ranks} ranks, got {heap.num_ranks}")
         for rank_idx in range(self.config.num_ranks) if self.comm is None else [self.comm.rank]:
             self.weights.shard(rank_idx, self.config.num_ranks)  # raises if its experts are not there
 

@@ -24,7 +24,7 @@ from ..kernel.control import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, FAILED
 from ..kernel.signals import EPOCH_SHIFT
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
-from .arguments import DEADLINE_S, Settings
+from .arguments import DEADLINE_S, LayerSettings
 from .failures import explain
 
 LAST_EPOCH = 2**31 - 1
@@ -76,7 +76,7 @@ class FlashMoE(Owned):
     ) -> None:
         if comm is not None and not hasattr(comm, "Split_type"):
             raise TypeError(f"comm must be an mpi4py communicator or None, got {type(comm).__name__}")
-        settings = Settings(
+        settings = LayerSettings(
             config=config,
             weights=weights,
             comm=comm,
@@ -90,8 +90,9 @@ class FlashMoE(Owned):
         if comm is None:
             settings.check()
         heap = make_heap(config, comm, backend, settings.patience_s())
+        made: list[Backend] = []
         first_rank, how = heap.rank_indices[0], settings.backend_settings
-        self._set_up(settings, heap, lambda: make_backend(backend, config, first_rank, **how))
+        self._set_up(settings, heap, made, lambda: made.append(make_backend(backend, config, first_rank, **how)))
 
     @classmethod
     def from_parts(
@@ -105,7 +106,9 @@ class FlashMoE(Owned):
         deadline_s: float = DEADLINE_S,
         trace: bool = False,
     ) -> FlashMoE:
-        """A layer on objects (backends/protocols.py, heap/protocols.py) in place of names; it closes them.
+        """A layer on objects (backends/protocols.py, heap/protocols.py) in place of names.
+
+        It closes them when it is closed, or where it cannot be made.
 
         Args:
             weights: of the experts of all ranks.
@@ -116,12 +119,29 @@ class FlashMoE(Owned):
         """
         how: dict[str, Any] = dict(num_processors=num_processors, deadline_s=deadline_s, trace=trace)
         layer = cls.__new__(cls)
-        layer._set_up(Settings(config=config, weights=weights, **how), heap, lambda: backend)
+        layer._set_up(LayerSettings(config=config, weights=weights, **how), heap, [backend], lambda: None)
         return layer
 
-    def _set_up(self, settings: Settings, heap: Heap, make_backend: Callable[[], Backend]) -> None:
-        heap.together(settings.check)  # the other ranks must hear of a problem, too
-        heap.agree(None, same=settings.shared())
+    def _set_up(
+        self, settings: LayerSettings, heap: Heap, made: list[Backend], make_backend: Callable[[], None]
+    ) -> None:
+        """All steps of setting up; `made` holds the backend, at the latest when `make_backend` was called."""
+        try:
+            heap.together(lambda: settings.check(heap))  # the other ranks must hear of a problem, too
+            heap.agree(None, same=settings.shared())
+            heap.together(make_backend)
+            self._backend = made[0]
+            self._make_ready(settings, heap)
+        except BaseException:
+            with contextlib.suppress(Exception):  # what failed may fail again, and must not hide it
+                for backend in made:
+                    backend.close()
+            with contextlib.suppress(Exception):
+                heap.close(None)
+            raise
+
+    def _make_ready(self, settings: LayerSettings, heap: Heap) -> None:
+        """All steps of setting up that take memory or compile, each with all ranks."""
         self.config, self.deadline_s = settings.config, settings.deadline_s
         self._closed: str | None = None
         self._epoch = 0
@@ -131,36 +151,26 @@ class FlashMoE(Owned):
         self._ranks: list[Rank] = []
         self._heap: Heap | None = heap
         self._in_process = heap.all_here
-        self._backend = heap.together(make_backend)
-        try:
-            self._make_ready(settings, heap)
-        except BaseException:
-            with contextlib.suppress(Exception):  # what failed may fail again, and must not hide it
-                self._backend.close()
-            raise
-
-    def _make_ready(self, settings: Settings, heap: Heap) -> None:
-        """All steps of setting up that take memory or compile, each with all ranks."""
         folder = Path(heap.from_first(lambda: str(usable_cache_folder())))
         _one_first(heap, lambda: self._backend.load(folder))
         heap.together(lambda: self._set_processors(settings.num_processors, heap))
         heap.allocate(Layout(self.config).num_bytes, self._backend)
         heap.together(lambda: self._make_ranks(settings, heap))
-        records = [rank.first_record() for rank in self._ranks]
-        _one_first(heap, lambda: self._backend.prepare(self.config, records, folder))
+        of_ranks = [rank.first_arguments() for rank in self._ranks]
+        _one_first(heap, lambda: self._backend.prepare(self.config, of_ranks, folder))
 
     def _set_processors(self, wanted: int | None, heap: Heap) -> None:
         here = len(heap.rank_indices)
         self.num_processors = wanted or self._backend.default_processors(here, self.config.num_ranks)
         self._backend.check_grid(here, self.num_processors)
 
-    def _make_ranks(self, settings: Settings, heap: Heap) -> None:
+    def _make_ranks(self, settings: LayerSettings, heap: Heap) -> None:
         config = self.config
-        records = max_tasks(config) + config.num_experts if settings.trace else 0
+        events = max_tasks(config) + config.num_experts if settings.trace else 0
         for rank_idx in heap.rank_indices:
             own = settings.weights.shard(rank_idx, config.num_ranks)
             memory = heap.segments, self.num_processors, self._backend
-            self._ranks.append(Rank(config, rank_idx, own, *memory, records))
+            self._ranks.append(Rank(config, rank_idx, own, *memory, events))
 
     def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None) -> Any:
         """The layer's output for these tokens.
@@ -236,13 +246,13 @@ class FlashMoE(Owned):
         self._epoch += 1
         self._num_tokens = [len(x) for x in tokens]
         deadline_ns = self._backend.deadline_ns(self.deadline_s)
-        ys, records = [], []
+        ys, of_ranks = [], []
         try:
             for rank, x, routing in zip(self._ranks, tokens, routings, strict=True):
-                y, record = rank.call(x, routing, self._epoch, deadline_ns)
+                y, of_rank = rank.call(x, routing, self._epoch, deadline_ns)
                 ys.append(y)
-                records.append(record)
-            self._backend.run(records, self._leave)
+                of_ranks.append(of_rank)
+            self._backend.run(of_ranks, self._leave)
         except BaseException as error:
             self._closed = f"its last call was interrupted by {type(error).__name__}"
             self._leave()
@@ -306,7 +316,7 @@ class FlashMoE(Owned):
 
     @property
     def traces(self) -> dict[tuple[int, int], np.ndarray]:
-        """Raw records of the last call, by (rank, block); decoded by `flashmoe_numba.seeing.trace`."""
+        """Raw events of the last call, by (rank, block); decoded by `flashmoe_numba.seeing.trace`."""
         self._last_tokens()
         return {
             (rank.rank_idx, block): trace

@@ -1,4 +1,4 @@
-"""Where a sweep's points run: in processes of this machine, or in the other ranks of an mpirun."""
+"""Where sweeps and explorations run: in processes of this machine, or in the other ranks of an mpirun."""
 
 from __future__ import annotations
 

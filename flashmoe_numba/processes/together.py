@@ -33,7 +33,7 @@ HEADSTART_NS = 2_000_000  # from the last arrival at a meeting to the common sta
 LAST_WORDS_S = 0.5  # for the messages of the other ranks, before everything ends
 
 
-class LocalWorld:
+class LocalRanks:
     """One process, whatever ranks it holds: nobody to wait for."""
 
     rank_idx, num_ranks, comm = 0, 1, None
@@ -51,7 +51,7 @@ class LocalWorld:
         return code
 
 
-class MpiWorld:
+class MpiRanks:
     """The ranks of MPI's COMM_WORLD, all on one machine.
 
     Args:

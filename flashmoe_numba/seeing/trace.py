@@ -13,7 +13,7 @@ import numpy as np
 from reference import DISPATCH, GEMM0
 from reference.traces import Event, Slice, flow_events, name_events, slice_events, write_events
 
-from ..kernel.trace import RECORD_WORDS
+from ..kernel.trace import EVENT_WORDS
 
 
 def filled(buffer: np.ndarray) -> np.ndarray:
@@ -22,17 +22,17 @@ def filled(buffer: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: the block did more than its buffer holds.
     """
-    count, room = int(buffer[0]), buffer.size // RECORD_WORDS - 1
+    count, room = int(buffer[0]), buffer.size // EVENT_WORDS - 1
     if count > room:
         raise ValueError(f"a trace buffer for {room} records must hold {count}")
-    return buffer[: (1 + count) * RECORD_WORDS]
+    return buffer[: (1 + count) * EVENT_WORDS]
 
 
 def decode(buffers: Mapping[tuple[int, int], np.ndarray]) -> list[Slice]:
     """The slices of `FlashMoE.traces`, ordered by rank, block and time."""
     slices = []
     for (rank, block), buffer in sorted(buffers.items()):
-        rows = filled(buffer).reshape(-1, RECORD_WORDS)[1:, : RECORD_WORDS - 1].tolist()
+        rows = filled(buffer).reshape(-1, EVENT_WORDS)[1:, : EVENT_WORDS - 1].tolist()
         slices += [Slice(rank, block, *row) for row in rows]
     return sorted(slices, key=lambda task: (task.rank, task.lane, task.start_ns))
 

@@ -101,7 +101,7 @@ def _key(s: State, rank: int) -> Any:
 
 @compiled
 def _mix(number: Any, seed: Any) -> Any:
-    """`engine.mix`."""
+    """`plain.mix`."""
     z = number + (seed + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -22,11 +22,12 @@ def check_keys(where: str, table: object, required: Iterable[str], optional: Ite
     if not isinstance(table, Mapping):
         raise TypeError(f"{where} must be a table, got {table!r}")
     required = tuple(required)
-    missing = [name for name in required if name not in table]
-    if missing:
-        raise ValueError(f"{where} must have {', '.join(required)}; missing: {', '.join(missing)}")
     known = (*required, *optional)
     unknown = [str(name) for name in table if name not in known]
+    missing = [name for name in required if name not in table]
+    if missing:
+        misspelt = f"; unknown: {', '.join(unknown)}" if unknown else ""
+        raise ValueError(f"{where} must have {', '.join(required)}; missing: {', '.join(missing)}{misspelt}")
     if unknown:
         raise ValueError(f"{where} must have only {', '.join(known)}; unknown: {', '.join(unknown)}")
 

@@ -93,8 +93,8 @@ def test_a_kernel_that_really_spills_is_found(tmp_path, monkeypatch):
 
 def test_the_second_build_reads_the_disk_and_imports_no_compiler(kernel, folder):
     program = (
-        "import sys; from pathlib import Path; from flashmoe_numba.gpu.build import build\n"
-        "from flashmoe_numba.gpu.variants import Variant\n"
+        "import sys; from pathlib import Path; from flashmoe_numba.build.build import build\n"
+        "from flashmoe_numba.build.variants import Variant\n"
         f"print(build({kernel.variant!r}, Path(sys.argv[1])).path)\n"
         "print(*sorted({'numba', 'numba_cuda', 'llvmlite', 'cuda', 'cupy'} & set(sys.modules)))"
     )

@@ -18,7 +18,7 @@ import numpy as np
 from flashmoe_numba import cli
 from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.processes import launch
-from flashmoe_numba.processes.together import MpiWorld
+from flashmoe_numba.processes.together import MpiRanks
 
 VICTIM, EPOCH = 1, 4
 MEETING = "before call 3 "  # the first call warms up
@@ -48,7 +48,7 @@ def write(file, text):
 
 def lose(moment, folder, signum):
     """Prepare this process, whatever its rank. The victim leaves its pid in `folder`."""
-    honest_run, honest_meet, victim = CpuBackend.run, MpiWorld.meet, folder / "victim"
+    honest_run, honest_meet, victim = CpuBackend.run, MpiRanks.meet, folder / "victim"
 
     def run(self, records, stop):
         problem, segments = records[0].problem, records[0].segments
@@ -68,7 +68,7 @@ def lose(moment, folder, signum):
             os.kill(os.getpid(), signum)
         honest_meet(self, what)
 
-    CpuBackend.run, MpiWorld.meet = run, meet
+    CpuBackend.run, MpiRanks.meet = run, meet
 
 
 def end_after_dispatch(problem, segments, signum):

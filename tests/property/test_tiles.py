@@ -37,7 +37,7 @@ from reference import (
     tolerance,
     write_conflicts,
 )
-from reference.runs import RowTile, Run
+from reference.runs import RowRun, RowTile
 
 fixed = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
@@ -129,7 +129,7 @@ def packed_tiles(rows, config):
         for source, slot in places[first : first + config.tile_m]:
             slots.setdefault(source, []).append(slot)
         peer = places[first][0]
-        runs = tuple(Run(source, own[0], len(own)) for source, own in slots.items())
+        runs = tuple(RowRun(source, own[0], len(own)) for source, own in slots.items())
         tiles.append(RowTile(peer, begun[peer], config.tile_m, runs))
         begun[peer] += 1
     return tiles

@@ -70,7 +70,7 @@ def test_a_layer_on_a_lonely_rank_says_so(monkeypatch):
     monkeypatch.setattr(mpi_environment, "mpirun_beside", lambda: "/venv/bin/mpirun")
     config = MoEConfig(num_ranks=4, num_tokens=3, hidden=4, ffn=4, num_experts=4, num_topk=1)
     comm = SimpleNamespace(size=1, rank=0)
-    settings = arguments.Settings(config=config, weights=Weights.random(config), comm=comm, backend="cpu")
+    settings = arguments.LayerSettings(config=config, weights=Weights.random(config), comm=comm, backend="cpu")
     message = "comm must have config.num_ranks=4 ranks, got 1: start 4 ranks by /venv/bin/mpirun -n 4"
     with pytest.raises(ValueError, match=f"^{message}$"):
         settings.check()
@@ -81,7 +81,7 @@ def test_a_left_over_rank_is_named(monkeypatch, capsys, command):
     monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setattr("flashmoe_numba.processes.launch.guard_this_rank", lambda deadline_s: None)
     lonely = SimpleNamespace(num_ranks=1, rank_idx=0)
-    monkeypatch.setattr("flashmoe_numba.processes.together.MpiWorld", lambda deadline_s: lonely)
+    monkeypatch.setattr("flashmoe_numba.processes.together.MpiRanks", lambda deadline_s: lonely)
     assert cli.main(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -67,7 +67,11 @@ def test_a_wheel_has_the_packages_with_their_data_and_no_tests(built):
     assert {folder.name for folder in (built / "packages").iterdir()} == set(PACKAGES)
     sources = {f"{folder}/{file}" for folder in PACKAGES for file in files_in(ROOT / folder)}
     assert files_in(built / "packages") == {file for file in sources if "__pycache__" not in file}
-    assert {"reference/presets/laptop-tiny.toml", "sim/drafting/rates.toml"} <= sources
+    assert {
+        "reference/presets/laptop-tiny.toml",
+        "sim/drafting/rates.toml",
+        "flashmoe_numba/explore/plants.toml",
+    } <= sources
 
 
 def test_the_version_is_that_of_the_checkout_whatever_is_installed(capsys, monkeypatch):

@@ -55,12 +55,12 @@ class Arrays:
     def _make_rank(self, rank_idx: int, segments: list[np.ndarray]) -> Rank:
         c, spec = self.spec.config, self.spec
         weights = self.weights.shard(rank_idx, c.num_ranks)
-        records = max_tasks(c) + c.num_experts
-        rank = Rank(c, rank_idx, weights, segments, spec.num_processors, self.backend, records)
+        events = max_tasks(c) + c.num_experts
+        rank = Rank(c, rank_idx, weights, segments, spec.num_processors, self.backend, events)
         for group in (rank.segments, rank.tokens, rank.received, rank.queue):
             for name, array in zip(group._fields, group, strict=True):
                 self._watch(rank_idx, f"{type(group).__name__.lower()}.{name}", array)
-        rooms = self.backend.make_rooms(c, rank.first_record())
+        rooms = self.backend.make_rooms(c, rank.first_arguments())
         for block, room in enumerate(rooms):
             self._watch(rank_idx, f"box of block {block}", room.box)
             self._watch(rank_idx, f"trace of block {block}", room.trace)

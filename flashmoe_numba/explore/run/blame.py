@@ -30,7 +30,7 @@ from .watched import ld_acquire
 FLAGS = {s.SUBSCRIBER: (s.DISPATCH_FLAG, s.RESULT_FLAG, s.GATE_FLAG), s.PROCESSOR: (s.TASK_FLAG,)}
 
 
-class Host(Protocol):
+class CallingHost(Protocol):
     """What is asked of a host (hosts.py)."""
 
     calls: list[list[Any]]
@@ -56,7 +56,7 @@ class Blame:
             for rank_idx, control in enumerate(self._controls):
                 control.on_store = partial(self._stored, rank_idx)
 
-    def begin(self, hosts: Mapping[int, Host]) -> None:
+    def begin(self, hosts: Mapping[int, CallingHost]) -> None:
         """A new run; `hosts` by the first rank of each."""
         self._hosts = hosts
         self._ended: list[int] = []  # when tasks did, of any rank

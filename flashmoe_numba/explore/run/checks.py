@@ -19,7 +19,7 @@ from ...bench.check import check_layer
 from ...kernel.signals import EPOCH_SHIFT
 from .hosts import Call
 from .reports import Report
-from .world import Run, World
+from .world import Run, WatchedWorld
 
 MOST_TASKS = 4  # named in a report
 WRONG = "wrong result"
@@ -28,7 +28,7 @@ WRONG = "wrong result"
 class Checker:
     """Judges runs of one world."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: WatchedWorld) -> None:
         self.world = world
         self._right: dict[int, list[Call]] = {}  # by call: of all ranks, found to be right
         rows = world.weights.router

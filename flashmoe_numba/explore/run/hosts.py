@@ -19,8 +19,8 @@ from reference.task_kinds import RECEIVE
 from ...device.fibers import Fiber, Scheduler, clock, current, note_progress
 from ...device.records import record_words
 from ...heap.rank import Rank
-from ...kernel.grid import HEADER_WORDS, Record
-from ...kernel.trace import RECORD_WORDS
+from ...kernel.grid import HEADER_WORDS, RankArguments
+from ...kernel.trace import EVENT_WORDS
 from .arrays import Arrays
 from .blame import Blame
 from .memory import Actor, joined
@@ -45,7 +45,7 @@ class Table:
 
     def __init__(self, world: Arrays) -> None:
         self._world = world
-        words = [self._words(rank.first_record()) for rank in world.ranks]
+        words = [self._words(rank.first_arguments()) for rank in world.ranks]
         header = [world.num_blocks, len(words[0])]
         self.array = np.array(header + [word for row in words for word in [1, *row[1:]]], np.int64)
         self.region = world.memory.region("table", self.array)
@@ -53,17 +53,17 @@ class Table:
         for rank in world.ranks:
             world.regions[id(rank.left)] = world.memory.region(f"rank {rank.rank_idx} left", rank.left)
 
-    def arguments(self, record: Record, block: int, of_persistent: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Of `grid_block`, for a block that would have these of `persistent`; the host writes the rank's record."""
-        words, rank_idx = self._words(record), record.problem.rank_idx
+    def arguments(self, of_rank: RankArguments, block: int, of_persistent: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Of `grid_block`, for a block that would have these of `persistent`; the host writes the rank's part."""
+        words, rank_idx = self._words(of_rank), of_rank.problem.rank_idx
         at = HEADER_WORDS + rank_idx * len(words)
         self.array[at + 1 : at + len(words)] = words[1:]
         scratch, box = self._world.watched(of_persistent[-3:-1])
-        return rank_idx * self._world.num_blocks + block, self.region, record, scratch, box
+        return rank_idx * self._world.num_blocks + block, self.region, of_rank, scratch, box
 
     @staticmethod
-    def _words(record: Record) -> list[int]:
-        return record_words(record, lambda array: array.ctypes.data)
+    def _words(of_rank: RankArguments) -> list[int]:
+        return record_words(of_rank, lambda array: array.ctypes.data)
 
 
 class Host:
@@ -100,21 +100,21 @@ class Host:
     def _launch(self, rank: Rank, epoch: int) -> None:
         x, routings = self.world.data[epoch - 1]
         world, lanes, rank_idx = self.world, self.world.spec.lanes, rank.rank_idx
-        y, record = rank.call(x[rank_idx], routings[rank_idx], epoch, world.spec.deadline or NO_DEADLINE)
+        y, of_rank = rank.call(x[rank_idx], routings[rank_idx], epoch, world.spec.deadline or NO_DEADLINE)
         self._y.append(y)
-        for block, (name, arguments) in enumerate(world.backend.blocks(record)):
-            entry, given = self._entry(record, block, arguments)
+        for block, (name, arguments) in enumerate(world.backend.blocks(of_rank)):
+            entry, given = self._entry(of_rank, block, arguments)
             self.fibers += self.scheduler.add_block(name, self._lane, (rank_idx, block, entry, given), lanes)
         if rank_idx in world.spec.leavers and epoch == len(world.data):
             arguments = world.watched(rank.leaving(epoch))
             self.leaving = self.scheduler.add_block(f"rank {rank_idx} host", self._leave, (rank_idx, epoch, *arguments))
 
     def _entry(
-        self, record: Record, block: int, arguments: tuple[Any, ...]
+        self, of_rank: RankArguments, block: int, arguments: tuple[Any, ...]
     ) -> tuple[Callable[..., None], tuple[Any, ...]]:
         """What a block of a call enters, and what it is given."""
         if self._table:
-            return self.world.kernel.grid_block, self._table.arguments(record, block, arguments)
+            return self.world.kernel.grid_block, self._table.arguments(of_rank, block, arguments)
         return self.world.kernel.persistent, self.world.watched(arguments)
 
     def _leave(self, rank_idx: int, epoch: int, *arguments: Any) -> None:
@@ -189,7 +189,7 @@ def _call_of(rank: Rank, y: np.ndarray) -> Call:
 def _tasks(rank: Rank) -> Counter[Task]:
     tasks: Counter[Task] = Counter()
     for trace in np.split(rank.traces, rank.num_processors + 1):
-        for kind, peer, expert, m, n, *_ in trace.reshape(-1, RECORD_WORDS)[1 : trace[0] + 1].tolist():
+        for kind, peer, expert, m, n, *_ in trace.reshape(-1, EVENT_WORDS)[1 : trace[0] + 1].tolist():
             if kind != RECEIVE:
                 tasks[Task(kind, rank.rank_idx, peer, expert, m, n)] += 1
     return tasks

@@ -37,7 +37,7 @@ class Run(Generic[S]):
     strategy: S
 
 
-class World(Arrays):
+class WatchedWorld(Arrays):
     """Arrays of all ranks, who judges calls that are given up, and where blocks of a grid find their arguments."""
 
     def __init__(self, spec: WorldSpec, kernel: ModuleType) -> None:

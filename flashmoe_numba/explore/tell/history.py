@@ -16,7 +16,7 @@ from ...device.fibers import Fiber, Strategy
 from ..run.memory import LOADS, Access, Actor, Memory, Region
 from ..run.reports import Report, kernel_frame
 from ..run.reports import place as place_of
-from ..run.world import World
+from ..run.world import WatchedWorld
 
 IS_VERB = True  # kernel_frame passes over it
 
@@ -111,7 +111,9 @@ class Recorder:
             events[-1].value = int(events[-1].region.cells[events[-1].i])
 
 
-def record(world: World, make: Callable[[], Strategy], late_seed: int | None, until: Report | None) -> list[Turn]:
+def turns_until(
+    world: WatchedWorld, make: Callable[[], Strategy], late_seed: int | None, until: Report | None
+) -> list[Turn]:
     """The turns of this strategy's run, up to the access that brought the report."""
     try:
         run = world.run(lambda: Recorder(make(), world.memory, until), late_seed, with_places=True)

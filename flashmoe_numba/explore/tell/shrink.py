@@ -19,7 +19,7 @@ from ..choose.strategies import make_strategy
 from ..run.checks import Checker
 from ..run.reports import Report, finding
 from ..run.spec import WorldSpec
-from ..run.world import Run, World
+from ..run.world import Run, WatchedWorld
 from .cases import Case
 from .ddmin import ddmin
 
@@ -66,7 +66,7 @@ class Shrinker:
         self.complete = False  # nothing more can be left out
         self.best: Case | None = None
 
-    def shrink(self, world: World, make: Callable[[], Strategy], late_seed: int | None) -> Case:
+    def shrink(self, world: WatchedWorld, make: Callable[[], Strategy], late_seed: int | None) -> Case:
         """The smallest case found, from the run of this strategy; Ctrl-C ends it, too.
 
         Raises:
@@ -101,7 +101,7 @@ class Shrinker:
 
     def _find(self, best: Case, spec: WorldSpec, late: bool) -> Case | None:
         """A run of this world that fails; with late loads only if it has to be."""
-        world = World(spec, self._kernel)
+        world = WatchedWorld(spec, self._kernel)
         for make, seed in self._strategies(best):
             found = self._fails(world, make, None)
             found = found or (self._fails(world, make, seed) if late else None)
@@ -121,7 +121,7 @@ class Shrinker:
     # ---- the schedule
 
     def _shorter_schedule(self, best: Case) -> Case:
-        world = World(best.spec, self._kernel)
+        world = WatchedWorld(best.spec, self._kernel)
         best = self._minimal(world, best)
         if len(best.schedule) > FEW_CHOICES:  # another one that fails may be a better start
             for make, seed in self._strategies(best):
@@ -130,7 +130,7 @@ class Shrinker:
                     best = min(best, self._minimal(world, found), key=lambda case: len(case.schedule))
         return best
 
-    def _minimal(self, world: World, case: Case) -> Case:
+    def _minimal(self, world: WatchedWorld, case: Case) -> Case:
         """The case, with choices left out that it does not take."""
         found = {case.schedule: case}
 
@@ -143,7 +143,7 @@ class Shrinker:
 
         return found[tuple(ddmin(case.schedule, fails))]
 
-    def _fails(self, world: World, make: Callable[[], Strategy], late_seed: int | None) -> Case | None:
+    def _fails(self, world: WatchedWorld, make: Callable[[], Strategy], late_seed: int | None) -> Case | None:
         """The run as a case, if it has the finding."""
         run = self._run(world, make, late_seed)
         reports = Checker(world).check(run) if self._finding[0] in JUDGED else run.reports
@@ -153,7 +153,7 @@ class Shrinker:
         schedule = tuple(run.strategy.choices)
         return Case(spec=world.spec, plant=self._plant, late_seed=late_seed, schedule=schedule, report=f"{report}")
 
-    def _run(self, world: World, make: Callable[[], Strategy], late_seed: int | None) -> Run[Recorded]:
+    def _run(self, world: WatchedWorld, make: Callable[[], Strategy], late_seed: int | None) -> Run[Recorded]:
         """One more run, if one is left."""
         if self.runs == self._most_runs:
             raise _Spent

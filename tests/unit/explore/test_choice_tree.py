@@ -17,7 +17,7 @@ from flashmoe_numba.explore.run import watched
 from flashmoe_numba.explore.run.memory import STORES, Actor, Memory
 from flashmoe_numba.explore.run.reports import Stopped
 from flashmoe_numba.explore.run.spec import WorldSpec
-from flashmoe_numba.explore.run.world import World
+from flashmoe_numba.explore.run.world import WatchedWorld
 from flashmoe_numba.explore.search import Search, watched_kernel
 from reference import MoEConfig
 
@@ -297,7 +297,7 @@ def small_world(epochs=1, **changes):
 def test_the_kernel_is_clean_whatever_the_interleaving(spec):
     """And every class that random runs come to is among those that were covered."""
     with watched_kernel(None) as kernel:
-        world = World(spec, kernel)
+        world = WatchedWorld(spec, kernel)
         tree, covered, more = ChoiceTree(world.memory, rank_of), [], True
         while more:
             run = world.run(tree.begin)

@@ -4,7 +4,7 @@ import numpy as np
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.backends.cuda import CudaBackend
-from flashmoe_numba.build.likeness import like_record
+from flashmoe_numba.build.likeness import like_arguments
 from flashmoe_numba.build.variants import Variant
 from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Scheduler, memory_view
@@ -34,7 +34,7 @@ class InterpretedGpu(HostMemory):
     def __init__(self, config, seed):
         self.config, self.seed, self.launches = config, seed, 0
         self.log, self.synchronized, self.capturing = [], 0, False
-        self.like = like_record(Variant(dtype=config.dtype, architecture="sm_80", tensor_cores=False))
+        self.like = like_arguments(Variant(dtype=config.dtype, architecture="sm_80", tensor_cores=False))
 
     def to_device(self, array):
         return np.ascontiguousarray(array)

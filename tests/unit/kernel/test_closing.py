@@ -221,18 +221,44 @@ def test_calls_that_only_the_kernel_counted_are_no_calls_of_another_rank(monkeyp
     assert outcomes(layers, [replay(rank) for rank in range(2)]) == [None, None]
 
 
-def test_a_layer_whose_set_up_fails_gives_its_backend_back(monkeypatch):
+@pytest.mark.parametrize(
+    ("fails", "settings", "said"),
+    [
+        ("prepare", {}, "prepare"),
+        ("", {"deadline_s": -1}, "deadline_s must be in"),
+        ("", {"num_ranks": 3}, r"heap must have config.num_ranks=2 ranks, got 3"),
+    ],
+)
+def test_a_layer_that_cannot_be_made_gives_back_what_it_was_given(monkeypatch, fails, settings, said):
     config, closed = tiny_config(), []
-    backend = cpu.CpuBackend()
+    backend, heap = cpu.CpuBackend(), ThreadHeap(settings.pop("num_ranks", config.num_ranks))
 
     def fail(*_):
-        raise ZeroDivisionError
+        raise ValueError(fails)
 
-    monkeypatch.setattr(backend, "prepare", fail)
+    if fails:
+        monkeypatch.setattr(backend, fails, fail)
     monkeypatch.setattr(backend, "close", lambda: closed.append(backend))
-    with pytest.raises(ZeroDivisionError):
-        FlashMoE.from_parts(config, Weights.random(config), ThreadHeap(config.num_ranks), backend)
-    assert closed == [backend]
+    monkeypatch.setattr(heap, "close", lambda check: closed.append(heap))
+    with pytest.raises(ValueError, match=said):
+        FlashMoE.from_parts(config, Weights.random(config), heap, backend, **settings)
+    assert closed == [backend, heap]
+
+
+def test_a_backend_is_given_back_where_another_rank_could_not_make_its_own(monkeypatch):
+    config, steps, closed = tiny_config(), [], []
+
+    class Heap(OneRankHeap):
+        def together(self, step):
+            steps.append(step())
+            if len(steps) == 2:
+                raise RuntimeError("another rank could not start")
+
+    monkeypatch.setattr(cpu.CpuBackend, "close", lambda self: closed.append(self))
+    monkeypatch.setattr("flashmoe_numba.layer.layer.make_heap", lambda *_: Heap(Together(config), 0))
+    with pytest.raises(RuntimeError, match="another rank"):
+        FlashMoE(config, Weights.random(config))
+    assert [type(backend) for backend in closed] == [cpu.CpuBackend]
 
 
 def test_a_layer_refuses_the_call_that_flags_cannot_count():

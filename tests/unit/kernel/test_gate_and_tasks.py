@@ -11,7 +11,7 @@ from worlds import configs, token_counts
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.kernel.queue import EXPERT, KIND, PEER, STAMP, TASK_WORDS, M, N
-from flashmoe_numba.kernel.trace import RECORD_WORDS
+from flashmoe_numba.kernel.trace import EVENT_WORDS
 from reference import GATE, Task, Weights, make_packets, softmax_topk, task_graph
 from reference.task_kinds import RECEIVE
 
@@ -60,7 +60,7 @@ def traced_tasks(layer, rank):
     times = {}
     for (owner, _), trace in layer.traces.items():
         if owner == rank:
-            records = trace[RECORD_WORDS : (trace[0] + 1) * RECORD_WORDS].reshape(-1, RECORD_WORDS).tolist()
+            records = trace[EVENT_WORDS : (trace[0] + 1) * EVENT_WORDS].reshape(-1, EVENT_WORDS).tolist()
             for kind, peer, expert, m, n, start, end, _ in records:
                 task = Task(kind, rank, peer, expert, m, 0 if kind == RECEIVE else n)
                 assert task not in times, f"{layer.config}: {task} ran twice"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from interpreted_gpu import make_layer
 from worlds import check_stats
 
-from flashmoe_numba.build.likeness import like_record
+from flashmoe_numba.build.likeness import like_arguments
 from flashmoe_numba.build.variants import Variant
 from flashmoe_numba.device.fibers import memory_view
 from flashmoe_numba.device.records import read_record, record_words
@@ -78,7 +78,7 @@ def test_tiles_wider_than_the_kernel_can_are_refused():
 
 
 def test_a_record_is_read_as_it_was_written():
-    record = like_record(Variant(dtype="bfloat16", architecture="sm_90a", tensor_cores=True))
+    record = like_arguments(Variant(dtype="bfloat16", architecture="sm_90a", tensor_cores=True))
     words = record_words(record, lambda array: array.ctypes.data)
     again = read_record(np.array([7, *words, 7]), 1, record, memory_view)
     flat = [field for group in (record, again) for field in flatten(group)]

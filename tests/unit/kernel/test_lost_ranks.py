@@ -18,14 +18,14 @@ from lost.lose import lose_one
 from lost.memory import AFTER, PLACES, Memory
 from lost.rank import giving_up
 from lost.run import running
-from lost.world import make_world
+from lost.world import make_trial
 
 NUM_RUNS, NUM_RANKS, DEADLINE_S, ANY_TIME_S = 2, 3, 0.3, 1e9
 
 
 @pytest.fixture(scope="module")
 def world():
-    return make_world(NUM_RANKS, num_calls=10, deadline_s=DEADLINE_S)
+    return make_trial(NUM_RANKS, num_calls=10, deadline_s=DEADLINE_S)
 
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name != "none"])
@@ -38,7 +38,7 @@ def test_every_rank_has_the_right_results_or_an_error_with_a_name(fault, world):
 
 
 def test_ranks_that_nobody_disturbs_are_right_and_nothing_is_left():
-    with running(make_world(NUM_RANKS, num_calls=10, deadline_s=60), np.random.default_rng(0)) as run:
+    with running(make_trial(NUM_RANKS, num_calls=10, deadline_s=60), np.random.default_rng(0)) as run:
         run.wait_for_all()
         assert [run.memory.place(rank) for rank in range(NUM_RANKS)] == [AFTER] * NUM_RANKS
     for pid in run.pids:

@@ -208,6 +208,8 @@ def test_rows_of_an_mpirun_are_the_same(tmp_path, grid):
     (HEAD.replace("1\n", "2\n", 1), ": schema must be 1, got 2"),
     (HEAD + "token = [1]", ": [grid] must have only policy, hardware, preset, tokens, "),
     (HEAD + "[knob]", ": the file must have only schema, grid, knobs; unknown: knob"),
+    (HEAD.replace("policy", "policies"),
+     ": [grid] must have policy, hardware, preset; missing: policy; unknown: policies"),
     ("schema = 1\ngrid = 3", ": [grid] must be a table, got 3"),
     ('schema = 1\n[grid]\npolicy = ["flashmoe"]', ": [grid] must have policy, hardware, preset; missing: hardware"),
     (HEAD + "tokens = 5", ": [grid] tokens must be a list of integers, got 5"),
