@@ -6,29 +6,23 @@ from decimal import Decimal, localcontext
 import numpy as np
 from cases import finfo
 
-SPECIAL = {  # limits of the formulas in IEEE arithmetic: x / (1 + exp(-x)) at -inf is -inf / inf
-    "relu": {np.inf: np.inf, -np.inf: 0.0},
-    "gelu": {np.inf: np.inf},
-    "silu": {np.inf: np.inf},
-}
 SQRT_2_PI = Decimal("2.506628274631000502415765284811045253006986740609938316629923576")
 
 
-def exact(name, x):
-    """`activation(x)` of a finite number to 50 digits, rounded to float64: some 50 us."""
-    with localcontext(prec=60):
-        d = Decimal(x)
-        if abs(d) > 1000:
-            return max(x, -0.0)
-        return float(d / (1 + (-d).exp()) if name == "silu" else d * (1 - _tail(d) if d > 0 else _tail(-d)))
+def to_50_digits(function):
+    """`function`, of a Decimal, for a finite number, rounded to float64: some 50 us."""
+
+    def exact(x):
+        with localcontext(prec=60):
+            return max(x, -0.0) if abs(x) > 1000 else float(function(Decimal(x)))
+
+    return exact
 
 
-def nearly(name, x):
-    """`activation(x)` of a finite number to 13 digits: exp and erfc of numbers below zero cancel nothing."""
-    if name == "silu":
-        power = math.exp(-abs(x))
-        return x / (1 + power) * (1 if x > 0 else power)
-    return x * math.erfc(-x * 0.5**0.5) / 2
+def nearly_silu(x):
+    """To 13 digits: exp of a number below zero cancels nothing."""
+    power = math.exp(-abs(x))
+    return x / (1 + power) * (1 if x > 0 else power)
 
 
 def _tail(t):
@@ -46,14 +40,26 @@ def _tail(t):
     return Decimal("0.5") - density * total
 
 
+# By name: of a finite number to 13 digits; of one to the last digit of a float64; and limits of the formula in IEEE
+# arithmetic, where they are not NaN: x / (1 + exp(-x)) at -inf is -inf / inf.
+EXACT = {
+    "relu": (lambda x: max(x, 0.0), lambda x: max(x, 0.0), {np.inf: np.inf, -np.inf: 0.0}),
+    "gelu": (
+        lambda x: x * math.erfc(-x * 0.5**0.5) / 2,
+        to_50_digits(lambda d: d * (1 - _tail(d) if d > 0 else _tail(-d))),
+        {np.inf: np.inf},
+    ),
+    "silu": (nearly_silu, to_50_digits(lambda d: d / (1 + (-d).exp())), {np.inf: np.inf}),
+}
+
+
 def expected_values(name, x):
     """`[len(x)]` float64, infinities and NaN included; far more accurate than the dtype of `x`."""
     if name == "identity":
         return x.astype(np.float64)
-    one = {"relu": lambda _, v: max(v, 0.0), "silu": nearly, "gelu": nearly}[name]
-    one = exact if x.dtype == np.float64 and name != "relu" else one
-    special = SPECIAL[name]
-    return np.array([one(name, v) if math.isfinite(v) else special.get(v, math.nan) for v in x.astype("f8").tolist()])
+    nearly, exact, limits = EXACT[name]
+    one = exact if x.dtype == np.float64 else nearly
+    return np.array([one(v) if math.isfinite(v) else limits.get(v, math.nan) for v in x.astype("f8").tolist()])
 
 
 @np.errstate(invalid="ignore")  # casts of signalling NaN

@@ -14,7 +14,7 @@ from children import printed
 
 from flashmoe_numba import FlashMoE, FlashMoEError, cli
 from flashmoe_numba.processes import launch, mpi_environment
-from reference import Layout, Weights, load_preset, make_plan, make_workload
+from reference import ACTIVATIONS, Layout, Weights, load_preset, make_plan, make_workload
 
 TINY = ["run", "--preset", "laptop-tiny", "--threads", "--iterations", "2"]
 ISSUE_KEYS = {
@@ -42,7 +42,7 @@ def run_json(capsys, *flags):
     (["--topk", "33"], "--topk must be in [1, --experts=32], got 33"),
     (["--capacity", "0"], "argument --capacity: must be an integer >= 1, got '0'"),
     (["--capacity", "513"], "--capacity must be in [1, --tokens=512] or None, got 513"),
-    (["--activation", "tanh"], "--activation must be one of identity, relu, gelu, silu; got 'tanh'"),
+    (["--activation", "tanh"], f"--activation must be one of {', '.join(ACTIVATIONS)}; got 'tanh'"),
     (["--dtype", "int8"], "--dtype must be one of float32, float64, float16, bfloat16; got 'int8'"),
     (["--preset", "gpt-5"], "--preset must be one of"),
     (["--workload", "zipf:-1"], "argument --workload: name must be one of: text"),
