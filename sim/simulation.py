@@ -8,6 +8,7 @@ from .drafting.knobs import PolicyKnobs
 from .engine.graph import TaskGraph
 from .engine.timeline import Timeline
 from .policies import build, make_knobs
+from .world.scenario import Scenario
 from .world.world import World
 
 
@@ -33,9 +34,14 @@ def simulate(policy: str, world: World, knobs: PolicyKnobs | None = None, *, kee
         keep_runs: False where only nodes and links will be looked at, for very large worlds.
 
     Raises:
-        ValueError: no such policy; DeadlockError: its graph can never end, which is a fault of the policy.
+        TypeError: `world` is none; ValueError: no such policy; DeadlockError: its graph can never end, which is a fault
+            of the policy.
     """
     from .engine.compiled import run
+
+    if not isinstance(world, World):
+        hint = "; scenario.make() makes one" if isinstance(world, Scenario) else ""
+        raise TypeError(f"world must be a World, got {type(world).__name__}{hint}")
 
     knobs = make_knobs(policy, {}) if knobs is None else knobs
     graph = build(policy, world, knobs)

@@ -117,6 +117,9 @@ class FlashMoE(Owned):
         Raises:
             TypeError, ValueError: naming the argument, its value and the rule.
         """
+        for name, part, verb in (("heap", heap, "allocate"), ("backend", backend, "run")):
+            if not hasattr(part, verb):
+                raise TypeError(f"{name} must be an object with the methods of its protocol, got {part!r}")
         how: dict[str, Any] = dict(num_processors=num_processors, deadline_s=deadline_s, trace=trace)
         layer = cls.__new__(cls)
         layer._set_up(LayerSettings(config=config, weights=weights, **how), heap, [backend], lambda: None)

@@ -29,6 +29,7 @@ def activation(name: str, x: Array) -> Array:
     Raises:
         ValueError: no such activation.
     """
+    x = np.asarray(x)
     if name == "identity":
         return x
     check_one_of("activation", name, ACTIVATIONS)

@@ -10,13 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from reference import MoEConfig
+from reference.scalars import check_one_of
 
 from .hardware import Hardware, load_hardware
 from .placement import balance
 from .precision import Precision, precision
-from .rounding import round_tokens
+from .rounding import WAYS, round_tokens
 from .routing import SimRouting, make_routing
-from .world import World, check_sent_rows
+from .world import PARTS, World, check_sent_rows
 
 Blame = Callable[[str], AbstractContextManager[None]]
 
@@ -29,6 +30,9 @@ class Scenario:
         seed: of the routing, where it is drawn, and of its rounding.
         round_to: round each expert's rows to a multiple of it, `round_how` (one of `rounding.WAYS`); None: do not.
         replicas: copies of busy experts, which are placed by load (`placement.balance`); None: experts stay in blocks.
+
+    Raises:
+        TypeError: a part is of another kind; ValueError: `round_how` is no way.
     """
 
     config: MoEConfig
@@ -39,6 +43,14 @@ class Scenario:
     round_to: int | None = None
     round_how: str = "nearest"
     replicas: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in PARTS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind if name == "config" else (str, kind)):
+                by_name = "" if name == "config" else "a name, or "
+                raise TypeError(f"{name} must be {by_name}of type {kind.__name__}, got {value!r}")
+        check_one_of("round_how", self.round_how, WAYS)
 
     def make(self, blame: Blame = lambda part: nullcontext()) -> World:
         """The world.

@@ -245,6 +245,14 @@ def test_a_layer_that_cannot_be_made_gives_back_what_it_was_given(monkeypatch, f
     assert closed == [backend, heap]
 
 
+def test_what_is_no_heap_or_backend_is_named():
+    config = tiny_config()
+    with pytest.raises(TypeError, match="heap must be an object with the methods of its protocol, got 'cpu'"):
+        FlashMoE.from_parts(config, Weights.random(config), "cpu", cpu.CpuBackend())
+    with pytest.raises(TypeError, match="backend must be an object with the methods of its protocol, got None"):
+        FlashMoE.from_parts(config, Weights.random(config), ThreadHeap(config.num_ranks), None)
+
+
 def test_a_backend_is_given_back_where_another_rank_could_not_make_its_own(monkeypatch):
     config, steps, closed = tiny_config(), [], []
 
