@@ -31,7 +31,7 @@ SYMMETRIC = {"min", "max"}
 GROUPS = {  # arrays and objects: where one of these and a number change places, nothing runs
     "p", "segments", "experts", "tokens", "received", "queue", "scratch", "box", "trace", "matrices", "control",
     "words", "nodes", "servers", "links", "expected", "counters", "runs", "marks", "events", "items", "succ", "graph",
-    "typing", "context", "builder", "b",
+    "typing", "context", "builder", "b", "rank", "record", "task", "room", "s", "config",
 }  # fmt: skip
 CONTEXT = 40  # characters on each side of an edit that a name shows
 ORDERINGS = {"acquire", "release", "acq_rel"}  # of LLVM

@@ -24,8 +24,8 @@ INTERPRETED = Stage(
     0,
     "tests/quality/test_planted_bugs.py::test_the_kernel_itself_passes "
     "tests/quality/test_explorer.py::test_the_kernel_itself_passes "
-    f"{UNIT}/test_waits.py {UNIT}/test_giving_up.py {UNIT}/test_fibers.py {EXPLORE}/test_deadlines.py "
-    f"{PROPERTY}/test_layer.py::test_kernel_on_fibers_equals_the_oracle "
+    f"{UNIT}/test_tasks.py {UNIT}/test_waits.py {UNIT}/test_giving_up.py {UNIT}/test_fibers.py "
+    f"{EXPLORE}/test_deadlines.py {PROPERTY}/test_layer.py::test_kernel_on_fibers_equals_the_oracle "
     f"{PROPERTY}/test_layer_epochs.py::test_ranks_run_ahead_on_fibers {PROPERTY}/test_explored_worlds.py",
 )
 GRIDS = Stage(0, f"{EXPLORE}/test_explore.py {UNIT}/test_grid.py {UNIT}/test_gpu_calls.py")
@@ -59,7 +59,8 @@ SUITES = {
     "flashmoe_numba/kernel/grid.py": [GRIDS],
     "flashmoe_numba/heap/*.py": [LAYERS, PROCESSES],
     "flashmoe_numba/layer/layer.py": [LAYERS, PROCESSES],
-    "flashmoe_numba/heap/rank.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/backends/host.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/processes/meeting.py": [LAYERS, PROCESSES],
     "flashmoe_numba/tile_gemm/cpu.py": [PRODUCTS, COMPILED],
     "flashmoe_numba/tile_gemm/cpu_activations.py": [PRODUCTS],
     "flashmoe_numba/device/cpu.py": [VERBS, PRODUCTS, COMPILED],

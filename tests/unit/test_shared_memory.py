@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashmoe_numba.heap.threads import ThreadHeap
 from flashmoe_numba.processes import shared_memory
 from flashmoe_numba.processes.shared_memory import MIB, Shortage, claim, claimed, shortage, untouched_bytes
 
@@ -167,8 +166,3 @@ def test_a_path_that_is_no_claim_any_more_is_left_alone(folder, monkeypatch, tmp
             monkeypatch.setenv(shared_memory.CLAIM_VARIABLE, str(path))
             assert claim(segments.fileno(), MIB, *HERE, folder) is None
         assert [path.stat().st_size for path in paths] == [8] * 4
-
-
-def test_ranks_of_one_process_are_told_what_they_need_where_there_is_less():
-    with pytest.raises(MemoryError, match=r"2 ranks need 1,073,741,824\.0 GiB each, more than .*: use .*flashmoe plan"):
-        ThreadHeap(2).allocate(2**60, None)

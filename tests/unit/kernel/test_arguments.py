@@ -314,3 +314,8 @@ def test_no_warning_on_good_input():
         warnings.simplefilter("error")
         with FlashMoE(CONFIG, WEIGHTS) as layer:
             layer(X)
+
+
+def test_ranks_of_one_process_are_told_what_they_need_where_there_is_less():
+    with pytest.raises(MemoryError, match=r"2 ranks need 1,073,741,824\.0 GiB each, more than .*: use .*flashmoe plan"):
+        ThreadHeap(2).allocate(2**60, None)
