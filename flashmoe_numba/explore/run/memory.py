@@ -190,7 +190,7 @@ class Region:
 
     def load(self, i: int, acquire: bool) -> int:
         """What the word holds, or held before if the load is late; a relaxed load takes no clock over."""
-        word, fiber = self.word(i), getcurrent()
+        word, fiber = self.words.get(i) or self.word(i), getcurrent()  # here and below: a call less is worth it
         actor = fiber.actor
         self._record_read(i, word, actor.now or _placed())
         if word.messages:
@@ -202,19 +202,21 @@ class Region:
         else:
             value = self.cells[i]
         actor.looked[self, i] = value
-        self._tell(actor, "acquires" if acquire else "reads", i, value)
+        if self.memory.listener is not None:
+            self.memory.listener(actor, "acquires" if acquire else "reads", self, i, value)
         return value
 
     def release(self, i: int, value: int) -> None:
         """Store the value, and with it what this actor knows."""
-        word, actor = self.word(i), getcurrent().actor
+        word, actor = self.words.get(i) or self.word(i), getcurrent().actor
         self._record_write(i, word, actor.now or _placed())
         self._store(i, word, actor, value)
-        self._tell(actor, "releases", i, value)
+        if self.memory.listener is not None:
+            self.memory.listener(actor, "releases", self, i, value)
 
     def exchange(self, i: int, value: int, expected: int | None) -> int:
         """Add `value`, or store it if the word holds `expected`; returns what it held."""
-        word, actor = self.word(i), getcurrent().actor
+        word, actor = self.words.get(i) or self.word(i), getcurrent().actor
         access = actor.now or _placed()
         old: int = self.cells[i]
         if word.messages:
@@ -225,13 +227,10 @@ class Region:
             self._store(i, word, actor, old + value if expected is None else value)
         else:
             self._record_read(i, word, access)
-        verb = "adds to" if expected is None else "swaps" if old == expected else "does not swap"
-        self._tell(actor, verb, i, self.cells[i])
-        return old
-
-    def _tell(self, actor: Actor, verb: str, i: int, value: int) -> None:
         if self.memory.listener is not None:
-            self.memory.listener(actor, verb, self, i, value)
+            verb = "adds to" if expected is None else "swaps" if old == expected else "does not swap"
+            self.memory.listener(actor, verb, self, i, self.cells[i])
+        return old
 
     def word(self, i: int) -> Word:
         """The cell as a word, from its first atomic access on.
