@@ -127,6 +127,7 @@ class Scheduler:
         quiet_polls: int = QUIET_POLLS,
     ) -> None:
         self.strategy = strategy or RandomStrategy(seed, preempt)
+        self.gives_way = self.strategy.switches  # asked twice at every atomic access
         self.max_switches, self.quiet_polls = max_switches, quiet_polls
         self.ready: list[Fiber] = []
         self.live = 0
@@ -193,7 +194,7 @@ def preempt() -> None:
     """Maybe let another fiber run."""
     fiber = getcurrent()  # twice at every atomic access: a call less is worth it
     scheduler = fiber.scheduler
-    if scheduler.strategy.switches(fiber, scheduler.ready):
+    if scheduler.gives_way(fiber, scheduler.ready):
         scheduler.ready.append(fiber)
         scheduler.hub.switch()
 
