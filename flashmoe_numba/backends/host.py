@@ -16,6 +16,7 @@ from ..heap.host import HostMemory
 from ..kernel.grid import RankArguments
 from ..kernel.state import BOX_WORDS
 from ..processes.cores import default_processors
+from ..seeing.trace import block_name
 from ..tile_gemm import Scratch
 
 Block = tuple[str, tuple[Any, ...]]  # its name, and what `persistent` is given
@@ -77,9 +78,9 @@ class HostBackend(HostMemory, ABC):
         problem, found = of_rank.problem, []
         for block, room in enumerate(self._rooms[problem.rank_idx]):
             room.trace[:1] = 0
-            role = "OS block" if block == problem.num_processors else f"processor {block}"
+            name = f"rank {problem.rank_idx} {block_name(block, problem.num_processors)}"
             groups = problem, of_rank.segments, of_rank.experts, of_rank.tokens, of_rank.received, of_rank.queue
-            found.append((f"rank {problem.rank_idx} {role}", (block, *groups, *room)))
+            found.append((name, (block, *groups, *room)))
         return found
 
     def begin(self, tokens: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from reference import MoEConfig
 from reference.scalars import is_whole
 
+from ...seeing.trace import block_name
 from ..choose.schedules import Choice
 from ..plants import PLANTS
 from ..run.spec import GivenCall, Lost, WorldSpec
@@ -109,7 +110,7 @@ def _schedule(schedule: Any, spec: WorldSpec) -> tuple[Choice, ...]:
 
 
 def _fibers(spec: WorldSpec) -> set[str]:
-    roles = [f"processor {block}" for block in range(spec.num_processors)] + ["OS block"]
+    roles = [block_name(block, spec.num_processors) for block in range(spec.num_processors + 1)]
     blocks = [f"rank {rank_idx} {role}" for rank_idx in range(spec.config.num_ranks) for role in roles]
     lanes = [f" lane {lane}" for lane in range(spec.lanes)] if spec.lanes > 1 else [""]
     return {block + lane for block in blocks for lane in lanes} | {f"rank {rank} host" for rank in spec.leavers}
