@@ -84,7 +84,7 @@ class Memory:
             return RETURNING
         tasks = _words_at(int(words[TASKS]), head * q.TASK_WORDS).reshape(head, q.TASK_WORDS)
         begun = tasks[tasks[:, q.STAMP] == words[CALLS]]
-        return KIND_NAMES[int(begun[-1, q.KIND])] if len(begun) > finished else WAITING
+        return KIND_NAMES[q.task_of(*begun[-1, [q.WHO, q.WHERE]].tolist()).kind] if len(begun) > finished else WAITING
 
 
 def _words_at(address: int, size: int) -> Array:

@@ -27,7 +27,7 @@ from ..kernel.state import Problem, Segments
 from ..processes.ownership import Owned
 from ..tile_gemm import as_matrices
 from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, THREADS, tma_matrices
-from ..tile_gemm.matrices import MAX_TILE_COLUMNS, PASS_ROWS, SUMS_STRIDE, scratch_elements
+from ..tile_gemm.matrices import MAX_TILE_COLUMNS, STAGE_ELEMENTS, SUMS_ELEMENTS
 
 CALLS_AHEAD = 64  # calls for which page-locked memory is taken before the first one: taking more may wait for the GPU
 
@@ -50,18 +50,13 @@ class CudaBackend(Owned):
         self.gpu, self._config = gpu, config
         self.variant: Variant = choose_variant(config, architecture_of(gpu.capability), tf32)
         self.shared_bytes = shared_bytes(config, self.variant)
-        if self.shared_bytes > gpu.shared_bytes:
-            raise ValueError(
-                f"hidden={config.hidden} needs {self.shared_bytes} bytes of shared memory for the sums of a row, and "
-                f"{gpu.name} has {gpu.shared_bytes} for a block"
-            )
         self._table: Any = None
         self._aborted = gpu.pinned(1, np.int64)  # an abort word of this process, as the last copy found it
         self._aborted[0] = 0
         self._last: Any = None  # an event behind the last call
         self._staged: list[np.ndarray] = []  # what copies of this call read
         self._under_way: deque[tuple[Any, list[np.ndarray]]] = deque()  # the same of others, and an event behind each
-        self._captured: list[np.ndarray] = []  # the same of captured calls: replays read it again
+        self._captured: list[Any] = []  # all that replays of captured calls use again and nobody else may hold
         self._stream, self._capturing = 0, False
         self.zeros, self.empty, self.address, self.to_host = gpu.zeros, gpu.empty, gpu.address, gpu.to_host
         self.array = gpu.to_device
@@ -156,6 +151,8 @@ class CudaBackend(Owned):
     def adopt(self, tokens: GpuTokens) -> tuple[Any, Any, Any]:
         """(x as the kernel sees it, room for y likewise, y)."""
         y = empty_like(tokens.original, self.gpu)
+        if self._capturing:  # a copy of tokens, and what `join` puts together: a pool would give them to others
+            self._captured += [tokens.storage, y]
         return tokens.storage.reshape(-1), self.check_tokens("y", y, self._config).storage.reshape(-1), y
 
     def join(self, x: Any, parts: list[Any]) -> Any:
@@ -237,7 +234,6 @@ def _num_blocks(of_ranks: Sequence[RankArguments]) -> int:
 
 
 def shared_bytes(config: MoEConfig, variant: Variant) -> int:
-    """Dynamic shared memory of a block: for its tile GEMM, and for the sums of a row in a combine."""
-    staged, sums = scratch_elements(config.hidden)
-    elements = max(PASS_ROWS * SUMS_STRIDE + staged, sums)
+    """Dynamic shared memory of a block: for its tile GEMM."""
+    elements = SUMS_ELEMENTS + STAGE_ELEMENTS
     return max(elements * config.accumulator.itemsize, SHARED_BYTES if variant.tensor_cores else 0)

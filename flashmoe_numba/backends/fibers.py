@@ -49,7 +49,7 @@ class FiberBackend(HostBackend):
         return pack_matrices(matrices, biases, tile_n, INTERPRETED_PANEL_WIDTH, accumulator)
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
-        return Scratch(np.empty(0, config.accumulator), np.empty(config.hidden, config.accumulator))
+        return Scratch(np.empty(0, config.accumulator), np.empty(0, config.accumulator))
 
     def leave(self, problem: Problem, segments: Segments, why: int = FAILED) -> None:
         scheduler = Scheduler(self.seed, self.preempt)

@@ -2,6 +2,7 @@
 
 from .compilation import jit
 from .vocabulary import (
+    add_part,
     array_at,
     block_sync,
     cas,
@@ -14,13 +15,17 @@ from .vocabulary import (
     load,
     local_array,
     now,
+    part_columns,
     pause,
     record_at,
     st_release,
     store,
+    store_part,
+    zero_sums,
 )
 
 __all__ = [
+    "add_part",
     "array_at",
     "block_sync",
     "cas",
@@ -34,8 +39,11 @@ __all__ = [
     "load",
     "local_array",
     "now",
+    "part_columns",
     "pause",
     "record_at",
     "st_release",
     "store",
+    "store_part",
+    "zero_sums",
 ]

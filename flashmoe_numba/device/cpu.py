@@ -259,3 +259,35 @@ def _copy_row(target, target_at, source, source_at, num_elements):
             put(target, target_at + c, get(source, source_at + c))
 
     return meaning
+
+
+# All columns in one go, in the block's working memory: the loops are then those of whole rows, and become vectors.
+_meaning(verbs.part_columns)(lambda target, source, num_columns: lambda target, source, num_columns: num_columns)
+
+
+@_meaning(verbs.zero_sums, _nrt=True)  # it gives an array back, as array_at does
+def _zero_sums(working, num_sums):
+    def meaning(working, num_sums):
+        for c in range(num_sums):
+            put(working, c, working.dtype.type(0))
+        return working
+
+    return meaning
+
+
+@_meaning(verbs.add_part)
+def _add_part(sums, num_sums, source, source_at, weight):
+    def meaning(sums, num_sums, source, source_at, weight):
+        for c in range(num_sums):
+            put(sums, c, get(sums, c) + weight * verbs.load(source, source_at + c))
+
+    return meaning
+
+
+@_meaning(verbs.store_part)
+def _store_part(target, target_at, sums, num_sums):
+    def meaning(target, target_at, sums, num_sums):
+        for c in range(num_sums):
+            verbs.store(target, target_at + c, get(sums, c))
+
+    return meaning

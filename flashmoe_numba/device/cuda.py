@@ -6,12 +6,12 @@ of one GPU.
 
 from __future__ import annotations
 
+from . import cuda_rows as _registers_elements_and_rows  # noqa: F401
 from . import vocabulary as verbs
 from .cuda_api import cgutils, cuda, element_pointer, intrinsic, ir, make_array, overload, populate_array, types
 from .cuda_records import record_at
 
 SHORTEST_SLEEP_NS, LONGEST_SLEEP_NS = 32, 1024
-VECTOR_BYTES = 16
 _REGISTER = {16: "h", 32: "r", 64: "l"}
 
 
@@ -64,6 +64,16 @@ def _global_timer(typing):
 
 
 @intrinsic
+def _lane(typing):
+    """%tid.x, read anew each time: what follows from it is then not computed before all tasks and kept for them."""
+
+    def codegen(context, builder, sig, args):
+        return builder.asm(ir.FunctionType(ir.IntType(32), []), "mov.u32 $0, %tid.x;", "=r", [], True)
+
+    return types.int32(), codegen
+
+
+@intrinsic
 def _array_at(typing, address, num_elements, like):
     array_type = types.Array(like.dtype, 1, "C")
 
@@ -113,53 +123,8 @@ def undefined(value_type):
     return intrinsic(lambda typing: (value_type(), codegen))
 
 
-@intrinsic
-def _address_of(typing, array, i):
-    def codegen(context, builder, sig, args):
-        return builder.ptrtoint(element_pointer(context, builder, sig.args[0], args[0], args[1]), ir.IntType(64))
-
-    return types.uint64(array, types.intp), codegen
-
-
-@intrinsic
-def _copy_vector(typing, target, source):
-    """16 bytes from one address to another, both multiples of 16."""
-
-    def codegen(context, builder, sig, args):
-        ptx = "{ .reg .b32 v<4>; ld.global.v4.b32 {v0, v1, v2, v3}, [$1]; st.global.v4.b32 [$0], {v0, v1, v2, v3}; }"
-        word = ir.IntType(64)
-        builder.asm(ir.FunctionType(ir.VoidType(), [word, word]), ptx, "l,l,~{memory}", args, True)
-        return context.get_dummy_value()
-
-    return types.void(types.uint64, types.uint64), codegen
-
-
-@intrinsic
-def _bits_to_float(typing, bits):
-    """uint16: float16 bits, int16: bfloat16 bits."""
-
-    def codegen(context, builder, sig, args):
-        if sig.args[0] == types.uint16:
-            function = ir.FunctionType(ir.FloatType(), [ir.IntType(16)])
-            return builder.asm(function, "cvt.f32.f16 $0, $1;", "=f,h", args, False)
-        word = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
-        return builder.bitcast(word, ir.FloatType())
-
-    return types.float32(bits), codegen
-
-
-def _float_to_bits(kind, ptx):
-    def codegen(context, builder, sig, args):
-        return builder.asm(ir.FunctionType(ir.IntType(16), [ir.FloatType()]), ptx, "=h,f", args, False)
-
-    return intrinsic(lambda typing, value: (kind(types.float32), codegen))
-
-
-_to_half = _float_to_bits(types.uint16, "cvt.rn.f16.f32 $0, $1;")
-_to_bfloat = _float_to_bits(types.int16, "cvt.rn.bf16.f32 $0, $1;")  # from sm_80 on
-
-overload(verbs.lane)(lambda: lambda: cuda.threadIdx.x)
-overload(verbs.lanes)(lambda: lambda: cuda.blockDim.x)
+overload(verbs.lane)(lambda: lambda: _lane())
+overload(verbs.lanes)(lambda: lambda: verbs.GPU_LANES)  # a constant: else kernels are full of divisions by it
 overload(verbs.block_sync)(lambda: lambda: cuda.syncthreads())
 overload(verbs.ld_acquire)(lambda words, i: lambda words, i: _ld_acquire(words, i))
 overload(verbs.ld_relaxed)(lambda words, i: lambda words, i: _ld_relaxed(words, i))
@@ -173,6 +138,7 @@ overload(verbs.array_at, inline="always")(
 )
 overload(verbs.record_at)(lambda words, at, like: lambda words, at, like: record_at(words, at, like))
 overload(verbs.local_array, inline="always")(lambda like: lambda like: _local_array(like))
+overload(verbs.zero_sums, inline="always")(lambda working, num_sums: lambda working, num_sums: _local_array(working))
 
 
 @overload(verbs.pause)
@@ -180,42 +146,5 @@ def _pause(attempt):
     def meaning(attempt):
         cuda.nanosleep(types.uint32(min(SHORTEST_SLEEP_NS << min(attempt, 5), LONGEST_SLEEP_NS)))
         return attempt + 1
-
-    return meaning
-
-
-@overload(verbs.load)
-def _load(array, i):
-    if array.dtype in (types.uint16, types.int16):
-        return lambda array, i: _bits_to_float(array[i])
-    return lambda array, i: array[i]
-
-
-@overload(verbs.store)
-def _store(array, i, value):
-    rounded = {types.uint16: _to_half, types.int16: _to_bfloat}.get(array.dtype)
-
-    def meaning(array, i, value):
-        array[i] = value
-
-    def meaning_of_16_bits(array, i, value):
-        array[i] = rounded(types.float32(value))
-
-    return meaning_of_16_bits if rounded else meaning
-
-
-@overload(verbs.copy_row)
-def _copy_row(target, target_at, source, source_at, num_elements):
-    item = target.dtype.bitwidth // 8
-
-    def meaning(target, target_at, source, source_at, num_elements):
-        to, come = _address_of(target, target_at), _address_of(source, source_at)
-        num_bytes = num_elements * item
-        if (to | come | types.uint64(num_bytes)) % types.uint64(VECTOR_BYTES) == 0:
-            for at in range(cuda.threadIdx.x * VECTOR_BYTES, num_bytes, cuda.blockDim.x * VECTOR_BYTES):
-                _copy_vector(to + types.uint64(at), come + types.uint64(at))
-        else:
-            for c in range(cuda.threadIdx.x, num_elements, cuda.blockDim.x):
-                target[target_at + c] = source[source_at + c]
 
     return meaning

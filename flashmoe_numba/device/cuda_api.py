@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 with contextlib.suppress(ImportError):
@@ -36,6 +37,7 @@ __all__ = [
     "intrinsic",
     "ir",
     "link",
+    "link_to_ptx",
     "lowering_registry",
     "make_array",
     "overload",
@@ -44,6 +46,9 @@ __all__ = [
     "types",
     "typing_registry",
 ]
+
+
+Codes = list[tuple[str, bytes]]  # what a linker takes: (kind, code)
 
 
 def element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
@@ -62,7 +67,7 @@ def device_array(array: Any) -> Any:
 
 def compile_to_ltoir(
     kernel: Any, signature: tuple[Any, ...], capability: tuple[int, int], launch_bounds: tuple[int, int]
-) -> list[tuple[str, bytes]]:
+) -> Codes:
     """(kind, code) of a kernel and of everything it calls, for a compute capability; needs no device and no driver."""
     device = type("Device", (), {"compute_capability": capability})
     with mock.patch("numba.cuda.dispatcher.get_current_device", device):  # asked for nested functions, offline too
@@ -72,29 +77,50 @@ def compile_to_ltoir(
     return [(getattr(code, "kind", "ltoir"), bytes(getattr(code, "data", code))) for code in codes]
 
 
-def link(codes: list[tuple[str, bytes]], architecture: str) -> tuple[bytes, str]:
+def link(codes: Codes, architecture: str) -> tuple[bytes, str]:
     """(cubin, log) of compiled code, with registers and spills in the log; needs no device and no driver.
 
     Raises:
         RuntimeError: what the linker said.
     """
+    from cuda.bindings.nvjitlink import get_info_log, get_info_log_size, get_linked_cubin, get_linked_cubin_size
+
+    with _linked(codes, [f"-arch={architecture}", "-lto", "-verbose"]) as linker:
+        cubin, log = bytearray(get_linked_cubin_size(linker)), bytearray(get_info_log_size(linker))
+        get_linked_cubin(linker, cubin)
+        get_info_log(linker, log)
+    return bytes(cubin), log.decode(errors="replace")
+
+
+def link_to_ptx(codes: Codes, architecture: str) -> bytes:
+    """The same code linked and optimised as for a cubin, but left as PTX, the last form that has a specification.
+
+    Raises:
+        RuntimeError: what the linker said.
+    """
+    from cuda.bindings.nvjitlink import get_linked_ptx, get_linked_ptx_size
+
+    with _linked(codes, [f"-arch={architecture}", "-lto", "-ptx"]) as linker:
+        text = bytearray(get_linked_ptx_size(linker))
+        get_linked_ptx(linker, text)
+    return bytes(text).rstrip(b"\0")  # the size counts the end of a C string
+
+
+@contextlib.contextmanager
+def _linked(codes: Codes, options: list[str]) -> Iterator[int]:
+    """A linker that has done its work, to be asked for what it made."""
     from cuda.bindings import nvjitlink
 
     kinds = {"ltoir": nvjitlink.InputType.LTOIR, "archive": nvjitlink.InputType.LIBRARY, "ptx": nvjitlink.InputType.PTX}
-    options = [f"-arch={architecture}", "-lto", "-verbose"]
     handle = nvjitlink.create(len(options), options)
     try:
         for kind, code in codes:
             nvjitlink.add_data(handle, kinds[kind], code, len(code), kind)
         nvjitlink.complete(handle)
-        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, cubin)
-        log = bytearray(nvjitlink.get_info_log_size(handle))
-        nvjitlink.get_info_log(handle, log)
+        yield handle
     except nvjitlink.nvJitLinkError as error:
         said = bytearray(nvjitlink.get_error_log_size(handle))
         nvjitlink.get_error_log(handle, said)
         raise RuntimeError(f"{error}: {said.decode(errors='replace')}") from None
     finally:
         nvjitlink.destroy(handle)
-    return bytes(cubin), log.decode(errors="replace")

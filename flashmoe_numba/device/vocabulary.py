@@ -22,6 +22,7 @@ from . import fibers
 from .records import read_record
 
 LOCAL_ELEMENTS = 16
+GPU_LANES = 128  # threads of a block on a GPU: a warpgroup
 IS_VERB = True  # places in the source are those of callers (fibers.py)
 
 
@@ -134,3 +135,31 @@ def copy_row(target: Any, target_at: int, source: Any, source_at: int, num_eleme
 def local_array(like: Any) -> Any:
     """LOCAL_ELEMENTS zeros of the element type of `like`, of this lane only; in registers where that can be."""
     return np.zeros(LOCAL_ELEMENTS, like.dtype)
+
+
+def part_columns(target: Any, source: Any, num_columns: int) -> int:
+    """How many columns of a row a lane should sum at a time, where both arrays are rows of `num_columns`."""
+    return -(-num_columns // lanes())
+
+
+def zero_sums(working: Any, num_sums: int) -> Any:
+    """`num_sums` zeros of the element type of `working`, of this lane only.
+
+    They lie in `working`, in registers or elsewhere: one lane of a block may use `working`, or none.
+
+    Args:
+        num_sums: as `part_columns` has it, or fewer at the end of a row.
+    """
+    return np.zeros(num_sums, working.dtype)
+
+
+def add_part(sums: Any, num_sums: int, source: Any, source_at: int, weight: Any) -> None:
+    """Add `weight` times a part of a row to sums."""
+    for c in range(num_sums):
+        sums[c] = sums[c] + weight * load(source, source_at + c)
+
+
+def store_part(target: Any, target_at: int, sums: Any, num_sums: int) -> None:
+    """Round sums to the element type, and store them as a part of a row."""
+    for c in range(num_sums):
+        store(target, target_at + c, sums[c])

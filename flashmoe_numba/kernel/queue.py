@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from flashmoe_numba.device import fetch_add, jit, st_release
 
-TASK_WORDS = 8  # one cache line: stamp, kind, peer, expert, m, n
-STAMP, KIND, PEER, EXPERT, M, N = range(6)
+TASK_WORDS = 8  # one cache line, of which three words are used
+STAMP, WHO, WHERE = range(3)  # the stamp; kind, peer and expert; m and n
+KIND_BITS, PEER_BITS, M_BITS = 8, 24, 32  # of these words, from the lowest bit on; expert and n have the rest
 
 COUNTER_STRIDE = 16  # counters that different blocks hammer lie two cache lines apart
 HEAD, TAIL, GATES_DONE, GATE_OPEN, PACKETS_SEEN, GEMM_TASKS, HIDDEN_ROWS, TOTAL = range(8)
@@ -26,6 +27,20 @@ class QueueTask(NamedTuple):
     expert: int
     m: int
     n: int
+
+
+def task_words(task: QueueTask) -> tuple[int, int]:
+    """(WHO, WHERE) of a task, whose numbers are not negative."""
+    return task.kind | task.peer << KIND_BITS | task.expert << KIND_BITS + PEER_BITS, task.m | task.n << M_BITS
+
+
+def task_of(who: int, where: int) -> QueueTask:
+    """The task of these words."""
+    kind, peer = who & (1 << KIND_BITS) - 1, who >> KIND_BITS & (1 << PEER_BITS) - 1
+    return QueueTask(kind, peer, who >> KIND_BITS + PEER_BITS, where & (1 << M_BITS) - 1, where >> M_BITS)
+
+
+pack, unpack = jit(task_words), jit(task_of)
 
 
 @jit
@@ -52,11 +67,9 @@ def reserve(p, queue, num_tasks):
 def fill(p, queue, place, task):
     """Publish a task in a reserved place."""
     at = place * TASK_WORDS
-    queue.tasks[at + KIND] = task.kind
-    queue.tasks[at + PEER] = task.peer
-    queue.tasks[at + EXPERT] = task.expert
-    queue.tasks[at + M] = task.m
-    queue.tasks[at + N] = task.n
+    who, where = pack(task)
+    queue.tasks[at + WHO] = who
+    queue.tasks[at + WHERE] = where
     st_release(queue.tasks, at + STAMP, p.epoch)
 
 
@@ -69,5 +82,4 @@ def push(p, queue, task):
 def read_task(queue, place):
     """The task in a place that has been filled."""
     at = place * TASK_WORDS
-    kind, peer, expert = queue.tasks[at + KIND], queue.tasks[at + PEER], queue.tasks[at + EXPERT]
-    return QueueTask(kind, peer, expert, queue.tasks[at + M], queue.tasks[at + N])
+    return unpack(queue.tasks[at + WHO], queue.tasks[at + WHERE])

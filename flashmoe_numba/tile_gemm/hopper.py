@@ -21,9 +21,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ..device.vocabulary import GPU_LANES
 from .matrices import MAX_TILE_COLUMNS, SUMS_STRIDE
 
-THREADS = 128  # of a block of any kernel: one warpgroup
+THREADS = GPU_LANES  # of a block of any kernel: one warpgroup
 ROWS = (16, 32, 64, 128)  # heights of a tile
 STAGES = {16: 6, 32: 5, 64: 4, 128: 3}  # as many as leave room for a second block on a multiprocessor
 DEPTH_BYTES = 128  # of a block of the depth: the swizzle's width

@@ -17,6 +17,7 @@ LANES = PASS_ROWS // CELLS * LANES_ACROSS
 STAGE_STRIDE = CHUNK + 1  # odd, so that lanes side by side read different banks of shared memory
 MAX_TILE_COLUMNS = 128
 SUMS_STRIDE = MAX_TILE_COLUMNS + 4  # likewise
+STAGE_ELEMENTS, SUMS_ELEMENTS = (PASS_ROWS + PASS_COLUMNS) * STAGE_STRIDE, PASS_ROWS * SUMS_STRIDE  # of a `Scratch`
 
 
 class Matrices(NamedTuple):
@@ -62,8 +63,3 @@ def as_matrices(
         parts=len(matrices),
         group_rows=PASS_ROWS,
     )
-
-
-def scratch_elements(hidden: int) -> tuple[int, int]:
-    """Elements of `Scratch.rows` and `Scratch.sums` that a block needs; a combine sums a row of `hidden` there."""
-    return (PASS_ROWS + PASS_COLUMNS) * STAGE_STRIDE, max(PASS_ROWS * SUMS_STRIDE, hidden)

@@ -14,7 +14,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashmoe_numba.build.variants import ARCHITECTURES
-from flashmoe_numba.device import block_sync, cas, copy_row, fetch_add, lane, lanes, ld_acquire, now, pause, st_release
+from flashmoe_numba.device import (
+    add_part,
+    block_sync,
+    cas,
+    copy_row,
+    fetch_add,
+    lane,
+    lanes,
+    ld_acquire,
+    now,
+    part_columns,
+    pause,
+    st_release,
+    store_part,
+    zero_sums,
+)
 from flashmoe_numba.device.records import record_words
 from flashmoe_numba.device.storage import storage_dtype
 from flashmoe_numba.tile_gemm import as_matrices, tile_gemm
@@ -61,6 +76,15 @@ class Copy(NamedTuple):
     source: Any
 
 
+class Rows(NamedTuple):
+    """Two rows, and their weights as float64."""
+
+    columns: int
+    target: Any
+    source: Any
+    weights: Any
+
+
 class Words(NamedTuple):
     turns: int
     words: Any
@@ -79,6 +103,18 @@ def product(r, scratch, box):
 
 def copy(r, scratch, box):
     copy_row(r.target, r.target_at, r.source, r.source_at, r.num_elements)
+
+
+def sum_rows(r, scratch, box):
+    """The weighted sum of both, as a combine makes it."""
+    width = part_columns(r.target, r.source, r.columns)
+    for at in range(lane() * width, r.columns, lanes() * width):
+        columns = min(width, r.columns - at)
+        sums = zero_sums(scratch.sums, columns)
+        for row in range(2):
+            weight = scratch.sums.dtype.type(r.weights[row])
+            add_part(sums, columns, r.source, row * r.columns + at, weight)
+        store_part(r.target, at, sums, columns)
 
 
 def count(r, scratch, box):
@@ -194,6 +230,12 @@ def copy_piece(dtype: str) -> Piece:
     return Piece(copy, Copy(0, 0, 0, element, element), np.dtype(np.float32))
 
 
+def rows_piece(dtype: str) -> Piece:
+    accumulator = np.dtype(np.float64 if dtype == "float64" else np.float32)
+    element = np.empty(0, storage_dtype(element_dtype(dtype)))
+    return Piece(sum_rows, Rows(1, element, element, np.empty(0)), accumulator)
+
+
 def words_piece(function: Callable[..., None]) -> Piece:
     return Piece(function, Words(1, np.empty(0, np.int64)), np.dtype(np.float32))
 
@@ -202,6 +244,7 @@ def main() -> None:
     pieces = [sums_piece(dtype, True) for dtype in ("float16", "bfloat16", "float32")]
     pieces += [make(dtype, False) for make in (sums_piece, product_piece) for dtype in ("float64", "float16")]
     pieces += [product_piece("bfloat16", True), copy_piece("float16"), copy_piece("float64")]
+    pieces += [rows_piece(dtype) for dtype in ("float64", "bfloat16")]
     pieces += [words_piece(count), words_piece(ping_pong)]
     with TemporaryDirectory() as folder:
         for piece in pieces:

@@ -12,23 +12,25 @@ from pieces import (
     Copy,
     Launcher,
     Product,
+    Rows,
     Sums,
     Words,
     copy_piece,
     count,
     ping_pong,
     product_piece,
+    rows_piece,
     sums_piece,
     words_piece,
 )
 
 from flashmoe_numba.device.storage import as_storage
 from flashmoe_numba.tile_gemm.hopper import ROWS, SHARED_BYTES
-from flashmoe_numba.tile_gemm.matrices import PASS_ROWS, SUMS_STRIDE, scratch_elements
+from flashmoe_numba.tile_gemm.matrices import PASS_ROWS, STAGE_ELEMENTS, SUMS_ELEMENTS, SUMS_STRIDE
 from reference import ACTIVATIONS, activation, element_dtype
 
 EXPERTS, COLUMNS, A_ROW = 3, 200, 5
-SMALL_SHARED = 8 * (PASS_ROWS * SUMS_STRIDE + scratch_elements(1)[0])
+SMALL_SHARED = 8 * (SUMS_ELEMENTS + STAGE_ELEMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,20 @@ def test_rows_are_copied_whatever_their_alignment(gpu, launcher, dtype, target_a
     expected = np.full(6000, 7, dtype)
     expected[target_at : target_at + num_elements] = source[source_at : source_at + num_elements]
     np.testing.assert_array_equal(bits(gpu.to_host(target).view(dtype)), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("columns", "source_at", "target_at"), [(40, 0, 0), (40, 1, 0), (40, 0, 1), (33, 0, 0)])
+def test_sums_of_rows_whatever_their_alignment(gpu, launcher, dtype, columns, source_at, target_at):
+    element, rng = element_dtype(dtype), np.random.default_rng(0)
+    source = rng.integers(-9, 10, source_at + 2 * columns).astype(element)
+    target = gpu.to_device(as_storage(np.full(target_at + columns + 8, 7, element)))
+    rows = gpu.to_device(as_storage(source))[source_at:]
+    launcher(rows_piece, dtype)(Rows(columns, target[target_at:], rows, gpu.to_device(np.array([2.0, -0.5]))))
+    expected = np.full(target_at + columns + 8, 7, np.float64)
+    first, second = source[source_at:].astype(np.float64).reshape(2, columns)
+    expected[target_at : target_at + columns] = 2 * first - second / 2
+    np.testing.assert_array_equal(gpu.to_host(target).view(element).astype(np.float64), expected)
 
 
 def test_atomics_of_all_threads(gpu, launcher):

@@ -25,7 +25,6 @@ CONTROL = {
     control.SILENT: "SILENT",
     **dict.fromkeys(range(control.RECORD_FIELDS.start, control.RECORD_FIELDS.stop), "RECORD's fields"),
 }
-FIELDS = range(queue.KIND, queue.N + 1)
 
 
 def split_name(array: str) -> tuple[int | None, str]:
@@ -109,9 +108,10 @@ class Cells:
         return ", ".join(parts)
 
     def _place(self, place: int, cells: Mapping[int, object]) -> str:
-        values = [cells.get(place * queue.TASK_WORDS + field) for field in FIELDS]
-        known = [value for value in values if isinstance(value, int)]
-        return f"place {place}: {task_text(*known)}" if len(known) == len(FIELDS) else f"place {place}"
+        who, where = (cells.get(place * queue.TASK_WORDS + word) for word in (queue.WHO, queue.WHERE))
+        if not isinstance(who, int) or not isinstance(where, int):
+            return f"place {place}"
+        return f"place {place}: {task_text(*queue.task_of(who, where))}"
 
 
 def task_text(kind: int, peer: int, expert: int, m: int, n: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashmoe_numba.device import block_sync, jit, lane, lanes, load, store
 from flashmoe_numba.tile_gemm.activations import BY_INDEX
-from flashmoe_numba.tile_gemm.matrices import SUMS_STRIDE
+from flashmoe_numba.tile_gemm.matrices import MAX_TILE_COLUMNS, SUMS_STRIDE
 from flashmoe_numba.tile_gemm.stub import tile_sums
 
 
@@ -36,13 +36,27 @@ def multiply_tile(out, out_row, a, a_row, rows, matrices, expert, n, activation,
 @jit
 def finish(out, out_row, rows, matrices, expert, first, columns, activation, sums):
     """Lanes side by side take columns side by side, and several rows if there are more lanes than columns."""
-    across = min(lanes(), matrices.tile_n)
-    down = lanes() // across
-    bias_at = expert * matrices.parts * matrices.columns + first
-    for r in range(lane() // across, rows if lane() < across * down else 0, down):
-        for c in range(lane() % across, columns, across):
-            value = activate(load(sums, r * SUMS_STRIDE + c) + load(matrices.bias, bias_at + c), activation)
-            if matrices.parts == 2:
-                up = load(sums, r * SUMS_STRIDE + matrices.tile_n + c)
-                value = value * (up + load(matrices.bias, bias_at + matrices.columns + c))
-            store(out, (out_row + r) * matrices.columns + first + c, value)
+    bits = 0  # of a column among lanes, which are a power of two: divisions are slow, and so are loops of any step
+    while (1 << bits) < min(lanes(), matrices.tile_n):
+        bits += 1
+    column = lane() & ((1 << bits) - 1)
+    r = lane() >> bits
+    while r < rows:
+        if lanes() >= MAX_TILE_COLUMNS:  # known when a kernel is compiled: a lane has one column at most, and no loop
+            if column < columns:
+                finish_one(out, out_row, r, column, matrices, expert, first, activation, sums)
+        else:
+            for c in range(column, columns, 1 << bits):
+                finish_one(out, out_row, r, c, matrices, expert, first, activation, sums)
+        r += lanes() >> bits
+
+
+@jit
+def finish_one(out, out_row, r, c, matrices, expert, first, activation, sums):
+    """The result of row r of the tile, column c of it."""
+    bias_at = expert * matrices.parts * matrices.columns + first + c
+    value = activate(load(sums, r * SUMS_STRIDE + c) + load(matrices.bias, bias_at), activation)
+    if matrices.parts == 2:
+        up = load(sums, r * SUMS_STRIDE + matrices.tile_n + c)
+        value = value * (up + load(matrices.bias, bias_at + matrices.columns))
+    store(out, (out_row + r) * matrices.columns + first + c, value)

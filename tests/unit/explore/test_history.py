@@ -194,8 +194,8 @@ def test_a_row_tile_has_an_index_of_its_own():
 
 
 def test_a_task_is_told_where_all_its_fields_are_known():
-    fields = {17: 2, 18: 1, 19: 0, 20: 1, 21: 0}  # kind, peer, expert, m, n of place 2
-    assert Cells(CONFIG).tell("rank 0 queue.tasks", fields) == "place 2: GEMM0(source 1, expert 0, m 1, n 0)"
+    words = {17: 0x00000003_000001_02, 18: 0x00000004_00000001}  # of place 2: expert, peer, kind; n, m
+    assert Cells(CONFIG).tell("rank 0 queue.tasks", words) == "place 2: GEMM0(source 1, expert 3, m 1, n 4)"
     assert Cells(CONFIG).tell("rank 0 queue.tasks", {17: 2}) == "place 2"
 
 

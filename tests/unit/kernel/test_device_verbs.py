@@ -14,6 +14,7 @@ import pytest
 from numba import njit, types
 
 from flashmoe_numba.device import (
+    add_part,
     array_at,
     cas,
     copy_row,
@@ -24,9 +25,12 @@ from flashmoe_numba.device import (
     ld_relaxed,
     load,
     now,
+    part_columns,
     pause,
     st_release,
     store,
+    store_part,
+    zero_sums,
 )
 from flashmoe_numba.device.cpu import JIT_OPTIONS
 from flashmoe_numba.device.fibers import Scheduler
@@ -175,6 +179,36 @@ def test_copy_row_moves_bits(dtype):
             expected = np.zeros(50, dtype)
             expected[5 : 5 + num_elements] = source[9 : 9 + num_elements]
             assert target.tobytes() == expected.tobytes(), f"{name}, {num_elements} elements"
+
+
+def sum_two_rows(target, source, weights, working):
+    num_columns = source.size // 2
+    width = part_columns(target, source, num_columns)
+    for at in range(lane() * width, num_columns, lanes() * width):
+        columns = min(width, num_columns - at)
+        sums = zero_sums(working, columns)
+        for row in range(2):
+            add_part(sums, columns, source, row * num_columns + at, weights[row])
+        store_part(target, at, sums, columns)
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3, 8])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_parts_of_rows_are_summed_once(dtype, num_lanes):
+    """Rows of 7 in 3 lanes have a short last part, and some of 8 lanes have none."""
+    storage, accumulator = (np.uint16, np.float32) if dtype == "float16" else (np.float64, np.float64)
+    source = np.random.default_rng(0).integers(-9, 10, 14).astype(dtype)
+    weights, working = np.array([0.5, -3], accumulator), np.full(7, np.nan, accumulator)
+    target = np.full(8, 7, dtype)
+    arguments = target.view(storage), source.view(storage), weights, working
+    if num_lanes == 1:
+        compiled(sum_two_rows)(*arguments)
+    else:
+        scheduler = Scheduler()
+        scheduler.add_block("test", sum_two_rows, arguments, num_lanes)
+        scheduler.run()
+    first, second = source.astype(np.float64).reshape(2, 7)
+    assert target.tolist() == [*(first / 2 - 3 * second), 7]
 
 
 def single_steps(words, got):

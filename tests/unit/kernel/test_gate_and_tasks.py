@@ -7,10 +7,11 @@ import pytest
 from cases import random_routing, random_tokens, tiny_config, with_no_choices
 from hypothesis import given
 from hypothesis import strategies as st
+from numba import njit
 from worlds import configs, token_counts
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.kernel.queue import EXPERT, KIND, PEER, STAMP, TASK_WORDS, M, N
+from flashmoe_numba.kernel.queue import STAMP, TASK_WORDS, WHERE, WHO, QueueTask, pack, task_of, unpack
 from flashmoe_numba.kernel.trace import EVENT_WORDS
 from reference import GATE, Task, Weights, make_packets, softmax_topk, task_graph
 from reference.task_kinds import RECEIVE
@@ -72,7 +73,14 @@ def queued_tasks(layer, rank, epoch):
     """Counter of what the rank's queue holds of this epoch."""
     places = layer._ranks[rank].queue.tasks.reshape(-1, TASK_WORDS)
     places = places[places[:, STAMP] == epoch]
-    return Counter(Task(int(p[KIND]), rank, int(p[PEER]), int(p[EXPERT]), int(p[M]), int(p[N])) for p in places)
+    tasks = [task_of(who, where) for who, where in places[:, [WHO, WHERE]].tolist()]
+    return Counter(Task(task.kind, rank, *task[1:]) for task in tasks)
+
+
+@pytest.mark.parametrize("task", [(0, 0, 0, 0, 0), (4, 1, 2, 3, 5), (255, 2**24 - 1, 2**31 - 1, 2**32 - 1, 2**31 - 1)])
+def test_a_task_survives_its_two_words(task):
+    roundtrip = njit(lambda *task: unpack(*pack(QueueTask(*task))))
+    assert roundtrip(*task) == task
 
 
 @given(routed_layers(), st.integers(1, 3), backends)

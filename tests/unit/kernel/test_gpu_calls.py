@@ -1,9 +1,11 @@
-"""What a call on a GPU puts on which stream, what it waits for, and how it ends badly; on the interpreted GPU."""
+"""What a call on a GPU puts on which stream, what it waits for, and how it ends badly; on a stand-in."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cases import assert_equals_oracle, assert_same_bits, random_routing, random_tokens, record_words, tiny_config
-from interpreted_gpu import Event, make_layer
+from interpreted_gpu import make_layer
 
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.kernel import control as s
@@ -30,7 +32,17 @@ def fail(layer, culprit=1):
     for rank in layer._ranks:
         rank.control[s.ABORT] = culprit + 1
     control = layer._ranks[culprit].control
-    control[[*record_words("role", "flag"), s.RECORD]] = s.SUBSCRIBER, s.GATE_FLAG, s.COMPLETE
+    words = [*record_words("role", "flag"), s.RECORD]
+    for word, value in zip(words, (s.SUBSCRIBER, s.GATE_FLAG, s.COMPLETE), strict=True):
+        control[word] = value
+
+
+def on_gpu(layer, x):
+    return [layer._backend.gpu.to_device(part) for part in x]
+
+
+def on_host(y):
+    return [part.get() for part in y]
 
 
 def verbs(gpu):
@@ -58,19 +70,23 @@ def test_everything_of_a_call_is_on_the_callers_stream(layer):
     x, routing = routing_and_tokens()
     gpu = layer._backend.gpu
     layer(x)
-    for gpu.stream in (11, 12):
+    for _ in range(2):
+        gpu.caller = gpu.cupy.cuda.Stream(non_blocking=True)
         gpu.log.clear()
         layer(x, **routing)
-        assert {stream for _, stream in gpu.log} == {gpu.stream}
+        assert {stream for _, stream in gpu.log} == {gpu.caller.ptr}
 
 
-def test_a_call_waits_for_nothing(layer):
+def test_a_call_waits_for_nothing(layer, monkeypatch):
     x, routing = routing_and_tokens()
-    gpu = layer._backend.gpu
-    before = gpu.synchronized
+    x, queues, waits = on_gpu(layer, x), layer._backend.gpu.cupy.queues, []
+    for verb in ("wait_for_device", "wait_for_stream"):
+        monkeypatch.setattr(queues, verb, lambda *_: waits.append(1))
     for _ in range(3):
         layer(x, **routing)
-    assert gpu.synchronized == before
+    assert waits == []
+    layer.synchronize()
+    assert waits
 
 
 def test_a_call_hands_over_one_record_per_rank(layer):
@@ -92,8 +108,7 @@ def test_what_copies_read_lives_until_their_call_is_done(layer):
     backend, events = layer._backend, []
 
     def record(stream):
-        events.append(Event())
-        events[-1].done = False
+        events.append(SimpleNamespace(done=False, capture=None))
         return events[-1]
 
     backend.gpu.record = record
@@ -110,24 +125,26 @@ def test_what_copies_read_lives_until_their_call_is_done(layer):
 
 
 def test_a_captured_call_asks_and_waits_for_nothing_and_keeps_what_it_copies(layer):
-    """The fake GPU refuses events and waits while it captures, as a real one does."""
+    """The stand-in refuses to ask and to wait while it captures, as a GPU does."""
     x, routing = routing_and_tokens()
     gpu, expected = layer._backend.gpu, layer(x, **routing)
     gpu.log.clear()
-    gpu.capturing = True
-    assert_same_bits(layer(x, **routing), expected)
-    gpu.capturing = False
+    with gpu.captured() as graph:
+        y = layer(on_gpu(layer, x), **routing)
     assert verbs(gpu) == [*COPIES, "copy_rows", "launch", "copy_out"]
-    assert len(layer._backend._captured) == len(COPIES) + 1
+    assert len(layer._backend._captured) == len(COPIES) + 1 + 2 * CONFIG.num_ranks, "tokens and results, too"
+    graph[0].launch(gpu.caller)
+    assert_same_bits(on_host(y), expected)
     assert_same_bits(layer(x, **routing), expected)
 
 
 def test_the_first_call_can_be_captured(layer):
     x = random_tokens(CONFIG)
-    layer._backend.gpu.capturing = True
-    y = layer(x)
-    layer._backend.gpu.capturing = False
-    assert_equals_oracle(y, x, Weights.random(CONFIG), CONFIG, layer.routing)
+    gpu = layer._backend.gpu
+    with gpu.captured() as graph:
+        y = layer(on_gpu(layer, x))
+    graph[0].launch(gpu.caller)
+    assert_equals_oracle(on_host(y), x, Weights.random(CONFIG), CONFIG, layer.routing)
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -135,12 +152,12 @@ def test_a_call_that_was_given_up_is_told_by_the_next_eager_one(captured):
     with make_layer(CONFIG, Weights.random(CONFIG), num_processors=1) as layer:
         gpu, x = layer._backend.gpu, random_tokens(CONFIG)
         layer(x)
-        original, gpu.capturing = gpu.launch, captured
-        gpu.launch = lambda *arguments: fail(layer)
+        original, gpu.launch = gpu.launch, lambda *arguments: fail(layer)
         if captured:
-            layer(x)  # nobody may look into a graph
-            gpu.capturing = False
-        else:  # the fake GPU is done when it returns, so this call knows
+            with gpu.captured() as graph:
+                layer(on_gpu(layer, x))  # nobody may look into a graph
+            graph[0].launch(gpu.caller)
+        else:  # the stand-in is done when it returns, so this call knows
             with pytest.raises(FlashMoEError, match="rank 0 stopped: rank 1, block 0"):
                 layer(x)
         gpu.launch = original
@@ -158,9 +175,8 @@ def test_an_error_that_is_known_late_is_told_by_no_captured_call():
         layer(x)
         gpu.launch = launch
         copy_out(*late[0])
-        gpu.capturing = True
-        layer(x)
-        gpu.capturing = False
+        with gpu.captured():
+            layer(on_gpu(layer, x))
         with pytest.raises(FlashMoEError, match="rank 1, block 0"):
             layer(x)
 
@@ -169,7 +185,7 @@ def test_an_error_that_is_known_late_is_told_by_no_captured_call():
 
 
 def stop_words(layer):
-    return [int(rank.control[s.ABORT]) for rank in layer._ranks]
+    return [int(rank.control.get()[s.ABORT]) for rank in layer._ranks]
 
 
 def test_leaving_tells_all_ranks_who_left(layer):
@@ -196,7 +212,7 @@ def test_leaving_overwrites_no_stop(layer, before, after):
         rank.control[s.ABORT] = word
     layer._backend.leave(*layer._ranks[1].leaving(1))
     assert stop_words(layer) == (before if before[1] else after)
-    assert (layer._ranks[1].control[s.RECORD] == s.COMPLETE) == (before[1] == 0)
+    assert (layer._ranks[1].control.get()[s.RECORD] == s.COMPLETE) == (before[1] == 0)
     layer._closed = "tested"
 
 
@@ -260,7 +276,7 @@ def test_a_close_that_fails_tells_the_other_ranks():
     gpu.synchronize = broken
     with pytest.raises(Broken):
         layer.close()
-    assert [int(control[s.ABORT]) for control in controls] == [1, 1]
+    assert [int(control.get()[s.ABORT]) for control in controls] == [1, 1]
     assert heap.segments == []
 
 
@@ -279,4 +295,4 @@ def test_table_and_epochs_are_there_before_any_call(layer):
     assert [backend.epoch(position, 0) for position in range(CONFIG.num_ranks)] == [0, 0]
     layer(random_tokens(CONFIG))
     assert [stats.epoch for stats in layer.stats] == [1, 1]
-    assert all(np.all(rank.left == 0) for rank in layer._ranks)
+    assert all(np.all(rank.left.get() == 0) for rank in layer._ranks)

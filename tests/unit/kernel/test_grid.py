@@ -42,7 +42,7 @@ def test_calls_give_the_same_bits_for_any_number_of_blocks():
     config = tiny_config(num_ranks=2, num_experts=2, num_topk=1, num_tokens=4)
     weights, x = Weights.random(config), random_tokens(config)
     with make_layer(config, weights, num_processors=1) as one, make_layer(config, weights, seed=9) as most:
-        assert most.num_processors == 9 // 2 - 1
+        assert most.num_processors == 10 // 2 - 1
         expected = one(x)
         for _ in range(2):
             assert_same_bits(most(x), expected)
@@ -53,22 +53,24 @@ def test_a_replayed_launch_counts_its_own_epochs():
     config = tiny_config(num_ranks=2)
     weights, x = Weights.random(config), random_tokens(config)
     with make_layer(config, weights, num_processors=1) as layer:
-        y = layer(x)
-        backend, copies = layer._backend, [part.copy() for part in y]
+        backend = layer._backend
+        tokens = [backend.array(part) for part in x]
+        y = layer(tokens)
+        expected = [part.get() for part in y]
         for part in y:
             part.view(np.uint8)[:] = 0xFF
         arguments = (backend.address(backend._table), backend._table.size)
         for _ in range(2):
-            backend.gpu.launch(None, 4, 128, arguments, 0, 0)
-        assert_same_bits(y, copies)
+            backend.gpu.launch(backend._function, 4, 128, arguments, backend.shared_bytes, backend.gpu.caller.ptr)
+        assert_same_bits([part.get() for part in y], expected)
         assert [stats.epoch for stats in layer.stats] == [3, 3]
-        assert_same_bits(layer(x), copies)
+        assert_same_bits(layer(x), expected)
 
 
 def test_blocks_that_cannot_all_be_resident_are_refused():
     config = tiny_config(num_ranks=2)
-    with pytest.raises(ValueError, match="num_processors must be at most 3 for 2 ranks, because no GPU holds 9 blocks"):
-        make_layer(config, Weights.random(config), num_processors=4)
+    with pytest.raises(ValueError, match="at most 4 for 2 ranks, because stand-in for a GPU holds 10 blocks"):
+        make_layer(config, Weights.random(config), num_processors=5)
 
 
 def test_tiles_wider_than_the_kernel_can_are_refused():

@@ -19,7 +19,7 @@ from flashmoe_numba.device.storage import as_storage
 from flashmoe_numba.tile_gemm import Scratch, as_matrices, tile_gemm
 from flashmoe_numba.tile_gemm.activations import VERBS
 from flashmoe_numba.tile_gemm.cpu_activations import exp32
-from flashmoe_numba.tile_gemm.matrices import scratch_elements
+from flashmoe_numba.tile_gemm.matrices import STAGE_ELEMENTS, SUMS_ELEMENTS
 from flashmoe_numba.tile_gemm.panels import pack, packed_elements, panels_per_tile
 from reference import ACTIVATIONS, MoEConfig, activation, element_dtype
 from reference.activations import FILES, MOST_ULPS
@@ -50,7 +50,7 @@ class LanesBackend:
         return as_matrices(matrices, biases, tile_n, accumulator, np.ascontiguousarray)
 
     def make_scratch(self, config):
-        return Scratch(*(np.empty(size, config.accumulator) for size in scratch_elements(config.hidden)))
+        return Scratch(*(np.empty(size, config.accumulator) for size in (STAGE_ELEMENTS, SUMS_ELEMENTS)))
 
     def close(self):
         pass
@@ -185,6 +185,8 @@ def test_interpreted_tiles_equal_float64(product, tile_n, lanes):
 @pytest.mark.parametrize(
     ("dtype", "rows", "depth", "columns", "gated", "name", "tile_n"),
     [
+        ("float32", 9, 33, 16, False, "identity", 64),  # as many columns as lanes side by side
+        ("float32", 9, 33, 17, False, "identity", 64),
         ("float32", 33, 65, 129, True, "silu", 64),
         ("float64", 3, 33, 70, False, "gelu", 7),
         ("float16", 40, 31, 9, True, "relu", 5),
