@@ -29,6 +29,7 @@ UNFINISHED = r"(?:\.tmp\.\w+)?"  # of a writer that was killed
 KINDS = {  # what each of our files is called; the folder may hold others, which are left alone
     "CPU kernels (*.nbi, *.nbc)": re.compile(rf"(?!sim\.)[\w.]+{OF_NUMBA}{UNFINISHED}"),
     "GPU kernels (*.cubin, *.json)": re.compile(rf"sm_\w+-\w+-\w+{STAMP}\.(?:cubin|json){UNFINISHED}"),
+    "GPU kernels as PTX (*.ptx)": re.compile(rf"sm_\w+-\w+-\w+{STAMP}\.ptx{UNFINISHED}"),
     "simulator (sim.*.nbi, *.nbc)": re.compile(rf"sim\.[\w.]+{OF_NUMBA}{UNFINISHED}"),
 }
 

@@ -12,11 +12,12 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 from reference.cache_folder import note_use, remove_old
 from reference.code_cache import compiler_is_off, gpu_settings
@@ -28,6 +29,7 @@ from .variants import ARCHITECTURES, Variant
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
 BLOCKS_PER_MULTIPROCESSOR = 2  # one computes while the other waits or stores
 SUFFIX, FACTS = ".cubin", ".json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +60,31 @@ def build(variant: Variant, folder: Path) -> Kernel:
         ImportError: numba-cuda is missing; names the extra.
         RuntimeError: the linker refused, and what it said; or the compiler is switched off.
     """
-    stem = folder / f"{variant.name}-{_stamp(variant)}"
+    stem = stem_of(variant, folder)
+
+    def make() -> Iterator[tuple[Path, bytes]]:
+        cubin, log = _link(variant)
+        yield stem.with_suffix(SUFFIX), cubin
+        yield stem.with_suffix(FACTS), json.dumps(_facts(cubin, log)).encode()
+
+    return found_or_made(folder, lambda: _read(variant, stem), make)
+
+
+def stem_of(variant: Variant, folder: Path) -> Path:
+    """What is made of a variant is kept under this name, with a suffix; it stands for all that it depends on."""
+    return folder / f"{variant.name}-{_stamp(variant)}"
+
+
+def found_or_made(folder: Path, read: Callable[[], T], make: Callable[[], Iterator[tuple[Path, bytes]]]) -> T:
+    """What `read` finds in the folder; where that is missing or damaged, after the files of `make` were written."""
     # it is not there; or half a file is, of a full disk
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        return _read(variant, stem)
-    cubin, log = _link(variant)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(stem.with_suffix(SUFFIX), cubin)
-    _write(stem.with_suffix(FACTS), json.dumps(_facts(cubin, log)).encode())
+        return read()
+    for path, data in make():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, data)
     remove_old(folder)
-    return _read(variant, stem)
+    return read()
 
 
 def kept_kernels(folder: Path) -> Iterator[Path]:
@@ -119,18 +136,30 @@ def _versions() -> tuple[str, ...]:
     return tuple(versions)
 
 
-def _link(variant: Variant) -> tuple[bytes, str]:
-    """(cubin, the linker's log)"""
+def compiled(variant: Variant) -> list[tuple[str, bytes]]:
+    """What the linker takes, as (kind, code); `device.cuda_api` can be imported where this has returned.
+
+    Raises:
+        ImportError: numba-cuda is missing; names the extra.
+        RuntimeError: the compiler is switched off.
+    """
     if compiler_is_off():
         raise RuntimeError("nothing can be compiled, because NUMBA_DISABLE_JIT is set")
     try:
-        from ..device.cuda_api import compile_to_ltoir, link
+        from ..device.cuda_api import compile_to_ltoir
         from .entry import make_entry
     except ImportError as error:
         raise ImportError(f"the CUDA backend needs numba-cuda: pip install 'flashmoe-numba[cuda]' ({error})") from error
     kernel, signature = make_entry(variant)
     capability = ARCHITECTURES[variant.architecture]
-    codes = compile_to_ltoir(kernel, signature, capability, (THREADS, BLOCKS_PER_MULTIPROCESSOR))
+    return compile_to_ltoir(kernel, signature, capability, (THREADS, BLOCKS_PER_MULTIPROCESSOR))
+
+
+def _link(variant: Variant) -> tuple[bytes, str]:
+    """(cubin, the linker's log)"""
+    codes = compiled(variant)
+    from ..device.cuda_api import link
+
     return link(codes, variant.architecture)
 
 

@@ -16,11 +16,11 @@ from ..kernel.state import BOX_WORDS
 from ..tile_gemm import Scratch
 from ..tile_gemm import cuda as _registers_the_tile_gemm  # noqa: F401
 from ..tile_gemm.hopper import SHARED_ALIGNMENT
-from ..tile_gemm.matrices import PASS_ROWS, SUMS_STRIDE
+from ..tile_gemm.matrices import SUMS_ELEMENTS
 from .likeness import like_arguments
 from .variants import Variant
 
-ROWS_AT = PASS_ROWS * SUMS_STRIDE  # in the block's shared memory, elements: behind the sums that lanes make
+ROWS_AT = SUMS_ELEMENTS  # in the block's shared memory, elements: behind the sums that lanes make
 
 
 def make_entry(variant: Variant) -> tuple[Callable[..., None], tuple[Any, ...]]:

@@ -5,7 +5,7 @@ import ctypes.util
 import json
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +16,15 @@ from flashmoe_numba.build import build, sass
 from flashmoe_numba.build.build import Kernel
 from flashmoe_numba.build.variants import ARCHITECTURES
 from flashmoe_numba.commands import compile as compiling
+from flashmoe_numba.commands import profiled
 from flashmoe_numba.commands.compile import all_variants
 from flashmoe_numba.commands.doctor import host
 from flashmoe_numba.commands.doctor.gpus import check_gpus
 from flashmoe_numba.commands.doctor.host import NO, OK, WARN
 from flashmoe_numba.gpu import driver
 from flashmoe_numba.gpu.driver import Device, Driver, ask_driver
+from flashmoe_numba.ptx import linked as linked_text
+from reference import MoEConfig
 from sim.engine import loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +163,53 @@ def test_a_kernel_that_cannot_be_linked_fails_and_the_others_are_built(capsys, l
     assert "sm_90a-float16-wgmma" in out
 
 
+RUN = {
+    "config": asdict(MoEConfig(num_ranks=2, num_tokens=3, hidden=8, ffn=8, num_experts=2, num_topk=1)),
+    "num_processors": 2,
+    "steps": 1_500_000,
+    "seconds": 0.5,
+    "activities": [{field: None for _, field, _ in profiled.COLUMNS} | {"activity": "GATE", "instructions": 12_345}],
+    "most_waste": [{"line": 7, "text": "ld.u32 %r1, [%rd1]", "requests": 8, "sectors_per_request": 16.0,
+                    "excess_per_request": 12.0}],
+    "failures": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("failures", [[], ["line 7 is wrong"]])
+def test_kernels_are_run_and_what_they_did_is_told(capsys, linked, monkeypatch, failures):
+    ran = []
+
+    def run(variant, config):
+        ran.append((variant.name, config))
+        return RUN | {"failures": failures}
+
+    monkeypatch.setattr(compiling, "run_variant", run)
+    linked[1][0] = LOOP.format("NOP")
+    flags = ["compile", "--run", "--dtype", "float16", "--hidden", "40"]
+    code, rows, err = run_json(capsys, *flags)
+    assert code == (1 if failures else 0)
+    assert rows[0]["failures"] == failures
+    assert rows[0]["passed"] is not bool(failures)
+    assert rows[0]["run"]["steps"] == 1_500_000
+    assert err == "".join(f"FAILED sm_90a-float16-wgmma: {failure}\n" for failure in failures)
+    (name, config) = ran[0]
+    sizes = config.num_ranks, config.num_tokens, config.hidden, config.ffn, config.num_experts, config.num_topk
+    assert (name, sizes) == ("sm_90a-float16-wgmma", (2, 32, 40, 128, 4, 2))
+    assert cli.main(flags) == code
+    out = capsys.readouterr().out
+    assert "1.5 million instructions of threads in 0.5 s" in out
+    assert re.search(r"^GATE +12,345\b", out, re.MULTILINE)
+    assert "8 of 16.0, 12.0 too many: PTX line 7: ld.u32 %r1, [%rd1]" in out
+
+
+def test_nothing_is_run_unless_asked(capsys, linked, monkeypatch):
+    monkeypatch.setattr(compiling, "run_variant", lambda *_: pytest.fail("it was run"))
+    linked[1][0] = LOOP.format("NOP")
+    code, rows, _ = run_json(capsys, "compile", "--dtype", "float16")
+    assert code == 0
+    assert "run" not in rows[0]
+
+
 def test_the_table_and_the_disassembly(capsys, linked, tmp_path):
     file = tmp_path / "new" / "k.sass"
     flags = ["--dtype", "float16", "--all", "--sass", str(file)]
@@ -178,11 +228,13 @@ KERNELS = {
     f"persistent.persistent-{STAMP}.py313t.1.nbc": 200,
     f"sm_90a-float16-wgmma-{STAMP}.cubin": 3000,
     f"sm_90a-float16-wgmma-{STAMP}.json": 40,
+    f"sm_90a-float16-wgmma-{STAMP}.ptx": 500,
 }
 FOREIGN = (
     "notes.json",
     "sm_90a-float16-wgmma.json",
     "thesis.cubin",
+    "thesis.ptx",
     "a.nbc",
     f"sm_90a-float16-wgmma-{STAMP}.json.bak",
     f"x-{STAMP}.txt",
@@ -202,16 +254,17 @@ def filled(own_cache):
 
 def test_cache_counts_files_by_kind(capsys, filled):
     assert cli.main(["cache"]) == 0
-    folder, cpu, gpu, _ = capsys.readouterr().out.splitlines()
+    folder, cpu, gpu, ptx, _ = capsys.readouterr().out.splitlines()
     assert folder == str(filled)
     assert re.fullmatch(r"  CPU kernels .* 2 files, 210 bytes \(210 B\)", cpu)
     assert re.fullmatch(r"  GPU kernels .* 2 files, 3,040 bytes \(2.969 KiB\)", gpu)
+    assert re.fullmatch(r"  GPU kernels as PTX .* 1 file, 500 bytes \(500 B\)", ptx)
     assert len(list(filled.iterdir())) == len(KERNELS) + len(FOREIGN) + 1
 
 
 def test_cache_clear_removes_exactly_these(capsys, filled):
     assert cli.main(["cache", "--clear"]) == 0
-    assert capsys.readouterr().out == f"removed 4 files, 3,250 bytes (3.174 KiB) from {filled}\n"
+    assert capsys.readouterr().out == f"removed 5 files, 3,750 bytes (3.662 KiB) from {filled}\n"
     assert {file.name for file in filled.iterdir()} == {*FOREIGN, f"sm_80-float32-lanes-{STAMP}.cubin"}
     assert cli.main(["cache", "--clear"]) == 0
     assert capsys.readouterr().out == f"removed 0 files, 0 bytes (0 B) from {filled}\n"
@@ -224,17 +277,18 @@ def test_cache_without_a_folder(capsys, own_cache):
 
 
 def test_cache_knows_the_names_of_both_kinds_of_kernels(capsys, own_cache):
-    """The names are made elsewhere: of GPU kernels by build/build.py, of CPU kernels by Numba."""
+    """The names are made elsewhere: of GPU kernels by build/build.py and ptx/linked.py, of CPU kernels by Numba."""
     from numba.core.caching import IndexDataCacheFile
 
     own_cache.mkdir()
     for variant in (variant for architecture in ARCHITECTURES for variant in all_variants(architecture)):
-        (own_cache / f"{variant.name}-{build._stamp(variant)}{build.SUFFIX}").touch()
+        for suffix in (build.SUFFIX, build.FACTS, linked_text.SUFFIX):
+            build.stem_of(variant, own_cache).with_suffix(suffix).touch()
     function = IndexDataCacheFile(str(own_cache), f"persistent.persistent-{STAMP}.py311", STAMP)
     for name in (function._index_name, function._data_name(1)):
         (own_cache / name).touch()
     cli.main(["cache", "--clear"])
-    assert capsys.readouterr().out.startswith("removed 17 files")
+    assert capsys.readouterr().out.startswith("removed 47 files")
     assert list(own_cache.iterdir()) == []
 
 

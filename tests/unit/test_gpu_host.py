@@ -1,16 +1,17 @@
-"""The host's side of a GPU, on fakes: CuPy's device and streams, and the driver."""
+"""The host's side of a GPU, on stand-ins: for CuPy with two devices, and for the driver."""
 
-import contextlib
 import ctypes
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy
+from stand_ins import ENTRY, make_stand_in
 
 from flashmoe_numba.gpu import arrays, libcuda
-from flashmoe_numba.gpu.gpu import OWN_BYTES, Gpu
+from flashmoe_numba.gpu.gpu import OWN_BYTES, SIDE_WORDS, Gpu
+from flashmoe_numba.ptx.stand_in import installed
+from flashmoe_numba.ptx.stand_in.runtime import BUS_IDS
 from reference import MoEConfig
 
 RELAXED, GLOBAL = 2, 0
@@ -22,12 +23,9 @@ CONFIG = MoEConfig(
 
 
 @pytest.fixture
-def cupy(monkeypatch):
-    cupy = FakeCupy()
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(libcuda, "load", lambda: None)
-    monkeypatch.setattr(libcuda, "relaxed_capture", lambda cuda: contextlib.nullcontext())
-    return cupy
+def cupy():
+    with installed(make_stand_in(capability=(9, 0))) as cupy:
+        yield cupy
 
 
 @pytest.fixture
@@ -38,45 +36,80 @@ def gpu(cupy):
 # streams and memory
 
 
-def test_everything_is_done_on_the_gpu_and_in_the_stream_that_were_named(gpu, cupy):
-    words = gpu.pinned(2, np.int64)
-    gpu.is_capturing(11)
-    gpu.wait_for(gpu.record(12), 13)
-    gpu.launch(cupy.function, 1, 128, (1, 2), 0, 14)
-    gpu.copy_in(words.ctypes.data, words.copy(), 15)
-    gpu.copy_out(words, words.copy().ctypes.data, 16)
-    verbs = ["is_capturing", "record", "wait", "launch", "copy", "copy"]
-    assert cupy.log == [(verb, DEVICE, stream) for verb, stream in zip(verbs, range(11, 17), strict=True)]
-    assert cupy.device == 0
+def test_a_device_says_what_it_is(gpu):
+    assert (Gpu.count(), gpu.device, gpu.capability, gpu.multiprocessors) == (2, DEVICE, (9, 0), 2)
+    assert gpu.shared_bytes == 227 << 10
+    with pytest.raises(ValueError, match=r"device must be in \[0, 1\], the GPUs of this machine; got 2"):
+        Gpu(2)
 
 
-def test_words_are_read_and_written_in_a_stream_of_their_own(gpu, cupy):
-    words = np.arange(4, dtype=np.int64)
-    gpu.write_word(words.ctypes.data + 8, -(2**40))
-    first, second = gpu.read_now(words.ctypes.data, 4), gpu.read_now(words.ctypes.data + 16, 2)
+def seen_streams(cupy, monkeypatch):
+    """(device, stream) of each stream that is asked for, in order."""
+    queues, seen = cupy.queues, []
+    queue = queues.queue
+    monkeypatch.setattr(queues, "queue", lambda stream: seen.append((queues.device, stream)) or queue(stream))
+    return seen
+
+
+def test_everything_is_done_on_the_gpu_and_in_the_stream_that_were_named(gpu, cupy, monkeypatch):
+    words, array = gpu.pinned(2, np.int64), gpu.zeros(2, np.int64)
+    function = gpu.load("a.cubin", ENTRY, 0)
+    with gpu.here:
+        streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(7)]
+    ask, record, wait, launch, put, rows, take = (stream.ptr for stream in streams)
+    seen = seen_streams(cupy, monkeypatch)
+    for verb, stream in (
+        (lambda: gpu.is_capturing(ask), ask),
+        (lambda: gpu.wait_for(gpu.record(record), wait), wait),
+        (lambda: gpu.launch(function, 1, 128, (1, 2), 0, launch), launch),
+        (lambda: gpu.copy_in(gpu.address(array), words, put), put),
+        (lambda: gpu.copy_rows(array, words.reshape(1, 2), 0, rows), rows),
+        (lambda: gpu.copy_out(words, gpu.address(array), take), take),
+    ):
+        seen.clear()
+        verb()
+        assert set(seen) == {(DEVICE, stream)} | ({(DEVICE, record)} if stream == wait else set())
+    assert cupy.cuda.runtime.getDevice() == 0
+
+
+def test_words_are_read_and_written_in_a_stream_of_their_own(gpu, cupy, monkeypatch):
+    words = gpu.to_device(np.arange(4, dtype=np.int64))
+    address, seen = gpu.address(words), seen_streams(cupy, monkeypatch)
+    gpu.write_word(address + 8, -(2**40))
+    first, second = gpu.read_now(address, 4), gpu.read_now(address + 16, 2)
     assert (first.tolist(), second.tolist()) == ([0, -(2**40), 2, 3], [2, 3])
-    assert cupy.log == [("copy", DEVICE, gpu._side.ptr)] * 3
+    assert set(seen) == {(DEVICE, gpu._side.ptr)} and gpu._side_words.size == SIDE_WORDS
 
 
-def test_the_shared_memory_of_a_kernel_that_layers_share_only_grows(gpu, cupy):
+def test_rows_are_copied_but_for_their_first_words(gpu, cupy):
+    target, rows = gpu.zeros(6, np.int64), gpu.pinned(6, np.int64)
+    rows[:] = range(6)
+    gpu.copy_rows(target, rows.reshape(2, 3), 1, 0)
+    assert gpu.to_host(target).tolist() == [0, 1, 2, 0, 4, 5]
+
+
+def test_the_shared_memory_of_a_kernel_that_layers_share_only_grows(gpu):
     for wanted, limit in ((100 << 10, 100 << 10), (60 << 10, 100 << 10), (200 << 10, 200 << 10)):
-        gpu.load("a.cubin", "k", wanted)
-        assert cupy.function.max_dynamic_shared_size_bytes == limit
+        assert gpu.load("a.cubin", ENTRY, wanted).max_dynamic_shared_size_bytes == limit
 
 
 def test_memory_that_others_map_fills_whole_allocations(gpu, cupy):
-    for num_bytes in (1, OWN_BYTES, OWN_BYTES + 1):
-        with pytest.raises(MemoryError):
-            gpu.allocate_alone(num_bytes)
-    assert cupy.mallocs == [(DEVICE, OWN_BYTES), (DEVICE, OWN_BYTES), (DEVICE, 2 * OWN_BYTES)]
+    for num_bytes, whole in ((1, OWN_BYTES), (OWN_BYTES, OWN_BYTES), (OWN_BYTES + 1, 2 * OWN_BYTES)):
+        segment = gpu.allocate_alone(num_bytes)
+        assert (segment.size, segment.device.id) == (num_bytes, DEVICE)
+        assert cupy.foreign == [(gpu.address(segment), whole)]
+        gpu.free_alone(segment)
+        assert cupy.foreign == []
+    with pytest.raises(MemoryError, match=r"GPU 1 \(.*\) has 1.00 of 1.00 GiB free, and 2.00 GiB more are needed"):
+        gpu.allocate_alone(2 << 30)
 
 
-def test_a_gpu_reaches_itself_its_peers_and_nothing_that_it_does_not_see(gpu, cupy):
-    own, other = FakeCupy.BUS_IDS[DEVICE], FakeCupy.BUS_IDS[0]
+def test_a_gpu_reaches_itself_its_peers_and_nothing_that_it_does_not_see(gpu):
+    own, other = BUS_IDS[DEVICE], BUS_IDS[0]
     assert gpu.bus_id() == own
     assert [gpu.can_access(bus_id) for bus_id in (own, other, "0000:0C:00.0")] == [True, True, False]
-    cupy.peers = False
-    assert [gpu.can_access(bus_id) for bus_id in (own, other)] == [True, False]
+    with installed(make_stand_in(peers=False)):
+        assert [Gpu(DEVICE).can_access(bus_id) for bus_id in (own, other)] == [True, False]
 
 
 # the driver
@@ -131,14 +164,22 @@ def test_memory_is_taken_in_relaxed_mode_and_the_mode_comes_back():
 # arrays
 
 
-class Interface:
-    """What describes itself by the CUDA array interface."""
+VALUES = np.arange(24, dtype=np.float16).reshape(3, 8)
 
-    __cuda_array_interface__ = None
+
+class Interface:
+    """What describes itself by the CUDA array interface: the first tokens of VALUES, on the layer's GPU."""
 
     def __init__(self, num_tokens):
-        self.values = np.arange(num_tokens * 8).reshape(num_tokens, 8).astype(np.float16)
-        self.shape, self.dtype = self.values.shape, self.values.dtype
+        with Gpu(DEVICE).here:
+            import cupy
+
+            self.array = cupy.asarray(VALUES[:num_tokens])
+        self.shape, self.dtype = self.array.shape, self.array.dtype
+
+    @property
+    def __cuda_array_interface__(self):
+        return self.array.__cuda_array_interface__
 
 
 class NumbaArray(Interface):
@@ -151,17 +192,17 @@ class Tensor:
     is_cuda, dtype = True, "torch.float16"
 
     def __init__(self, num_tokens, device, detached=False):
-        self.values, self.detached = Interface(num_tokens).values, detached
-        self.shape, self.device = self.values.shape, SimpleNamespace(index=device)
+        self.interface, self.detached = Interface(num_tokens), detached
+        self.shape, self.device = self.interface.shape, SimpleNamespace(index=device)
 
     @property
     def __cuda_array_interface__(self):
         if not self.detached:
             raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad")
-        return {}
+        return self.interface.__cuda_array_interface__
 
     def detach(self):
-        return Tensor(len(self.values), self.device.index, detached=True)
+        return Tensor(len(self.interface.array), self.device.index, detached=True)
 
     def contiguous(self):
         return self
@@ -176,8 +217,9 @@ def test_tokens_are_taken_on_the_gpu_of_the_layer(gpu, cupy, make, num_tokens):
     tokens = arrays.check_gpu_tokens("x", make(num_tokens), CONFIG, gpu)
     assert tokens.storage.device.id == DEVICE
     assert tokens.storage.dtype == np.uint16
-    np.testing.assert_array_equal(tokens.storage.values.view(np.float16), Interface(num_tokens).values)
-    assert cupy.device == 0
+    with gpu.here:
+        np.testing.assert_array_equal(tokens.storage.get().view(np.float16), VALUES[:num_tokens])
+    assert cupy.cuda.runtime.getDevice() == 0
 
 
 @pytest.mark.parametrize("num_tokens", [3, 0])

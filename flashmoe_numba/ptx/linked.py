@@ -1,0 +1,54 @@
+"""A kernel as linked PTX: what the linker's optimiser leaves, before the driver's assembler makes machine code of it.
+
+Kept in the cache folder beside the cubin, under the same name; its last line is a digest of all others, by which half a
+file is told from a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from reference.cache_folder import note_use
+
+from ..build.build import compiled, found_or_made, stem_of
+from ..build.variants import Variant
+
+SUFFIX = ".ptx"
+DIGEST = "// sha256 "
+
+
+def linked_ptx(variant: Variant, folder: Path) -> str:
+    """The variant's kernel as PTX, from `folder` if it is there, else compiled (some 15 s) and kept there.
+
+    Raises:
+        ImportError: numba-cuda is missing; names the extra.
+        RuntimeError: the linker refused, and what it said; or the compiler is switched off.
+    """
+    path = stem_of(variant, folder).with_suffix(SUFFIX)
+
+    def make() -> Iterator[tuple[Path, bytes]]:
+        yield path, _signed(_link(variant))
+
+    return found_or_made(folder, lambda: _read(path), make)
+
+
+def _link(variant: Variant) -> bytes:
+    codes = compiled(variant)
+    from ..device.cuda_api import link_to_ptx
+
+    return link_to_ptx(codes, variant.architecture)
+
+
+def _signed(text: bytes) -> bytes:
+    return text + f"{DIGEST}{hashlib.sha256(text).hexdigest()}\n".encode()
+
+
+def _read(path: Path) -> str:
+    data = path.read_bytes()
+    text = data[: data.rfind(DIGEST.encode())]
+    if _signed(text) != data:
+        raise ValueError(f"{path} is damaged")
+    note_use([path])
+    return text.decode()
