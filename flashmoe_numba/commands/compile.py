@@ -1,7 +1,7 @@
 """Build the kernels for GPUs and say what is in them. Needs numba-cuda, and neither a GPU nor a driver.
 
 The exit status is 0 only if every kernel has the instructions that its variant promises, keeps its main loops in
-registers, and lets its tensor instructions overlap.
+registers, lets its tensor instructions overlap, and with --run does nothing that it must not and equals the oracle.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..build.sass import TENSOR_LOAD, Facts, MainLoop, disassemble, failures, fi
 from ..build.variants import ARCHITECTURES, Variant, choose_variant, has_tensor_cores
 from ..errors import UsageError
 from .plan import readable
+from .profiled import SMALL, check_sizes, run_variant, shrink, table
 from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
 
 if TYPE_CHECKING:
@@ -53,13 +54,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--tf32", action="store_true", help="multiply float32 as TF32, where there are tensor cores")
     which.add_argument("--all", action="store_true", help="every kernel there is; with --dtype, of that type only")
     add_size_arguments(parser)
+    small = ", ".join(f"--{flag} {size}" for flag, size in SMALL.items())
+    add(
+        "--run",
+        action="store_true",
+        help=f"run each kernel's PTX on a small layer, and count; sizes are then [{small}]",
+    )
     add("--sass", metavar="FILE", help="write the disassembly, one kernel after the other")
     add_json_argument(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Build what the flags describe, say what was found, and whether it is what it must be."""
+    if args.run:
+        shrink(args)
     config = config_from(args)
+    if args.run:
+        check_sizes(config)
     if args.tf32 and config.dtype != "float32":
         raise UsageError(f"argument --tf32: --dtype must be float32, got {config.dtype!r}")
     check_outputs({"--sass": args.sass, "--json": args.json})
@@ -68,6 +79,8 @@ def main(args: argparse.Namespace) -> int:
     for variant in variants_of(args, config):
         rows.append(_report(variant, replace(config, dtype=variant.dtype), args.sass, append=bool(rows)))
         _say(rows, as_table=args.json != "-")
+        if args.run and "registers" in rows[-1]:
+            _run(variant, config, rows[-1], as_table=args.json != "-")
     if args.json:
         write_json(args.json, rows)
     return 0 if all(row["passed"] for row in rows) else 1
@@ -115,6 +128,17 @@ def _report(variant: Variant, config: MoEConfig, sass_file: str | None, append: 
     facts = read_facts(sass)
     found = failures(kernel, facts)
     return {**head, **_numbers(kernel, config, facts, seconds), "failures": found, "passed": not found}
+
+
+def _run(variant: Variant, config: MoEConfig, row: dict[str, Any], as_table: bool) -> None:
+    """Add what the machine says to a kernel's JSON object, and say it."""
+    row["run"] = run_variant(variant, config)
+    row["failures"] += row["run"]["failures"]
+    row["passed"] = not row["failures"]
+    if as_table:
+        print("\n".join(table(variant, row["run"])), flush=True)
+    for failure in row["run"]["failures"]:
+        print(f"FAILED {variant.name}: {failure}", file=sys.stderr)
 
 
 def _build(variant: Variant) -> tuple[Kernel, float | None]:
