@@ -1,4 +1,4 @@
-# make run | test | lint | smoke | mutants | compare | compile-test | clean.
+# make run | test | lint | smoke | mutants | compare | compile-test | ptx-worlds | ptx-faults | clean.
 # Everything is installed into .venv and nothing outside this folder is changed.
 PYTHON ?= python3
 PRESET ?= laptop-text
@@ -8,7 +8,7 @@ SEED ?= 0
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: help run test lint smoke mutants compare compile-test clean
+.PHONY: help run test lint smoke mutants compare compile-test ptx-worlds ptx-faults clean
 
 help:
 	@echo "make run    one MoE layer on $(RANKS) ranks of this machine (PRESET=$(PRESET) RANKS=$(RANKS) WORKLOAD=$(WORKLOAD))"
@@ -16,7 +16,9 @@ help:
 	@echo "make smoke  every experiment, small              make clean   remove what make made"
 	@echo "make mutants   small faults in copies of the source, which tests must notice (SEED=$(SEED); for a night)"
 	@echo "make compare BASE=COMMIT   do HEAD and that commit compute the same? with their lines of code, and speeds in turn"
+	@echo "make ptx-faults     faults planted in the linked kernels, which their machine must find (for a night)"
 	@echo "make compile-test   build the kernels for GPUs, without one, and check their machine code"
+	@echo "make ptx-worlds   execute every kernel for GPUs on small worlds, without a GPU; which instructions ran (for a night)"
 
 run: .venv/for-run
 	@mkdir -p out
@@ -46,6 +48,15 @@ compare: .venv/for-dev
 # Compilers for GPUs are some 530 MB, so they come only here; `make test` skips what needs them.
 compile-test: .venv/for-compile
 	.venv/bin/python -m pytest tests/compile
+
+ptx-worlds: .venv/for-compile
+	.venv/bin/python tests/run_ptx_worlds.py --json out/ptx-worlds.json
+
+# Some hours on two processes. What out/ptx_faults.jsonl knows already is not done again.
+ptx-faults: .venv/for-compile
+	@mkdir -p out
+	PYTHONPATH=tests .venv/bin/python tests/ptx_faults.py out/ptx_faults.jsonl
+	PYTHONPATH=tests .venv/bin/python tests/ptx_faults_report.py out/ptx_faults.jsonl docs/ptx_faults.md
 
 clean:
 	rm -rf .venv out build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -38,3 +38,11 @@ def sass(kernel):
     from flashmoe_numba.build.sass import disassemble
 
     return disassemble(kernel.path)
+
+
+@pytest.fixture(scope="module")
+def ptx(kernel, folder):
+    """The same kernel as PTX."""
+    from flashmoe_numba.ptx.linked import linked_ptx
+
+    return linked_ptx(kernel.variant, folder)

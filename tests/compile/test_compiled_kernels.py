@@ -40,7 +40,6 @@ def test_two_blocks_fit_a_multiprocessor(kernel):
     sizes = dict(num_ranks=8, num_tokens=1024, hidden=WIDEST, ffn=WIDEST, num_experts=8, num_topk=2)
     config = MoEConfig(**sizes, dtype=kernel.variant.dtype)
     block = shared_bytes(config, kernel.variant) + kernel.shared_bytes + RESERVED_BYTES
-    assert block > RESERVED_BYTES + WIDEST * config.accumulator.itemsize
     assert 2 * block <= MULTIPROCESSOR_SHARED_BYTES[kernel.variant.architecture]
     assert 2 * building.THREADS * kernel.registers <= MULTIPROCESSOR_REGISTERS
 
