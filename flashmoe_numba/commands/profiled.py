@@ -17,10 +17,8 @@ from .plan import describe
 
 SMALL = {"ranks": 2, "tokens": 32, "hidden": 128, "ffn": 128, "experts": 4, "topk": 2}
 PROCESSORS, SEED, WORST = 2, 0, 8
-MOST_PRODUCTS, MOST_RANKS = (
-    200_000_000,
-    28,
-)  # multiply-adds that the machine makes in a minute or two; that it can number
+MOST_PRODUCTS = 200_000_000  # multiply-adds that the machine makes in a minute or two
+MOST_RANKS = 28  # that it can number
 ROOM_BYTES = 64 << 20  # beside weights
 COLUMNS = (  # name, width, what of a row
     ("activity", "activity", "<9"),

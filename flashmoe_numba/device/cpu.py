@@ -166,7 +166,7 @@ def bfloat_to_float(builder, bits):
 
 
 @intrinsic
-def _from_half(typing, bits):
+def from_half(typing, bits):
     return types.float32(types.uint16), lambda context, builder, sig, args: half_to_float(builder, args[0])
 
 
@@ -176,7 +176,7 @@ def _from_bfloat(typing, bits):
 
 
 @intrinsic
-def _to_half(typing, value):
+def to_half(typing, value):
     def codegen(context, builder, sig, args):
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
 
@@ -237,7 +237,7 @@ def _pause(attempt):
 @_meaning(verbs.load)
 def _load(array, i):
     if array.dtype == types.uint16:
-        return lambda array, i: _from_half(get(array, i))
+        return lambda array, i: from_half(get(array, i))
     if array.dtype == types.int16:
         return lambda array, i: _from_bfloat(get(array, i))
     return lambda array, i: get(array, i)
@@ -246,7 +246,7 @@ def _load(array, i):
 @_meaning(verbs.store)
 def _store(array, i, value):
     if array.dtype == types.uint16:
-        return lambda array, i, value: put(array, i, _to_half(value))
+        return lambda array, i, value: put(array, i, to_half(value))
     if array.dtype == types.int16:
         return lambda array, i, value: put(array, i, _to_bfloat(value))
     return lambda array, i, value: put(array, i, value)

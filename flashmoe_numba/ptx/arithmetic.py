@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from llvmlite import ir
-from numba import types
 from numba.extending import intrinsic
 
 from .compiled import njit
@@ -25,22 +23,6 @@ def fused(typing, a, b, c):
         return builder.fma(*args)
 
     return a(a, b, c), codegen
-
-
-@intrinsic
-def from_half(typing, bits):
-    def codegen(context, builder, sig, args):
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), codegen
-
-
-@intrinsic
-def to_half(typing, value):
-    def codegen(context, builder, sig, args):
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), codegen
 
 
 @njit

@@ -9,9 +9,10 @@ import math
 
 import numpy as np
 
+from ..device.cpu import from_half, to_half
 from . import copies, faults, mbarriers, products, state
 from . import opcodes as op
-from .arithmetic import exp2_approximate, from_half, fused, fused_down, saturated, smaller, to_bfloat, to_half
+from .arithmetic import exp2_approximate, fused, fused_down, saturated, smaller, to_bfloat
 from .compiled import njit
 from .order import access_word, arrive, now_ns
 from .program import CODE, NUMBER, ROW, SHARED_WINDOW, TARGET, A, B, C

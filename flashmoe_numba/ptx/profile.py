@@ -98,8 +98,8 @@ class ProfilingMachine(Machine):
         ]
 
     def _row(self, name: str, counts: Array) -> dict[str, Any]:
-        def per(counter: int, others: int, scale: float = 1.0) -> float | None:
-            return float(scale * counts[counter] / counts[others]) if counts[others] else None
+        def per(counter: int, others: int) -> float | None:
+            return float(counts[counter] / counts[others]) if counts[others] else None
 
         return {
             "activity": name,
