@@ -1,6 +1,12 @@
 """A few faults planted in a linked kernel, one a rule, are found (all of them: make ptx-faults)."""
 
+import importlib.util
+
 import pytest
+
+if not importlib.util.find_spec("numba_cuda"):
+    pytest.skip("numba-cuda is not installed: pip install 'flashmoe-numba[compile]'", allow_module_level=True)
+
 from ptx_faults import ALONE, FAULT, HANG, MANY_TILES, RULES, VARIANTS, WRONG, healthy, judge, plants, sites, text_of
 from ptx_faults_explained import reason
 

@@ -449,13 +449,19 @@ def test_the_text_lies_beside_the_cubin(tmp_path):
 # memory of two processes
 
 
+@pytest.fixture
 def held():
-    """Files in shared memory that this process has open: links into the folder."""
-    links = []
+    """The files in shared memory that this process has opened since the test began: links into the folder."""
+    before = in_shared_memory()
+    return lambda: sorted(in_shared_memory() - before)
+
+
+def in_shared_memory():
+    links = set()
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the one of the listing
-            links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-    return [link for link in links if link.startswith("/dev/shm/") and "mpich" not in link]
+            links.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return {link for link in links if link.startswith("/dev/shm/")}
 
 
 PEER = """
@@ -477,7 +483,7 @@ except runtime.CUDARuntimeError as error:
 """
 
 
-def test_a_segment_is_mapped_by_another_process_and_leaves_nothing(cupy, tmp_path):
+def test_a_segment_is_mapped_by_another_process_and_leaves_nothing(held, cupy, tmp_path):
     runtime = cupy.cuda.runtime
     address = runtime.malloc(4096)
     segment = cupy.ndarray(8, np.int64, pointer(cupy, address, 64))
@@ -501,7 +507,7 @@ def pointer(cupy, address, num_bytes):
     return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(address, num_bytes, None, 0), 0)
 
 
-def test_segments_that_nobody_freed_go_with_the_stand_in(arena):
+def test_segments_that_nobody_freed_go_with_the_stand_in(held, arena):
     cupy = make_stand_in(arena=arena)
     [cupy.cuda.runtime.malloc(4096) for _ in range(3)]
     assert len(held()) >= 3
