@@ -2,7 +2,7 @@
 
 Values that are kept (in configs, seeds, kernel arguments) are plain Python: so they print, compare, hash, become JSON
 and TOML, and type a compiled kernel alike, wherever they came from. A `bool` is no number, NumPy's no more than
-Python's. Leaves out: rules about values, but that a word is one of some.
+Python's. Leaves out: rules about values, but that a word is one of some and an integer in a range.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ def whole(name: str, value: Any) -> int:
     if not is_whole(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return int(value)
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Nothing, if `value` is an integer in this range; else a TypeError or a ValueError that calls it `name`."""
+    if whole(name, value) < least or (most is not None and value > most):
+        rule = f"at least {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be {rule}, got {value}")
 
 
 def number(name: str, value: Any) -> int | float:

@@ -4,14 +4,14 @@ Ranks of one launch always come, so the damage is made by hand: a counter or a w
 would leave it. No call may hang, none may end as if all were well, and each must name what was waited for.
 """
 
-import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.kernel.control import ABORT, SILENT
-from flashmoe_numba.kernel.queue import COUNTER_STRIDE, GATES_DONE, GEMM_TASKS, NUM_COUNTERS
+from flashmoe_numba.kernel.queue import COUNTER_STRIDE, GATES_DONE, GEMM_TASKS, HEAD, NUM_COUNTERS
+from reference.layout import tile_height
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,12 @@ def _lose_results(ranks, epoch):
         lost[...] = -1000
 
 
+def _draw_beyond_the_queue(ranks, epoch):
+    """All tickets are for places that the queue has not."""
+    for rank in ranks:
+        _add(rank, epoch, HEAD, 1 << 20)
+
+
 def _nothing(ranks, epoch):
     pass
 
@@ -91,37 +97,49 @@ ENDINGS = {
     "a gate stays shut": Ending(damage=_keep_gate_shut, says="gave up in epoch .*: waited for (the gate|.* flag)"),
     "all gates stay shut": Ending(damage=_keep_gates_shut, says="gave up in epoch .*: waited for", deadline_s=HASTY_S),
     "tasks that never come": Ending(damage=_promise_tasks, says=r"gave up in epoch .*: waited for task \d+"),
-    RESULTS_LOST: Ending(damage=_lose_results, says="gave up in epoch .*: waited for "),
+    RESULTS_LOST: Ending(damage=_lose_results, says="gave up in epoch .*: waited for the result flag of rank"),
     "the first rank was stopped": Ending(damage=_stop_first, ranks=2, says=".", deadline_s=HASTY_S),
     "the last rank was stopped, and all wait": Ending(damage=_stop_last_of_waiting, ranks=2, says="."),
     "packets that do not come in time": Ending(damage=_stop_last, ranks=2, says=".", deadline_s=HASTY_S),
     "results that do not come in time": Ending(damage=_lose_results, says=".", deadline_s=HASTY_S),
     "tasks that do not come in time": Ending(damage=_promise_tasks, says=".", deadline_s=HASTY_S),
+    "tickets beyond the queue": Ending(damage=_draw_beyond_the_queue, says="gave up in epoch .*: waited for "),
     "a deadline that is too short": Ending(damage=_nothing, says=".", deadline_s=HASTY_S, certain=False),
 }
 
 
-@contextlib.contextmanager
-def _given_up(how):
-    """What is done here must end in the ending's error, or may if it is not certain."""
-    try:
-        yield
-    except FlashMoEError as error:
-        said = str(error)
-    else:
-        said = None
-    assert said is not None or not how.certain, f"a call must be given up, and say {how.says!r}"
-    assert said is None or re.search(how.says, said), f"{said} must say {how.says!r}"
-
-
 def expect_given_up(ending, layer, tokens):
-    """Make a call that ends so; it fails if it does not."""
+    """Make a call that ends so, or may if that is not certain; it fails if it does not."""
     epoch, how = layer._backend.epoch(0, 0) + 1, ENDINGS[ending]
     how.damage(layer._ranks, epoch)
-    with _given_up(how):
-        _call(layer, tokens)
+    said = _told(layer, tokens)
+    assert said or not how.certain, f"a call must be given up, and say {how.says!r}"
+    assert not said or re.search(how.says, said), f"{said} must say {how.says!r}"
+    if ending == RESULTS_LOST:
+        _check_is_missing(layer, epoch, said)
 
 
-def _call(layer, tokens):
-    layer(tokens)
-    layer.synchronize()
+def _told(layer, tokens):
+    """What the error of a call says; "" if there is none."""
+    try:
+        layer(tokens)
+        layer.synchronize()
+    except FlashMoEError as error:
+        return str(error)
+    return ""
+
+
+NAMED = r"rank (\d+), block .* waited for the result flag of rank (\d+), its expert (\d+), row tile (\d+)"
+
+
+def _check_is_missing(layer, epoch, said):
+    """Whom a call names for a lost result is a row tile that there is, and that has not been seen."""
+    waiting, owner, expert, m = map(int, re.search(NAMED, said).groups())
+    config, rank = layer.config, layer._ranks[waiting]
+    e = owner * config.num_experts_per_rank + expert
+    sent = int(layer._backend.to_host(rank.tokens.sent)[e])
+    seen = layer._backend.to_host(rank.tokens.result_seen).reshape(config.num_experts, -1)[e]
+    height = tile_height(sent, config.tile_m_min, config.tile_m)
+    assert expert < config.num_experts_per_rank, said
+    assert m * height < sent, f"{said}: of {sent} rows in tiles of {height}"
+    assert seen[m] != epoch, f"{said}: it was seen"

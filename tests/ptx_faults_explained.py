@@ -3,65 +3,29 @@
 docs/protocol.md says what each word brings and to whom.
 """
 
-import functools
-import re
-
-import numpy as np
-
-from flashmoe_numba.build.likeness import like_arguments
-from flashmoe_numba.build.variants import Variant
-from flashmoe_numba.device.records import record_words
-from flashmoe_numba.kernel.control import ABORT, PROGRESS, RECORD, SILENT
-from flashmoe_numba.kernel.grid import HEADER_WORDS
-from flashmoe_numba.kernel.queue import (
-    COUNTER_STRIDE,
-    GATE_OPEN,
-    GATES_DONE,
-    GEMM_TASKS,
-    HEAD,
-    HIDDEN_ROWS,
-    PACKETS_SEEN,
-    TAIL,
-    TOTAL,
-)
-
-COUNTERS = {
-    HEAD: "HEAD", TAIL: "TAIL", GATES_DONE: "GATES_DONE", GATE_OPEN: "GATE_OPEN", PACKETS_SEEN: "PACKETS_SEEN",
-    GEMM_TASKS: "GEMM_TASKS", HIDDEN_ROWS: "HIDDEN_ROWS", TOTAL: "TOTAL",
-}  # fmt: skip
-CONTROL = {
-    ABORT: "ABORT",
-    RECORD.start if hasattr(RECORD, "start") else RECORD: "RECORD",
-    PROGRESS: "PROGRESS",
-    SILENT: "SILENT",
-}
-# Fields of a rank's record of arguments that hold, or lead to, arrays of words.
-ARRAYS = {
-    "segments.dispatch_flag": "dispatch_flag", "segments.result_flag": "result_flag", "segments.control": "control",
-    "tokens.tiles_left": "tiles_left", "received.up_done": "up_done", "received.down_done": "down_done",
-    "queue.tasks": "stamp", "queue.counters": "counters", "left": "left",
-    "problem.dispatch_flag_at": "dispatch_flag of a peer", "problem.result_flag_at": "result_flag of a peer",
-    "problem.control_at": "control of a peer",
-}  # fmt: skip
+from ptx_faults_text import BY_TEXT
+from ptx_faults_words import word_of
 
 COUNTS_ONLY = {"HEAD", "TAIL", "HIDDEN_ROWS", "PROGRESS", "trace"}
-OF_ONE_BLOCK = {"GEMM_TASKS", "PACKETS_SEEN", "HIDDEN_ROWS", "trace"}
+OF_ONE_BLOCK = {"GEMM_TASKS", "PACKETS_SEEN", "HIDDEN_ROWS", "tiles_left", "trace"}
+OF_ONE_RANK = {"stamp", "HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "TOTAL", "up_done", "down_done", "left", "RECORD"}
+RECORDS = (
+    "Only hosts read records, those of this process after the launch. Other processes' hosts rely on it "
+    "(docs/protocol.md, give_up), but what they read is not watched here."
+)
 ALONE = "Only lanes of one block touch it (docs/protocol.md), so that any scope is wide enough."
+OWN = "Only blocks of one rank touch it (docs/protocol.md), which are of one launch and share a GPU."
 COUNTS = "It only counts: nobody reads what another thread wrote because of its value."
 REASONS = {
     **{(rule, word): COUNTS for rule in ("`.release` removed", "`.acquire` removed") for word in COUNTS_ONLY},
     **{("`.sys` made `.gpu`", word): ALONE for word in OF_ONE_BLOCK},
+    **{("`.sys` made `.gpu`", word): OWN for word in OF_ONE_RANK},
+    **{(rule, word): RECORDS for rule in ("`.release` removed", "`.acquire` removed") for word in ("ABORT", "RECORD")},
     ("`.release` removed", "GEMM_TASKS"): "Its value is brought by PACKETS_SEEN, which releases.",
     ("`.acquire` removed", "GEMM_TASKS"): "Its value is brought by PACKETS_SEEN; what is added says nothing else.",
     ("`.release` removed", "TOTAL"): "It is a number, and nothing else is read because of it.",
     ("`.acquire` removed", "TOTAL"): "It is a number, and nothing else is read because of it.",
     ("`.release` removed", "SILENT"): "It is a number, and nothing else is read because of it.",
-    ("`.release` removed", "ABORT"): "A kernel that sees it stops; only the host reads the record, after the launch.",
-    ("`.acquire` removed", "ABORT"): "A kernel that sees it stops; only the host reads the record, after the launch.",
-    ("`.release` removed", "RECORD"): "Only the host reads the record, after the launch.",
-    ("`.acquire` removed", "RECORD"): "Only the host reads the record, after the launch.",
-    ("`.release` removed", "left"): "The last block to leave reads and writes only what the launch before wrote.",
-    ("`.acquire` removed", "left"): "The last block to leave reads and writes only what the launch before wrote.",
 }
 LEADING = (
     "K major and a swizzle of 128 bytes: one product's depth lies within a swizzled row, and the leading offset is not "
@@ -73,71 +37,8 @@ def reason(plant, lines):
     """Why a plant cannot show, or None. `lines` are those of the variant's text."""
     if (plant.rule, plant.what) == ("a descriptor's bit flipped", "leading offset"):
         return LEADING
+    if plant.rule in BY_TEXT:
+        return BY_TEXT[plant.rule](lines, plant.line, plant.variant)
     word = word_of(lines, plant.line, plant.variant)
     why = REASONS.get((plant.rule, word))
     return f"{word}: {why}" if why else None
-
-
-# ---- which word a line is about
-
-
-def places(record, prefix="", at=0):
-    """(byte offset, dotted name) of each field of a record; an array takes two words."""
-    for name, field in zip(record._fields, record, strict=True):
-        if isinstance(field, tuple):
-            yield from places(field, f"{prefix}{name}.", at)
-            at += 8 * len(record_words(field, id))
-        else:
-            yield at, prefix + name
-            at += 8 if isinstance(field, (int, np.integer)) else 16
-
-
-@functools.cache
-def names_of(name):
-    """What a variant's arguments lead to, by their offset from where the table's header would be."""
-    architecture, dtype, kind = name.split("-")
-    variant = Variant(dtype=dtype, architecture=architecture, tensor_cores=kind != "lanes")
-    begin = 8 * HEADER_WORDS
-    return {begin + at: ARRAYS[field] for at, field in places(like_arguments(variant)) if field in ARRAYS}
-
-
-def word_of(lines, number, variant):
-    """The protocol's name of the word that an atomic access of a line is about, or ""."""
-    match = re.search(r"(?:atom|ld\.acquire|ld\.relaxed|st\.release)\S*\s.*?\[(%\w+)\]", lines[number - 1])
-    if not match:
-        return ""
-    fields, added = origin(lines, number - 2, match[1])
-    names = {names_of(variant).get(field) for field in fields} - {None}
-    if "counters" in names:
-        return COUNTERS.get(added // 8 // COUNTER_STRIDE, "")
-    if names & {"control", "control of a peer"}:
-        return CONTROL.get(added // 8, "")
-    return names.pop() if names else "trace"
-
-
-def origin(lines, at, register, depth=6):
-    """(offsets of the fields, the constant) that an address is the sum of, by the instructions before a line."""
-    for k in range(at, -1, -1):
-        match = re.match(rf"\s*(?:@\S+ )?([\w.]+)\s+{re.escape(register)}, (.*);", lines[k])
-        if not match or match[1].startswith(("st.", "setp")):
-            continue
-        name, operands = match[1], match[2].split(", ")
-        if name.startswith("ld."):
-            return {int(re.search(r"\+(\d+)", operands[0])[1]) if "+" in operands[0] else 0}, 0
-        if name == "mov.u64" and depth:
-            return origin(lines, k - 1, operands[0], depth - 1)
-        if name == "add.s64" and depth:
-            return both(lines, k, operands, depth - 1)
-        return set(), 0
-    return set(), 0
-
-
-def both(lines, k, operands, depth):
-    fields, added = set(), 0
-    for operand in operands:
-        if re.fullmatch(r"-?\d+", operand):
-            added += int(operand)
-        else:
-            more, constant = origin(lines, k - 1, operand, depth)
-            fields, added = fields | more, added + constant
-    return fields, added

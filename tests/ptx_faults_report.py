@@ -5,10 +5,12 @@ python tests/ptx_faults_report.py VERDICTS DOCUMENT
 
 import functools
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
-from ptx_faults import ALONE, FAULT, HANG, NOT_EXECUTED, RULES, SURVIVED, WRONG, plants, read, text_of
+from ptx_fault_rules import RULES, plants
+from ptx_fault_runs import ALONE, FAULT, HANG, NOT_EXECUTED, SURVIVED, WRONG, text_of
+from ptx_faults import read
 from ptx_faults_explained import reason
 
 EXPLAINED, UNEXPLAINED = "explained", "not explained"
@@ -56,11 +58,41 @@ def how_found(verdicts):
     return [f"- {count} times: {how}" for how, count in counts.most_common()]
 
 
-def survivors(verdicts, wanted):
-    lines = sorted((v.plant for v in verdicts if outcome(v) == wanted), key=lambda p: (p.rule, p.line))
-    for plant in lines:
-        what = f" ({plant.what})" if plant.what else ""
-        yield f"- line {plant.line}, {plant.rule}{what}: `{plant.was}`. {why(plant) or ''}".rstrip()
+def explained(verdicts):
+    """A line for each reason of a rule, and where it holds."""
+    lines = defaultdict(list)
+    for verdict in verdicts:
+        if outcome(verdict) == EXPLAINED:
+            lines[verdict.plant.rule, why(verdict.plant)].append(verdict.plant.line)
+    for (rule, reason_given), numbers in sorted(lines.items()):
+        yield f"- {len(numbers)} times {rule}: {reason_given} Lines {', '.join(map(str, sorted(numbers)))}."
+
+
+def unexplained(verdicts):
+    return [told(v.plant) for v in in_order(verdicts) if outcome(v) == UNEXPLAINED]
+
+
+def contradicted(verdicts):
+    """What was found, though a reason says that it cannot show: then the reason is wrong."""
+    found = (v for v in in_order(verdicts) if v.verdict in (FAULT, WRONG, HANG) and why(v.plant))
+    return [f"{told(v.plant)}. {v.how}; {why(v.plant)}" for v in found]
+
+
+def in_order(verdicts):
+    return sorted(verdicts, key=lambda v: (v.plant.rule, v.plant.line))
+
+
+def told(plant):
+    what = f" ({plant.what})" if plant.what else ""
+    return f"- line {plant.line}, {plant.rule}{what}: `{plant.was}`"
+
+
+SECTIONS = {
+    "What the machine named": how_found,
+    "Cannot show": explained,
+    "Survived, not explained": unexplained,
+    "Found, though a reason says that it cannot show": contradicted,
+}
 
 
 def document(verdicts):
@@ -68,15 +100,9 @@ def document(verdicts):
     for name in sorted({v.plant.variant for v in verdicts}):
         own = [v for v in verdicts if v.plant.variant == name]
         num_plants = len(list(plants(name, text_of(name))))
-        parts += [
-            f"\n## {name}\n",
-            f"{len(own)} of {num_plants} plants judged.\n",
-            *table(own),
-            "\nWhat the machine named:\n",
-            *how_found(own),
-        ]
-        for wanted, title in ((EXPLAINED, "Cannot show"), (UNEXPLAINED, "Survived, not explained")):
-            lines = list(survivors(own, wanted))
+        parts += [f"\n## {name}\n", f"{len(own)} of {num_plants} plants judged.\n", *table(own)]
+        for title, section in SECTIONS.items():
+            lines = list(section(own))
             parts += [f"\n{title}:\n", *lines] if lines else []
     return "\n".join(parts) + "\n"
 

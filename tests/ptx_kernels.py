@@ -7,6 +7,7 @@ from flashmoe_numba.ptx.memory import Arena
 
 FAMILIES = {"p": "pred", "rs": "b16", "r": "b32", "f": "f32", "rd": "b64", "fd": "f64"}
 COUNT = 40  # registers of each family
+MOST_STEPS = 2_000_000  # each late store that a loop waits for may take 256,000
 
 PROLOGUE = """
 ld.param.u64 %rd0, [kernel_param_0];
@@ -47,7 +48,7 @@ class Bench:
 
     def __init__(self, num_bytes=4 << 20, **options):
         self.arena = Arena(num_bytes)
-        self.machine = Machine(arena=self.arena, **(dict(most_steps=200_000) | options))
+        self.machine = Machine(arena=self.arena, **(dict(most_steps=MOST_STEPS) | options))
 
     def array(self, num_items, dtype=np.int64, granule=2, values=None):
         """An array that kernels see; never written unless values are given."""

@@ -14,7 +14,8 @@ from worlds import check_stats
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.ptx.simulated import simulated_gpu
-from reference import tolerance
+from flashmoe_numba.seeing.trace import decode
+from reference import GATE, KIND_NAMES, Task, make_packets, task_graph, tolerance
 
 DEADLINE_S = 20.0  # of the machine's time
 TF32_STEP = 2.0**-10  # of a mantissa of 10 bits: what cutting the others off may take, relatively
@@ -157,8 +158,26 @@ def _check(world, weights, layer, x, y, call, epoch):
             assert_equals_oracle(y, x, weights, world.config, layer.routing, call.bias is not None, relative)
         if not call.spoiled:
             check_stats(layer, x, layer.routing, epoch)
+        if world.trace and not world.huge:
+            check_traces(layer)
     except AssertionError as error:
         raise AssertionError(f"{world}, call {epoch}: {error}") from None
+
+
+def check_traces(layer):
+    """Every task of the call is recorded once, by some block, and nothing else but packets that came."""
+    config = layer.config
+    try:
+        records = decode(layer.traces)
+    except ValueError as error:
+        raise AssertionError(f"{config}: {error}") from error
+    packets = [make_packets(routing.topk_idx, config) for routing in layer.routing]
+    tasks = [*task_graph(packets, config)]
+    tasks += [Task(GATE, rank=i) for i, routing in enumerate(layer.routing) if len(routing.topk_idx) == 0]
+    seen = [Task(r.kind, r.rank, r.peer, r.expert, r.m, r.n) for r in records if r.kind < len(KIND_NAMES)]
+    assert sorted(seen) == sorted(tasks), f"{config}: tasks in the traces"
+    assert len(records) - len(seen) == config.num_ranks * config.num_experts, f"{config}: packets in the traces"
+    assert all(0 < r.start_ns <= r.end_ns for r in records), f"{config}: times in the traces"
 
 
 def tf32_tolerance(config):

@@ -14,7 +14,7 @@ from flashmoe_numba.build.variants import choose_variant
 from reference import ACTIVATIONS, MoEConfig, Weights
 from reference.formats import FORMATS
 
-WORLDS = 40
+WORLDS = 43
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ TALL, MANY_EXPERTS, MANY_TOKENS, WIDE = "tall", "many experts", "many tokens", "
 LARGE = {
     number: (kind, place)
     for kind, numbers in {
-        TALL: (4, 10, 16, 22, 34), MANY_EXPERTS: (6, 19, 32), MANY_TOKENS: (7, 20, 31), WIDE: (11, 24, 37),
+        TALL: (4, 10, 16, 22, 34, 40, 41, 42), MANY_EXPERTS: (6, 19, 32), MANY_TOKENS: (7, 20, 31), WIDE: (11, 24, 37),
     }.items()
     for place, number in enumerate(numbers)
 }  # fmt: skip
@@ -173,10 +173,17 @@ def _large_sizes(variant, kind, place):
     common = dict(capacity=None, tile_n=128, num_ranks=1 + place % 2)
     if kind == TALL:
         depths = dict(hidden=57 * unit, ffn=58 * unit)  # more than all stages hold, whatever the height
+        if place in (5, 7):  # the last stage to be read lies where the sums will
+            depths = dict(hidden=41 * unit, ffn=42 * unit)
         if not tensor:
-            depths = dict(hidden=(70, 120, 100, 57, 125)[place], ffn=(120, 57, 90, 40, 70)[place])
+            depths = dict(
+                hidden=(70, 120, 74, 57, 125, 41, 57, 40)[place], ffn=(120, 57, 90, 40, 70, 33, 58, 41)[place]
+            )
         common |= dict(num_ranks=1, num_experts=1, num_topk=1, token_block=50, tile_m=128, tile_m_min=16)
-        return common | depths | dict(num_tokens=(24, 50, 100, 140, 60)[place], gated=place % 2 == 1)
+        if place == 7:  # a tile in three passes, of 128 rows twice and of 50
+            common |= dict(tile_m=512)
+        # heights whose last rows are used: 31 of 32, 16 of 16
+        return common | depths | dict(num_tokens=(24, 50, 100, 140, 60, 31, 16, 306)[place], gated=place % 2 == 1)
     if kind == WIDE:
         hidden = (513, 300, 360)[place] * unit
         hidden -= place == 1 and not tensor  # rows that are copied by elements; for tensor cores by their offset

@@ -1,19 +1,21 @@
 """All variants on all their worlds, by several processes: `python tests/run_ptx_worlds.py [--json FILE] [--worlds N]`.
 
 Prints for each variant its worlds, steps, seconds and how many of its instructions ran, then the others by the reason
-why no world reaches them. Exits with 1 if a world fails, or if less than 95 % of a variant's instructions ran.
+why no world reaches them. Each must give the same bits on other schedules, processors, ranks and placements, too. Exits
+with 1 if anything fails, if a reason is missing, or if less than 95 % of a variant's instructions ran.
 """
 
 import argparse
 import json
-import multiprocessing
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from ptx_coverage import report
+from ptx_processes import Processes
 from ptx_runs import LATE_NS, run_world
+from ptx_same_bits import CHECKS
 from ptx_worlds import WORLDS, make_world
 
 from flashmoe_numba.build.variants import ARCHITECTURES
@@ -34,8 +36,18 @@ def run(task):
     return variant, number, None, (outcome.executed > 0, outcome.steps, outcome.poisoned_rows, outcome.seconds)
 
 
-def row_of(variant, results):
-    """What is told of a variant."""
+def check(task):
+    """(name, what went wrong or None) of a check of CHECKS."""
+    variant, name = task
+    try:
+        CHECKS[name](variant)
+    except Exception as error:
+        return name, f"{type(error).__name__}: {error}"
+    return name, None
+
+
+def row_of(variant, results, checks):
+    """What is told of a variant: by the results of `run` and of `check`."""
     good = [outcome for _, _, wrong, outcome in results if not wrong]
     worlds = [make_world(variant, number) for _, number, _, _ in results]
     row = dict(
@@ -48,15 +60,20 @@ def row_of(variant, results):
         steps=sum(steps for _, steps, _, _ in good),
         poisoned_rows=sum(rows for _, _, rows, _ in good),
         seconds=round(sum(seconds for *_, seconds in good), 1),
-        wrong={str(number): wrong for _, number, wrong, _ in results if wrong},
+        wrong={f"world {number}": wrong for _, number, wrong, _ in results if wrong}
+        | {f"the same bits, {name}": wrong for name, wrong in checks if wrong},
     )
     if good:
         text = linked_ptx(variant, usable_cache_folder())
         executed = np.any([ran for ran, *_ in good], axis=0)
-        instructions, never, reasons, unexplained = report(text, executed)
+        instructions, never, reasons, unexplained = report(variant, text, executed)
         row |= dict(instructions=instructions, never=never, reasons=reasons, unexplained=unexplained)
         row["executed"] = round(1 - never / instructions, 4)
     return row
+
+
+def has_failed(row):
+    return bool(row["wrong"] or row["unexplained"] or row["executed"] < LEAST_EXECUTED)
 
 
 def tell(row):
@@ -68,9 +85,9 @@ def tell(row):
     for reason, count in row.get("reasons", {}).items():
         print(f"    {count} never: {reason}")
     for lines in row.get("unexplained", ()):
-        print(f"        {lines}")
-    for number, wrong in row["wrong"].items():
-        print(f"    WORLD {number}: {wrong}")
+        print(f"    FAILED: never executed, and no reason explains it: {lines}")
+    for where, wrong in row["wrong"].items():
+        print(f"    FAILED {where}: {wrong}")
     sys.stdout.flush()
 
 
@@ -85,17 +102,19 @@ def main():
     variants = [variant for variant in every if not arguments.variants or variant.name in arguments.variants]
     started, rows = time.monotonic(), []
     print(f"worlds 0 to {arguments.worlds - 1}, each on the seed of its number; stores are up to {LATE_NS} ns late")
-    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+    with Processes(arguments.processes, "spawn") as processes:
         for variant in variants:
             tasks = [(variant, number) for number in range(arguments.worlds)]
-            rows.append(row_of(variant, sorted(pool.imap_unordered(run, tasks), key=lambda result: result[1])))
+            results = sorted(processes.each(run, tasks), key=lambda result: result[1])
+            checks = sorted(processes.each(check, [(variant, name) for name in CHECKS]))
+            rows.append(row_of(variant, results, checks))
             tell(rows[-1])
     seconds = time.monotonic() - started
     print(f"{sum(row['worlds'] for row in rows)} worlds in {seconds:.0f} s")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(dict(late_ns=LATE_NS, seconds=seconds, variants=rows), indent=1))
-    sys.exit(any(row["wrong"] or row["executed"] < LEAST_EXECUTED for row in rows))
+    sys.exit(any(has_failed(row) for row in rows))
 
 
 if __name__ == "__main__":

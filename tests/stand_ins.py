@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from flashmoe_numba.build import build
 from flashmoe_numba.build.likeness import like_arguments
@@ -12,6 +13,7 @@ from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Scheduler, memory_view
 from flashmoe_numba.kernel.state import BOX_WORDS
 from flashmoe_numba.ptx.stand_in import StandIn, installed
+from flashmoe_numba.ptx.stand_in.errors import CUDARuntimeError
 from flashmoe_numba.tile_gemm import Scratch
 from flashmoe_numba.tile_gemm.matrices import STAGE_ELEMENTS, SUMS_ELEMENTS
 
@@ -61,6 +63,18 @@ def nothing(*_):
 def make_stand_in(launch=nothing, arena=None, **how):
     arena = PlainArena() if arena is None else arena
     return StandIn(arena, launch, texts=lambda path: f".visible .entry {ENTRY}(", **how)
+
+
+def refused(name):
+    """What raises the runtime's error of this name."""
+    return pytest.raises(CUDARuntimeError, match=f"^{name}: ")
+
+
+def pinned(cupy, size, dtype=np.int64):
+    """So many numbers from 0 on, in page-locked memory."""
+    values = np.frombuffer(cupy.cuda.PinnedMemoryPool().malloc(size * np.dtype(dtype).itemsize), dtype, size)
+    values[:] = np.arange(size)
+    return values
 
 
 class InterpretedGrid:

@@ -136,8 +136,11 @@ def _versions() -> tuple[str, ...]:
     return tuple(versions)
 
 
-def compiled(variant: Variant) -> list[tuple[str, bytes]]:
+def compiled(variant: Variant, extra: str = "cuda") -> list[tuple[str, bytes]]:
     """What the linker takes, as (kind, code); `device.cuda_api` can be imported where this has returned.
+
+    Args:
+        extra: of this package, that brings what the caller needs.
 
     Raises:
         ImportError: numba-cuda is missing; names the extra.
@@ -149,7 +152,8 @@ def compiled(variant: Variant) -> list[tuple[str, bytes]]:
         from ..device.cuda_api import compile_to_ltoir
         from .entry import make_entry
     except ImportError as error:
-        raise ImportError(f"the CUDA backend needs numba-cuda: pip install 'flashmoe-numba[cuda]' ({error})") from error
+        fix = f"pip install 'flashmoe-numba[{extra}]'"
+        raise ImportError(f"kernels for GPUs are compiled by numba-cuda: {fix} ({error})") from error
     kernel, signature = make_entry(variant)
     capability = ARCHITECTURES[variant.architecture]
     return compile_to_ltoir(kernel, signature, capability, (THREADS, BLOCKS_PER_MULTIPROCESSOR))

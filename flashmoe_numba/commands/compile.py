@@ -23,7 +23,14 @@ from ..build.variants import ARCHITECTURES, Variant, choose_variant, has_tensor_
 from ..errors import UsageError
 from .plan import readable
 from .profiled import SMALL, check_sizes, run_variant, shrink, table
-from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, write_json
+from .sizes import (
+    DEFAULT_PRESET,
+    add_json_argument,
+    add_size_arguments,
+    check_outputs,
+    config_from,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from ..build.build import Kernel
@@ -58,16 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--run",
         action="store_true",
-        help=f"run each kernel's PTX on a small layer, and count; sizes are then [{small}]",
+        help=f"run each kernel's PTX on a layer, and count; without --preset, sizes are then [{small}]",
     )
     add("--sass", metavar="FILE", help="write the disassembly, one kernel after the other")
     add_json_argument(parser)
+    parser.set_defaults(preset=None)  # so that one that is given can be told
 
 
 def main(args: argparse.Namespace) -> int:
     """Build what the flags describe, say what was found, and whether it is what it must be."""
-    if args.run:
-        shrink(args)
+    if args.preset is None:
+        args.preset = DEFAULT_PRESET
+        if args.run:
+            shrink(args)
     config = config_from(args)
     if args.run:
         check_sizes(config)

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import cuda, types
 
 if getattr(cuda, "implementation", None) != "NVIDIA":
-    raise ImportError("the CUDA backend needs the package numba-cuda: pip install 'flashmoe-numba[cuda]'")
+    raise ImportError("numba.cuda is Numba's old target, not the package numba-cuda")
 
 from unittest import mock
 

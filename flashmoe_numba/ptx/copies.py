@@ -1,7 +1,9 @@
 """Copies of boxes from global to shared memory, TMA (PTX ISA 9.7.9.25), which end later than they begin.
 
-A copy is checked when it is asked for and done when it is due. Rows of a box that are not there to be read yet, because
-nobody wrote them or somebody may be writing them, are legal as long as nobody uses them: they arrive as NaN.
+A copy is asked for and done when it is due. Rows of a box that are not there to be read, because nobody wrote them or
+somebody may be writing them, are legal as long as nobody uses them: they arrive as NaN. What a copy may read is what
+happened before it was asked for; a source that is written until it lands is undefined (9.7.9.25), so it is the writers
+at its landing that are looked at.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from .watch import (
     GENERIC_PROXY,
     NOWHERE,
     cell_of,
+    copy_row,
     fault,
     happens_before,
+    has_reached,
     is_global,
     locate,
     tick,
@@ -129,18 +133,12 @@ def put_under_way(S, thread, step, words, map_at, places, to, which):
     copy.copy_block, copy.copy_map, copy.copy_to = S.threads[thread].block, map_at, to
     copy.place0, copy.place1, copy.place2 = places
     copy.copy_barrier = which
-    copy.poison0 = copy.poison1 = 0
+    copy_row(S.copy_clocks[n], S.clocks[thread, ASYNC_PROXY])
     for row in range(tensors.box_rows(words)):
         address, num_bytes = tensors.box_source(words, places[0], places[1], places[2], row)
         if num_bytes > 0 and not is_inside(S, address, num_bytes):
             fault(S, faults.OUT_OF_BOUNDS, thread, step, address)
             return
-        if num_bytes > 0 and not may_be_copied(S, thread, address, num_bytes):
-            S.s[state.POISONED_ROWS] += 1
-            if row >= 64:
-                copy.poison1 |= 1 << (row - 64)
-            else:
-                copy.poison0 |= 1 << row
     S.s[state.NUM_COPIES] = n + 1
 
 
@@ -154,14 +152,14 @@ def is_inside(S, address, num_bytes):
 
 
 @njit
-def may_be_copied(S, thread, address, num_bytes):
-    """Has all of it been written, and does that happen before what the asynchronous proxy does for this thread?"""
+def may_be_copied(S, clocks, address, num_bytes):
+    """Has all of it been written, and does that happen before what the asynchronous proxy did at these clocks?"""
     if foreign.range_of(S, address, num_bytes) >= 0:
         return True
     at = address - S.s[state.BASE]
     for c in range(cell_of(S, at), cell_of(S, at + num_bytes - 1) + 1):
         word = S.cells[c, WROTE]
-        if word <= 0 or not happens_before(S, word, thread, ASYNC_PROXY):
+        if word <= 0 or not has_reached(clocks, word):
             return False
     return True
 
@@ -171,13 +169,14 @@ def finish_due_copies(S):
     n, time = S.s[state.NUM_COPIES], now_ns(S)
     for i in range(n - 1, -1, -1):
         if S.copies[i].due <= time:
-            finish_copy(S, S.copies[i])
+            finish_copy(S, S.copies[i], S.copy_clocks[i])
             S.s[state.NUM_COPIES] -= 1
             S.copies[i] = S.copies[S.s[state.NUM_COPIES]]
+            copy_row(S.copy_clocks[i], S.copy_clocks[S.s[state.NUM_COPIES]])
 
 
 @njit
-def finish_copy(S, copy):
+def finish_copy(S, copy, clocks):
     """The bytes arrive, and the mbarrier counts them."""
     block, which, to = copy.copy_block, copy.copy_barrier, copy.copy_to
     words = S.m64[copy.copy_map >> 3 : (copy.copy_map >> 3) + tensor_map.NUM_WORDS]
@@ -190,12 +189,20 @@ def finish_copy(S, copy):
     if code:
         fault(S, faults.COPY_PLACE, block * S.s[state.BLOCK_THREADS], 0, to)
         return
-    length = tensors.row_bytes(words)
-    for row in range(tensors.box_rows(words)):
-        if (copy.poison1 if row >= 64 else copy.poison0) >> (row % 64) & 1:
-            for i in range(length):
-                shared[to + row * length + i] = NOT_A_NUMBER
+    poison_rows(S, words, places, shared, to, clocks)
     num_bytes = tensors.box_bytes(words)
     S.mbarriers[block, which].bytes -= num_bytes
     S.mbarriers[block, which].in_flight -= num_bytes
     end_phase(S, block, which)
+
+
+@njit
+def poison_rows(S, words, places, shared, to, clocks):
+    """Rows of a box in shared memory that were not there to be read become NaN."""
+    length = tensors.row_bytes(words)
+    for row in range(tensors.box_rows(words)):
+        address, num_bytes = tensors.box_source(words, places[0], places[1], places[2], row)
+        if num_bytes > 0 and not may_be_copied(S, clocks, address, num_bytes):
+            S.s[state.POISONED_ROWS] += 1
+            for i in range(length):
+                shared[to + row * length + i] = NOT_A_NUMBER

@@ -5,8 +5,8 @@ from __future__ import annotations
 (
     NONE, OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, SCOPE, WRONG_SPACE, BARRIER_DIVERGED, BARRIER_COUNT, DEADLOCK,
     STEP_LIMIT, MBARRIER_STATE, MBARRIER_BYTES, MBARRIER_UNFENCED, MBARRIER_TOUCHED, MAP_UNFENCED, NO_MAP, COPY_PLACE,
-    DIVERGED, DESCRIPTOR, WGMMA_UNFENCED, SUM_TOUCHED, SCALE, TOO_MANY, DIVISION,
-) = range(25)  # fmt: skip
+    DIVERGED, DESCRIPTOR, WGMMA_UNFENCED, SUM_TOUCHED, SCALE, TOO_MANY, DIVISION, UNFINISHED,
+) = range(26)  # fmt: skip
 
 RULES = {
     OUT_OF_BOUNDS: "an access outside of every allocation",
@@ -33,6 +33,7 @@ RULES = {
     SCALE: "wgmma that does not add to its sums",
     TOO_MANY: "more at once than the machine has room for",
     DIVISION: "a division by zero",
+    UNFINISHED: "a thread ends while products, or a block while copies, are not waited for",
 }
 
 

@@ -11,8 +11,10 @@ import numpy as np
 from reference.arrays import Array
 
 from . import foreign, state
-from .memory import HOST_ACTOR, Arena
-from .program import BLOCK, BLOCK_THREADS, DYNAMIC_BYTES, PARAMETERS, THREAD, Program
+from .memory import HOST_ACTOR, STEP_BITS, Arena
+from .opcodes import WGMMA
+from .program import BLOCK, BLOCK_THREADS, CODE, DYNAMIC_BYTES, PARAMETERS, THREAD, Program
+from .released import SCOPES
 from .state import State
 from .tensors import ROOM
 
@@ -58,10 +60,14 @@ def new_state(grid: Grid, arena: Arena, others: Sequence[tuple[int, int]]) -> St
         others: (address, bytes) of memory outside of the arena (foreign.py).
 
     Raises:
-        ValueError: more threads than the machine can number.
+        ValueError: more threads or steps than the machine can number, or products of other blocks than a warpgroup.
     """
     if grid.actors >= HOST_ACTOR:
         raise ValueError(f"blocks must have fewer than {HOST_ACTOR} threads and warps in all, got {grid.actors}")
+    if len(grid.program.code) >= 1 << STEP_BITS:
+        raise ValueError(f"text must have fewer than {1 << STEP_BITS} steps, got {len(grid.program.code)}")
+    if WGMMA in grid.program.code[:, CODE] and grid.threads != state.WARPGROUP:
+        raise ValueError(f"blocks of a kernel with wgmma must have {state.WARPGROUP} threads, got {grid.threads}")
     blocks, actors = grid.num_blocks, grid.actors
     S = State(
         code=grid.program.code.reshape(-1), extra=grid.program.extra, executed=_zeros(len(grid.program.code)),
@@ -71,11 +77,14 @@ def new_state(grid: Grid, arena: Arena, others: Sequence[tuple[int, int]]) -> St
         m=arena.bytes, m64=arena.bytes.view(np.int64), lines=arena.lines, cells=arena.cells,
         foreign=np.array(others, np.int64).reshape(-1, 2), clocks=_clocks(grid),
         words=_zeros(state.WORD_TABLE, dtype=state.WORD),
-        released=_zeros(MOST_WORDS, 2, 2, actors, dtype=np.int32),
+        released=_zeros(SCOPES, MOST_WORDS, 2, 2, actors, dtype=np.int32),
+        released_by=_zeros(SCOPES, MOST_WORDS, 2, dtype=np.int32),
         mbarriers=_zeros(blocks, state.MBARRIERS, dtype=state.MBARRIER),
         mbarrier_clocks=_zeros(blocks, state.MBARRIERS, 2, 2, actors, dtype=np.int32),
+        mbarrier_uses=_zeros(blocks, state.MBARRIERS, grid.threads, dtype=np.int32),
         fenced_maps=_zeros(blocks, state.MAPS, dtype=state.FENCED_MAP),
         copies=_zeros(state.MOST_COPIES, dtype=state.COPY),
+        copy_clocks=_zeros(state.MOST_COPIES, actors, dtype=np.int32),
         products=_zeros(blocks, state.MOST_PRODUCTS, dtype=state.PRODUCT),
         group_ends=_zeros(blocks * grid.warps, state.MOST_GROUPS),
         scratch=_zeros(grid.threads, state.MOST_SUMS, dtype=np.float32), room=_zeros(ROOM, dtype=np.float64),

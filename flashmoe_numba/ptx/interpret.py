@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from ..device.cpu import from_half, to_half
-from . import copies, faults, mbarriers, products, state
+from . import copies, endings, faults, mbarriers, products, state
 from . import opcodes as op
 from .arithmetic import exp2_approximate, fused, fused_down, saturated, smaller, to_bfloat
 from .compiled import njit
@@ -342,7 +342,7 @@ def meet(S, thread, step, what, base):
     elif what == op.SLEEP:
         S.threads[thread].doing, S.threads[thread].wake = state.SLEEPING, now_ns(S) + (a & 0xFFFFFFFF)
     elif what == op.RETURN:
-        S.threads[thread].doing = state.ENDED
+        endings.end_thread(S, thread, step)
     elif what == op.MBARRIER_INIT:
         mbarriers.init_mbarrier(S, thread, step, (a + row[NUMBER]) & 0xFFFFFFFF, b & 0xFFFFFFFF)
     elif what == op.MBARRIER_INVALIDATE:

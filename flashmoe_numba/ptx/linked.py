@@ -1,12 +1,13 @@
 """A kernel as linked PTX: what the linker's optimiser leaves, before the driver's assembler makes machine code of it.
 
-Kept in the cache folder beside the cubin, under the same name; its last line is a digest of all others, by which half a
-file is told from a whole one.
+Its last line, a comment, says which variant it is. Kept in the cache folder beside the cubin, under the same name; the
+file has one more line, a digest of all others, by which half a file is told from a whole one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..build.build import compiled, found_or_made, stem_of
 from ..build.variants import Variant
 
 SUFFIX = ".ptx"
-DIGEST = "// sha256 "
+DIGEST, VARIANT = "// sha256 ", "// variant "
 
 
 def linked_ptx(variant: Variant, folder: Path) -> str:
@@ -34,11 +35,25 @@ def linked_ptx(variant: Variant, folder: Path) -> str:
     return found_or_made(folder, lambda: _read(path), make)
 
 
+def check_text(text: str, variant: Variant) -> None:
+    """Nothing, if this PTX may be that of a variant, by what it says of itself: its target, and the variant's name.
+
+    Raises:
+        ValueError: it is another one's; names both.
+    """
+    target = re.search(r"^\s*\.target\s+(\w+)", text, re.MULTILINE)
+    if target is not None and target[1] != variant.architecture:
+        raise ValueError(f"text must be PTX for {variant.architecture}, as this layer's kernel, got {target[1]}")
+    name = re.search(rf"^{VARIANT}(\S+)$", text, re.MULTILINE)
+    if name is not None and name[1] != variant.name:
+        raise ValueError(f"text must be this layer's kernel, {variant.name}, got {name[1]}")
+
+
 def _link(variant: Variant) -> bytes:
-    codes = compiled(variant)
+    codes = compiled(variant, extra="compile")
     from ..device.cuda_api import link_to_ptx
 
-    return link_to_ptx(codes, variant.architecture)
+    return link_to_ptx(codes, variant.architecture) + f"{VARIANT}{variant.name}\n".encode()
 
 
 def _signed(text: bytes) -> bytes:

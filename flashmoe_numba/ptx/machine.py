@@ -6,6 +6,7 @@ All ranks of a launch share one memory. Each may count as a GPU of its own, whic
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,9 +39,26 @@ def compiled_for(function: Any, *arguments: Any) -> Any:
     with _compiling:
         signature = tuple(map(typeof, arguments))
         if signature not in function.overloads:
-            function._cache = CodeCache(function.py_func, _source_hash())
+            function._cache = _TellingCache(function.py_func, _source_hash())
             function.compile(signature)
     return function
+
+
+def run_to_end(function: Any, *arguments: Any) -> None:
+    """Call a function of the machine for as long as it says that there is more to do; signals are heeded in between."""
+    turns = compiled_for(function, *arguments)
+    while turns(*arguments):
+        pass
+
+
+class _TellingCache(CodeCache):
+    """Says so when it does not have what is asked for: the next step takes long."""
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        found = super().load_overload(signature, target_context)
+        if found is None:
+            print("flashmoe: compiling the PTX machine (about a minute; kept afterwards)", file=sys.stderr, flush=True)
+        return found
 
 
 @cache
@@ -91,11 +109,14 @@ class Machine:
             PtxFault: what was wrong first.
         """
         with self._one_at_a_time:
-            self._launch(text, entry, num_blocks, threads, arguments, dynamic_bytes)
+            code, fault = self._launch(text, entry, num_blocks, threads, arguments, dynamic_bytes)
+        if code:  # raised here, where its traceback keeps nothing of the launch
+            raise PtxFault(code, fault)
 
     def _launch(
         self, text: str, entry: str, num_blocks: int, threads: int, arguments: Sequence[int], dynamic_bytes: int
-    ) -> None:
+    ) -> tuple[int, str]:
+        """The code of what was wrong, and what is said of it."""
         program = self.program(text)
         if entry != program.listing.entry:
             raise ValueError(f"entry must be {program.listing.entry!r}, got {entry!r}")
@@ -115,8 +136,7 @@ class Machine:
         self.executed[text] += S.executed
         self.steps += int(S.s[state.STEPS])
         self.poisoned_rows += int(S.s[state.POISONED_ROWS])
-        if fault:
-            raise PtxFault(int(S.s[state.FAULT]), fault)
+        return int(S.s[state.FAULT]), fault
 
     def _shared_memory(self, program: Program, dynamic_bytes: int, block: int) -> int:
         """Of one block. What lies between its variables belongs to nobody."""
@@ -127,10 +147,8 @@ class Machine:
         return address
 
     def execute(self, S: State, arguments: Sequence[int]) -> None:
-        """Run all threads to their end, or to the first fault; signals are heeded in between."""
-        turns = compiled_for(run, S)
-        while turns(S):
-            pass
+        """Run all threads to their end, or to the first fault."""
+        run_to_end(run, S)
 
     def _set_up(self, S: State) -> None:
         """What this machine's options say of a launch."""

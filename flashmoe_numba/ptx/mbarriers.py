@@ -38,6 +38,8 @@ def find_mbarrier(S, thread, step, address):
             made = mbarrier.made_by << CLOCK_BITS | mbarrier.made_at
             if not happens_before(S, made, thread, GENERIC_PROXY):
                 return fault(S, faults.RACE, thread, step, address)
+            own = thread % S.s[state.BLOCK_THREADS]
+            S.mbarrier_uses[block, which, own] = S.clocks[thread, GENERIC_PROXY, thread]
             return which
     return fault(S, faults.MBARRIER_STATE, thread, step, address)
 
@@ -59,11 +61,12 @@ def init_mbarrier(S, thread, step, address, count):
         return
     mark(S, at, IS_MBARRIER, 0)
     mbarrier = S.mbarriers[block, which]  # `copies` counts on
-    mbarrier.at, mbarrier.is_fenced, mbarrier.used_at = address, 0, 0
+    mbarrier.at, mbarrier.is_fenced = address, 0
     mbarrier.made_by, mbarrier.made_at = thread, S.clocks[thread, GENERIC_PROXY, thread]
     mbarrier.phase = mbarrier.bytes = mbarrier.in_flight = 0
     mbarrier.pending = mbarrier.expected = count
     clear(S.mbarrier_clocks[block, which])
+    clear(S.mbarrier_uses[block, which])
 
 
 @njit
@@ -81,12 +84,22 @@ def invalidate_mbarrier(S, thread, step, address):
     if mbarrier.in_flight or mbarrier.pending != mbarrier.expected:
         fault(S, faults.MBARRIER_STATE, thread, step, address)
         return
-    used = mbarrier.used_by << CLOCK_BITS | mbarrier.used_at
-    if mbarrier.used_at and not happens_before(S, used, thread, GENERIC_PROXY):
+    if not follows_uses(S, thread, which):
         fault(S, faults.RACE, thread, step, address)
         return
     mbarrier.at = 0
     mark(S, S.blocks[S.threads[thread].block].shared_at + address, 0, plain(S, thread))  # who writes there comes after
+
+
+@njit
+def follows_uses(S, thread, which):
+    """Does every use of an mbarrier by others of the block happen before what a thread does now?"""
+    uses = S.mbarrier_uses[S.threads[thread].block, which]
+    first = thread - thread % uses.size
+    for i in range(uses.size):
+        if first + i != thread and S.clocks[thread, GENERIC_PROXY, first + i] < uses[i]:
+            return False
+    return True
 
 
 @njit
@@ -133,8 +146,6 @@ def phase_has_ended(S, thread, step, address, parity):
         return False
     block = S.threads[thread].block
     mbarrier = S.mbarriers[block, which]
-    if thread != mbarrier.made_by:  # the last of the others is remembered, for the end (invalidate_mbarrier)
-        mbarrier.used_by, mbarrier.used_at = thread, S.clocks[thread, GENERIC_PROXY, thread]
     if mbarrier.phase == parity & 1:
         return False
     join(S.clocks[thread], S.mbarrier_clocks[block, which, 0])

@@ -19,13 +19,15 @@ from . import state
 LINE = 256  # bytes; allocations begin at multiples of it
 RED_ZONE = LINE
 GRANULES = (2, 4, 8)
-CELL_WORDS = 4  # last write, two reads, step of the write
+CELL_WORDS = 4  # last write, two reads, step of the write and, if it is atomic, the last one that is not
 WROTE, READ0, READ1, WROTE_AT = range(CELL_WORDS)
 # a cell's word: 0 is never, else when and by whom, and how
 UNALLOCATED, IS_MBARRIER = -1, -2
 CLOCK_BITS, ACTOR_BITS = 32, 14
 STRONG = 1 << CLOCK_BITS + ACTOR_BITS
 SCOPE_SHIFT = CLOCK_BITS + ACTOR_BITS + 1
+STEP_SHIFT = CLOCK_BITS + ACTOR_BITS  # in WROTE_AT, above the actor and the clock of the last ordinary write
+STEP_BITS = 17
 HOST_ACTOR = (1 << ACTOR_BITS) - 1
 HOST = HOST_ACTOR << CLOCK_BITS | 1  # before all that runs now
 
@@ -149,6 +151,13 @@ class Arena:
             written = cells[:, WROTE]
             written[written > 0] = HOST
             cells[:, READ0:] = 0
+
+    def close(self) -> None:
+        """Let the memory go, whoever still knows the arena. Arrays that somebody has keep their bytes."""
+        with self._lock:
+            self.bytes, self.cells, self.lines = self.bytes[:0].copy(), self.cells[:0].copy(), self.lines[:0].copy()
+            self._free, self._given_back = [], deque(maxlen=0)  # what finalizers give back later goes nowhere
+            self.allocations.clear()
 
     def describe(self, address: int) -> str:
         """Where an address lies, in words."""

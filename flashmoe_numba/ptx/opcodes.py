@@ -32,7 +32,8 @@ GENERIC, GLOBAL, SHARED = range(3)  # state spaces
 SCOPES = {"cta": 0, "gpu": 1, "sys": 2}
 NO_ACQUIRE, NO_RELEASE = 4, 8  # what an atomic access lacks, beside its scope
 ORDERS = {"relaxed": NO_ACQUIRE | NO_RELEASE, "acquire": NO_RELEASE, "release": NO_ACQUIRE, "acq_rel": 0}
-KINDS = {"f32.f16.f16": 0, "f32.bf16.bf16": 1, "f32.tf32.tf32": 2}  # of wgmma's operands
+F16, BF16, TF32 = range(3)  # kinds of wgmma's operands
+KINDS = {"f32.f16.f16": F16, "f32.bf16.bf16": BF16, "f32.tf32.tf32": TF32}
 
 # Instructions whose operands are a target and up to three values, by name without the type of bits alone.
 PLAIN = {

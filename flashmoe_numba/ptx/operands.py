@@ -4,9 +4,8 @@ import numpy as np
 
 from ..device.cpu import from_half
 from .compiled import njit
+from .opcodes import BF16, F16, TF32
 from .typed import float_of_bits, u16, u32
-
-F16, BF16, TF32 = range(3)  # kinds of operands
 
 
 @njit

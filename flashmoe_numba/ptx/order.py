@@ -9,12 +9,12 @@ from __future__ import annotations
 from . import faults, foreign, state
 from .compiled import njit
 from .opcodes import ATOMIC_ADD, ATOMIC_CAS, NO_ACQUIRE, NO_RELEASE, STORE_WORD
+from .released import acquire, hand_on, hand_own_on, release
 from .typed import i64, put
 from .watch import (
     CLOCK_MASK,
     GENERIC_PROXY,
     NOWHERE,
-    clear,
     copy_row,
     fault,
     join,
@@ -56,7 +56,7 @@ def word_at(S, thread, step, address):
     i = (address >> 3) * 0x9E3779B1 % state.WORD_TABLE
     while S.words[i].key != address:
         if S.words[i].key == 0:
-            if S.s[state.NUM_WORDS] == S.released.shape[0]:
+            if S.s[state.NUM_WORDS] == S.released.shape[1]:
                 return fault(S, faults.TOO_MANY, thread, step, address)
             S.words[i].key, S.words[i].row = address, S.s[state.NUM_WORDS]
             S.s[state.NUM_WORDS] += 1
@@ -91,7 +91,7 @@ def access_word(S, thread, step, code, address, value, other, order):
 @njit
 def access_foreign(S, thread, code, at, value, other, order):
     """As access_word, on a word that other processes write, too: all of these are released and acquired as one."""
-    released = S.released[foreign.RELEASED_ROW, 0]
+    released = S.released[0, foreign.RELEASED_ROW, 0]
     if not order & NO_RELEASE:
         join(released, S.clocks[thread])
         tick(S, thread)
@@ -109,7 +109,7 @@ def load_word(S, thread, at, i, order):
     if is_hidden(S, thread, word):
         result, version = word.old_value, 1 - version
     if not order & NO_ACQUIRE:
-        join(S.clocks[thread], S.released[S.words[i].row, version])
+        acquire(S, thread, order & 3, word.row, version)
     return result
 
 
@@ -130,11 +130,10 @@ def store_word(S, thread, step, at, i, value, mine, order):
     if not watch_write(S, thread, step, at, WORD_BYTES, mine, GENERIC_PROXY):
         return
     replace(S, thread, at, i, value, mine)
-    released = S.released[S.words[i].row, S.words[i].version]
-    if order & NO_RELEASE:
-        clear(released)
-    else:
-        copy_row(released, S.clocks[thread])
+    row, version = S.words[i].row, S.words[i].version
+    hand_own_on(S, thread, row, version)
+    if not order & NO_RELEASE:
+        release(S, thread, order & 3, row, version)
     tick(S, thread)
 
 
@@ -159,16 +158,15 @@ def modify(S, thread, step, code, at, i, value, other, mine, order):
     word.hidden_until = 0  # who looks from now on sees no less than this one has seen
     before, row = i64(S.m, at), word.row
     if not order & NO_ACQUIRE:
-        join(S.clocks[thread], S.released[row, word.version])
+        acquire(S, thread, order & 3, row, word.version)
     if code == ATOMIC_CAS and before != value:
         return before
     if not watch_write(S, thread, step, at, WORD_BYTES, mine, GENERIC_PROXY):
         return 0
     replace(S, thread, at, i, before + value if code == ATOMIC_ADD else other, mine)
-    released = S.released[row, word.version]
-    copy_row(released, S.released[row, 1 - word.version])
+    hand_on(S, row, word.version)
     if not order & NO_RELEASE:
-        join(released, S.clocks[thread])
+        release(S, thread, order & 3, row, word.version)
     tick(S, thread)
     return before
 

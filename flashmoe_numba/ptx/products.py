@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import faults, state, tensors
 from .compiled import njit
-from .memory import CLOCK_BITS, WROTE, WROTE_AT
+from .memory import CLOCK_BITS, STEP_SHIFT, WROTE, WROTE_AT
 from .order import draw
 from .typed import f32, put
 from .watch import (
@@ -69,7 +69,7 @@ def read_operand(S, thread, step, descriptor, num_rows, first_row, end_row, read
                     fault(S, faults.UNINITIALISED, thread, step, at + S.s[state.BASE])
                     return False
                 if not happens_before(S, word, thread, ASYNC_PROXY):
-                    S.s[state.FAULT_OTHER_STEP] = S.cells[c, WROTE_AT]
+                    S.s[state.FAULT_OTHER_STEP] = S.cells[c, WROTE_AT] >> STEP_SHIFT
                     fault(S, faults.RACE, thread, step, at + S.s[state.BASE], word)
                     return False
                 note_read(S, c, thread, reader, ASYNC_PROXY)
@@ -112,6 +112,9 @@ def wait_for_groups(S, warp, step, most):
     """All but the last `most` groups have been made, and happen before what the warp's threads do now."""
     groups = S.warps[warp].groups
     if groups <= most:
+        return
+    if most >= state.MOST_GROUPS:
+        fault(S, faults.TOO_MANY, warp * state.WARP, step, 0)
         return
     end = S.group_ends[warp, (groups - most - 1) % state.MOST_GROUPS]
     first = warp * state.WARP

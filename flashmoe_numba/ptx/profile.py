@@ -18,7 +18,7 @@ from ..kernel.grid import BLOCKS_PER_RANK, HEADER_WORDS, WORDS_PER_RANK
 from ..kernel.queue import TASK_WORDS, WHO
 from . import in_step, state
 from .in_step import FIRST_KIND, NUM_ACTIVITIES, NUM_COUNTERS, OS_BLOCK, WAITING, Profile, run_in_step
-from .machine import Machine, compiled_for
+from .machine import Machine, run_to_end
 from .state import State
 
 WORD_BYTES = 8
@@ -44,10 +44,7 @@ class ProfilingMachine(Machine):
         """Run and count."""
         if not self.by_step.size:
             self.by_step = np.zeros((S.executed.size, in_step.STEP_COUNTERS), np.int64)
-        profile = self._profile(S, *arguments)
-        turns = compiled_for(run_in_step, S, profile)
-        while turns(S, profile):
-            pass
+        run_to_end(run_in_step, S, self._profile(S, *arguments))
 
     def _profile(self, S: State, table_address: int, num_words: int) -> Profile:
         table = self.arena.view(table_address, WORD_BYTES * num_words).view(np.int64)

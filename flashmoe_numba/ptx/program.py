@@ -17,6 +17,7 @@ from reference.arrays import Array
 
 from . import opcodes as op
 from .listing import Instruction, Listing, PtxSyntaxError, parse, split
+from .state import NAMED_BARRIERS
 
 CODE, TARGET, A, B, C, NUMBER, SOURCE = range(7)  # columns of a row
 ROW = 8
@@ -304,6 +305,8 @@ class _Loader:
 
     def _barrier(self, i: Instruction, match: re.Match[str]) -> None:
         barrier, *count = (int(operand) for operand in i.operands)
+        if not 0 <= barrier < NAMED_BARRIERS:
+            raise PtxSyntaxError(i.line, i.text, f"a barrier that is not in [0, {NAMED_BARRIERS})")
         self._emit(op.BARRIER, a=barrier, number=count[0] if count else 0)
 
     def _mbarrier(self, i: Instruction, match: re.Match[str]) -> None:

@@ -9,7 +9,7 @@ from .interpret import run_thread
 from .order import draw, now_ns
 from .watch import fault
 
-ANY, IN_TURN, BLOCK_BY_BLOCK, BY_RANK = range(4)  # modes
+ANY, IN_TURN, BLOCK_BY_BLOCK, FROM_ONE_BLOCK = range(4)  # modes
 NUM_MODES = 4
 NOBODY = -1
 TURNS = 10_000  # of threads, before Python may look for signals: some tenths of a second
@@ -50,7 +50,7 @@ def next_thread(S):
         first = draw(S) % threads
     elif S.s[state.MODE] == BLOCK_BY_BLOCK:
         first = current - current % size + draw(S) % size if draw(S) % 64 else draw(S) % threads
-    elif S.s[state.MODE] == BY_RANK:
+    elif S.s[state.MODE] == FROM_ONE_BLOCK:
         first = (S.s[state.STEPS] >> 22) * 37 * size % threads
     time = now_ns(S)
     for i in range(threads):

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reference.scalars import check_one_of, whole
+from reference.scalars import check_one_of, check_whole
 
 from ..build import build as building
 from ..build.variants import ARCHITECTURES, Variant
-from .linked import linked_ptx
+from .linked import check_text, linked_ptx
 from .machine import Machine
 from .memory import Arena
 from .profile import ProfilingMachine
@@ -32,13 +32,6 @@ class SimulatedGpu:
 
     def __init__(self, cupy: Any, machine: Machine) -> None:
         self.cupy, self.machine = cupy, machine
-
-
-def _check_whole(name: str, value: Any, least: int, most: int | None) -> None:
-    """Nothing, if it is an integer in this range."""
-    if whole(name, value) < least or (most is not None and value > most):
-        rule = f"at least {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {rule}, got {value}")
 
 
 @contextlib.contextmanager
@@ -63,7 +56,7 @@ def simulated_gpu(
         blocks_per_gpu: so many blocks count as a GPU of their own, for what scopes mean; None: all are one.
         multiprocessors: of the GPU, at most 56; two blocks of most kernels are resident on one.
         memory_bytes: of all arrays together.
-        text: the PTX to run instead of the kernel's own.
+        text: the PTX to run instead of the kernel's own, of the same variant.
         profile: count what this kernel does: the machine is then a `ProfilingMachine`.
 
     Raises:
@@ -71,12 +64,12 @@ def simulated_gpu(
             layers, and no call goes on this GPU after it, as after a failed kernel.
     """
     check_one_of("architecture", architecture, ARCHITECTURES)
-    _check_whole("seed", seed, 0, None)
-    _check_whole("late_ns", late_ns, 0, MOST_LATE_NS)
+    check_whole("seed", seed, 0)
+    check_whole("late_ns", late_ns, 0, MOST_LATE_NS)
     if blocks_per_gpu is not None:
-        _check_whole("blocks_per_gpu", blocks_per_gpu, 1, None)
-    _check_whole("multiprocessors", multiprocessors, 1, MOST_MULTIPROCESSORS)
-    _check_whole("memory_bytes", memory_bytes, 1 << 20, 1 << 36)
+        check_whole("blocks_per_gpu", blocks_per_gpu, 1)
+    check_whole("multiprocessors", multiprocessors, 1, MOST_MULTIPROCESSORS)
+    check_whole("memory_bytes", memory_bytes, 1 << 20, 1 << 36)
     if not (text is None or isinstance(text, str)):
         raise TypeError(f"text must be a string, got {type(text).__name__}")
     arena = Arena(memory_bytes)
@@ -87,6 +80,8 @@ def simulated_gpu(
     def build(variant: Variant, folder: Path) -> building.Kernel:
         """The kernel as the machine takes it: its text."""
         path = folder / f"{variant.name}.ptx"
+        if text is not None:
+            check_text(text, variant)
         texts[str(path)] = linked_ptx(variant, folder) if text is None else text
         entry = machine.program(texts[str(path)]).listing.entry
         return building.Kernel(
@@ -106,9 +101,10 @@ def simulated_gpu(
     )  # fmt: skip
     machine.foreign = lambda: stand_in.foreign
     real = building.build
-    with installed(stand_in):
+    with contextlib.closing(arena), installed(stand_in):
         building.build = build
         try:
             yield SimulatedGpu(stand_in, machine)
         finally:
             building.build = real
+            machine.foreign = tuple  # else machine and stand-in would keep each other

@@ -13,6 +13,7 @@ import numpy as np
 WARP = 32
 MBARRIERS = 8  # that a block may have at once
 NAMED_BARRIERS = 16
+WARPGROUP = 128
 MAPS = 8  # that a block may have acquired
 MOST_COPIES, MOST_PRODUCTS, MOST_GROUPS, MOST_SUMS = 512, 64, 16, 128
 WORD_TABLE = 1 << 16  # of words that threads synchronize by, found by a hash of their address
@@ -43,16 +44,12 @@ MBARRIER = _record(
     "bytes",
     "made_by",
     "made_at",
-    "used_by",
-    "used_at",
     "is_fenced",
     "in_flight",
     "copies",
 )
 FENCED_MAP = _record("address", "thread", "clock")
-COPY = _record(
-    "due", "copy_block", "copy_map", "place0", "place1", "place2", "copy_to", "copy_barrier", "poison0", "poison1"
-)
+COPY = _record("due", "copy_block", "copy_map", "place0", "place1", "place2", "copy_to", "copy_barrier")
 PRODUCT = _record("sums", "left", "right", "form")
 
 
@@ -72,14 +69,17 @@ class State(NamedTuple):
     m64: Any  # the same as int64
     foreign: Any  # int64 [ranges, 2]: (address, bytes) of memory outside of the arena
     lines: Any
-    cells: Any  # int64 [cells, 4]: last write, two reads, step of the write
+    cells: Any  # int64 [cells, 4]: memory.py
     clocks: Any  # int32 [threads, 2, actors]: what has happened before, for a thread and for the asynchronous proxy
     words: Any  # [WORD_TABLE]
-    released: Any  # int32 [words, 2, 2, actors]: clocks that the last two values of a word were released with
+    released: Any  # int32 [scopes, words, 2, 2, actors]: clocks that a word's last two values were released with
+    released_by: Any  # int32 [scopes, words, 2]: 1 + by which thread, 0 if by none
     mbarriers: Any  # [blocks, MBARRIERS]
     mbarrier_clocks: Any  # int32 [blocks, MBARRIERS, 2, 2, actors]: of the last phase and of this one
+    mbarrier_uses: Any  # int32 [blocks, MBARRIERS, threads of a block]: clock of each thread's last use
     fenced_maps: Any  # [blocks, MAPS]
     copies: Any  # [MOST_COPIES]: under way
+    copy_clocks: Any  # int32 [MOST_COPIES, actors]: what the asynchronous proxy may see for each
     products: Any  # [blocks, MOST_PRODUCTS]: by number modulo their most
     group_ends: Any  # int64 [warps, MOST_GROUPS]: products issued when a group was committed
     scratch: Any  # float32 [threads of a block, MOST_SUMS]

@@ -9,6 +9,7 @@ from .faults import BARRIER_DIVERGED, DEADLOCK, DIVERGED, RULES
 from .memory import ACTOR_BITS, CLOCK_BITS, Arena
 from .program import Program
 from .state import State
+from .watch import A_READ, ORDINARY_WRITE
 
 
 def tell(S: State, program: Program, arena: Arena) -> str:
@@ -24,7 +25,8 @@ def tell(S: State, program: Program, arena: Arena) -> str:
         parts.append(f"at {arena.describe(address)}")
     if cell > 0:
         other = int(S.s[state.FAULT_OTHER_STEP])
-        what = f"wrote it, {_where(program, other)}" if other >= 0 else "read it"
+        what = {A_READ: "read it", ORDINARY_WRITE: "wrote it by an ordinary store, before an atomic one"}.get(other)
+        what = what or f"wrote it, {_where(program, other)}"
         parts.append(f"{_who(S, cell >> CLOCK_BITS & (1 << ACTOR_BITS) - 1)} {what}")
     return "; ".join(parts)
 

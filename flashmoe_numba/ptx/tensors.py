@@ -17,10 +17,10 @@ from . import tensor_map as words
 from .compiled import njit
 from .operands import as_float32, cut, item_bytes
 
-(NO_MAP, UNMODELLED_MAP, MISALIGNED_BOX, BOX_OUTSIDE_SHARED, BOX_OUTSIDE_GLOBAL) = range(1, 6)
+(MISSING_MAP, UNMODELLED_MAP, MISALIGNED_BOX, BOX_OUTSIDE_SHARED, BOX_OUTSIDE_GLOBAL) = range(1, 6)
 (STRAY_BITS, UNMODELLED_SWIZZLE, UNMODELLED_BASE, MISPLACED_OPERAND, STRIDE_OFF_PATTERN, OPERAND_OUTSIDE) = range(6, 12)
 FAULTS = {
-    NO_MAP: "there is no tensor map at this address",
+    MISSING_MAP: "there is no tensor map at this address",
     UNMODELLED_MAP: "the tensor map asks for what is not modelled: more than 3 dimensions, element strides, "
     "interleaving, another fill than zeros, a swizzle of larger atoms or wider than its box, or a type with FTZ",
     MISALIGNED_BOX: "a box must lie at a multiple of 128 bytes in shared memory, and of its swizzle's pattern",
@@ -35,8 +35,8 @@ FAULTS = {
 }
 
 MAX_BOX_RANK = 3
-BOX_ALIGNMENT, LINE, CHUNK = 128, 128, 16  # bytes
-PATTERN = 8 * LINE  # of the 128-byte swizzle
+BOX_ALIGNMENT, SWIZZLE_LINE, CHUNK = 128, 128, 16  # bytes
+PATTERN = 8 * SWIZZLE_LINE  # of the 128-byte swizzle
 STEP = 32  # bytes of depth of one wgmma
 M, MAX_N, WARPGROUP = 64, 256, 128  # of its D, and its threads
 ROOM = M * MAX_N + (M + MAX_N) * STEP // 2  # float64 that a product is made in
@@ -59,7 +59,7 @@ def map_fault(map_words):
     """What keeps a map from being used, as a number of FAULTS; to be asked before all that follows."""
     kind, rank, mode = map_words[words.DATA_TYPE], map_words[words.RANK], swizzle_mode(map_words)
     if map_words[words.MAGIC] != words.MAGIC_VALUE or kind < 0 or kind >= len(words.ITEM_BYTES):
-        return NO_MAP
+        return MISSING_MAP
     if rank > MAX_BOX_RANK or kind in FLUSHED or mode > words.SWIZZLE_128B:
         return UNMODELLED_MAP
     for i in range(rank):
@@ -120,7 +120,7 @@ def swizzled(address, mode):
     if mode == words.SWIZZLE_NONE:
         return address
     lines = words.SPAN_BYTES[mode] // CHUNK - 1
-    return address ^ (address // LINE & lines) * CHUNK
+    return address ^ (address // SWIZZLE_LINE & lines) * CHUNK
 
 
 @njit
@@ -201,7 +201,7 @@ def operand_fault(descriptor, num_rows, shared_bytes):
         return UNMODELLED_SWIZZLE
     if base_offset:
         return UNMODELLED_BASE
-    if start % PATTERN > LINE - STEP:
+    if start % PATTERN > SWIZZLE_LINE - STEP:
         return MISPLACED_OPERAND
     if stride % PATTERN:
         return STRIDE_OFF_PATTERN
@@ -220,7 +220,7 @@ def operand_address(descriptor, row, byte):
         byte: along the depth, in `[0, 32)`. 16 bytes from a multiple of 16 on lie together.
     """
     start, _, stride, _, _ = descriptor_fields(descriptor)
-    return swizzled(start + row // 8 * stride + row % 8 * LINE + byte, words.SWIZZLE_128B)
+    return swizzled(start + row // 8 * stride + row % 8 * SWIZZLE_LINE + byte, words.SWIZZLE_128B)
 
 
 @njit
@@ -243,7 +243,7 @@ def multiply(sums, shared, descriptor_a, descriptor_b, n, kind, scale_d, room):
         shared: uint8, a block's shared memory from its address 0 on.
         descriptor_a, descriptor_b: int64, of A `[64, depth]` and B `[N, depth]`.
         n: N, a multiple of 8 up to 256.
-        kind: F16, BF16 or TF32 of operands.py.
+        kind: F16, BF16 or TF32 of opcodes.py.
         room: float64 `[ROOM]`, of any contents.
 
     Returns:

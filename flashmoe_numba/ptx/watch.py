@@ -19,6 +19,7 @@ from .memory import (
     READ0,
     READ1,
     SCOPE_SHIFT,
+    STEP_SHIFT,
     STRONG,
     WROTE,
     WROTE_AT,
@@ -29,6 +30,7 @@ from .program import SHARED_BEGIN, SHARED_WINDOW
 GENERIC_PROXY, ASYNC_PROXY = 0, 1
 CLOCK_MASK, ACTOR_MASK = (1 << CLOCK_BITS) - 1, (1 << ACTOR_BITS) - 1
 NOWHERE = -1
+A_READ, ORDINARY_WRITE = -1, -2  # other steps of a race, where the step itself is not remembered
 
 
 @njit
@@ -84,6 +86,13 @@ def happens_before(S, word, thread, proxy):
 
 
 @njit
+def has_reached(clocks, word):
+    """`happens_before` for the vector of one proxy by itself."""
+    actor = word >> CLOCK_BITS & ACTOR_MASK
+    return actor == HOST_ACTOR or clocks[actor] >= word & CLOCK_MASK
+
+
+@njit
 def same_place(S, scope, one, other):
     """Does a scope of thread `one` hold the thread `other`?"""
     if scope == 2:
@@ -106,6 +115,34 @@ def may_meet(S, word, mine, thread):
 
 
 @njit
+def plain_write(S, c):
+    """The word of the last ordinary write to a cell; one that is before everything if there is none."""
+    word = S.cells[c, WROTE]
+    if word & STRONG:
+        return S.cells[c, WROTE_AT] & (1 << STEP_SHIFT) - 1
+    return max(word, 0)
+
+
+@njit
+def follows_write(S, thread, step, at, c, mine, proxy):
+    """May an access of a thread follow what was written to a cell? If not, a race is noted.
+
+    An atomic write that it may meet does not hide an ordinary one from before.
+    """
+    word = S.cells[c, WROTE]
+    if word <= 0 or happens_before(S, word, thread, proxy):
+        return True
+    if not may_meet(S, word, mine, thread):
+        race(S, thread, step, at, word, mine, S.cells[c, WROTE_AT] >> STEP_SHIFT)
+        return False
+    word = plain_write(S, c)
+    if not happens_before(S, word, thread, proxy):
+        race(S, thread, step, at, word, mine, ORDINARY_WRITE)
+        return False
+    return True
+
+
+@njit
 def race(S, thread, step, at, word, mine, other_step):
     S.s[state.FAULT_OTHER_STEP] = other_step
     code = faults.SCOPE if word & STRONG and mine & STRONG else faults.RACE
@@ -123,8 +160,7 @@ def watch_read(S, thread, step, at, num_bytes, mine):
         if word <= 0:
             fault(S, unwritten(word), thread, step, at + S.s[state.BASE])
             return False
-        if not happens_before(S, word, thread, GENERIC_PROXY) and not may_meet(S, word, mine, thread):
-            race(S, thread, step, at, word, mine, S.cells[c, WROTE_AT])
+        if not follows_write(S, thread, step, at, c, mine, GENERIC_PROXY):
             return False
         note_read(S, c, thread, mine, GENERIC_PROXY)
     return True
@@ -141,16 +177,19 @@ def unwritten(word):
 @njit
 def note_read(S, c, thread, mine, proxy):
     """Of two reads that are remembered, replace one that no longer matters; of three that all do, one is forgotten."""
-    actor = mine >> CLOCK_BITS & ACTOR_MASK
-    first = S.cells[c, READ0]
-    if first == 0 or first >> CLOCK_BITS & ACTOR_MASK == actor:
+    if no_longer_matters(S, S.cells[c, READ0], mine, thread, proxy):
         S.cells[c, READ0] = mine
-        return
-    second = S.cells[c, READ1]
-    if second == 0 or second >> CLOCK_BITS & ACTOR_MASK == actor or not happens_before(S, first, thread, proxy):
+    else:
         S.cells[c, READ1] = mine
-        return
-    S.cells[c, READ0] = mine
+
+
+@njit
+def no_longer_matters(S, word, mine, thread, proxy):
+    """Does whatever races with an access race with a thread's new one, too? Less races with an atomic one."""
+    if mine & STRONG and not word & STRONG:
+        return word == 0
+    is_same = (word ^ mine) >> CLOCK_BITS & ACTOR_MASK == 0
+    return is_same or happens_before(S, word, thread, proxy)
 
 
 @njit
@@ -164,14 +203,29 @@ def watch_write(S, thread, step, at, num_bytes, mine, proxy):
         if word < 0:
             fault(S, unwritten(word), thread, step, at + S.s[state.BASE])
             return False
-        for which in (WROTE, READ0, READ1):
+        if not follows_write(S, thread, step, at, c, mine, proxy):
+            return False
+        for which in (READ0, READ1):
             word = S.cells[c, which]
             if word > 0 and not happens_before(S, word, thread, proxy) and not may_meet(S, word, mine, thread):
-                race(S, thread, step, at, word, mine, S.cells[c, WROTE_AT] if which == WROTE else -1)
+                race(S, thread, step, at, word, mine, A_READ)
                 return False
-        S.cells[c, WROTE], S.cells[c, WROTE_AT] = mine, step
-        S.cells[c, READ0] = S.cells[c, READ1] = 0
+        note_write(S, c, step, mine)
     return True
+
+
+@njit
+def note_write(S, c, step, mine):
+    """An atomic write hides the atomic accesses before it, an ordinary one hides all."""
+    if not mine & STRONG:
+        S.cells[c, WROTE], S.cells[c, WROTE_AT] = mine, step << STEP_SHIFT
+        S.cells[c, READ0] = S.cells[c, READ1] = 0
+        return
+    S.cells[c, WROTE_AT] = step << STEP_SHIFT | plain_write(S, c)
+    S.cells[c, WROTE] = mine
+    for which in (READ0, READ1):
+        if S.cells[c, which] & STRONG:
+            S.cells[c, which] = 0
 
 
 @njit

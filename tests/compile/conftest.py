@@ -7,16 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-
-from flashmoe_numba.build.variants import ARCHITECTURES, Variant
-from flashmoe_numba.commands.compile import all_variants
-
-FAST = [
-    Variant(dtype="float16", architecture="sm_90a", tensor_cores=True),
-    *(Variant(dtype="float32", architecture=architecture, tensor_cores=False) for architecture in ARCHITECTURES),
-]
-ALL = [variant for architecture in ARCHITECTURES for variant in all_variants(architecture)]
-VARIANTS = FAST if os.environ.get("HYPOTHESIS_PROFILE", "fast") == "fast" else ALL
+from built_variants import VARIANTS
 
 
 @pytest.fixture(scope="session")

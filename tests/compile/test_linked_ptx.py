@@ -23,7 +23,9 @@ def test_the_text_is_one_kernel_for_its_architecture(kernel, ptx):
     assert re.findall(r"^\.target (\w+)", ptx, re.MULTILINE) == [kernel.variant.architecture]
     (entry,) = re.findall(r"\.visible \.entry (\w+)\(", ptx)
     assert without_counter(entry) == without_counter(kernel.entry)
-    assert ptx.rstrip().endswith("}")
+    code, _, variant = ptx.rstrip().rpartition("\n")
+    assert code.rstrip().endswith("}")
+    assert variant == f"// variant {kernel.variant.name}"
     assert ptx.isascii()
     assert "\0" not in ptx
 

@@ -1,42 +1,56 @@
 """Linked kernels, executed on small worlds: equal to the oracle, given up where they must be, the same bits always.
 
-The fast profile runs a few worlds of some variants; nightly runs all. `make ptx-worlds` does so in two processes, and
-tells which instructions ran.
+The fast profile runs four worlds, ci every eighth of each variant, nightly all. `make ptx-worlds` does so in two
+processes, and tells which instructions ran.
 """
 
+import contextlib
+import gc
 import importlib.util
 import os
 import re
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cases import assert_same_bits
-from conftest import VARIANTS
+from built_variants import VARIANTS
 
 if not importlib.util.find_spec("numba_cuda"):
     reason = "numba-cuda is not installed: pip install 'flashmoe-numba[compile]'"
     pytest.skip(reason, allow_module_level=True)
 
-from ptx_coverage import DIVISION, report
+import ptx_same_bits
+import run_ptx_worlds
+from ptx_coverage import COLUMN, DIVISION, OTHER, report
 from ptx_runs import run_world
-from ptx_worlds import WORLDS, Call, make_world
+from ptx_same_bits import CHECKS
+from ptx_worlds import WORLDS, make_world
+from run_ptx_worlds import has_failed
 
 from flashmoe_numba.build.variants import Variant
+from flashmoe_numba.ptx import simulated
 from flashmoe_numba.ptx.faults import PtxFault
 from flashmoe_numba.ptx.linked import linked_ptx
+from flashmoe_numba.ptx.machine import Machine
+from flashmoe_numba.ptx.memory import Arena
 from flashmoe_numba.ptx.program import SOURCE, load
 
 pytestmark = pytest.mark.timeout(600)  # the first one compiles the machine, a minute or two
 
-FAST_NUMBERS = (2, 7, 23)  # a replay with a trace on two ranks, many tokens, calls that are given up
-NUMBERS = {"nightly": range(WORLDS), "ci": range(0, WORLDS, 8)}.get(os.environ.get("HYPOTHESIS_PROFILE"), FAST_NUMBERS)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fast")
 LANES = Variant(dtype="float32", architecture="sm_80", tensor_cores=False)
 TENSOR = Variant(dtype="float16", architecture="sm_90a", tensor_cores=True)
+BLACKWELL = replace(LANES, architecture="sm_100a")
+# A replay with a trace on two ranks, many tokens, calls that are given up.
+FAST = [(LANES, 23), (TENSOR, 2), (TENSOR, 7), (BLACKWELL, 2)]
+NUMBERS = {"nightly": range(WORLDS), "ci": range(0, WORLDS, 8)}.get(PROFILE, ())
+CASES = [(variant, number) for variant in VARIANTS for number in NUMBERS] or FAST
+SAME_BITS = VARIANTS if PROFILE == "nightly" else [LANES, TENSOR]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(("variant", "number"), CASES, ids=lambda part: getattr(part, "name", part))
 def test_equals_the_oracle(variant, number, folder):
     outcome = run_world(make_world(variant, number), text=linked_ptx(variant, folder))
     assert outcome.steps > 0
@@ -73,32 +87,24 @@ def test_a_number_gives_the_same_world_always():
 # ---- the same bits
 
 
-@pytest.mark.parametrize("variant", [LANES, TENSOR], ids=lambda variant: variant.name)
-def test_bits_do_not_depend_on_the_schedule(variant, folder):
-    """Of threads and late stores by the seed, of blocks by their number, of fences by which ranks share a GPU."""
-    world, text = make_world(variant, 2), linked_ptx(variant, folder)
-    expected = run_world(world, text=text).ys
-    for seed, num_processors, own_gpus in ((101, 1, True), (102, 3, False), (103, 2, True)):
-        how = dict(seed=seed, num_processors=num_processors, own_gpus=own_gpus)
-        for got, wanted in zip(run_world(world, text=text, **how).ys, expected, strict=True):
-            assert_same_bits(got, wanted, f"{world}, {how}")
+@pytest.mark.parametrize("what", CHECKS)
+@pytest.mark.parametrize("variant", SAME_BITS, ids=lambda variant: variant.name)
+def test_bits_do_not_depend_on(what, variant, folder):
+    CHECKS[what](variant, linked_ptx(variant, folder))
 
 
-@pytest.mark.parametrize("variant", [LANES, TENSOR], ids=lambda variant: variant.name)
-def test_bits_do_not_depend_on_the_ranks(variant, folder):
-    """Eight tokens of one, two or four ranks, by the same experts."""
-    small, text, results = make_world(variant, 0), linked_ptx(variant, folder), []
-    config = replace(small.config, num_experts=4, num_topk=2, capacity=None, hidden=40, ffn=24, tile_n=128)
-    for num_ranks in (1, 2, 4):
-        world = replace(
-            small,
-            config=replace(config, num_ranks=num_ranks, num_tokens=8 // num_ranks),
-            calls=(Call(counts=(8 // num_ranks,) * num_ranks, seed=3),),
-            num_processors=1,
-        )
-        results.append(np.concatenate(run_world(world, text=text).ys[0]))
-    for got in results[1:]:
-        assert_same_bits(got, results[0])
+@pytest.mark.parametrize("what", CHECKS)
+def test_other_bits_are_noticed(what, monkeypatch):
+    """A run of other bits than all before it."""
+    runs = []
+
+    def run(world, **how):
+        runs.append((world, how))
+        return SimpleNamespace(ys=[[np.zeros(2) + (len(runs) == 3)]])
+
+    monkeypatch.setattr(ptx_same_bits, "run_world", run)
+    with pytest.raises(AssertionError, match="2 elements differ" if what == "schedules" else "on 4 ranks, and on one"):
+        CHECKS[what](LANES)
 
 
 # ---- faults in the text show
@@ -119,6 +125,31 @@ def test_signals_that_do_not_reach_another_gpu_are_found(folder):
         run_world(world, text=text)
 
 
+# ---- what is left
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_memory_of_a_gpu_goes_with_it(fails, folder, monkeypatch):
+    """At once: Python looks for cycles when many objects are made, which says nothing of how large they are."""
+    left = []
+
+    class Watched(Arena):
+        def __init__(self, num_bytes):
+            super().__init__(num_bytes)
+            left.extend(map(weakref.ref, (self.cells, self.lines, self.bytes.base)))
+
+    monkeypatch.setattr(simulated, "Arena", Watched)
+    if fails:
+        monkeypatch.setattr(simulated, "Machine", lambda **options: Machine(most_steps=1000, **options))
+    gc.disable()
+    try:
+        with pytest.raises(PtxFault) if fails else contextlib.nullcontext():
+            run_world(make_world(LANES, 1), text=linked_ptx(LANES, folder))
+        assert [memory() for memory in left] == [None] * 3
+    finally:
+        gc.enable()
+
+
 # ---- what never ran
 
 
@@ -127,8 +158,42 @@ def test_a_division_that_never_ran_is_explained(folder):
     program = load(text)
     names = np.array([i.name for i in program.listing.instructions])[program.code[:, SOURCE]]
     executed = np.ones(len(program.code), np.int64)
-    assert report(text, executed)[1:] == (0, {}, [])
+    assert report(LANES, text, executed)[1:] == (0, {}, [])
     (first, *_), _ = np.flatnonzero(names == "div.s64"), None
     executed[first : first + 4] = 0  # quotient, product, remainder, and the way on
-    _, never, reasons, unexplained = report(text, executed)
+    _, never, reasons, unexplained = report(LANES, text, executed)
     assert (never, reasons, unexplained) == (4, {DIVISION: 4}, [])
+
+
+@pytest.mark.parametrize(("variant", "reason"), [(TENSOR, COLUMN), (LANES, OTHER)], ids=["tensor cores", "lanes"])
+def test_a_part_of_one_column_is_explained_where_there_are_tensor_cores(variant, reason, folder):
+    text = linked_ptx(variant, folder)
+    program = load(text)
+    instructions = program.listing.instructions
+    widths = {i.operands[0] for i in instructions if i.name == "min.s64"}
+    compared = [i for i in instructions if i.name == "setp.eq.s64" and i.operands[2] == "1"]
+    tests = {i.operands[0] for i in compared if i.operands[1] in widths}
+    branch = next(i for i in instructions if i.name == "bra" and i.guard in tests)
+    executed = np.ones(len(program.code), np.int64)
+    executed[program.code[:, SOURCE] == program.listing.labels[branch.operands[0]]] = 0
+    assert report(variant, text, executed)[2] == {reason: 1}
+
+
+def test_what_makes_a_run_of_all_worlds_fail(folder, monkeypatch):
+    """A world, a check, or an instruction that never ran and that no reason explains."""
+    text = linked_ptx(LANES, folder)
+    monkeypatch.setattr(run_ptx_worlds, "linked_ptx", lambda *_: text)
+    ran = np.ones(len(load(text).code), bool)
+
+    def row(ran, wrong=None, check=None):
+        outcome = None if wrong else (ran, 1, 0, 0.0)
+        return run_ptx_worlds.row_of(LANES, [(LANES, 0, wrong, outcome)], [("ranks", check)])
+
+    assert not has_failed(row(ran))
+    assert has_failed(row(ran, wrong="another y"))
+    assert row(ran, check="other bits")["wrong"] == {"the same bits, ranks": "other bits"}
+    assert has_failed(row(ran, check="other bits"))
+    ran[0] = False
+    (line,) = row(ran)["unexplained"]
+    assert re.fullmatch(r"PTX lines \d+ to \d+, where no branch leads", line)
+    assert has_failed(row(ran))

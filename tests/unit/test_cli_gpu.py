@@ -28,6 +28,7 @@ from reference import MoEConfig
 from sim.engine import loop
 
 ROOT = Path(__file__).resolve().parents[2]
+TINY = (4, 12, 16, 24, 8, 2)  # of laptop-tiny: ranks, tokens, hidden, ffn, experts, topk
 LOOP = """.L_x_1:
  /*0000*/ HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
  /*0010*/ UTMALDG.3D [UR16], [UR4] ;
@@ -200,6 +201,29 @@ def test_kernels_are_run_and_what_they_did_is_told(capsys, linked, monkeypatch, 
     assert "1.5 million instructions of threads in 0.5 s" in out
     assert re.search(r"^GATE +12,345\b", out, re.MULTILINE)
     assert "8 of 16.0, 12.0 too many: PTX line 7: ld.u32 %r1, [%rd1]" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ([], (2, 32, 128, 128, 4, 2)),
+        (["--preset", "laptop-tiny"], TINY),
+        (["--preset", "laptop-tiny", "--hidden", "40"], (*TINY[:2], 40, *TINY[3:])),
+    ],
+)
+def test_a_layer_that_is_run_has_the_sizes_of_a_preset_that_is_given(capsys, linked, monkeypatch, flags, sizes):
+    configs = []
+    monkeypatch.setattr(compiling, "run_variant", lambda variant, config: configs.append(config) or {"failures": []})
+    run_json(capsys, "compile", "--run", *flags)
+    (c,) = configs
+    assert (c.num_ranks, c.num_tokens, c.hidden, c.ffn, c.num_experts, c.num_topk) == sizes
+
+
+def test_a_preset_that_is_too_large_to_be_run_is_refused(capsys, linked):
+    assert cli.main(["compile", "--run", "--preset", "mixtral-8x7b"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert re.search(r"argument --run: sizes must have at most 200,000,000 multiply-adds.*or no --preset", err)
 
 
 def test_nothing_is_run_unless_asked(capsys, linked, monkeypatch):

@@ -188,7 +188,7 @@ class Makers:
     def asarray(self, x: Any) -> ndarray:
         """x itself if it is on the current device; NumPy's arrays are copied there."""
         if isinstance(x, ndarray):
-            x._here()
+            self._own(x)._here()
             return x
         if hasattr(x, "__cuda_array_interface__"):
             return self._kind.of_interface(x)
@@ -202,7 +202,7 @@ class Makers:
         return x.get()
 
     def ascontiguousarray(self, x: ndarray) -> ndarray:
-        values = x._here()
+        values = self._own(x)._here()
         if values.flags.c_contiguous:
             return x
         array = self._kind(values.shape, values.dtype)
@@ -210,10 +210,16 @@ class Makers:
         return array
 
     def stack(self, arrays: Sequence[ndarray]) -> ndarray:
-        parts = [array._here() for array in arrays]
+        parts = [self._own(array)._here() for array in arrays]
         stacked = self._kind((len(parts), *parts[0].shape), parts[0].dtype)
         stacked._fill(lambda: np.stack(parts), parts)
         return stacked
+
+    def _own(self, x: ndarray) -> ndarray:
+        """x itself, if its memory is that of this stand-in's devices."""
+        if x.space is not self._kind.space:
+            raise ValueError("x must be an array of this stand-in for CuPy, got one of another, which may have ended")
+        return x
 
     def from_dlpack(self, x: Any) -> NoReturn:
         raise NotImplementedError(f"the stand-in takes no DLPack: give {type(x).__name__} a __cuda_array_interface__")

@@ -42,7 +42,7 @@ class Grids:
         try:
             self._launch(*grid)
         except Exception as error:
-            self.queues.broken = error
+            self.queues.broken = f"a launch has failed before ({type(error).__name__}: {error})"
             raise
 
 

@@ -67,7 +67,7 @@ class Queues:
 
     def __init__(self, num_devices: int) -> None:
         self.num_devices = num_devices
-        self.broken: Exception | None = None  # what a launch raised: as on a GPU, nothing works from then on
+        self.broken: str | None = None  # why nothing works from now on, as on a GPU after a failed launch
         self._of_thread, self._numbers = _OfThread(), itertools.count(FIRST_STREAM, 16)
         self._queues: dict[int, Queue] = {}
         self._legacy = [Queue(device, blocking=True) for device in range(num_devices)]
@@ -148,8 +148,7 @@ class Queues:
 
     def raise_if_broken(self) -> None:
         if self.broken is not None:
-            why = f"a launch has failed before ({type(self.broken).__name__}: {self.broken})"
-            raise CUDARuntimeError(Status.cudaErrorLaunchFailure, why) from self.broken
+            raise CUDARuntimeError(Status.cudaErrorLaunchFailure, self.broken)
 
     # captures
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from reference.scalars import check_whole
+
 from ...gpu import libcuda
 from . import arrays, errors, streams
 from .driver import DriverLibrary
@@ -52,10 +54,8 @@ class StandIn:
         segment_granule: int = 2,
         peers: bool = True,
     ) -> None:
-        if not 1 <= num_devices <= len(BUS_IDS):
-            raise ValueError(f"num_devices must be in [1, {len(BUS_IDS)}], got {num_devices}")
-        if multiprocessors < 1:
-            raise ValueError(f"multiprocessors must be at least 1, got {multiprocessors}")
+        check_whole("num_devices", num_devices, 1, len(BUS_IDS))
+        check_whole("multiprocessors", multiprocessors, 1)
         self.queues, self.space = Queues(num_devices), Space(arena, memory_bytes, segment_granule)
         self.library = DriverLibrary(self.queues, capability)
         runtime = Runtime(self.space, self.queues, capability, multiprocessors, peers)
@@ -110,7 +110,8 @@ class StandIn:
         return self.space.foreign
 
     def close(self) -> None:
-        """Drop the segments that are shared with other processes."""
+        """Nothing works from now on; segments that are shared with other processes are dropped."""
+        self.queues.broken = self.queues.broken or "this GPU has ended"
         self.space.close()
 
 

@@ -145,3 +145,18 @@ def test_allocations_never_meet(steps):
     for address in held:
         arena.free(address)
     assert arena.allocate(ROOM - RED_ZONE, 8, "all of it") == arena.base
+
+
+def test_a_closed_arena_has_nothing_left():
+    """But for the bytes of arrays that somebody has; who gives back afterwards is not told."""
+    arena = Arena(ROOM)
+    address = arena.allocate(8, 8, "a")
+    array = arena.view(address, 8)
+    array[:] = 3
+    arena.close()
+    assert (array == 3).all() and arena.bytes.size == arena.cells.size == arena.lines.size == 0
+    arena.free(address)
+    with pytest.raises(MemoryError, match="and the machine has 0 in all"):
+        arena.allocate(1, 8, "b")
+    with pytest.raises(ValueError, match="address must be inside an allocation"):
+        arena.view(address, 8)

@@ -6,7 +6,7 @@ from ptx_kernels import Bench
 
 from flashmoe_numba.ptx import in_step, state
 from flashmoe_numba.ptx.in_step import FIRST_KIND, NUM_ACTIVITIES, NUM_COUNTERS, OS_BLOCK, WAITING, Profile
-from flashmoe_numba.ptx.machine import Machine, compiled_for
+from flashmoe_numba.ptx.machine import Machine, run_to_end
 from reference import COMBINE, GEMM0
 
 pytestmark = pytest.mark.timeout(600)  # the first run compiles the machine
@@ -28,9 +28,7 @@ class Counting(Machine):
             seen=np.zeros(8 * state.WARP, np.int64),
             banks=np.zeros(in_step.BANKS, np.int64),
         )
-        turns = compiled_for(in_step.run_in_step, S, self.profile)
-        while turns(S, self.profile):
-            pass
+        run_to_end(in_step.run_in_step, S, self.profile)
 
 
 def count(body, *arrays, **how):

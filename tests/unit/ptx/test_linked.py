@@ -1,9 +1,11 @@
 """Linked PTX in the cache folder, with a linker that is none: tests/compile links real kernels."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from flashmoe_numba.build.build import build
 from flashmoe_numba.build.variants import Variant
 from flashmoe_numba.ptx import linked
 
@@ -75,6 +77,28 @@ def test_a_damaged_file_is_made_again(links, tmp_path, damage):
     assert len(links) == 2
     assert file.read_bytes() == right
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_text_of_another_variant_is_refused():
+    other = Variant(dtype="float16", architecture="sm_80", tensor_cores=False)
+
+    def text(target, name):
+        return f".version 9.1\n.target {target}\n{TEXT}// variant {name}\n"
+
+    linked.check_text(TEXT, VARIANT)
+    linked.check_text(text("sm_80", VARIANT.name), VARIANT)
+    with pytest.raises(ValueError, match="text must be PTX for sm_80, as this layer's kernel, got sm_90a"):
+        linked.check_text(text("sm_90a", VARIANT.name), VARIANT)
+    with pytest.raises(ValueError, match="text must be this layer's kernel, sm_80-float32-lanes, got sm_80-float16-"):
+        linked.check_text(text("sm_80", other.name), VARIANT)
+
+
+def test_without_numba_cuda_the_error_names_the_extra_that_is_enough(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "flashmoe_numba.device.cuda_api", None)
+    with pytest.raises(ImportError, match=r"flashmoe-numba\[compile\]"):
+        linked.linked_ptx(VARIANT, tmp_path)
+    with pytest.raises(ImportError, match=r"flashmoe-numba\[cuda\]"):
+        build(VARIANT, tmp_path)
 
 
 def test_a_linker_that_refuses_leaves_nothing(monkeypatch, tmp_path):

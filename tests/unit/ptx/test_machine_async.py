@@ -9,7 +9,7 @@ from ptx_kernels import Bench
 
 from flashmoe_numba.ptx import faults
 from flashmoe_numba.ptx.faults import PtxFault
-from flashmoe_numba.ptx.tensor_map import SWIZZLE_128B, TensorMap
+from flashmoe_numba.ptx.tensor_map import NUM_WORDS, SWIZZLE_128B, TensorMap
 
 SEEDS = range(6)
 ROWS, ROW_BYTES, FLOAT16 = 64, 128, 6
@@ -43,6 +43,14 @@ PARTS = {
 }  # fmt: skip
 
 
+def tensor_map(room, rows):
+    """Of so many rows at the begin of an array, as one box."""
+    return TensorMap(
+        data_type=FLOAT16, address=room.ctypes.data, sizes=(64, rows), strides=(ROW_BYTES,), box=(64, rows),
+        steps=(1, 1), swizzle=SWIZZLE_128B,
+    )  # fmt: skip
+
+
 def run(seed=0, threads=128, **changes):
     """(the tile, its first 2048 bytes as they came to shared memory, the sums) of the kernel with other parts."""
     bench = Bench(seed=seed)
@@ -50,11 +58,7 @@ def run(seed=0, threads=128, **changes):
     tile = room[:TILE_BYTES].view(np.float16)
     tile[:] = np.random.default_rng(1).integers(-4, 5, tile.size)
     bench.arena.wrote(room.ctypes.data, TILE_BYTES)
-    words = TensorMap(
-        data_type=FLOAT16, address=room.ctypes.data, sizes=(64, ROWS), strides=(ROW_BYTES,), box=(64, ROWS),
-        steps=(1, 1), swizzle=SWIZZLE_128B,
-    ).words()  # fmt: skip
-    where = bench.array(words.size, granule=8, values=words)
+    where = bench.array(NUM_WORDS, granule=8, values=tensor_map(room, ROWS).words())
     assert not changes.keys() - PARTS.keys()
     bench.run(
         "\n".join((PARTS | changes).values()), room, where, shared=SHARED, threads=threads, dynamic_bytes=TILE_BYTES
@@ -87,6 +91,7 @@ def more(name, after):
 
 NINE_MBARRIERS = "".join(f"@%p0 mbarrier.init.shared::cta.b64 [%r11+{8 * i}], 1;" for i in range(9))
 NINE_MAPS = "".join(f"@%p0 fence.proxy.tensormap::generic.acquire.sys [%rd1+{128 * i}], 128;" for i in range(9))
+AGAIN = "fence.proxy.async; bar.sync 0;" + PARTS["expect"] + PARTS["copy"]
 BROKEN = {
     "an mbarrier is never made": (faults.MBARRIER_STATE, dict(init="")),
     "an mbarrier is made twice": (faults.MBARRIER_STATE, dict(init=2 * PARTS["init"])),
@@ -123,6 +128,17 @@ BROKEN = {
     "sums are waited for but not committed": (faults.SUM_TOUCHED, dict(commit="")),
     "the wait leaves one group": (faults.SUM_TOUCHED, part("wait_group", "0;", "1;")),
     "sums are written too soon": (faults.SUM_TOUCHED, more("commit", "mov.f32 %f12, 0f3F800000;")),
+    "products are not waited for": (faults.UNFINISHED, dict(wait_group="", store="")),
+    "products are waited for but not committed": (faults.UNFINISHED, dict(commit="", store="")),
+    "a copy is not waited for": (
+        faults.UNFINISHED,
+        dict(wait="", **dict.fromkeys(("multiply", "store", "read", "end"), "")),
+    ),
+    "a second copy is not waited for": (faults.UNFINISHED, dict(read=AGAIN, end="")),
+    "more groups are left than are remembered": (
+        faults.TOO_MANY,
+        dict(commit=17 * PARTS["commit"], **part("wait_group", "0;", "16;")),
+    ),
     "sums are not added to": (faults.SCALE, part("zero", "%p11, 0, 0", "%p11, 0, 1")),
 }  # fmt: skip
 
@@ -157,6 +173,20 @@ def test_an_mbarrier_is_gone_when_all_have_used_it():
     assert faults.RACE in codes <= {faults.RACE, faults.MBARRIER_STATE}
 
 
+def test_all_who_have_used_an_mbarrier_are_known_before_it_is_gone():
+    """Not only the last one: half of the block meets, and the other half has waited as well."""
+    end = "setp.lt.u32 %p13, %r0, 64; @!%p13 bra END; bar.sync 1, 64;"
+    for seed in SEEDS:
+        with pytest.raises(PtxFault) as caught:
+            run(seed, end=end + "@%p0 mbarrier.inval.shared::cta.b64 [%r11]; END:")
+        assert caught.value.code == faults.RACE
+
+
+def test_products_are_those_of_a_block_that_is_a_warpgroup():
+    with pytest.raises(ValueError, match="must have 128 threads, got 64"):
+        run(threads=64)
+
+
 def test_products_see_ordinary_writes_only_behind_a_proxy_fence():
     write = "cvt.u32.u64 %r15, %rd14; add.s32 %r15, %r15, %r10; " + "".join(
         f"st.shared.u64 [%r15+{2048 * i + 8 * j}], %rd0;" for i in range(4) for j in range(2)
@@ -177,6 +207,37 @@ def test_copies_see_ordinary_writes_only_behind_a_proxy_fence():
         for seed in SEEDS:
             _, _, sums = run(seed, fence_map=PARTS["fence_map"] + write + fence)
             assert np.isnan(sums).any() != is_seen
+
+
+def test_a_source_is_not_written_until_its_copy_has_landed():
+    """Who writes behind the request races with the copy; who writes behind the wait does not."""
+    write = "mov.u32 %r16, 1006648320; st.global.b32 [%rd13], %r16;"
+    broken = [run(seed, copy=PARTS["copy"] + "bar.sync 0;" + write)[2] for seed in SEEDS]
+    assert any(np.isnan(sums).any() for sums in broken)
+    healthy = [run(seed, wait=PARTS["wait"] + write)[2] for seed in SEEDS]
+    assert not any(np.isnan(sums).any() for sums in healthy)
+
+
+def test_a_row_of_a_tall_box_that_nobody_wrote_comes_as_nan():
+    rows, missing = 256, 200
+    bench = Bench(seed=1)
+    room, got = bench.array(rows * ROW_BYTES, np.uint8), bench.array(rows, granule=8)
+    room[:] = 1
+    bench.arena.wrote(room.ctypes.data, missing * ROW_BYTES)
+    bench.arena.wrote(room[(missing + 1) * ROW_BYTES :].ctypes.data, (rows - missing - 1) * ROW_BYTES)
+    where = bench.array(NUM_WORDS, granule=8, values=tensor_map(room, rows).words())
+    changes = part("names", "%rd14, %r0, 16", "%rd14, %r0, 8") | part("expect", "8192", str(rows * ROW_BYTES))
+    changes["read"] = (
+        "shl.b32 %r16, %r0, 7; add.s32 %r16, %r16, %r10; add.s64 %rd13, %rd14, GOT;"
+        "ld.shared.u64 %rd15, [%r16]; st.global.u64 [%rd13], %rd15;"
+        "ld.shared.u64 %rd15, [%r16+16384]; st.global.u64 [%rd13+1024], %rd15;"
+    ).replace("GOT", str(got.ctypes.data))
+    changes |= dict.fromkeys(("multiply", "commit", "wait_group", "store"), "")
+    bench.run(
+        "\n".join((PARTS | changes).values()), room, where, shared=SHARED, threads=128, dynamic_bytes=rows * ROW_BYTES
+    )
+    assert np.flatnonzero(got == -1).tolist() == [missing]
+    assert np.flatnonzero(got != 0x0101010101010101).tolist() == [missing]
 
 
 def test_shared_memory_is_read_before_a_copy_comes_there_again():

@@ -159,7 +159,7 @@ def test_faults_of_boxes_are_told():
     right = array.map((64, 8), 3)
     assert copy(right) == 0
     no_maps = [broken(right, tensor_map.MAGIC, 1), *(broken(right, tensor_map.DATA_TYPE, kind) for kind in (-1, 13))]
-    assert [copy(words) for words in no_maps] == [tensors.NO_MAP] * 3
+    assert [copy(words) for words in no_maps] == [tensors.MISSING_MAP] * 3
     unmodelled = [
         array.map((64, 8), 3, steps=[1, 2]),
         array.map((32, 8), 3),

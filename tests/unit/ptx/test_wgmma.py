@@ -5,7 +5,7 @@ import pytest
 from layouts import SW128, accumulator, canonical_k_sw128
 
 from flashmoe_numba.ptx import tensors
-from flashmoe_numba.ptx.operands import BF16, F16, TF32
+from flashmoe_numba.ptx.opcodes import BF16, F16, TF32
 
 KINDS = (F16, BF16, TF32)
 SHARED_BYTES = 1 << 17

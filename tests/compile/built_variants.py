@@ -1,0 +1,13 @@
+"""Which kernels the tests build: in the fast profile one of each kind and architecture, else all."""
+
+import os
+
+from flashmoe_numba.build.variants import ARCHITECTURES, Variant
+from flashmoe_numba.commands.compile import all_variants
+
+FAST = [
+    Variant(dtype="float16", architecture="sm_90a", tensor_cores=True),
+    *(Variant(dtype="float32", architecture=architecture, tensor_cores=False) for architecture in ARCHITECTURES),
+]
+ALL = [variant for architecture in ARCHITECTURES for variant in all_variants(architecture)]
+VARIANTS = FAST if os.environ.get("HYPOTHESIS_PROFILE", "fast") == "fast" else ALL
