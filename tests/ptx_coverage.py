@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from ptx_faults_explained import places
+from ptx_faults_words import places
 
 from flashmoe_numba.build.likeness import like_arguments
 from flashmoe_numba.kernel.grid import HEADER_WORDS

@@ -72,6 +72,7 @@ def run_world(world, *, text=None, seed=None, num_processors=None, own_gpus=None
 @contextlib.contextmanager
 def _layer(world, weights, deadline_s):
     settings = dict(backend="cuda", num_processors=world.num_processors, trace=world.trace, tf32=world.tf32)
+    settings |= dict(packing=world.packing)
     with FlashMoE(world.config, weights, deadline_s=deadline_s, **settings) as layer:
         assert layer._backend.variant == world.variant, f"{world}: {layer._backend.variant.name} was chosen"
         if world.huge:
@@ -172,7 +173,8 @@ def check_traces(layer):
     except ValueError as error:
         raise AssertionError(f"{config}: {error}") from error
     packets = [make_packets(routing.topk_idx, config) for routing in layer.routing]
-    tasks = [*task_graph(packets, config)]
+    tiles = [of_expert for of_rank in layer.row_tiles for of_expert in of_rank]
+    tasks = [*task_graph(packets, config, tiles)]
     tasks += [Task(GATE, rank=i) for i, routing in enumerate(layer.routing) if len(routing.topk_idx) == 0]
     seen = [Task(r.kind, r.rank, r.peer, r.expert, r.m, r.n) for r in records if r.kind < len(KIND_NAMES)]
     assert sorted(seen) == sorted(tasks), f"{config}: tasks in the traces"

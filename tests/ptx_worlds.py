@@ -14,7 +14,7 @@ from flashmoe_numba.build.variants import choose_variant
 from reference import ACTIVATIONS, MoEConfig, Weights
 from reference.formats import FORMATS
 
-WORLDS = 43
+WORLDS = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class World:
     Args:
         number, seed: which one it is; of the machine's schedule.
         own_gpus: each rank's blocks are a GPU of their own.
+        packing: of the layer.
         offset: tokens do not begin at a multiple of 16 bytes.
         huge: tiles and token blocks are larger than 32 bits can say, so that there is one of each.
         endings: how calls of further layers end, keys of ENDINGS.
@@ -61,6 +62,7 @@ class World:
     seed: int
     own_gpus: bool
     trace: bool
+    packing: str
     offset: bool
     huge: bool
     endings: tuple[str, ...]
@@ -83,7 +85,8 @@ TALL, MANY_EXPERTS, MANY_TOKENS, WIDE = "tall", "many experts", "many tokens", "
 LARGE = {
     number: (kind, place)
     for kind, numbers in {
-        TALL: (4, 10, 16, 22, 34, 40, 41, 42), MANY_EXPERTS: (6, 19, 32), MANY_TOKENS: (7, 20, 31), WIDE: (11, 24, 37),
+        TALL: (4, 10, 16, 22, 34, 40, 41, 42, 44, 45, 46, 47), MANY_EXPERTS: (6, 19, 32), MANY_TOKENS: (7, 20, 31),
+        WIDE: (11, 24, 37),
     }.items()
     for place, number in enumerate(numbers)
 }  # fmt: skip
@@ -114,6 +117,7 @@ def make_world(variant, number):
         num_processors=int(rng.choice([1, 1, 1, 2, 3])) if config.num_ranks < 4 else 1,
         calls=tuple(_call(config, rng, number, kind or ends, i) for i in range(1 if kind or ends else 2)),
         seed=number, own_gpus=number % 4 > 0, trace=number % 4 == 2,
+        packing="none" if number % 9 == 7 else "sources",
         offset=place == 1 if kind == WIDE else number % 4 == 1,
         huge=huge,
         endings=tuple(ENDINGS) if ends else (RESULTS_LOST,) if kind == MANY_EXPERTS else (),
@@ -177,13 +181,20 @@ def _large_sizes(variant, kind, place):
             depths = dict(hidden=41 * unit, ffn=42 * unit)
         if not tensor:
             depths = dict(
-                hidden=(70, 120, 74, 57, 125, 41, 57, 40)[place], ffn=(120, 57, 90, 40, 70, 33, 58, 41)[place]
+                hidden=(70, 120, 74, 57, 125, 41, 57, 40, 40, 33, 35, 41)[place],
+                ffn=(120, 57, 90, 40, 70, 33, 58, 41, 25, 30, 20, 9)[place],
             )
         common |= dict(num_ranks=1, num_experts=1, num_topk=1, token_block=50, tile_m=128, tile_m_min=16)
         if place == 7:  # a tile in three passes, of 128 rows twice and of 50
             common |= dict(tile_m=512)
+        if (
+            place >= 8
+        ):  # tiles with rows of several ranks, of each height: the second one comes while a tile is multiplied
+            ranks = 4 if place == 8 else 2
+            common |= dict(num_ranks=ranks, num_experts=ranks, num_topk=ranks, tile_m=16 << (place + 2) % 4)
         # heights whose last rows are used: 31 of 32, 16 of 16
-        return common | depths | dict(num_tokens=(24, 50, 100, 140, 60, 31, 16, 306)[place], gated=place % 2 == 1)
+        num_tokens = (24, 50, 100, 140, 60, 31, 16, 306, 35, 140, 20, 40)[place]
+        return common | depths | dict(num_tokens=num_tokens, gated=place % 2 == 1)
     if kind == WIDE:
         hidden = (513, 300, 360)[place] * unit
         hidden -= place == 1 and not tensor  # rows that are copied by elements; for tensor cores by their offset

@@ -97,7 +97,7 @@ def ask_for_box(S, thread, step, to, map_address, places, barrier):
     if not mbarrier.is_fenced:
         fault(S, faults.MBARRIER_UNFENCED, thread, step, barrier)
         return
-    if mbarrier.bytes - mbarrier.in_flight < num_bytes:
+    if mbarrier.pending == 0 and mbarrier.bytes - mbarrier.in_flight < num_bytes:  # else more may be announced
         fault(S, faults.MBARRIER_BYTES, thread, step, barrier)
         return
     if to < SHARED_BEGIN or to % tensors.BOX_ALIGNMENT or to + num_bytes > S.s[state.SHARED_BYTES]:
@@ -125,7 +125,7 @@ def begin_writing(S, thread, step, block, which, at, num_bytes):
 @njit
 def put_under_way(S, thread, step, words, map_at, places, to, which):
     n = S.s[state.NUM_COPIES]
-    if n == state.MOST_COPIES:
+    if n == S.copies.shape[0]:
         fault(S, faults.TOO_MANY, thread, step, to)
         return
     copy = S.copies[n]

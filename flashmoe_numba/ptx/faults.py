@@ -25,7 +25,7 @@ RULES = {
     MBARRIER_TOUCHED: "an ordinary access to an mbarrier",
     MAP_UNFENCED: "a tensor map in global memory must be acquired by a proxy fence before its use",
     NO_MAP: "no tensor map there",
-    COPY_PLACE: "a box must begin at a multiple of the swizzle's repeat, inside of shared memory",
+    COPY_PLACE: "a box must begin at a multiple of 128 bytes, inside of shared memory",
     DIVERGED: "all threads of a warp, or of a warpgroup, must execute this instruction together, on the same operands",
     DESCRIPTOR: "a matrix descriptor of a form that the machine does not know, or outside of shared memory",
     WGMMA_UNFENCED: "registers that wgmma sums in were written since the last wgmma.fence",

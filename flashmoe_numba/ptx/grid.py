@@ -18,7 +18,7 @@ from .released import SCOPES
 from .state import State
 from .tensors import ROOM
 
-MOST_WORDS = 4096  # that threads of a grid synchronize by
+MOST_WORDS = 8192  # that threads of a grid synchronize by
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def new_state(grid: Grid, arena: Arena, others: Sequence[tuple[int, int]]) -> St
         mbarrier_clocks=_zeros(blocks, state.MBARRIERS, 2, 2, actors, dtype=np.int32),
         mbarrier_uses=_zeros(blocks, state.MBARRIERS, grid.threads, dtype=np.int32),
         fenced_maps=_zeros(blocks, state.MAPS, dtype=state.FENCED_MAP),
-        copies=_zeros(state.MOST_COPIES, dtype=state.COPY),
-        copy_clocks=_zeros(state.MOST_COPIES, actors, dtype=np.int32),
+        copies=_zeros(blocks * state.COPIES_PER_BLOCK, dtype=state.COPY),
+        copy_clocks=_zeros(blocks * state.COPIES_PER_BLOCK, actors, dtype=np.int32),
         products=_zeros(blocks, state.MOST_PRODUCTS, dtype=state.PRODUCT),
         group_ends=_zeros(blocks * grid.warps, state.MOST_GROUPS),
         scratch=_zeros(grid.threads, state.MOST_SUMS, dtype=np.float32), room=_zeros(ROOM, dtype=np.float64),

@@ -123,6 +123,9 @@ def arrive_expecting(S, thread, step, address, num_bytes):
         return
     mbarrier.bytes += num_bytes
     mbarrier.pending -= 1
+    if mbarrier.pending == 0 and mbarrier.bytes < mbarrier.in_flight:  # of copies that were asked for before
+        fault(S, faults.MBARRIER_BYTES, thread, step, address)
+        return
     join(S.mbarrier_clocks[block, which, 1], S.clocks[thread])
     tick(S, thread)
     end_phase(S, block, which)

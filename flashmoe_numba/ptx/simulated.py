@@ -101,7 +101,7 @@ def simulated_gpu(
     )  # fmt: skip
     machine.foreign = lambda: stand_in.foreign
     real = building.build
-    with contextlib.closing(arena), installed(stand_in):
+    with contextlib.closing(arena), contextlib.closing(stand_in), installed(stand_in):
         building.build = build
         try:
             yield SimulatedGpu(stand_in, machine)

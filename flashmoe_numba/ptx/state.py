@@ -15,7 +15,8 @@ MBARRIERS = 8  # that a block may have at once
 NAMED_BARRIERS = 16
 WARPGROUP = 128
 MAPS = 8  # that a block may have acquired
-MOST_COPIES, MOST_PRODUCTS, MOST_GROUPS, MOST_SUMS = 512, 64, 16, 128
+COPIES_PER_BLOCK = 512  # under way at once: three stages of 128 rows that come one by one, and their weights
+MOST_PRODUCTS, MOST_GROUPS, MOST_SUMS = 64, 16, 128
 WORD_TABLE = 1 << 16  # of words that threads synchronize by, found by a hash of their address
 
 READY, SLEEPING, AT_BARRIER, AT_WARP, ENDED = range(5)  # what a thread is doing
@@ -78,8 +79,8 @@ class State(NamedTuple):
     mbarrier_clocks: Any  # int32 [blocks, MBARRIERS, 2, 2, actors]: of the last phase and of this one
     mbarrier_uses: Any  # int32 [blocks, MBARRIERS, threads of a block]: clock of each thread's last use
     fenced_maps: Any  # [blocks, MAPS]
-    copies: Any  # [MOST_COPIES]: under way
-    copy_clocks: Any  # int32 [MOST_COPIES, actors]: what the asynchronous proxy may see for each
+    copies: Any  # [blocks * COPIES_PER_BLOCK]: under way
+    copy_clocks: Any  # int32 [blocks * COPIES_PER_BLOCK, actors]: what the asynchronous proxy may see for each
     products: Any  # [blocks, MOST_PRODUCTS]: by number modulo their most
     group_ends: Any  # int64 [warps, MOST_GROUPS]: products issued when a group was committed
     scratch: Any  # float32 [threads of a block, MOST_SUMS]

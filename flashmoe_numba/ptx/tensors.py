@@ -3,9 +3,10 @@
 Sources: PTX ISA 5.5 (tensors), 9.7.9.25 (their copies) and 9.7.15.5 (wgmma); CUDA driver API, cuTensorMapEncodeTiled.
 
 The swizzle is on bits of the shared address: those that number lines of 128 bytes go, by XOR, into those that number
-chunks of 16 within a line. So copies and descriptors agree if both begin a pattern at a multiple of its bytes; what
-begins elsewhere (a base offset) is not modelled, as are element strides, interleaving, fills other than zeros, types
-whose copy changes bits, transposed operands and other swizzles of operands than that of 128 bytes.
+chunks of 16 within a line. So copies and descriptors agree wherever a box begins, as long as an operand begins a
+pattern at a multiple of its bytes; one that begins elsewhere (a base offset) is not modelled, as are element strides,
+interleaving, fills other than zeros, types whose copy changes bits, transposed operands and other swizzles of operands
+than that of 128 bytes.
 
 TMA copies bits as they are. Maps of TFLOAT32 may round on hardware (CUTLASS says so, the manuals do not): here the low
 bits go when wgmma reads them, which is the larger error of the two.
@@ -23,7 +24,7 @@ FAULTS = {
     MISSING_MAP: "there is no tensor map at this address",
     UNMODELLED_MAP: "the tensor map asks for what is not modelled: more than 3 dimensions, element strides, "
     "interleaving, another fill than zeros, a swizzle of larger atoms or wider than its box, or a type with FTZ",
-    MISALIGNED_BOX: "a box must lie at a multiple of 128 bytes in shared memory, and of its swizzle's pattern",
+    MISALIGNED_BOX: "a box must lie at a multiple of 128 bytes in shared memory",
     BOX_OUTSIDE_SHARED: "a box does not fit into shared memory",
     BOX_OUTSIDE_GLOBAL: "a box reads outside of global memory",
     STRAY_BITS: "a descriptor has bits outside of its fields",
@@ -143,7 +144,7 @@ def copy_box(map_words, c0, c1, c2, shared, at, global_bytes, global_base):
     if fault:
         return fault
     mode, length, rows = swizzle_mode(map_words), row_bytes(map_words), box_rows(map_words)
-    if at % max(BOX_ALIGNMENT, 8 * words.SPAN_BYTES[mode]):
+    if at % BOX_ALIGNMENT:  # a swizzle follows the address, wherever its pattern begins (5.5.7, swizzle base offset)
         return MISALIGNED_BOX
     if at < 0 or at + rows * length > len(shared):
         return BOX_OUTSIDE_SHARED

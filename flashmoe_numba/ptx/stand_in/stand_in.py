@@ -122,7 +122,7 @@ def _bound(kind: type[Any], **attributes: Any) -> Any:
 
 @contextlib.contextmanager
 def installed(stand_in: StandIn) -> Iterator[StandIn]:
-    """While this lasts `import cupy` gives the stand-in, and NVIDIA's driver is its own; then its segments are dropped.
+    """While this lasts `import cupy` gives the stand-in, and NVIDIA's driver is its own. It is not closed after.
 
     It holds for all threads of this process, of which one may have stand-ins, one in another.
 
@@ -142,4 +142,3 @@ def installed(stand_in: StandIn) -> Iterator[StandIn]:
         modules.pop("cupy", None)
         modules.update(before)
         _whose.release()
-        stand_in.close()

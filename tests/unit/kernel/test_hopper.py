@@ -54,8 +54,14 @@ OPERANDS = "".join(f"ld.global.u64 %rd{10 + i}, [%rd0+{8 * i}];" for i in range(
 )
 
 
-def kernel_of(text, rows):
-    """The text with its operands from an array, the first but for shared memory's address; and its sums to another."""
+OWN_ROW = "mov.u32 %r12, %tid.x; mul.wide.u32 %rd8, %r12, 8; add.s64 %rd8, %rd8, %rd12; ld.global.u64 %rd12, [%rd8];"
+
+
+def kernel_of(text, rows, gathered):
+    """The text with its operands from an array, the first but for shared memory's address; and its sums to another.
+
+    Gathered, the operand of the row is the address of an array of each thread's.
+    """
     for i in range(NUM_OPERANDS):
         text = text.replace(f"${i}", f"%rd{10 + i}")
     column = "bar.sync 0; shl.b64 %rd3, %rd2, 2; add.s64 %rd4, %rd3, %rd1; mov.u64 %rd10, dynamic;"
@@ -64,14 +70,14 @@ def kernel_of(text, rows):
         f"ld.shared.u32 %r11, [%r10+{4 * SUMS_STRIDE * row}]; st.global.u32 [%rd4+{4 * FULL * row}], %r11;"
         for row in range(rows)
     ]
-    return OPERANDS + text.replace("${:uid}", "") + column + "".join(leave)
+    return OPERANDS + OWN_ROW * gathered + text.replace("${:uid}", "") + column + "".join(leave)
 
 
-def run_text(bench, text, rows, operands):
+def run_text(bench, text, rows, operands, gathered=False):
     """What the text leaves as sums, `[rows, 128]`."""
     sums = bench.array(rows * FULL, np.float32, granule=4)
     bench.run(
-        kernel_of(text, rows), bench.array(NUM_OPERANDS, granule=8, values=operands), sums,
+        kernel_of(text, rows, gathered), bench.array(NUM_OPERANDS, granule=8, values=operands), sums,
         threads=THREADS, dynamic_bytes=SHARED_BYTES,
     )  # fmt: skip
     return sums.reshape(rows, FULL)
@@ -80,7 +86,7 @@ def run_text(bench, text, rows, operands):
 class Tile:
     """Some experts' weights and some rows, and one tile of their product."""
 
-    def __init__(self, dtype, rows, depth, gated, seed=0):
+    def __init__(self, dtype, rows, depth, gated, seed=0, gathered=False):
         rng = np.random.default_rng(seed)
         self.dtype, self.rows, self.depth, self.parts = dtype, rows, depth, 1 + gated
         self.expert, self.a_row, self.columns = 1, 5, 200
@@ -89,13 +95,15 @@ class Tile:
         element = element_dtype(dtype)
         make = [(3, self.columns, depth)] * self.parts + [(self.a_row + rows + 2 - 4, depth)]  # the last rows: none
         *self.weights, self.x = (rng.integers(-3, 4, shape).astype(element) for shape in make)
+        order = rng.integers(0, len(self.x), rows)  # of those that are gathered: any, also twice the same
+        self.order = order[np.minimum(np.arange(THREADS), rows - 1)] if gathered else None
 
     def _maps(self, bench):
         """The address of maps of the arrays, copied to where the machine finds them."""
         block = DEPTH_BYTES // self.x.itemsize
         *weights, x = (self._to(bench, array) for array in (*self.weights, self.x))
         arrays = [(array, (block, HALF_COLUMNS, 1)) for array in (weights * 2)[:2]]
-        arrays += [(x, (block, rows)) for rows in ROWS]
+        arrays += [(x, (block, rows)) for rows in (*ROWS, 1)]
         words = np.concatenate([self._map(*entry) for entry in arrays])
         return bench.array(words.size, granule=8, values=words).ctypes.data
 
@@ -113,13 +121,15 @@ class Tile:
         maps = self._maps(bench)
         blocks = -(-self.depth * self.x.itemsize // DEPTH_BYTES)
         second_map = maps + 8 * MAP_WORDS * (self.parts - 1)
-        operands = [0, maps, self.a_row, *self.at, self.expert, blocks, second_map]
-        text = main_loop(self.rows, self.dtype) if text is None else text
-        return run_text(bench, text, self.rows, operands), bench.machine
+        gathered = self.order is not None
+        row = bench.array(THREADS, granule=8, values=self.order).ctypes.data if gathered else self.a_row
+        operands = [0, maps, row, *self.at, self.expert, blocks, second_map]
+        text = main_loop(self.rows, self.dtype, gathered) if text is None else text
+        return run_text(bench, text, self.rows, operands, gathered), bench.machine
 
     def expected(self):
         """`[rows, 128]`, zero where there is no row or column."""
-        x = padded(self.x, self.rows, self.a_row)
+        x = padded(self.x, self.rows, self.a_row) if self.order is None else self.x[self.order[: self.rows]]
         halves = [
             padded(w[self.expert], HALF_COLUMNS, at) for w, at in zip((self.weights * 2)[:2], self.at, strict=True)
         ]
@@ -140,25 +150,27 @@ def depths(dtype, rows):
     return [8, block + 8, STAGES[rows] * block, STAGES[rows] * block + 8, (2 * STAGES[rows] + 1) * block]
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_text_makes_the_product(dtype, rows, gated):
+def test_the_text_makes_the_product(dtype, rows, gated, gathered):
     for i, depth in enumerate(depths(dtype, rows)):
-        tile = Tile(dtype, rows, depth, gated, seed=depth)
+        tile = Tile(dtype, rows, depth, gated, seed=depth, gathered=gathered)
         for schedule in (AT_ONCE, dict(seed=i)):
             sums, machine = tile.run(**schedule)
             np.testing.assert_array_equal(sums, tile.expected(), f"{dtype}, {rows} rows, depth {depth}, {schedule}")
             assert machine.poisoned_rows == 0
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
-def test_every_byte_of_the_tile_is_copied_once(rows):
+def test_every_byte_of_the_tile_is_copied_once(rows, gathered):
     depth = (STAGES[rows] + 2) * 64
-    _, machine = Tile("float16", rows, depth, gated=False).run()
+    _, machine = Tile("float16", rows, depth, gated=False, gathered=gathered).run()
     [(text, executed)] = machine.executed.items()
     code = machine.program(text).code
-    copied = {3: HALF_COLUMNS, 2: rows}  # rows of a box, by its dimensions
+    copied = {3: HALF_COLUMNS, 2: 1 if gathered else rows}  # rows of a box, by its dimensions
     copies = [
         (int(row[TARGET]), int(times))
         for row, times in zip(code, executed, strict=True)
@@ -188,6 +200,23 @@ def outcome(tile, text, schedule):
     except PtxFault as fault:
         return fault.code
     return None if np.array_equal(sums, tile.expected()) else WRONG_SUMS
+
+
+GATHERED_FAULTS = [
+    ("setp.lt.u32 first, thread, 16;", "setp.lt.u32 first, thread, 15;", faults.STEP_LIMIT),
+    ("setp.lt.u32 first, thread, 16;", "setp.lt.u32 first, thread, 17;", faults.MBARRIER_BYTES),
+    ("mad.lo.u32 own_row, thread, 128, 16384;", "mad.lo.u32 own_row, thread, 0, 16384;", faults.RACE),
+    ("setp.gt.and.s32 own, k, 0, first;", "setp.ge.s32 own, k, 0;", faults.RACE),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "rule"), GATHERED_FAULTS)
+def test_a_fault_planted_in_the_text_that_gathers_is_found(right, wrong, rule):
+    tile, text = Tile("float16", 16, 13 * 64, gated=True, gathered=True), main_loop(16, "float16", gathered=True)
+    assert right in text, "the text has changed: plant another fault"
+    assert {outcome(tile, text, schedule) for schedule in SCHEDULES} == {None}
+    found = {outcome(tile, text.replace(right, wrong), schedule) for schedule in SCHEDULES}
+    assert rule in found and None not in found
 
 
 @pytest.mark.parametrize(("right", "wrong", "rule"), FAULTS)

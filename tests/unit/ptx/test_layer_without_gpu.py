@@ -253,7 +253,7 @@ def test_the_maps_of_a_kernel_with_tensor_cores_show_its_arrays(monkeypatch, dty
                     assert found.sizes == [depth, packed.columns, config.num_experts_per_rank]
                     assert found.strides == [depth * item, depth * packed.columns * item]
                     assert (found.box, found.swizzle) == ([64, 64, 1], tensor_map.SWIZZLE_128B)
-                assert [found.box for found in of_rows] == [[64, height] for height in ROWS]
+                assert [found.box for found in of_rows] == [[64, height] for height in (*ROWS, 1)]
                 assert {(found.address, *found.sizes) for found in of_rows} == {
                     (rows.data.ptr, depth, rows.size // depth)
                 }

@@ -100,7 +100,7 @@ BROKEN = {
     "an mbarrier is gone while in use": (faults.MBARRIER_STATE, dict(wait=PARTS["end"], end="")),
     "bytes of no copy": (faults.STEP_LIMIT, part("expect", "8192", "8208")),
     "too few bytes are expected": (faults.MBARRIER_BYTES, part("expect", "8192", "8176")),
-    "nobody arrives": (faults.MBARRIER_BYTES, dict(expect="")),
+    "nobody arrives": (faults.STEP_LIMIT, dict(expect="")),
     "the wait is for the phase before": (faults.RACE, part("wait", "], 0;", "], 1;")),
     "an mbarrier's making is not fenced": (faults.MBARRIER_UNFENCED, dict(fence_init="")),
     "an mbarrier is read": (faults.MBARRIER_TOUCHED, more("fence_map", "@%p0 ld.shared.u64 %rd15, [%r11];")),
