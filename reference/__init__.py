@@ -13,6 +13,7 @@ from .packets import Packets, make_packets
 from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
 from .presets import load_preset, preset_names, read_preset
 from .routers import Routing, check_routing, external_routing, route, softmax_topk
+from .runs import RowRun, RowTile
 from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
 from .tiled_layer import TiledLayer
 from .tiles import Task, task_graph, tiles_n0, tiles_n1
@@ -35,6 +36,8 @@ __all__ = [
     "Packets",
     "Plan",
     "Routing",
+    "RowRun",
+    "RowTile",
     "Task",
     "TiledLayer",
     "Weights",

@@ -13,7 +13,7 @@ import numpy as np
 from .activations import ACTIVATIONS
 from .formats import DTYPES, FORMATS, NumberFormat
 from .layer_kinds import ExpertKind, RouterKind
-from .scalars import check_one_of, dtype_name, make_plain, whole
+from .scalars import check_name, dtype_name, make_plain, whole
 
 SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")
 SIZES += ("tile_m", "tile_m_min", "tile_n", "token_block")
@@ -83,10 +83,7 @@ class MoEConfig:
             raise ValueError(f"{name} must be in [1, 2**31 - 1], got {value}")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, str):
-            raise TypeError(f"{name} must be a string, one of {', '.join(choices)}; got {value!r}")
-        check_one_of(name, value, choices)
+        check_name(name, getattr(self, name), choices)
 
     def _check_relations(self) -> None:
         if self.num_experts % self.num_ranks:

@@ -32,8 +32,11 @@ class Plan:
         num_dropped: (token, expert) pairs beyond the capacity, over all ranks.
         num_tasks: by kind, over all ranks.
         max_tasks: bound on the tasks of one rank, whatever the routing.
-        row_tiles, real_rows, padded_rows: of all packets; padded to whole tiles.
+        row_tiles, real_rows, padded_rows: of all packets, each in tiles of its own; padded to whole tiles. There
+            cannot be more tiles; a CPU multiplies no padding.
         padded_share: share of rows in row tiles that are padding.
+        packed_row_tiles, packed_padded_share: the same if every expert's packets are all there before its first tile is
+            cut: the fewest tiles. As heights double, fewer tiles may have more padding.
         busiest_rank_flops, total_flops: of real rows, gate included.
         padded_flops: as total_flops, for padded rows.
     """
@@ -52,6 +55,8 @@ class Plan:
     real_rows: int
     padded_rows: int
     padded_share: float
+    packed_row_tiles: int
+    packed_padded_share: float
     busiest_rank_flops: int
     total_flops: int
     padded_flops: int
@@ -72,9 +77,10 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
     counts = _even_counts(config) if routing_counts is None else _check_counts(routing_counts, config, num_tokens)
     sent = np.minimum(counts, config.slots)
     blocks = np.array([packet_row_blocks(rows, config) for rows in sent.flat], np.int64).reshape(sent.shape)
-    heights = np.array([packet_tile_height(rows, config) for rows in sent.flat], np.int64).reshape(sent.shape)
     tokens = counts.sum(axis=1) // config.num_topk if num_tokens is None else np.array(num_tokens, np.int64)
-    real_rows, padded_rows = int(sent.sum()), int((blocks * heights).sum())
+    real_rows, padded_rows = int(sent.sum()), sum(_padded(rows, config) for rows in sent.ravel().tolist())
+    packed = [row for row in sent.sum(axis=0).tolist() if row]
+    packed_rows = sum(_padded(rows, config) for rows in packed)
     gate_flops, flops = 2 * config.hidden * config.num_experts, row_flops(config)
     hidden_bytes = hidden_rows(config) * config.ffn * config.format.num_bytes
     rows_of_owner = sent.reshape(config.num_ranks, config.num_ranks, -1).sum(axis=(0, 2))
@@ -93,6 +99,8 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
         real_rows=real_rows,
         padded_rows=padded_rows,
         padded_share=1 - real_rows / padded_rows if padded_rows else 0.0,
+        packed_row_tiles=sum(-(-rows // config.tile_m) for rows in packed),
+        packed_padded_share=1 - real_rows / packed_rows if packed_rows else 0.0,
         busiest_rank_flops=max(  # integers of Python, which do not overflow
             rows * flops + own * gate_flops for rows, own in zip(rows_of_owner.tolist(), tokens.tolist(), strict=True)
         ),
@@ -101,23 +109,22 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
     )
 
 
-def hidden_rows(config: MoEConfig) -> int:
-    """Bound on the rows of one rank's hidden buffer, each packet padded to whole row tiles, whatever the routing.
+def _padded(num_rows: int, config: MoEConfig) -> int:
+    """Rows with padding of one expert's rows, cut into the fewest tiles."""
+    full, rest = divmod(num_rows, config.tile_m)
+    return full * config.tile_m + (packet_tile_height(rest, config) if rest else 0)
 
-    A source sends a rank at most `_source_rows`, in at most `_source_packets`. A packet of r rows pads less than tile_m
-    rows, and less than max(r, tile_m_min): up to tile_m the height is the shortest that holds r, so r is more than half
-    of it or it is tile_m_min. And no packet is larger than a full one, padded.
-    """
-    rows, packets = _source_rows(config), _source_packets(config)
-    padding = min(packets * (config.tile_m - 1), rows + packets * config.tile_m_min)
-    full = packet_row_blocks(config.slots, config) * packet_tile_height(config.slots, config)
-    return config.num_ranks * min(rows + padding, packets * full)
+
+def hidden_rows(config: MoEConfig) -> int:
+    """Rows of one rank's buffer between the two products: all that it can receive, whatever the routing."""
+    return config.num_ranks * _source_rows(config)
 
 
 def max_row_blocks(config: MoEConfig) -> int:
-    """Bound on the row blocks of one rank's incoming packets, whatever the routing.
+    """Bound on the row tiles of one rank, whatever the routing and whatever came when.
 
-    A packet of r rows has at most 1 + r // tile_m blocks, and the r of one source sum to at most `_source_rows`.
+    Cut on its own a packet of r rows has at most 1 + r // tile_m tiles, and the r of one source sum to at most
+    `_source_rows`. Packets that share tiles have no more: one that is not full ends at the end of a packet.
     """
     packets = _source_packets(config)
     by_rows = packets + _source_rows(config) // config.tile_m

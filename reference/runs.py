@@ -2,8 +2,9 @@
 
 A row tile holds runs: rows that follow each other in one packet. Its tasks compute all of them, whoever sent them. A
 result flag stands for a fixed chunk of a packet's slots, which its source and its owner know from the packet's size
-alone, whatever the tiles are. So where tiles are cut is free: results do not depend on it. Here each packet is cut on
-its own and at its chunks, so a tile has one run, which is one chunk. Leaves out: columns, tasks, time.
+alone, whatever the tiles are. So where tiles are cut is free: results do not depend on it. `row_tiles` cuts each packet
+on its own and at its chunks, so a tile has one run, which is one chunk; the kernel cuts what has come (packing by
+sources), and `tiling_problem` says what must hold there. Leaves out: columns, tasks, time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import NamedTuple
 from .config import MoEConfig
 from .layout import num_row_blocks, tile_height
 from .packets import Packets
+
+PACKINGS = ("sources", "none")  # whose rows a row tile may hold
 
 
 class RowRun(NamedTuple):
@@ -35,7 +38,7 @@ class RowTile:
 
     Args:
         peer, m: its name in tasks: the source of its first run, and the number of earlier tiles that begin with its.
-        height: rows with padding.
+        height: rows with padding: the lowest height that holds them.
         runs: its rows in their order, each run of another packet.
     """
 
@@ -57,13 +60,40 @@ def packet_row_blocks(num_rows: int, config: MoEConfig) -> int:
     return num_row_blocks(num_rows, config.tile_m_min, config.tile_m)
 
 
+def tiling_problem(tiles: Sequence[RowTile], rows: Sequence[int], config: MoEConfig) -> str | None:
+    """What is wrong with the tiles of one expert, to which the sources sent that many rows each, or None.
+
+    Every row is in one tile, the rows of a packet are in the order of their tiles, and a tile that begins in a packet
+    is named by the number of earlier ones that do.
+    """
+    for tile in tiles:
+        if not 1 <= tile.num_rows <= config.tile_m or tile.height != packet_tile_height(tile.num_rows, config):
+            return f"{tile} must have 1 to tile_m={config.tile_m} rows, and the lowest height for them"
+        if tile.peer != tile.runs[0].source or len({run.source for run in tile.runs}) < len(tile.runs):
+            return f"{tile} must be named by its first run, and have one run of a packet"
+        if any(run.num_rows < 1 for run in tile.runs):
+            return f"{tile} must have runs of one row or more"
+    for source, num_rows in enumerate(rows):
+        runs = sorted((run.first, run.num_rows) for tile in tiles for run in tile.runs if run.source == source)
+        slots = [slot for first, count in runs for slot in range(first, first + count)]
+        if slots != list(range(num_rows)):
+            return f"the {num_rows} rows of source {source} must be in one tile each, got slots {slots}"
+        begun = sorted((tile.runs[0].first, tile.m) for tile in tiles if tile.peer == source)
+        if len(begun) > packet_row_blocks(num_rows, config):
+            return f"at most {packet_row_blocks(num_rows, config)} tiles may begin in the packet of source {source}"
+        if [m for _, m in begun] != list(range(len(begun))):
+            return f"tiles that begin in the packet of source {source} must be numbered in order, got {begun}"
+    return None
+
+
 def row_tiles(rows: Sequence[int], config: MoEConfig) -> list[RowTile]:
     """The tiles of one expert, to which the sources sent that many rows each."""
     tiles = []
     for source, num_rows in enumerate(rows):
         height = packet_tile_height(num_rows, config)
         for m, first in enumerate(range(0, num_rows, height)):
-            tiles.append(RowTile(source, m, height, (RowRun(source, first, min(height, num_rows - first)),)))
+            run = RowRun(source, first, min(height, num_rows - first))
+            tiles.append(RowTile(source, m, packet_tile_height(run.num_rows, config), (run,)))
     return tiles
 
 

@@ -54,6 +54,13 @@ def check_one_of(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
+def check_name(name: str, value: Any, choices: Collection[str]) -> None:
+    """The same of what must be a string; a TypeError, if it is none."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, one of {', '.join(choices)}; got {value!r}")
+    check_one_of(name, value, choices)
+
+
 def make_plain(instance: Any) -> None:
     """Make every field of a frozen dataclass `plain`; for its `__post_init__`."""
     for field in fields(instance):

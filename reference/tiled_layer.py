@@ -35,6 +35,7 @@ class TiledLayer:
         topk_idx, topk_weights: `[num_tokens_of_rank, num_topk]` of each rank, instead of the router's. Both or none.
 
     Attributes:
+        tiles: the row tiles of each expert.
         graph: every task and the tasks it waits for.
         done: tasks run so far.
         writes: rows stored into segments, one list per column tile (a dispatched row is one write, in the first list).
@@ -58,7 +59,8 @@ class TiledLayer:
         external = topk_idx is not None or topk_weights is not None
         self._external = source_routings(self.x, weights, config, topk_idx, topk_weights) if external else None
         self.packets = [make_packets(self._planned_topk_idx(rank), config) for rank in range(config.num_ranks)]
-        self.graph = task_graph(self.packets, config)
+        self.tiles = expert_tiles(self.packets, config)
+        self.graph = task_graph(self.packets, config, self.tiles)
         self.done: set[Task] = set()
         self.writes: list[list[Write]] = [[] for _ in range(tiles_n1(config))]
         self._allocate()
@@ -74,7 +76,7 @@ class TiledLayer:
             self._region(rank, RESULT)[:] = np.nan
         self._tiles = {
             (*divmod(expert, c.num_experts_per_rank), tile.peer, tile.m): tile
-            for expert, tiles in enumerate(expert_tiles(self.packets, c))
+            for expert, tiles in enumerate(self.tiles)
             for tile in tiles
         }
         self._hidden = {

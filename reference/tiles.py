@@ -53,8 +53,12 @@ def num_token_blocks(num_tokens: int, config: MoEConfig) -> int:
     return -(-num_tokens // config.token_block)
 
 
-def task_graph(packets: Sequence[Packets], config: MoEConfig) -> dict[Task, list[Task]]:
-    """Every task of the layer with the tasks it waits for; `packets` are those of each source rank.
+def task_graph(packets: Sequence[Packets], config: MoEConfig, tiles: Tiling | None = None) -> dict[Task, list[Task]]:
+    """Every task of the layer with the tasks it waits for.
+
+    Args:
+        packets: of each source rank.
+        tiles: the row tiles of each expert of the layer, such as a run had; None: each packet's own.
 
     A COMBINE of a block that has no rows, or lost all, still waits for its rank's gates, which say so.
     """
@@ -63,7 +67,7 @@ def task_graph(packets: Sequence[Packets], config: MoEConfig) -> dict[Task, list
     for source, own in enumerate(gates):
         graph |= {gate: [] for gate in own}
         graph |= {_dispatch(source, expert, config): own for expert in range(config.num_experts)}
-    tiles = expert_tiles(packets, config)
+    tiles = expert_tiles(packets, config) if tiles is None else tiles
     for expert, of_expert in enumerate(tiles):
         for tile in of_expert:
             graph |= _gemm_tasks(expert, tile, config)
@@ -96,10 +100,11 @@ def _gemm_tasks(expert: int, tile: RowTile, config: MoEConfig) -> dict[Task, lis
     return graph | dict.fromkeys(_column_tiles(GEMM1, expert, tile, config), hidden_tiles)
 
 
+Tiling = Sequence[Sequence[RowTile]]  # of each expert of the layer
 ChunkTiles = dict[tuple[int, int, int], list[RowTile]]  # by source, expert and chunk
 
 
-def _chunk_tiles(tiles: list[list[RowTile]], packets: Sequence[Packets], config: MoEConfig) -> ChunkTiles:
+def _chunk_tiles(tiles: Tiling, packets: Sequence[Packets], config: MoEConfig) -> ChunkTiles:
     """The row tiles that must be done before the result flag of a chunk is raised: those with rows of it."""
     found: ChunkTiles = {}
     for expert, of_expert in enumerate(tiles):

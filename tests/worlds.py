@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.device import st_release
 from reference import ACTIVATIONS, MoEConfig, Weights
+from reference.runs import tiling_problem
 
 
 @dataclass
@@ -132,4 +133,7 @@ def check_stats(layer, x, routings, epoch):
         expected = (epoch, len(x[rank]), sent[rank].sum(), (chosen[rank] - sent[rank]).sum(), per_owner[rank])
         assert got == expected, f"{config}, rank {rank}: {s}"
         assert (s.nonfinite_tokens, s.nonfinite_rows) == (0, 0), f"{config}, rank {rank}: {s}"
+        assert s.row_tiles == sum(map(len, layer.row_tiles[rank])), f"{config}, rank {rank}: {s}"
+        for expert, tiles in enumerate(layer.row_tiles[rank], rank * config.num_experts_per_rank):
+            assert tiling_problem(tiles, sent[:, expert].tolist(), config) is None, f"{config}, expert {expert}"
         assert s.received_rows <= s.padded_rows <= s.received_rows + s.row_tiles * (config.tile_m - 1), f"{config}: {s}"

@@ -18,7 +18,7 @@ from ..kernel import leave, persistent
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
-from ..tile_gemm.cpu import MICRO_ROWS, ROW_STRIDE, panel_width
+from ..tile_gemm.cpu import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE, panel_width
 from .host import Block, HostBackend
 
 MOST_BLOCKS = 1 << 20
@@ -29,6 +29,7 @@ class CpuBackend(HostBackend):
 
     def __init__(self) -> None:
         super().__init__()
+        self._enter: Callable[..., None] = persistent  # `compile` knows better
         self._threads = ThreadPoolExecutor(  # made as they are needed
             MOST_BLOCKS, thread_name_prefix="flashmoe", initializer=reset_float_control
         )
@@ -44,17 +45,22 @@ class CpuBackend(HostBackend):
         return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator)
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
-        """Room for the tallest tile and the widest panels, and for one row of a combine."""
-        rows = -(-max(config.tile_m, min(config.token_block, config.num_tokens)) // MICRO_ROWS) * MICRO_ROWS
+        """Room for the tallest tile and the widest panels, for few rows as deep as they are, and one row of a combine.
+
+        See `_multiply` of tile_gemm/cpu.py.
+        """
+        rows = max(config.tile_m, min(config.token_block, config.num_tokens))
+        blocks = -(-max(config.hidden, config.ffn) // DEPTH_BLOCK)
         width = panel_width(config.accumulator)
         padded = [-(-columns // width) * width for columns in (config.tile_ffn, config.tile_n)]
         columns = max(config.expert_kind.num_ups * padded[0], padded[1])
+        copied = max(rows, min(rows, MICRO_ROWS) * blocks) * ROW_STRIDE
         sums = max(rows * columns, config.hidden)
-        return Scratch(np.empty(rows * ROW_STRIDE, config.accumulator), np.empty(sums, config.accumulator))
+        return Scratch(np.empty(copied, config.accumulator), np.empty(sums, config.accumulator))
 
     def compile(self, arguments: tuple[Any, ...], folder: Path) -> None:
         compile_for(reset_float_control, (), folder)
-        compile_for(persistent, arguments, folder)
+        self._enter = compile_for(persistent, arguments, folder)
         compile_for(leave, (*arguments[1:3], FAILED), folder)
 
     def leave(self, problem: Problem, segments: Segments, why: int = FAILED) -> None:
@@ -63,10 +69,10 @@ class CpuBackend(HostBackend):
     def run_blocks(self, blocks: Sequence[Block], stop: Callable[[], None]) -> None:
         futures: list[Future[None]] = []
         try:
-            for _, arguments in blocks:
-                futures.append(self._threads.submit(persistent, *arguments))
-            wait(futures, return_when=FIRST_EXCEPTION)
-            for future in futures:
+            for _, arguments in reversed(blocks):  # a rank's OS block first: its processors wait for it
+                futures.append(self._threads.submit(self._enter, *arguments))
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
                 future.result()
         finally:  # also when a block failed or could not start, or at Ctrl-C: no block may outlive the call
             if not all(future.done() for future in futures):

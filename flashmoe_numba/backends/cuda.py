@@ -104,7 +104,7 @@ class CudaBackend(Owned):
         experts = packed.first.size // (depth * columns)
         second = packed.second if packed.parts == 2 else packed.first
         weights = [((depth, columns, experts), (block, HALF_COLUMNS, 1), array) for array in (packed.first, second)]
-        of_rows = [((depth, rows.size // depth), (block, height), rows) for height in ROWS]
+        of_rows = [((depth, rows.size // depth), (block, height), rows) for height in (*ROWS, 1)]
         data = b"".join(self.gpu.tensor_map(array, shape, box) for shape, box, array in [*weights, *of_rows])
         return self.gpu.to_device(np.frombuffer(data, np.int64))
 

@@ -69,7 +69,7 @@ class Rates:
 
     Args:
         processors: blocks of a rank beside its OS block.
-        gflops: of a tile's products, whole groups of rows counted.
+        gflops: of a tile's products, whole units of rows counted.
         tile_latency_ns: fixed part of a tile.
         read_gbps: weights and rows that a tile reads; None where their reading hides behind the products.
         fit_error: the largest relative error of the fit over the kinds of tiles.
@@ -114,12 +114,8 @@ def calibrate(settings: Settings) -> Rates:
 
 
 def row_unit(backend: str) -> int | None:
-    """Rows that are multiplied together whatever a tile has: on CPUs the micro-kernel's, on GPUs (None) all of it."""
-    if backend != "cpu":
-        return None
-    from ..tile_gemm.cpu import MICRO_ROWS
-
-    return MICRO_ROWS
+    """Rows that are multiplied together whatever a tile has: on CPUs each by itself, on GPUs (None) all of them."""
+    return 1 if backend == "cpu" else None
 
 
 def _even_calls(settings: Settings, hidden: int, ffn: int) -> Iterator[Call]:
@@ -153,7 +149,8 @@ def _layer(settings: Settings, tokens: int, hidden: int, ffn: int, experts: int)
         dtype=settings.dtype,
     )
     weights = Weights.random(config)
-    return FlashMoE(config, weights, backend=settings.backend, num_processors=settings.num_processors, trace=True)
+    how: dict[str, Any] = dict(num_processors=settings.num_processors, trace=True, packing="none")  # a tile per packet
+    return FlashMoE(config, weights, backend=settings.backend, **how)
 
 
 def _tokens(config: MoEConfig, tokens: int, backend: str) -> list[Any]:

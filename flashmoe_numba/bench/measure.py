@@ -38,6 +38,7 @@ class Settings:
         in_process: all ranks in this process, instead of one process each.
         num_processors: blocks per rank beside the OS block; None: the layer's default.
         trace: keep the records of the last call.
+        packing: as `FlashMoE` has it.
     """
 
     config: MoEConfig
@@ -50,6 +51,7 @@ class Settings:
     seed: int
     deadline_s: float
     trace: bool
+    packing: str
 
     @property
     def transport(self) -> str:
@@ -97,7 +99,7 @@ def measure(settings: Settings, world: Any, show: bool = False) -> Measurement:
 
 def make_layer(settings: Settings, weights: Weights, comm: Any) -> FlashMoE:
     """The layer that the settings describe."""
-    seed = {"seed": settings.seed} if settings.backend == "fibers" else {}
+    seed: dict[str, Any] = {"seed": settings.seed} if settings.backend == "fibers" else {}
     return FlashMoE(
         settings.config,
         weights,
@@ -106,6 +108,7 @@ def make_layer(settings: Settings, weights: Weights, comm: Any) -> FlashMoE:
         num_processors=settings.num_processors,
         deadline_s=settings.deadline_s,
         trace=settings.trace,
+        packing=settings.packing,
         **seed,
     )
 

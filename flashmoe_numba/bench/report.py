@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from reference.plan import row_flops
+from reference.runs import PACKINGS
 
 from ..heap.rank import Stats
 from .check import Verdict
@@ -35,6 +36,7 @@ def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdi
         "transport": settings.transport,
         "ranks": settings.config.num_ranks,
         "processors": parts[0].processors,
+        "packing": settings.packing,
         "config": asdict(settings.config),
         "workload": settings.workload,
         "seed": settings.seed,
@@ -65,6 +67,7 @@ def _rows(stats: Sequence[Stats]) -> dict[str, Any]:
     received, padded = sum(rank.received_rows for rank in stats), sum(rank.padded_rows for rank in stats)
     return {
         "sent_rows": sum(rank.sent_rows for rank in stats),
+        "row_tiles": sum(rank.row_tiles for rank in stats),
         "padded_row_share": 1 - received / padded if padded else 0.0,
         "dropped_pairs": sum(rank.dropped_pairs for rank in stats),
         "nonfinite_tokens": sum(rank.nonfinite_tokens for rank in stats),
@@ -102,7 +105,8 @@ def table(report: dict[str, Any], describe_sizes: str) -> Iterator[str]:
     if report["nonfinite_tokens"] or report["nonfinite_rows"]:
         counts = f"{report['nonfinite_tokens']:,} tokens' weights, results of {report['nonfinite_rows']:,} rows"
         yield _row("not finite", counts)
-    yield _row("padding", f"{report['padded_row_share']:.1%} of the rows in row tiles")
+    apart = "" if report["packing"] == PACKINGS[0] else ", each of one source's rows"
+    yield _row("padding", f"{report['padded_row_share']:.1%} of the rows in {report['row_tiles']:,} row tiles{apart}")
     spread = f"({latency['min']:.2f} to {latency['max']:.2f})"
     yield _row("latency", f"{latency['median']:.2f} ms, median of {report['iterations']} {spread}")
     yield _row("throughput", f"{report['tokens_per_s']:,.0f} tokens/s, {report['gflops']:.1f} GFLOP/s in the experts")

@@ -143,6 +143,7 @@ def knobs_of(found: Rates, settings: Settings) -> dict[str, Any]:
         "blocks_per_sm": 1,
         "tile_m": max(ROWS),
         "ladder": True,
+        "packing": "arrived",
         "dispatch_rows": 2**31 - 1,
         "async_loads": found.read_gbps is None,
         "poll_ns": round(found.receive_ns),

@@ -51,9 +51,11 @@ def lines(preset: str, config: MoEConfig, plan: Plan) -> Iterator[str]:
     yield from (_row(f"  {name}", value) for name, value in memory(config, plan))
     yield _row("  packets with rows", f"{plan.num_packets:,}")
     yield _row("  rows", f"{plan.real_rows:,}, and {plan.num_dropped:,} pairs dropped")
-    yield _row("  row tiles", f"{plan.row_tiles:,}, {plan.padded_share:.1%} of their rows are padding")
+    packed = f"{plan.packed_row_tiles:,} ({plan.packed_padded_share:.1%} padding) where sources share them"
+    yield _row("  row tiles", f"{plan.row_tiles:,}, {plan.padded_share:.1%} of their rows are padding; {packed}")
     for kind, number in plan.num_tasks.items():
-        yield _row(f"  tasks: {kind}", f"{number:,}")
+        most = " at most" if kind in ("GEMM0", "GEMM1") else ""
+        yield _row(f"  tasks: {kind}", f"{number:,}{most}")
     yield _row("  operations", f"{plan.total_flops / 1e9:,.3f} GFLOP, padded {plan.padded_flops / 1e9:,.3f} GFLOP")
     yield _row("  operations, busiest rank", f"{plan.busiest_rank_flops / 1e9:,.3f} GFLOP")
     yield _row("tasks of one rank, at most", f"{plan.max_tasks:,}")

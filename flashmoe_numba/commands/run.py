@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from reference import Layout, MoEConfig, make_workload
+from reference.runs import PACKINGS
 
 from ..errors import UsageError
 from ..processes import launch
@@ -42,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recorded = "or a recording: *.npz, *.safetensors"
     add("--workload", default="text", metavar="NAME", help=f"text, uniform, zipf:S, hot, {recorded} [text]")
     add("--processors", type=integer(1), metavar="N", help="blocks of a rank beside its OS block [cores / ranks]")
+    shared = "row tiles hold rows of several ranks, or of one each: the same results"
+    add("--packing", choices=PACKINGS, default=PACKINGS[0], help=f"{shared} [{PACKINGS[0]}]")
     add("--iterations", type=integer(1), default=10, metavar="N", help="measured calls, after one that warms up [10]")
     add("--seed", type=integer(0), default=0, metavar="N", help="of weights, tokens and fibers [0]")
     patience = "give up after S seconds without progress, once ranks run [30]"
@@ -192,6 +195,7 @@ def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRan
         seed=args.seed,
         deadline_s=args.deadline_s,
         trace=bool(args.trace or args.plot),
+        packing=args.packing,
     )
     terminal = sys.stderr.isatty() or bool(os.environ.get(launch.TERMINAL_VARIABLE))
     parts = world.gather(measure(settings, world, show=terminal and world.rank_idx == 0))

@@ -89,8 +89,13 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def compile_for(dispatcher: Any, arguments: tuple[Any, ...], folder: Path | None = None) -> None:
-    """Compile a kernel for arguments of these types, or load it from `folder`, by default `usable_cache_folder()`."""
+def compile_for(dispatcher: Any, arguments: tuple[Any, ...], folder: Path | None = None) -> Any:
+    """Compile a kernel for arguments of these types, or load it from `folder`, by default `usable_cache_folder()`.
+
+    Returns:
+        What runs it for arguments of just these types. The dispatcher would look at their types at every call, which
+        takes as long as a small layer's first tasks.
+    """
     from numba import typeof
 
     signature = tuple(typeof(argument) for argument in arguments)
@@ -98,3 +103,4 @@ def compile_for(dispatcher: Any, arguments: tuple[Any, ...], folder: Path | None
         if signature not in dispatcher.overloads:
             dispatcher._cache = CodeCache(dispatcher.py_func, source_hash(), folder)
             dispatcher.compile(signature)
+        return dispatcher.overloads[signature].entry_point

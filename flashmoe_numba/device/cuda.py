@@ -12,6 +12,7 @@ from .cuda_api import cgutils, cuda, element_pointer, intrinsic, ir, make_array,
 from .cuda_records import record_at
 
 SHORTEST_SLEEP_NS, LONGEST_SLEEP_NS = 32, 1024
+SETTLED_POLLS = 14  # some ten microseconds: packets that are sent together come within that (docs/simulator.md)
 _REGISTER = {16: "h", 32: "r", 64: "l"}
 
 
@@ -139,6 +140,11 @@ overload(verbs.array_at, inline="always")(
 overload(verbs.record_at)(lambda words, at, like: lambda words, at, like: record_at(words, at, like))
 overload(verbs.local_array, inline="always")(lambda like: lambda like: _local_array(like))
 overload(verbs.zero_sums, inline="always")(lambda working, num_sums: lambda working, num_sums: _local_array(working))
+
+
+@overload(verbs.has_settled)
+def _has_settled(attempt):
+    return lambda attempt: attempt >= SETTLED_POLLS
 
 
 @overload(verbs.pause)

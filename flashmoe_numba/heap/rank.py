@@ -12,13 +12,16 @@ import numpy as np
 
 from reference import Layout, MoEConfig, Routing, Weights
 from reference.plan import hidden_rows, max_tasks
-from reference.runs import packet_row_blocks, packet_tile_height
+from reference.runs import RowTile
 
 from ..kernel.grid import RankArguments
 from ..kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
+from ..kernel.row_tiles import STREAM_WORDS, TILE_WORDS
 from ..kernel.state import Experts, Problem, Queue, Received, Segments, Tokens
 from ..kernel.trace import EVENT_WORDS
 from ..processes.ownership import Owned
+from ..tile_gemm import PLACE_WORDS
+from .cut import cut_tiles
 from .protocols import Memory
 
 
@@ -26,9 +29,10 @@ from .protocols import Memory
 class Stats:
     """Counters of one rank's last call.
 
-    `padded_rows` is what the row tiles of the received packets add up to; `padded_row_share` the part of them that
-    holds no row. `rows_per_expert` are the received rows of each of this rank's experts. `dropped_pairs` chose an
-    expert and were not sent, because of the capacity.
+    `padded_rows` is what the row tiles add up to, each as tall as the lowest height that holds its rows;
+    `padded_row_share` the part of them that holds no row. Packed by sources, both depend on what came when.
+    `rows_per_expert` are the received rows of each of this rank's experts. `dropped_pairs` chose an expert and were not
+    sent, because of the capacity.
 
     What is not finite: `nonfinite_tokens` have routing weights that hold an infinity or NaN, because x did or because a
     logit left the range of the accumulator (or as they were given); `nonfinite_rows` are those of the sent rows whose
@@ -64,6 +68,7 @@ class Rank(Owned):
         weights: the experts of this rank only.
         segments: every rank's segment as bytes, as seen from this process.
         trace_events: events to keep per block and call, 0 for none.
+        packed: may a row tile hold rows of several sources?
     """
 
     def __init__(
@@ -75,7 +80,9 @@ class Rank(Owned):
         num_processors: int,
         memory: Memory,
         trace_events: int,
+        packed: bool = True,
     ) -> None:
+        self.packed = packed
         self.config, self.rank_idx, self.num_processors, self._memory = config, rank_idx, num_processors, memory
         self.layout = Layout(config)
         self.segments = self._segments(segments)
@@ -135,8 +142,7 @@ class Rank(Owned):
         c = self.config
         seen, rows, sent = map(self._memory.to_host, (self.received.seen, self.received.rows, self.tokens.sent))
         received, routing = np.where(seen == epoch, rows, 0), self.routing(num_tokens)
-        heights = [packet_tile_height(int(num_rows), c) for num_rows in received]
-        tiles = [packet_row_blocks(int(num_rows), c) for num_rows in received]
+        tiles = [tile for of_expert in self.row_tiles(epoch) for tile in of_expert]
         return Stats(
             epoch=epoch,
             num_tokens=num_tokens,
@@ -144,11 +150,15 @@ class Rank(Owned):
             received_rows=int(received.sum()),
             rows_per_expert=tuple(received.reshape(c.num_ranks, -1).sum(axis=0).tolist()),
             dropped_pairs=int((routing.topk_idx >= 0).sum() - sent.sum()),
-            row_tiles=sum(tiles),
-            padded_rows=sum(number * height for number, height in zip(tiles, heights, strict=True)),
+            row_tiles=len(tiles),
+            padded_rows=sum(tile.height for tile in tiles),
             nonfinite_tokens=_num_nonfinite(routing.topk_weights),
             nonfinite_rows=sum(_num_nonfinite(self._results(e, num_rows)) for e, num_rows in enumerate(sent.tolist())),
         )
+
+    def row_tiles(self, epoch: int) -> list[list[RowTile]]:
+        """Of each of this rank's experts in the last call."""
+        return cut_tiles(self.received, epoch, self.config, self._memory.to_host)
 
     def _results(self, expert: int, num_rows: int) -> np.ndarray:
         """`[num_rows, hidden]`: a copy of what came back for the rows sent to this expert, whose slots come first."""
@@ -201,10 +211,15 @@ class Rank(Owned):
         return Received(
             seen=words(c.num_experts),
             rows=words(c.num_experts),
-            first_row=words(c.num_experts),
-            tiles_to_queue=words(c.num_experts),
+            begun=words(c.num_experts),
+            streams=words(c.num_experts_per_rank * STREAM_WORDS),
+            arrived=words(c.num_experts),
+            cut=words(c.num_experts * row_blocks),
+            tiles=words(c.num_experts * row_blocks * TILE_WORDS),
+            places=self._memory.empty(hidden_rows(c) * PLACE_WORDS, np.dtype(np.int64)),
             up_done=words(c.num_experts * row_blocks),
             down_done=words(c.num_experts * row_blocks),
+            chunk_done=words(c.num_experts * row_blocks),
             hidden=self._memory.empty(hidden_rows(c) * c.ffn, element),
         )
 
@@ -264,4 +279,5 @@ class Rank(Owned):
             result_flag_at=layout.result_flag,
             control_at=layout.control,
             deadline_ns=0,
+            packed=self.packed,
         )

@@ -33,7 +33,7 @@ class AbortRecord(NamedTuple):
     flag: int
     peer: int
     expert: int
-    m: int  # row tile; place of the queue with TASK_FLAG; why with CLOSED_FLAG
+    m: int  # result chunk; place of the queue with TASK_FLAG; why with CLOSED_FLAG
     epoch: int
     found: int  # the flag's word
     missing: int  # flags that the block waited for

@@ -1,4 +1,4 @@
-"""GEMM0 and GEMM1: one tile of an expert's matrix products for the rows of one packet."""
+"""GEMM0 and GEMM1: one tile of an expert's matrix products for the rows of one row tile (row_tiles.py)."""
 
 from __future__ import annotations
 
@@ -6,55 +6,83 @@ from flashmoe_numba.device import block_sync, fetch_add, jit, lane
 from flashmoe_numba.tile_gemm import IDENTITY, tile_gemm
 from reference.task_kinds import GEMM1
 
-from .peers import result_room, tell_results
+from .peers import result_rooms, tell_results
 from .queue import QueueTask, fill, reserve
+from .row_tiles import hidden_rooms, hidden_rows, read_tile, rows_in
 from .sizes import down_tiles, tile_height, up_tiles
 
 
 @jit
 def gemm0(p, segments, experts, received, queue, scratch, task):
     """One column tile of the up projections; the last one of a row tile lets the down projection begin."""
-    source, expert, m = task.peer, task.expert, task.m
-    packet = source * p.experts_per_rank + expert
-    first, rows = packet_tile(p, received, packet, m)
+    packet = task.peer * p.experts_per_rank + task.expert
+    index = packet * p.row_blocks + task.m
+    tile = read_tile(received, index)
     tile_gemm(
-        received.hidden, received.first_row[packet] + first,
-        segments.dispatch, packet * p.slots + first, rows, experts.up, expert, task.n, p.activation, scratch,
+        hidden_rooms(received, tile), rows_in(p, segments, received, packet, tile), tile.rows,
+        experts.up, task.expert, task.n, p.activation, scratch,
     )  # fmt: skip
     block_sync()
-    if lane() == 0 and finished_last(received.up_done, packet * p.row_blocks + m, up_tiles(p)):
+    if lane() == 0 and finished_last(received.up_done, index, up_tiles(p)):
         place = reserve(p, queue, down_tiles(p))
         for n in range(down_tiles(p)):
-            fill(p, queue, place + n, QueueTask(GEMM1, source, expert, m, n))
+            fill(p, queue, place + n, QueueTask(GEMM1, task.peer, task.expert, task.m, n))
 
 
 @jit
 def gemm1(p, segments, experts, received, scratch, task):
-    """One column tile of the down projection, stored into the source's memory; the last one of a row tile signals."""
-    source, expert, m = task.peer, task.expert, task.m
-    packet = source * p.experts_per_rank + expert
-    first, rows = packet_tile(p, received, packet, m)
-    e = p.rank_idx * p.experts_per_rank + expert
+    """One column tile of the down projection, stored into the sources' memory; the last one of a row tile signals."""
+    packet = task.peer * p.experts_per_rank + task.expert
+    index = packet * p.row_blocks + task.m
+    tile = read_tile(received, index)
     tile_gemm(
-        result_room(p, segments, source), e * p.slots + first,
-        received.hidden, received.first_row[packet] + first, rows, experts.down, expert, task.n, IDENTITY, scratch,
+        result_rooms(p, segments, received, packet, tile), hidden_rows(received, tile), tile.rows,
+        experts.down, task.expert, task.n, IDENTITY, scratch,
     )  # fmt: skip
     block_sync()
-    if lane() == 0 and finished_last(received.down_done, packet * p.row_blocks + m, down_tiles(p)):
-        tell_results(p, segments, source, e, m, rows)
-
-
-@jit
-def packet_tile(p, received, packet, m):
-    """(first row, number of rows) of row tile m."""
-    height = tile_height(received.rows[packet], p.tile_m_min, p.tile_m)
-    return m * height, min(height, received.rows[packet] - m * height)
+    if lane() == 0 and finished_last(received.down_done, index, down_tiles(p)):
+        finish_tile(p, segments, received, task.expert, tile)
 
 
 @jit
 def finished_last(done, i, num_tiles):
     """Count one finished tile; True for the last, which leaves the counter at zero for the next call."""
     if fetch_add(done, i, 1) + 1 < num_tiles:
+        return False
+    done[i] = 0
+    return True
+
+
+@jit
+def finish_tile(p, segments, received, expert, tile):
+    """All results of a tile are stored: of each run of its rows, count them in the result chunks that they are in."""
+    arrival, slot, left = tile.arrival, tile.slot, tile.rows
+    while left > 0:
+        source = received.arrived[expert * p.num_ranks + arrival]
+        packet = source * p.experts_per_rank + expert
+        rows = min(left, received.rows[packet] - slot)
+        count_run(p, segments, received, source, expert, slot, slot + rows)
+        left -= rows
+        arrival += 1
+        slot = 0
+
+
+@jit
+def count_run(p, segments, received, source, expert, first, end):
+    """Tell the source of every chunk that these slots of its packet complete."""
+    packet, e = source * p.experts_per_rank + expert, p.rank_idx * p.experts_per_rank + expert
+    height = tile_height(received.rows[packet], p.tile_m_min, p.tile_m)
+    for m in range(first // height, (end - 1) // height + 1):
+        chunk = min(height, received.rows[packet] - m * height)
+        rows = min(end, (m + 1) * height) - max(first, m * height)
+        if finished_rows(received.chunk_done, packet * p.row_blocks + m, rows, chunk):
+            tell_results(p, segments, source, e, m, chunk)
+
+
+@jit
+def finished_rows(done, i, rows, all_rows):
+    """The same for a number of rows."""
+    if fetch_add(done, i, rows) + rows < all_rows:
         return False
     done[i] = 0
     return True

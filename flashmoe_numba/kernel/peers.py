@@ -7,8 +7,10 @@ block stored before. In both directions the room's first index is the rank that 
 from __future__ import annotations
 
 from flashmoe_numba.device import array_at, cas, jit, ld_relaxed, st_release
+from flashmoe_numba.tile_gemm import IN_ORDER, Rooms
 
 from .control import ABORT, PROGRESS, SILENT
+from .row_tiles import is_one_run
 from .signals import signal_word
 
 
@@ -32,14 +34,18 @@ def tell_packet(p, segments, owner, packet, num_rows):
 
 
 @jit(inline=True)
-def result_room(p, segments, source):
-    """Where results of this rank's experts for `source` are written: elements, likewise."""
-    return of_peer(segments, source, p.result_at, segments.result)
+def result_rooms(p, segments, received, packet, tile):
+    """Where the results of a tile that begins in this packet are written: in its source's room, or in several."""
+    source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
+    first = (p.rank_idx * p.experts_per_rank + expert) * p.slots + tile.slot
+    at = IN_ORDER if is_one_run(received, packet, tile) else tile.hidden
+    room = of_peer(segments, source, p.result_at, segments.result)
+    return Rooms(room, first, received.places, at, segments.address, p.result_at)
 
 
 @jit
 def tell_results(p, segments, source, e, m, num_rows):
-    """Publish the results of row tile m of the packet that `source` sent to expert e of all."""
+    """Publish the results of chunk m of the packet that `source` sent to expert e of all."""
     flags = of_peer(segments, source, p.result_flag_at, segments.result_flag)
     st_release(flags, e * p.row_blocks + m, signal_word(p.epoch, num_rows))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmoe_numba.device import fetch_add, jit, st_release
+from flashmoe_numba.device import fetch_add, jit, ld_relaxed, st_release
 
 TASK_WORDS = 8  # one cache line, of which three words are used
 STAMP, WHO, WHERE = range(3)  # the stamp; kind, peer and expert; m and n
@@ -61,6 +61,12 @@ def zero_next_counters(p, queue):
 def reserve(p, queue, num_tasks):
     """Take the next `num_tasks` places; returns the first."""
     return fetch_add(queue.counters, counter(p, TAIL), num_tasks)
+
+
+@jit
+def is_idle(p, queue):
+    """Has some processor drawn a ticket for which there is no task yet?"""
+    return ld_relaxed(queue.counters, counter(p, HEAD)) > ld_relaxed(queue.counters, counter(p, TAIL))
 
 
 @jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from flashmoe_numba.device import block_sync, jit, lane, lanes
-from flashmoe_numba.tile_gemm import IDENTITY, tile_gemm
+from flashmoe_numba.tile_gemm import IDENTITY, IN_ORDER, Rooms, Rows, tile_gemm
 
 
 @jit
@@ -20,8 +20,11 @@ def route(p, tokens, experts, scratch, first, rows):
 @jit
 def compute_logits(p, tokens, experts, scratch, first, rows):
     """logits[first:first + rows] = x @ router.T"""
+    words = tokens.tiles_left  # some words: nothing has a place of its own here
+    rows_in = Rows(tokens.x, first, words, IN_ORDER)
+    rows_out = Rooms(tokens.logits, first, words, IN_ORDER, words, 0)
     for n in range((p.num_experts + p.tile_experts - 1) // p.tile_experts):
-        tile_gemm(tokens.logits, first, tokens.x, first, rows, experts.router, 0, n, IDENTITY, scratch)
+        tile_gemm(rows_out, rows_in, rows, experts.router, 0, n, IDENTITY, scratch)
 
 
 @jit

@@ -31,7 +31,7 @@ class Problem(NamedTuple):
     experts_per_rank: int
     num_topk: int
     slots: int
-    row_blocks: int  # most row tiles of a packet
+    row_blocks: int  # most result chunks of a packet, and most row tiles that begin in one
     tile_m_min: int
     tile_m: int
     tile_ffn: int  # columns of a tile, by what the columns are
@@ -47,6 +47,7 @@ class Problem(NamedTuple):
     result_flag_at: int
     control_at: int
     deadline_ns: int
+    packed: bool  # may a row tile hold rows of several packets?
 
 
 class Segments(NamedTuple):
@@ -82,8 +83,8 @@ class Tokens(NamedTuple):
     starts: np.ndarray  # int32 [blocks, num_experts]: where an expert's pairs begin in the block's `order`
     bases: np.ndarray  # int32 [blocks, num_experts]: first slot of the block's pairs
     sent: np.ndarray  # int32 [num_experts]: rows sent, at most `slots`
-    results_left: np.ndarray  # int32 [num_experts]: result tiles not seen yet
-    tiles_left: np.ndarray  # int64 [blocks]: result tiles that the block's combine still needs
+    results_left: np.ndarray  # int32 [num_experts]: result chunks not seen yet
+    tiles_left: np.ndarray  # int64 [blocks]: result chunks that the block's combine still needs
     result_seen: np.ndarray  # int64 [num_experts, row_blocks]: epoch in which the flag was seen
 
 
@@ -92,10 +93,15 @@ class Received(NamedTuple):
 
     seen: np.ndarray  # int64 [packets]: epoch in which the signal was seen
     rows: np.ndarray  # int64 [packets]
-    first_row: np.ndarray  # int64 [packets]: where the packet's rows begin in `hidden`
-    tiles_to_queue: np.ndarray  # int64 [packets]: row tiles whose tasks are yet to be queued
-    up_done: np.ndarray  # int64 [packets, row_blocks]: column tiles finished
+    begun: np.ndarray  # int64 [packets]: row tiles whose first row is in the packet
+    streams: np.ndarray  # int64 [experts_per_rank, STREAM_WORDS]: row_tiles.py
+    arrived: np.ndarray  # int64 [experts_per_rank, num_ranks]: sources of packets with rows, as they came
+    cut: np.ndarray  # int64 [experts_per_rank, num_ranks * row_blocks]: indices of the expert's tiles, as they were cut
+    tiles: np.ndarray  # int64 [packets, row_blocks, TILE_WORDS]: those that begin in a packet
+    places: np.ndarray  # int64 [rows, PLACE_WORDS]: of tiles with rows of several packets (tile_gemm/rows.py)
+    up_done: np.ndarray  # int64 [packets, row_blocks]: column tiles finished of a row tile
     down_done: np.ndarray  # int64 [packets, row_blocks]
+    chunk_done: np.ndarray  # int64 [packets, row_blocks]: rows finished of a result chunk
     hidden: np.ndarray  # elements [rows, ffn], between the two matrix products
 
 

@@ -1,29 +1,40 @@
 """The OS block: starts a call, polls signals, and turns each into tasks.
 
-A lane polls the flags of every `lanes()`-th expert, and lanes meet only at atomic counters. Packets become GEMM0 tasks.
-The result of a row tile counts down the token blocks whose rows it holds, and a token block at zero becomes a COMBINE
-task. When the last packet has been seen the number of this rank's tasks is known, and published for the processors to
-stop by.
+A lane polls the flags of every `lanes()`-th expert, and lanes meet only at atomic counters. The rows of packets become
+row tiles (row_tiles.py), and these GEMM0 tasks: a full tile at once; rows that do not fill one when the expert's last
+packet is here, or when processors run idle. The result of a chunk counts down the token blocks whose rows it holds, and
+a token block at zero becomes a COMBINE task. When the last packet has been seen the number of this rank's tasks is
+known, and published for the processors to stop by.
 """
 
 from __future__ import annotations
 
-from flashmoe_numba.device import fetch_add, jit, lane, lanes, ld_acquire, ld_relaxed, now, st_release
+from flashmoe_numba.device import fetch_add, has_settled, jit, lane, lanes, ld_acquire, ld_relaxed, now, st_release
 from reference.task_kinds import COMBINE, GATE, GEMM0, RECEIVE
 
 from .control import DISPATCH_FLAG, GATE_FLAG, RESULT_FLAG, SUBSCRIBER, AbortRecord
 from .queue import (
     GATE_OPEN,
     GEMM_TASKS,
-    HIDDEN_ROWS,
     PACKETS_SEEN,
     TOTAL,
     QueueTask,
     counter,
     fill,
+    is_idle,
     push,
     reserve,
     zero_next_counters,
+)
+from .row_tiles import (
+    append_packet,
+    begin_stream,
+    cut_tile,
+    cut_tiles,
+    packets_missing,
+    rows_waiting,
+    take_tiles,
+    tile_name,
 )
 from .signals import word_epoch, word_rows
 from .sizes import down_tiles, num_gate_tasks, num_row_blocks, num_token_blocks, tile_height, up_tiles
@@ -46,6 +57,8 @@ def os_block(block, rank, trace):
 def subscribe(block, rank, trace):
     """Poll this lane's flags until all have been seen."""
     p, segments, tokens, queue = rank.problem, rank.segments, rank.tokens, rank.queue
+    for expert in range(lane(), p.experts_per_rank, lanes()):
+        begin_stream(rank.received, expert)
     packets_left = (p.experts_per_rank - lane() + lanes() - 1) // lanes() * p.num_ranks
     results_left = -1  # unknown until the gate is open
     wait = begin_wait()
@@ -60,6 +73,8 @@ def subscribe(block, rank, trace):
             packets_left -= arrived
             results_left -= landed
             seen += arrived + landed
+        if seen == 0 and has_settled(wait.attempt):
+            seen = cut_rests(p, rank.received, queue)
         if seen > 0:
             wait = begin_wait()
         else:
@@ -77,16 +92,17 @@ def poll_packets(p, segments, received, queue, trace):
     """Admit what has arrived for this lane's experts since the last look; returns how many packets."""
     seen = 0
     for expert in range(lane(), p.experts_per_rank, lanes()):
-        row_tiles = 0
+        before = seen
         for source in range(p.num_ranks):
             packet = source * p.experts_per_rank + expert
             if received.seen[packet] != p.epoch and word_epoch(ld_relaxed(segments.dispatch_flag, packet)) >= p.epoch:
                 start = now()
-                row_tiles += open_packet(p, segments, received, queue, packet)
+                open_packet(p, segments, received, expert, source)
+                cut_tiles(p, received, queue, expert, p.tile_m if is_held_back(p, received, expert) else 1)
                 note_event(trace, QueueTask(RECEIVE, source, expert, 0, received.rows[packet]), start)
                 seen += 1
-        if row_tiles > 0:
-            queue_gemm0(p, received, queue, expert, row_tiles)
+        if seen > before:
+            queue_tiles(p, received, queue, expert)
     if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
         gemms = ld_acquire(queue.counters, counter(p, GEMM_TASKS))
         total = num_gate_tasks(p) + p.num_experts + num_token_blocks(p) + gemms
@@ -95,38 +111,55 @@ def poll_packets(p, segments, received, queue, trace):
 
 
 @jit
-def open_packet(p, segments, received, queue, packet):
-    """Take note of a packet that is here; returns its number of row tiles."""
+def open_packet(p, segments, received, expert, source):
+    """Take note of a packet that is here: its rows join the expert's stream."""
+    packet = source * p.experts_per_rank + expert
     word = ld_acquire(segments.dispatch_flag, packet)
-    # A word of the next epoch: its sender has left this one, so its packet held nothing that we had to answer.
-    rows = word_rows(word) if word_epoch(word) == p.epoch else 0
-    row_tiles = num_row_blocks(rows, p.tile_m_min, p.tile_m)
-    height = tile_height(rows, p.tile_m_min, p.tile_m)
     received.seen[packet] = p.epoch
-    received.rows[packet] = rows
-    received.tiles_to_queue[packet] = row_tiles
-    received.first_row[packet] = fetch_add(queue.counters, counter(p, HIDDEN_ROWS), row_tiles * height)
-    return row_tiles
+    # A word of the next epoch: its sender has left this one, so its packet held nothing that we had to answer.
+    append_packet(p, received, expert, source, word_rows(word) if word_epoch(word) == p.epoch else 0)
 
 
 @jit
-def queue_gemm0(p, received, queue, expert, row_tiles):
-    """Queue the GEMM0 tasks of an expert's new packets, all row tiles of a column tile in a row: they share weights."""
-    fetch_add(queue.counters, counter(p, GEMM_TASKS), row_tiles * (up_tiles(p) + down_tiles(p)))
-    place = reserve(p, queue, row_tiles * up_tiles(p))
+def is_held_back(p, received, expert):
+    """May rows that do not fill a tile wait for others? Nobody waits for what will not come."""
+    return p.packed and packets_missing(p, received, expert) > 0
+
+
+@jit
+def cut_rests(p, received, queue):
+    """Processors run idle, and nothing comes: multiply what waits; returns how many tiles that were."""
+    cut = 0
+    for expert in range(lane(), p.experts_per_rank, lanes()):
+        rows = rows_waiting(received, expert)  # fewer than a tile has
+        if rows > 0 and is_idle(p, queue):
+            cut_tile(p, received, queue, expert, rows)
+            cut += queue_tiles(p, received, queue, expert)
+    return cut
+
+
+@jit
+def queue_tiles(p, received, queue, expert):
+    """Queue the GEMM0 tasks of an expert's new tiles, all tiles of a column tile in a row: they share weights.
+
+    Returns how many tiles these are.
+    """
+    first, end = take_tiles(received, expert)
+    if first == end:
+        return 0
+    fetch_add(queue.counters, counter(p, GEMM_TASKS), (end - first) * (up_tiles(p) + down_tiles(p)))
+    place = reserve(p, queue, (end - first) * up_tiles(p))
     for n in range(up_tiles(p)):
-        for source in range(p.num_ranks):
-            packet = source * p.experts_per_rank + expert
-            for m in range(received.tiles_to_queue[packet]):
-                fill(p, queue, place, QueueTask(GEMM0, source, expert, m, n))
-                place += 1
-    for source in range(p.num_ranks):
-        received.tiles_to_queue[source * p.experts_per_rank + expert] = 0
+        for i in range(first, end):
+            packet, m = tile_name(p, received, expert, i)
+            fill(p, queue, place, QueueTask(GEMM0, packet // p.experts_per_rank, expert, m, n))
+            place += 1
+    return end - first
 
 
 @jit
 def count_results(p, tokens):
-    """Result tiles that this lane waits for."""
+    """Result chunks that this lane waits for."""
     tiles = 0
     for e in range(lane(), p.num_experts, lanes()):
         tiles += tokens.results_left[e]
@@ -135,7 +168,7 @@ def count_results(p, tokens):
 
 @jit
 def poll_results(p, segments, tokens, queue):
-    """Land this lane's result tiles that have arrived since the last look; returns how many."""
+    """Land this lane's result chunks that have arrived since the last look; returns how many."""
     landed = 0
     for e in range(lane(), p.num_experts, lanes()):
         if tokens.results_left[e] > 0:
@@ -152,7 +185,7 @@ def poll_results(p, segments, tokens, queue):
 
 @jit
 def land(p, tokens, queue, e, m):
-    """One result tile is here: its slots belong to a run of token blocks, because slots are in token order."""
+    """One result chunk is here: its slots belong to a run of token blocks, because slots are in token order."""
     height = tile_height(tokens.sent[e], p.tile_m_min, p.tile_m)
     first = m * height
     end = min(first + height, tokens.sent[e])

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from reference import MoEConfig, Weights
-from reference.scalars import make_plain, number, plain, whole
+from reference.runs import PACKINGS
+from reference.scalars import check_name, make_plain, number, plain, whole
 
 from ..backends import check_backend
 from ..heap.protocols import Heap
@@ -34,6 +35,7 @@ class LayerSettings:
     deadline_s: float = DEADLINE_S
     setup_deadline_s: float = SETUP_DEADLINE_S
     trace: bool = False
+    packing: str = PACKINGS[0]
 
     def __post_init__(self) -> None:
         """NumPy's scalars are numbers, too."""
@@ -61,6 +63,7 @@ class LayerSettings:
             _check_processors(self.num_processors)
         if not isinstance(self.trace, bool):
             raise TypeError(f"trace must be True or False, got {self.trace!r}")
+        check_name("packing", self.packing, PACKINGS)
         _check_seconds("deadline_s", self.deadline_s)
         _check_seconds("setup_deadline_s", self.setup_deadline_s)
         self._check_comm()

@@ -13,6 +13,7 @@ import numpy as np
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
 from reference.cache_folder import usable_cache_folder
 from reference.plan import max_tasks
+from reference.runs import PACKINGS
 
 from ..backends import make_backend
 from ..backends.protocols import Backend
@@ -53,6 +54,8 @@ class FlashMoE(Owned):
         deadline_s: a call fails when no rank has finished any task for this long.
         setup_deadline_s: with `comm`, how long a rank waits for the others while they make their layers.
         trace: keep a record of every task of the last call (`layer.traces`).
+        packing: "sources": a row tile holds rows of any source, so that few rows of many ranks share an expert's
+            weights; "none": every source's rows have tiles of their own. Results are the same, bit for bit.
         backend_settings: of the fibers: seed, lanes, preempt. Of cuda: device (index of the GPU; default: the current
             one, and with `comm` the rank's number modulo the GPUs), tf32 (multiply float32 as TF32).
 
@@ -72,6 +75,7 @@ class FlashMoE(Owned):
         deadline_s: float = DEADLINE_S,
         setup_deadline_s: float = SETUP_DEADLINE_S,
         trace: bool = False,
+        packing: str = PACKINGS[0],
         **backend_settings: Any,
     ) -> None:
         if comm is not None and not hasattr(comm, "Split_type"):
@@ -86,6 +90,7 @@ class FlashMoE(Owned):
             deadline_s=deadline_s,
             setup_deadline_s=setup_deadline_s,
             trace=trace,
+            packing=packing,
         )
         if comm is None:
             settings.check()
@@ -105,6 +110,7 @@ class FlashMoE(Owned):
         num_processors: int | None = None,
         deadline_s: float = DEADLINE_S,
         trace: bool = False,
+        packing: str = PACKINGS[0],
     ) -> FlashMoE:
         """A layer on objects (backends/protocols.py, heap/protocols.py) in place of names.
 
@@ -120,7 +126,7 @@ class FlashMoE(Owned):
         for name, part, verb in (("heap", heap, "allocate"), ("backend", backend, "run")):
             if not hasattr(part, verb):
                 raise TypeError(f"{name} must be an object with the methods of its protocol, got {part!r}")
-        how: dict[str, Any] = dict(num_processors=num_processors, deadline_s=deadline_s, trace=trace)
+        how: dict[str, Any] = dict(num_processors=num_processors, deadline_s=deadline_s, trace=trace, packing=packing)
         layer = cls.__new__(cls)
         layer._set_up(LayerSettings(config=config, weights=weights, **how), heap, [backend], lambda: None)
         return layer
@@ -173,7 +179,7 @@ class FlashMoE(Owned):
         for rank_idx in heap.rank_indices:
             own = settings.weights.shard(rank_idx, config.num_ranks)
             memory = heap.segments, self.num_processors, self._backend
-            self._ranks.append(Rank(config, rank_idx, own, *memory, events))
+            self._ranks.append(Rank(config, rank_idx, own, *memory, events, settings.packing == "sources"))
 
     def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None) -> Any:
         """The layer's output for these tokens.
@@ -313,9 +319,24 @@ class FlashMoE(Owned):
     @property
     def stats(self) -> Stats | list[Stats]:
         """`Stats` of the last call: of this rank with `comm`, else a list over ranks."""
-        epochs = [self._backend.epoch(position, self._epoch) for position in range(len(self._ranks))]
-        stats = [r.stats(epoch, n) for r, epoch, n in zip(self._ranks, epochs, self._last_tokens(), strict=True)]
+        stats = [
+            r.stats(epoch, n) for r, epoch, n in zip(self._ranks, self._epochs(), self._last_tokens(), strict=True)
+        ]
         return stats if self._in_process else stats[0]
+
+    @property
+    def row_tiles(self) -> Any:
+        """`RowTile`s of the last call, for each expert of this rank with `comm`, else a list over ranks of these.
+
+        Which rows share a tile depends on what came when, unless each source's rows have tiles of their own.
+        """
+        self._last_tokens()
+        tiles = [rank.row_tiles(epoch) for rank, epoch in zip(self._ranks, self._epochs(), strict=True)]
+        return tiles if self._in_process else tiles[0]
+
+    def _epochs(self) -> list[int]:
+        """The last call of each rank here."""
+        return [self._backend.epoch(position, self._epoch) for position in range(len(self._ranks))]
 
     @property
     def traces(self) -> dict[tuple[int, int], np.ndarray]:
@@ -330,7 +351,7 @@ class FlashMoE(Owned):
     def _last_tokens(self) -> list[int]:
         self._raise_if_closed()
         if not self._num_tokens:
-            raise ValueError("there was no call yet: routing, stats and traces tell of the last one")
+            raise ValueError("there was no call yet: routing, stats, row_tiles and traces tell of the last one")
         return self._num_tokens
 
     def close(self) -> None:

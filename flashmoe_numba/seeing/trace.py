@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from reference import DISPATCH, GEMM0
+from reference.task_kinds import RECEIVE
 from reference.traces import Event, Slice, flow_events, name_events, slice_events, write_events
 
 from ..kernel.trace import EVENT_WORDS
@@ -55,8 +56,8 @@ def write_chrome_trace(slices: Sequence[Slice], num_processors: int, file: Path)
 def chrome_trace(slices: Sequence[Slice], num_processors: int) -> list[Event]:
     """Events: names of ranks (pid) and blocks (tid), a slice per record, an arrow per packet with rows.
 
-    Times are microseconds since the first slice began. An arrow goes from a packet's DISPATCH to its first GEMM0; those
-    of the earliest packets are drawn.
+    Times are microseconds since the first slice began. An arrow goes from a packet's DISPATCH to the first GEMM0 of a
+    tile with its rows; those of the earliest packets are drawn.
     """
     slices = from_zero(slices)
     ranks = {rank: f"rank {rank}" for rank in sorted({task.rank for task in slices})}
@@ -66,13 +67,32 @@ def chrome_trace(slices: Sequence[Slice], num_processors: int) -> list[Event]:
 
 
 def _packets(slices: Sequence[Slice]) -> Iterator[tuple[Slice, Slice]]:
-    """(DISPATCH, first GEMM0) of each packet that has rows, in the order of dispatch."""
+    """(DISPATCH, first GEMM0 of a tile with its rows) of each packet that has rows, in the order of dispatch."""
     by_time = sorted(slices, key=lambda task: (task.start_ns, task.rank, task.lane))
-    first: dict[tuple[int, int, int], Slice] = {}
+    used = _first_gemms(by_time)
+    for task in by_time:
+        packet = (task.rank, task.peer, task.expert)  # source, owner, expert
+        if task.kind == DISPATCH and packet in used:
+            yield task, used[packet]
+
+
+def _first_gemms(by_time: Sequence[Slice]) -> dict[tuple[int, int, int], Slice]:
+    """By (source, owner, expert): of the first tile that begins in the packet, else of the last one before it.
+
+    Tiles are cut in the order in which an expert's packets arrive, so the rows of a packet in which none begins are all
+    in the tile that began last.
+    """
+    tiles: dict[tuple[int, int, int], dict[int, Slice]] = {}
     for task in by_time:
         if task.kind == GEMM0:
-            first.setdefault((task.peer, task.rank, task.expert), task)  # source, owner, expert
+            tiles.setdefault((task.peer, task.rank, task.expert), {}).setdefault(task.m, task)
+    first: dict[tuple[int, int, int], Slice] = {}
+    last: dict[tuple[int, int], Slice] = {}  # by (owner, expert)
     for task in by_time:
-        packet = (task.rank, task.peer, task.expert)
-        if task.kind == DISPATCH and packet in first:
-            yield task, first[packet]
+        if task.kind == RECEIVE and task.n > 0:
+            packet, stream = (task.peer, task.rank, task.expert), (task.rank, task.expert)
+            begun = tiles.get(packet, {})
+            if begun or stream in last:
+                first[packet] = begun[min(begun)] if begun else last[stream]
+                last[stream] = begun[max(begun)] if begun else last[stream]
+    return first

@@ -3,6 +3,22 @@
 from .activations import IDENTITY
 from .matrices import Matrices, as_matrices
 from .panels import Panels, pack_matrices
+from .rows import IN_ORDER, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rooms, Rows
 from .stub import Scratch, tile_gemm
 
-__all__ = ["IDENTITY", "Matrices", "Panels", "Scratch", "as_matrices", "pack_matrices", "tile_gemm"]
+__all__ = [
+    "IDENTITY",
+    "IN_ORDER",
+    "PLACE_WORDS",
+    "RANK",
+    "ROW_IN",
+    "ROW_OUT",
+    "Matrices",
+    "Panels",
+    "Rooms",
+    "Rows",
+    "Scratch",
+    "as_matrices",
+    "pack_matrices",
+    "tile_gemm",
+]

@@ -10,8 +10,10 @@ import numpy as np
 from reference.activations import FILES
 from reference.formats import FORMATS
 
+from ..device import lane
 from ..device.compilation import jit
 from ..device.cuda_api import element_pointer, intrinsic, ir, overload, types
+from . import rows as of_rows
 from .activations import VERBS
 from .hopper import DEPTH_BYTES, HALF_COLUMNS, INSTRUCTIONS, MAP_WORDS, ROWS, TmaMatrices, main_loop
 from .lanes import multiply_tile, sum_products
@@ -20,9 +22,9 @@ from .stub import tile_gemm, tile_sums
 
 
 @overload(tile_gemm)
-def _tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch):
-    def meaning(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch):
-        multiply_tile(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch)
+def _tile_gemm(out, a, rows, matrices, expert, n, activation, scratch):
+    def meaning(out, a, rows, matrices, expert, n, activation, scratch):
+        multiply_tile(out, a, rows, matrices, expert, n, activation, scratch)
 
     return meaning
 
@@ -40,17 +42,17 @@ for _name, _verb in VERBS.items():
 
 
 @overload(tile_sums)
-def _tile_sums(a, a_row, rows, matrices, expert, first, columns, scratch):
+def _tile_sums(a, first_row, rows, matrices, expert, first, columns, scratch):
     if matrices.instance_class is not Matrices:
         return None
 
-    def meaning(a, a_row, rows, matrices, expert, first, columns, scratch):
-        sum_products(a, a_row, rows, matrices, expert, first, columns, scratch)
+    def meaning(a, first_row, rows, matrices, expert, first, columns, scratch):
+        sum_products(a, first_row, rows, matrices, expert, first, columns, scratch)
 
     return meaning
 
 
-def _tile_of(rows: int, dtype: str) -> Any:
+def _tile_of(rows: int, dtype: str, gathered: bool) -> Any:
     """Intrinsic `f(sums, maps, row, column, column of the second half, expert, blocks of the depth, second map)`."""
 
     @intrinsic
@@ -63,7 +65,7 @@ def _tile_of(rows: int, dtype: str) -> Any:
             integers = [builder.trunc(value, ir.IntType(32)) for value in args[2:7]]
             operands = [pointer, first_map, *integers, second_map]
             function = ir.FunctionType(ir.VoidType(), [value.type for value in operands])
-            builder.asm(function, main_loop(rows, dtype), "l,l,r,r,r,r,r,l,~{memory}", operands, True)
+            builder.asm(function, main_loop(rows, dtype, gathered), "l,l,r,r,r,r,r,l,~{memory}", operands, True)
             return context.get_dummy_value()
 
         word = ir.IntType(64)
@@ -72,30 +74,49 @@ def _tile_of(rows: int, dtype: str) -> Any:
     return tile
 
 
-_TILES = {  # by the storage of elements
-    str(FORMATS[dtype].storage): {rows: _tile_of(rows, dtype) for rows in ROWS} for dtype in INSTRUCTIONS
+def _tile_of_any_height(tiles: list[Any]) -> Any:
+    """A function that chooses one of these by the number of rows."""
+    tile16, tile32, tile64, tile128 = tiles
+
+    @jit
+    def tile(rows, sums, maps, row, column, second_column, expert, blocks, second):
+        if rows <= 16:
+            tile16(sums, maps, row, column, second_column, expert, blocks, second)
+        elif rows <= 32:
+            tile32(sums, maps, row, column, second_column, expert, blocks, second)
+        elif rows <= 64:
+            tile64(sums, maps, row, column, second_column, expert, blocks, second)
+        else:
+            tile128(sums, maps, row, column, second_column, expert, blocks, second)
+
+    return tile
+
+
+row_of = jit(of_rows.row_of)
+_TILES = {  # by the storage of elements, and whether rows are gathered
+    (str(FORMATS[dtype].storage), gathered): _tile_of_any_height([_tile_of(rows, dtype, gathered) for rows in ROWS])
+    for dtype in INSTRUCTIONS
+    for gathered in (False, True)
 }
 
 
 @overload(tile_sums)
-def _tile_sums_by_tensor_cores(a, a_row, rows, matrices, expert, first, columns, scratch):
+def _tile_sums_by_tensor_cores(a, first_row, rows, matrices, expert, first, columns, scratch):
     if matrices.instance_class is not TmaMatrices:
         return None
-    tiles = _TILES[str(a.dtype)]
-    tile16, tile32, tile64, tile128 = (tiles[rows] for rows in ROWS)
-    elements = DEPTH_BYTES * 8 // a.dtype.bitwidth
+    dtype = a.types[0].dtype
+    in_order, gathered = (_TILES[str(dtype), kind] for kind in (False, True))
+    elements = DEPTH_BYTES * 8 // dtype.bitwidth
 
-    def meaning(a, a_row, rows, matrices, expert, first, columns, scratch):
+    def meaning(a, first_row, rows, matrices, expert, first, columns, scratch):
         blocks = (matrices.depth + elements - 1) // elements
         second = matrices.parts - 1  # the second half: its own matrix, or the next columns of the only one
         second_column = first + (1 - second) * HALF_COLUMNS
-        if rows <= 16:
-            tile16(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
-        elif rows <= 32:
-            tile32(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
-        elif rows <= 64:
-            tile64(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
+        if a.at < 0:
+            row = row_of(a, first_row)
+            in_order(rows, scratch.sums, matrices.maps, row, first, second_column, expert, blocks, second)
         else:
-            tile128(scratch.sums, matrices.maps, a_row, first, second_column, expert, blocks, second)
+            row = row_of(a, first_row + min(lane(), rows - 1))  # the thread's own; those beyond repeat the last
+            gathered(rows, scratch.sums, matrices.maps, row, first, second_column, expert, blocks, second)
 
     return meaning

@@ -12,7 +12,8 @@ tile has 64 gate columns, then the 64 up columns of the same results.
 Every sum is one chain over the depth in steps of 32 bytes, in registers, whatever the number of rows.
 
 The rows were written by ordinary stores, and TMA reads through the asynchronous proxy: whoever has acquired the rows'
-signal must issue a proxy fence before it asks for them. Thread 0 does both.
+signal must issue a proxy fence before it asks for them. Thread 0 does both; where rows are gathered, each thread that
+asks for one has met thread 0 at a barrier since, and fences, too. Thread 0 fences the maps for its block.
 
 Here are the geometry and the PTX, as text; cuda.py makes it callable.
 """
@@ -35,7 +36,7 @@ BARRIERS_AT = max(STAGES[rows] * (WEIGHT_BYTES + rows * DEPTH_BYTES) for rows in
 SHARED_BYTES = BARRIERS_AT + 8 * max(STAGES.values())
 SHARED_ALIGNMENT = 1024  # of the swizzle
 MAP_WORDS = 16  # of a CUtensorMap
-NUM_MAPS = 2 + len(ROWS)
+NUM_MAPS = 2 + len(ROWS) + 1
 
 # Descriptor of a K-major operand with the 128-byte swizzle: 8 rows are 1024 bytes apart. The address is added.
 _DESCRIPTOR = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
@@ -58,14 +59,19 @@ class TmaMatrices(NamedTuple):
     tile_n: int
     parts: int
     group_rows: int
-    maps: Any  # int64 [NUM_MAPS, MAP_WORDS]: of first, of second, and of the rows to multiply in boxes of ROWS
+    maps: Any  # int64 [NUM_MAPS, MAP_WORDS]: of first, of second, of the rows to multiply in boxes of ROWS, and of one
 
 
-def main_loop(rows: int, dtype: str) -> str:
+def main_loop(rows: int, dtype: str, gathered: bool = False) -> str:
     """PTX of a whole tile for `rows` rows and 128 columns.
 
     Operands: $0 sums in shared memory (generic address), $1 maps, $2 the first row, $3 and $4 the first columns of both
     halves, $5 the expert, $6 blocks of the depth, $7 the address of the map of the second half.
+
+    Args:
+        gathered: the rows lie anywhere: $2 is the thread's own row, and each of the first `rows` threads brings one.
+            A box of one row may begin at any multiple of 128 bytes of shared memory: which bits of an address the
+            swizzle exchanges follows from the address, not from the box (section 5.5.7).
     """
     kind, depth, flags = INSTRUCTIONS[dtype]
     stages, sums = STAGES[rows], rows // 2
@@ -76,27 +82,42 @@ def main_loop(rows: int, dtype: str) -> str:
         return ", ".join(f"d{half * sums + i}" for i in range(sums))
 
     def load(stage: str, barrier: str) -> list[str]:
-        """Ask for block `block` of the depth, if `go`."""
+        """Ask for block `block` of the depth, if `go`; for the thread's own row of it, if `own`."""
         tma = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
         parts = [(0, "3", "$1", "{x, $3, $5}"), (WEIGHT_BYTES // 2, "3", "$7", "{x, $4, $5}")]
-        parts.append((WEIGHT_BYTES, "2", "rowmap", "{x, $2}"))
+        if not gathered:
+            parts.append((WEIGHT_BYTES, "2", "rowmap", "{x, $2}"))
+        own = [
+            f"add.u32 own_at, {stage}, own_row;",
+            f"@own {tma.format(2)} [own_at], [rowmap, {{x, $2}}], [{barrier}];",
+        ]
         return [
             f"mul.lo.s32 x, block, {elements};",
             f"@go mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {stage_bytes};",
             *[f"@go {tma.format(rank)} [{stage}+{at}], [{m}, {c}], [{barrier}];" for at, rank, m, c in parts],
+            *(own if gathered else []),
         ]
 
+    def own_if(greater: str) -> list[str]:
+        return [f"setp.gt.and.s32 own, {greater};"] if gathered else []
+
+    own_row = [
+        f"setp.lt.u32 first, thread, {rows};",
+        f"mad.lo.u32 own_row, thread, {DEPTH_BYTES}, {WEIGHT_BYTES};",
+    ]
     lines = [
         ".reg .pred lead, go, done, sum;",
         f".reg .f32 d<{2 * sums}>;",
         ".reg .b32 thread, x, block, k, stage, shared, barriers, at, barrier, at_before, barrier_before, parity;",
         ".reg .b64 rowmap, a, a0, a1, b, address;",
+        *([".reg .pred own, first;", ".reg .b32 own_at, own_row;"] if gathered else []),
         "cvta.to.shared.u64 address, $0;",
         "cvt.u32.u64 shared, address;",
         f"add.u32 barriers, shared, {BARRIERS_AT};",
-        f"add.u64 rowmap, $1, {8 * MAP_WORDS * (2 + ROWS.index(rows))};",
+        f"add.u64 rowmap, $1, {8 * MAP_WORDS * (2 + (len(ROWS) if gathered else ROWS.index(rows)))};",
         "mov.u32 thread, %tid.x;",
         "setp.eq.u32 lead, thread, 0;",
+        *(own_row if gathered else []),
         # what ordinary stores wrote, here and in the rows, comes before what TMA does
         "fence.proxy.async;",
         *[f"@lead mbarrier.init.shared::cta.b64 [barriers+{8 * s}], 1;" for s in range(stages)],
@@ -105,7 +126,7 @@ def main_loop(rows: int, dtype: str) -> str:
         f"bar.sync 1, {THREADS};",
     ]
     for s in range(stages):
-        lines += [f"setp.gt.and.s32 go, $6, {s}, lead;", f"mov.u32 block, {s};"]
+        lines += [f"setp.gt.and.s32 go, $6, {s}, lead;", *own_if(f"$6, {s}, first"), f"mov.u32 block, {s};"]
         lines += [f"add.u32 at, shared, {s * stage_bytes};", f"add.u32 barrier, barriers, {8 * s};"]
         lines += load("at", "barrier")
     lines += [
@@ -141,6 +162,8 @@ def main_loop(rows: int, dtype: str) -> str:
         f"add.s32 block, k, {stages - 1};",
         "setp.gt.and.s32 go, k, 0, lead;",
         "setp.lt.and.s32 go, block, $6, go;",
+        *own_if("k, 0, first"),
+        *(["setp.lt.and.s32 own, block, $6, own;"] if gathered else []),
         *load("at_before", "barrier_before"),
         *("mov.u32 at_before, at;", "mov.u32 barrier_before, barrier;"),
         *("add.s32 k, k, 1;", "add.s32 stage, stage, 1;"),

@@ -6,7 +6,7 @@ and `TmaMatrices` (hopper.py), of which cuda.py registers the last two. The body
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from ..device import vocabulary as verbs
 from ..device.compilation import interpreted
 from .matrices import Matrices
 from .panels import num_tiles
+from .rows import room_address, room_row, row_of
 
 INTERPRETED_PANEL_WIDTH = 4
 IS_VERB = True  # places in the source are those of callers (device/fibers.py)
@@ -30,19 +31,26 @@ class Scratch(NamedTuple):
     sums: np.ndarray
 
 
-def tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch):
+def tile_gemm(out, a, rows, matrices, expert, n, activation, scratch):
     """Store a tile of act(a @ gate + b0) * (a @ up + b1), or of act(a @ weights + b0) where there is one part.
 
     Args:
-        out, out_row: elements `[..., columns]`, and the tile's first row there. Its columns are those of column tile n.
-        a, a_row, rows: elements `[..., depth]`, the first row to multiply, and how many.
+        out: the `Rooms` of the results; the tile's columns are those of column tile n.
+        a, rows: the `Rows` to multiply, and how many.
         matrices, expert, n: weights in one of these forms, and which column tile of which expert.
         activation: index into ACTIVATIONS.
         scratch: the block's `Scratch`.
     """
+    multiply(verbs.array_at, out, a, rows, matrices, expert, n, activation, scratch)
+
+
+def multiply(
+    array_at: Any, out: Any, a: Any, rows: int, matrices: Any, expert: int, n: int, activation: int, scratch: Scratch
+) -> None:
+    """The same, interpreted; the first verb is another one where memory is watched."""
     if isinstance(matrices, Matrices):
         lanes = interpreted("flashmoe_numba.tile_gemm.lanes")
-        lanes.multiply_tile(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch)
+        lanes.multiply_tile(out, a, rows, matrices, expert, n, activation, scratch)
         return
     width, depth, parts, accumulator = INTERPRETED_PANEL_WIDTH, matrices.depth, matrices.parts, matrices.bias.dtype
     tile_n = matrices.tile_n
@@ -56,23 +64,26 @@ def tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scr
     mine = (verbs.lane() + 1) % verbs.lanes()  # as on other targets, a row is made by any lane
     for r in range(mine, rows, verbs.lanes()):
         fibers.preempt()
-        row = as_floats(a[(a_row + r) * depth : (a_row + r + 1) * depth], accumulator)
+        at = row_of(a, r) * depth
+        row = as_floats(a.array[at : at + depth], accumulator)
         with np.errstate(over="ignore", invalid="ignore"):
             sums = np.einsum("k,pkc->pc", row, tile) + added
             value = apply_activation(ACTIVATIONS[activation], sums[0]) * (sums[1] if parts == 2 else 1)
+        room = out.array if out.at < 0 else array_at(room_address(out, r), out.array.size, out.array)
+        out_at = room_row(out, r) * matrices.columns + first
         for c in range(columns):
-            verbs.store(out, (out_row + r) * matrices.columns + first + c, accumulator.type(value[c]))
+            verbs.store(room, out_at + c, accumulator.type(value[c]))
 
 
-def tile_sums(a, a_row, rows, matrices, expert, first, columns, scratch):
+def tile_sums(a, first_row, rows, matrices, expert, first, columns, scratch):
     """Fill `scratch.sums` `[rows, SUMS_STRIDE]` with the products of some rows and one column tile of `Matrices`.
 
     Args:
-        a, a_row, rows: as for `tile_gemm`; at most `matrices.group_rows` rows.
+        a, first_row, rows: `Rows`, which of the tile's comes first, and how many: at most `matrices.group_rows`.
         first, columns: of the tile; the columns of a second part come `tile_n` after those of the first.
     """
     interpreted("flashmoe_numba.tile_gemm.lanes").sum_products(
-        a, a_row, rows, matrices, expert, first, columns, scratch
+        a, first_row, rows, matrices, expert, first, columns, scratch
     )
 
 

@@ -32,7 +32,8 @@ from flashmoe_numba.device import (
 )
 from flashmoe_numba.device.records import record_words
 from flashmoe_numba.device.storage import storage_dtype
-from flashmoe_numba.tile_gemm import as_matrices, tile_gemm
+from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, as_matrices, tile_gemm
+from flashmoe_numba.tile_gemm import Rows as GemmRows
 from flashmoe_numba.tile_gemm.hopper import MAP_WORDS, NUM_MAPS, THREADS, tma_matrices
 from flashmoe_numba.tile_gemm.matrices import SUMS_STRIDE
 from flashmoe_numba.tile_gemm.stub import tile_sums
@@ -91,14 +92,15 @@ class Words(NamedTuple):
 
 
 def sums(r, scratch, box):
-    tile_sums(r.a, r.a_row, r.rows, r.matrices, r.expert, r.first, r.columns, scratch)
+    tile_sums(GemmRows(r.a, r.a_row, box, IN_ORDER), 0, r.rows, r.matrices, r.expert, r.first, r.columns, scratch)
     block_sync()
     for i in range(lane(), r.rows * SUMS_STRIDE, lanes()):
         r.out[i] = scratch.sums[i]
 
 
 def product(r, scratch, box):
-    tile_gemm(r.out, r.out_row, r.a, r.a_row, r.rows, r.matrices, r.expert, r.n, r.activation, scratch)
+    out = Rooms(r.out, r.out_row, box, IN_ORDER, box, 0)
+    tile_gemm(out, GemmRows(r.a, r.a_row, box, IN_ORDER), r.rows, r.matrices, r.expert, r.n, r.activation, scratch)
 
 
 def copy(r, scratch, box):

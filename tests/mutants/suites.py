@@ -31,10 +31,10 @@ INTERPRETED = Stage(
 GRIDS = Stage(0, f"{EXPLORE}/test_explore.py {UNIT}/test_grid.py {UNIT}/test_gpu_calls.py")
 COMPILED = Stage(  # for one element type: the others differ in products, not in the protocol
     90,
-    f"{UNIT}/test_gate_and_tasks.py {UNIT}/test_faults.py tests/unit/test_trace.py "
+    f"{UNIT}/test_gate_and_tasks.py {UNIT}/test_faults.py {UNIT}/test_late_source.py tests/unit/test_trace.py "
     + " ".join(f"--deselect={UNIT}/test_faults.py::{OF_EACH_TYPE}[{dtype}]" for dtype in ("float64", "bfloat16")),
 )
-PRODUCTS = Stage(120, f"{UNIT}/test_tile_gemm.py {UNIT}/test_guard_pages.py")
+PRODUCTS = Stage(120, f"{UNIT}/test_tile_gemm.py {UNIT}/test_micro_kernels.py {UNIT}/test_guard_pages.py")
 VERBS = Stage(30, f"{UNIT}/test_device_verbs.py {UNIT}/test_float_control.py")
 LAYERS = Stage(
     0,
@@ -62,6 +62,7 @@ SUITES = {
     "flashmoe_numba/backends/host.py": [LAYERS, PROCESSES],
     "flashmoe_numba/processes/meeting.py": [LAYERS, PROCESSES],
     "flashmoe_numba/tile_gemm/cpu.py": [PRODUCTS, COMPILED],
+    "flashmoe_numba/tile_gemm/rows.py": [PRODUCTS, COMPILED],
     "flashmoe_numba/tile_gemm/cpu_activations.py": [PRODUCTS],
     "flashmoe_numba/device/cpu.py": [VERBS, PRODUCTS, COMPILED],
     "sim/engine/plain.py": [ENGINES, SIMULATOR],

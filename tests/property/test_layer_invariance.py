@@ -1,7 +1,7 @@
 """Output bits depend on a token and the weights, and on nothing else.
 
-Not on the run, the number of ranks, of processors, the tile sizes, the other tokens of the batch, nor (on fibers) the
-interleaving. A token that is not finite spoils its own row only.
+Not on the run, the number of ranks, of processors, the tile sizes, whose rows share tiles, the other tokens of the
+batch, nor (on fibers) the interleaving. A token that is not finite spoils its own row only.
 """
 
 from dataclasses import replace
@@ -15,6 +15,7 @@ from worlds import configs
 
 from flashmoe_numba import FlashMoE
 from reference import ACTIVATIONS, MoEConfig, Weights
+from reference.runs import PACKINGS
 
 few = settings(max_examples=max(6, settings().max_examples // 2))
 NUM_GLOBAL = 24
@@ -67,7 +68,11 @@ def result(config, weights, tokens, num_ranks=1, rng=None, num_processors=1, **s
 
 @given(
     dropless_layers(max_hidden=300),
-    st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), tilings()), min_size=2, max_size=4),
+    st.lists(
+        st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), tilings(), st.sampled_from(PACKINGS)),
+        min_size=2,
+        max_size=4,
+    ),
     st.integers(0, 2**32),
 )
 def test_ranks_processors_and_tiles_do_not_matter(layer, variants, seed):
@@ -76,10 +81,11 @@ def test_ranks_processors_and_tiles_do_not_matter(layer, variants, seed):
     tokens[7] = tokens[3]  # a pair that is equal although its rows lie in other places of other tiles
     expected = result(config, weights, tokens)
     assert_same_bits(expected[7], expected[3], f"{config}: two equal tokens")
-    for turn, (num_ranks, num_processors, tiling) in enumerate(variants):
+    for turn, (num_ranks, num_processors, tiling, packing) in enumerate(variants):
         rng = None if turn == 0 else np.random.default_rng(seed + turn)
-        y = result(replace(config, **tiling), weights, tokens, num_ranks, rng, num_processors)
-        assert_same_bits(y, expected, f"{config} on {num_ranks} ranks, {num_processors} processors, {tiling}")
+        y = result(replace(config, **tiling), weights, tokens, num_ranks, rng, num_processors, packing=packing)
+        where = f"{num_ranks} ranks, {num_processors} processors"
+        assert_same_bits(y, expected, f"{config} on {where}, {tiling}, packing {packing}")
 
 
 @few
@@ -99,13 +105,17 @@ def test_a_token_does_not_see_the_others(layer, num_processors, seed):
 @few
 @given(
     configs(max_ranks=3, dtypes=("float32", "bfloat16"), capacity=None),
-    st.lists(st.tuples(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 4)), min_size=2, max_size=3),
+    st.lists(
+        st.tuples(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 4), st.sampled_from(PACKINGS)),
+        min_size=2,
+        max_size=3,
+    ),
 )
 def test_fibers_give_the_same_bits_in_every_interleaving(config, variants):
     weights, x = Weights.random(config, bias=True), random_tokens(config)
     runs = []
-    for seed, lanes, num_processors in variants:
-        settings = dict(backend="fibers", seed=seed, lanes=lanes, num_processors=num_processors)
+    for seed, lanes, num_processors, packing in variants:
+        settings = dict(backend="fibers", seed=seed, lanes=lanes, num_processors=num_processors, packing=packing)
         with FlashMoE(config, weights, **settings) as layer:
             runs.append((settings, layer(x)))
     for settings, y in runs[1:]:
@@ -118,7 +128,7 @@ def test_capacity_drops_the_same_rows_in_every_run(config, num_processors, seed)
     weights, x = Weights.random(config), random_tokens(config, seed=seed)
     with FlashMoE(config, weights, num_processors=num_processors) as layer:
         first = layer(x)
-    with FlashMoE(replace(config, token_block=4), weights, num_processors=1) as layer:
+    with FlashMoE(replace(config, token_block=4), weights, num_processors=1, packing="none") as layer:
         assert_same_bits(layer(x), first, f"{config}")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from flashmoe_numba.device import block_sync, jit, lane, lanes, load, store
+from flashmoe_numba.device import array_at, block_sync, jit, lane, lanes, load, store
+from flashmoe_numba.tile_gemm import rows as of_rows
 from flashmoe_numba.tile_gemm.activations import BY_INDEX
 from flashmoe_numba.tile_gemm.matrices import MAX_TILE_COLUMNS, SUMS_STRIDE
 from flashmoe_numba.tile_gemm.stub import tile_sums
+
+room_row, room_address = jit(of_rows.room_row), jit(of_rows.room_address)
 
 
 def _choices(kinds):
@@ -21,20 +24,20 @@ activate = _choices(BY_INDEX)
 
 
 @jit
-def multiply_tile(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch):
+def multiply_tile(out, a, rows, matrices, expert, n, activation, scratch):
     """`stub.tile_gemm` for `Matrices`."""
     first = n * matrices.tile_n
     columns = min(matrices.tile_n, matrices.columns - first)
     for group in range(0, rows, matrices.group_rows):
         here = min(matrices.group_rows, rows - group)
-        tile_sums(a, a_row + group, here, matrices, expert, first, columns, scratch)
+        tile_sums(a, group, here, matrices, expert, first, columns, scratch)
         block_sync()
-        finish(out, out_row + group, here, matrices, expert, first, columns, activation, scratch.sums)
+        finish(out, group, here, matrices, expert, first, columns, activation, scratch.sums)
         block_sync()
 
 
 @jit
-def finish(out, out_row, rows, matrices, expert, first, columns, activation, sums):
+def finish(out, first_row, rows, matrices, expert, first, columns, activation, sums):
     """Lanes side by side take columns side by side, and several rows if there are more lanes than columns."""
     bits = 0  # of a column among lanes, which are a power of two: divisions are slow, and so are loops of any step
     while (1 << bits) < min(lanes(), matrices.tile_n):
@@ -42,21 +45,23 @@ def finish(out, out_row, rows, matrices, expert, first, columns, activation, sum
     column = lane() & ((1 << bits) - 1)
     r = lane() >> bits
     while r < rows:
+        at = room_row(out, first_row + r) * matrices.columns + first
+        room = out.array if out.at < 0 else array_at(room_address(out, first_row + r), out.array.size, out.array)
         if lanes() >= MAX_TILE_COLUMNS:  # known when a kernel is compiled: a lane has one column at most, and no loop
             if column < columns:
-                finish_one(out, out_row, r, column, matrices, expert, first, activation, sums)
+                finish_one(room, at, r, column, matrices, expert, first, activation, sums)
         else:
             for c in range(column, columns, 1 << bits):
-                finish_one(out, out_row, r, c, matrices, expert, first, activation, sums)
+                finish_one(room, at, r, c, matrices, expert, first, activation, sums)
         r += lanes() >> bits
 
 
 @jit
-def finish_one(out, out_row, r, c, matrices, expert, first, activation, sums):
-    """The result of row r of the tile, column c of it."""
+def finish_one(room, at, r, c, matrices, expert, first, activation, sums):
+    """The result of row r of these, column c of the tile."""
     bias_at = expert * matrices.parts * matrices.columns + first + c
     value = activate(load(sums, r * SUMS_STRIDE + c) + load(matrices.bias, bias_at), activation)
     if matrices.parts == 2:
         up = load(sums, r * SUMS_STRIDE + matrices.tile_n + c)
         value = value * (up + load(matrices.bias, bias_at + matrices.columns))
-    store(out, (out_row + r) * matrices.columns + first + c, value)
+    store(room, at + c, value)

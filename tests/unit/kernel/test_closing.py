@@ -162,13 +162,14 @@ def test_a_close_in_another_thread_ends_the_call_and_says_so():
         layer(x)
 
 
-def test_no_thread_outlives_a_call_that_fails(monkeypatch):
+@pytest.mark.parametrize("failing", [0, 1])
+def test_no_thread_outlives_a_call_that_fails(monkeypatch, failing):
     """One block fails, another goes on until it is told to stop, and a moment longer."""
     stopped, waits, ended = threading.Event(), [], threading.Event()
     last = threading.Event()
 
     def block(number):
-        if number == 0:
+        if number == failing:
             raise Broken
         stopped.wait(60)
         last.wait(60)

@@ -14,6 +14,7 @@ from flashmoe_numba import FlashMoE
 from flashmoe_numba.kernel.queue import STAMP, TASK_WORDS, WHERE, WHO, QueueTask, pack, task_of, unpack
 from flashmoe_numba.kernel.trace import EVENT_WORDS
 from reference import GATE, Task, Weights, make_packets, softmax_topk, task_graph
+from reference.runs import PACKINGS, row_tiles, tiling_problem
 from reference.task_kinds import RECEIVE
 
 backends = st.sampled_from([{"backend": "cpu"}, {"backend": "fibers", "lanes": 1}, {"backend": "fibers", "lanes": 3}])
@@ -83,13 +84,13 @@ def test_a_task_survives_its_two_words(task):
     assert roundtrip(*task) == task
 
 
-@given(routed_layers(), st.integers(1, 3), backends)
-def test_slots_and_tasks_are_the_references(layer, num_processors, backend):
+@given(routed_layers(), st.integers(1, 3), st.sampled_from(PACKINGS), backends)
+def test_slots_and_tasks_are_the_references(layer, num_processors, packing, backend):
     config, x, (topk_idx, topk_weights) = layer
     given, topk_idx = topk_idx, [np.where(idx < config.num_experts, idx, -1) for idx in topk_idx]
     packets = [make_packets(idx, config) for idx in topk_idx]
-    graph = task_graph(packets, config)
-    with FlashMoE(config, Weights.random(config), num_processors=num_processors, trace=True, **backend) as layer:
+    how = dict(num_processors=num_processors, trace=True, packing=packing)
+    with FlashMoE(config, Weights.random(config), **how, **backend) as layer:
         for epoch in (1, 2):
             layer(x, topk_idx=given, topk_weights=topk_weights)
             times = {}
@@ -110,8 +111,20 @@ def test_slots_and_tasks_are_the_references(layer, num_processors, backend):
                 if len(x[rank]) == 0:
                     del here[Task(GATE, rank)]  # tells the peers that there is nothing
                 times |= here
+            tiles = check_tiles(layer, packets, packing)
+            graph = task_graph(packets, config, tiles)
             assert set(times) == set(graph), f"{config}: {set(times) ^ set(graph)}"
             check_order(times, graph, config)
+
+
+def check_tiles(layer, packets, packing):
+    """The row tiles of every expert, which hold each row once."""
+    tiles = [of_expert for of_rank in layer.row_tiles for of_expert in of_rank]
+    for expert, of_expert in enumerate(tiles):
+        rows = [int(packet.sent[expert]) for packet in packets]
+        assert tiling_problem(of_expert, rows, layer.config) is None, f"{layer.config}, expert {expert}"
+        assert packing == "sources" or of_expert == row_tiles(rows, layer.config), f"{layer.config}, expert {expert}"
+    return tiles
 
 
 def check_order(times, graph, config):
@@ -172,14 +185,14 @@ def test_stats_are_those_of_a_case_worked_out_by_hand():
     config = tiny_config(num_ranks=3, num_experts=6, num_topk=1, num_tokens=9, capacity=6)
     routes = [[0, 0, 0, 0, 0, 1, 3, -1, 6], [1, 1, 1, 5, 5], [4, 4, 4, 4, 4, 4, 4, 4, -1]]
     idx = [np.array(route)[:, None] for route in routes]
-    with FlashMoE(config, Weights.random(config), backend="fibers", num_processors=1, lanes=1) as layer:
+    with FlashMoE(config, Weights.random(config), backend="fibers", num_processors=1, lanes=1, packing="none") as layer:
         factors = [np.ones(part.shape) for part in idx]
         layer(random_tokens(config, [9, 5, 9]), topk_idx=idx, topk_weights=factors)
         stats = layer.stats
     assert [s.rows_per_expert for s in stats] == [(5, 1 + 3), (0, 1), (6, 2)]
     assert [s.row_tiles for s in stats] == [2 + 1 + 1, 1, 2 + 1]
-    assert [s.padded_rows for s in stats] == [8 + 2 + 4, 2, 8 + 2]
+    assert [s.padded_rows for s in stats] == [4 + 2 + 2 + 4, 2, 4 + 2 + 2]
     assert [s.received_rows for s in stats] == [9, 1, 8]
     assert [s.sent_rows for s in stats] == [7, 5, 6]
     assert [s.dropped_pairs for s in stats] == [0, 0, 2]
-    assert stats[0].padded_row_share == 1 - 9 / 14
+    assert stats[0].padded_row_share == 1 - 9 / 12

@@ -16,7 +16,7 @@ from flashmoe_numba.backends.fibers import FiberBackend
 from flashmoe_numba.device.cpu import JIT_OPTIONS
 from flashmoe_numba.device.fibers import Scheduler
 from flashmoe_numba.device.storage import as_storage
-from flashmoe_numba.tile_gemm import Scratch, as_matrices, tile_gemm
+from flashmoe_numba.tile_gemm import IN_ORDER, RANK, ROW_IN, ROW_OUT, Rooms, Rows, Scratch, as_matrices, tile_gemm
 from flashmoe_numba.tile_gemm.activations import VERBS
 from flashmoe_numba.tile_gemm.cpu_activations import exp32
 from flashmoe_numba.tile_gemm.matrices import STAGE_ELEMENTS, SUMS_ELEMENTS
@@ -27,8 +27,8 @@ from reference.formats import FORMATS
 from reference.tolerance import ELEMENTWISE_ULPS, GROWTH
 
 
-def multiply(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch):
-    tile_gemm(out, out_row, a, a_row, rows, matrices, expert, n, activation, scratch)
+def multiply(out, a, rows, matrices, expert, n, activation, scratch):
+    tile_gemm(out, a, rows, matrices, expert, n, activation, scratch)
 
 
 def on_fibers(lanes):
@@ -72,12 +72,13 @@ class Product:
         sizes = dict(hidden=depth, ffn=len(self.w[0]), num_experts=1, num_topk=1, num_ranks=1, num_tokens=rows)
         return MoEConfig(**sizes, dtype=self.dtype, gated=len(self.w) == 2)
 
-    def run(self, tile_n=128, tile_m=1000, targets=("cpu", 1), scratch=None, place=lambda array: array):
+    def run(self, tile_n=128, tile_m=1000, targets=("cpu", 1), scratch=None, place=lambda array: array, scatter=None):
         """`[rows, columns]`, made of tiles as the kernel makes it, by the second of two experts, in a larger array.
 
         Args:
             scratch: of a block; by default, more than enough.
             place: gives a copy of an array in memory of its choice; the tile GEMM gets nothing else.
+            scatter: a seed; rows lie in any order, and results go to any rows of two rooms.
         """
         kind, lanes = targets
         c = self.config
@@ -90,23 +91,38 @@ class Product:
         matrices = backend.pack(experts, biases, tile_n, c.accumulator, None)
         arrays = {name: value for name, value in matrices._asdict().items() if isinstance(value, np.ndarray)}
         matrices = matrices._replace(**{name: place(array) for name, array in arrays.items()})
-        out = place(as_storage(np.full((rows + 2, columns), 77, self.x.dtype)))
-        x = place(as_storage(self.x))
+        rooms = [place(as_storage(np.full((rows + 2, columns), 77, self.x.dtype))) for _ in range(2)]
+        places = self.places(scatter)
+        order = np.arange(rows) if scatter is None else places[:, ROW_IN]
+        x = place(as_storage(self.x[np.argsort(order)]))
+        addresses = place(np.array([room.ctypes.data for room in rooms]))
+        words = place(places.reshape(-1))
         tile_n = tile_n * len(self.w)
         enough = MoEConfig(**{**vars(c), "tile_m": 256, "tile_m_min": 256, "tile_n": tile_n})
         scratch = Scratch(*map(place, scratch or backend.make_scratch(enough)))
         for array in scratch:
             array[:] = np.nan
         for first in range(0, rows, tile_m):
+            at = IN_ORDER if scatter is None else first
             for n in range(-(-columns // matrices.tile_n)):
                 function(
-                    out, first + 1, x, first, min(tile_m, rows - first),
-                    matrices, 1, n, ACTIVATIONS.index(self.activation), scratch,
+                    Rooms(rooms[0], first + 1, words, at, addresses, 0), Rows(x, first, words, at),
+                    min(tile_m, rows - first), matrices, 1, n, ACTIVATIONS.index(self.activation), scratch,
                 )  # fmt: skip
         backend.close()
-        out = out.view(self.x.dtype).reshape(rows + 2, columns)
-        assert (out[[0, -1]] == 77).all(), f"{self}: written outside of the tile, with tile_n {tile_n}"
-        return out[1:-1].copy()
+        rooms = np.stack([room.view(self.x.dtype).reshape(rows + 2, columns) for room in rooms])
+        got = rooms[places[:, RANK], places[:, ROW_OUT]].copy()
+        rooms[places[:, RANK], places[:, ROW_OUT]] = 77
+        assert (rooms == 77).all(), f"{self}: written outside of the tile, with tile_n {tile_n}"
+        return got
+
+    def places(self, seed):
+        """int64 `[rows, PLACE_WORDS]`: of rows that are scattered, or of those that are in order."""
+        rows = len(self.x)
+        if seed is None:
+            return np.stack([np.arange(rows), np.arange(rows) + 1, np.zeros(rows, int)], axis=1)
+        rng = np.random.default_rng(seed)
+        return np.stack([rng.permutation(rows), rng.permutation(rows) + 1, rng.integers(0, 2, rows)], axis=1)
 
     def check(self, got):
         """Against float64: a chain of `depth` roundings, the elementwise steps, one rounding to the element type."""
@@ -214,6 +230,15 @@ def test_a_rows_bits_do_not_depend_on_its_tile(product, seed):
     for tile_m, tile_n in ((1, 128), (5, 3), (13, 16), (64, 50)):
         if rows * len(product.w[0]) < 4000 or tile_m > 5:
             assert_same_bits(product.run(tile_n, tile_m), y, f"{rows} rows in tiles of {tile_m} by {tile_n}")
+
+
+@pytest.mark.parametrize("targets", [("cpu", 1), ("fibers", 2), ("lanes", 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_rows_lie_and_go_does_not_matter(dtype, targets):
+    for rows, tile_m in ((1, 1), (13, 5), (40, 40)):
+        product = make_product(dtype, rows, 37, 21, True, "silu")
+        y = product.run(16, tile_m, targets)
+        assert_same_bits(product.run(16, tile_m, targets, scatter=rows), y, f"{rows} scattered rows, {targets}")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

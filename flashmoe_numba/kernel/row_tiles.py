@@ -1,0 +1,175 @@
+"""Which rows of an expert are multiplied together: those that have come, in the order in which they came.
+
+The rows of an expert form a *stream*: packet after packet as they arrive, each in the order of its slots. Row tiles are
+cut off its front, of `tile_m` rows while there are that many, and of what there is when nothing more is waited for
+(subscriber.py says when). A tile is named (peer, m) by its first row: m tiles before it began in that peer's packet.
+
+A stream belongs to the lane of the OS block that owns the expert; a tile to whoever acquires its tasks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flashmoe_numba.device import fetch_add, jit
+from flashmoe_numba.tile_gemm import IN_ORDER, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rooms, Rows
+
+from .queue import HIDDEN_ROWS, counter
+
+# words of a stream
+SEEN = 0  # packets of this epoch, also the empty ones
+ARRIVED = 1  # packets with rows
+CUT_PACKET, CUT_SLOT = 2, 3  # where the next tile begins: which of those that arrived, and its slot
+WAITING = 4  # rows behind that
+TILES, QUEUED = 5, 6  # tiles cut, and how many of these are queued
+STREAM_WORDS = 8
+
+TILE_WORDS = 4
+
+
+class RowTile(NamedTuple):
+    """A row tile as it lies in `received.tiles`."""
+
+    rows: int
+    hidden: int  # its first row in `received.hidden`
+    arrival: int  # which of the expert's packets that arrived it begins in
+    slot: int  # and where
+
+
+@jit
+def begin_stream(received, expert):
+    for word in range(STREAM_WORDS):
+        received.streams[expert * STREAM_WORDS + word] = 0
+
+
+@jit
+def append_packet(p, received, expert, source, rows):
+    """A packet is here, which may be empty."""
+    at = expert * STREAM_WORDS
+    packet = source * p.experts_per_rank + expert
+    received.rows[packet] = rows
+    received.begun[packet] = 0
+    received.streams[at + SEEN] += 1
+    if rows > 0:
+        received.arrived[expert * p.num_ranks + received.streams[at + ARRIVED]] = source
+        received.streams[at + ARRIVED] += 1
+        received.streams[at + WAITING] += rows
+
+
+@jit
+def packets_missing(p, received, expert):
+    return p.num_ranks - received.streams[expert * STREAM_WORDS + SEEN]
+
+
+@jit
+def rows_waiting(received, expert):
+    return received.streams[expert * STREAM_WORDS + WAITING]
+
+
+@jit
+def take_tiles(received, expert):
+    """(first, end): which of an expert's tiles, as they were cut, are new since this was last asked."""
+    at = expert * STREAM_WORDS
+    first, end = received.streams[at + QUEUED], received.streams[at + TILES]
+    received.streams[at + QUEUED] = end
+    return first, end
+
+
+@jit
+def tile_name(p, received, expert, i):
+    """(packet, m) of an expert's tile i as they were cut."""
+    index = received.cut[expert * p.num_ranks * p.row_blocks + i]
+    return index // p.row_blocks, index % p.row_blocks
+
+
+@jit
+def cut_tiles(p, received, queue, expert, least):
+    """Cut tiles while at least so many rows wait."""
+    at = expert * STREAM_WORDS
+    while received.streams[at + WAITING] >= least:
+        cut_tile(p, received, queue, expert, min(received.streams[at + WAITING], p.tile_m))
+
+
+@jit
+def cut_tile(p, received, queue, expert, rows):
+    """The next `rows` rows of the stream become a tile."""
+    at = expert * STREAM_WORDS
+    tile = RowTile(
+        rows, fetch_add(queue.counters, counter(p, HIDDEN_ROWS), rows),
+        received.streams[at + CUT_PACKET], received.streams[at + CUT_SLOT],
+    )  # fmt: skip
+    packet = received.arrived[expert * p.num_ranks + tile.arrival] * p.experts_per_rank + expert
+    index = packet * p.row_blocks + received.begun[packet]
+    received.begun[packet] += 1
+    write_tile(received, index, tile)
+    received.cut[expert * p.num_ranks * p.row_blocks + received.streams[at + TILES]] = index
+    received.streams[at + TILES] += 1
+    received.streams[at + WAITING] -= rows
+    if not is_one_run(received, packet, tile):
+        write_places(p, received, expert, tile)
+    arrival, slot = tile.arrival, tile.slot + rows
+    while arrival < received.streams[at + ARRIVED] and slot >= rows_of_arrival(p, received, expert, arrival):
+        slot -= rows_of_arrival(p, received, expert, arrival)
+        arrival += 1
+    received.streams[at + CUT_PACKET] = arrival
+    received.streams[at + CUT_SLOT] = slot
+
+
+@jit
+def rows_of_arrival(p, received, expert, arrival):
+    return received.rows[received.arrived[expert * p.num_ranks + arrival] * p.experts_per_rank + expert]
+
+
+@jit
+def write_tile(received, index, tile):
+    for word in range(TILE_WORDS):
+        received.tiles[index * TILE_WORDS + word] = tile[word]
+
+
+@jit
+def read_tile(received, index):
+    at = index * TILE_WORDS
+    return RowTile(received.tiles[at], received.tiles[at + 1], received.tiles[at + 2], received.tiles[at + 3])
+
+
+@jit
+def is_one_run(received, packet, tile):
+    """Are all rows of a tile that begins in this packet of it?"""
+    return tile.slot + tile.rows <= received.rows[packet]
+
+
+@jit
+def write_places(p, received, expert, tile):
+    """Say of each row where it lies here and where its result goes."""
+    e = p.rank_idx * p.experts_per_rank + expert
+    at, end, arrival, slot = tile.hidden, tile.hidden + tile.rows, tile.arrival, tile.slot
+    while at < end:
+        source = received.arrived[expert * p.num_ranks + arrival]
+        packet = source * p.experts_per_rank + expert
+        while at < end and slot < received.rows[packet]:
+            received.places[at * PLACE_WORDS + ROW_IN] = packet * p.slots + slot
+            received.places[at * PLACE_WORDS + ROW_OUT] = e * p.slots + slot
+            received.places[at * PLACE_WORDS + RANK] = source
+            at += 1
+            slot += 1
+        arrival += 1
+        slot = 0
+
+
+@jit
+def rows_in(p, segments, received, packet, tile):
+    """The rows of a tile that begins in this packet, where they came in."""
+    at = IN_ORDER if is_one_run(received, packet, tile) else tile.hidden
+    return Rows(segments.dispatch, packet * p.slots + tile.slot, received.places, at)
+
+
+@jit
+def hidden_rows(received, tile):
+    """Its rows between the two products."""
+    return Rows(received.hidden, tile.hidden, received.places, IN_ORDER)
+
+
+@jit
+def hidden_rooms(received, tile):
+    """The same, to be filled; no address is looked up."""
+    return Rooms(received.hidden, tile.hidden, received.places, IN_ORDER, received.places, 0)
