@@ -30,6 +30,7 @@ WORLDS = {
     "one rank, two processors": "--ranks 1 --experts 1 --topk 1 --epochs 1 --processors 2",
     "one rank, two packets, two calls": "--ranks 1 --experts 2 --topk 2 --epochs 2",
     "two ranks, one packet each": "--ranks 2 --experts 2 --topk 1 --epochs 1",
+    "two ranks, two sources in a row tile": "--ranks 2 --experts 2 --topk 1 --epochs 1 --data-seed 2",
 }
 COMMON = "--strategy exhaustive --processors 1 --tokens 1 --hidden 2 --ffn 2"
 COLUMNS = {"world": "", "interleavings": ",d", "runs": ",d", "whole": "", "seconds": ".0f", "reports": "d"}

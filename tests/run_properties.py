@@ -12,8 +12,9 @@ from cases import assert_equals_oracle, assert_same_bits
 from flashmoe_numba.explore.run.cells import COUNTERS
 from flashmoe_numba.kernel.control import PROGRESS
 from flashmoe_numba.kernel.queue import COUNTER_STRIDE, NUM_COUNTERS
-from reference import GATE, make_plan, num_row_blocks, tile_height
-from reference.task_kinds import KIND_NAMES
+from flashmoe_numba.kernel.row_tiles import QUEUED, SEEN, STREAM_WORDS, TILES, WAITING
+from reference import GATE, make_plan, tile_height
+from reference.task_kinds import GEMM0, GEMM1, KIND_NAMES
 from reference.tiles import num_token_blocks, tiles_n0, tiles_n1
 
 
@@ -42,15 +43,40 @@ def combine_is_ordered(run):
 
 
 def every_task_runs_once(run):
-    """By the traces; and by kind over all ranks as many as the plan says."""
+    """By the traces; and by kind over all ranks as many as the plan says, but for the tiles, which the run has cut."""
     for call, (calls, packets) in enumerate(zip(run.calls, run.packets, strict=True), start=1):
         tasks = sum((one.tasks for one in calls), Counter())
         assert set(tasks.values()) == {1}, f"call {call}: {[task for task, times in tasks.items() if times != 1]}"
         kinds = Counter(task.kind for task in tasks)
         counts, num_tokens = np.array([packet.counts for packet in packets]), [len(one.y) for one in calls]
         planned = make_plan(run.config, counts, num_tokens).num_tasks
+        planned |= {KIND_NAMES[kind]: len(run.row_tiles(calls)) * n for kind, n in _column_tiles(run.config).items()}
         planned[KIND_NAMES[GATE]] += sum(len(one.y) == 0 for one in calls)  # a rank without tokens runs one, too
         assert {name: kinds[kind] for kind, name in enumerate(KIND_NAMES)} == planned, f"call {call}"
+
+
+def _column_tiles(config):
+    return {GEMM0: tiles_n0(config), GEMM1: tiles_n1(config)}
+
+
+def every_row_is_in_one_tile(run):
+    """No tile is too tall, their names are their own, and they are as many as rows that come in any order can make."""
+    c = run.config
+    for call, (calls, packets) in enumerate(zip(run.calls, run.packets, strict=True), start=1):
+        sent = run.sent(packets).reshape(c.num_ranks, c.num_experts)
+        rows, names = Counter(), Counter()
+        for expert, tile in run.row_tiles(calls):
+            rows.update((one.source, expert, slot) for one in tile.runs for slot in one.slots)
+            names[tile.peer, expert, tile.m] += 1
+            assert 1 <= tile.num_rows <= c.tile_m, f"call {call}, expert {expert}: {tile}"
+            assert len(tile.runs) == 1 or run.spec.packing == "sources", f"call {call}, expert {expert}: {tile}"
+        wanted = {(s, e, slot) for (s, e), count in np.ndenumerate(sent) for slot in range(count)}
+        assert rows == Counter(wanted), f"call {call}: rows (source, expert, slot) {rows}"
+        assert set(names.values()) <= {1}, f"call {call}: names (source, expert, m) {names}"
+        for e, numbers in enumerate(sent.T.tolist()):
+            tiles, most = sum(name[1] == e for name in names), sum(-(-number // c.tile_m) for number in numbers)
+            fewest = -(-sum(numbers) // c.tile_m) if run.spec.packing == "sources" else most
+            assert fewest <= tiles <= most, f"call {call}, expert {e}: {tiles} tiles of packets of {numbers} rows"
 
 
 def flags_are_written_once(run):
@@ -102,12 +128,13 @@ def ranks_are_a_call_apart_at_most(run):
 
 
 def counters_add_up(run):
-    """What each counter holds at the end of each call, from the routing's counts."""
+    """What each counter holds at the end of each call, from the routing's counts and the number of row tiles."""
     c, progress = run.config, Counter()
     for call, (calls, packets) in enumerate(zip(run.calls, run.packets, strict=True), start=1):
         sent = run.sent(packets)
         for rank, one in enumerate(calls):
-            wanted = _wanted_counters(run, len(one.y), sent[:, rank].ravel().tolist())
+            tiles = sum(map(len, one.tiles))
+            wanted = _wanted_counters(run, len(one.y), tiles, int(sent[:, rank].sum()))
             words = [(rank, call, "queue.counters", _word(call, counter)) for counter in range(NUM_COUNTERS)]
             got = dict(zip(COUNTERS, [run.story.last.get(word, 0) for word in words], strict=True))
             assert got == wanted, f"rank {rank}, call {call}: {got}, wanted {wanted}"
@@ -119,11 +146,9 @@ def counters_add_up(run):
     assert done == progress, f"tasks finished {done}, wanted {progress}"
 
 
-def _wanted_counters(run, num_tokens, packet_rows):
+def _wanted_counters(run, num_tokens, num_tiles, num_rows):
     c, token_blocks = run.config, num_token_blocks(num_tokens, run.config)
-    tiles = [num_row_blocks(rows, c.tile_m_min, c.tile_m) for rows in packet_rows]
-    heights = [tile_height(rows, c.tile_m_min, c.tile_m) for rows in packet_rows]
-    gates, gemms = max(1, token_blocks), sum(tiles) * (tiles_n0(c) + tiles_n1(c))
+    gates, gemms = max(1, token_blocks), num_tiles * sum(_column_tiles(c).values())
     total = gates + c.num_experts + token_blocks + gemms
     return {
         "HEAD": total + run.spec.num_processors,  # each draws one ticket that there is no task for
@@ -132,7 +157,7 @@ def _wanted_counters(run, num_tokens, packet_rows):
         "GATE_OPEN": 1,
         "PACKETS_SEEN": c.num_experts,
         "GEMM_TASKS": gemms,
-        "HIDDEN_ROWS": sum(map(int.__mul__, tiles, heights)),
+        "HIDDEN_ROWS": num_rows,
         "TOTAL": total + 1,
     }
 
@@ -142,11 +167,15 @@ def _word(call, counter):
 
 
 def nothing_is_left_over(run):
-    """At the end finished tiles are zero everywhere, the other set of counters is, and no block waits for a result."""
+    """What was finished is zero everywhere, as the other set of counters is; no row waits, no block for a result."""
     for rank in run.world.ranks:
         case = f"rank {rank.rank_idx}"
-        assert not rank.received.up_done.any() and not rank.received.down_done.any(), f"{case}: finished tiles"
-        assert not rank.received.tiles_to_queue.any(), f"{case}: tiles to queue"
+        for name in ("up_done", "down_done", "chunk_done"):
+            assert not getattr(rank.received, name).any(), f"{case}: {name} of what is finished"
+        streams = rank.received.streams.reshape(-1, STREAM_WORDS)
+        assert (streams[:, SEEN] == run.config.num_ranks).all(), f"{case}: packets of streams {streams}"
+        assert not streams[:, WAITING].any(), f"{case}: rows that wait in streams {streams}"
+        assert (streams[:, QUEUED] == streams[:, TILES]).all(), f"{case}: tiles of streams {streams}"
         assert not rank.tokens.results_left.any(), f"{case}: results left {rank.tokens.results_left}"
         counters = rank.queue.counters.reshape(2, -1)
         assert not counters[1 - (run.spec.epochs & 1)].any(), f"{case}: counters of the next call"
@@ -155,8 +184,8 @@ def nothing_is_left_over(run):
 
 
 PROPERTIES = (
-    equals_the_oracle, combine_is_ordered, every_task_runs_once, flags_are_written_once, rows_sent_are_received,
-    ranks_are_a_call_apart_at_most, counters_add_up, nothing_is_left_over,
+    equals_the_oracle, combine_is_ordered, every_task_runs_once, every_row_is_in_one_tile, flags_are_written_once,
+    rows_sent_are_received, ranks_are_a_call_apart_at_most, counters_add_up, nothing_is_left_over,
 )  # fmt: skip
 
 

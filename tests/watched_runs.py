@@ -4,6 +4,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
+from cuts import IDLE, LAST, Cuts
 
 from flashmoe_numba.explore.run.memory import STORES
 from flashmoe_numba.explore.search import Explorer
@@ -28,6 +29,7 @@ class Story:
     def __init__(self, world):
         self.world, self.config = world, world.spec.config
         self.names = {region: self._name(region) for region in world.regions.values()}
+        self._cuts = Cuts(self.config)
         world.memory.listener = self.hear
         self.begin()
 
@@ -38,6 +40,7 @@ class Story:
         return int(rank), array
 
     def begin(self):
+        self._cuts.begin()
         self.begun = [0] * self.config.num_ranks  # calls that each rank has begun
         self.most_apart = 0  # of them, at any moment
         self.ahead = False  # a rank was in a call after that of another
@@ -46,7 +49,13 @@ class Story:
         self.stamps = Counter()  # of (rank, call, place)
         self.last = {}  # value of each word: by the rank whose it is, call, array and index
 
+    @property
+    def reasons(self):
+        """Why row tiles were cut."""
+        return {why for _, _, why in self._cuts.cuts}
+
     def hear(self, actor, verb, region, i, value):
+        self._cuts(actor, verb, region, i, value)
         owner, array = self.names[region]
         self._hear_call(actor)
         if verb == "acquires" and array == "segments.dispatch_flag":
@@ -98,6 +107,11 @@ class WatchedRun:
         c = self.config
         return np.array([packet.sent for packet in packets]).reshape(c.num_ranks, c.num_ranks, -1)
 
+    def row_tiles(self, calls):
+        """(expert of the layer, row tile) of all ranks in a call."""
+        by_expert = [of_expert for call in calls for of_expert in call.tiles]
+        return [(expert, tile) for expert, tiles in enumerate(by_expert) for tile in tiles]
+
 
 def watch_run(kernel, search, seed):
     """Run it once, heard from the beginning."""
@@ -119,20 +133,26 @@ def watch_run(kernel, search, seed):
 CASES = (
     "a rank sends nothing", "a rank receives nothing", "nobody sends anything", "token counts change",
     "all tokens go to one expert", "pairs are dropped", "a token loses all its experts",
-    "a packet has several row tiles", "a rank is a call ahead of another", "an empty packet's signal is overtaken",
+    "a packet has several row tiles", "a row tile has rows of several sources", "a rest is cut with the last packet",
+    "a rest is cut for idle processors", "a rank is a call ahead of another", "an empty packet's signal is overtaken",
 )  # fmt: skip
+
+
+REASONS = {LAST: "a rest is cut with the last packet", IDLE: "a rest is cut for idle processors"}
 
 
 def happened(run):
     """Which of `CASES` this run is one of."""
-    by_call = [_cases(run, packets) for packets in run.packets]
+    by_call = [_cases(run, calls, packets) for calls, packets in zip(run.calls, run.packets, strict=True)]
     found = {case for cases in by_call for case, is_so in cases.items() if is_so}
     found |= {"token counts change"} if len({call.counts for call in run.spec.given}) > 1 else set()
     found |= {"a rank is a call ahead of another"} if run.story.ahead else set()
+    if run.spec.packing == "sources":
+        found |= {REASONS[why] for why in run.story.reasons if why in REASONS}
     return found | ({"an empty packet's signal is overtaken"} if run.story.overtaken else set())
 
 
-def _cases(run, packets):
+def _cases(run, calls, packets):
     c, sent, chosen = run.config, run.sent(packets), sum(packet.counts for packet in packets)
     tokens = [len(packet.slot) for packet in packets]
     return {
@@ -142,5 +162,6 @@ def _cases(run, packets):
         "all tokens go to one expert": c.num_experts > 1 and sum(tokens) > 1 and max(chosen) == sum(tokens),
         "pairs are dropped": any(packet.dropped for packet in packets),
         "a token loses all its experts": any((packet.slot < 0).all(axis=1).any() for packet in packets),
+        "a row tile has rows of several sources": any(len(tile.runs) > 1 for _, tile in run.row_tiles(calls)),
         "a packet has several row tiles": sent.max() > c.tile_m,
     }

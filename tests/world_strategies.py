@@ -11,6 +11,7 @@ from flashmoe_numba.explore.choose.strategies import STRATEGIES
 from flashmoe_numba.explore.run.spec import GivenCall, WorldSpec
 from flashmoe_numba.explore.search import Search
 from reference import MoEConfig
+from reference.runs import PACKINGS
 
 TINY = dict(
     num_ranks=2, num_tokens=3, hidden=3, ffn=3, num_experts=4, num_topk=2, gated=True, activation="silu",
@@ -65,6 +66,7 @@ def specs(draw, max_ranks=4, max_calls=3, max_tokens=4, **fixed):
         epochs=len(calls),
         data_seed=draw(st.integers(0, 9)),
         given=tuple(calls),
+        packing=draw(st.sampled_from(PACKINGS)),
     )
 
 
@@ -104,6 +106,9 @@ EXAMPLES = {
     "pairs are dropped": search(to((0, 3), 2, 2), capacity=1),
     "a token loses all its experts": search(to((0, 3), 3, 3), capacity=1, token_block=1),
     "a packet has several row tiles": search(to((0, 3), 3, 3), num_processors=3),
+    "a row tile has rows of several sources": search(to((1, 2), 1, 2), to((0, 3), 3, 3), lanes=2),
+    "a rest is cut with the last packet": search(to((1, 2), 2, 1), num_processors=1),
+    "a rest is cut for idle processors": search(to((1, 2), 1, 2), num_processors=3),
     "a rank is a call ahead of another": search(to((3, 2), 0, 2), GivenCall((3, 1)), num_processors=1),
     "an empty packet's signal is overtaken": search(
         to((3, 2), 0, 2), GivenCall((3, 1)), to((3, 2), 0, 1), strategy="pct", num_processors=1

@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any
 
 from reference import DTYPES, MoEConfig
+from reference.runs import PACKINGS
 
 from ..errors import UsageError
 from ..explore.choose.strategies import STRATEGIES
@@ -59,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gated", action=argparse.BooleanOptionalAction, help="act(gate) * up instead of act(up)")
     add("--renormalize", action=argparse.BooleanOptionalAction, help="weights of a token add up to 1")
     add("--ties", action=argparse.BooleanOptionalAction, help="every other expert has the logits of the one before it")
+    what = "sources: rows of several share row tiles; none: each packet has its own"
+    add("--packing", choices=PACKINGS, help=what)
     add("--data-seed", type=integer(0), metavar="N", help="of weights, tokens, counts and routing")
     what = "this rank, or several, gives up in the last call, and all must stop"
     add("--leaver", dest="leavers", type=integer(0), action="append", metavar="RANK", help=what)

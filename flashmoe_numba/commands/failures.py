@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from reference.runs import PACKINGS
+
 from ..device.fibers import Strategy
 from ..errors import UsageError
 from ..explore.choose.schedules import Scheduled
@@ -174,6 +176,7 @@ def describe_world(spec: WorldSpec) -> str:
     told = [f"rank {rank} gives up" for rank in spec.leavers]
     told += [f"rank {lost.rank} is lost in call {lost.call} after {lost.tasks} tasks" for lost in spec.lost]
     told += [f"deadline {spec.deadline}"] if spec.deadline is not None else []
+    told += [f"packing {spec.packing}"] if spec.packing != PACKINGS[0] else []
     told += [word for word, is_so in (("ties", spec.ties), ("in one grid", spec.grid)) if is_so]
     return ", ".join([f"{blocks}, {spec.epochs} calls: {sizes}", *told])
 

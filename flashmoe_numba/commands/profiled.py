@@ -55,7 +55,7 @@ def check_sizes(config: MoEConfig) -> None:
     if products > MOST_PRODUCTS:
         rule = f"sizes must have at most {MOST_PRODUCTS:,} multiply-adds, of which every instruction is executed"
         raise UsageError(
-            f"argument --run: {rule}; these sizes have {products:,}: give fewer --tokens, less --hidden or no --preset"
+            f"argument --run: {rule}; these sizes have {products:,}: give fewer --tokens, or less --hidden"
         )
     if config.num_ranks > MOST_RANKS:
         raise UsageError(f"argument --run: --ranks must be at most {MOST_RANKS}, got {config.num_ranks}")

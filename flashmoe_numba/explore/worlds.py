@@ -1,8 +1,9 @@
 """Small worlds with names, each with something that the others have not; a search without a world goes through all.
 
-Together they have: several row tiles in a packet, and both heights; drops; token blocks of 1, 2 and 3; lanes that do
-not divide the experts; k = E; as many experts as ranks; one rank; ranks without tokens; ties; all element types; hosts
-that leave; ranks that are lost before and in a call, with deadlines running; and a grid. A run takes some 20 ms.
+Together they have: row tiles of several sources, also several of one expert, and of each height, and tiles of their own
+for each packet; drops; token blocks of 1, 2 and 3; lanes that do not divide the experts; k = E; as many experts as
+ranks; one rank; ranks without tokens; ties; all element types; hosts that leave; ranks that are lost before and in a
+call, with deadlines running; and a grid. A run takes some 20 ms.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ ALL: dict[str, Any] = TINY | dict(num_topk=4, num_tokens=5, token_block=3, gated
 PAIR: dict[str, Any] = TINY | dict(num_tokens=2, num_topk=1)
 LONELY: dict[str, Any] = THREE | dict(num_tokens=1)
 ONE_EACH: dict[str, Any] = TINY | dict(num_ranks=4, num_tokens=3, dtype="bfloat16")
+SHARED: dict[str, Any] = TINY | dict(num_ranks=4, num_topk=4, num_tokens=3)
+HEIGHTS: dict[str, Any] = TINY | dict(num_ranks=3, num_experts=3, num_topk=1, num_tokens=7, capacity=5, tile_m=8)
 
 WORLDS: dict[str, WorldSpec] = {
     PLAIN: WorldSpec(config=MoEConfig(**TINY), lanes=2, epochs=3),
@@ -35,6 +38,9 @@ WORLDS: dict[str, WorldSpec] = {
     "odd lanes": WorldSpec(config=MoEConfig(**SEVERAL), lanes=2, epochs=2),
     "every expert": WorldSpec(config=MoEConfig(**ALL), epochs=2),
     "an expert a rank": WorldSpec(config=MoEConfig(**ONE_EACH), num_processors=1, epochs=2),
+    "shared tiles": WorldSpec(config=MoEConfig(**SHARED), num_processors=1),
+    "three heights": WorldSpec(config=MoEConfig(**HEIGHTS), epochs=2),
+    "own tiles": WorldSpec(config=MoEConfig(**TINY | dict(num_tokens=7, ffn=6)), lanes=2, epochs=2, packing="none"),
     "alone": WorldSpec(config=MoEConfig(**ALONE), num_processors=3, lanes=2, ties=True),
     "far ahead": WorldSpec(
         config=MoEConfig(**TINY | dict(num_tokens=3, num_topk=1)), num_processors=1, epochs=4, data_seed=2

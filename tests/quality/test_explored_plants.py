@@ -17,6 +17,7 @@ BROKEN_BY = {
     properties.equals_the_oracle: ("column-tile-twice", EXAMPLES["pairs are dropped"]),
     properties.combine_is_ordered: ("combine-early", EXAMPLES["token counts change"]),
     properties.every_task_runs_once: ("bound-short", EXAMPLES["token counts change"]),
+    properties.every_row_is_in_one_tile: ("tile-too-tall", EXAMPLES["a packet has several row tiles"]),
     properties.flags_are_written_once: ("signal-before-data", EXAMPLES["token counts change"]),
     properties.rows_sent_are_received: ("rows-remembered", EXAMPLES["token counts change"]),
     properties.ranks_are_a_call_apart_at_most: ("epoch-not-compared", search(*[to((3, 2), 0, 2)] * 4)),

@@ -1,6 +1,6 @@
 """Bugs planted in a copy of the kernel, which the interpreted layer and its checks must find.
 
-Here a find is an assertion of the checks, a deadlock report, or a wild index. Bugs that change no result under
+Here a find is an assertion of the checks, a deadlock report, or a wild index or row. Bugs that change no result under
 sequential consistency, such as a signal without its release, are left to the explorer.
 """
 
@@ -25,10 +25,14 @@ NO_CHANGE = Plant("no-change", "", "dispatch.py", "import annotations", "import 
 OVERTAKEN = ("overtaken-signal-used", "overtaken-signal-missed")  # all ranks of a world are in the same epoch
 ABORTED = ("abort-ignored",)  # no rank of a world gives up
 BLAMED = [name for name, plant in PLANTS.items() if "blame" in plant.found_by]  # nor two of them
-ELSEWHERE = ("no-barrier-before-next-epoch", "tie-to-the-last", "rows-of-a-whole-tile")  # no grid, tie, flag's rows
+ELSEWHERE = (
+    "no-barrier-before-next-epoch", "tie-to-the-last", "rows-of-a-whole-tile",  # no grid, tie, flag's rows
+    "empty-packet-in-the-stream", "packing-always",  # results are right, but not which tiles there are
+)  # fmt: skip
 SELDOM = ("no-barrier-before-gates-done", "packets-seen-before-queued")  # lanes far apart: left to the explorer
 UNSEEN = [name for name, plant in PLANTS.items() if plant.found_by == ("race",) or plant.weak]
-IN_WORLDS = [name for name in PLANTS if name not in [*UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED, *ELSEWHERE, *SELDOM]]
+NOT_HERE = {*UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED, *ELSEWHERE, *SELDOM}
+IN_WORLDS = [name for name in PLANTS if name not in NOT_HERE]
 
 
 def make_world(seed):
@@ -87,7 +91,7 @@ def test_the_kernel_itself_passes():
         leave_in_a_call()
 
 
-finds = pytest.raises((AssertionError, Deadlock, IndexError))
+finds = pytest.raises((AssertionError, Deadlock, IndexError, ValueError))  # ValueError: rows that there are not
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of whatever a bug computes

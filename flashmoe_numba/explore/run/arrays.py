@@ -56,7 +56,8 @@ class Arrays:
         c, spec = self.spec.config, self.spec
         weights = self.weights.shard(rank_idx, c.num_ranks)
         events = max_tasks(c) + c.num_experts
-        rank = Rank(c, rank_idx, weights, segments, spec.num_processors, self.backend, events)
+        packed = spec.packing == "sources"
+        rank = Rank(c, rank_idx, weights, segments, spec.num_processors, self.backend, events, packed)
         for group in (rank.segments, rank.tokens, rank.received, rank.queue):
             for name, array in zip(group._fields, group, strict=True):
                 self._watch(rank_idx, f"{type(group).__name__.lower()}.{name}", array)

@@ -14,10 +14,16 @@ import numpy as np
 from reference import Layout, MoEConfig
 from reference.task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
 
-from ...kernel import control, queue, signals
+from ...kernel import control, queue, row_tiles, signals
+from ...tile_gemm import PLACE_WORDS
 
 # As kernel/queue.py numbers them.
 COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TASKS", "HIDDEN_ROWS", "TOTAL")
+WORDS = {  # as kernel/row_tiles.py and tile_gemm/rows.py number them
+    "streams": ("SEEN", "ARRIVED", "CUT_PACKET", "CUT_SLOT", "WAITING", "TILES", "QUEUED", "spare"),
+    "tiles": row_tiles.RowTile._fields,
+    "places": ("ROW_IN", "ROW_OUT", "RANK"),
+}
 CONTROL = {
     control.ABORT: "the abort word",
     control.RECORD: "RECORD",
@@ -72,7 +78,18 @@ class Cells:
             "y": (("token", "column"), (-1, c.hidden)),
             "up_done": (("source", "expert", "m"), (*rows[:2], layout.row_blocks)),
             "down_done": (("source", "expert", "m"), (*rows[:2], layout.row_blocks)),
+            "chunk_done": (("source", "expert", "m"), (*rows[:2], layout.row_blocks)),
             "tiles_left": (("token block",), (-1,)),
+        }
+        self._books: dict[str, tuple[tuple[str, ...], Sequence[int]]] = {
+            "seen": (("source", "expert"), rows[:2]),
+            "rows": (("source", "expert"), rows[:2]),
+            "begun": (("source", "expert"), rows[:2]),
+            "streams": (("expert", "word"), (-1, row_tiles.STREAM_WORDS)),
+            "arrived": (("expert", "packet"), (-1, c.num_ranks)),
+            "cut": (("expert", "tile"), (-1, c.num_ranks * layout.row_blocks)),
+            "tiles": (("source", "expert", "m", "word"), (*rows[:2], layout.row_blocks, row_tiles.TILE_WORDS)),
+            "places": (("row", "word"), (-1, PLACE_WORDS)),
         }
 
     def tell(self, array: str, cells: Mapping[int, object], brief: bool = False) -> str:
@@ -87,9 +104,9 @@ class Cells:
         if name in ("counters", "control"):
             names = dict.fromkeys(word(array, i) or f"{name}[{i}]" for i in cells)
             return ", ".join(names) if len(names) < len(COUNTERS) else f"one set of {name}"
-        if name not in self._axes:
-            return name if brief else f"{name}[{spans(cells)}]"
-        return f"{name}({self._coordinates(name, sorted(cells))})"
+        if name in self._axes or (name in self._books and not brief):
+            return f"{name}({self._coordinates(name, sorted(cells))})"
+        return name if brief else f"{name}[{spans(cells)}]"
 
     def are_books(self, array: str) -> bool:
         """Is it what a rank keeps for itself, not data, signals, tasks or counters?"""
@@ -98,12 +115,14 @@ class Cells:
 
     def _coordinates(self, name: str, indices: list[int]) -> str:
         """`source 0, expert 1, slots 0-1`: a column is named only where a row is not whole."""
-        axes, shape = self._axes[name]
+        axes, shape = self._axes.get(name) or self._books[name]
         strides = [int(np.prod(shape[k + 1 :])) for k in range(len(shape))]
         parts = []
         for axis, stride, size in zip(axes, strides, shape, strict=True):
             seen = {i // stride % size if size > 0 else i // stride for i in indices}
-            if axis != "column" or len(seen) < size:
+            if axis == "word":
+                parts.append(", ".join(WORDS[name][i] for i in sorted(seen)))
+            elif axis != "column" or len(seen) < size:
                 parts.append(f"{axis}{'s' if len(seen) > 1 else ''} {spans(seen)}")
         return ", ".join(parts)
 

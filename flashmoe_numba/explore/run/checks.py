@@ -7,13 +7,13 @@ computed again: later ones are compared with it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from reference import GATE, KIND_NAMES, MoEConfig, Packets, Routing, Task, Workload, make_packets, task_graph
-from reference.runs import result_chunks
+from reference.runs import RowTile, result_chunks, row_tiles, tiling_problem
 
 from ...bench.check import check_layer
 from ...kernel.signals import EPOCH_SHIFT
@@ -31,6 +31,8 @@ class Checker:
     def __init__(self, world: WatchedWorld) -> None:
         self.world = world
         self._right: dict[int, list[Call]] = {}  # by call: of all ranks, found to be right
+        self._packets: dict[int, list[Packets]] = {}  # the same
+        self._tasks: dict[tuple[Any, ...], list[Counter[Task]]] = {}  # by call and tiles: of all ranks
         rows = world.weights.router
         self._twins = [{low for low in range(e) if np.array_equal(rows[low], rows[e])} for e in range(len(rows))]
 
@@ -51,9 +53,11 @@ class Checker:
                 yield Report(WRONG, f"{case} rows {rows} have other bits than under another seed")
             if not np.array_equal(call.routing.topk_idx, right.routing.topk_idx):
                 yield Report(WRONG, f"{case} routed otherwise than under another seed")
-            yield from _miscounts(case, call, right.rows, right.tasks)
+            if not np.array_equal(call.rows, right.rows):
+                yield Report("count", f"{case} packets of other rows than under another seed")
             if not np.array_equal(call.flags, right.flags):
                 yield Report(WRONG, f"{case} other result flags than under another seed")
+        yield from self._miscounts(epoch, calls, self._packets[epoch])
 
     def _judge(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
         """Against the reference, everything; or the routing alone, where nothing can follow from it."""
@@ -66,7 +70,6 @@ class Checker:
         reports += self._compare_with_oracle(epoch, calls)
         config = self.world.spec.config
         packets = [make_packets(call.routing.topk_idx, config) for call in calls]
-        graph = task_graph(packets, config)
         sent = np.array([packet.sent for packet in packets]).reshape(config.num_ranks, config.num_ranks, -1)
         for rank, (case, call) in enumerate(zip(cases, calls, strict=True)):
             wrong = np.argwhere(bits(call.y) != bits(ordered_sums(call, packets[rank], config)))
@@ -74,12 +77,28 @@ class Checker:
                 text = f"{case} y{wrong[0].tolist()} is not the sum of its results in the order of choices"
                 reports.append(Report(WRONG, text))
             reports += self._wrong_flags(case, epoch, call, packets[rank])
-            tasks = Counter(task for task in graph if task.rank == rank)
-            tasks[Task(GATE, rank)] = 1  # a rank without tokens runs one, too, which tells every peer so
-            reports += _miscounts(case, call, sent[:, rank], tasks)
+            if not np.array_equal(call.rows, sent[:, rank]):
+                text = f"{case} packets of {call.rows.tolist()} rows, wanted {sent[:, rank].tolist()}"
+                reports.append(Report("count", text))
+        reports += self._miscounts(epoch, calls, packets)
         if not reports:
-            self._right[epoch] = list(calls)
+            self._right[epoch], self._packets[epoch] = list(calls), packets
         return reports
+
+    def _miscounts(self, epoch: int, calls: Sequence[Call], packets: Sequence[Packets]) -> Iterator[Report]:
+        """Row tiles that may not be, or tasks that are not those of these tiles."""
+        config, packing = self.world.spec.config, self.world.spec.packing
+        tiles = [of_expert for call in calls for of_expert in call.tiles]
+        key = epoch, *map(tuple, tiles)
+        if key not in self._tasks:
+            wrong = list(_wrong_tiles(epoch, tiles, packets, config, packing))
+            if wrong:
+                yield from wrong
+                return
+            graph = task_graph(packets, config, tiles)
+            self._tasks[key] = [_tasks_of(rank, graph) for rank in range(config.num_ranks)]
+        for rank, (call, tasks) in enumerate(zip(calls, self._tasks[key], strict=True)):
+            yield from _miscounts(f"rank {rank}, call {epoch}:", call, tasks)
 
     def _illegal_experts(self, case: str, call: Call, given: Routing | None) -> Iterator[Report]:
         """The first token whose experts are not distinct ones of the layer; no choice (-1) may be given only."""
@@ -109,7 +128,7 @@ class Checker:
                 wanted[e, m] = epoch << EPOCH_SHIFT | len(chunk)
         found = np.where(call.flags >> EPOCH_SHIFT == epoch, call.flags, -1)
         for e, m in np.argwhere(found != wanted)[:1].tolist():  # the first
-            text = f"the result flag of expert {e}, row tile {m} is {found[e, m]}, wanted {wanted[e, m]}"
+            text = f"the result flag of expert {e}, chunk {m} is {found[e, m]}, wanted {wanted[e, m]}"
             yield Report(WRONG, f"{case} {text}")
 
     def _compare_with_oracle(self, epoch: int, calls: Sequence[Call]) -> list[Report]:
@@ -139,15 +158,33 @@ def bits(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.itemsize}")
 
 
+def _wrong_tiles(
+    epoch: int, tiles: list[list[RowTile]], packets: Sequence[Packets], config: MoEConfig, packing: str
+) -> Iterator[Report]:
+    """The first expert whose rows are not cut as they may be."""
+    for expert, of_expert in enumerate(tiles):
+        rows = [int(packet.sent[expert]) for packet in packets]
+        problem = tiling_problem(of_expert, rows, config)
+        if problem is None and packing == "none" and of_expert != row_tiles(rows, config):
+            problem = "a packet must have tiles of its own, cut where its chunks are"
+        if problem:
+            yield Report("tiles", f"call {epoch}, expert {expert}: {problem}")
+            return
+
+
 def _name(task: Task) -> str:
     """A spoilt queue may hold tasks of no kind there is."""
     return str(task) if 0 <= task.kind < len(KIND_NAMES) else f"kind {task.kind}{tuple(task[1:])}"
 
 
-def _miscounts(case: str, call: Call, rows: np.ndarray, tasks: Counter[Task]) -> Iterator[Report]:
-    """Rows of the packets `[num_ranks, num_experts_per_rank]` and tasks, against what they should be."""
-    if not np.array_equal(call.rows, rows):
-        yield Report("count", f"{case} packets of {call.rows.tolist()} rows, wanted {rows.tolist()}")
+def _tasks_of(rank: int, graph: Mapping[Task, list[Task]]) -> Counter[Task]:
+    tasks = Counter(task for task in graph if task.rank == rank)
+    tasks[Task(GATE, rank)] = 1  # a rank without tokens runs one, too, which tells every peer so
+    return tasks
+
+
+def _miscounts(case: str, call: Call, tasks: Counter[Task]) -> Iterator[Report]:
+    """Tasks against what they should be."""
     if call.tasks != tasks:
         wrong = [task for task in sorted(call.tasks | tasks) if call.tasks[task] != tasks[task]]
         texts = [f"{_name(task)} ran {call.tasks[task]} times, wanted {tasks[task]}" for task in wrong[:MOST_TASKS]]

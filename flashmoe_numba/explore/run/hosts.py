@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from reference import Routing, Task
+from reference.runs import RowTile
 from reference.task_kinds import RECEIVE
 
 from ...device.fibers import Fiber, Scheduler, clock, current, note_progress
@@ -38,6 +39,7 @@ class Call:
     flags: np.ndarray  # int64 [num_experts, row_blocks]: its result flags
     rows: np.ndarray  # [num_ranks, num_experts_per_rank]: of the packets that the rank received
     tasks: Counter[Task]
+    tiles: list[list[RowTile]]  # of each of its experts
 
 
 class Table:
@@ -173,17 +175,18 @@ class Host:
     # ---- what a call leaves
 
     def _end(self) -> None:
+        epoch = self.epoch  # it counts calls that ended
         for rank, y, calls in zip(self.ranks, self._y, self.calls, strict=True):
-            calls.append(_call_of(rank, y))
+            calls.append(_call_of(rank, y, epoch))
 
 
-def _call_of(rank: Rank, y: np.ndarray) -> Call:
+def _call_of(rank: Rank, y: np.ndarray, epoch: int) -> Call:
     c = rank.config
     shape = (c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
     results = rank.segments.result.view(c.numpy_dtype).reshape(shape).copy()
     flags = rank.segments.result_flag.reshape(c.num_experts, -1).copy()
     rows = rank.received.rows.reshape(shape[:2]).copy()
-    return Call(y.copy(), rank.routing(len(y)), results, flags, rows, _tasks(rank))
+    return Call(y.copy(), rank.routing(len(y)), results, flags, rows, _tasks(rank), rank.row_tiles(epoch))
 
 
 def _tasks(rank: Rank) -> Counter[Task]:

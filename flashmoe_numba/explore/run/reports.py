@@ -15,6 +15,7 @@ KINDS = {
     "deadlock": "nobody can go on",
     "livelock": "nobody finishes",
     "wrong result": "not what the reference computes, or other bits than under another seed",
+    "tiles": "an expert's rows are not each in one row tile, or a tile has more rows or another name than it may",
     "count": "a task ran twice, never, or is none of the layer's",
     "blame": "after a call that was given up, ranks name different culprits, or one whose record is not complete",
     "error": "the kernel raised an exception",

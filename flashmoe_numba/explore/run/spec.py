@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from reference import Layout, MoEConfig, Routing, Weights, external_routing
+from reference.runs import PACKINGS
+from reference.scalars import check_one_of
 
 LEAST_DEADLINE = 100  # kernel/waits.py looks at the time sixteen times in it
 NO_CHOICE_SHARE = 1 / 8  # of the pairs that a routing from outside has
@@ -55,6 +57,7 @@ class WorldSpec:
         deadline: of every wait, on a clock that counts switches; None: waits that nobody can end are found at once.
         grid: the blocks of all ranks are one launch, as on a GPU, and a call begins when all have left the last one.
         ties: every other expert has the logits of the one before it.
+        packing: as `FlashMoE` has it.
 
     Raises:
         ValueError: leavers or lost ranks are no ranks, a given call does not fit the layer, there are not `epochs` of
@@ -72,12 +75,14 @@ class WorldSpec:
     deadline: int | None = None
     grid: bool = False
     ties: bool = False
+    packing: str = PACKINGS[0]
 
     def __post_init__(self) -> None:
         self._check_size()
         self._check_ranks("leavers", self.leavers)
         self._check_ranks("lost", [lost.rank for lost in self.lost])
         self._check_lost()
+        check_one_of("packing", self.packing, PACKINGS)
         if self.given and len(self.given) != self.epochs:
             raise ValueError(f"epochs must be the number of given calls, {len(self.given)}, got {self.epochs}")
         c = self.config

@@ -13,6 +13,7 @@ from greenlet import getcurrent
 
 from ...device import fibers
 from ...device.fibers import note_progress, preempt
+from ...tile_gemm import stub
 from .memory import Actor, Meeting, Region, joined
 from .reports import Site, kernel_frame, place
 
@@ -110,7 +111,12 @@ def record_at(words: Region, at: int, like: Any) -> Any:
     return words.memory.record(words, at, like)
 
 
-WATCHED = (ld_acquire, ld_relaxed, st_release, fetch_add, cas, pause, now, block_sync, array_at, record_at)
+def tile_gemm(*arguments: Any) -> None:
+    """Results may go to the memory of several ranks."""
+    stub.multiply(array_at, *arguments)
+
+
+WATCHED = (ld_acquire, ld_relaxed, st_release, fetch_add, cas, pause, now, block_sync, array_at, record_at, tile_gemm)
 
 
 def watch(kernel: ModuleType) -> ModuleType:

@@ -16,7 +16,7 @@ from ..plants import PLANTS
 from ..run.spec import GivenCall, Lost, WorldSpec
 
 KIND = "flashmoe explore case"
-VERSION = 2
+VERSION = 3
 KEYS = ("file", "version", "report", "world", "plant", "late_seed", "schedule")
 
 

@@ -32,7 +32,7 @@ SIZES = (
     "ffn",
 )  # fmt: skip
 MANY = 4  # times the turns of the first run: a smaller world should need fewer
-JUDGED = ("wrong result", "count")  # kinds that come from checks.py, not from the run itself
+JUDGED = ("wrong result", "tiles", "count")  # kinds that come from checks.py, not from the run itself
 
 
 class _Spent(Exception):
@@ -178,6 +178,8 @@ def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:
     for name in ("grid", "ties"):
         if getattr(spec, name):
             yield replace(spec, **{name: False})  # type: ignore[arg-type]
+    if spec.packing != "none":
+        yield replace(spec, packing="none")
     if config.capacity is not None:
         yield replace(spec, config=replace(config, capacity=None))
     for name in SIZES:

@@ -65,12 +65,10 @@ def test_a_result_flag_with_other_rows(ended):
     expert, tile = np.argwhere(call.flags >> EPOCH_SHIFT == 1)[0].tolist()
     call.flags[expert, tile] += 1
     (report,) = checker.check(run)
-    assert f"{report}".startswith(
-        f"wrong result: rank 0, call 1: the result flag of expert {expert}, row tile {tile} is "
-    )
+    assert f"{report}".startswith(f"wrong result: rank 0, call 1: the result flag of expert {expert}, chunk {tile} is ")
     call.flags[expert, tile] = 0
     (report,) = checker.check(run)
-    assert f"row tile {tile} is -1, wanted " in f"{report}"
+    assert f"chunk {tile} is -1, wanted " in f"{report}"
 
 
 def test_flags_differ_from_another_seed_s(ended):

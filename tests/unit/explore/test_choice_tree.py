@@ -312,6 +312,24 @@ def test_the_kernel_is_clean_whatever_the_interleaving(spec):
     assert len(met) > len(covered) / 4
 
 
+@pytest.mark.skipif(settings().max_examples < 1000, reason="ten thousand runs: a nightly test")
+def test_two_sources_in_a_row_tile_whatever_the_interleaving():
+    """Both tokens go to expert 1: their rows share a tile, or idle processors get each in a tile of its own."""
+    spec, met = replace(small_world(num_ranks=2), data_seed=2), Counter()
+    with watched_kernel(None) as kernel:
+        world = WatchedWorld(spec, kernel)
+        tree, more = ChoiceTree(world.memory, rank_of), True
+        while more:
+            run = world.run(tree.begin)
+            assert run.reports == []
+            if tree.end() == COMPLETE:
+                (idle,), (busy,) = (calls[0].tiles for calls in run.calls)
+                assert idle == [] and sorted(one.source for tile in busy for one in tile.runs) == [0, 1]
+                met[tuple(len(tile.runs) for tile in busy)] += 1
+            more = tree.turn()
+    assert set(met) == {(2,), (1, 1)} and min(met.values()) > 10, f"{met}"
+
+
 def random_class(world, seed):
     """Of a run under a random strategy, what was looked at in vain left out."""
     events, made = [], {}  # the events of each actor since its last store: index, poll and pauses then

@@ -32,6 +32,7 @@ def specs(matrix):
 def test_every_size_is_there(matrix):
     found = specs(matrix).values()
     assert len(found) >= 12
+    assert {spec.packing for spec in found} == {"sources", "none"}
     assert {spec.config.num_ranks for spec in found} == {1, 2, 3, 4}
     assert {spec.num_processors for spec in found} == {1, 2, 3}
     assert {spec.lanes for spec in found} == {1, 2, 3}

@@ -62,7 +62,7 @@ def test_ranks_that_are_all_there_give_up_after_a_silence_only(kernel, strategy)
     for deadline in (100, 1000):
         world = replace(WORLDS["short of time"], deadline=deadline)
         explorer = Explorer(Search(spec=world, strategy=strategy), kernel)
-        for seed in range(8):
+        for seed in range(24):
             assert explorer.run(seed).reports == [], f"deadline {deadline}, seed {seed}"
             gave_up[deadline] += any(who is not None for who in names(explorer.world))
     assert gave_up[100] > 0

@@ -127,7 +127,7 @@ def test_reports_of_worlds_of_any_size_are_the_same_finding():
 def test_smaller_worlds_are_worlds_with_one_thing_less():
     start = spec(num_ranks=2, capacity=3, epochs=2)
     worlds = list(smaller(start))
-    assert worlds[0].config.capacity is None
+    assert [(world.packing, world.config.capacity) for world in worlds[:2]] == [("none", 3), ("sources", None)]
     assert all(sum(a != b for a, b in zip(size(world), size(start), strict=True)) <= 1 for world in worlds)
     assert {world.config.num_experts for world in worlds} == {2, 4}  # 1 and 3 are not of two ranks, or too few
     given = WorldSpec(config=start.config, epochs=2, given=(GivenCall((4, 4)), GivenCall((0, 1))))
@@ -140,6 +140,7 @@ CASE = Case(
     spec=WorldSpec(
         config=spec().config,
         epochs=1,
+        packing="none",
         leavers=(1,),
         given=(GivenCall((1, 0), (((0, 1),), ())),),
     ),
@@ -158,7 +159,7 @@ def test_a_file_holds_all_of_a_case(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda case: case.update(version=7), "version must be 2, got 7"),
+        (lambda case: case.update(version=7), "version must be 3, got 7"),
         (lambda case: case.pop("plant"), f"the file must have just these: {', '.join(KEYS)}"),
         (
             lambda case: case.update(plant="no-such"),
@@ -176,6 +177,8 @@ def test_a_file_holds_all_of_a_case(tmp_path):
             "lost must be in a call in [1, epochs=1], after 0 tasks or more, got call 2, 0 tasks",
         ),
         (lambda case: case["world"].update(deadline=9), "deadline must be at least 100 switches, got 9"),
+        (lambda case: case["world"].update(packing="all"), "packing must be one of sources, none; got 'all'"),
+        (lambda case: case["world"].update(packing=[]), "packing must be one of sources, none; got []"),
         (lambda case: case["world"].update(grid=1), "grid must be true or false, got 1"),
         (lambda case: case["world"].update(epochs=2), "epochs must be the number of given calls, 1, got 2"),
         (lambda case: case["world"]["config"].update(num_topk=9), "num_topk must be in [1, num_experts=4], got 9"),
