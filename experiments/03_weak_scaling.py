@@ -11,12 +11,10 @@ ranks; medians over the repeats of each run's median are shown.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from statistics import median
 
-from common import Row, parser_of, show, store
+from common import Row, flashmoe_run, parser_of, show, store
 
 from flashmoe_numba.processes.cores import count_cores
 
@@ -39,21 +37,13 @@ def main() -> int:
     rank_counts = RANKS[:2] if args.smoke else RANKS
     preset, iterations = ("laptop-tiny", 2) if args.smoke else ("laptop-text", 5)
     repeats = 1 if args.smoke else args.repeats
-    reports = [[run(preset, ranks, iterations) for ranks in rank_counts] for _ in range(repeats)]
+    how = dict(preset=preset, processors=1, iterations=iterations)
+    reports = [[flashmoe_run(ranks=ranks, **how) for ranks in rank_counts] for _ in range(repeats)]
     rows = [summary(list(runs)) for runs in zip(*reports, strict=True)]
     add_ratio(rows)
     show(rows, COLUMNS)
     store(rows, args.json)
     return 0 if all(row["ok"] for row in rows) else 1
-
-
-def run(preset: str, ranks: int, iterations: int) -> Row:
-    """The report of one run."""
-    flags = {"preset": preset, "ranks": ranks, "processors": 1, "iterations": iterations, "json": "-"}
-    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-Pm", "flashmoe_numba", "run", *arguments]
-    report: Row = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout)
-    return report
 
 
 def summary(reports: list[Row]) -> Row:

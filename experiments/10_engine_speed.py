@@ -28,7 +28,7 @@ from sim import Scenario
 from sim.engine import compiled, plain
 from sim.engine.graph import NONE, GraphBuilder, TaskGraph
 from sim.engine.kinds import GEMM0, GEMM1
-from sim.policies import build
+from sim.policies import build, make_knobs
 
 COLUMNS = {"graph": "", "engine": "", "tasks": ",d", "seconds": ".3f", "mtasks_per_s": ".3f", "times_simpy": ".1f",
            "makespan_us": ",.1f"}  # fmt: skip
@@ -71,7 +71,8 @@ def without_links(graph: TaskGraph) -> TaskGraph:
 
 def policy_graph(policy: str, tokens: int) -> TaskGraph:
     config = MoEConfig(num_ranks=8, num_tokens=tokens, hidden=2048, ffn=2048, num_experts=128, num_topk=2)
-    return build(policy, Scenario(config=config, hardware="8xH100", precision="bfloat16").make())
+    knobs = make_knobs(policy, {"packing": "per_source"} if policy == "flashmoe" else {})
+    return build(policy, Scenario(config=config, hardware="8xH100", precision="bfloat16").make(), knobs)
 
 
 def compare(name: str, graph: TaskGraph, repeats: int, with_simpy: bool = True) -> list[Row]:

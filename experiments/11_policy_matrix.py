@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import Row, parser_of, show, store
-from sim_common import PACKED, equal_terms, heading, terms_text, world_of
+from sim_common import PACKED, PUBLISHED, equal_terms, heading, terms_text, world_of
 
 from sim import World, make_knobs, simulate
 from sim.policies.bulk import NUM_STAGES
@@ -30,7 +30,7 @@ TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ROUTINGS = ("even", "zipf:1", "hot-rank")
 HARDWARE = ("8xH100", "8xH800", "8xA100", "2x8xH100", "8xB200")
 SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "flashmoe": ("flashmoe", {}),
+    "flashmoe": ("flashmoe", PUBLISHED),
     "packed": ("flashmoe", PACKED),
     "comet": ("comet", {}),
     "megamoe": ("megamoe", {}),

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import Row, parser_of, show, store
-from sim_common import PACKED, equal_terms, heading, terms_text, world_of
+from sim_common import PACKED, PUBLISHED, equal_terms, heading, terms_text, world_of
 
 from sim import World, balance, simulate
 
@@ -27,7 +27,7 @@ ROUTINGS = (*(f"zipf:{exponent:g}" for exponent in (0, 0.25, 0.5, 0.75, 1, 1.25,
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4)  # replicas per expert
 HARDWARE = "8xH100"
 SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "flashmoe": ("flashmoe", {}),
+    "flashmoe": ("flashmoe", PUBLISHED),
     "packed": ("flashmoe", PACKED),
     "bulk": ("bulk", {}),
 }

@@ -17,14 +17,14 @@ import sys
 from typing import Any
 
 from common import Row, parser_of, show, store
-from sim_common import PACKED, equal_terms, heading, terms_text, world_of
+from sim_common import PACKED, PUBLISHED, equal_terms, heading, terms_text, world_of
 
 from sim import report, simulate
 
 HARDWARE = ("8xH100", "2x8xH100", "4x8xH100", "8xB200", "2x8xB200", "16xGB200")
 ONE_NODE = {"2x8xH100": "8xH100", "4x8xH100": "8xH100", "2x8xB200": "8xB200", "16xGB200": "8xB200"}
 SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "flashmoe": ("flashmoe", {}),
+    "flashmoe": ("flashmoe", PUBLISHED),
     "packed": ("flashmoe", PACKED),
     "megamoe": ("megamoe", {}),
     "deepep": ("deepep", {}),

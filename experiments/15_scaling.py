@@ -1,6 +1,6 @@
 """Question: how large a machine can be simulated, in how much time and memory, and does FlashMoE scale on it?
 
-Command:  python experiments/15_scaling.py [--gpus 8,64,256,1024] [--packing per_source|per_expert] [--json FILE]
+Command:  python experiments/15_scaling.py [--gpus 8,64,256,1024] [--packing NAME] [--json FILE]
 Expected: 256 GPUs, six million tasks, take seconds; 1,024 GPUs, 94 million, minutes and some 2 GB. Between nodes it is
           the NICs that count: from 64 GPUs on latency grows by less than a third, as long as a GPU has 256 row blocks.
           On 1,024 GPUs, with as many experts, a packet has 8 rows and there are four times as many row blocks: latency
@@ -27,6 +27,7 @@ from sim.engine.kinds import GEMM0
 from sim.policies import build
 
 TOKENS, GPUS_PER_NODE = 1024, 8
+PACKINGS = ("per_source", "per_expert", "arrived")
 LAYER = dict(hidden=7168, ffn=2048, num_topk=8, gated=True, activation="silu", dtype=PRECISION)
 COLUMNS = {"gpus": ",d", "experts": ",d", "blocks per GPU": ",.0f", "nodes of graph": ",d", "edges": ",d",
            "tasks": ",d", "events": ",d", "routing_s": ".1f", "build_s": ".1f", "run_s": ".1f", "mevents_per_s": ".2f",
@@ -36,7 +37,7 @@ COLUMNS = {"gpus": ",d", "experts": ",d", "blocks per GPU": ",.0f", "nodes of gr
 def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--gpus", default="8,64,256,1024", metavar="N[,N]", help="multiples of 8 [8,64,256,1024]")
-    parser.add_argument("--packing", default="per_source", choices=("per_source", "per_expert"), help="[per_source]")
+    parser.add_argument("--packing", default="per_source", choices=PACKINGS, help="[per_source]")
     args = parser.parse_args()
     sizes = [8, 64] if args.smoke else sorted(map(int, args.gpus.split(",")))
     compiled.run(GraphBuilder().build())  # compiles

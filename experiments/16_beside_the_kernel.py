@@ -1,6 +1,7 @@
 """Question: how far is the simulator from the machine at hand?
 
 Command:  python experiments/16_beside_the_kernel.py [--hardware FILE.toml --set KNOB=VALUE ...] [--ranks N]
+          [--packing sources|none]
 Expected: `busy_error` of some 5 %, GEMM0 and GEMM1 being nearly all of it. On a machine with nothing else to do whole
           calls are as near. Programs beside it make them longer, several times if they want the same cores, and so do
           blocks that outnumber the cores: the simulator knows of neither.
@@ -10,10 +11,14 @@ layer below is one of the calibration's. Each is run by the CPU kernel, and its 
 flashmoe on the calibrated machine. Repeats go round all layers.
 
 `measured` and `fastest` are the median and the fastest call, `simulated` is the makespan, and `error` compares it with
-either. `busy` is the time in slices of tasks: each task's median over the calls, so that a slice that was interrupted
-does not count, summed, and divided by the processors; then the same of the simulation, and its error. Columns of kinds
-are simulated / measured for the slices of that kind. Traces of the fastest call and of the simulation are written under
+either. `row tiles` are those of the median call, and of the simulation. `busy` is the time in slices of tasks: each
+task's median over the calls that had it, so that a slice that was interrupted does not count, summed over as many tasks
+as a call has, and divided by the processors; then the same of the simulation, and its error. Columns of kinds are
+simulated / measured for the slices of that kind. Traces of the fastest call and of the simulation are written under
 --traces, in files of one name.
+
+Tiles packed by sources are not the same in every call where there are several ranks, and a task's name may stand for
+other rows in another call; with one rank they are.
 """
 
 from __future__ import annotations
@@ -42,10 +47,11 @@ from flashmoe_numba.errors import UsageError
 from flashmoe_numba.seeing.trace import decode, write_chrome_trace
 from reference import DTYPES, MoEConfig, Weights, make_workload
 from reference.traces import TRACE_KIND_NAMES, Slice
-from sim.engine.kinds import JOIN, KIND_NAMES
+from sim.engine.kinds import GEMM0, JOIN, KIND_NAMES
 from sim.world.routing import blocked_owner
 
 KINDS = ("GATE", "DISPATCH", "GEMM0", "GEMM1", "COMBINE")
+SIMULATED = {"sources": "arrived", "none": "per_source"}  # what the policy calls the kernel's packing
 
 
 class Case(NamedTuple):
@@ -90,7 +96,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     cases = SMOKE_CASES if args.smoke else CASES
-    runs = [Run(case, hardware.num_gpus, hardware.sms - 1, args.backend, args.dtype) for case in cases]
+    how = dict(num_processors=hardware.sms - 1, backend=args.backend, packing=args.packing)
+    runs = [Run(case, hardware.num_gpus, args.dtype, how) for case in cases]
     for _ in range(2 if args.smoke else args.repeats):
         for run in runs:
             run.measure()
@@ -120,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backend", choices=("cpu", "cuda"), default="cpu", help="cuda: virtual ranks of one GPU [cpu]"
     )
+    parser.add_argument("--packing", choices=[*SIMULATED], default="sources", help="whose rows share a tile [sources]")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="element type [float32]")
     parser.add_argument("--repeats", type=integer(1), default=9, help="measured calls of each layer [9]")
     parser.add_argument("--traces", type=Path, default=Path("out/beside_the_kernel"), metavar="FOLDER")
@@ -143,8 +151,8 @@ def _machine(args: argparse.Namespace) -> tuple[sim.Hardware, sim.PolicyKnobs]:
 class Run:
     """One case on the kernel, and beside it in the simulator."""
 
-    def __init__(self, case: Case, num_ranks: int, num_processors: int, backend: str, dtype: str) -> None:
-        self.case = case
+    def __init__(self, case: Case, num_ranks: int, dtype: str, how: dict[str, Any]) -> None:
+        self.case, self.packing = case, how["packing"]
         self.config = MoEConfig(
             num_ranks=num_ranks,
             num_tokens=case.tokens,
@@ -157,14 +165,15 @@ class Run:
             dtype=dtype,
         )
         workload = make_workload(case.workload, self.config)
-        memory = make_memory(backend, self.config)
+        memory = make_memory(how["backend"], self.config)
         self._x, self._routing = [memory.to_device(part) for part in workload.x], {}
         if workload.topk_idx is not None:
             self._routing = {"topk_idx": workload.topk_idx, "topk_weights": workload.topk_weights}
         weights = Weights.random(self.config)
-        self._layer = FlashMoE(self.config, weights, backend=backend, num_processors=num_processors, trace=True)
+        self._layer = FlashMoE(self.config, weights, trace=True, **how)
         self._call()
         self._wall_ns: list[int] = []
+        self._row_tiles: list[int] = []  # of each call
         self._records: list[Slice] = []  # of the fastest call
         self._times: dict[tuple[int, ...], list[int]] = defaultdict(list)  # of each task
 
@@ -179,6 +188,7 @@ class Run:
         self._call()
         self._wall_ns.append(time.perf_counter_ns() - start)
         records = decode(self._layer.traces)
+        self._row_tiles.append(sum(task.kind == GEMM0 and task.n == 0 for task in records))
         if self._wall_ns[-1] == min(self._wall_ns):
             self._records = records
         for task in records:
@@ -195,7 +205,8 @@ class Run:
         sim.write_chrome_trace(simulation, folder / "simulated" / name)
         median, fastest = float(np.median(self._wall_ns)) / 1e6, min(self._wall_ns) / 1e6
         simulated = simulation.latency_us / 1000
-        measured_kinds, simulated_kinds = kinds_of_tasks(self._times), kinds_of_simulation(simulation)
+        calls = len(self._wall_ns)
+        measured_kinds, simulated_kinds = kinds_of_tasks(self._times, calls), kinds_of_simulation(simulation)
         processors = self.config.num_ranks * self._layer.num_processors
         busy, simulated_busy = (
             sum(kinds[kind] for kind in KINDS) / processors for kinds in (measured_kinds, simulated_kinds)
@@ -206,7 +217,10 @@ class Run:
             "gated": "gated" if self.case.gated else "plain",
             "ranks": self.config.num_ranks,
             "hardware": hardware.name,
-            "repeats": len(self._wall_ns),
+            "packing": self.packing,
+            "repeats": calls,
+            "row_tiles": float(np.median(self._row_tiles)),
+            "row_tiles_simulated": int((simulation.graph.nodes["kind"] == GEMM0).sum()),
             "measured": median,
             "fastest": fastest,
             "simulated": simulated,
@@ -227,14 +241,16 @@ class Run:
             name=self.case.workload, num_experts=self.config.num_experts, topk_idx=topk_idx, owner=owner
         )
         scenario = sim.Scenario(config=self.config, hardware=hardware, precision=self.config.dtype, routing=routing)
-        return sim.simulate("flashmoe", scenario.make(), replace(knobs, gate=not self._routing))
+        return sim.simulate(
+            "flashmoe", scenario.make(), replace(knobs, gate=not self._routing, packing=SIMULATED[self.packing])
+        )
 
 
-def kinds_of_tasks(times: Mapping[tuple[int, ...], Sequence[int]]) -> dict[str, float]:
-    """Milliseconds of tasks by kind: of each its median."""
+def kinds_of_tasks(times: Mapping[tuple[int, ...], Sequence[int]], calls: int) -> dict[str, float]:
+    """Milliseconds of a call's tasks by kind: of each its median, times the share of the calls that had it."""
     total = dict.fromkeys(TRACE_KIND_NAMES, 0.0)
     for (kind, *_), durations in times.items():
-        total[TRACE_KIND_NAMES[kind]] += float(np.median(durations)) / 1e6
+        total[TRACE_KIND_NAMES[kind]] += float(np.median(durations)) * len(durations) / calls / 1e6
     return total
 
 
@@ -269,6 +285,8 @@ COLUMNS = {
     "simulated ms": ".2f",
     "error_median": "+.1%",
     "error_fastest": "+.1%",
+    "row_tiles": ".0f",
+    "row_tiles_simulated": "d",
     "busy ms": ".2f",
     "busy_simulated ms": ".2f",
     "busy_error": "+.1%",

@@ -19,24 +19,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
-from common import Row, parser_of, show, store
+from common import Row, machine, parser_of, show, store
 from lost import mpi
 from lost.faults import FAULTS
 from lost.lose import lose_one
 from lost.memory import PLACES
 from lost.verdict import Verdict
 from lost.world import make_trial
-
-from flashmoe_numba.processes.cores import count_cores
 
 RANKS = (2, 3, 4)
 COLUMNS = {"fault": "", "runs": "d", "right": "d", "named": "d", "other": "d", "over_ms": "", "problems": "d"}
@@ -82,13 +76,7 @@ def arguments() -> argparse.Namespace:
 
 def terms(args: argparse.Namespace) -> Row:
     """What a row was measured on, and how."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "cores": count_cores(),
-        **{name: getattr(args, name) for name in ("calls", "deadline_s", "slack_s", "seed")},
-    }
+    return machine() | {name: getattr(args, name) for name in ("calls", "deadline_s", "slack_s", "seed")}
 
 
 def row(fault: str, verdicts: Sequence[Verdict]) -> Row:

@@ -11,18 +11,13 @@ import argparse
 import importlib.util
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Row, parser_of
+from common import Row, leave, machine, parser_of, program
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.gpu.driver import ask_driver
@@ -57,11 +52,7 @@ def leave_without_gpu(args: argparse.Namespace) -> None:
     if reason is None:
         os.environ["CUPY_TF32"] = str(int(args.tf32))  # cuBLAS does as the layer does
         return
-    if args.smoke:
-        print(f"skipped: {reason}")
-        sys.exit(0)
-    print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
-    sys.exit(2)
+    leave(reason, args)
 
 
 def missing() -> str | None:
@@ -93,28 +84,17 @@ def facts(args: argparse.Namespace) -> Row:
     import cupy
 
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    versions = {name: version for name in PACKAGES if (version := _version(name))}
-    versions["cuda driver"], versions["cuda runtime"] = (
+    found = program(PACKAGES)
+    found["versions"]["cuda driver"], found["versions"]["cuda runtime"] = (
         str(function()) for function in (cupy.cuda.runtime.driverGetVersion, cupy.cuda.runtime.runtimeGetVersion)
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "gpu": properties["name"].decode(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        "versions": versions,
+        **machine(),
+        **found,
         "dtype": args.dtype,
         "repeats": args.repeats,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # time

@@ -15,7 +15,8 @@ from sim.policies import megamoe
 
 TILE_M, TILE_N, RATE, CLUSTER = 128, 256, 0.6, 1
 PRECISION = "bfloat16"
-PACKED = {"packing": "per_expert", "ladder": True}  # what the studies call FlashMoE packed
+PUBLISHED = {"packing": "per_source"}  # what the studies call FlashMoE
+PACKED = {"packing": "per_expert", "ladder": True}  # and FlashMoE packed, had all counts been known before
 PRESETS = {"scout": "llama-4-scout", "olmoe": "olmoe-1b-7b", "deepseek-v3-like": "deepseek-v3"}
 
 

@@ -235,6 +235,20 @@ class Draft:
         config = self.world.config
         return (self.world.up_columns, config.hidden) if kind == GEMM0 else (config.hidden, config.ffn)
 
+    def column_tiles(self, kind: int, tile_n: int) -> int:
+        """Tiles of a row block."""
+        return -(-self.product_shape(kind)[0] // tile_n)
+
+    def tile_ns(self, kind: int, expert: Array, height: Array, blocks: Blocks, tile_n: int) -> Array:
+        """How long a tile of this expert and height takes where `blocks` are all that there are; both are broadcast."""
+        columns, depth = self.product_shape(kind)
+        tile_n = min(tile_n, columns)
+        owner = self.world.routing.owner
+        row_blocks = np.bincount(blocks.expert, minlength=len(owner))
+        on_gpu = np.bincount(owner[blocks.expert], minlength=self.world.num_ranks) * self.column_tiles(kind, tile_n)
+        reuse = self.cost.reuse(row_blocks[expert], columns, depth, tile_n)
+        return self.cost.tile(height, tile_n, depth, on_gpu[owner[expert]], reuse)
+
     def gemm(self, kind: int, blocks: Blocks, tile_n: int, source: Array | None = None, **fields: ArrayLike) -> Array:
         """`[num_blocks]`: the first or second product of each row block; who waits for what is the caller's to say.
 
@@ -246,11 +260,7 @@ class Draft:
         """
         owner = self.world.routing.owner[blocks.expert]
         columns, depth = self.product_shape(kind)
-        tile_n = min(tile_n, columns)
-        tiles = -(-columns // tile_n)
-        row_blocks = np.bincount(blocks.expert, minlength=1)[blocks.expert]
-        reuse = self.cost.reuse(row_blocks, columns, depth, tile_n)
-        on_gpu = np.bincount(owner, minlength=1)[owner] * tiles
+        tiles = self.column_tiles(kind, tile_n)
         flops = 2 * columns / tiles * depth
         usual: dict[str, ArrayLike] = {"peer": blocks.sources(owner), "count": tiles}
         if source is not None:
@@ -262,7 +272,7 @@ class Draft:
             expert=self.local[blocks.expert],
             m=blocks.m,
             server=self.machine.sm[owner],
-            duration_ns=self.cost.tile(blocks.height, tile_n, depth, on_gpu, reuse),
+            duration_ns=self.tile_ns(kind, blocks.expert, blocks.height, blocks, tile_n),
             flops=flops * blocks.height,
             useful_flops=flops * blocks.rows,
             **(usual | fields),

@@ -3,8 +3,8 @@
 RECEIVE is the OS block's work on a packet. Only rival schedules have the rest: LAUNCH is the host starting a kernel,
 BARRIER a meeting of ranks, SEND a transfer that is no packet (a collective's, a copy engine's), PERMUTE a kernel that
 moves rows within a GPU, ELEMENTWISE an activation in a kernel of its own, DENSE work beside the MoE layer. LOAD and
-EPILOGUE are the parts of a tile before and after its product, where these run beside other tiles' products. JOIN costs
-nothing: it names the moment at which several tasks are done.
+EPILOGUE are the parts of a tile before and after its product, where these run beside other tiles' products. JOIN holds
+no slot: it names the moment at which several tasks are done, or something that was held back goes on.
 """
 
 from __future__ import annotations

@@ -1,30 +1,42 @@
 """FlashMoE: one persistent kernel per rank, and nothing waits for more than its own inputs.
 
 Gate tiles first; when a rank has gated all its tokens, blocks store each (source, expert) packet into the memory of its
-owner and signal. The owner's OS block sees the signal and queues the packet's GEMM0 tiles; the last GEMM0 tile of a row
-block frees its GEMM1 tiles, whose results go straight into the source's memory; a block of tokens is combined when all
-its results are there. One queue per rank, first come first served, no barrier anywhere.
+owner and signal. The owner's OS block sees the signal and cuts row blocks, whose GEMM0 tiles it queues; the last GEMM0
+tile of a row block frees its GEMM1 tiles, whose results go straight into the memory of the rows' sources; a block of
+tokens is combined when all its results are there. One queue per rank, first come first served, no barrier anywhere.
 
-Source: FlashMoE (arXiv 2506.04667) sections 3 and 4, and its public code, v0.1.2.
+Packed as rows arrive, as the kernel of this project does it: a full tile is cut at once; other rows wait for more of
+their expert, and are cut when its last packet is here, or when processors are idle and no packet of it came for a while
+(`drafting/owner.py`). What is idle when depends on the schedule, so a schedule is drawn, run, cut anew by what happened
+in it, and drawn again, until nothing changes. It may go to and fro between two, or on for `MOST_ROUNDS`: then the last
+one is taken, and some rows are held back a little longer or shorter than by the rule.
+
+Source: FlashMoE (arXiv 2506.04667) sections 3 and 4, and its public code, v0.1.2, whose tiles are per source and of one
+height; this project's kernel.
 Knobs: see `Knobs`. Leaves out: the doorbells between scheduler and processors (their cost is in `schedule_ns`), slots
-that idle while a block looks for work, and the signals of empty packets, which the OS block has to see as well.
+that idle while a block looks for work, and the signals of empty packets, which the OS block has to see as well. Results
+of a tile with rows of several sources leave when its last column tile is done, and not column tile by column tile.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from ..drafting.blocks import Blocks, blocks_per_expert, blocks_per_source, ladder
+from ..drafting.cuts import CutBlocks, as_if_at_once, chunk_pieces, cut_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.owner import Rules, cuts_of_all
 from ..engine.graph import NONE, Array, TaskGraph
-from ..engine.kinds import GEMM0, GEMM1, RECEIVE
+from ..engine.kinds import GEMM0, GEMM1, JOIN, RECEIVE
 from ..world.world import World
 
 FIRST = -1  # rows go before tiles, which wait for nothing else
+MOST_ROUNDS = 8
+SHORTEST = 16  # of the ladder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +46,13 @@ class Knobs(PolicyKnobs):
         128 x 128 tiles, one fits an H100's multiprocessor; two fit an A100's, but share its tensor cores, and one slot
         of the whole is nearer than two halves. The paper's version had two.
     tile_m, tile_n: of a tile of either product.
-    ladder: packets take the lowest of tile_m, half of it, ... (16 at least) that holds them, instead of always tile_m.
-    packing: "per_source", or "per_expert": rows of all sources of an expert share tiles.
+    ladder: tiles take the lowest of tile_m, half of it, ... (16 at least) that holds their packet, or where tiles are
+        packed all rows of their expert or, as they arrive, their own, instead of always tile_m.
+    packing: "arrived": rows of all sources of an expert share tiles, as they come, nobody waits for counts; this
+        project's kernel does so. "per_source": a packet has tiles of its own, as in the published kernels.
+        "per_expert": tiles as if all counts were known before.
+    settle_ns: with packing="arrived", a tile that is not full goes to an idle processor when no packet of its expert
+        came for so long; the kernel's on GPUs.
     gate: simulate the gate; the published v0.1.2 benchmark leaves it out.
     dispatch_rows: rows of a packet that one block stores at a time.
     row_unit: rows that are multiplied together: a tile computes its real rows, rounded up to whole units; None: all of
@@ -48,7 +65,8 @@ class Knobs(PolicyKnobs):
     tile_m: int = 128
     tile_n: int = 128
     ladder: bool = False
-    packing: str = "per_source"
+    packing: str = "arrived"
+    settle_ns: int = 10_000
     gate: bool = True
     dispatch_rows: int = 32
     row_unit: int | None = None
@@ -56,46 +74,67 @@ class Knobs(PolicyKnobs):
     poll_ns: int = 300
     schedule_ns: int = 10
 
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"packing": ("per_source", "per_expert")}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"packing": ("arrived", "per_source", "per_expert")}
+
+
+class _Schedule(NamedTuple):
+    draft: Draft
+    graph: TaskGraph
+    received: Array  # [num_ranks, num_experts], the node of each packet that has rows
 
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
-    slots = world.hardware.sms * knobs.blocks_per_sm - 1  # one is the OS block
-    draft = Draft(world, knobs, "flashmoe", slots, async_loads=knobs.async_loads)
-    blocks = _blocks(world, knobs)
+    if knobs.packing == "arrived":
+        return _packed_as_rows_arrive(world, knobs)
+    return _draw(world, knobs, _blocks(world, knobs)).graph
+
+
+def _draw(world: World, knobs: Knobs, blocks: Blocks) -> _Schedule:
+    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), async_loads=knobs.async_loads)
     launched = draft.launch()
     gated = draft.gate(launched) if knobs.gate else launched
-    hidden, results = _experts(draft, blocks, knobs)
+    named = {"peer": blocks.first_source} if isinstance(blocks, CutBlocks) else {}
+    hidden = draft.gemm(GEMM0, blocks, knobs.tile_n, **named)
+    told, results = _results(draft, blocks, hidden, knobs)
     packets = np.nonzero(world.routing.counts)
     received = np.full(world.routing.counts.shape, NONE, np.int32)
     sent = draft.dispatch(gated, packets, knobs.dispatch_rows, FIRST)
     received[packets] = _receive(draft, sent, packets, blocks, knobs)
     draft.builder.edge(received[blocks.piece_source, blocks.expert[blocks.piece_block]], hidden[blocks.piece_block])
-    draft.combine(blocks, results, gated)
-    return draft.builder.build()
+    if isinstance(blocks, CutBlocks):
+        _hold_back(draft, received, blocks, hidden)
+    draft.combine(told, results, gated)
+    return _Schedule(draft, draft.builder.build(), received)
+
+
+def _slots(world: World, knobs: Knobs) -> int:
+    return world.hardware.sms * knobs.blocks_per_sm - 1  # one is the OS block
 
 
 def _blocks(world: World, knobs: Knobs) -> Blocks:
     counts = world.routing.counts
-    shortest = 16 if knobs.ladder else knobs.tile_m
     if knobs.packing == "per_expert":
-        blocks = blocks_per_expert(counts, ladder(counts.sum(axis=0), shortest, knobs.tile_m))
+        blocks = blocks_per_expert(counts, _ladder(counts.sum(axis=0), knobs))
     else:
-        blocks = blocks_per_source(counts, ladder(counts, shortest, knobs.tile_m))
-    if knobs.row_unit is None:
-        return blocks
-    return replace(blocks, height=-(-blocks.rows // knobs.row_unit) * knobs.row_unit)
+        blocks = blocks_per_source(counts, _ladder(counts, knobs))
+    return replace(blocks, height=_computed(blocks.rows, blocks.height, knobs))
+
+
+def _ladder(rows: Array, knobs: Knobs) -> Array:
+    return ladder(rows, SHORTEST if knobs.ladder else knobs.tile_m, knobs.tile_m)
+
+
+def _computed(rows: Array, height: Array, knobs: Knobs) -> Array:
+    """The rows that a tile of this height computes."""
+    return height if knobs.row_unit is None else -(-rows // knobs.row_unit) * knobs.row_unit
 
 
 def _receive(draft: Draft, sent: Array, packets: tuple[Array, ...], blocks: Blocks, knobs: Knobs) -> Array:
     """The OS block of the owner sees each packet's signal and queues its tiles, or its share of those it is part of."""
     world, (source, expert) = draft.world, packets
     owner = world.routing.owner[expert]
-    share = 1 / np.bincount(blocks.piece_block)[blocks.piece_block]
-    row_blocks = np.diff(np.append(0, np.cumsum(share))[np.append(blocks.piece_start.ravel(), len(share))])
-    tiles = sum(-(-columns // knobs.tile_n) for columns in (world.up_columns, world.config.hidden))
-    work = row_blocks.reshape(world.routing.counts.shape)[source, expert] * tiles * knobs.schedule_ns
+    work = _row_blocks(blocks)[source, expert] * _hand_ns(draft, knobs)
     nodes = draft.builder.add(
         RECEIVE,
         owner,
@@ -107,10 +146,102 @@ def _receive(draft: Draft, sent: Array, packets: tuple[Array, ...], blocks: Bloc
     return draft.after(sent, nodes)
 
 
-def _experts(draft: Draft, blocks: Blocks, knobs: Knobs) -> tuple[Array, Array]:
-    """GEMM0 of each row block, and of each piece the node with which its results are at their source."""
-    hidden = draft.gemm(GEMM0, blocks, knobs.tile_n)
+def _row_blocks(blocks: Blocks) -> Array:
+    """`[num_ranks, num_experts]`: row blocks that are handed out when a packet arrives."""
+    shape = blocks.piece_start.shape
+    if isinstance(blocks, CutBlocks):
+        at_once = blocks.held_ns == NONE
+        packet = blocks.last_source[at_once] * shape[1] + blocks.expert[at_once]
+        at_once_of: Array = np.bincount(packet, minlength=blocks.piece_start.size).reshape(shape)
+        return at_once_of
+    share = 1 / np.bincount(blocks.piece_block)[blocks.piece_block]
+    total = np.append(0, np.cumsum(share))
+    result: Array = np.diff(total[np.append(blocks.piece_start.ravel(), len(share))]).reshape(shape)
+    return result
+
+
+def _hand_ns(draft: Draft, knobs: Knobs) -> int:
+    """The OS block's time for the tiles of a row block."""
+    return sum(draft.column_tiles(kind, knobs.tile_n) for kind in (GEMM0, GEMM1)) * knobs.schedule_ns
+
+
+def _results(draft: Draft, blocks: Blocks, hidden: Array, knobs: Knobs) -> tuple[Blocks, Array]:
+    """What sources are told of, and of each piece of that the node with which its results are there."""
+    if isinstance(blocks, CutBlocks):
+        return _told_by_chunks(draft, blocks, hidden, knobs)
     if knobs.packing == "per_source":  # pieces are blocks
         source = blocks.piece_source
-        return hidden, draft.after(hidden, draft.gemm(GEMM1, blocks, knobs.tile_n, source=source))
-    return hidden, draft.send_pieces(blocks, draft.after(hidden, draft.gemm(GEMM1, blocks, knobs.tile_n)))
+        return blocks, draft.after(hidden, draft.gemm(GEMM1, blocks, knobs.tile_n, source=source))
+    return blocks, draft.send_pieces(blocks, draft.after(hidden, draft.gemm(GEMM1, blocks, knobs.tile_n)))
+
+
+# ---- packed as rows arrive
+
+
+def _packed_as_rows_arrive(world: World, knobs: Knobs) -> TaskGraph:
+    from ..engine.compiled import run
+
+    counts = world.routing.counts
+    rows = np.arange(min(knobs.tile_m, counts.sum(axis=0).max(initial=0)) + 1)
+    height = _computed(rows, _ladder(rows, knobs), knobs)
+    order = np.broadcast_to(np.arange(len(counts))[:, None], counts.shape)
+    before = blocks = cut_blocks(counts, order, as_if_at_once(counts, knobs.tile_m), height)
+    for _ in range(MOST_ROUNDS):
+        schedule = _draw(world, knobs, blocks)
+        rules = _rules(schedule.draft, blocks, height, knobs)
+        timeline, sm = run(schedule.graph, keep_runs=False), schedule.draft.machine.sm
+        cuts = cuts_of_all(world.routing, schedule.graph, timeline, schedule.received, sm, rules)
+        found = cut_blocks(counts, *cuts, height)
+        if found.equals(blocks) or found.equals(before):
+            break
+        before, blocks = blocks, found
+    return schedule.graph
+
+
+def _rules(draft: Draft, blocks: CutBlocks, height: Array, knobs: Knobs) -> Rules:
+    experts = np.arange(draft.world.routing.num_experts)[:, None]
+    up_ns, down_ns = (draft.tile_ns(kind, experts, height, blocks, knobs.tile_n).tolist() for kind in (GEMM0, GEMM1))
+    return Rules(
+        slots=_slots(draft.world, knobs),
+        tile_m=knobs.tile_m,
+        tiles=(draft.column_tiles(GEMM0, knobs.tile_n), draft.column_tiles(GEMM1, knobs.tile_n)),
+        tile_ns=(up_ns, down_ns),
+        poll_ns=knobs.poll_ns,
+        settle_ns=knobs.settle_ns,
+        hand_ns=_hand_ns(draft, knobs),
+    )
+
+
+def _hold_back(draft: Draft, received: Array, blocks: CutBlocks, hidden: Array) -> None:
+    """Rests wait for idle processors, counted from the last packet in them."""
+    held = np.flatnonzero(blocks.held_ns != NONE)
+    expert, source = blocks.expert[held], blocks.last_source[held]
+    waits = draft.builder.add(
+        JOIN,
+        draft.world.routing.owner[expert],
+        peer=source,
+        expert=draft.local[expert],
+        m=blocks.m[held],
+        duration_ns=blocks.held_ns[held],
+    )
+    draft.builder.edge(received[source, expert], waits)
+    draft.builder.edge(waits, hidden[held])
+
+
+def _told_by_chunks(draft: Draft, blocks: CutBlocks, hidden: Array, knobs: Knobs) -> tuple[Blocks, Array]:
+    """A source is told of a chunk of its packet when all blocks that hold rows of it have stored them."""
+    counts, owner = draft.world.routing.counts, draft.world.routing.owner
+    alone = np.bincount(blocks.piece_block, minlength=len(blocks.expert)) == 1
+    target = np.where(alone, blocks.last_source, owner[blocks.expert])
+    down = draft.after(hidden, draft.gemm(GEMM1, blocks, knobs.tile_n, source=target, peer=blocks.first_source))
+    stored, mixed = down[blocks.piece_block], ~alone[blocks.piece_block]
+    pieces = {name: getattr(blocks, name)[mixed] for name in ("piece_block", "piece_source", "piece_rows")}
+    stored[mixed] = draft.send_pieces(replace(blocks, **pieces), down)
+    chunks = blocks_per_source(counts, ladder(counts, min(SHORTEST, knobs.tile_m), knobs.tile_m))
+    expert = chunks.expert[chunks.piece_block]
+    told = draft.builder.add(
+        JOIN, owner[expert], peer=chunks.piece_source, expert=draft.local[expert], m=chunks.m[chunks.piece_block]
+    )
+    piece, chunk = chunk_pieces(blocks, chunks)
+    draft.builder.edge(stored[piece], told[chunk])
+    return chunks, told

@@ -6,8 +6,9 @@ a slot, ran, had its bytes on a path, and its signal under way. These four times
 so those of the whole path fill the makespan, to the nanosecond.
 
 Categories: running is `compute`, but for LAUNCH and BARRIER, which are their own, DISPATCH and SEND, whose slots move
-rows (`transfer`), and RECEIVE and a SEND without slots, which run for the cost of a signal and of a call (`latency`). A
-wait for a slot means that the server was full; `behind` says of what. Leaves out: other paths that are nearly as long.
+rows (`transfer`), and RECEIVE, a SEND without slots and a JOIN that holds something back, which run for the cost of a
+signal, of a call and for others to come (`latency`). A wait for a slot means that the server was full; `behind` says of
+what. Leaves out: other paths that are nearly as long.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from itertools import groupby
 import numpy as np
 
 from ..engine.graph import NONE, Array, TaskGraph
-from ..engine.kinds import BARRIER, DISPATCH, KIND_NAMES, LAUNCH, RECEIVE, SEND
+from ..engine.kinds import BARRIER, DISPATCH, JOIN, KIND_NAMES, LAUNCH, RECEIVE, SEND
 from ..engine.timeline import Timeline
 
 CATEGORIES = ("compute", "waiting for a slot", "transfer", "latency", "launch", "barrier")
 COMPUTE, SLOT, TRANSFER, LATENCY, LAUNCHING, MEETING = CATEGORIES
 HEADINGS = "     ready   complete  nodes for a slot    running      bytes    latency  what"
-RUNNING = {LAUNCH: LAUNCHING, BARRIER: MEETING, DISPATCH: TRANSFER, RECEIVE: LATENCY, SEND: TRANSFER}
+RUNNING = {LAUNCH: LAUNCHING, BARRIER: MEETING, DISPATCH: TRANSFER, RECEIVE: LATENCY, SEND: TRANSFER, JOIN: LATENCY}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ ROUNDED, COUNTED = {"slack": 1}, {"counts": True}
 MOVES = [
     ("flashmoe", ROUNDED, {"packing": "per_source", "tile_m": 16, "ladder": False}),
     ("flashmoe", ROUNDED, {"packing": "per_expert", "tile_m": 16, "ladder": False}),
+    ("flashmoe", ROUNDED, {"packing": "arrived", "tile_m": 16, "ladder": False}),
     ("megamoe", ROUNDED | COUNTED, {"split": False}),
     ("megamoe", ROUNDED | COUNTED, {"split": True}),
     ("sonic", {}, {}),

@@ -12,13 +12,14 @@ from sim.policies import build, make_knobs
 from sim.simulation import simulate
 
 WORLDS = odd_worlds()
+PACKINGS = make_knobs("flashmoe", {}).choices["packing"]
 
 graph_of = partial(make_graph, "flashmoe")
 
 
 def test_tasks_wait_for_their_own_inputs_only():
     world = small_world("zipf:1.2")
-    graph = graph_of(world, tile_m=16)
+    graph = graph_of(world, tile_m=16, packing="per_source")
     kind = graph.nodes["kind"]
     for node in range(graph.num_nodes):
         before = graph.predecessors(node)
@@ -41,7 +42,7 @@ def test_tasks_wait_for_their_own_inputs_only():
             ]
 
 
-@pytest.mark.parametrize("packing", ["per_source", "per_expert"])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("name", ["uniform", "top-1", "silent rank", "nothing at all", "one token"])
 def test_a_combine_waits_for_its_gate_and_for_the_results_of_its_rows(name, packing):
     world = WORLDS[name]
@@ -82,8 +83,9 @@ def test_lower_tiles_and_packing_pad_less():
         graph = graph_of(world, **knobs)
         return float((graph.nodes["flops"] * graph.nodes["count"])[kind_nodes(graph, GEMM0)].sum())
 
-    assert padded(ladder=True) < padded()
-    assert padded(packing="per_expert") < padded()
+    apart = dict(packing="per_source")
+    assert padded(**apart, ladder=True) < padded(**apart)
+    assert padded(packing="per_expert") < padded(**apart)
     assert padded(packing="per_expert", ladder=True) <= padded(packing="per_expert")
 
 
@@ -153,7 +155,7 @@ def test_knobs_move_the_latency(knobs, slower):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        (dict(packing="loose"), "packing must be one of per_source, per_expert; got 'loose'"),
+        (dict(packing="loose"), "packing must be one of arrived, per_source, per_expert; got 'loose'"),
         (dict(rate=0.0), r"rate must be in \(0, 1\], got 0.0"),
         (dict(tile_m=0), "tile_m must be at least 1, got 0"),
         (dict(row_unit=0), "row_unit must be at least 1, got 0"),

@@ -145,7 +145,7 @@ def test_every_cause_of_idling():
 
 def test_operations_and_tokens_over_time():
     world = small_world(num_tokens=64)
-    simulation = simulate("flashmoe", world, make_knobs("flashmoe", {"gate": False}))
+    simulation = simulate("flashmoe", world, make_knobs("flashmoe", {"gate": False, "packing": "per_source"}))
     said = report(simulation)
     rows = world.routing.counts.sum()
     config, seconds = world.config, said.latency_us / 1e6

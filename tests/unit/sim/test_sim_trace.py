@@ -140,7 +140,7 @@ def test_flows_lead_from_each_packet_to_its_first_tile(simulation, tmp_path):
 
 
 def test_a_flow_ends_at_the_first_tile_to_start(tmp_path):
-    knobs = make_knobs("flashmoe", {"tile_m": 16, "blocks_per_sm": 1})
+    knobs = make_knobs("flashmoe", {"tile_m": 16, "blocks_per_sm": 1, "packing": "per_source"})
     simulation = simulate("flashmoe", small_world(num_tokens=2000), knobs)
     first = {}
     for task in make_trace(simulation).slices:
@@ -211,7 +211,8 @@ def test_a_rank_that_does_not_fit_is_cut_off(simulation, monkeypatch, tmp_path):
     assert max(event["ts"] for event in counters) < made.until_ns / 1000
 
 
-def test_tiles_of_one_source_name_it_as_the_kernel_does(simulation):
+def test_tiles_of_one_source_name_it_as_the_kernel_does():
+    simulation = simulate("flashmoe", small_world(), make_knobs("flashmoe", {"packing": "per_source"}))
     tiles = [task for task in make_trace(simulation).slices if task.kind == kinds.GEMM0 and task.m == task.n == 0]
     packets = {(task.peer, 2 * task.rank + task.expert) for task in tiles}  # two experts to a rank
     assert packets == set(zip(*(index.tolist() for index in np.nonzero(simulation.world.routing.counts)), strict=True))

@@ -48,8 +48,8 @@ def test_a_row_is_what_it_says():
 
 
 @pytest.mark.parametrize(("changes", "policy", "knobs"), [
-    ({}, "flashmoe", {"gate": False}),
-    (dict(metric="layer_fwd_latency"), "flashmoe", {"tile_n": 64}),
+    ({}, "flashmoe", {"gate": False, "packing": "per_source"}),
+    (dict(metric="layer_fwd_latency"), "flashmoe", {"tile_n": 64, "packing": "per_source"}),
     (dict(system="Megatron-LM"), "bulk", {}),
     (dict(system="Megatron-CUTLASS", metric="layer_fwd_latency"), "bulk", {"num_ops": 85}),
     (dict(system="Megatron-TE", metric="layer_fwd_latency"), "bulk", {}),
