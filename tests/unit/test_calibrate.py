@@ -153,7 +153,7 @@ def test_the_probes_are_the_ladder_of_the_default_config():
 def test_the_simulated_tile_takes_what_was_measured():
     """Rates become a machine and knobs, and a tile of the policy on them takes the time of the fit."""
     settings = Settings(num_ranks=2)
-    knobs = sim.make_knobs("flashmoe", command.knobs_of(FOUND, settings) | {"row_unit": UNIT})
+    knobs = sim.make_knobs("flashmoe", command.knobs_of(FOUND, settings) | {"row_unit": UNIT, "packing": "per_source"})
     config = config_of(384, 1280)
     world = sim.World(
         config=config,

@@ -223,7 +223,7 @@ def test_a_preset_that_is_too_large_to_be_run_is_refused(capsys, linked):
     assert cli.main(["compile", "--run", "--preset", "mixtral-8x7b"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert re.search(r"argument --run: sizes must have at most 200,000,000 multiply-adds.*or no --preset", err)
+    assert re.search(r"argument --run: sizes must have at most 200,000,000 multiply-adds.*or less --hidden", err)
 
 
 def test_nothing_is_run_unless_asked(capsys, linked, monkeypatch):

@@ -58,7 +58,7 @@ def run_json(capsys, *flags):
     (["--set", "rate=1.5"], "argument --set: rate must be in (0, 1], got 1.5"),
     (["--set", "rate=fast"], "argument --set: rate must be a number or none, got 'fast'"),
     (["--set", "ladder=yes"], "argument --set: ladder must be true or false, got 'yes'"),
-    (["--set", "packing=loose"], "argument --set: packing must be one of per_source, per_expert; got 'loose'"),
+    (["--set", "packing=loose"], "argument --set: packing must be one of arrived, per_source, per_expert; got 'loose'"),
     (["--set", "packing=per_expert", "--policy", "flashmoe,bulk,comet"], "argument --set: no knob 'packing' in bulk, "),
     (["--seed", "-1"], "argument --seed: must be an integer >= 0, got '-1'"),
     (["--overlap", "--topk", "17"], "argument --overlap: of 2 ranks: --topk must be in [1, --experts=16], got 17"),
@@ -197,12 +197,13 @@ def test_list_has_policies_knobs_hardware_and_routings(capsys):
     for text in (*sim.POLICY_NAMES, *sim.hardware_names(), *sim.ROUTING_NAMES, *sim.PRECISIONS):
         assert text in out
     assert "FlashMoE: one persistent kernel per rank" in out
-    assert "packing=per_source (per_source|per_expert)" in out.replace("\n      ", " ")
+    assert "packing=arrived (arrived|per_source|per_expert)" in out.replace("\n      ", " ")
 
 
 def test_files_are_written_into_new_folders(capsys, tmp_path):
     files = {flag: tmp_path / "new" / flag for flag in ("json", "trace", "plot")}
-    assert cli.main([*SMALL, *(str(part) for flag, file in files.items() for part in (f"--{flag}", file))]) == 0
+    flags = [str(part) for flag, file in files.items() for part in (f"--{flag}", file)]
+    assert cli.main([*SMALL, "--set", "packing=per_source", *flags]) == 0
     (row,) = json.loads(files["json"].read_text())
     trace = json.loads(files["trace"].read_text())
     assert trace["otherData"]["note"].startswith("simulated flashmoe on 4xH100")

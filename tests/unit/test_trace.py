@@ -18,13 +18,13 @@ NUM_PROCESSORS = 2
 
 @pytest.fixture(scope="module")
 def traced():
-    """(records of the second of two calls, its routing, config): more and other tokens than in the first."""
+    """(records of the second of two calls, its routing, its row tiles, config): with more tokens than the first."""
     config = load_preset("laptop-tiny", capacity=9)
     x = make_workload("uniform", config, [12, 0, 7, 11]).x
     with FlashMoE(config, Weights.random(config), num_processors=NUM_PROCESSORS, trace=True) as layer:
         layer([part[:3] for part in x])
         layer(x)
-        return decode(layer.traces), layer.routing, config
+        return decode(layer.traces), layer.routing, layer.row_tiles, config
 
 
 def as_task(record):
@@ -32,8 +32,9 @@ def as_task(record):
 
 
 def test_every_task_of_the_graph_is_recorded_once(traced):
-    records, routing, config = traced
-    graph = task_graph([make_packets(part.topk_idx, config) for part in routing], config)
+    records, routing, row_tiles, config = traced
+    tiles = [of_expert for of_rank in row_tiles for of_expert in of_rank]
+    graph = task_graph([make_packets(part.topk_idx, config) for part in routing], config, tiles)
     tasks = [as_task(record) for record in records if record.kind != RECEIVE]
     tasks.remove(Task(GATE, rank=1))  # of a rank without tokens: somebody has to start its empty packets
     assert sorted(tasks) == sorted(graph)
@@ -49,8 +50,9 @@ def test_a_layer_that_keeps_no_records_has_no_room_for_any():
 
 
 def test_a_task_begins_after_all_that_it_waits_for_began(traced):
-    records, routing, config = traced
-    graph = task_graph([make_packets(part.topk_idx, config) for part in routing], config)
+    records, routing, row_tiles, config = traced
+    tiles = [of_expert for of_rank in row_tiles for of_expert in of_rank]
+    graph = task_graph([make_packets(part.topk_idx, config) for part in routing], config, tiles)
     start = {as_task(record): record.start_ns for record in records if record.kind != RECEIVE}
     for task, needs in graph.items():
         for need in needs:
@@ -58,7 +60,7 @@ def test_a_task_begins_after_all_that_it_waits_for_began(traced):
 
 
 def test_slices_of_a_lane_are_disjoint(traced):
-    records, _, config = traced
+    records, _, _, config = traced
     lanes = {(rank, block) for rank in range(config.num_ranks) for block in range(NUM_PROCESSORS + 1)}
     assert {(record.rank, record.lane) for record in records} <= lanes
     for before, after in pairwise(records):
@@ -68,7 +70,7 @@ def test_slices_of_a_lane_are_disjoint(traced):
 
 
 def test_the_os_block_receives_every_packet_with_its_rows(traced):
-    records, routing, config = traced
+    records, routing, _, config = traced
     sent = [make_packets(part.topk_idx, config).sent for part in routing]
     received = {(r.peer, r.rank, r.expert): r.n for r in records if r.kind == RECEIVE}
     here = config.num_experts_per_rank
@@ -78,7 +80,7 @@ def test_the_os_block_receives_every_packet_with_its_rows(traced):
 
 
 def test_flows_join_the_dispatch_of_a_packet_and_its_first_gemm(traced):
-    records, routing, config = traced
+    records, routing, row_tiles, config = traced
     events = chrome_trace(records, NUM_PROCESSORS)
     slices = {(e["pid"], e["tid"], e["ts"]): e for e in events if e["ph"] == "X"}
     starts = {e["id"]: slices[e["pid"], e["tid"], e["ts"]] for e in events if e["ph"] == "s"}
@@ -88,13 +90,26 @@ def test_flows_join_the_dispatch_of_a_packet_and_its_first_gemm(traced):
     for number, sent in starts.items():
         used = ends[number]
         assert (sent["name"], used["name"]) == ("DISPATCH", "GEMM0")
-        assert (sent["pid"], sent["args"]["peer"]) == (used["args"]["peer"], used["pid"])
-        assert sent["args"]["expert"] == used["args"]["expert"]
+        assert (sent["args"]["peer"], sent["args"]["expert"]) == (used["pid"], used["args"]["expert"])
+        of_expert = row_tiles[used["pid"]][used["args"]["expert"]]
+        [tile] = [tile for tile in of_expert if (tile.peer, tile.m) == (used["args"]["peer"], used["args"]["m"])]
+        assert sent["pid"] in {run.source for run in tile.runs}
         assert sent["ts"] < used["ts"]
+
+
+def test_a_packet_in_which_no_tile_begins_flows_into_the_last_that_began():
+    """Rows of sources 0 and 2 share a tile; source 1's come next and begin two; source 3's end the second."""
+    arrived = [Slice(0, 1, RECEIVE, peer, 0, 0, 2, at, at + 1) for at, peer in enumerate((0, 2, 1, 3))]
+    sent = [Slice(peer, 0, DISPATCH, 0, 0, 0, 0, -9 + peer, -8 + peer) for peer in range(4)]
+    names = (0, 0), (1, 0), (1, 1)
+    tiles = [Slice(0, 0, GEMM0, peer, 0, m, 0, 10 + at, 11 + at) for at, (peer, m) in enumerate(names)]
+    ends = [event["ts"] for event in chrome_trace(sent + arrived + tiles, 1) if event["ph"] == "f"]
+    assert ends == [0.019, 0.020, 0.019, 0.021]  # of sources 0 to 3, from the first slice on
 
 
 def test_flows_are_capped_to_the_earliest(monkeypatch):
     records = [Slice(0, 0, DISPATCH, 1, e, 0, 0, 10 * e, 10 * e + 5) for e in range(5)]
+    records += [Slice(1, 1, RECEIVE, 0, e, 0, 1, 10 * e + 6, 10 * e + 7) for e in range(5)]
     records += [Slice(1, 0, GEMM0, 0, e, 0, 0, 100 + 10 * e, 105 + 10 * e) for e in range(5)]
     monkeypatch.setattr(traces, "MAX_FLOWS", 3)
     starts = [event for event in chrome_trace(records, 1) if event["ph"] == "s"]
