@@ -157,10 +157,11 @@ def _check(world, weights, layer, x, y, call, epoch):
     try:
         with np.errstate(invalid="ignore"):
             assert_equals_oracle(y, x, weights, world.config, layer.routing, call.bias is not None, relative)
-        if not call.spoiled:
-            check_stats(layer, x, layer.routing, epoch)
-        if world.trace and not world.huge:
-            check_traces(layer)
+        if not world.huge:  # its tiles are taller than its config says
+            if not call.spoiled:
+                check_stats(layer, x, layer.routing, epoch)
+            if world.trace:
+                check_traces(layer)
     except AssertionError as error:
         raise AssertionError(f"{world}, call {epoch}: {error}") from None
 
