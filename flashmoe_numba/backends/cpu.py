@@ -18,17 +18,23 @@ from ..kernel import leave, persistent
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
-from ..tile_gemm.cpu import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE, panel_width
+from ..tile_gemm.arithmetic import ARITHMETICS, AUTO, PAIRED_DTYPE, choose
+from ..tile_gemm.cpu import DEPTH_BLOCK, MICRO_ROWS, ROW_STEP, ROW_STRIDE, panel_width
 from .host import Block, HostBackend
 
 MOST_BLOCKS = 1 << 20
 
 
 class CpuBackend(HostBackend):
-    """One thread per block; threads are kept between calls."""
+    """One thread per block; threads are kept between calls.
 
-    def __init__(self) -> None:
+    Args:
+        arithmetic: of bfloat16 weights (tile_gemm/arithmetic.py); others have only one.
+    """
+
+    def __init__(self, arithmetic: str = AUTO) -> None:
         super().__init__()
+        self._form = ARITHMETICS[choose(arithmetic, PAIRED_DTYPE)].form
         self._enter: Callable[..., None] = persistent  # `compile` knows better
         self._threads = ThreadPoolExecutor(  # made as they are needed
             MOST_BLOCKS, thread_name_prefix="flashmoe", initializer=reset_float_control
@@ -42,19 +48,21 @@ class CpuBackend(HostBackend):
         accumulator: np.dtype[Any],
         rows: Array | None,
     ) -> Panels:
-        return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator)
+        form = self._form if matrices[0].dtype.name == PAIRED_DTYPE else Panels  # a router has float32 weights
+        return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator, form)
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
         """Room for the tallest tile and the widest panels, for few rows as deep as they are, and one row of a combine.
 
-        See `_multiply` of tile_gemm/cpu.py.
+        See `multiply` of tile_gemm/cpu.py.
         """
         rows = max(config.tile_m, min(config.token_block, config.num_tokens))
+        rows = -(-rows // ROW_STEP) * ROW_STEP
         blocks = -(-max(config.hidden, config.ffn) // DEPTH_BLOCK)
         width = panel_width(config.accumulator)
         padded = [-(-columns // width) * width for columns in (config.tile_ffn, config.tile_n)]
         columns = max(config.expert_kind.num_ups * padded[0], padded[1])
-        copied = max(rows, min(rows, MICRO_ROWS) * blocks) * ROW_STRIDE
+        copied = max(rows, min(rows, max(MICRO_ROWS, ROW_STEP)) * blocks) * ROW_STRIDE
         sums = max(rows * columns, config.hidden)
         return Scratch(np.empty(copied, config.accumulator), np.empty(sums, config.accumulator))
 

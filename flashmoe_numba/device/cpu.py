@@ -10,6 +10,7 @@ import time
 
 from llvmlite import ir
 from numba import njit, types
+from numba.core.cgutils import alloca_once
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
@@ -120,24 +121,27 @@ def _array_at(typing, address, num_elements, like):
     return array_type(types.uint64, types.intp, like), codegen
 
 
-@intrinsic
-def _write_float_control(typing):
-    """Round to nearest, keep denormals, mask exceptions: what a process starts with."""
+def _write_float_control(mxcsr, fpcr):
+    """Intrinsic that makes this thread round to nearest and mask exceptions, with the words of x86-64 and of Arm."""
 
     def codegen(context, builder, sig, args):
         i32, i64, byte_pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
         declare, triple = builder.module.declare_intrinsic, builder.module.triple
         if triple.startswith("x86_64"):
-            slot = builder.alloca(i32)
-            builder.store(ir.Constant(i32, 0x1F80), slot)
+            slot = alloca_once(builder, i32)  # of the function: one in a loop would take more of the stack at each turn
+            builder.store(ir.Constant(i32, mxcsr), slot)
             load = declare("llvm.x86.sse.ldmxcsr", fnty=ir.FunctionType(ir.VoidType(), [byte_pointer]))
             builder.call(load, [builder.bitcast(slot, byte_pointer)])
         elif triple.startswith(("aarch64", "arm64")):
             write = declare("llvm.aarch64.set.fpcr", fnty=ir.FunctionType(ir.VoidType(), [i64]))
-            builder.call(write, [ir.Constant(i64, 0)])
+            builder.call(write, [ir.Constant(i64, fpcr)])
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return intrinsic(lambda typing: (types.void(), codegen))
+
+
+keep_denormals = _write_float_control(0x1F80, 0)  # what a process starts with
+flush_denormals = _write_float_control(0x9FC0, 1 << 24)  # those that are read and those that are made are zeros
 
 
 @njit(**JIT_OPTIONS, no_cfunc_wrapper=True)
@@ -146,7 +150,7 @@ def reset_float_control():
 
     So what a caller set there, flush-to-zero say, changes no bit of a block that runs in a thread of its own.
     """
-    _write_float_control()
+    keep_denormals()
 
 
 def half_to_float(builder, bits):

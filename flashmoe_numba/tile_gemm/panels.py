@@ -3,6 +3,8 @@
 A matrix `[out, in]` is cut into column tiles of `tile_n` outputs (they become columns of the product), a tile into
 panels of `width` outputs, and a panel is stored as `[in, width]`. A gated expert's tile holds its gate panels, then its
 up panels. Panels that are not full are padded with zeros; rows of a product do not see the padding.
+
+How CPUs multiply a panel (arithmetic.py) is its class: Numba compiles for types, and keeps code by them.
 """
 
 from __future__ import annotations
@@ -28,6 +30,37 @@ class Panels(NamedTuple):
     tile_n: int
     tile_elements: int  # packed weights of one column tile
     parts: int
+
+
+class PairPanels(Panels):
+    """bfloat16 weights as words (int32) of two indices of the depth, the even one low, for arithmetic "pairs".
+
+    A panel is `[words, width]`; `pair_words` says how many words the depth takes. What pads it is zeros.
+    """
+
+    __slots__ = ()
+
+
+class TilePanels(PairPanels):
+    """The same words for arithmetic "tiles"."""
+
+    __slots__ = ()
+
+
+TILE_WORDS = 16  # the depth that one instruction of a matrix unit takes
+
+
+def pair_words(depth: int) -> int:
+    """Words of a depth: whole steps of a matrix unit."""
+    return (depth + 2 * TILE_WORDS - 1) // (2 * TILE_WORDS) * TILE_WORDS
+
+
+def as_pairs(matrix: np.ndarray) -> np.ndarray:
+    """Words `[..., pair_words(depth)]` of 16-bit patterns `[..., depth]`."""
+    depth = matrix.shape[-1]
+    padded = np.zeros((*matrix.shape[:-1], 2 * pair_words(depth)), np.dtype("<i2"))
+    padded[..., :depth] = matrix
+    return padded.view(np.dtype("<i4"))
 
 
 def num_tiles(num_columns: int, tile_n: int) -> int:
@@ -58,7 +91,12 @@ def pack(matrices: list[np.ndarray], tile_n: int, width: int, out: np.ndarray) -
 
 
 def pack_matrices(
-    matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray | None], tile_n: int, width: int, accumulator: np.dtype
+    matrices: Sequence[np.ndarray],
+    biases: Sequence[np.ndarray | None],
+    tile_n: int,
+    width: int,
+    accumulator: np.dtype,
+    form: type[Panels] = Panels,
 ) -> Panels:
     """`Panels` of stacked matrices `[experts, out, in]`, two of them for gate and up; the originals are not kept.
 
@@ -66,13 +104,16 @@ def pack_matrices(
         matrices: elements; 16-bit floats are packed as bit patterns.
         biases: `[experts, out]` for each of them, or None.
         tile_n: columns of a tile; fewer where a matrix has fewer.
+        form: the class of the result; one of pairs takes bfloat16 only.
     """
     experts, columns, depth = matrices[0].shape
     tile_n, parts = min(tile_n, columns), len(matrices)
-    size = packed_elements(columns, depth, tile_n, width, parts)
-    weights = np.empty((experts, size), storage_dtype(matrices[0].dtype))
+    paired, storage = issubclass(form, PairPanels), storage_dtype(matrices[0].dtype)
+    size = packed_elements(columns, pair_words(depth) if paired else depth, tile_n, width, parts)
+    weights = np.empty((experts, size), np.int32 if paired else storage)
     for expert, target in enumerate(weights):
-        pack([matrix[expert].view(weights.dtype) for matrix in matrices], tile_n, width, target)
+        elements = [matrix[expert].view(storage) for matrix in matrices]
+        pack([as_pairs(matrix) for matrix in elements] if paired else elements, tile_n, width, target)
     tiles = num_tiles(columns, tile_n)
     bias = np.zeros((experts, tiles, parts, tile_n), accumulator)
     for part, given in enumerate(biases):
@@ -80,4 +121,4 @@ def pack_matrices(
             padded = np.zeros((experts, tiles * tile_n), accumulator)
             padded[:, :columns] = given.astype(accumulator)
             bias[:, :, part] = padded.reshape(experts, tiles, tile_n)
-    return Panels(weights.reshape(-1), bias.reshape(-1), depth, columns, tile_n, size // tiles, parts)
+    return form(weights.reshape(-1), bias.reshape(-1), depth, columns, tile_n, size // tiles, parts)

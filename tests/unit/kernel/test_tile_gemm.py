@@ -1,6 +1,7 @@
 """The tile GEMM against float64 NumPy, and its promise: a row's bits depend on the row and the weights only."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -65,6 +66,7 @@ class Product:
     w: list[np.ndarray]  # [columns, depth] each
     b: list[np.ndarray]  # [columns] each, in the accumulator's type
     activation: str
+    arithmetic: str = "fma"  # of CPUs
 
     @property
     def config(self):
@@ -83,7 +85,7 @@ class Product:
         kind, lanes = targets
         c = self.config
         rows, columns = len(self.x), len(self.w[0])
-        backends = {"cpu": CpuBackend, "fibers": FiberBackend, "lanes": LanesBackend}
+        backends = {"cpu": partial(CpuBackend, self.arithmetic), "fibers": FiberBackend, "lanes": LanesBackend}
         backend, function = backends[kind](), compiled if kind == "cpu" else on_fibers(lanes)
         other = [np.full_like(w, np.nan) for w in self.w]
         experts = [np.stack(pair) for pair in zip(other, self.w, strict=True)]
@@ -369,5 +371,5 @@ def test_exp_beyond_its_range():
 def test_vectors_are_those_that_numba_compiles_for():
     """So that a machine with AVX-512 can run the code of one without."""
     haswell = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
-    program = "from flashmoe_numba.tile_gemm import cpu; print(cpu.VECTOR_BYTES, cpu.MICRO_ROWS, cpu.FUSED)"
+    program = "from flashmoe_numba.tile_gemm import micro_kernel as k; print(k.VECTOR_BYTES, k.MICRO_ROWS, k.FUSED)"
     assert printed("-c", program, **haswell).split() == ["32", "6", "True"]
