@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from flashmoe_numba.kernel.control import RECORD_FIELDS, AbortRecord
+from flashmoe_numba.tile_gemm.arithmetic import ARITHMETICS, PAIRED_DTYPE, why_not
 from reference import (
     Layout,
     MoEConfig,
@@ -73,6 +74,16 @@ def with_no_choices(config, routing, seed=0):
         padded = np.select(none, [-1, config.num_experts], idx)
         parts.append((padded, np.select([*none, kind == 2], [np.nan, 7, 0], factors)))
     return [idx for idx, _ in parts], [factors for _, factors in parts]
+
+
+def usable_arithmetics():
+    """Names of those by which bfloat16 can be multiplied on this CPU."""
+    return [name for name in ARITHMETICS if why_not(name) == ""]
+
+
+def arithmetic_setting(config, name):
+    """The setting of a layer on CPUs; none where the element type has only one arithmetic."""
+    return {"arithmetic": name} if config.dtype == PAIRED_DTYPE else {}
 
 
 def bits(array):

@@ -19,7 +19,8 @@ from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices
 from ..tile_gemm.arithmetic import ARITHMETICS, AUTO, PAIRED_DTYPE, choose
-from ..tile_gemm.cpu import DEPTH_BLOCK, MICRO_ROWS, ROW_STEP, ROW_STRIDE, panel_width
+from ..tile_gemm.cpu import ROW_STEP, panel_width
+from ..tile_gemm.micro_kernel import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE
 from .host import Block, HostBackend
 
 MOST_BLOCKS = 1 << 20

@@ -21,6 +21,7 @@ from ..heap.rank import Stats
 from ..layer.layer import FlashMoE
 from ..processes.cores import default_processors
 from ..seeing.trace import filled
+from ..tile_gemm.arithmetic import AUTO, choose
 from .memory import make_memory
 from .yardstick import make_yardstick
 
@@ -38,7 +39,7 @@ class Settings:
         in_process: all ranks in this process, instead of one process each.
         num_processors: blocks per rank beside the OS block; None: the layer's default.
         trace: keep the records of the last call.
-        packing: as `FlashMoE` has it.
+        packing, arithmetic: as `FlashMoE` has them.
     """
 
     config: MoEConfig
@@ -52,12 +53,18 @@ class Settings:
     deadline_s: float
     trace: bool
     packing: str
+    arithmetic: str = AUTO
 
     @property
     def transport(self) -> str:
         """How ranks reach each other: "mpi", or in one process "threads", "virtual" (on one GPU) or "fibers"."""
         here = {"cpu": "threads", "cuda": "virtual", "fibers": "fibers"}[self.backend]
         return here if self.in_process else "mpi"
+
+    @property
+    def multiplied_by(self) -> str | None:
+        """The arithmetic of the experts (tile_gemm/arithmetic.py); None where CPUs do not multiply."""
+        return choose(self.arithmetic, self.config.dtype) if self.backend == "cpu" else None
 
 
 @dataclass(kw_only=True)
@@ -99,7 +106,7 @@ def measure(settings: Settings, world: Any, show: bool = False) -> Measurement:
 
 def make_layer(settings: Settings, weights: Weights, comm: Any) -> FlashMoE:
     """The layer that the settings describe."""
-    seed: dict[str, Any] = {"seed": settings.seed} if settings.backend == "fibers" else {}
+    how: dict[str, dict[str, Any]] = {"fibers": {"seed": settings.seed}, "cpu": {"arithmetic": settings.arithmetic}}
     return FlashMoE(
         settings.config,
         weights,
@@ -109,7 +116,7 @@ def make_layer(settings: Settings, weights: Weights, comm: Any) -> FlashMoE:
         deadline_s=settings.deadline_s,
         trace=settings.trace,
         packing=settings.packing,
-        **seed,
+        **how.get(settings.backend, {}),
     )
 
 

@@ -57,7 +57,9 @@ class FlashMoE(Owned):
         packing: "sources": a row tile holds rows of any source, so that few rows of many ranks share an expert's
             weights; "none": every source's rows have tiles of their own. Results are the same, bit for bit.
         backend_settings: of the fibers: seed, lanes, preempt. Of cuda: device (index of the GPU; default: the current
-            one, and with `comm` the rank's number modulo the GPUs), tf32 (multiply float32 as TF32).
+            one, and with `comm` the rank's number modulo the GPUs), tf32 (multiply float32 as TF32). Of cpu: arithmetic
+            (how bfloat16 is multiplied: "fma", "pairs" or "tiles", each of which has the same bits on all CPUs, see
+            tile_gemm/arithmetic.py; default: "auto", the fastest that this one has an instruction for).
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.

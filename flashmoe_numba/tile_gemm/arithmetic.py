@@ -91,10 +91,17 @@ def tiles_refused() -> str:
     return f"arch_prctl: {errno.errorcode.get(number, number)}, {os.strerror(number)}"
 
 
+def why_not(name: str) -> str:
+    """Why this process cannot multiply by an arithmetic; "" if it can."""
+    if name == "tiles" and by_instruction(name) and tiles_refused():
+        cure = "NUMBA_CPU_FEATURES without +amx-bf16 makes the same bits by other instructions"
+        return f"the system refuses the registers of AMX ({tiles_refused()}); {cure}"
+    return "" if name == "fma" or has_fused() else "this CPU has no fused multiply-add"
+
+
 def fastest() -> str:
     """The arithmetic of bfloat16 that is meant by AUTO: the fastest that this CPU has an instruction for."""
-    usable = [name for name in ARITHMETICS if by_instruction(name) and not (name == "tiles" and tiles_refused())]
-    return usable[-1] if usable else "fma"
+    return [name for name in ARITHMETICS if name == "fma" or (by_instruction(name) and not why_not(name))][-1]
 
 
 def choose(wanted: str, dtype: str) -> str:
@@ -114,9 +121,6 @@ def choose(wanted: str, dtype: str) -> str:
         return "fma"
     if wanted == AUTO:
         return fastest()
-    if not has_fused():
-        raise ValueError(f"arithmetic {wanted!r} needs a CPU with fused multiply-adds, and this one has none")
-    if wanted == "tiles" and by_instruction(wanted) and tiles_refused():
-        cure = "choose another, or let it be made of other instructions: NUMBA_CPU_FEATURES without +amx-bf16"
-        raise ValueError(f"arithmetic 'tiles' is refused by the system ({tiles_refused()}): {cure}")
+    if why_not(wanted):
+        raise ValueError(f"arithmetic {wanted!r} cannot be used here: {why_not(wanted)}")
     return wanted

@@ -165,7 +165,7 @@ def _zero(o):
 
 
 def _emit_loop(builder, name, end, stride, sums, step):
-    """`sums = step(k, sums)` for k from 0 up to `end`, at least once; the builder is behind it then. Returns the sums."""
+    """`sums = step(k, sums)` for k from 0 up to `end`, at least once: the sums, with the builder behind the loop."""
     before, word = builder.block, ir.IntType(64)
     loop, done = (builder.append_basic_block(f"{part}_{name}") for part in ("loop", "done"))
     builder.branch(loop)

@@ -99,6 +99,12 @@ def different_config(comm, folder):
     return FlashMoE(replace(config, tile_n=8) if comm.rank == VICTIM else config, make_weights(config), comm=comm)
 
 
+def different_arithmetic(comm, folder):
+    config = make_config(comm.size, dtype="bfloat16")
+    name = "pairs" if comm.rank == VICTIM else "fma"
+    return FlashMoE(config, make_weights(config), comm=comm, arithmetic=name)
+
+
 def bad_weights(comm, folder):
     weights = make_weights(make_config(comm.size))
     if comm.rank == VICTIM:

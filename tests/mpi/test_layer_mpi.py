@@ -135,6 +135,7 @@ def test_thousands_of_calls_keep_nothing(tmp_path):
     ("scenario", "own", "others"),
     [
         ("different_config", ["ValueError", "rank 0", "tile_n=4", "rank 1", "tile_n=8"], None),
+        ("different_arithmetic", ["ValueError", "rank 0", "arithmetic='fma'", "rank 1", "arithmetic='pairs'"], None),
         ("bad_weights", ["ValueError", "down_proj", "[6, 9, 6]", "[6, 9, 5]"], ["rank 1", "down_proj", "[6, 9, 5]"]),
         ("others_experts", ["ValueError", "rank_idx=1"], ["rank 1", "rank_idx=1"]),
         ("wrong_number_of_ranks", ["ValueError", "comm", "num_ranks=6", "got 3"], None),

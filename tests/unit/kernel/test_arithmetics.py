@@ -3,19 +3,30 @@
 On a CPU without an instruction this is what stands for it; on one that has it, it is the instruction.
 """
 
+import hashlib
+import os
+import platform
+from pathlib import Path
+
 import numpy as np
 import pytest
-from cases import assert_same_bits
+from cases import assert_same_bits, usable_arithmetics
+from children import ROOT, printed
+from numba import typeof
 from test_micro_kernels import chain, fused_to_odd
 from test_tile_gemm import compiled
 
 from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.device.storage import as_storage
-from flashmoe_numba.tile_gemm import IDENTITY, IN_ORDER, Rooms, Rows
+from flashmoe_numba.tile_gemm import IDENTITY, IN_ORDER, Rooms, Rows, Scratch, pack_matrices
+from flashmoe_numba.tile_gemm.arithmetic import ARITHMETICS, target_features
+from flashmoe_numba.tile_gemm.cpu import panel_width
 from flashmoe_numba.tile_gemm.micro_kernel import DEPTH_BLOCK, FUSED, MICRO_ROWS
 from reference import MoEConfig, element_dtype
 
 BFLOAT16 = element_dtype("bfloat16")
+INSTRUCTIONS = ("vdpbf16ps", "ldtilecfg", "tdpbf16ps", "tilerelease", "vldmxcsr", "vfmadd231ps")
+TEST_FOLDERS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
 TINY = 2.0**-126 - 2.0**-151  # what is below is below 2^-126, the least normal number, also when rounded to 24 bits
 pytestmark = pytest.mark.skipif(not FUSED, reason="this CPU has no fused multiply-add")
 
@@ -54,6 +65,7 @@ def tiles(x, w):
 
 
 MODELS = {"pairs": pairs, "tiles": tiles}
+every_arithmetic = pytest.mark.parametrize("arithmetic", [name for name in MODELS if name in usable_arithmetics()])
 
 
 def expected_sums(arithmetic, x, w):
@@ -103,7 +115,7 @@ def near_the_least(rng, *shape):
     return (rng.standard_normal(shape) * 2.0 ** rng.integers(-68, -60, shape)).astype(BFLOAT16)
 
 
-@pytest.mark.parametrize("arithmetic", MODELS)
+@every_arithmetic
 def test_every_height(arithmetic):
     """Of odd columns, more than a panel, in two column tiles; and of odd depth, more than a block."""
     rng = np.random.default_rng(1)
@@ -115,8 +127,14 @@ def test_every_height(arithmetic):
         assert_same_sums(got, expected[:height], f"{arithmetic}, {height} rows")
 
 
-@pytest.mark.parametrize("numbers", [normal, from_all_bits, near_the_least])
-@pytest.mark.parametrize("arithmetic", MODELS)
+def denormal_or_large(rng, *shape):
+    """Numbers whose products are of ordinary size, and of two indices one is of a denormal number."""
+    x = rng.integers(0, 1 << 16, shape, dtype=np.uint16)
+    return (x & 0x807F | np.where(rng.integers(0, 2, shape) == 1, 0x7000, 0).astype(np.uint16)).view(BFLOAT16)
+
+
+@pytest.mark.parametrize("numbers", [normal, from_all_bits, near_the_least, denormal_or_large])
+@every_arithmetic
 def test_every_kind_of_number(arithmetic, numbers):
     rng = np.random.default_rng(2)
     for depth in (1, 2, 31, 32, 33, 64, 95, 2 * DEPTH_BLOCK, 4 * DEPTH_BLOCK + 1):
@@ -135,7 +153,7 @@ def test_numbers_show_what_they_are_for():
     assert (chain(x[:, ::-1], w[:, ::-1]) != expected_sums("pairs", x, w)).mean() > 0.2
 
 
-@pytest.mark.parametrize("arithmetic", MODELS)
+@every_arithmetic
 def test_denormals_are_decided_after_rounding(arithmetic):
     """2^-126 less a little: rounded to 24 bits it is below the least normal number, or it is that number.
 
@@ -150,7 +168,7 @@ def test_denormals_are_decided_after_rounding(arithmetic):
             assert got[0, 0] == expected, little
 
 
-@pytest.mark.parametrize("arithmetic", MODELS)
+@every_arithmetic
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_in_its_row_and_column(arithmetic, value):
     rng = np.random.default_rng(4)
@@ -163,3 +181,50 @@ def test_what_is_not_finite_stays_in_its_row_and_column(arithmetic, value):
         others = np.ix_(np.arange(17) != 3, np.arange(35) != 34)
         assert_same_bits(got[others].copy(), clean[others].copy(), "the other rows and columns")
         assert not np.isfinite(got[3]).any() and not np.isfinite(got[:, 34]).any()
+
+
+def print_digests():
+    """Of sums of several heights, for another process."""
+    rng = np.random.default_rng(5)
+    x, w = normal(rng, 37, 75), normal(rng, 70, 75)
+    for arithmetic in usable_arithmetics():
+        digest = hashlib.sha256()
+        for height in (1, 5, 6, 7, 12, 13, 16, 17, 32, 37):
+            digest.update(sums_of(arithmetic, x[:height].copy(), w).tobytes())
+        print(arithmetic, digest.hexdigest())
+
+
+@pytest.mark.skipif("+fma" not in target_features(), reason="features of x86-64")
+def test_the_bits_are_those_of_lesser_cpus(capsys):
+    """Of one with short vectors and no instruction of the kind: on a CPU that has one, this is where they meet."""
+    print_digests()
+    here = capsys.readouterr().out
+    assert "pairs" in here
+    lesser = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+fma", "PYTHONPATH": TEST_FOLDERS}
+    there = printed("-c", "import test_arithmetics as t; t.print_digests()", **lesser)
+    assert there.startswith(here)  # where the system refuses AMX, here has no `tiles`
+
+
+def print_instructions():
+    """Mnemonics in the code of a product of each arithmetic, for another process."""
+    for arithmetic in MODELS:
+        form = ARITHMETICS[arithmetic].form
+        matrices = pack_matrices([np.zeros((1, 3, 5), BFLOAT16)], [None], 2, panel_width(np.float32), np.float32, form)
+        elements, words, sums = np.zeros(1, np.int16), np.zeros(1, np.int64), np.zeros(1, np.float32)
+        rows, rooms = Rows(elements, 0, words, IN_ORDER), Rooms(elements, 0, words, IN_ORDER, words, 0)
+        arguments = rooms, rows, 1, matrices, 0, 0, IDENTITY, Scratch(sums, sums)
+        signature = tuple(map(typeof, arguments))
+        compiled.compile(signature)
+        code = compiled.inspect_asm(signature)
+        print(arithmetic, *sorted({word for word in INSTRUCTIONS if f"{word}\t" in code or f"{word}\n" in code}))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
+def test_cpus_that_have_the_instruction_are_given_it():
+    """Compiled for one, whatever runs here; the machine code is looked at, not run."""
+    features = ",".join(
+        ["+avx", "+avx2", "+fma", "+f16c", *ARITHMETICS["pairs"].features, *ARITHMETICS["tiles"].features]
+    )
+    server = {"NUMBA_CPU_NAME": "sapphirerapids", "NUMBA_CPU_FEATURES": features, "PYTHONPATH": TEST_FOLDERS}
+    said = printed("-c", "import test_arithmetics as t; t.print_instructions()", **server)
+    assert said.splitlines() == ["pairs vdpbf16ps", "tiles ldtilecfg tdpbf16ps tilerelease"]

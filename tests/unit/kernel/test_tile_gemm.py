@@ -1,11 +1,11 @@
 """The tile GEMM against float64 NumPy, and its promise: a row's bits depend on the row and the weights only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import pytest
-from cases import DTYPES, assert_same_bits, finfo
+from cases import DTYPES, assert_same_bits, finfo, usable_arithmetics
 from children import printed
 from exact_activations import assert_within
 from hypothesis import example, given, settings
@@ -19,6 +19,7 @@ from flashmoe_numba.device.fibers import Scheduler
 from flashmoe_numba.device.storage import as_storage
 from flashmoe_numba.tile_gemm import IN_ORDER, RANK, ROW_IN, ROW_OUT, Rooms, Rows, Scratch, as_matrices, tile_gemm
 from flashmoe_numba.tile_gemm.activations import VERBS
+from flashmoe_numba.tile_gemm.arithmetic import PAIRED_DTYPE
 from flashmoe_numba.tile_gemm.cpu_activations import exp32
 from flashmoe_numba.tile_gemm.matrices import STAGE_ELEMENTS, SUMS_ELEMENTS
 from flashmoe_numba.tile_gemm.panels import pack, packed_elements, panels_per_tile
@@ -152,7 +153,7 @@ class Product:
             )
 
 
-def make_product(dtype, rows, depth, columns, gated, name, seed=0):
+def make_product(dtype, rows, depth, columns, gated, name, seed=0, arithmetic="fma"):
     rng = np.random.default_rng(seed)
     config = MoEConfig(num_ranks=1, num_tokens=1, hidden=1, ffn=1, num_experts=1, num_topk=1, dtype=dtype)
 
@@ -162,19 +163,21 @@ def make_product(dtype, rows, depth, columns, gated, name, seed=0):
     parts = 2 if gated else 1
     w = [(normal(columns, depth).astype(np.float64) / depth**0.5).astype(config.numpy_dtype) for _ in range(parts)]
     b = [rng.standard_normal(columns).astype(config.accumulator) for _ in range(parts)]
-    return Product(dtype, normal(rows, depth), w, b, name)
+    return Product(dtype, normal(rows, depth), w, b, name, arithmetic)
 
 
 @st.composite
 def products(draw, max_rows=200, depths=(1, 5, 255, 256, 257, 600), max_columns=150):
+    dtype = draw(st.sampled_from(DTYPES))
     return make_product(
-        draw(st.sampled_from(DTYPES)),
+        dtype,
         draw(st.integers(1, max_rows)),
         draw(st.sampled_from(depths)),
         draw(st.integers(1, max_columns)),
         draw(st.booleans()),
         draw(st.sampled_from(ACTIVATIONS)),
         draw(st.integers(0, 2**32)),
+        draw(st.sampled_from(usable_arithmetics())) if dtype == PAIRED_DTYPE else "fma",
     )
 
 
@@ -224,10 +227,10 @@ def test_a_rows_bits_do_not_depend_on_its_tile(product, seed):
     rng = np.random.default_rng(seed)
     y, rows = product.run(), len(product.x)
     for row in {0, rows - 1, int(rng.integers(rows))}:
-        alone = Product(product.dtype, product.x[row : row + 1].copy(), product.w, product.b, product.activation)
+        alone = replace(product, x=product.x[row : row + 1].copy())
         assert_same_bits(alone.run(), y[row : row + 1], f"row {row} of {rows} alone, depth {product.x.shape[1]}")
     order = rng.permutation(rows)
-    shuffled = Product(product.dtype, product.x[order], product.w, product.b, product.activation)
+    shuffled = replace(product, x=product.x[order])
     assert_same_bits(shuffled.run(), y[order], f"{rows} rows in another order")
     for tile_m, tile_n in ((1, 128), (5, 3), (13, 16), (64, 50)):
         if rows * len(product.w[0]) < 4000 or tile_m > 5:
