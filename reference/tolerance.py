@@ -10,8 +10,8 @@ rounds as often as `fma`. `tiles` rounds two sums of 16 products, their sum, and
 less from 20 products on, and with fewer, beside a result of s^2 n, it is below the 8^2 of elementwise steps.
 
 `pairs` and `tiles` take denormal numbers for zeros, which adds an absolute error: a product of a denormal element loses
-less than 2^-126 times the other factor, and a rounding that is flushed, of which there are at most 2 n, less than 2^-126.
-So a sum is off by at most 2^-126 n (2 + max|x| + max|w|) more. With n = 10,000 and elements up to 1,000 that is 2e-31:
+less than 2^-126 times the other factor, and each of at most 2 n roundings that is flushed loses less than 2^-126. So a
+sum is off by at most 2^-126 n (2 + max|x| + max|w|) more. With n = 10,000 and elements up to 1,000 that is 2e-31:
 `max_rel_error` divides by the largest result, so only layers whose results are all smaller than some 1e-25 see it.
 """
 

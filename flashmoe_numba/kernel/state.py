@@ -62,7 +62,7 @@ class Segments(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """Weights and biases, in whatever form the target's tile GEMM reads (on CPUs tile_gemm.Panels, or one of its subclasses)."""
+    """Weights and biases, in whatever form the target's tile GEMM reads (on CPUs a kind of tile_gemm.Panels)."""
 
     router: Any  # one matrix, of all experts' rows
     up: Any
