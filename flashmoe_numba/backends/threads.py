@@ -1,7 +1,7 @@
 """Threads that stay between calls and run functions together: for every call the first ones, one function each.
 
-Each thread has a queue, into which a call is put. Futures would do the same, but they wait on Python's conditions: for a
-call with few tokens that takes as long as a part of its work.
+Each thread has a queue, into which a call is put. Futures would do the same, but they are made and waited for by
+Python's conditions: for three functions that do nothing 150 us, in place of 40.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ class _Worker:
 def _work(number: int, queue: SimpleQueue[_Call | None]) -> None:
     while (call := queue.get()) is not None:
         call.run(number)
-        del call  # with its arrays, while this thread waits
 
 
 def _dismiss(workers: Sequence[_Worker]) -> None:
