@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from ..tile_gemm.arithmetic import ARITHMETICS, AUTO, PAIRED_DTYPE, choose
 from ..tile_gemm.cpu import ROW_STEP, panel_width
 from ..tile_gemm.micro_kernel import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE
 from .host import Block, HostBackend
-
-MOST_BLOCKS = 1 << 20
+from .threads import Threads
 
 
 class CpuBackend(HostBackend):
@@ -37,9 +36,7 @@ class CpuBackend(HostBackend):
         super().__init__()
         self._form = ARITHMETICS[choose(arithmetic, PAIRED_DTYPE)].form
         self._enter: Callable[..., None] = persistent  # `compile` knows better
-        self._threads = ThreadPoolExecutor(  # made as they are needed
-            MOST_BLOCKS, thread_name_prefix="flashmoe", initializer=reset_float_control
-        )
+        self._threads = Threads()
 
     def pack(
         self,
@@ -76,21 +73,17 @@ class CpuBackend(HostBackend):
         leave(problem, segments, why)
 
     def run_blocks(self, blocks: Sequence[Block], stop: Callable[[], None]) -> None:
-        futures: list[Future[None]] = []
-        try:
-            for _, arguments in reversed(blocks):  # a rank's OS block first: its processors wait for it
-                futures.append(self._threads.submit(self._enter, *arguments))
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        finally:  # also when a block failed or could not start, or at Ctrl-C: no block may outlive the call
-            if not all(future.done() for future in futures):
-                stop()
-                wait(futures)
+        of_blocks = reversed(blocks)  # a rank's OS block first: its processors wait for it
+        self._threads.run([partial(_run_block, self._enter, arguments) for _, arguments in of_blocks], stop)
 
     def deadline_ns(self, deadline_s: float) -> int:
         return int(deadline_s * 1e9)
 
     def close(self) -> None:
         super().close()
-        self._threads.shutdown()
+        self._threads.close()
+
+
+def _run_block(enter: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    reset_float_control()
+    enter(*arguments)

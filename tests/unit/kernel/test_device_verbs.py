@@ -19,6 +19,7 @@ from flashmoe_numba.device import (
     cas,
     copy_row,
     fetch_add,
+    has_settled,
     lane,
     lanes,
     ld_acquire,
@@ -32,7 +33,7 @@ from flashmoe_numba.device import (
     store_part,
     zero_sums,
 )
-from flashmoe_numba.device.cpu import JIT_OPTIONS
+from flashmoe_numba.device.cpu import JIT_OPTIONS, SHORTEST_SLEEP_US
 from flashmoe_numba.device.fibers import Scheduler
 
 compiled = njit(**JIT_OPTIONS)
@@ -228,6 +229,21 @@ def test_atomics_by_one_thread():
         function(words, got)
         assert got.tolist() == [10, 20, 30, -7, 0, 42, 0], name
         assert words.tolist() == [-11, 15, 20, 99, -7, 50], name
+
+
+def wait_until_settled(got):
+    attempt, start = 0, now()
+    while not has_settled(attempt):
+        attempt = pause(attempt)
+    got[0] = now() - start
+
+
+def test_a_wait_has_settled_only_after_it_slept():
+    """A sleep takes no less than it should; it is what lets other ranks run that share the core."""
+    function, got = compiled(wait_until_settled), np.zeros(1, np.int64)
+    function(got)
+    sleeps = [SHORTEST_SLEEP_US * number for number in range(1, 13)]
+    assert got[0] >= 1000 * sum(sleeps)
 
 
 def each_atomic(words, got):
