@@ -14,7 +14,7 @@ from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
 from .presets import load_preset, preset_names, read_preset
 from .routers import Routing, check_routing, external_routing, route, softmax_topk
 from .runs import RowRun, RowTile
-from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
+from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, SHARED0, SHARED1
 from .tiled_layer import TiledLayer
 from .tiles import Task, task_graph, tiles_n0, tiles_n1
 from .tolerance import max_rel_error, tolerance
@@ -30,6 +30,8 @@ __all__ = [
     "GEMM0",
     "GEMM1",
     "KIND_NAMES",
+    "SHARED0",
+    "SHARED1",
     "WORKLOAD_NAMES",
     "Layout",
     "MoEConfig",

@@ -17,6 +17,7 @@ from .scalars import check_name, dtype_name, make_plain, whole
 
 SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")
 SIZES += ("tile_m", "tile_m_min", "tile_n", "token_block")
+ZEROS: tuple[str, ...] = ("identity", "none")  # what a zero-computation expert makes of a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,11 @@ class MoEConfig:
             becomes infinite (float16: from 65,520 on).
         capacity: rows that one source rank may send to one expert; None means no limit (dropless).
         renormalize: divide the chosen probabilities by their sum.
+        shared_ffn: width of the shared expert, which every token of every rank goes through beside its choices (of
+            several: the sum of their widths); 0: there is none. It is of the same kind as the others.
+        shared_gate: its result times sigmoid(x @ shared_gate_weight).
+        num_zero: zero-computation experts: choices from num_experts on, which send nothing anywhere.
+        zero: what such a choice adds, one of `ZEROS`: its weight times the token itself, or nothing.
         tile_m, tile_m_min: tallest and shortest row tile; heights double from the one to the other.
         tile_n: columns of the product that a tile computes; a gated one has gate and up columns.
         token_block: tokens per gate task and per combine task.
@@ -60,6 +66,10 @@ class MoEConfig:
     dtype: str = "float32"
     capacity: int | None = None
     renormalize: bool = True
+    shared_ffn: int = 0
+    shared_gate: bool = False
+    num_zero: int = 0
+    zero: str = "identity"
     tile_m: int = 128
     tile_m_min: int = 16
     tile_n: int = 128
@@ -70,17 +80,20 @@ class MoEConfig:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name in SIZES:
             self._check_size(name, getattr(self, name))
-        for name in ("gated", "renormalize"):
+        for name in ("shared_ffn", "num_zero"):
+            self._check_size(name, getattr(self, name), least=0)
+        for name in ("gated", "renormalize", "shared_gate"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("activation", ACTIVATIONS)
         self._check_choice("dtype", DTYPES)
+        self._check_choice("zero", ZEROS)
         self._check_relations()
 
     @staticmethod
-    def _check_size(name: str, value: object) -> None:
-        if not 1 <= whole(name, value) < 2**31:
-            raise ValueError(f"{name} must be in [1, 2**31 - 1], got {value}")
+    def _check_size(name: str, value: object, least: int = 1) -> None:
+        if not least <= whole(name, value) < 2**31:
+            raise ValueError(f"{name} must be in [{least}, 2**31 - 1], got {value}")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         check_name(name, getattr(self, name), choices)
@@ -91,8 +104,11 @@ class MoEConfig:
         if self.num_tokens * self.num_topk >= 2**31:  # pairs are numbered by int32
             limit = (2**31 - 1) // self.num_topk
             raise ValueError(f"num_tokens must be in [1, {limit}] for num_topk={self.num_topk}, got {self.num_tokens}")
-        if self.num_topk > self.num_experts:
-            raise ValueError(f"num_topk must be in [1, num_experts={self.num_experts}], got {self.num_topk}")
+        if self.num_topk > self.num_choices:
+            most = f"num_experts={self.num_experts}" + (f" + num_zero={self.num_zero}" if self.num_zero else "")
+            raise ValueError(f"num_topk must be in [1, {most}], got {self.num_topk}")
+        if self.shared_gate and self.shared_ffn == 0:
+            raise ValueError("shared_gate must be False without a shared expert (shared_ffn=0), got True")
         if self.capacity is not None:
             self._check_size("capacity", self.capacity)
             if self.capacity > self.num_tokens:
@@ -104,6 +120,11 @@ class MoEConfig:
     @property
     def num_experts_per_rank(self) -> int:
         return self.num_experts // self.num_ranks
+
+    @property
+    def num_choices(self) -> int:
+        """What a router has a logit for: experts, then zero-computation experts."""
+        return self.num_experts + self.num_zero
 
     @property
     def slots(self) -> int:

@@ -42,6 +42,29 @@ def expert_ffn(x: Array, weights: Weights, expert_position: int, config: MoEConf
         return overflowed(result, config.numpy_dtype)
 
 
+def shared_ffn(x: Array, weights: Weights, config: MoEConfig) -> Array:
+    """What the shared expert adds to `x` `[rows, hidden]`, float64: its result times its factor, if it has a gate.
+
+    A factor of 0 adds nothing, whatever the result.
+    """
+    assert weights.shared is not None, "the config has a shared expert"
+    result = expert_ffn(x, weights.shared, 0, config)
+    if weights.shared_gate_weight is None:
+        return result
+    with np.errstate(invalid="ignore", over="ignore"):
+        logits = linear(x, weights.shared_gate_weight[None, None], None, 0)
+        factor = sigmoid(overflowed(logits, config.accumulator))
+        added: Array = np.where(factor != 0, factor * result, 0)
+    return added
+
+
+def sigmoid(logits: Array) -> Array:
+    """`1 / (1 + exp(-logits))` in their dtype, 0 where the exponential overflows."""
+    with np.errstate(over="ignore"):
+        factors: Array = 1 / (1 + np.exp(-logits))
+    return factors
+
+
 def linear(
     x: Array, matrices: Array, biases: Array | None, place: int | tuple[int, slice], dtype: DTypeLike = np.float64
 ) -> Array:

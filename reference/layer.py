@@ -6,6 +6,9 @@ lost all its pairs gets a row of zeros. So does a pair without a choice (index -
 expert makes of the token. Leaves out: ranks as processes, messages, tiles, rounding to the element type, of which only
 overflow is kept: logits are infinite beyond the accumulator's range (their tokens get NaN weights), hidden rows, expert
 results and y beyond the element type's.
+
+A choice of a zero-computation expert adds `weight * x[t]`, or nothing (`config.zero`); behind all choices the shared
+expert adds its part.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import numpy as np
 
 from .arrays import Array, check_array, check_floating, overflowed
 from .config import MoEConfig
-from .experts import expert_ffn
+from .experts import expert_ffn, shared_ffn
 from .packets import make_packets
 from .routers import Routing, external_routing, route
 from .weights import Weights
@@ -57,7 +60,21 @@ def moe_layer(
             with np.errstate(invalid="ignore"):  # 0 * inf
                 term = np.where(factor != 0, factor * result, 0)
                 y[source][pair // config.num_topk] += term  # an expert has a token at most once
+    for part, routing, result in zip(tokens, routings, y, strict=True):
+        _add_identities(result, part, routing, config)
+        if config.shared_ffn:
+            result += shared_ffn(part, weights, config)
     return _like(x, [overflowed(part, config.numpy_dtype) for part in y])
+
+
+def _add_identities(y: Array, x: Array, routing: Routing, config: MoEConfig) -> None:
+    """What the choices of zero-computation experts add to the results of one source."""
+    if config.zero != "identity":
+        return
+    for idx, weights in zip(routing.topk_idx.T, routing.topk_weights.T, strict=True):
+        factor = np.where(idx >= config.num_experts, weights, 0).astype(np.float64)[:, None]
+        with np.errstate(invalid="ignore"):  # 0 * inf
+            y += np.where(factor != 0, factor * x.astype(np.float64), 0)
 
 
 def sources(x: PerRank, config: MoEConfig) -> list[Array]:

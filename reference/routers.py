@@ -22,7 +22,8 @@ class Routing:
     """Experts of each token, best first, and the factors of their results.
 
     Args:
-        topk_idx: `[num_tokens, num_topk]` int32, global expert indices; -1: no choice (only from outside).
+        topk_idx: `[num_tokens, num_topk]` int32, global expert indices; from `num_experts` on zero-computation experts;
+            -1: no choice (only from outside).
         topk_weights: `[num_tokens, num_topk]` floating; that of no choice is 0.
     """
 
@@ -31,7 +32,7 @@ class Routing:
 
 
 def softmax_topk(logits: Array, num_topk: int, renormalize: bool) -> Routing:
-    """The k best experts of each row of `logits` `[num_tokens, num_experts]`, computed in the dtype of `logits`.
+    """The k best experts of each row of `logits` `[num_tokens, num_choices]`, computed in the dtype of `logits`.
 
     Weights are the softmax probabilities p, or with `renormalize` p / (sum of the k chosen p). The choice is made on
     logits: the same order as that of p, but without the ties that underflow would make.
@@ -54,13 +55,13 @@ CHOICES = {"softmax": softmax_topk}  # by `RouterKind.score`
 
 
 def choose(logits: Array, config: MoEConfig) -> Routing:
-    """The routing by `logits` `[num_tokens, num_experts]` as the config's kind of router has it, in their dtype."""
+    """The routing by `logits` `[num_tokens, num_choices]` as the config's kind of router has it, in their dtype."""
     kind = config.router_kind
     return CHOICES[kind.score](logits, config.num_topk, kind.renormalize)
 
 
 def route(x: Array, router: Array, config: MoEConfig) -> Routing:
-    """The routing of `x` `[num_tokens, hidden]` by `router` `[num_experts, hidden]`, in float64.
+    """The routing of `x` `[num_tokens, hidden]` by `router` `[num_choices, hidden]`, in float64.
 
     Logits beyond the range of `config.accumulator`, in which an implementation has them, are infinite: a token whose
     largest logit is has NaN weights (`softmax_topk`).
@@ -78,8 +79,9 @@ def external_routing(topk_idx: Array, topk_weights: Array, config: MoEConfig, nu
     """A checked copy of a routing made elsewhere.
 
     Args:
-        topk_idx: `[num_tokens, num_topk]`, any integer dtype, experts distinct in each row. -1 and `num_experts`, which
-            frameworks pad with, are no choice, as often as you like: no slot, nothing sent, nothing added.
+        topk_idx: `[num_tokens, num_topk]`, any integer dtype, experts distinct in each row. -1 and `num_choices`, which
+            frameworks pad with, are no choice, as often as you like: no slot, nothing sent, nothing added. (With
+            zero-computation experts `num_experts` is the first of these.)
         topk_weights: `[num_tokens, num_topk]`, any floating dtype; used as they are, not normalised. That of no choice
             is not looked at.
 
@@ -93,10 +95,11 @@ def external_routing(topk_idx: Array, topk_weights: Array, config: MoEConfig, nu
     if check_array("topk_idx", topk_idx, shape).dtype.kind not in "iu":
         raise TypeError(f"topk_idx must have an integer dtype, got {topk_idx.dtype}")
     check_floating("topk_weights", check_array("topk_weights", topk_weights, shape))
-    outside = (topk_idx.min(axis=1) < -1) | (topk_idx.max(axis=1) > config.num_experts)
-    rule = f"values must be in [0, num_experts={config.num_experts}), or -1 or {config.num_experts} for no choice"
+    end, name = config.num_choices, "num_choices" if config.num_zero else "num_experts"
+    outside = (topk_idx.min(axis=1) < -1) | (topk_idx.max(axis=1) > end)
+    rule = f"values must be in [0, {name}={end}), or -1 or {end} for no choice"
     _raise_at(outside, topk_idx, rule)
-    chosen = (topk_idx >= 0) & (topk_idx < config.num_experts)
+    chosen = (topk_idx >= 0) & (topk_idx < end)
     idx, weights = np.full(shape, -1, np.int32), np.zeros(shape, config.accumulator)
     idx[chosen], weights[chosen] = topk_idx[chosen], topk_weights[chosen]
     _raise_at(_has_repeats(idx), topk_idx, "the experts of a token must be distinct")
@@ -132,10 +135,10 @@ def check_routing(routing: Routing, x: Array, router: Array, config: MoEConfig) 
     bound = _logit_bound(x, router)
     with np.errstate(over="ignore"):
         checked = np.isfinite(bound.astype(config.accumulator))
-    legal = (idx >= 0).all(axis=1) & (idx < config.num_experts).all(axis=1) & ~_has_repeats(idx)
+    legal = (idx >= 0).all(axis=1) & (idx < config.num_choices).all(axis=1) & ~_has_repeats(idx)
     if not legal.all():
         row = int((~legal).argmax())
-        return f"token {row}: experts {idx[row].tolist()} must be distinct and in [0, {config.num_experts})"
+        return f"token {row}: experts {idx[row].tolist()} must be distinct and in [0, {config.num_choices})"
     tokens = np.flatnonzero(checked)
     slack = GROWTH * config.format.sums.unit_roundoff * config.hidden**0.5 * bound[tokens, None]
     return _compare(tokens, idx[tokens], weights[tokens], _logits(x[tokens], router), slack, config)
@@ -174,9 +177,9 @@ def _expected_weights(logits: Array, chosen: Array, slack: Array, config: MoECon
     best = logits.max(axis=1, keepdims=True)
     exponentials = np.exp(chosen - best)
     total = (exponentials if config.router_kind.renormalize else np.exp(logits - best)).sum(axis=1, keepdims=True)
-    # A float exp(z) is off by u |z| from the rounding of its argument, and by a few u; the sum by sqrt(num_experts) u.
+    # A float exp(z) is off by u |z| from the rounding of its argument, and by a few u; the sum by sqrt(num_choices) u.
     roundoff = config.format.sums.unit_roundoff
-    ulps = GROWTH * (best - chosen + config.num_experts**0.5 + 1)
+    ulps = GROWTH * (best - chosen + config.num_choices**0.5 + 1)
     expected: Array = exponentials / total
     factor = np.expm1(np.minimum(2 * slack, 700))  # beyond, anything may come out, and the product must not be 0 * inf
     return expected, expected * (factor + roundoff * ulps) + float(np.finfo(config.accumulator).tiny)
