@@ -64,7 +64,7 @@ def make_argument(real: Any, compiled: Compile) -> Formula:
 
 
 def exact(x: Array) -> Array:
-    """For negative x, x exp(-t) / (1 + exp(-t)) with exp(-t) in two steps, as it may not be normal where the result is."""
+    """For negative x, x exp(-t) / (1 + exp(-t)); exp(-t) in two steps, as it may not be normal where the result is."""
     t, rest = make_argument(np.float64, lambda formula: formula)(np.minimum(np.abs(x), _REAL[np.float64].most))
     root = np.exp(-0.5 * t)
     root = root - root * (0.5 * rest)
