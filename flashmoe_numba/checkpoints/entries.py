@@ -30,12 +30,12 @@ OF_EXPERTS = {
     "gate_bias": "ffn",
     "up_bias": "ffn",
     "down_bias": "hidden",
-    "expert_scale": "1",
 }
 OF_LAYER = {
     "router": "choice hidden",
     "router_bias": "choice",
     "selection_bias": "choice",
+    "expert_scale": "choice",
     "shared_gate_up_proj": "(2 shared) hidden",
     "shared_gate_proj": "shared hidden",
     "shared_up_proj": "shared hidden",

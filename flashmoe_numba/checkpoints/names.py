@@ -1,7 +1,8 @@
 """Which tensors of a checkpoint are one layer of a family, by the [disk] section of the family's file.
 
 Beside fields (entries.py) the section has `prefix`, with which all names of the block begin, with {layer} in it; and
-`outside`, what the block has that is not of the layer, in which * stands for anything. Both may be lists.
+`outside`, what the block has that is not of the layer, in which * stands for anything. Both may be lists. Where such
+blocks are not layers in the sense of this package, the section only has `not_read`, a text that says why.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ def read_names(section: Mapping[str, Any]) -> Names:
     Raises:
         ValueError: naming the key, what it is and what it should be.
     """
+    if not section or "not_read" in section:
+        raise ValueError(f"such layers are not read from checkpoints: {section.get('not_read', '[disk] is empty')}")
     fields = {key: value for key, value in section.items() if key not in ("prefix", "outside")}
     entries = {key: parse_entries(key, value) for key, value in fields.items()}
     if "router" not in entries:
