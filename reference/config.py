@@ -5,6 +5,7 @@ A config is a frozen value without I/O. It is validated when it is made, so code
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,9 @@ class MoEConfig:
             becomes infinite (float16: from 65,520 on).
         capacity: rows that one source rank may send to one expert; None means no limit (dropless).
         renormalize: divide the chosen probabilities by their sum.
+        router, expert: the kind of router and of experts, or dictionaries of their fields; None: what `renormalize`,
+            `gated` and `activation` say, the short spelling of plain ones. Where a kind is given, these stay as they
+            are by default, or say the same. Read `router_kind`, `expert_kind`.
         tile_m, tile_m_min: tallest and shortest row tile; heights double from the one to the other.
         tile_n: columns of the product that a tile computes; a gated one has gate and up columns.
         token_block: tokens per gate task and per combine task.
@@ -60,6 +64,8 @@ class MoEConfig:
     dtype: str = "float32"
     capacity: int | None = None
     renormalize: bool = True
+    router: RouterKind | None = None
+    expert: ExpertKind | None = None
     tile_m: int = 128
     tile_m_min: int = 16
     tile_n: int = 128
@@ -68,6 +74,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         make_plain(self)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        for name, kind in (("router", RouterKind), ("expert", ExpertKind)):
+            object.__setattr__(self, name, _as_kind(name, getattr(self, name), kind))
         for name in SIZES:
             self._check_size(name, getattr(self, name))
         for name in ("gated", "renormalize"):
@@ -93,6 +101,7 @@ class MoEConfig:
             raise ValueError(f"num_tokens must be in [1, {limit}] for num_topk={self.num_topk}, got {self.num_tokens}")
         if self.num_topk > self.num_experts:
             raise ValueError(f"num_topk must be in [1, num_experts={self.num_experts}], got {self.num_topk}")
+        self._check_kinds()
         if self.capacity is not None:
             self._check_size("capacity", self.capacity)
             if self.capacity > self.num_tokens:
@@ -100,6 +109,14 @@ class MoEConfig:
         ratio = self.tile_m // self.tile_m_min
         if self.tile_m_min * ratio != self.tile_m or ratio & (ratio - 1):
             raise ValueError(f"tile_m must be tile_m_min={self.tile_m_min} times a power of two, got {self.tile_m}")
+
+    def _check_kinds(self) -> None:
+        for name in ("renormalize", "gated", "activation"):
+            kind, default = self.router if name == "renormalize" else self.expert, MoEConfig.__dataclass_fields__[name]
+            value = getattr(self, name)
+            if kind is not None and value != default.default and value != getattr(kind, name):
+                raise ValueError(f"{name} must say what {type(kind).__name__} says, {getattr(kind, name)}, got {value}")
+        self.router_kind.check_sizes(self.num_experts, self.num_topk)
 
     @property
     def num_experts_per_rank(self) -> int:
@@ -117,11 +134,11 @@ class MoEConfig:
 
     @property
     def router_kind(self) -> RouterKind:
-        return RouterKind(score="softmax", renormalize=self.renormalize)
+        return self.router or RouterKind(score="softmax", renormalize=self.renormalize)
 
     @property
     def expert_kind(self) -> ExpertKind:
-        return ExpertKind(activation=self.activation, gated=self.gated)
+        return self.expert or ExpertKind(activation=self.activation, gated=self.gated)
 
     @property
     def format(self) -> NumberFormat:
@@ -146,3 +163,12 @@ class MoEConfig:
     def owner(self, expert: int) -> int:
         """Rank on which a global expert index lives."""
         return expert // self.num_experts_per_rank
+
+
+def _as_kind(name: str, value: Any, kind: type[RouterKind] | type[ExpertKind]) -> Any:
+    """A kind, from the dictionary that `dataclasses.asdict` makes of it as well."""
+    if isinstance(value, Mapping):
+        return kind(**value)
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, a dictionary of its fields or None, got {value!r}")
+    return value

@@ -14,8 +14,8 @@ import numpy as np
 
 from .arrays import Array
 from .config import MoEConfig
-from .experts import activate, linear
-from .layer import source_routings, sources
+from .experts import activate, linear, normalize
+from .layer import expert_input, expert_term, source_routings, sources
 from .layout import DISPATCH, RESULT, Layout, Write, write_conflicts
 from .packets import make_packets
 from .routers import Routing, choose
@@ -150,7 +150,7 @@ class TiledLayer:
             return Routing(given.topk_idx[block], given.topk_weights[block])
         with np.errstate(invalid="ignore", over="ignore"):
             logits = self.x[rank][block].astype(c.accumulator) @ self.weights.router.astype(c.accumulator).T
-        return choose(logits, c)
+        return choose(logits, c.router_kind, c.num_topk, self.weights)
 
     def _planned_topk_idx(self, rank: int) -> Array:
         blocks = range(num_token_blocks(len(self.x[rank]), self.config))
@@ -164,11 +164,13 @@ class TiledLayer:
 
     def _dispatch(self, task: Task) -> None:
         c = self.config
-        expert = task.peer * c.num_experts_per_rank + task.expert
+        expert, weights = task.peer * c.num_experts_per_rank + task.expert, self.topk_weights[task.rank]
         pairs = np.flatnonzero(self.topk_idx[task.rank] == expert)[: c.slots]  # token order; the rest is dropped
         for slot, token in enumerate((pairs // c.num_topk).tolist()):
             write = Write(task.rank, task.peer, DISPATCH, task.rank, task.expert, slot)
-            self._store(write, 0, self.x[task.rank][token])
+            factor = weights[token][self.topk_idx[task.rank][token] == expert]
+            row = expert_input(self.x[task.rank][token], factor, c)
+            self._store(write, 0, row.astype(c.numpy_dtype))
         self._dispatch_flags(task.peer)[task.rank, task.expert] = 1 << 32 | len(pairs)
 
     def _gemm0(self, task: Task) -> None:
@@ -193,8 +195,8 @@ class TiledLayer:
         total = np.zeros((len(idx), c.hidden), c.accumulator)
         for j in range(c.num_topk):
             owner, local = np.divmod(idx[:, j], c.num_experts_per_rank)
-            term = weight[:, j, None] * results[owner, local, slot[:, j]].astype(c.accumulator)
-            total += np.where((slot[:, j, None] >= 0) & (weight[:, j, None] != 0), term, 0)
+            result = normalize(results[owner, local, slot[:, j]].astype(c.accumulator), self.weights, c.expert_kind)
+            total += np.where(slot[:, j, None] >= 0, expert_term(result, weight[:, j, None], c), 0)
         self.y[rank][block] = total.astype(c.numpy_dtype)
 
     def _gather(self, task: Task, tile: RowTile) -> Array:

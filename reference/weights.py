@@ -6,15 +6,17 @@ kernel packs them as it likes. Leaves out: quantised weights, experts shared by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .arrays import Array, check_array, stream
+from .arrays import Array, check_array, check_floating, stream
 from .config import MoEConfig
 from .scalars import whole
 
 ROUTER_STREAM, EXPERT_STREAM = 0, 1
+EXPERT_ARRAYS = ("gate_proj", "up_proj", "down_proj", "gate_bias", "up_bias", "down_bias")  # have an index of experts
+EXTRAS = ("router_bias", "selection_bias", "expert_scale", "result_scale")  # every rank holds them, as the router
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +30,10 @@ class Weights:
         gate_proj: `[n, ffn, hidden]`, for gated experts only.
         gate_bias, up_bias: `[n, ffn]`, each optional.
         down_bias: `[n, hidden]`, optional.
+        router_bias: `[num_experts]`, where the kind of router has logit_bias.
+        selection_bias: `[num_experts - num_always]`, where it has selection_bias.
+        expert_scale: `[num_experts]`, where it has expert_scale.
+        result_scale: `[hidden]`, where the kind of expert has norm_eps.
         first_expert: global index of the first expert present.
     """
 
@@ -38,13 +44,18 @@ class Weights:
     gate_bias: Array | None = None
     up_bias: Array | None = None
     down_bias: Array | None = None
+    router_bias: Array | None = None
+    selection_bias: Array | None = None
+    expert_scale: Array | None = None
+    result_scale: Array | None = None
     first_expert: int = 0
 
     @classmethod
     def random(cls, config: MoEConfig, seed: int = 0, bias: bool = False, experts: range | None = None) -> Weights:
         """Normal weights of standard deviation `1 / sqrt(fan_in)`; biases, if asked for, have that of their matrix.
 
-        Each expert has its own stream, so `experts=range(a, b)` makes exactly that slice of the full set.
+        What the kinds of router and expert ask for besides is there, too, and changes results. Each expert has its own
+        stream, so `experts=range(a, b)` makes exactly that slice of the full set.
         """
         experts = _check_experts(experts, config)
         ends = ("proj", "bias") if bias else ("proj",)
@@ -57,7 +68,7 @@ class Weights:
                 fan_in = config.ffn if name.startswith("down") else config.hidden
                 array[position] = _scaled_normal(normal, shapes[name], fan_in, config)
         router = _scaled_normal(stream(seed, ROUTER_STREAM), (config.num_experts, config.hidden), config.hidden, config)
-        return cls(router=router, first_expert=experts.start, **arrays)
+        return cls(router=router, first_expert=experts.start, **arrays, **_random_extras(config, seed))
 
     @property
     def num_experts(self) -> int:
@@ -72,7 +83,9 @@ class Weights:
 
     @property
     def num_bytes(self) -> int:
-        return self.router.nbytes + sum(array.nbytes for array in self._experts().values())
+        extras = [getattr(self, name) for name in EXTRAS]
+        arrays = [self.router, *self._experts().values(), *(array for array in extras if array is not None)]
+        return sum(array.nbytes for array in arrays)
 
     def shard(self, rank_idx: int, num_ranks: int) -> Weights:
         """The experts that live on `rank_idx` of `num_ranks`, as views.
@@ -105,6 +118,7 @@ class Weights:
         if self.router.dtype not in (config.weight_format.dtype, np.dtype(np.float32)):
             raise TypeError(f"router must have dtype {config.weight_format.name} or float32, got {self.router.dtype}")
         self._check_optional(config)
+        self._check_extras(config)
         num_present = len(check_array("up_proj", self.up_proj, (None, *shapes["up_proj"])))
         for name, array in self._experts().items():
             check_array(name, array, (num_present, *shapes[name]))
@@ -121,22 +135,65 @@ class Weights:
             raise ValueError(f"weights must have all num_experts={config.num_experts}, got {self.num_experts}")
 
     def _check_optional(self, config: MoEConfig) -> None:
-        if config.gated and self.gate_proj is None:
-            raise ValueError("gate_proj is missing, but config.gated is True")
+        gated = config.expert_kind.gated
+        if gated and self.gate_proj is None:
+            raise ValueError("gate_proj is missing, but config's experts are gated")
         for name in ("gate_proj", "gate_bias"):
-            if not config.gated and getattr(self, name) is not None:
-                raise ValueError(f"{name} is given, but config.gated is False")
+            if not gated and getattr(self, name) is not None:
+                raise ValueError(f"{name} is given, but config's experts are not gated")
+
+    def _check_extras(self, config: MoEConfig) -> None:
+        shapes = _extra_shapes(config)
+        for name in EXTRAS:
+            array = getattr(self, name)
+            if (array is None) != (name not in shapes):
+                state, wanted = ("missing", "asks for it") if array is None else ("given", "has none")
+                raise ValueError(f"{name} is {state}, but config's kind of {_KIND_OF[name]} {wanted}")
+            if array is None:
+                continue
+            check_floating(name, check_array(name, array, shapes[name]))
+            if not np.isfinite(array.astype(np.float64)).all():  # or the choice of every token would be spoilt
+                raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array.astype(np.float64))][0]}")
 
     def _experts(self) -> dict[str, Array]:
         """Every array that has an expert index, by name."""
-        names = [field.name for field in fields(self) if field.name.endswith(("_proj", "_bias"))]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in EXPERT_ARRAYS if getattr(self, name) is not None}
 
 
 def _expert_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
     up, down = (config.ffn, config.hidden), (config.hidden, config.ffn)
     shapes: dict[str, tuple[int, ...]] = {"gate_proj": up, "up_proj": up, "down_proj": down}
     return shapes | {"gate_bias": up[:1], "up_bias": up[:1], "down_bias": down[:1]}
+
+
+_KIND_OF = dict.fromkeys(EXTRAS, "router") | {"result_scale": "expert"}
+
+
+def _extra_shapes(config: MoEConfig) -> dict[str, tuple[int]]:
+    """Of those of EXTRAS that the config's kinds ask for."""
+    router, chosen_from = config.router_kind, config.num_experts - config.router_kind.num_always
+    asked = {
+        "router_bias": (router.logit_bias, config.num_experts),
+        "selection_bias": (router.selection_bias, chosen_from),
+        "expert_scale": (router.expert_scale, config.num_experts),
+        "result_scale": (config.expert_kind.norm_eps is not None, config.hidden),
+    }
+    return {name: (size,) for name, (is_asked, size) in asked.items() if is_asked}
+
+
+def _random_extras(config: MoEConfig, seed: int) -> dict[str, Array]:
+    """Biases of about the size of what they are added to, and scales around 1."""
+    kind, extras = config.router_kind, {}
+    for name, shape in _extra_shapes(config).items():
+        normal = stream(seed, ROUTER_STREAM, EXTRAS.index(name)).standard_normal(shape)
+        if name.endswith("_scale"):
+            values = 1 + normal / 4
+        elif name == "selection_bias" and kind.choice == "score" and kind.score == "softmax":
+            values = normal / config.num_experts
+        else:
+            values = normal / 4
+        extras[name] = values.astype(config.accumulator)
+    return extras
 
 
 def _check_experts(experts: range | None, config: MoEConfig) -> range:

@@ -36,3 +36,10 @@ def activation(name: str, x: Array) -> Array:
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         value: Array = FILES[name].exact(x.astype(np.float64)).astype(x.dtype)
     return value
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), elementwise, in the dtype of `x`."""
+    with np.errstate(over="ignore"):
+        value: Array = 1 / (1 + np.exp(-x))
+    return value
