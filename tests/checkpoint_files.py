@@ -1,4 +1,4 @@
-"""Checkpoints for tests. Files are written by hand, because the library for NumPy does not know all types of the format."""
+"""Checkpoints for tests, written by hand: the format's library for NumPy does not know all of its types."""
 
 import json
 from pathlib import Path
@@ -49,6 +49,13 @@ def random(rng, *shape, dtype="float32"):
     return rng.standard_normal(shape, dtype=np.float32).astype(BFLOAT16 if dtype == "bfloat16" else dtype)
 
 
-def read_so_far():
-    """Bytes that this process has got from read calls, as the kernel counts them."""
-    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+def counted(function):
+    """What a function returns, and the bytes that it got from read calls, as the operating system counts them."""
+    before = Path("/proc/self/io").read_bytes()
+    value = function()
+    after = Path("/proc/self/io").read_bytes()
+    return value, _read(after) - _read(before) - len(before)
+
+
+def _read(io):
+    return int(io.split(b"rchar: ")[1].split()[0])

@@ -44,7 +44,12 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, family: str | Path | None = None) -> None:
         self._folder = Folder(path)
-        self._families, self._model = find_families(self._folder.config, family)
+        try:
+            found, self._model = find_families(self._folder.config, family)
+            self._families = [each for each in found if "not_read" not in each.sections["disk"]] or found
+        except BaseException:
+            self._folder.close()
+            raise
 
     @property
     def bytes_read(self) -> int:

@@ -36,6 +36,7 @@ OF_LAYER = {
     "router_bias": "choice",
     "selection_bias": "choice",
     "expert_scale": "choice",
+    "result_scale": "hidden",
     "shared_gate_up_proj": "(2 shared) hidden",
     "shared_gate_proj": "shared hidden",
     "shared_up_proj": "shared hidden",

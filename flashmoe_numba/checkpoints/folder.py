@@ -69,7 +69,14 @@ class Folder:
         self.bytes_read += array.nbytes
         return array
 
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        """Close its files."""
         for file in self._files.values():
             file.close()
         self._files.clear()

@@ -11,6 +11,7 @@ from reference.arrays import Array
 from reference.families import Family
 from reference.formats import FORMATS
 from reference.scalars import check_one_of, whole
+from reference.weights import EXTRAS
 
 from . import fp8
 from .entries import STORED, Entry
@@ -20,7 +21,7 @@ from .reading import Reader
 from .stored import Source, Stored
 
 QUANTISED = ("fp8", "mxfp4")
-ADDED_UP = ("router", "router_bias", "selection_bias", "expert_scale")  # not multiplied as experts are
+IN_SUMS = ("router", *EXTRAS)  # not multiplied as experts are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,11 @@ def load_layer(source: Source, family: Family, section: str, model: Model, asked
 
 def absent_arrays(config: MoEConfig) -> Set[str]:
     """Those of `Weights` that a layer of this kind has not, by their names."""
-    return {name for name in STORED if not config.gated and name.startswith("gate_")}
+    router, expert = config.router_kind, config.expert_kind
+    asked = {"router_bias": router.logit_bias, "selection_bias": router.selection_bias}
+    asked |= {"expert_scale": router.expert_scale, "result_scale": expert.norm_eps is not None}
+    asked |= {"gate_proj": expert.gated, "gate_bias": expert.gated}
+    return {name for name, there in asked.items() if not there} | {name for name in STORED if name[:7] == "shared_"}
 
 
 def _sizes(config: MoEConfig) -> dict[str, int]:
@@ -87,7 +92,7 @@ def _experts_of(rank_idx: int | None, config: MoEConfig) -> range:
 
 def _dtype_of(entry: Entry, tensor: Stored, experts: str) -> str:
     """The number format of an array. What is only added up stays as it is stored, or is in that of sums."""
-    if entry.field not in ADDED_UP or tensor.dtype == experts:
+    if entry.field not in IN_SUMS or tensor.dtype == experts:
         return experts
     return FORMATS[experts].accumulator
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from reference import MoEConfig
+from reference import ExpertKind, MoEConfig, RouterKind
 from reference.families import Family, families_of, family_names, read_family
 
 Model = Mapping[str, Any]
@@ -49,7 +49,11 @@ def layer_config(family: Family, model: Model, layer: int, **own: Any) -> MoECon
     Raises:
         TypeError, ValueError: naming what the model's config lacks, or what is wrong.
     """
-    return MoEConfig(**(_section(family, "sizes", model, layer) | own))
+    fields = _section(family, "sizes", model, layer) | own
+    for field, section, kind in (("router", "router", RouterKind), ("expert", "experts", ExpertKind)):
+        if field not in own:
+            fields[field] = kind(**_section(family, section, model, layer))
+    return MoEConfig(**fields)
 
 
 def _section(family: Family, name: str, model: Model, layer: int) -> dict[str, Any]:

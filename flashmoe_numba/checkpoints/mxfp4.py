@@ -28,6 +28,7 @@ def dequantise(blocks: Array, scales: Array) -> Array:
     """
     elements = np.stack([VALUES[blocks & 15], VALUES[blocks >> 4]], axis=-1).reshape(*scales.shape, BLOCK)
     exponents = scales.astype(np.int32) - 127
-    weights: Array = np.ldexp(elements, exponents[..., None])
+    with np.errstate(over="ignore"):  # 6 * 2**127 is infinite in float32, and so is 255's before it is NaN
+        weights: Array = np.ldexp(elements, exponents[..., None])
     weights[scales == NAN_SCALE] = np.nan
     return weights.reshape(*scales.shape[:-1], -1)

@@ -106,7 +106,7 @@ def read_names(section: Mapping[str, Any]) -> Names:
         ValueError: naming the key, what it is and what it should be.
     """
     if not section or "not_read" in section:
-        raise ValueError(f"such layers are not read from checkpoints: {section.get('not_read', '[disk] is empty')}")
+        raise ValueError(f"such a layer is not read: {section.get('not_read', 'the section is empty')}")
     fields = {key: value for key, value in section.items() if key not in ("prefix", "outside")}
     entries = {key: parse_entries(key, value) for key, value in fields.items()}
     if "router" not in entries:
