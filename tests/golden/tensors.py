@@ -31,7 +31,7 @@ def tensor(name: str, shape: tuple[int, ...], num_experts: int, salt: str = "") 
     last = name.split(".")[-1]
     if "norm" in name or "scale" in last:
         return 1 + values / 2
-    return values / 2 if "bias" in name and not name.endswith("proj_bias") else values
+    return values
 
 
 def state(shapes: dict[str, list[int]], num_experts: int, salt: str = "") -> dict[str, np.ndarray]:
