@@ -1,8 +1,9 @@
 """Public models whose MoE layers this package computes, and what it knows of each family.
 
 A family is a file of a few lines (reference/families); a file of your own does the same for a model that is not here.
-Values that a model's config decides are marked by *. float64: are results equal to 1e-12 with the public block's
-routing given, or does that block compute in float32 itself? `outside` is what a block does that is not of the layer. transformers: its version, whose blocks were run for comparison.
+Values that a model's config decides are marked by *. transformers: its version whose blocks were run for comparison.
+float64: are results equal to 1e-12 with the public block's routing given, or does that block compute in float32 itself?
+`outside` is what a block does that is not of the layer.
 """
 
 from __future__ import annotations

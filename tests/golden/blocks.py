@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,15 +103,13 @@ class Block:
         code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
         torch.manual_seed(0)
         if self.name in PARTS:
-            parts = {
-                part: getattr(code, PARTS[self.name] + part.title())(self.config) for part in ("router", "experts")
-            }
+            names = {part: PARTS[self.name] + part.title() for part in ("router", "experts")}
+            parts = {part: getattr(code, name)(self.config) for part, name in names.items()}
             self.module: torch.nn.Module = torch.nn.ModuleDict(parts)
         else:
-            wanted = getattr(code, cls).__init__.__code__.co_varnames[
-                : getattr(code, cls).__init__.__code__.co_argcount
-            ]
-            self.module = getattr(code, cls)(self.config, **({"layer_idx": LAYER} if "layer_idx" in wanted else {}))
+            make = getattr(code, cls)
+            place = {"layer_idx": LAYER} if "layer_idx" in inspect.signature(make).parameters else {}
+            self.module = make(self.config, **place)
         self.module.eval()
         self.shapes = {name: list(value.shape) for name, value in self.module.state_dict().items()}
 

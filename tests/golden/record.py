@@ -45,9 +45,8 @@ class Record:
     @classmethod
     def read(cls, path: Path) -> Record:
         with np.load(path, allow_pickle=False) as file:
-            return cls(
-                **{f.name: str(file[f.name]) if f.name in ("family", "about") else file[f.name] for f in fields(cls)}
-            )
+            values = {field.name: file[field.name] for field in fields(cls)}
+        return cls(**values | {name: str(values[name]) for name in ("family", "about")})
 
     def write(self, path: Path) -> None:
         np.savez_compressed(path, **{f.name: np.asarray(getattr(self, f.name)) for f in fields(self)})
@@ -77,13 +76,10 @@ class Record:
 
     def layer(self) -> tuple[MoEConfig, Weights]:
         """In float64."""
-        if "not_read" not in read_family(self.family).sections["state"]:
-            return from_state_dict(
-                self.model, self.arrays, num_tokens=len(self.y), family=self.family, layer=LAYER, dtype="float64"
-            )
-        config = layer_config(
-            read_family(self.family), self.model, LAYER, num_tokens=len(self.y), num_ranks=1, dtype="float64"
-        )
+        family, sizes = read_family(self.family), {"num_tokens": len(self.y), "layer": LAYER, "dtype": "float64"}
+        if "not_read" not in family.sections["state"]:
+            return from_state_dict(self.model, self.arrays, family=self.family, **sizes)
+        config = layer_config(family, self.model, num_ranks=1, **sizes)
         return config, _weights(self.family, self.arrays, config)
 
 

@@ -24,7 +24,7 @@ def uniform(name: str, shape: tuple[int, ...], size: float = 1.0) -> np.ndarray:
 
 
 def tensor(name: str, shape: tuple[int, ...], num_experts: int, salt: str = "") -> np.ndarray:
-    """What the block's tensor of that name holds: products of about 1, scales around 1, biases that decide something."""
+    """What the block's tensor of that name holds: products of about 1, scales around 1, biases that decide."""
     if name.endswith("tid2eid"):
         return np.argsort(uniform(name + salt, (shape[0], num_experts)), axis=1, kind="stable")[:, : shape[1]]
     values = uniform(name + salt, shape, 0.5)

@@ -33,10 +33,11 @@ def test_what_a_kind_says_is_seen_in_the_results(record):
     """A case that would pass without a bias, a limit or a group proves nothing of it."""
     config, weights = record.layer()
     unseen = [name for name, less in without(config) if not changes(record, config, less, weights)]
-    assert unseen == UNSEEN.get(record.family, []), unseen
+    assert unseen == ([] if config.router_kind.num_groups == 1 else UNSEEN.get(record.family, [])), unseen
 
 
-UNSEEN: dict[str, list[str]] = {}
+# Experts of closed groups are chosen in exact ties with one another only, where a block's choice is arbitrary.
+UNSEEN = {"axk2": ["group_fill"]}
 
 
 def test_a_record_says_what_made_it(record):
