@@ -7,8 +7,8 @@
     "$moe_intermediate_size[0]"                   of a list; of one without an index it is the layer's
 
 `when` is a list of tables, each of values that hold for some configs: its keys but `set` and `refuse` are names of the
-model's config with the value that they must have. `set` then has the section's values in place of others; `refuse` is a
-text that says why such a model is none that this package computes.
+model's config with the value that they must have. Of the first case that holds, `set` has the section's values in place
+of others; `refuse` is a text that says why such a model is none that this package computes.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def section_values(section: Mapping[str, Any], model: Model, layer: int) -> dict
             if "refuse" in case:
                 raise ValueError(case["refuse"])
             values |= case["set"]
+            break
     found = {}
     for key, value in values.items():
         try:
