@@ -34,7 +34,7 @@ def test_cases_set_values_or_refuse():
     assert section_values(section, MODEL, 0) == {"score": 5}
     assert section_values(section, MODEL | {"word": "b"}, 0) == {"score": "z"}
     with pytest.raises(ValueError, match=r"^no$"):
-        section_values(section, MODEL | {"shared": 3}, 0)
+        section_values(section, MODEL | {"shared": 3, "word": "c"}, 0)
 
 
 def layer(family, model, **fields):
