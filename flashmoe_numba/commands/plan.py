@@ -73,10 +73,11 @@ def memory(config: MoEConfig, plan: Plan) -> Iterator[tuple[str, str]]:
 
 def describe(config: MoEConfig) -> str:
     """The sizes in one line."""
-    gated = "gated " if config.gated else ""
+    kind = config.expert_kind
+    gated = "gated " if kind.gated else ""
     capacity = "dropless" if config.capacity is None else f"capacity {config.capacity}"
     return (
-        f"{config.num_tokens:,} tokens per rank, hidden {config.hidden}, ffn {config.ffn} {gated}{config.activation}, "
+        f"{config.num_tokens:,} tokens per rank, hidden {config.hidden}, ffn {config.ffn} {gated}{kind.activation}, "
         f"{config.num_experts} experts, top-{config.num_topk}, {capacity}, {config.dtype}"
     )
 

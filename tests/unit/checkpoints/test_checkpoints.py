@@ -1,0 +1,92 @@
+"""Layers from checkpoints of many families: every array is the true one, and a rank reads only its own experts."""
+
+import numpy as np
+import pytest
+from checkpoint_files import counted, write_folder
+from published import BLOCKS, NOT_GATED, E, F, H, K, arrays_of, tensors_of, truth
+
+from flashmoe_numba.checkpoints import Checkpoint, load
+from reference import ExpertKind, RouterKind
+from reference.families import read_family
+
+LAYERS, LAYER = (2, 3, 11), 3
+OF_ALL = ("router", "router_bias", "selection_bias", "expert_scale")
+EXTRAS = {"router_bias": "logit_bias", "selection_bias": "selection_bias", "expert_scale": "expert_scale"}
+
+
+def kinds(family):
+    """What the layer is, which is not the question here."""
+    router = {EXTRAS[name]: True for name in BLOCKS[family][4]}
+    return dict(router=RouterKind(**router), expert=ExpertKind(activation="silu", gated=family not in NOT_GATED))
+
+
+def make_folder(path, family, num_files=5, dtype="float32", **more):
+    """A checkpoint with three layers in several files, and other tensors."""
+    tensors = {"model.embed_tokens.weight": np.ones((3, H), np.float32), **tensors_of(family, LAYERS, dtype=dtype)}
+    config = {"model_type": read_family(family).model_type, **BLOCKS[family][1], **more}
+    return write_folder(path, config, tensors, num_files)
+
+
+def assert_true(weights, wanted, names, experts=slice(None)):
+    for name, array in wanted.items():
+        got = getattr(weights, name, None)
+        if name not in names:
+            assert got is None, name
+            continue
+        part = array if name in OF_ALL else array[experts]
+        assert got.dtype == part.dtype and np.array_equal(got, part), name
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_every_array_is_the_true_one(tmp_path, family):
+    make_folder(tmp_path / "c", family)
+    config, weights = load(tmp_path / "c", LAYER, num_tokens=5, **kinds(family))
+    assert (config.hidden, config.ffn, config.num_experts, config.num_topk) == (H, F, E, K)
+    assert (config.num_tokens, config.num_ranks, config.dtype) == (5, 1, "float32")
+    assert_true(weights, truth(LAYER), arrays_of(family))
+    assert Checkpoint(tmp_path / "c").layers == list(LAYERS)
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_a_rank_reads_its_own_experts_and_nothing_else(tmp_path, family):
+    """So says the operating system: what it handed out beyond the files' headers is the rank's weights, to the byte."""
+    make_folder(tmp_path / "c", family)
+    for rank_idx in range(4):
+        with Checkpoint(tmp_path / "c") as checkpoint:
+            asked = dict(num_tokens=5, num_ranks=4, rank_idx=rank_idx, **kinds(family))
+            (config, weights), num_bytes = counted(lambda: checkpoint.load(LAYER, **asked))  # noqa: B023
+            assert config.num_experts_per_rank == weights.num_experts == 2
+            assert weights.first_expert == 2 * rank_idx
+            assert_true(weights, truth(LAYER), arrays_of(family), slice(2 * rank_idx, 2 * rank_idx + 2))
+            own = sum(getattr(weights, name).nbytes for name in arrays_of(family))
+            assert checkpoint.bytes_read == own
+            headers = sum(
+                8 + int.from_bytes(file.read_bytes()[:8], "little") for file in (tmp_path / "c").glob("*.s*s")
+            )
+            assert own <= num_bytes <= own + headers
+
+
+@pytest.mark.parametrize("stored", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [None, "float64", "float32", "float16", "bfloat16"])
+def test_types(tmp_path, stored, dtype):
+    make_folder(tmp_path / "c", "mixtral", dtype=stored)
+    config, weights = load(tmp_path / "c", LAYER, num_tokens=5, dtype=dtype, **kinds("mixtral"))
+    assert config.dtype == (dtype or stored)
+    wanted = truth(LAYER, stored)["up_proj"].astype(config.numpy_dtype)
+    assert weights.up_proj.dtype == wanted.dtype and np.array_equal(weights.up_proj, wanted)
+    same = stored == config.dtype
+    router = truth(LAYER, stored)["router"].astype(config.numpy_dtype if same else config.accumulator)
+    assert weights.router.dtype == router.dtype and np.array_equal(weights.router, router)
+
+
+def test_numbers_beyond_the_range_of_a_type_are_refused(tmp_path):
+    tensors = tensors_of("mixtral", [LAYER], dtype="bfloat16")
+    name = f"model.layers.{LAYER}.block_sparse_moe.experts.6.w2.weight"
+    tensors[name][4, 5] = 70_000
+    write_folder(tmp_path / "c", {"model_type": "mixtral", **BLOCKS["mixtral"][1]}, tensors)
+    with pytest.raises(ValueError, match=f"dtype must hold all numbers of tensor '{name}'.*float16"):
+        load(tmp_path / "c", LAYER, num_tokens=5, dtype="float16", **kinds("mixtral"))
+    tensors[name][4, 5] = np.inf  # is infinite in any type
+    write_folder(tmp_path / "c", {"model_type": "mixtral", **BLOCKS["mixtral"][1]}, tensors)
+    _, weights = load(tmp_path / "c", LAYER, num_tokens=5, dtype="float16", **kinds("mixtral"))
+    assert np.isinf(weights.down_proj).sum() == 1 and np.isinf(weights.down_proj[6, 4, 5])
