@@ -5,9 +5,13 @@ True arrays are those of `Weights`, with a leading axis of experts where there i
 """
 
 import numpy as np
-from checkpoint_files import random
+from checkpoint_files import random, write_folder
+
+from reference import ExpertKind, RouterKind
+from reference.families import read_family
 
 E, H, F, S, K = 8, 21, 11, 7, 2  # experts, hidden, ffn, width of shared experts, top-k
+LAYERS = (2, 3, 11)
 
 
 def truth(seed=0, dtype="float32", hidden=H, ffn=F):
@@ -138,3 +142,19 @@ def arrays_of(family):
     """Names of the arrays that a family's layer has."""
     matrices = ["router", "up_proj", "down_proj", *([] if family in NOT_GATED else ["gate_proj"])]
     return [*matrices, *BLOCKS[family][4], *(["gate_bias", "up_bias", "down_bias"] if family in BIASED else [])]
+
+
+def make_folder(path, family, num_files=5, dtype="float32", **more):
+    """A checkpoint with three layers in several files, and other tensors."""
+    tensors = {"model.embed_tokens.weight": np.ones((3, H), np.float32), **tensors_of(family, LAYERS, dtype=dtype)}
+    config = {"model_type": read_family(family).model_type, **BLOCKS[family][1], **more}
+    return write_folder(path, config, tensors, num_files)
+
+
+EXTRAS = {"router_bias": "logit_bias", "selection_bias": "selection_bias", "expert_scale": "expert_scale"}
+
+
+def kinds(family):
+    """What the layer is, which is not the question here."""
+    router = {EXTRAS[name]: True for name in BLOCKS[family][4]}
+    return dict(router=RouterKind(**router), expert=ExpertKind(activation="silu", gated=family not in NOT_GATED))

@@ -3,28 +3,12 @@
 import numpy as np
 import pytest
 from checkpoint_files import counted, write_folder
-from published import BLOCKS, NOT_GATED, E, F, H, K, arrays_of, tensors_of, truth
+from published import BLOCKS, LAYERS, E, F, H, K, arrays_of, kinds, make_folder, tensors_of, truth
 
 from flashmoe_numba.checkpoints import Checkpoint, load
-from reference import ExpertKind, RouterKind
-from reference.families import read_family
 
-LAYERS, LAYER = (2, 3, 11), 3
+LAYER = 3
 OF_ALL = ("router", "router_bias", "selection_bias", "expert_scale")
-EXTRAS = {"router_bias": "logit_bias", "selection_bias": "selection_bias", "expert_scale": "expert_scale"}
-
-
-def kinds(family):
-    """What the layer is, which is not the question here."""
-    router = {EXTRAS[name]: True for name in BLOCKS[family][4]}
-    return dict(router=RouterKind(**router), expert=ExpertKind(activation="silu", gated=family not in NOT_GATED))
-
-
-def make_folder(path, family, num_files=5, dtype="float32", **more):
-    """A checkpoint with three layers in several files, and other tensors."""
-    tensors = {"model.embed_tokens.weight": np.ones((3, H), np.float32), **tensors_of(family, LAYERS, dtype=dtype)}
-    config = {"model_type": read_family(family).model_type, **BLOCKS[family][1], **more}
-    return write_folder(path, config, tensors, num_files)
 
 
 def assert_true(weights, wanted, names, experts=slice(None)):
