@@ -58,19 +58,19 @@ def random_tokens(config, counts=None, seed=0):
 def random_routing(config, counts, seed=0, bias=0.0):
     """(topk_idx, topk_weights) of each rank. `bias` 0 spreads tokens evenly, 50 sends all to the same experts."""
     rng = np.random.default_rng(seed)
-    favour = bias * rng.standard_normal(config.num_experts)
-    orders = [np.argsort(rng.standard_normal((count, config.num_experts)) + favour, axis=1) for count in counts]
+    favour = bias * rng.standard_normal(config.num_choices)
+    orders = [np.argsort(rng.standard_normal((count, config.num_choices)) + favour, axis=1) for count in counts]
     idx = [order[:, : config.num_topk].astype(np.int64) for order in orders]
     return idx, [rng.uniform(0.1, 1, part.shape) for part in idx]
 
 
 def with_no_choices(config, routing, seed=0):
-    """The same, but some pairs are no choice, as frameworks pad (-1 or num_experts, NaN), and some factors are 0."""
+    """The same, but some pairs are no choice, as frameworks pad (-1 or num_choices, NaN), and some factors are 0."""
     rng, parts = np.random.default_rng(seed), []
     for idx, factors in zip(*routing, strict=True):
         kind = rng.integers(8, size=idx.shape)
         none = [kind == 0, kind == 1]
-        padded = np.select(none, [-1, config.num_experts], idx)
+        padded = np.select(none, [-1, config.num_choices], idx)
         parts.append((padded, np.select([*none, kind == 2], [np.nan, 7, 0], factors)))
     return [idx for idx, _ in parts], [factors for _, factors in parts]
 
@@ -138,13 +138,14 @@ def assert_close_to_oracle(y, x, weights, config, routings):
 
 
 def _absolute(weights):
-    arrays = {field.name: getattr(weights, field.name) for field in fields(weights) if field.name != "first_expert"}
-    return replace(weights, **{name: np.abs(array) for name, array in arrays.items() if array is not None})
+    arrays = {field.name: getattr(weights, field.name) for field in fields(weights)}
+    return replace(weights, **{name: np.abs(a) for name, a in arrays.items() if isinstance(a, np.ndarray)})
 
 
 def _underflow(config):
     """What roundings near zero may add: one subnormal step per term of the down projection, and one per result."""
-    return float(np.float64(finfo(config.numpy_dtype).smallest_subnormal)) * (config.ffn + 2 * config.num_topk)
+    terms = config.ffn + 2 * config.num_topk + config.shared_ffn + 2
+    return float(np.float64(finfo(config.numpy_dtype).smallest_subnormal)) * terms
 
 
 def finfo(dtype):

@@ -31,6 +31,20 @@ class LayerCalls:
 
 
 @st.composite
+def extras(draw, num_experts):
+    """Fields of a shared expert and of zero-computation experts, in most layers neither, and a num_topk that fits."""
+    num_zero, width = draw(st.sampled_from([0, 0, 0, 1, 3])), draw(st.sampled_from([0, 0, 1, 5, 12]))
+    choices = num_experts + num_zero
+    return dict(
+        num_topk=draw(st.sampled_from(sorted({1, min(2, choices), min(3, choices), choices}))),
+        shared_ffn=width,
+        shared_gate=width > 0 and draw(st.booleans()),
+        num_zero=num_zero,
+        zero=draw(st.sampled_from(["identity", "identity", "none"])),
+    )
+
+
+@st.composite
 def configs(draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("float16", "bfloat16"), **fixed):
     num_ranks = draw(st.integers(1, max_ranks))
     num_experts = num_ranks * draw(st.integers(1, max(1, 8 // num_ranks)))
@@ -42,7 +56,7 @@ def configs(draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("fl
         hidden=draw(st.sampled_from([1, 5, 8, 13])),
         ffn=draw(st.sampled_from([1, 4, 7, 11])),
         num_experts=num_experts,
-        num_topk=draw(st.sampled_from(sorted({1, min(2, num_experts), min(3, num_experts), num_experts}))),
+        **draw(extras(num_experts)),
         gated=draw(st.booleans()),
         activation=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from(dtypes)),
@@ -111,7 +125,7 @@ def run_world(world, **settings):
             routings = layer.routing
             if routing:
                 for given_idx, given_weights, used in zip(*routing.values(), routings, strict=True):
-                    chosen = (given_idx >= 0) & (given_idx < world.config.num_experts)
+                    chosen = (given_idx >= 0) & (given_idx < world.config.num_choices)
                     np.testing.assert_array_equal(used.topk_idx, np.where(chosen, given_idx, -1))
                     factors = np.where(chosen, given_weights, 0).astype(world.config.accumulator)
                     np.testing.assert_array_equal(used.topk_weights, factors)
