@@ -56,9 +56,10 @@ def plain(t):
     return {f"experts.{e}.{name}.weight": array[e] for name, array in names.items() for e in range(E)}
 
 
-def shared(t, place="shared_experts", gated=False):
-    found = {f"{place}.{name}.weight": t[f"shared_{name}"] for name in ("gate_proj", "up_proj", "down_proj")}
-    return found | ({f"{place}_gate.weight": t["shared_gate_weight"][None]} if gated else {})
+def shared(place, gated=False):
+    """What the shared expert's arrays are called; its gate is a matrix of one row."""
+    names = {f"shared_{name}": f"{place}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
+    return names | ({"shared_gate_weight": f"{place}_gate.weight"} if gated else {})
 
 
 def fused(t):
@@ -92,6 +93,16 @@ def biased(t):
     return transposed(t) | biases | {"experts.down_proj_bias": t["down_bias"]}
 
 
+def aria(t):
+    fused = transposed(t)
+    return {"experts.fc1.weight": fused["experts.gate_up_proj"], "experts.fc2.weight": fused["experts.down_proj"]}
+
+
+def step(t):
+    """All experts' tensors, one for each matrix."""
+    return {f"moe.{name}.weight": t[name] for name in ("gate_proj", "up_proj", "down_proj")}
+
+
 MLP, SPARSE, FORWARD = "mlp", "block_sparse_moe", "feed_forward"
 QWEN = dict(hidden_size=H, moe_intermediate_size=F, num_experts=E, num_experts_per_tok=K)
 PLAIN = dict(hidden_size=H, intermediate_size=F, num_local_experts=E, num_experts_per_tok=K)
@@ -123,6 +134,28 @@ BLOCKS = {
         {"expert_scale": "router.per_expert_scale"}),
     "flex_olmo": (f"model.layers.{{}}.{MLP}.", PLAIN, "gate.weight", each, {}),
 }  # fmt: skip
+BLOCKS |= {
+    "deepseek_v3": (
+        f"model.layers.{{}}.{MLP}.", DEEP, "gate.weight", each,
+        {"selection_bias": E_SCORE, **shared("shared_experts")}),
+    "qwen2_moe": (f"model.layers.{{}}.{MLP}.", QWEN, "gate.weight", each, shared("shared_expert", gated=True)),
+    "llama4": (
+        f"language_model.model.layers.{{}}.{FORWARD}.", PLAIN, "router.weight", transposed, shared("shared_expert")),
+    "aria": (
+        f"language_model.model.layers.{{}}.{MLP}.",
+        dict(hidden_size=H, intermediate_size=F, moe_num_experts=E, moe_topk=K), "router.weight", aria,
+        shared("shared_experts")),
+    "hunyuan_v1_moe": (f"model.layers.{{}}.{MLP}.", PLAIN, "gate.wg.weight", each, shared("shared_mlp")),
+    "ernie4_5_moe": (
+        f"model.layers.{{}}.{MLP}.", dict(hidden_size=H, moe_intermediate_size=F, moe_num_experts=E, moe_k=K),
+        "gate.weight", each, {"selection_bias": "moe_statics.e_score_correction_bias", **shared("shared_experts")}),
+    "kimi_linear": (
+        f"model.layers.{{}}.{SPARSE}.", dict(QWEN, num_local_experts=E), "gate.weight", w123,
+        {"selection_bias": E_SCORE, **shared("shared_experts")}),
+    "step3p7": (
+        "model.layers.{}.", DEEP, "moe.gate.weight", step,
+        {"selection_bias": "moe.router_bias", **shared("share_expert")}),
+}  # fmt: skip
 NOT_GATED = ("nemotron_h",)
 BIASED = ("gpt_oss", "openai_privacy_filter")
 
@@ -133,9 +166,14 @@ def tensors_of(family, layers, seed=0, dtype="float32"):
     found = {}
     for layer in layers:
         t = truth(seed + layer, dtype)
-        block = {router: t["router"], **experts(t), **{name: t[array] for array, name in others.items()}}
+        block = {router: t["router"], **experts(t), **{name: _as_row(name, t[array]) for array, name in others.items()}}
         found |= {prefix.format(layer) + name: tensor for name, tensor in block.items()}
     return found
+
+
+def _as_row(name, array):
+    """Vectors that are stored as a matrix of one row."""
+    return array[None] if name.endswith(("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")) else array
 
 
 def arrays_of(family):
@@ -151,10 +189,13 @@ def make_folder(path, family, num_files=5, dtype="float32", **more):
     return write_folder(path, config, tensors, num_files)
 
 
-EXTRAS = {"router_bias": "logit_bias", "selection_bias": "selection_bias", "expert_scale": "expert_scale"}
+KIND_OF = {"router_bias": "logit_bias", "selection_bias": "selection_bias", "expert_scale": "expert_scale"}
 
 
 def kinds(family):
     """What the layer is, which is not the question here."""
-    router = {EXTRAS[name]: True for name in BLOCKS[family][4]}
-    return dict(router=RouterKind(**router), expert=ExpertKind(activation="silu", gated=family not in NOT_GATED))
+    others = BLOCKS[family][4]
+    router = RouterKind(**{KIND_OF[name]: True for name in others if name in KIND_OF})
+    expert = ExpertKind(activation="silu", gated=family not in NOT_GATED)
+    shared_ffn = S if "shared_up_proj" in others else 0
+    return dict(router=router, expert=expert, shared_ffn=shared_ffn, shared_gate="shared_gate_weight" in others)

@@ -11,17 +11,17 @@ from reference.arrays import Array
 from reference.families import Family
 from reference.formats import FORMATS
 from reference.scalars import check_one_of, whole
-from reference.weights import EXTRAS
+from reference.weights import EXTRAS, SHARED_ARRAYS
 
 from . import fp8
-from .entries import STORED, Entry
+from .entries import Entry
 from .models import Model, layer_config
 from .names import read_names
 from .reading import Reader
 from .stored import Source, Stored
 
 QUANTISED = ("fp8", "mxfp4")
-IN_SUMS = ("router", *EXTRAS)  # not multiplied as experts are
+IN_SUMS = ("router", "shared_gate_weight", *EXTRAS)  # not multiplied as experts are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,8 @@ def load_layer(source: Source, family: Family, section: str, model: Model, asked
     arrays: dict[str, Array] = {}
     for entry, tensors in plans.items():
         arrays |= reader.read(entry, tensors, _dtype_of(entry, tensors[0], config.dtype))
-    weights = Weights(first_expert=experts.start, **{name: arrays[name] for name in chosen})
+    fields: dict[str, Any] = {name: arrays[name] for name in chosen}
+    weights = Weights(first_expert=experts.start, num_zero=config.num_zero, **fields)
     weights.check(config)
     return config, weights
 
@@ -72,13 +73,16 @@ def absent_arrays(config: MoEConfig) -> Set[str]:
     router, expert = config.router_kind, config.expert_kind
     asked = {"router_bias": router.logit_bias, "selection_bias": router.selection_bias}
     asked |= {"expert_scale": router.expert_scale, "result_scale": expert.norm_eps is not None}
-    asked |= {"gate_proj": expert.gated, "gate_bias": expert.gated}
-    return {name for name, there in asked.items() if not there} | {name for name in STORED if name[:7] == "shared_"}
+    asked |= dict.fromkeys(SHARED_ARRAYS, config.shared_ffn > 0) | {"shared_gate_weight": config.shared_gate}
+    absent = {name for name, there in asked.items() if not there}
+    gates = ("gate_proj", "gate_bias", "shared_gate_proj", "shared_gate_bias")
+    return absent | (set() if expert.gated else set(gates))
 
 
 def _sizes(config: MoEConfig) -> dict[str, int]:
     """Lengths of axes by their names in entries."""
-    return {"expert": config.num_experts, "choice": config.num_experts, "hidden": config.hidden, "ffn": config.ffn}
+    sizes = {"expert": config.num_experts, "choice": config.num_choices, "hidden": config.hidden, "ffn": config.ffn}
+    return sizes | {"shared": config.shared_ffn}
 
 
 def _experts_of(rank_idx: int | None, config: MoEConfig) -> range:

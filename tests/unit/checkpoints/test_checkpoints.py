@@ -6,9 +6,9 @@ from checkpoint_files import counted, write_folder
 from published import BLOCKS, LAYERS, E, F, H, K, arrays_of, kinds, make_folder, tensors_of, truth
 
 from flashmoe_numba.checkpoints import Checkpoint, load
+from reference.weights import EXPERT_ARRAYS
 
 LAYER = 3
-OF_ALL = ("router", "router_bias", "selection_bias", "expert_scale")
 
 
 def assert_true(weights, wanted, names, experts=slice(None)):
@@ -17,7 +17,7 @@ def assert_true(weights, wanted, names, experts=slice(None)):
         if name not in names:
             assert got is None, name
             continue
-        part = array if name in OF_ALL else array[experts]
+        part = array[experts] if name in EXPERT_ARRAYS else array
         assert got.dtype == part.dtype and np.array_equal(got, part), name
 
 
