@@ -74,9 +74,7 @@ class Entry:
     @property
     def arrays(self) -> tuple[str, ...]:
         """Fields of `Weights` that are in it."""
-        if "gate_up" not in self.field:
-            return (self.field,)
-        return tuple(self.field.replace("gate_up", half) for half in ("gate", "up"))
+        return arrays_of(self.field)
 
     def tensor(self, expert: int) -> str:
         """Its name, for this expert where each has one."""
@@ -97,6 +95,13 @@ class Entry:
         whole = piece.reshape([_length(name, sizes) for name in stored])
         ordered = whole.transpose([stored.index(name) for name in wanted])
         return list(ordered) if wanted[:1] == ["2"] else [ordered]
+
+
+def arrays_of(field: str) -> tuple[str, ...]:
+    """Fields of `Weights` that are stored as this one."""
+    if "gate_up" not in field:
+        return (field,)
+    return tuple(field.replace("gate_up", half) for half in ("gate", "up"))
 
 
 def parse_entries(field: str, value: Any) -> list[Entry]:

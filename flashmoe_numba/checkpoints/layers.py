@@ -10,11 +10,11 @@ from reference import DTYPES, MoEConfig, Weights
 from reference.arrays import Array
 from reference.families import Family
 from reference.formats import FORMATS
+from reference.router_extras import EXTRAS
 from reference.scalars import check_one_of, whole
-from reference.weights import EXTRAS, SHARED_ARRAYS
 
 from . import fp8
-from .entries import Entry
+from .entries import STORED, Entry, arrays_of
 from .models import Model, layer_config
 from .names import read_names
 from .reading import Reader
@@ -62,8 +62,9 @@ def load_layer(source: Source, family: Family, section: str, model: Model, asked
     arrays: dict[str, Array] = {}
     for entry, tensors in plans.items():
         arrays |= reader.read(entry, tensors, _dtype_of(entry, tensors[0], config.dtype))
-    fields: dict[str, Any] = {name: arrays[name] for name in chosen}
-    weights = Weights(first_expert=experts.start, num_zero=config.num_zero, **fields)
+    chosen_arrays: dict[str, Any] = {name: arrays[name] for name in chosen}
+    places: dict[str, Any] = {"first_expert": experts.start, "num_zero": config.num_zero}
+    weights = Weights(**places, **chosen_arrays)
     weights.check(config)
     return config, weights
 
@@ -73,16 +74,18 @@ def absent_arrays(config: MoEConfig) -> Set[str]:
     router, expert = config.router_kind, config.expert_kind
     asked = {"router_bias": router.logit_bias, "selection_bias": router.selection_bias}
     asked |= {"expert_scale": router.expert_scale, "result_scale": expert.norm_eps is not None}
-    asked |= dict.fromkeys(SHARED_ARRAYS, config.shared_ffn > 0) | {"shared_gate_weight": config.shared_gate}
-    absent = {name for name, there in asked.items() if not there}
-    gates = ("gate_proj", "gate_bias", "shared_gate_proj", "shared_gate_bias")
-    return absent | (set() if expert.gated else set(gates))
+    asked |= dict.fromkeys(("gate_proj", "gate_bias", "shared_gate_proj", "shared_gate_bias"), expert.gated)
+    asked |= {"shared_gate_weight": config.shared_gate}
+    if config.shared_ffn == 0:
+        asked |= {array: False for field in STORED if field.startswith("shared_") for array in arrays_of(field)}
+    return {name for name, there in asked.items() if not there}
 
 
 def _sizes(config: MoEConfig) -> dict[str, int]:
     """Lengths of axes by their names in entries."""
-    sizes = {"expert": config.num_experts, "choice": config.num_choices, "hidden": config.hidden, "ffn": config.ffn}
-    return sizes | {"shared": config.shared_ffn}
+    return {"expert": config.num_experts, "choice": config.num_choices, "hidden": config.hidden} | {
+        "ffn": config.ffn, "shared": config.shared_ffn
+    }  # fmt: skip
 
 
 def _experts_of(rank_idx: int | None, config: MoEConfig) -> range:
