@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from reference import MoEConfig, Weights
+from reference.families.layer_config import layer_config
 from reference.scalars import check_whole
 
 from .folder import Folder, read_json
 from .layers import Asked, LayerPlan, plan_layer
-from .models import find_families, layer_config
+from .models import find_families
 from .names import read_names
 from .state import State
 
@@ -143,4 +144,4 @@ def read_config(path: str | Path, layer: int = 0, *, family: str | Path | None =
     """
     check_whole("layer", layer, 0)
     families, model = find_families(read_json(Path(path)), family)
-    return layer_config(families[0], model, layer, **own)
+    return layer_config(families[0], model, layer, **{"num_ranks": 1, **own})

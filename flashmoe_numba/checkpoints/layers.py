@@ -9,13 +9,14 @@ from typing import Any
 from reference import DTYPES, MoEConfig, Weights
 from reference.arrays import Array
 from reference.families import Family
+from reference.families.layer_config import layer_config
 from reference.formats import FORMATS
 from reference.router_extras import EXTRAS
 from reference.scalars import check_one_of, check_whole, whole
 
 from . import fp8
 from .entries import STORED, Entry, arrays_of
-from .models import Model, layer_config
+from .models import Model
 from .names import read_names
 from .reading import Reader
 from .stored import Source, Stored

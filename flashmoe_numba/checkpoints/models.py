@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from reference import ExpertKind, MoEConfig, RouterKind
 from reference.families import Family, families_of, family_names, read_family
 
 Model = Mapping[str, Any]
@@ -38,28 +37,6 @@ def find_families(model: Model, family: str | Path | None) -> tuple[list[Family]
         names = ", ".join(each.name for families, _ in known for each in families)
         raise ValueError(f"family must be given, because the model has several: {names}")
     return known[0]
-
-
-def layer_config(family: Family, model: Model, layer: int, **own: Any) -> MoEConfig:
-    """The config of one layer.
-
-    Args:
-        own: fields of `MoEConfig` that a model's config does not have, or in place of what it says.
-
-    Raises:
-        TypeError, ValueError: naming what the model's config lacks, or what is wrong.
-    """
-    fields = _section(family, "sizes", model, layer) | own
-    for field, section, kind in (("router", "router", RouterKind), ("expert", "experts", ExpertKind)):
-        if field not in own:
-            fields[field] = kind(**_section(family, section, model, layer))
-    return MoEConfig(**fields)
-
-
-def _section(family: Family, name: str, model: Model, layer: int) -> dict[str, Any]:
-    """A section with its values; of a list it is that of the layer."""
-    values = family.section(name, model)
-    return {key: value[layer] if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _parts(model: Model) -> Iterator[Model]:
