@@ -7,21 +7,20 @@ True arrays are those of `Weights`, with a leading axis of experts where there i
 import numpy as np
 from checkpoint_files import random, write_folder
 
-from reference import ExpertKind, RouterKind
 from reference.families import read_family
 
-E, H, F, S, K = 8, 21, 11, 7, 2  # experts, hidden, ffn, width of shared experts, top-k
+E, H, F, K = 8, 21, 11, 2  # experts, hidden, ffn, top-k
 LAYERS = (2, 3, 11)
 
 
-def truth(seed=0, dtype="float32", hidden=H, ffn=F):
-    """Arrays for any family; each takes those it has."""
-    rng = np.random.default_rng(seed)
+def truth(family, seed=0, dtype="float32"):
+    """Arrays for any family, which takes those it has."""
+    rng, hidden, ffn, shared = np.random.default_rng(seed), H, F, SHARED.get(family, F)
     shapes = dict(
         router=(E, hidden), gate_proj=(E, ffn, hidden), up_proj=(E, ffn, hidden), down_proj=(E, hidden, ffn),
         gate_bias=(E, ffn), up_bias=(E, ffn), down_bias=(E, hidden), router_bias=(E,), selection_bias=(E,),
-        expert_scale=(E,), shared_gate_proj=(S, hidden), shared_up_proj=(S, hidden), shared_down_proj=(hidden, S),
-        shared_gate_weight=(hidden,),
+        expert_scale=(E,), shared_gate_weight=(hidden,),
+        shared_gate_proj=(shared, hidden), shared_up_proj=(shared, hidden), shared_down_proj=(hidden, shared),
     )  # fmt: skip
     return {name: random(rng, *shape, dtype=dtype) for name, shape in shapes.items()}
 
@@ -56,10 +55,11 @@ def plain(t):
     return {f"experts.{e}.{name}.weight": array[e] for name, array in names.items() for e in range(E)}
 
 
-def shared(place, gated=False):
-    """What the shared expert's arrays are called; its gate is a matrix of one row."""
-    names = {f"shared_{name}": f"{place}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
-    return names | ({"shared_gate_weight": f"{place}_gate.weight"} if gated else {})
+def shared(place, weighed=False, gate=True):
+    """What the shared expert's arrays are called; the row by which it is weighed is a matrix."""
+    matrices = ["up_proj", "down_proj", *(["gate_proj"] if gate else [])]
+    names = {f"shared_{name}": f"{place}.{name}.weight" for name in matrices}
+    return names | ({"shared_gate_weight": f"{place}_gate.weight"} if weighed else {})
 
 
 def fused(t):
@@ -128,7 +128,8 @@ BLOCKS = {
         f"model.layers.{{}}.{MLP}.", PLAIN, "router.weight", biased, {"router_bias": "router.bias"}),
     "qwen3_vl_moe": (f"model.language_model.layers.{{}}.{MLP}.", QWEN, "gate.weight", transposed, {}),
     "nemotron_h": (
-        "backbone.layers.{}.mixer.", DEEP, "gate.weight", plain, {"selection_bias": E_SCORE}),
+        "backbone.layers.{}.mixer.", dict(DEEP, moe_shared_expert_intermediate_size=7), "gate.weight", plain,
+        {"selection_bias": E_SCORE, **shared("shared_experts", gate=False)}),
     "gemma4": (
         "model.language_model.layers.{}.", dict(QWEN, top_k_experts=K), "router.proj.weight", fused,
         {"expert_scale": "router.per_expert_scale"}),
@@ -136,36 +137,47 @@ BLOCKS = {
 }  # fmt: skip
 BLOCKS |= {
     "deepseek_v3": (
-        f"model.layers.{{}}.{MLP}.", DEEP, "gate.weight", each,
+        f"model.layers.{{}}.{MLP}.", dict(DEEP, n_shared_experts=1), "gate.weight", each,
         {"selection_bias": E_SCORE, **shared("shared_experts")}),
-    "qwen2_moe": (f"model.layers.{{}}.{MLP}.", QWEN, "gate.weight", each, shared("shared_expert", gated=True)),
+    "qwen2_moe": (
+        f"model.layers.{{}}.{MLP}.", dict(QWEN, shared_expert_intermediate_size=7), "gate.weight", each,
+        shared("shared_expert", weighed=True)),
     "llama4": (
         f"language_model.model.layers.{{}}.{FORWARD}.", PLAIN, "router.weight", transposed, shared("shared_expert")),
     "aria": (
         f"language_model.model.layers.{{}}.{MLP}.",
-        dict(hidden_size=H, intermediate_size=F, moe_num_experts=E, moe_topk=K), "router.weight", aria,
-        shared("shared_experts")),
+        dict(hidden_size=H, intermediate_size=F, moe_num_experts=E, moe_topk=K, moe_num_shared_experts=2),
+        "router.weight", aria, shared("shared_experts")),
     "hunyuan_v1_moe": (f"model.layers.{{}}.{MLP}.", PLAIN, "gate.wg.weight", each, shared("shared_mlp")),
     "ernie4_5_moe": (
-        f"model.layers.{{}}.{MLP}.", dict(hidden_size=H, moe_intermediate_size=F, moe_num_experts=E, moe_k=K),
+        f"model.layers.{{}}.{MLP}.",
+        dict(hidden_size=H, moe_intermediate_size=F, moe_num_experts=E, moe_k=K, moe_num_shared_experts=2),
         "gate.weight", each, {"selection_bias": "moe_statics.e_score_correction_bias", **shared("shared_experts")}),
     "kimi_linear": (
-        f"model.layers.{{}}.{SPARSE}.", dict(QWEN, num_local_experts=E), "gate.weight", w123,
+        f"model.layers.{{}}.{SPARSE}.", dict(QWEN, num_shared_experts=1), "gate.weight", w123,
         {"selection_bias": E_SCORE, **shared("shared_experts")}),
     "step3p7": (
-        "model.layers.{}.", DEEP, "moe.gate.weight", step,
+        "model.layers.{}.", dict(DEEP, share_expert_dim=5), "moe.gate.weight", step,
         {"selection_bias": "moe.router_bias", **shared("share_expert")}),
 }  # fmt: skip
+SHARED = {
+    "qwen2_moe": 7,
+    "aria": 2 * F,
+    "ernie4_5_moe": 2 * F,
+    "kimi_linear": F,
+    "step3p7": 5,
+    "nemotron_h": 7,
+}  # widths
 NOT_GATED = ("nemotron_h",)
 BIASED = ("gpt_oss", "openai_privacy_filter")
 
 
-def tensors_of(family, layers, seed=0, dtype="float32"):
-    """The tensors of some layers: for each its own true arrays, from seed + layer."""
+def tensors_of(family, layers, dtype="float32"):
+    """The tensors of some layers: for each its own true arrays, whose seed is its index."""
     prefix, _, router, experts, others = BLOCKS[family]
     found = {}
     for layer in layers:
-        t = truth(seed + layer, dtype)
+        t = truth(family, layer, dtype)
         block = {router: t["router"], **experts(t), **{name: _as_row(name, t[array]) for array, name in others.items()}}
         found |= {prefix.format(layer) + name: tensor for name, tensor in block.items()}
     return found
@@ -187,15 +199,3 @@ def make_folder(path, family, num_files=5, dtype="float32", **more):
     tensors = {"model.embed_tokens.weight": np.ones((3, H), np.float32), **tensors_of(family, LAYERS, dtype=dtype)}
     config = {"model_type": read_family(family).model_type, **BLOCKS[family][1], **more}
     return write_folder(path, config, tensors, num_files)
-
-
-KIND_OF = {"router_bias": "logit_bias", "selection_bias": "selection_bias", "expert_scale": "expert_scale"}
-
-
-def kinds(family):
-    """What the layer is, which is not the question here."""
-    others = BLOCKS[family][4]
-    router = RouterKind(**{KIND_OF[name]: True for name in others if name in KIND_OF})
-    expert = ExpertKind(activation="silu", gated=family not in NOT_GATED)
-    shared_ffn = S if "shared_up_proj" in others else 0
-    return dict(router=router, expert=expert, shared_ffn=shared_ffn, shared_gate="shared_gate_weight" in others)

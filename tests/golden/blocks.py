@@ -99,10 +99,14 @@ class Block:
         code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
         torch.manual_seed(0)
         if self.name in PARTS:
-            parts = {part: getattr(code, PARTS[self.name] + part.title())(self.config) for part in ("router", "experts")}
+            parts = {
+                part: getattr(code, PARTS[self.name] + part.title())(self.config) for part in ("router", "experts")
+            }
             self.module: torch.nn.Module = torch.nn.ModuleDict(parts)
         else:
-            wanted = getattr(code, cls).__init__.__code__.co_varnames[: getattr(code, cls).__init__.__code__.co_argcount]
+            wanted = getattr(code, cls).__init__.__code__.co_varnames[
+                : getattr(code, cls).__init__.__code__.co_argcount
+            ]
             self.module = getattr(code, cls)(self.config, **({"layer_idx": LAYER} if "layer_idx" in wanted else {}))
         self.module.eval()
         self.shapes = {name: list(value.shape) for name, value in self.module.state_dict().items()}

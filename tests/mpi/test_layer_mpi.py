@@ -22,7 +22,7 @@ from cases import (
     random_tokens,
     tiny_config,
 )
-from published import kinds, make_folder
+from published import make_folder
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.checkpoints import load
@@ -186,7 +186,7 @@ def test_ranks_that_each_read_their_own_experts_of_a_checkpoint(tmp_path):
     status, err, errors = run("checkpoint", 4, tmp_path)
     assert status == 0 and not errors, f"{errors}\n{err}"
     saved = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(4)]
-    config, weights = load(folder, 3, num_tokens=28, **kinds("mixtral"))
+    config, weights = load(folder, 3, num_tokens=28)
     x = np.concatenate(random_tokens(replace(config, num_ranks=4, num_tokens=7)))
     with FlashMoE(config, weights, num_processors=2) as layer:
         y = layer(x[None])[0]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from checkpoint_files import counted, write_folder
-from published import BLOCKS, LAYERS, E, F, H, K, arrays_of, kinds, make_folder, tensors_of, truth
+from published import BLOCKS, LAYERS, E, F, H, K, arrays_of, make_folder, tensors_of, truth
 
 from flashmoe_numba.checkpoints import Checkpoint, load
 from reference.weights import EXPERT_ARRAYS
@@ -24,10 +24,10 @@ def assert_true(weights, wanted, names, experts=slice(None)):
 @pytest.mark.parametrize("family", BLOCKS)
 def test_every_array_is_the_true_one(tmp_path, family):
     make_folder(tmp_path / "c", family)
-    config, weights = load(tmp_path / "c", LAYER, num_tokens=5, **kinds(family))
+    config, weights = load(tmp_path / "c", LAYER, num_tokens=5)
     assert (config.hidden, config.ffn, config.num_experts, config.num_topk) == (H, F, E, K)
     assert (config.num_tokens, config.num_ranks, config.dtype) == (5, 1, "float32")
-    assert_true(weights, truth(LAYER), arrays_of(family))
+    assert_true(weights, truth(family, LAYER), arrays_of(family))
     assert Checkpoint(tmp_path / "c").layers == list(LAYERS)
 
 
@@ -37,11 +37,11 @@ def test_a_rank_reads_its_own_experts_and_nothing_else(tmp_path, family):
     make_folder(tmp_path / "c", family)
     for rank_idx in range(4):
         with Checkpoint(tmp_path / "c") as checkpoint:
-            asked = dict(num_tokens=5, num_ranks=4, rank_idx=rank_idx, **kinds(family))
+            asked = dict(num_tokens=5, num_ranks=4, rank_idx=rank_idx)
             (config, weights), num_bytes = counted(lambda: checkpoint.load(LAYER, **asked))  # noqa: B023
             assert config.num_experts_per_rank == weights.num_experts == 2
             assert weights.first_expert == 2 * rank_idx
-            assert_true(weights, truth(LAYER), arrays_of(family), slice(2 * rank_idx, 2 * rank_idx + 2))
+            assert_true(weights, truth(family, LAYER), arrays_of(family), slice(2 * rank_idx, 2 * rank_idx + 2))
             own = sum(getattr(weights, name).nbytes for name in arrays_of(family))
             assert checkpoint.bytes_read == own
             headers = sum(
@@ -54,12 +54,12 @@ def test_a_rank_reads_its_own_experts_and_nothing_else(tmp_path, family):
 @pytest.mark.parametrize("dtype", [None, "float64", "float32", "float16", "bfloat16"])
 def test_types(tmp_path, stored, dtype):
     make_folder(tmp_path / "c", "mixtral", dtype=stored)
-    config, weights = load(tmp_path / "c", LAYER, num_tokens=5, dtype=dtype, **kinds("mixtral"))
+    config, weights = load(tmp_path / "c", LAYER, num_tokens=5, dtype=dtype)
     assert config.dtype == (dtype or stored)
-    wanted = truth(LAYER, stored)["up_proj"].astype(config.numpy_dtype)
+    wanted = truth("mixtral", LAYER, stored)["up_proj"].astype(config.numpy_dtype)
     assert weights.up_proj.dtype == wanted.dtype and np.array_equal(weights.up_proj, wanted)
     same = stored == config.dtype
-    router = truth(LAYER, stored)["router"].astype(config.numpy_dtype if same else config.accumulator)
+    router = truth("mixtral", LAYER, stored)["router"].astype(config.numpy_dtype if same else config.accumulator)
     assert weights.router.dtype == router.dtype and np.array_equal(weights.router, router)
 
 
@@ -69,8 +69,8 @@ def test_numbers_beyond_the_range_of_a_type_are_refused(tmp_path):
     tensors[name][4, 5] = 70_000
     write_folder(tmp_path / "c", {"model_type": "mixtral", **BLOCKS["mixtral"][1]}, tensors)
     with pytest.raises(ValueError, match=f"dtype must hold all numbers of tensor '{name}'.*float16"):
-        load(tmp_path / "c", LAYER, num_tokens=5, dtype="float16", **kinds("mixtral"))
+        load(tmp_path / "c", LAYER, num_tokens=5, dtype="float16")
     tensors[name][4, 5] = np.inf  # is infinite in any type
     write_folder(tmp_path / "c", {"model_type": "mixtral", **BLOCKS["mixtral"][1]}, tensors)
-    _, weights = load(tmp_path / "c", LAYER, num_tokens=5, dtype="float16", **kinds("mixtral"))
+    _, weights = load(tmp_path / "c", LAYER, num_tokens=5, dtype="float16")
     assert np.isinf(weights.down_proj).sum() == 1 and np.isinf(weights.down_proj[6, 4, 5])
