@@ -41,9 +41,9 @@ MOST_DEADLINE_S = 86400.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `flashmoe run`."""
-    add_size_arguments(parser)
+    add_source = add_size_arguments(parser)
+    add_source("--checkpoint", metavar="DIR", help="folder of a published model: run its --layer, with its weights")
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="a published model's folder: the weights of its --layer, and their dtype")
     recorded = "or a recording: *.npz, *.safetensors"
     add("--workload", default="text", metavar="NAME", help=f"text, uniform, zipf:S, hot, {recorded} [text]")
     add("--processors", type=integer(1), metavar="N", help="blocks of a rank beside its OS block [cores / ranks]")
@@ -125,9 +125,11 @@ def _check_gpus(num_ranks: int) -> None:
 
 def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     """The config, if nothing is wrong that can be known before a rank starts."""
-    from ..layer.arguments import MOST_PROCESSORS
+    from ..layer.arguments import MOST_PROCESSORS, check_kinds
 
     config = _config(args, num_ranks)
+    with blaming("the layer"):
+        check_kinds(config)
     if (args.processors or 1) > MOST_PROCESSORS:
         raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
     check_backend_flag(args.backend)
@@ -142,8 +144,6 @@ def _config(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     """Of the checkpoint's layer, if there is one: everything that can be wrong with it is found out here."""
     if args.checkpoint is None:
         return config_from(args, num_ranks=num_ranks)
-    if args.model_config:
-        raise UsageError("argument --checkpoint: has a config.json of its own: leave --model-config out")
     from ..checkpoints import Checkpoint
 
     with blaming("argument --checkpoint"), Checkpoint(args.checkpoint) as checkpoint:

@@ -59,13 +59,13 @@ def integers(minimum: int) -> Callable[[str], list[int]]:
 
 def add_size_arguments(
     parser: argparse.ArgumentParser, preset: str = DEFAULT_PRESET, many_tokens: bool = False
-) -> None:
+) -> Callable[..., argparse.Action]:
     """`--preset`, by default this one, or a published model's config; and one flag per size.
 
-    With `many_tokens`, `--tokens` is a list.
+    With `many_tokens`, `--tokens` is a list. Returns what adds flags that exclude `--preset`.
     """
     group = parser.add_argument_group("sizes", "the preset's or the model's where not given")
-    add = group.add_mutually_exclusive_group().add_argument
+    add_source = add = group.add_mutually_exclusive_group().add_argument
     add("--preset", "--model", default=preset, metavar="NAME", help=f"{', '.join(preset_names())} [{preset}]")
     published = f"the config.json of a model: its layers' shapes [{MODEL_TOKENS} tokens, 1 rank]"
     add("--model-config", metavar="FILE", help=published)
@@ -84,6 +84,7 @@ def add_size_arguments(
     add("--activation", metavar="NAME", help=", ".join(ACTIVATIONS))
     add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; sums are float32, for float64 float64")
     add("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert [no limit]")
+    return add_source
 
 
 def config_from(args: argparse.Namespace, **instead: int | None) -> MoEConfig:
