@@ -88,9 +88,18 @@ class Entry:
         """Of one array: one expert's, where each has one."""
         return tuple(_length(name, sizes) for name in _flat(parse_axes(STORED[self.field])) if not name.isdigit())
 
+    @property
+    def num_pieces(self) -> str:
+        """The length of the first axis of a tensor with all experts: "expert", or "choice"."""
+        return self.axes[0][0]
+
+    @property
+    def _pieces(self) -> tuple[str, ...]:
+        return (self.num_pieces,) if self.field in OF_EXPERTS and not self.per_expert else ()
+
     def arrange(self, piece: Array, sizes: Sizes) -> list[Array]:
         """The arrays in a tensor, or in one expert's piece of it, as views where NumPy can."""
-        stored = [name for name in _flat(self.axes) if name not in ("expert", "1")]
+        stored = [name for name in _flat(self.axes) if name not in ("1", *self._pieces)]
         wanted = [name for name in _flat(parse_axes(STORED[self.field])) if name != "1"]
         whole = piece.reshape([_length(name, sizes) for name in stored])
         ordered = whole.transpose([stored.index(name) for name in wanted])
@@ -138,9 +147,12 @@ def _parse_entry(field: str, text: Any) -> Entry:
 
 def _check_axes(entry: Entry, stacked: bool, text: str) -> None:
     """Every axis of the array is there once, and that of experts comes first."""
-    got = sorted(name for name in _flat(entry.axes) if name != "1")
+    flat = _flat(entry.axes)
+    if stacked and flat[0] == "choice":  # it has room for zero-computation experts
+        flat[0] = "expert"
+    got = sorted(name for name in flat if name != "1")
     wanted = [name for name in _flat(parse_axes(STORED[entry.field])) if name != "1"] + ["expert"] * stacked
-    if got != sorted(wanted) or (stacked and _flat(entry.axes)[0] != "expert"):
+    if got != sorted(wanted) or (stacked and flat[0] != "expert"):
         raise ValueError(f"{entry.field} must have the axes {' '.join(sorted(wanted))}, expert first, got {text!r}")
 
 

@@ -72,7 +72,8 @@ class Reader:
             return
         for position, expert in enumerate(self.experts):
             tensor = tensors[position] if entry.per_expert else tensors[0]
-            yield (position,), tensor, tensor.read(*(0, 1) if entry.per_expert else (expert, self.sizes["expert"]))
+            place = (0, 1) if entry.per_expert else (expert, self.sizes[entry.num_pieces])
+            yield (position,), tensor, tensor.read(*place)
 
 
 def _round_into(target: Array, values: Array, name: str) -> None:

@@ -1,8 +1,8 @@
 """The `MoEConfig` of a layer of a public model, from the model's config and its family's file.
 
 Beside the fields of `RouterKind`, `ExpertKind` and `MoEConfig`'s sizes the sections take the words of public configs
-(`WORDS`), 0 where a limit or a cap is none, and norms that are not used if nothing is renormalised. [shared] has `ffn`,
-`gate`, and those fields of `ExpertKind` in which the shared expert differs from the others.
+(`WORDS`), 0 where a limit or a cap is none, and norms and groups that are not used. [shared] has `ffn`, `gate`, and
+those fields of `ExpertKind` in which the shared expert differs from the others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from . import Family
 
 WORDS = {"sqrtsoftplus": "sqrt_softplus", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 LIMITS = ("gate_limit", "up_limit", "logit_cap")
+GROUPS = ("num_groups", "num_topk_groups", "group_score", "group_fill")
 NORMS = ("norm_order", "norm_eps", "norm_min")
 
 
@@ -50,7 +51,7 @@ def router_kind(section: Mapping[str, Any]) -> RouterKind:
     if not fields.get("renormalize", False):
         fields = {key: value for key, value in fields.items() if key not in NORMS}
     if fields.get("num_groups") == 1:
-        fields["num_topk_groups"] = 1
+        fields = {key: value for key, value in fields.items() if key not in GROUPS}
     return RouterKind(**fields)
 
 

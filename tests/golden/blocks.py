@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from golden.numbers import VOCAB, state, tokens
+from golden.tensors import VOCAB, state, tokens
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reference.families import Family
@@ -44,12 +45,10 @@ WORDS: dict[str, Any] = {
     "router_hidden_size": 10,
     "moe_hidden_size": 18,
     "shared_expert_combination_strategy": "sum",
-    "vocab_size": VOCAB,
-    "pad_token_id": 0,
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "num_key_value_heads": 3,
-    "num_kv_heads": 3,
+    "head_dim": 8,
     "expert_capacity": 64,
 }
 OWN: dict[str, dict[str, Any]] = {
@@ -57,11 +56,16 @@ OWN: dict[str, dict[str, Any]] = {
                             "moe_normalize_expert_weights": 2.0}},
     "ernie4_5_vl_moe": {"moe_intermediate_size": [11, 5]},
     "step3p7": {"swiglu_limits": [0.0, 0.5], "swiglu_limits_shared": [0.0, 0.25]},
-    "deepseek_v4_hash": {"mlp_layer_types": ["moe", "hash_moe"]},
+    "deepseek_v4_hash": {"mlp_layer_types": ["moe", "hash_moe"], "vocab_size": VOCAB},
     "deepseek_v4": {"mlp_layer_types": ["moe", "moe"]},
     "nemotron_h_latent": {"moe_latent_size": 12},
     "llama4": {"num_experts_per_tok": 2},
     "phimoe": {"num_experts_per_tok": 2},
+    "qwen3_omni_moe_talker": {"shared_expert_intermediate_size": 7},
+    "granitemoehybrid": {"mamba_n_heads": 6, "mamba_d_head": 7},
+    "zaya": {"num_experts_per_tok": 1},
+    "deepseek_ocr2": {"hidden_size": 22, "num_attention_heads": 11, "num_key_value_heads": 11},
+    "unlimited_ocr": {"hidden_size": 22, "num_attention_heads": 11, "num_key_value_heads": 11},
 }  # fmt: skip
 LAYER = 1  # of the model, where a block asks for it
 PARTS = {"gemma4": "Gemma4Text", "diffusion_gemma": "DiffusionGemmaText"}  # router and experts are no block's
@@ -99,15 +103,13 @@ class Block:
         code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
         torch.manual_seed(0)
         if self.name in PARTS:
-            parts = {
-                part: getattr(code, PARTS[self.name] + part.title())(self.config) for part in ("router", "experts")
-            }
+            names = {part: PARTS[self.name] + part.title() for part in ("router", "experts")}
+            parts = {part: getattr(code, name)(self.config) for part, name in names.items()}
             self.module: torch.nn.Module = torch.nn.ModuleDict(parts)
         else:
-            wanted = getattr(code, cls).__init__.__code__.co_varnames[
-                : getattr(code, cls).__init__.__code__.co_argcount
-            ]
-            self.module = getattr(code, cls)(self.config, **({"layer_idx": LAYER} if "layer_idx" in wanted else {}))
+            make = getattr(code, cls)
+            place = {"layer_idx": LAYER} if "layer_idx" in inspect.signature(make).parameters else {}
+            self.module = make(self.config, **place)
         self.module.eval()
         self.shapes = {name: list(value.shape) for name, value in self.module.state_dict().items()}
 
@@ -125,7 +127,7 @@ class Block:
         with torch.no_grad():
             for name, value in self.module.state_dict().items():
                 value.copy_(torch.from_numpy(arrays[name]))
-            return _run(self, torch.from_numpy(tokens(NUM_TOKENS, 21)).to(getattr(torch, dtype)))
+            return _run(self, torch.from_numpy(tokens(NUM_TOKENS, self.config.hidden_size)).to(getattr(torch, dtype)))
 
 
 def make_config(family: Family, options: dict[str, Any]) -> Any:
@@ -165,8 +167,7 @@ def _run(block: Block, x: torch.Tensor) -> Run:
         return _run_parts(module, x)
     if name.startswith("inkling2"):
         module.gate.float()  # its float32 rows and a float64 matrix would not go together
-    experts = _Seen(module.experts if hasattr(module, "experts") else getattr(module, "text_moe", module.router).experts
-                    if hasattr(module, "text_moe") else module.router)  # fmt: skip
+    experts = _Seen(getattr(getattr(module, "text_moe", module), "experts", module))
     normed = _Seen(module.post_mlp_layernorm) if name == "axk1" else None
     inner = _Seen(module.experts, output=True) if name in ("muse_spark", "nemotron_h_latent") else None
     scores = _Seen(module.gate.router_mlp, output=True) if name == "zaya" else None
@@ -208,7 +209,7 @@ def _routing(block: Block, x: torch.Tensor, args: tuple[Any, ...]) -> tuple[torc
 def _run_parts(module: Any, x: torch.Tensor) -> Run:
     """gemma: the router sees other rows than the experts."""
     scores = _Seen(module["router"].proj, output=True)
-    rows = torch.from_numpy(tokens(NUM_TOKENS, 21, "rows")).to(x.dtype)
+    rows = torch.from_numpy(tokens(NUM_TOKENS, x.shape[1], "rows")).to(x.dtype)
     _, factors, idx = module["router"](x)
     y = module["experts"](rows, idx, factors)
     return Run(_array(rows), _array(scores.args[0]), _array(idx), _array(factors), _array(y))

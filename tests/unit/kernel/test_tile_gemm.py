@@ -135,8 +135,8 @@ class Product:
             expected = activation(self.activation, sums[0])
             if len(sums) == 2:
                 expected = expected * sums[1]
-            # An activation magnifies an error by less than 1.2, relu2 twice an error of its argument's size; each factor
-            # of a gated product brings its own.
+            # An activation magnifies an error by less than 1.2, relu2 by twice its argument; each factor of a gated
+            # product brings its own.
             steps = np.sqrt(x.shape[1] + ELEMENTWISE_ULPS**2)
             if self.activation == "relu2":
                 sizes[0] = 2 * sizes[0] ** 2

@@ -24,14 +24,14 @@ def uniform(name: str, shape: tuple[int, ...], size: float = 1.0) -> np.ndarray:
 
 
 def tensor(name: str, shape: tuple[int, ...], num_experts: int, salt: str = "") -> np.ndarray:
-    """What the block's tensor of that name holds: products of about 1, scales around 1, biases that decide something."""
+    """What the block's tensor of that name holds: products of about 1, scales around 1, biases that decide."""
     if name.endswith("tid2eid"):
         return np.argsort(uniform(name + salt, (shape[0], num_experts)), axis=1, kind="stable")[:, : shape[1]]
     values = uniform(name + salt, shape, 0.5)
     last = name.split(".")[-1]
     if "norm" in name or "scale" in last:
         return 1 + values / 2
-    return values / 2 if "bias" in name and not name.endswith("proj_bias") else values
+    return values
 
 
 def state(shapes: dict[str, list[int]], num_experts: int, salt: str = "") -> dict[str, np.ndarray]:
