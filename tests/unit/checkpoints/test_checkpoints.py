@@ -1,5 +1,7 @@
 """Layers from checkpoints of many families: every array is the true one, and a rank reads only its own experts."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from checkpoint_files import counted, write_folder
@@ -74,3 +76,21 @@ def test_numbers_beyond_the_range_of_a_type_are_refused(tmp_path):
     write_folder(tmp_path / "c", {"model_type": "mixtral", **BLOCKS["mixtral"][1]}, tensors)
     _, weights = load(tmp_path / "c", LAYER, num_tokens=5, dtype="float16")
     assert np.isinf(weights.down_proj).sum() == 1 and np.isinf(weights.down_proj[6, 4, 5])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe", "dbrx"])
+def test_beside_the_weights_there_is_one_expert_in_memory(tmp_path, family, monkeypatch):
+    """At the highest, one matrix of one expert as it is stored, and little that does not grow with sizes."""
+    monkeypatch.setattr("published.H", 300)
+    monkeypatch.setattr("published.F", 200)
+    config = {name: {H: 300, F: 200}.get(size, size) for name, size in BLOCKS[family][1].items()}
+    make_folder(tmp_path / "c", family, **config)
+    with Checkpoint(tmp_path / "c") as checkpoint:
+        checkpoint.config(LAYER, num_tokens=5)  # opens the files
+        tracemalloc.start()
+        _, weights = checkpoint.load(LAYER, num_tokens=5, num_ranks=4, rank_idx=2)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    matrix = 2 * 200 * 300 * 4  # gate and up may be one
+    assert weights.num_bytes == (6 * 200 + E) * 300 * 4
+    assert peak < weights.num_bytes + matrix + 100_000
