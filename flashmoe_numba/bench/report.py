@@ -39,6 +39,8 @@ def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdi
         "packing": settings.packing,
         "arithmetic": settings.multiplied_by,
         "config": asdict(settings.config),
+        "checkpoint": settings.checkpoint,
+        "layer": settings.layer if settings.checkpoint else None,
         "workload": settings.workload,
         "seed": settings.seed,
         "iterations": settings.iterations,

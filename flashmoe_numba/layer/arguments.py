@@ -58,7 +58,7 @@ class LayerSettings:
         if not isinstance(self.weights, Weights):
             raise TypeError(f"weights must be Weights, got {type(self.weights).__name__}")
         self.weights.check(self.config)
-        _check_kinds(self.config)
+        check_kinds(self.config)
         if self.backend is not None:
             check_backend(self.backend, self.backend_settings)
         self._arithmetic()
@@ -106,7 +106,7 @@ class LayerSettings:
         return choose(self.backend_settings.get("arithmetic", AUTO), self.config.dtype)
 
 
-def _check_kinds(config: MoEConfig) -> None:
+def check_kinds(config: MoEConfig) -> None:
     """Kernels know one kind of router, and experts that are an activation, gated or not."""
     router = config.router_kind
     if router != RouterKind(renormalize=router.renormalize):
