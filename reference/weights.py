@@ -59,8 +59,8 @@ class Weights:
     def random(cls, config: MoEConfig, seed: int = 0, bias: bool = False, experts: range | None = None) -> Weights:
         """Normal weights of standard deviation `1 / sqrt(fan_in)`; biases, if asked for, have that of their matrix.
 
-        Each expert has its own stream, the shared one too, so `experts=range(a, b)` makes exactly that slice of the full
-        set.
+        Each expert has its own stream, so `experts=range(a, b)` makes exactly that slice of the full set; so has the
+        shared one.
         """
         experts = _check_experts(experts, config)
         ends = ("proj", "bias") if bias else ("proj",)
