@@ -225,7 +225,7 @@ class Regions:
         assert all(word >> 32 < epoch for word in flags[tiles:]), f"{case}: flags {flags} of tiles that do not exist"
 
     def _check_combine(self, source, x, y, routing, packet):
-        """y is the sum of the results in the accumulator's type in the order of j, then the shared one's, rounded once."""
+        """y is the sum of the results in the accumulator's type in the order of j, then the shared one, rounded."""
         c, results, tokens = self.config, self.rows(source, 1), self.layer._ranks[source].tokens
         shared, x = (part.view(c.numpy_dtype).reshape(-1, c.hidden) for part in (tokens.shared_results, x))
         for token, (experts, factors) in enumerate(zip(routing.topk_idx, routing.topk_weights, strict=True)):

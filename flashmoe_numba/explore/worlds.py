@@ -1,11 +1,11 @@
 """Small worlds with names, each with something that the others have not; a search without a world goes through all.
 
-Together they have: row tiles of several sources, also several of one expert, and of each height, and tiles of their own
-for each packet; drops; shared experts with a gate and without, whose row tiles are shorter and taller than token blocks, and
-that are begun before and behind the gates; zero-computation experts that add the token or nothing, and all of them
-chosen; token blocks of 1, 2 and 3; lanes that do not divide the experts; k = E; as many experts as
-ranks; one rank; ranks without tokens; ties; all element types; hosts that leave; ranks that are lost before and in a
-call, with deadlines running; and a grid. A run takes some 20 ms.
+Together they have: row tiles of several sources, also several of one expert, and of each height, and tiles of their
+own for each packet; drops; shared experts with a gate and without, with row tiles shorter and taller than token
+blocks, that are begun beside the gates and behind the dispatches; zero-computation experts that add the token or
+nothing; token blocks of 1, 2 and 3; lanes that do not divide the experts; k = E; as many experts as ranks; one rank;
+ranks without tokens; ties; all element types; hosts that leave; ranks that are lost before and in a call, with
+deadlines running; and a grid. A run takes some 20 ms.
 """
 
 from __future__ import annotations

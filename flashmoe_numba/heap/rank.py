@@ -198,7 +198,6 @@ class Rank(Owned):
 
     def _experts(self, weights: Weights) -> Experts:
         """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put."""
-        c = self.config
         router = self._factors(weights.router)
         up, down = self._pack(weights, self.segments.dispatch, self.received.hidden)
         experts = Experts(router=router, up=up, down=down, shared_up=up, shared_down=down, shared_gate=router)

@@ -23,8 +23,8 @@ def combine(p, tokens, segments, scratch, token_block):
     """y = sum of weight * result over a token's choices, in that order. A lane sums a part of a row at a time.
 
     The result of a zero-computation expert is the token itself, or nothing; the shared expert's comes last. Nothing is
-    added for a dropped pair, nor for a weight of 0, as no choice has it: there may be no result, and 0 times an infinity
-    is NaN.
+    added for a dropped pair, nor for a weight of 0, as no choice has it: there may be no result, and 0 times an
+    infinity is NaN.
     """
     # named before the loops, because a GPU loads a field wherever it is named
     hidden, slots, num_topk, block_at = p.hidden, p.slots, p.num_topk, token_block * p.num_experts

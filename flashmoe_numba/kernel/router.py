@@ -1,4 +1,4 @@
-"""The router: logits of tokens, their softmax, and the experts of the largest; zero-computation experts are such, too."""
+"""The router: logits of tokens, their softmax, and the experts of the largest, zero-computation ones among them."""
 
 from __future__ import annotations
 

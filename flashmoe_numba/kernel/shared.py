@@ -5,7 +5,7 @@ queues its SHARED1s, and whose last SHARED1 counts down the token blocks that it
 SHARED0 also makes the factors of its results, where the shared expert has a gate.
 
 SHARED0 waits for nothing, but packets for other ranks are to leave first. So only as many are queued behind the gates
-as there are processors without one, and all others behind the dispatches: then processors multiply while packets travel.
+as there are processors without one, and all others behind the dispatches: processors multiply while packets travel.
 """
 
 from __future__ import annotations
