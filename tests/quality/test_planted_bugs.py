@@ -43,7 +43,7 @@ IN_WORLDS = [name for name in PLANTS if name not in NOT_HERE]
 def make_world(seed):
     """A small layer in which every rule matters: drops, no choices, ragged tiles, several tiles per packet, biases.
 
-    Every other one has a shared expert and zero-computation experts.
+    Every fourth one has a shared expert and zero-computation experts.
     """
     choose = random.Random(seed)
     config = tiny_config(
@@ -55,7 +55,7 @@ def make_world(seed):
         gated=choose.choice([True, False]),
         renormalize=choose.choice([True, False]),
         token_block=choose.choice([1, 3]),
-        **(MORE[seed // 2 % len(MORE)] if seed % 2 else {}),
+        **(MORE[seed // 4 % len(MORE)] if seed % 4 == 2 else {}),
     )
     counts = [[choose.choice([0, 1, 6, 7]) for _ in range(config.num_ranks)] for _ in range(3)]
     x = [random_tokens(config, count, seed) for count in counts]
