@@ -17,7 +17,7 @@ import numpy as np
 from reference import MoEConfig
 from reference.arrays import Array
 
-from ..build.variants import Variant, architecture_of, choose_variant
+from ..build.variants import TMA_ALIGNMENT, Variant, architecture_of, choose_variant
 from ..device.records import record_words
 from ..gpu.arrays import GpuTokens, check_gpu_tokens, current_stream, empty_like, stack
 from ..gpu.gpu import Gpu
@@ -162,10 +162,14 @@ class CudaBackend(Owned):
 
     def adopt(self, tokens: GpuTokens) -> tuple[Any, Any, Any]:
         """(x as the kernel sees it, room for y likewise, y)."""
-        y = empty_like(tokens.original, self.gpu)
+        y, x = empty_like(tokens.original, self.gpu), tokens.storage
+        if self._config.shared_ffn and self.variant.tensor_cores and self.address(x) % TMA_ALIGNMENT:
+            with self.gpu.here:
+                unaligned, x = x, self.gpu.cupy.empty(x.shape, x.dtype)  # a map cannot begin there: `aim`
+                x[:] = unaligned
         if self._capturing:  # a copy of tokens, and what `join` puts together: a pool would give them to others
-            self._captured += [tokens.storage, y]
-        return tokens.storage.reshape(-1), self.check_tokens("y", y, self._config).storage.reshape(-1), y
+            self._captured += [x, y]
+        return x.reshape(-1), self.check_tokens("y", y, self._config).storage.reshape(-1), y
 
     def join(self, x: Any, parts: list[Any]) -> Any:
         return stack(x, parts, self.gpu)

@@ -34,6 +34,9 @@ FLAGS = {
     "activation": "activation",
     "dtype": "dtype",
     "capacity": "capacity",
+    "shared_ffn": "shared_ffn",
+    "shared_gate": "shared_gate",
+    "num_zero": "num_zero",
     "preset": "preset",
 }
 
@@ -74,6 +77,9 @@ def add_size_arguments(
     add("--activation", metavar="NAME", help=", ".join(ACTIVATIONS))
     add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; sums are float32, for float64 float64")
     add("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert [no limit]")
+    add("--shared-ffn", type=integer(0), metavar="N", help="row length inside the shared expert [0: there is none]")
+    add("--shared-gate", action=argparse.BooleanOptionalAction, default=None, help="its results times a sigmoid")
+    add("--num-zero", type=integer(0), metavar="N", help="zero-computation experts, which add the token itself [0]")
 
 
 def config_from(args: argparse.Namespace, **instead: int | None) -> MoEConfig:
@@ -92,7 +98,9 @@ def config_from(args: argparse.Namespace, **instead: int | None) -> MoEConfig:
 
 def in_flags(message: str) -> str:
     """A library's message with the names of flags in place of those of fields."""
-    return re.sub(rf"\b(?:config\.)?({'|'.join(FLAGS)})\b", lambda match: f"--{FLAGS[match[1]]}", message)
+    return re.sub(
+        rf"\b(?:config\.)?({'|'.join(FLAGS)})\b", lambda match: f"--{FLAGS[match[1]].replace('_', '-')}", message
+    )
 
 
 @contextmanager

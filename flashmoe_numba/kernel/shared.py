@@ -109,8 +109,7 @@ def rooms_from(tokens, array, first):
 
 @jit
 def sigmoid(logit):
-    """1 / (1 + exp(-logit)), by an exponential that does not overflow."""
-    if logit >= 0:
-        return 1 / (1 + math.exp(-logit))
-    e = math.exp(logit)
-    return e / (1 + e)
+    """1 / (1 + exp(-logit)), by an exponential that does not overflow, all in the logit's type."""
+    small = math.exp(-abs(logit))
+    one = math.exp(small - small)  # a literal would make it float64
+    return one / (one + small) if logit >= 0 else small / (one + small)
