@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashmoe_numba.tile_gemm import Form
+
+from .rules import ResultNorm, RouterRule
+
 # words of a block's box, which its lanes share
 PLACE = 0  # the place of the task to run, or -1
 IS_LAST = 1  # did this block finish the last gate task?
@@ -38,9 +42,9 @@ class Problem(NamedTuple):
     tile_hidden: int
     tile_experts: int
     token_block: int
-    activation: int
-    renormalize: bool
+    weight_input: bool  # is a weight applied to the row that is sent, and not to its result?
     routed: bool  # topk_idx and topk_weights were given
+    has_logits: bool  # logits were given
     dispatch_at: int  # byte offsets in a segment
     result_at: int
     dispatch_flag_at: int
@@ -62,11 +66,15 @@ class Segments(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """Weights and biases, in whatever form the target's tile GEMM reads (on CPUs tile_gemm.Panels)."""
+    """Weights and biases, in whatever form the target's tile GEMM reads (on CPUs tile_gemm.Panels), and kinds."""
 
     router: Any  # one matrix, of all experts' rows
     up: Any
     down: Any
+    rule: RouterRule
+    form: Form  # of the hidden rows
+    linear: Form  # of all other products
+    norm: ResultNorm
 
 
 class Tokens(NamedTuple):
@@ -75,8 +83,10 @@ class Tokens(NamedTuple):
     x: np.ndarray  # elements [num_tokens, hidden]
     y: np.ndarray  # elements [num_tokens, hidden]
     logits: np.ndarray  # accumulator [num_tokens, num_experts]
+    values: np.ndarray  # accumulator [num_tokens, num_experts + num_groups], or empty: choice.py
     topk_idx: np.ndarray  # int32 [num_tokens, num_topk]; -1: no choice
     topk_weights: np.ndarray  # accumulator [num_tokens, num_topk]; that of no choice is 0
+    factors: np.ndarray  # accumulator [pairs]: of results with their norm, or empty
     place: np.ndarray  # int32 [pairs]: how many earlier pairs of the block chose the same expert
     order: np.ndarray  # int32 [pairs]: the block's pairs that chose an expert, sorted by expert
     counts: np.ndarray  # int32 [blocks, num_experts]

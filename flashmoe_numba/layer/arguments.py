@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from reference import MoEConfig, RouterKind, Weights
+from reference import MoEConfig, Weights
 from reference.runs import PACKINGS
 from reference.scalars import check_name, make_plain, number, plain, whole
 
@@ -57,7 +57,6 @@ class LayerSettings:
         if not isinstance(self.weights, Weights):
             raise TypeError(f"weights must be Weights, got {type(self.weights).__name__}")
         self.weights.check(self.config)
-        _check_kinds(self.config)
         if self.backend is not None:
             check_backend(self.backend, self.backend_settings)
         if self.num_processors is not None:
@@ -95,15 +94,6 @@ class LayerSettings:
         """What must not differ between ranks, by name; after `check`."""
         sizes = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
         return sizes | {"backend": self.backend, "tf32": self.backend_settings.get("tf32", False)}
-
-
-def _check_kinds(config: MoEConfig) -> None:
-    """Kernels know one kind of router, and experts that are an activation, gated or not."""
-    router = config.router_kind
-    if router != RouterKind(renormalize=router.renormalize):
-        raise ValueError(f"config.router must be softmax over logits, renormalised or not, got {router}")
-    if not config.expert_kind.plain:
-        raise ValueError(f"config.expert must have an activation and gated, and nothing else, got {config.expert_kind}")
 
 
 def _check_processors(wanted: int) -> None:
