@@ -47,10 +47,9 @@ def places(record, prefix="", at=0):
     for name, field in zip(record._fields, record, strict=True):
         if isinstance(field, tuple):
             yield from places(field, f"{prefix}{name}.", at)
-            at += 8 * len(record_words(field, id))
         else:
             yield at, prefix + name
-            at += 8 if isinstance(field, (int, np.integer)) else 16
+        at += 8 * len(record_words(field, id))
 
 
 @functools.cache
