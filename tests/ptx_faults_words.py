@@ -3,8 +3,6 @@
 import functools
 import re
 
-import numpy as np
-
 from flashmoe_numba.build.likeness import like_arguments
 from flashmoe_numba.build.variants import Variant
 from flashmoe_numba.device.records import record_words

@@ -1,5 +1,5 @@
-"""Named tuples as words of memory: an integer is a word, any other number the bits of a float64, an array its address and
-its number of elements, and the fields of a tuple lie one after the other.
+"""Named tuples as words of memory: an integer is a word, any other number the bits of a float64, an array its address
+and its number of elements, and the fields of a tuple lie one after the other.
 """
 
 from __future__ import annotations

@@ -115,4 +115,4 @@ def norm_of(rule, weights, first, end):
     if rule.norm_order != 1:
         norm = norm ** (rule.one / rule.norm_order)
     norm += rule.norm_eps
-    return rule.norm_min if norm < rule.norm_min else norm
+    return max(norm, rule.norm_min)

@@ -58,4 +58,3 @@ def check_given(config: MoEConfig, num_tokens: int, topk_idx: Any, topk_weights:
     check_floating("logits", check_array("logits", logits, (num_tokens, config.num_experts)))
     with np.errstate(over="ignore"):  # as the kernel's own products overflow
         return Given(topk_idx=idx, logits=np.ascontiguousarray(logits, config.accumulator))
-

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reference import Layout, MoEConfig, Routing, Weights
+from reference import Layout, MoEConfig, Weights
 from reference.cache_folder import usable_cache_folder
 from reference.plan import max_tasks
 from reference.runs import PACKINGS

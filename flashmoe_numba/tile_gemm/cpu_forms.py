@@ -1,4 +1,4 @@
-"""Gated experts whose two products are bound, scaled or shifted (forms.py), on CPUs: a loop over a row for each step."""
+"""Gated experts whose products are bound, scaled or shifted (forms.py), on CPUs: a loop over a row for each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of sums in the epilogue of a tile GEMM: a kind of expert (reference/experts.py) as numbers of a record."""
+"""What a tile GEMM makes of its sums: a kind of expert (reference/experts.py) as a record of numbers."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def kind_of(form: Form, gated: bool) -> ExpertKind:
 
 def at_most(x, limit):
     """min(x, limit); NaN stays."""
-    return limit if x > limit else x
+    return min(x, limit)
 
 
 def within(x, limit):
     """x in [-limit, limit]; NaN stays."""
-    return -limit if x < -limit else (limit if x > limit else x)
+    return -limit if x < -limit else (min(x, limit))
 
 
 def soft_capped(x, limit):

@@ -1,4 +1,4 @@
-"""The kernel with each kind of router and of experts, against the reference; what is given in place of a router's work."""
+"""The kernel with each kind of router and of experts, against the reference; and what a router is given."""
 
 from dataclasses import replace
 
@@ -175,6 +175,6 @@ def test_logits_may_be_of_any_floating_type_and_belong_to_one_call():
 )
 def test_what_cannot_stand_together_is_told(choice, arguments, message):
     config = tiny_config(router=RouterKind(choice=choice))
-    with FlashMoE(config, Weights.random(config), backend="fibers") as layer:
-        with pytest.raises((TypeError, ValueError), match=message):
-            layer(random_tokens(config), **arguments)
+    error = pytest.raises((TypeError, ValueError), match=message)
+    with FlashMoE(config, Weights.random(config), backend="fibers") as layer, error:
+        layer(random_tokens(config), **arguments)

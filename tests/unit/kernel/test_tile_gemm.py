@@ -16,7 +16,18 @@ from flashmoe_numba.backends.fibers import FiberBackend
 from flashmoe_numba.device.cpu import JIT_OPTIONS
 from flashmoe_numba.device.fibers import Scheduler
 from flashmoe_numba.device.storage import as_storage
-from flashmoe_numba.tile_gemm import IN_ORDER, RANK, ROW_IN, ROW_OUT, Rooms, Rows, Scratch, as_matrices, make_form, tile_gemm
+from flashmoe_numba.tile_gemm import (
+    IN_ORDER,
+    RANK,
+    ROW_IN,
+    ROW_OUT,
+    Rooms,
+    Rows,
+    Scratch,
+    as_matrices,
+    make_form,
+    tile_gemm,
+)
 from flashmoe_numba.tile_gemm.activations import VERBS
 from flashmoe_numba.tile_gemm.cpu_activations import exp32
 from flashmoe_numba.tile_gemm.matrices import STAGE_ELEMENTS, SUMS_ELEMENTS
@@ -141,7 +152,7 @@ class Product:
             ]
             expected = activate(sums, self.kind)
             sizes[-1] += abs(self.kind.up_offset)
-            # An activation magnifies an error by less than 1.2, a bound makes none larger; each factor of a gated product brings its own.
+            # An activation magnifies an error by less than 1.2, a bound none; each factor has its own.
             steps = np.sqrt(x.shape[1] + ELEMENTWISE_ULPS**2)
             error = 1.2 * len(sums) * GROWTH * self.config.format.sums.unit_roundoff * steps
             bound = error * np.prod(sizes, axis=0) + FORMATS[self.dtype].unit_roundoff * np.abs(expected)
