@@ -143,13 +143,13 @@ class Checker:
 
 def ordered_sums(call: Call, packets: Packets, config: MoEConfig) -> np.ndarray:
     """`[num_tokens, hidden]`: results summed in the accumulator's type in the order of choices, rounded once."""
-    sums = np.zeros((len(call.y), config.hidden), config.accumulator)
+    sums, one = np.zeros((len(call.y), config.hidden), config.accumulator), config.accumulator.type(1)
     for token, (experts, factors) in enumerate(zip(call.routing.topk_idx, call.routing.topk_weights, strict=True)):
         for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
             if packets.slot[token, j] >= 0 and factor != 0:
                 owner, local = divmod(expert, config.num_experts_per_rank)
                 row = call.results[owner, local, packets.slot[token, j]]
-                sums[token] += factor * row.astype(config.accumulator)
+                sums[token] += (one if config.router_kind.weight_input else factor) * row.astype(config.accumulator)
     return sums.astype(config.numpy_dtype)
 
 
