@@ -17,6 +17,7 @@ import pytest
 from flashmoe_numba.kernel.control import RECORD_FIELDS, AbortRecord
 from flashmoe_numba.tile_gemm.arithmetic import ARITHMETICS, PAIRED_DTYPE, why_not
 from reference import (
+    ExpertKind,
     Layout,
     MoEConfig,
     check_routing,
@@ -114,13 +115,13 @@ def assert_equals_oracle(y, x, weights, config, routings, external=False, relati
     topk_idx, topk_weights = [r.topk_idx for r in routings], [r.topk_weights for r in routings]
     if not external:
         for rank, (routing, part) in enumerate(zip(routings, x, strict=True)):
-            wrong = check_routing(routing, part, weights.router, config)
+            wrong = check_routing(routing, part, weights, config)
             assert wrong is None, f"{config}, rank {rank}: {wrong}"
     ref = moe_layer(x, weights, config, topk_idx, topk_weights)
     scale = moe_layer(
         [np.abs(part) for part in x],
         _absolute(weights),
-        replace(config, activation="identity"),
+        replace(config, activation="identity", expert=_absolute_kind(config.expert)),
         topk_idx,
         [np.abs(part) for part in topk_weights],
     )
@@ -151,6 +152,13 @@ def assert_close_to_oracle(y, x, weights, config, routings):
 def _absolute(weights):
     arrays = {field.name: getattr(weights, field.name) for field in fields(weights)}
     return replace(weights, **{name: np.abs(a) for name, a in arrays.items() if isinstance(a, np.ndarray)})
+
+
+def _absolute_kind(kind):
+    """A kind whose results, on absolute values, none of this one are larger than."""
+    if kind is None:
+        return None
+    return ExpertKind(activation="identity", gated=kind.gated, up_offset=abs(kind.up_offset))
 
 
 def _underflow(config):
@@ -193,7 +201,7 @@ class Regions:
         c, packets = self.config, [make_packets(routing.topk_idx, self.config) for routing in routings]
         for source, (part, packet) in enumerate(zip(x, packets, strict=True)):
             for expert in range(c.num_experts):
-                self._check_packet(source, expert, part, packet, epoch)
+                self._check_packet(source, expert, self._rows_sent(part, routings[source]), packet, epoch)
             self._check_combine(source, part, y[source], routings[source], packet)
 
     def check_signal(self, words, i, value):
@@ -217,12 +225,12 @@ class Regions:
         missing = (rows.view(np.uint8).reshape(*rows.shape, rows.itemsize) == 0xFF).all(axis=2)
         assert not missing.any(), f"{self.config}: {what}: signalled before elements {np.argwhere(missing).tolist()}"
 
-    def _check_packet(self, source, expert, x, packet, epoch):
+    def _check_packet(self, source, expert, rows_of_pairs, packet, epoch):
         c, sent = self.config, int(packet.sent[expert])
         owner, local = divmod(expert, c.num_experts_per_rank)
         case = f"{c}, epoch {epoch}, rank {source} to expert {expert}, {sent} rows"
         there, back = self.rows(owner, 0)[source, local], self.rows(source, 1)[owner, local]
-        assert_same_bits(there[:sent], x[packet.pairs(expert) // c.num_topk], f"{case}: dispatched rows")
+        assert_same_bits(there[:sent], rows_of_pairs[packet.pairs(expert)], f"{case}: dispatched rows")
         for name, rows in (("dispatch", there), ("result", back)):
             assert (rows[sent:].view(np.uint8) == 0xFF).all(), f"{case}: {name} region written beyond the packet"
         flag = self.words(owner, self.layout.dispatch_flag, c.num_experts)[source * c.num_experts_per_rank + local]
@@ -235,6 +243,13 @@ class Regions:
         assert [divmod(word, 1 << 32) for word in flags[:tiles]] == expected, f"{case}: result flags {flags}"
         assert all(word >> 32 < epoch for word in flags[tiles:]), f"{case}: flags {flags} of tiles that do not exist"
 
+    def _rows_sent(self, x, routing):
+        """`[num_tokens * num_topk, hidden]`: the row that is sent for each pair."""
+        rows = np.repeat(x, self.config.num_topk, axis=0)
+        if not self.config.router_kind.weight_input:
+            return rows
+        return (rows.astype(self.config.accumulator) * routing.topk_weights.reshape(-1, 1)).astype(x.dtype)
+
     def _check_combine(self, source, x, y, routing, packet):
         """y is the sum of the results in the accumulator's type in the order of j, then the shared one, rounded."""
         c, results, tokens = self.config, self.rows(source, 1), self.layer._ranks[source].tokens
@@ -244,6 +259,7 @@ class Regions:
             terms = []
             for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
                 if packet.slot[token, j] >= 0:
+                    factor = c.accumulator.type(factor != 0 if c.router_kind.weight_input else factor)
                     terms.append((factor, results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]))
                 elif expert >= c.num_experts and c.zero == "identity":
                     terms.append((factor, x[token]))
@@ -252,7 +268,7 @@ class Regions:
             for factor, row in terms:
                 row = np.where((factor != 0) | np.isfinite(row), row, 0)  # 0 times a finite row changes no bit
                 with np.errstate(over="ignore", invalid="ignore"):
-                    total += factor * row.astype(c.accumulator)
+                    total += c.accumulator.type(factor) * row.astype(c.accumulator)
             with np.errstate(over="ignore", invalid="ignore"):
                 expected = total.astype(c.numpy_dtype)
             equal = (bits(y[token]) == bits(expected)) | (np.isnan(y[token]) & np.isnan(expected))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from cases import Regions, assert_equals_oracle, random_routing, random_tokens, with_no_choices
 from hypothesis import strategies as st
+from kinds import expert_kinds, router_kinds
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.device import st_release
@@ -27,7 +28,10 @@ class LayerCalls:
     def calls(self):
         """(x, keyword arguments of the call) of each call."""
         for x, routing in zip(self.x, self.routings, strict=True):
-            yield x, dict(zip(("topk_idx", "topk_weights"), routing, strict=True)) if routing else {}
+            if routing is not None and self.config.router_kind.choice == "given":
+                yield x, {"topk_idx": routing[0]}
+            else:
+                yield x, dict(zip(("topk_idx", "topk_weights"), routing, strict=True)) if routing else {}
 
 
 @st.composite
@@ -45,7 +49,10 @@ def extras(draw, num_experts):
 
 
 @st.composite
-def configs(draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("float16", "bfloat16"), **fixed):
+def configs(
+    draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("float16", "bfloat16"), kinds=False, **fixed
+):
+    """With `kinds`, of any kind of router and experts, instead of softmax and plain experts."""
     num_ranks = draw(st.integers(1, max_ranks))
     num_experts = num_ranks * draw(st.integers(1, max(1, 8 // num_ranks)))
     num_tokens = draw(st.integers(1, 9))
@@ -67,6 +74,11 @@ def configs(draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("fl
         tile_n=draw(st.sampled_from([2, 3, 4, 9, 64])),
         token_block=draw(st.sampled_from([1, 2, 3, 5, 32])),
     )
+    if kinds:
+        choices = draw(st.sampled_from([("logits",), ("score",), ("score",), ("given",)]))
+        router, expert = draw(router_kinds(num_experts, sizes["num_topk"], choices)), draw(expert_kinds())
+        sizes |= dict(router=router, renormalize=router.renormalize)
+        sizes |= dict(expert=expert, gated=expert.gated, activation=expert.activation)
     return MoEConfig(**(sizes | fixed))
 
 
@@ -83,7 +95,8 @@ def worlds(draw, max_calls=3, **options):
     weights = Weights.random(config, seed=draw(st.integers(0, 99)), bias=draw(st.booleans()))
     counts = draw(st.lists(token_counts(config), min_size=1, max_size=max_calls))
     seeds = [draw(st.integers(0, 2**32)) for _ in counts]
-    biases = [draw(st.sampled_from([None, None, 0.0, 2.0, 50.0])) for _ in counts]
+    given = config.router_kind.choice == "given"
+    biases = [draw(st.sampled_from([0.0, 2.0, 50.0] if given else [None, None, 0.0, 2.0, 50.0])) for _ in counts]
     x = [random_tokens(config, count, seed) for count, seed in zip(counts, seeds, strict=True)]
     routings = [
         None if bias is None else random_routing(config, count, seed, bias)
@@ -124,16 +137,23 @@ def run_world(world, **settings):
                 y = layer(x, **routing)
             routings = layer.routing
             if routing:
-                for given_idx, given_weights, used in zip(*routing.values(), routings, strict=True):
-                    chosen = (given_idx >= 0) & (given_idx < world.config.num_choices)
-                    np.testing.assert_array_equal(used.topk_idx, np.where(chosen, given_idx, -1))
-                    factors = np.where(chosen, given_weights, 0).astype(world.config.accumulator)
-                    np.testing.assert_array_equal(used.topk_weights, factors)
-            assert_equals_oracle(y, x, world.weights, world.config, routings, external=bool(routing))
+                check_given(world.config, routing, routings)
+            assert_equals_oracle(y, x, world.weights, world.config, routings, external="topk_weights" in routing)
             regions.check(x, y, routings, epoch)
             check_stats(layer, x, routings, epoch)
             results.append((routings, y))
     return results
+
+
+def check_given(config, given, routings):
+    """The layer says that it used what was given."""
+    for rank, used in enumerate(routings):
+        idx = given["topk_idx"][rank]
+        chosen = (idx >= 0) & (idx < config.num_choices)
+        np.testing.assert_array_equal(used.topk_idx, np.where(chosen, idx, -1))
+        if "topk_weights" in given:
+            factors = np.where(chosen, given["topk_weights"][rank], 0).astype(config.accumulator)
+            np.testing.assert_array_equal(used.topk_weights, factors)
 
 
 def check_stats(layer, x, routings, epoch):

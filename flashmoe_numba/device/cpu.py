@@ -294,6 +294,15 @@ def _add_part(sums, num_sums, source, source_at, weight):
     return meaning
 
 
+@_meaning(verbs.scale_part)
+def _scale_part(sums, num_sums, scale, scale_at):
+    def meaning(sums, num_sums, scale, scale_at):
+        for c in range(num_sums):
+            put(sums, c, get(sums, c) * get(scale, scale_at + c))
+
+    return meaning
+
+
 @_meaning(verbs.store_part)
 def _store_part(target, target_at, sums, num_sums):
     def meaning(target, target_at, sums, num_sums):

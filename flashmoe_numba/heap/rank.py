@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from reference import Layout, MoEConfig, Routing, Weights
+from reference.arrays import Array
 from reference.plan import hidden_rows, max_tasks
 from reference.runs import RowTile
 from reference.tiles import shared_row_tiles
@@ -21,9 +22,10 @@ from ..kernel.row_tiles import STREAM_WORDS, TILE_WORDS
 from ..kernel.state import Experts, Problem, Queue, Received, Segments, Tokens
 from ..kernel.trace import EVENT_WORDS
 from ..processes.ownership import Owned
-from ..tile_gemm import PLACE_WORDS
+from ..tile_gemm import PLACE_WORDS, linear_form, make_form
 from .cut import cut_tiles
 from .protocols import Memory
+from .rules import num_factors, num_values, result_norm, router_rule
 
 
 @dataclass(frozen=True)
@@ -106,24 +108,40 @@ class Rank(Owned):
     def control(self) -> np.ndarray:
         return self.segments.control
 
-    def call(self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int) -> tuple[Any, RankArguments]:
+    def call(
+        self,
+        x: Any,
+        routing: Routing | None,
+        epoch: int,
+        deadline_ns: int,
+        topk_idx: Array | None = None,
+        logits: Array | None = None,
+    ) -> tuple[Any, RankArguments]:
         """(y, what the blocks of this call are given): y is filled once all have run.
 
         Args:
             x: `[num_tokens, hidden]`, as `check_tokens` of the memory returns it.
             routing: one from outside, or None.
+            topk_idx: `[num_tokens, num_topk]` from outside, -1 for no choice: for a router with choice "given".
+            logits: `[num_tokens, num_experts]` from outside, for the router.
         """
         x_storage, y_storage, y = self._memory.adopt(x)
         tokens = self.tokens._replace(x=x_storage, y=y_storage)
         if routing is not None:
-            self._memory.store(tokens.topk_idx[: routing.topk_idx.size], routing.topk_idx.reshape(-1))
-            self._memory.store(tokens.topk_weights[: routing.topk_weights.size], routing.topk_weights.reshape(-1))
+            self._store(tokens.topk_idx, routing.topk_idx)
+            self._store(tokens.topk_weights, routing.topk_weights)
+        if topk_idx is not None:
+            self._store(tokens.topk_idx, topk_idx)
+        if logits is not None:
+            self._store(tokens.logits, logits)
         if self.config.shared_ffn:
             self._memory.aim(self.experts.shared_up, x_storage)
-        problem = self.problem._replace(
-            epoch=epoch, num_tokens=len(x), routed=routing is not None, deadline_ns=deadline_ns
-        )
+        given = dict(routed=routing is not None, has_logits=logits is not None)
+        problem = self.problem._replace(epoch=epoch, num_tokens=len(x), deadline_ns=deadline_ns, **given)
         return y, self._arguments(problem, tokens)
+
+    def _store(self, target: Array, values: Array) -> None:
+        self._memory.store(target[: values.size], values.reshape(-1))
 
     def first_arguments(self) -> RankArguments:
         """What blocks are given before any call, with tokens of size 0."""
@@ -200,7 +218,19 @@ class Rank(Owned):
         """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put."""
         router = self._factors(weights.router)
         up, down = self._pack(weights, self.segments.dispatch, self.received.hidden)
-        experts = Experts(router=router, up=up, down=down, shared_up=up, shared_down=down, shared_gate=router)
+        experts = Experts(
+            router=router,
+            up=up,
+            down=down,
+            shared_up=up,
+            shared_down=down,
+            shared_gate=router,
+            rule=router_rule(self.config, weights, self._memory),
+            form=make_form(self.config.expert_kind, self.config.accumulator),
+            shared_form=make_form(self.config.shared_kind, self.config.accumulator),
+            linear=linear_form(self.config.accumulator),
+            norm=result_norm(self.config, weights, self._memory),
+        )
         if weights.shared is not None:  # its rows lie elsewhere in each call: `aim`
             up, down = self._pack(weights.shared, self.segments.dispatch, self.tokens.shared_hidden)
             experts = experts._replace(shared_up=up, shared_down=down)
@@ -259,8 +289,10 @@ class Rank(Owned):
             x=empty,
             y=empty,
             logits=memory.empty(c.num_tokens * c.num_choices, c.accumulator),
+            values=memory.empty(num_values(c), c.accumulator),
             topk_idx=integers(pairs),
             topk_weights=memory.zeros(pairs, c.accumulator),
+            factors=memory.empty(num_factors(c), c.accumulator),
             place=integers(pairs),
             order=integers(pairs),
             counts=integers(blocks * c.num_experts),
@@ -301,11 +333,11 @@ class Rank(Owned):
             tile_shared=min(c.tile_ffn, max(c.shared_ffn, 1)),
             tile_experts=min(c.tile_n, c.num_choices),
             token_block=c.token_block,
-            activation=c.expert_kind.activation_idx,
-            renormalize=c.router_kind.renormalize,
+            weight_input=c.router_kind.weight_input,
             routed=False,
             shared_gate=c.shared_gate,
             adds_input=c.num_zero > 0 and c.zero == "identity",
+            has_logits=False,
             dispatch_at=layout.dispatch,
             result_at=layout.result,
             dispatch_flag_at=layout.dispatch_flag,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from flashmoe_numba.device import block_sync, jit, lane, lanes
-from flashmoe_numba.tile_gemm import IDENTITY, IN_ORDER, Rooms, Rows, tile_gemm
+from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, Rows, tile_gemm
 from reference.task_kinds import SHARED0, SHARED1
 
 from .combine import need
@@ -56,11 +56,11 @@ def shared0(p, tokens, experts, queue, scratch, task):
     rows = min(p.tile_m, p.num_tokens - first)
     a = rows_from(tokens, tokens.x, first)
     tile_gemm(
-        rooms_from(tokens, tokens.shared_hidden, first), a, rows, experts.shared_up, 0, task.n, p.activation, scratch
+        rooms_from(tokens, tokens.shared_hidden, first), a, rows, experts.shared_up, 0, task.n, experts.shared_form, scratch
     )
     if p.shared_gate and task.n == 0:
         tile_gemm(
-            rooms_from(tokens, tokens.shared_factors, first), a, rows, experts.shared_gate, 0, 0, IDENTITY, scratch
+            rooms_from(tokens, tokens.shared_factors, first), a, rows, experts.shared_gate, 0, 0, experts.linear, scratch
         )
         block_sync()
         for token in range(first + lane(), first + rows, lanes()):
@@ -79,7 +79,7 @@ def shared1(p, tokens, experts, queue, scratch, task):
     rows = min(p.tile_m, p.num_tokens - first)
     tile_gemm(
         rooms_from(tokens, tokens.shared_results, first), rows_from(tokens, tokens.shared_hidden, first), rows,
-        experts.shared_down, 0, task.n, IDENTITY, scratch,
+        experts.shared_down, 0, task.n, experts.linear, scratch,
     )  # fmt: skip
     block_sync()
     if lane() == 0 and finished_last(tokens.shared_down_done, task.m, down_tiles(p)):

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashmoe_numba.tile_gemm import Form
+
+from .rules import ResultNorm, RouterRule
+
 # words of a block's box, which its lanes share
 PLACE = 0  # the place of the task to run, or -1
 IS_LAST = 1  # did this block finish the last gate task?
@@ -41,9 +45,9 @@ class Problem(NamedTuple):
     tile_hidden: int
     tile_experts: int
     token_block: int
-    activation: int
-    renormalize: bool
+    weight_input: bool  # is a weight applied to the row that is sent, and not to its result?
     routed: bool  # topk_idx and topk_weights were given
+    has_logits: bool  # logits were given
     shared_gate: bool  # the shared expert's results have factors
     adds_input: bool  # a zero-computation choice adds its weight times the token
     dispatch_at: int  # byte offsets in a segment
@@ -67,7 +71,7 @@ class Segments(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """Weights and biases, in whatever form the target's tile GEMM reads (on CPUs a kind of tile_gemm.Panels)."""
+    """Weights and biases, in whatever form the target's tile GEMM reads (on CPUs a kind of Panels), and kinds."""
 
     router: Any  # one matrix, of all experts' rows
     up: Any
@@ -75,6 +79,11 @@ class Experts(NamedTuple):
     shared_up: Any  # of one expert; any that is there, where there is none
     shared_down: Any
     shared_gate: Any  # one row
+    rule: RouterRule
+    form: Form  # of the hidden rows
+    shared_form: Form  # of those of the shared expert
+    linear: Form  # of all other products
+    norm: ResultNorm
 
 
 class Tokens(NamedTuple):
@@ -83,8 +92,10 @@ class Tokens(NamedTuple):
     x: np.ndarray  # elements [num_tokens, hidden]
     y: np.ndarray  # elements [num_tokens, hidden]
     logits: np.ndarray  # accumulator [num_tokens, num_choices]
+    values: np.ndarray  # accumulator [num_tokens, num_choices + num_groups], or empty: choice.py
     topk_idx: np.ndarray  # int32 [num_tokens, num_topk]; -1: no choice; from num_experts on: zero-computation experts
     topk_weights: np.ndarray  # accumulator [num_tokens, num_topk]; that of no choice is 0
+    factors: np.ndarray  # accumulator [pairs]: of results with their norm, or empty
     place: np.ndarray  # int32 [pairs]: how many earlier pairs of the block chose the same expert
     order: np.ndarray  # int32 [pairs]: the block's pairs that chose an expert, sorted by expert
     counts: np.ndarray  # int32 [blocks, num_experts]

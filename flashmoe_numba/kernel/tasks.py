@@ -26,7 +26,7 @@ def run_task(rank, scratch, box, task):
     elif task.kind == GEMM1:
         gemm1(p, segments, experts, received, scratch, task)
     elif task.kind == COMBINE:
-        combine(p, tokens, segments, scratch, task.m)
+        combine(p, tokens, segments, experts.norm, scratch, task.m)
     elif task.kind == SHARED0:
         shared0(p, tokens, experts, queue, scratch, task)
     elif task.kind == SHARED1:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from reference import MoEConfig, RouterKind, Weights
+from reference import MoEConfig, Weights
 from reference.runs import PACKINGS
 from reference.scalars import check_name, make_plain, number, plain, whole
 
@@ -58,7 +58,6 @@ class LayerSettings:
         if not isinstance(self.weights, Weights):
             raise TypeError(f"weights must be Weights, got {type(self.weights).__name__}")
         self.weights.check(self.config)
-        check_kinds(self.config)
         if self.backend is not None:
             check_backend(self.backend, self.backend_settings)
         self._arithmetic()
@@ -104,15 +103,6 @@ class LayerSettings:
         if self.backend != "cpu":
             return None
         return choose(self.backend_settings.get("arithmetic", AUTO), self.config.dtype)
-
-
-def check_kinds(config: MoEConfig) -> None:
-    """Kernels know one kind of router, and experts that are an activation, gated or not."""
-    router = config.router_kind
-    if router != RouterKind(renormalize=router.renormalize):
-        raise ValueError(f"config.router must be softmax over logits, renormalised or not, got {router}")
-    if not config.expert_kind.plain:
-        raise ValueError(f"config.expert must have an activation and gated, and nothing else, got {config.expert_kind}")
 
 
 def _check_processors(wanted: int) -> None:

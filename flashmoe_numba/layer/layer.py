@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reference import Layout, MoEConfig, Routing, Weights, external_routing
+from reference import Layout, MoEConfig, Weights
 from reference.cache_folder import usable_cache_folder
 from reference.plan import max_tasks
 from reference.runs import PACKINGS
@@ -27,6 +27,7 @@ from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
 from .arguments import DEADLINE_S, LayerSettings
 from .failures import explain
+from .given import Given, check_given, check_what_is_given
 
 LAST_EPOCH = 2**31 - 1
 
@@ -183,7 +184,7 @@ class FlashMoE(Owned):
             memory = heap.segments, self.num_processors, self._backend
             self._ranks.append(Rank(config, rank_idx, own, *memory, events, settings.packing == "sources"))
 
-    def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None) -> Any:
+    def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None, logits: Any = None) -> Any:
         """The layer's output for these tokens.
 
         Args:
@@ -194,7 +195,11 @@ class FlashMoE(Owned):
             topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices, of
                 zero-computation experts from `config.num_experts` on. -1 and `config.num_choices` are no choice, as
                 often as you like: nothing is sent or added; `routing` has -1.
-            topk_weights: their factors, used as they are; those of no choice are not looked at.
+            topk_weights: their factors, used as they are; those of no choice are not looked at. A router with choice
+                "given" makes them itself where topk_idx comes alone.
+            logits: `[..., num_choices]` for each token, floating, in place of the router's products, which a bias is
+                yet to be added to: for models whose router is no matrix, or has another input. On GPUs, too, they and
+                a routing are NumPy's.
 
         Returns:
             y, shaped like x and of its type. With backend "cuda" it is filled in the order of the caller's stream, and
@@ -210,10 +215,10 @@ class FlashMoE(Owned):
         names = [f"x[{i}]" for i in range(len(parts))] if self._in_process else ["x"]
         check = self._backend.check_tokens
         tokens = [check(name, part, self.config) for name, part in zip(names, parts, strict=True)]
-        routings = self._check_routing(tokens, topk_idx, topk_weights)
+        given = self._check_given(tokens, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
         with self._calling:
             self._caller = threading.get_ident()
-            ys = self._run(tokens, routings)
+            ys = self._run(tokens, given)
         if not self._in_process:
             return ys[0]
         return self._backend.join(x, ys)
@@ -235,21 +240,20 @@ class FlashMoE(Owned):
             raise ValueError(f"{name} must have one part per rank: num_ranks={num_ranks}, got {len(value)}")
         return [value[rank_idx] for rank_idx in range(len(value))]  # Numba's device arrays have no iterator
 
-    def _check_routing(self, tokens: Sequence[np.ndarray], topk_idx: Any, topk_weights: Any) -> list[Routing | None]:
-        if (topk_idx is None) != (topk_weights is None):
-            raise ValueError("topk_idx and topk_weights must be given together")
-        if topk_idx is None:
-            return [None] * len(tokens)
-        indices, factors = self._per_rank("topk_idx", topk_idx), self._per_rank("topk_weights", topk_weights)
-        routings: list[Routing | None] = []
-        for rank, x, idx, weight in zip(self._ranks, tokens, indices, factors, strict=True):
+    def _check_given(self, tokens: Sequence[Any], **arguments: Any) -> list[Given]:
+        """What each rank gets beside its tokens; errors of several ranks' arguments name the rank."""
+        check_what_is_given(self.config, **arguments)
+        none = [None] * len(tokens)
+        parts = {name: none if value is None else self._per_rank(name, value) for name, value in arguments.items()}
+        given = []
+        for i, (rank, x) in enumerate(zip(self._ranks, tokens, strict=True)):
             try:
-                routings.append(external_routing(idx, weight, self.config, len(x)))
+                given.append(check_given(self.config, len(x), **{name: part[i] for name, part in parts.items()}))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"rank {rank.rank_idx}: {error}") from None
-        return routings
+        return given
 
-    def _run(self, tokens: Sequence[np.ndarray], routings: Sequence[Routing | None]) -> list[np.ndarray]:
+    def _run(self, tokens: Sequence[np.ndarray], given: Sequence[Given]) -> list[np.ndarray]:
         self._raise_if_closed()
         self._backend.begin(tokens)
         self._raise_if_known()
@@ -260,8 +264,8 @@ class FlashMoE(Owned):
         deadline_ns = self._backend.deadline_ns(self.deadline_s)
         ys, of_ranks = [], []
         try:
-            for rank, x, routing in zip(self._ranks, tokens, routings, strict=True):
-                y, of_rank = rank.call(x, routing, self._epoch, deadline_ns)
+            for rank, x, (routing, topk_idx, logits) in zip(self._ranks, tokens, given, strict=True):
+                y, of_rank = rank.call(x, routing, self._epoch, deadline_ns, topk_idx, logits)
                 ys.append(y)
                 of_ranks.append(of_rank)
             self._backend.run(of_ranks, self._leave)

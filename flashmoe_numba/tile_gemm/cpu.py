@@ -28,6 +28,8 @@ from . import amx, stub
 from . import rows as of_rows
 from .arithmetic import by_instruction
 from .cpu_activations import activate
+from .cpu_forms import activate_bound
+from .forms import PLAIN
 from .micro_kernel import (
     DEPTH_BLOCK,
     MICRO_ROWS,
@@ -186,11 +188,11 @@ def _store_result(out, r, stride, first, sums, at, part_columns, columns, parts)
 
 
 @overload(stub.tile_gemm, target="cpu")
-def _tile_gemm(out, a, rows, matrices, expert, n, activation, scratch):
+def _tile_gemm(out, a, rows, matrices, expert, n, form, scratch):
     accumulator = np.float64 if scratch.types[0].dtype == types.float64 else np.float32
     width, multiply = panel_width(np.dtype(accumulator)), _MULTIPLY[matrices.instance_class]
 
-    def meaning(out, a, rows, matrices, expert, n, activation, scratch):
+    def meaning(out, a, rows, matrices, expert, n, form, scratch):
         parts, tile_n, sums = matrices.parts, matrices.tile_n, scratch.sums
         part_columns = (tile_n + width - 1) // width * width
         stride = parts * part_columns
@@ -204,7 +206,10 @@ def _tile_gemm(out, a, rows, matrices, expert, n, activation, scratch):
             for part in range(parts):
                 bias_at = (tile_index * parts + part) * tile_n
                 _add_bias(sums, at + part * part_columns, matrices.bias, bias_at, columns)
-            activate(sums, at, columns, activation)
+            if form.shape == PLAIN:
+                activate(sums, at, columns, form.activation)
+            else:
+                activate_bound(sums, at, at + part_columns, columns, form)
             _store_result(out, r, matrices.columns, first, sums, at, part_columns, columns, parts)
 
     return meaning

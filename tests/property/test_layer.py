@@ -28,6 +28,16 @@ def test_kernel_on_fibers_equals_the_oracle(world, fibers):
     run_world(world, backend="fibers", **fibers)
 
 
+@given(worlds(kinds=True))
+def test_kernel_of_any_kind_on_threads_equals_the_oracle(world):
+    run_world(world)
+
+
+@given(worlds(kinds=True, max_calls=2), fibers)
+def test_kernel_of_any_kind_on_fibers_equals_the_oracle(world, fibers):
+    run_world(world, backend="fibers", **fibers)
+
+
 @given(worlds(max_calls=1), fibers, st.integers(0, 2**32))
 def test_oracle_tiles_fibers_and_threads_agree_on_one_routing(world, fibers, order_seed):
     """One routing for all: the fibers' is given to the others from outside."""

@@ -147,13 +147,13 @@ def ordered_sums(call: Call, x: np.ndarray, packets: Packets, config: MoEConfig)
 
     The shared expert's come last, and a zero-computation expert's are the tokens `x` themselves.
     """
-    sums = np.zeros((len(call.y), config.hidden), config.accumulator)
+    sums, one = np.zeros((len(call.y), config.hidden), config.accumulator), config.accumulator.type(1)
     for token, (experts, factors) in enumerate(zip(call.routing.topk_idx, call.routing.topk_weights, strict=True)):
         for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
             if packets.slot[token, j] >= 0 and factor != 0:
                 owner, local = divmod(expert, config.num_experts_per_rank)
                 row = call.results[owner, local, packets.slot[token, j]]
-                sums[token] += factor * row.astype(config.accumulator)
+                sums[token] += (one if config.router_kind.weight_input else factor) * row.astype(config.accumulator)
             elif expert >= config.num_experts and factor != 0 and config.zero == "identity":
                 sums[token] += factor * x[token].astype(config.accumulator)
     if config.shared_ffn:

@@ -112,6 +112,8 @@ class WorldSpec:
 
     def _check_size(self) -> None:
         c = self.config
+        if c.expert_kind.norm_eps is not None:  # sums of results are compared bit for bit
+            raise ValueError(f"config.expert must have no norm_eps in a world, got {c.expert_kind.norm_eps}")
         fibers = c.num_ranks * (self.num_processors + 1) * self.lanes
         if fibers > MOST_FIBERS:
             rule = f"num_ranks * (num_processors + 1) * lanes must be at most {MOST_FIBERS}"
