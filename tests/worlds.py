@@ -76,7 +76,8 @@ def configs(
     )
     if kinds:
         choices = draw(st.sampled_from([("logits",), ("score",), ("score",), ("given",)]))
-        router, expert = draw(router_kinds(num_experts, sizes["num_topk"], choices)), draw(expert_kinds())
+        num_zero, expert = sizes["num_zero"], draw(expert_kinds())
+        router = draw(router_kinds(num_experts + num_zero, sizes["num_topk"], choices, num_zero))
         sizes |= dict(router=router, renormalize=router.renormalize)
         sizes |= dict(expert=expert, gated=expert.gated, activation=expert.activation)
     return MoEConfig(**(sizes | fixed))
