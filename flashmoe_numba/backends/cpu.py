@@ -17,7 +17,7 @@ from ..device.cpu import reset_float_control
 from ..kernel import leave, persistent
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
-from ..tile_gemm import Panels, Scratch, pack_matrices
+from ..tile_gemm import Panels, Scratch, pack_matrices, unpack_matrices
 from ..tile_gemm.cpu import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE, panel_width
 from .host import Block, HostBackend
 
@@ -41,8 +41,12 @@ class CpuBackend(HostBackend):
         tile_n: int,
         accumulator: np.dtype[Any],
         rows: Array | None,
+        into: Panels | None = None,
     ) -> Panels:
-        return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator)
+        return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator, into)
+
+    def unpack(self, packed: Panels, out: Sequence[Array]) -> None:
+        unpack_matrices(packed, out, panel_width(packed.bias.dtype))
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
         """Room for the tallest tile and the widest panels, for few rows as deep as they are, and one row of a combine.

@@ -87,7 +87,7 @@ class Rank(Owned):
         self.layout = Layout(config)
         self.segments = self._segments(segments)
         self.received = self._received()
-        self.experts = self._experts(weights)
+        self.experts = self.pack(weights)
         self.queue = Queue(
             memory.zeros(max_tasks(config) * TASK_WORDS, np.int64),
             memory.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
@@ -102,12 +102,15 @@ class Rank(Owned):
     def control(self) -> np.ndarray:
         return self.segments.control
 
-    def call(self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int) -> tuple[Any, RankArguments]:
+    def call(
+        self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int, experts: Experts | None = None
+    ) -> tuple[Any, RankArguments]:
         """(y, what the blocks of this call are given): y is filled once all have run.
 
         Args:
             x: `[num_tokens, hidden]`, as `check_tokens` of the memory returns it.
             routing: one from outside, or None.
+            experts: weights that `pack` returned, or None for the rank's own.
         """
         x_storage, y_storage, y = self._memory.adopt(x)
         tokens = self.tokens._replace(x=x_storage, y=y_storage)
@@ -117,14 +120,14 @@ class Rank(Owned):
         problem = self.problem._replace(
             epoch=epoch, num_tokens=len(x), routed=routing is not None, deadline_ns=deadline_ns
         )
-        return y, self._arguments(problem, tokens)
+        return y, self._arguments(problem, tokens, experts)
 
     def first_arguments(self) -> RankArguments:
         """What blocks are given before any call, with tokens of size 0."""
         return self._arguments(self.problem, self.tokens)
 
-    def _arguments(self, problem: Problem, tokens: Tokens) -> RankArguments:
-        groups = problem, self.segments, self.experts, tokens, self.received, self.queue
+    def _arguments(self, problem: Problem, tokens: Tokens, experts: Experts | None = None) -> RankArguments:
+        groups = problem, self.segments, experts or self.experts, tokens, self.received, self.queue
         return RankArguments(*groups, traces=self.traces, left=self.left)
 
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
@@ -187,16 +190,29 @@ class Rank(Owned):
             control=view(layout.control, (layout.num_bytes - layout.control) // 8, word),
         )
 
-    def _experts(self, weights: Weights) -> Experts:
-        """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put."""
+    def pack(self, weights: Weights, into: Experts | None = None) -> Experts:
+        """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put.
+
+        Args:
+            weights: the experts of this rank only.
+            into: what this returned for other weights, to be filled anew; None: take memory.
+        """
         c = self.config
         ups, up_biases = zip(*weights.ups, strict=True)
         router, pack = weights.router.astype(c.accumulator)[None], self._memory.pack
+        old = into or Experts(None, None, None)
         return Experts(
-            router=pack([router], [None], c.tile_n, c.accumulator, None),
-            up=pack(ups, up_biases, c.tile_ffn, c.accumulator, self.segments.dispatch),
-            down=pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator, self.received.hidden),
+            router=pack([router], [None], c.tile_n, c.accumulator, None, old.router),
+            up=pack(ups, up_biases, c.tile_ffn, c.accumulator, self.segments.dispatch, old.up),
+            down=pack(
+                [weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator, self.received.hidden, old.down
+            ),
         )
+
+    def unpack(self, experts: Experts, weights: Weights) -> None:
+        """The matrices of what `pack` returned, but for the router, written into those of `weights`."""
+        self._memory.unpack(experts.up, [matrix for matrix, _ in weights.ups])
+        self._memory.unpack(experts.down, [weights.down_proj])
 
     def _words(self, values: list[int]) -> np.ndarray:
         return self._memory.array(np.array(values, np.int64))

@@ -2,7 +2,7 @@
 
 from .activations import IDENTITY
 from .matrices import Matrices, as_matrices
-from .panels import Panels, pack_matrices
+from .panels import Panels, pack_matrices, unpack_matrices
 from .rows import IN_ORDER, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rooms, Rows
 from .stub import Scratch, tile_gemm
 
@@ -20,5 +20,6 @@ __all__ = [
     "Scratch",
     "as_matrices",
     "pack_matrices",
+    "unpack_matrices",
     "tile_gemm",
 ]

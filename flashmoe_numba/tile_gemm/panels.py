@@ -58,7 +58,12 @@ def pack(matrices: list[np.ndarray], tile_n: int, width: int, out: np.ndarray) -
 
 
 def pack_matrices(
-    matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray | None], tile_n: int, width: int, accumulator: np.dtype
+    matrices: Sequence[np.ndarray],
+    biases: Sequence[np.ndarray | None],
+    tile_n: int,
+    width: int,
+    accumulator: np.dtype,
+    into: Panels | None = None,
 ) -> Panels:
     """`Panels` of stacked matrices `[experts, out, in]`, two of them for gate and up; the originals are not kept.
 
@@ -66,11 +71,14 @@ def pack_matrices(
         matrices: elements; 16-bit floats are packed as bit patterns.
         biases: `[experts, out]` for each of them, or None.
         tile_n: columns of a tile; fewer where a matrix has fewer.
+        into: what this returned for others of these shapes and types, to be filled anew; None: take memory.
     """
     experts, columns, depth = matrices[0].shape
     tile_n, parts = min(tile_n, columns), len(matrices)
     size = packed_elements(columns, depth, tile_n, width, parts)
     weights = np.empty((experts, size), storage_dtype(matrices[0].dtype))
+    if into is not None:
+        weights = into.weights.reshape(experts, size)
     for expert, target in enumerate(weights):
         pack([matrix[expert].view(weights.dtype) for matrix in matrices], tile_n, width, target)
     tiles = num_tiles(columns, tile_n)
@@ -80,4 +88,20 @@ def pack_matrices(
             padded = np.zeros((experts, tiles * tile_n), accumulator)
             padded[:, :columns] = given.astype(accumulator)
             bias[:, :, part] = padded.reshape(experts, tiles, tile_n)
+    if into is not None:
+        into.bias[:] = bias.reshape(-1)
+        return into
     return Panels(weights.reshape(-1), bias.reshape(-1), depth, columns, tile_n, size // tiles, parts)
+
+
+def unpack_matrices(panels: Panels, out: Sequence[np.ndarray], width: int) -> None:
+    """Fill arrays `[experts, out, in]`, one for each part, with what was packed; they may have any strides."""
+    experts, columns, depth = out[0].shape
+    tile_n, tiles = panels.tile_n, num_tiles(columns, panels.tile_n)
+    in_panels = panels.weights.reshape(experts, tiles, panels.parts, -1, depth, width)
+    for part, target in enumerate(out):
+        bits = target.view(panels.weights.dtype)
+        for expert, tile in np.ndindex(experts, tiles):
+            first, last = tile * tile_n, min((tile + 1) * tile_n, columns)
+            rows = in_panels[expert, tile, part].transpose(0, 2, 1).reshape(-1, depth)
+            bits[expert, first:last] = rows[: last - first]
