@@ -24,8 +24,8 @@ from ..heap.rank import Rank, Stats
 from ..heap.tensors import as_array, like_given
 from ..kernel.control import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, FAILED
 from ..kernel.signals import EPOCH_SHIFT
-from ..processes.meeting import SETUP_DEADLINE_S
 from ..kernel.state import Experts
+from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
 from .arguments import DEADLINE_S, LayerSettings
 from .failures import explain

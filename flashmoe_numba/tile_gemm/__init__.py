@@ -20,6 +20,6 @@ __all__ = [
     "Scratch",
     "as_matrices",
     "pack_matrices",
-    "unpack_matrices",
     "tile_gemm",
+    "unpack_matrices",
 ]

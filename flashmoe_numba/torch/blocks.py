@@ -1,7 +1,7 @@
 """`replace_moe_blocks`: MoE blocks of a model that become ours where they are.
 
-A block keeps its parameters, and with them its names in `state_dict`; it changes its class, as FSDP's `fully_shard` does.
-What is known of a kind of block is an `Adapter`, found by `adapter_for`.
+A block keeps its parameters, and with them its names in `state_dict`; it changes its class, as FSDP's `fully_shard`
+does. What is known of a kind of block is an `Adapter`, found by `adapter_for`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Swapped(nn.Module):
 
 
 @cache
-def _swapped(kind: type[nn.Module]) -> type[nn.Module]:
+def _swapped(kind: Any) -> Any:
     return type(f"FlashMoE{kind.__name__}", (Swapped, kind), {})
 
 
@@ -163,8 +163,8 @@ def _dbrx_block(block: Any, router: str) -> Adapter:
     if router == "torch" or norm not in (None, 1, 1.0):
         return Adapter(paths, names, describe(names, **kind), _dbrx_route)
     kind["renormalize"] = norm is not None
-    names, paths = ("router", *names), ("router.layer.weight", *paths)
-    return Adapter(paths, names, describe(names, **kind))
+    with_router = ("router", *names)
+    return Adapter(("router.layer.weight", *paths), with_router, describe(with_router, **kind))
 
 
 def _dbrx_route(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from reference import MoEConfig
+from reference.layer_kinds import ExpertKind, RouterKind
 
 LAYOUTS = {
     "transposed": "matrices are [experts, in, out]",
@@ -24,6 +25,7 @@ LAYOUTS = {
 FOLLOWS = ("num_ranks", "hidden", "ffn", "num_experts", "dtype")  # from tensors
 NUM_TOKENS = 1024  # of a call of the layer; more are cut into several, which changes no bit
 TILES = dict(tile_m=192, tile_m_min=3)  # whole groups of 12 rows, for the CPU's micro-kernels
+KINDS: dict[str, type[Any]] = {"router": RouterKind, "expert": ExpertKind}  # written as what they are made of
 TICKET = "ticket"  # in place of the matrices, where the kernel's order is the only one that is kept
 
 
@@ -38,7 +40,7 @@ def describe_config(tensors: Sequence[str], config: MoEConfig) -> str:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in FOLLOWS and value != field.default:
-            fields[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            fields[field.name] = vars(value) if field.name in KINDS else value
     return describe(tensors, **fields)
 
 
@@ -64,6 +66,7 @@ def config_of(fields: Mapping[str, Any], weights: Mapping[str, torch.Tensor], nu
     """
     chosen = {name: value for name, value in fields.items() if name not in LAYOUTS}
     num_experts, ffn, hidden = weights["up_proj"].shape
+    chosen |= {name: kind(**chosen[name]) for name, kind in KINDS.items() if isinstance(chosen.get(name), dict)}
     given = {"num_tokens": NUM_TOKENS, **TILES, **chosen} | ({} if num_topk is None else {"num_topk": num_topk})
     dtype = str(weights["up_proj"].dtype).removeprefix("torch.")
     return MoEConfig(num_ranks=1, hidden=hidden, ffn=ffn, num_experts=num_experts, dtype=dtype, **given)

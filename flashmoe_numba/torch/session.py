@@ -50,9 +50,7 @@ class Session:
         self._shared: dict[tuple[MoEConfig, str], Shared] = {}
         self._lock = threading.RLock()
 
-    def entry(
-        self, description: str, tensors: Sequence[torch.Tensor], num_topk: int | None = None
-    ) -> Entry:
+    def entry(self, description: str, tensors: Sequence[torch.Tensor], num_topk: int | None = None) -> Entry:
         """The packed weights of these tensors, made or made anew where there are none or where they have changed."""
         place, stamp = _place(description, tensors, num_topk), _stamp(tensors)
         found = self._entries.get(place)
@@ -100,7 +98,7 @@ class Session:
         return Entry(shared, shared.spare.pop(), ())
 
     def _drop(self, place: Place) -> None:
-        """Called wherever the last tensor happens to go, maybe inside a call: so it takes no lock and closes nothing."""
+        """Called wherever the last tensor goes, maybe inside a call: so it takes no lock and closes nothing."""
         entry = self._entries.pop(place, None)
         if entry is not None and entry.packed is entry.shared.layer.packed:  # the layer keeps these in any case
             entry.shared.spare.append(entry.packed)

@@ -64,7 +64,7 @@ def test_a_block_computes_rows_alone_as_in_a_batch(family):
 
 
 def test_a_model_without_known_blocks_is_an_error():
-    with pytest.raises(ValueError, match="model must have a block of a kind that is known .*got Linear"):
+    with pytest.raises(ValueError, match=r"model must have a block of a kind that is known .*got Linear"):
         replace_moe_blocks(torch.nn.Linear(3, 3))
     with pytest.raises(ValueError, match="router"):
         replace_moe_blocks(make_model("mixtral"), router="both")

@@ -116,7 +116,11 @@ def test_opcheck():
 def test_refuses_gradients(what):
     module, x = make_module(), tokens()
     (x if what == "tokens" else module.router).requires_grad_()
-    calls = [module, torch.compile(module, backend="aot_eager"), torch.compile(module, backend="aot_eager", fullgraph=True)]
+    calls = [
+        module,
+        torch.compile(module, backend="aot_eager"),
+        torch.compile(module, backend="aot_eager", fullgraph=True),
+    ]
     for call in calls:
         torch._dynamo.reset()
         with pytest.raises(Exception, match=r"FlashMoE computes no gradients: call it under torch.no_grad\(\)"):
@@ -128,9 +132,9 @@ def test_refuses_gradients(what):
 
 
 def test_the_layer_itself_refuses_gradients():
-    with FlashMoE(CONFIG, Weights.random(CONFIG)) as layer:
-        with pytest.raises(ValueError, match=r"x\[0\] must not require gradients: FlashMoE computes no gradients"):
-            layer([tokens().requires_grad_()])
+    rule = r"x\[0\] must not require gradients: FlashMoE computes no gradients"
+    with FlashMoE(CONFIG, Weights.random(CONFIG)) as layer, pytest.raises(ValueError, match=rule):
+        layer([tokens().requires_grad_()])
 
 
 # the layer itself
@@ -244,7 +248,7 @@ def test_packed_weights_refuse_what_they_cannot_follow():
 
 
 def test_says_what_is_wrong():
-    with pytest.raises(ValueError, match="config.num_ranks must be 1"):
+    with pytest.raises(ValueError, match=r"config.num_ranks must be 1"):
         MoE(tiny_config(), Weights.random(tiny_config()))
     with pytest.raises(TypeError, match="weights must be Weights or tensors by name, got list"):
         MoE(CONFIG, [])
