@@ -106,7 +106,8 @@ def _swap(block: Any, adapter: Adapter, own: str) -> None:
     if own == "packed":
         give_to_kernel(block, adapter.paths, adapter.names, adapter.description)
     block._flashmoe_adapter = adapter
-    block.__class__ = _swapped(type(block))
+    kind: Any = type(block)
+    block.__class__ = _swapped(kind)
 
 
 # what is known

@@ -27,7 +27,7 @@ CONFIGS = {  # family: (config class, its arguments)
         SIZES
         | dict(moe_intermediate_size=24, shared_expert_intermediate_size=32, num_experts=8, num_experts_per_tok=3),
     ),
-    "deepseek_v3": ("DeepseekV3Config", SIZES | LATENT | SIGMOID),
+    "deepseek_v3": ("DeepseekV3Config", SIZES | LATENT | SIGMOID | dict(num_key_value_heads=4)),
     "glm4_moe": ("Glm4MoeConfig", SIZES | HEADS | SIGMOID),
     "dots1": ("Dots1Config", SIZES | HEADS | SIGMOID),
     "granitemoe": ("GraniteMoeConfig", SIZES | dict(intermediate_size=24, num_local_experts=6, num_experts_per_tok=2)),
@@ -63,5 +63,5 @@ def make_ids(rows=2, length=17, seed=1):
     return torch.randint(1, 199, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def generated(model, ids, new=10):
+def generated(model, ids, new=6):
     return model.generate(ids, max_new_tokens=new, do_sample=False, attention_mask=torch.ones_like(ids))
