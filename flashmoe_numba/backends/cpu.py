@@ -19,6 +19,7 @@ from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
 from ..tile_gemm import Panels, Scratch, pack_matrices, unpack_matrices
 from ..tile_gemm.cpu import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE, panel_width
+from ..tile_gemm.packing import fill_compiled
 from .host import Block, HostBackend
 
 MOST_BLOCKS = 1 << 20
@@ -43,7 +44,7 @@ class CpuBackend(HostBackend):
         rows: Array | None,
         into: Panels | None = None,
     ) -> Panels:
-        return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator, into)
+        return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator, into, fill_compiled)
 
     def unpack(self, packed: Panels, out: Sequence[Array]) -> None:
         unpack_matrices(packed, out, panel_width(packed.bias.dtype))

@@ -7,12 +7,14 @@ up panels. Panels that are not full are padded with zeros; rows of a product do 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ..device.storage import storage_dtype
+
+Fill = Callable[[np.ndarray, np.ndarray, int], None]
 
 
 class Panels(NamedTuple):
@@ -44,17 +46,25 @@ def packed_elements(num_columns: int, depth: int, tile_n: int, width: int, parts
     return num_tiles(num_columns, tile_n) * parts * panels_per_tile(num_columns, tile_n, width) * depth * width
 
 
-def pack(matrices: list[np.ndarray], tile_n: int, width: int, out: np.ndarray) -> None:
-    """Pack one expert's matrices `[out, in]`, each of the same shape, into the 1-D array `out`."""
+def pack(matrices: list[np.ndarray], tile_n: int, width: int, out: np.ndarray, fill: Fill | None = None) -> None:
+    """Pack one expert's matrices `[out, in]`, each of the same shape, into the 1-D array `out`.
+
+    Args:
+        fill: what packs one of them; None: NumPy.
+    """
     columns, depth = matrices[0].shape
-    panels = panels_per_tile(columns, tile_n, width)
-    view = out.reshape(num_tiles(columns, tile_n), len(matrices), panels, depth, width)
-    view[...] = 0
+    view = out.reshape(num_tiles(columns, tile_n), len(matrices), -1, depth, width)
     for part, matrix in enumerate(matrices):
-        for first in range(0, columns, tile_n):
-            for panel in range(panels):
-                rows = matrix[first + panel * width : min(first + tile_n, columns)][:width]
-                view[first // tile_n, part, panel, :, : len(rows)] = rows.T
+        (fill or fill_panels)(matrix, view[:, part], tile_n)
+
+
+def fill_panels(matrix: np.ndarray, panels: np.ndarray, tile_n: int) -> None:
+    """Pack one matrix `[out, in]` into panels `[tiles, panels of a tile, in, width]`."""
+    columns, width = len(matrix), panels.shape[-1]
+    for tile, panel in np.ndindex(panels.shape[:2]):
+        rows = matrix[tile * tile_n + panel * width : min((tile + 1) * tile_n, columns)][:width]
+        panels[tile, panel, :, : len(rows)] = rows.T
+        panels[tile, panel, :, len(rows) :] = 0
 
 
 def pack_matrices(
@@ -64,6 +74,7 @@ def pack_matrices(
     width: int,
     accumulator: np.dtype,
     into: Panels | None = None,
+    fill: Fill | None = None,
 ) -> Panels:
     """`Panels` of stacked matrices `[experts, out, in]`, two of them for gate and up; the originals are not kept.
 
@@ -72,6 +83,7 @@ def pack_matrices(
         biases: `[experts, out]` for each of them, or None.
         tile_n: columns of a tile; fewer where a matrix has fewer.
         into: what this returned for others of these shapes and types, to be filled anew; None: take memory.
+        fill: see `pack`.
     """
     experts, columns, depth = matrices[0].shape
     tile_n, parts = min(tile_n, columns), len(matrices)
@@ -80,7 +92,7 @@ def pack_matrices(
     if into is not None:
         weights = into.weights.reshape(experts, size)
     for expert, target in enumerate(weights):
-        pack([matrix[expert].view(weights.dtype) for matrix in matrices], tile_n, width, target)
+        pack([matrix[expert].view(weights.dtype) for matrix in matrices], tile_n, width, target, fill)
     tiles = num_tiles(columns, tile_n)
     bias = np.zeros((experts, tiles, parts, tile_n), accumulator)
     for part, given in enumerate(biases):

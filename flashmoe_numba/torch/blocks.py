@@ -17,7 +17,7 @@ from torch import nn
 from reference.scalars import check_name
 
 from .description import describe, rename
-from .experts import ACTIVATIONS, describe_experts
+from .experts import activation_of, describe_experts
 from .operator import moe_layer
 from .ownership import OWNERS, give_to_kernel, operands
 
@@ -139,7 +139,7 @@ def _jetmoe_block(block: Any, router: str) -> Adapter:
     """Softmax of the chosen logits, which is that of all divided by its sum; a bias beside the experts."""
     paths = ("router.layer.weight", "input_linear.weight", "output_linear.weight")
     names = ("router", "gate_up_proj", "down_proj")
-    kind = dict(gated=True, activation=_activation(block, block.activation), num_topk=block.router.top_k)
+    kind = dict(gated=True, activation=activation_of(block, block.activation), num_topk=block.router.top_k)
     if router == "kernel":
         return Adapter(paths, names, describe(names, **kind), finish=_jetmoe_finish)
     return Adapter(paths[1:], names[1:], describe(names[1:], **kind), _jetmoe_route, _jetmoe_finish)
@@ -158,7 +158,7 @@ def _dbrx_block(block: Any, router: str) -> Adapter:
     """Experts and ffn are one axis; the chosen probabilities are divided by their p-norm."""
     names = ("gate_proj", "up_proj", "down_proj")
     paths, mlp = tuple(f"experts.mlp.{name}" for name in ("w1", "v1", "w2")), block.experts.mlp
-    kind: dict[str, Any] = dict(gated=True, activation=_activation(block, mlp.activation_fn))
+    kind: dict[str, Any] = dict(gated=True, activation=activation_of(block, mlp.activation_fn))
     kind |= dict(num_topk=block.top_k, flat=mlp.moe_num_experts)
     norm = block.moe_normalize_expert_weights
     if router == "torch" or norm not in (None, 1, 1.0):
@@ -171,13 +171,6 @@ def _dbrx_block(block: Any, router: str) -> Adapter:
 def _dbrx_route(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weights, idx = block.route_tokens_to_experts(block.router(x))
     return idx, weights
-
-
-def _activation(block: Any, function: Any) -> str:
-    found = ACTIVATIONS.get(type(function).__name__)
-    if found is None:
-        raise NotImplementedError(f"{type(block).__name__} has the activation {type(function).__name__}")
-    return found
 
 
 _ADAPTERS: dict[str, Callable[[Any, str], Adapter]] = {

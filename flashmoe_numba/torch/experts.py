@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "SiLU": "silu",
     "ReLU": "relu",
     "GELUActivation": "gelu",
+    "GELU": "gelu",
     "Identity": "identity",
     "LinearActivation": "identity",
 }
@@ -65,7 +66,7 @@ def describe_experts(experts: Any) -> tuple[list[str], str]:
     names = [ups, "down_proj"]
     if experts.has_bias:
         names += [f"{ups}_bias", "down_proj_bias"]
-    kind: dict[str, Any] = dict(gated=experts.has_gate, activation=ACTIVATIONS[type(experts.act_fn).__name__])
+    kind: dict[str, Any] = dict(gated=experts.has_gate, activation=activation_of(experts, experts.act_fn))
     layout = dict(transposed=experts.is_transposed, interleaved=not experts.is_concatenated)
     return names, describe(names, **kind, **layout)
 
@@ -84,9 +85,19 @@ def refuse(experts: Any) -> None:
         _refuse(name, "normalises each expert's result (has_post_expert_norm)")
     if experts._is_expert_parallel:
         _refuse(name, "has its experts spread over processes by transformers (_is_expert_parallel)")
-    activation = type(experts.act_fn).__name__
-    if activation not in ACTIVATIONS:
-        _refuse(name, f"has the activation {activation}")
+    activation_of(experts, experts.act_fn)
+
+
+def activation_of(module: Any, function: Any) -> str:
+    """The name that a config has for a module's activation.
+
+    Raises:
+        NotImplementedError: it has none.
+    """
+    kind = type(function).__name__
+    if kind not in ACTIVATIONS or getattr(function, "approximate", "none") != "none":
+        _refuse(type(module).__name__, f"has the activation {function}")
+    return ACTIVATIONS[kind]
 
 
 def _refuse(name: str, why: str) -> None:

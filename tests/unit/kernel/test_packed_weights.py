@@ -5,6 +5,8 @@ import pytest
 from cases import DTYPES, assert_same_bits, random_routing, random_tokens, tiny_config
 
 from flashmoe_numba import FlashMoE, FlashMoEError
+from flashmoe_numba.tile_gemm.packing import fill_compiled
+from flashmoe_numba.tile_gemm.panels import fill_panels, num_tiles, panels_per_tile
 from reference import Weights
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -62,6 +64,22 @@ def test_unpacks_what_was_packed(dtype, backend):
         layer.pack(weights).unpack(out)
     for name in MATRICES:
         assert_same_bits(np.ascontiguousarray(getattr(out, name)), getattr(weights, name), name)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint16, np.int16])
+@pytest.mark.parametrize(("columns", "depth", "tile_n"), [(1, 1, 1), (40, 33, 16), (37, 100, 24), (65, 16, 128)])
+def test_compiled_packing_is_numpys(dtype, columns, depth, tile_n):
+    matrix = np.random.default_rng(0).integers(1, 1 << 15, (columns, depth)).astype(dtype)
+    tile_n, width = min(tile_n, columns), 16
+    shape = num_tiles(columns, tile_n), 3, panels_per_tile(columns, tile_n, width), depth, width
+    expected, got = (np.full(shape, 7, dtype) for _ in range(2))
+    fill_panels(matrix, expected[:, 1], tile_n)
+    frozen = matrix.copy()
+    frozen.setflags(write=False)
+    for given in (matrix, np.asfortranarray(matrix), frozen):
+        got[:] = 7
+        fill_compiled(given, got[:, 1], tile_n)
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_refuses_what_another_layer_packed():
