@@ -17,10 +17,11 @@ from ..device.cpu import reset_float_control
 from ..kernel import leave, persistent
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
-from ..tile_gemm import Panels, Scratch, pack_matrices
+from ..tile_gemm import Panels, Scratch, pack_matrices, unpack_matrices
 from ..tile_gemm.arithmetic import ARITHMETICS, AUTO, PAIRED_DTYPE, choose
 from ..tile_gemm.cpu import ROW_STEP, panel_width
 from ..tile_gemm.micro_kernel import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE
+from ..tile_gemm.packing import fill_compiled
 from .host import Block, HostBackend
 from .threads import Threads
 
@@ -45,9 +46,14 @@ class CpuBackend(HostBackend):
         tile_n: int,
         accumulator: np.dtype[Any],
         rows: Array | None,
+        into: Panels | None = None,
     ) -> Panels:
         form = self._form if matrices[0].dtype.name == PAIRED_DTYPE else Panels  # a router has float32 weights
-        return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator, form)
+        width = panel_width(accumulator)
+        return pack_matrices(matrices, biases, tile_n, width, accumulator, form, into, fill_compiled)
+
+    def unpack(self, packed: Panels, out: Sequence[Array]) -> None:
+        unpack_matrices(packed, out, panel_width(packed.bias.dtype))
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
         """Room for the tallest tile and the widest panels, for few rows as deep as they are, and one row of a combine.

@@ -92,11 +92,21 @@ class CudaBackend(Owned):
         tile_n: int,
         accumulator: np.dtype,
         rows: Any,
+        into: Any = None,
     ) -> Any:
         packed = as_matrices(matrices, biases, tile_n, accumulator, self.gpu.to_device)
+        if into is not None:  # where it is: captured graphs have its addresses, and maps too
+            with self.gpu.here:
+                for old, new in zip(_arrays(into), _arrays(packed), strict=True):
+                    old[...] = new
+            return into
         if rows is None or not self.variant.tensor_cores:
             return packed
         return tma_matrices(packed, self._maps(packed, rows))
+
+    def unpack(self, packed: Any, out: Sequence[Array]) -> None:
+        for array, target in zip(_arrays(packed), out, strict=False):
+            target[...] = self.to_host(array).view(target.dtype).reshape(target.shape)
 
     def _maps(self, packed: Any, rows: Any) -> Any:
         """Maps of the weights, and of the rows that they multiply for each height of a tile (hopper.py)."""
@@ -242,6 +252,10 @@ class CudaBackend(Owned):
             self._table = self._last = None
             self._under_way.clear()
             self._captured.clear()
+
+
+def _arrays(packed: Any) -> tuple[Any, Any, Any]:
+    return packed.first, packed.second, packed.bias
 
 
 def _num_blocks(of_ranks: Sequence[RankArguments]) -> int:

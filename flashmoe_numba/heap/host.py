@@ -12,6 +12,7 @@ from reference.arrays import Array
 
 from ..device.storage import as_storage
 from ..processes.ownership import Owned
+from .tensors import as_array
 
 
 class HostMemory(Owned):
@@ -44,6 +45,7 @@ class HostMemory(Owned):
         Raises:
             TypeError, ValueError: naming the rule, and both sides of it. Errors call it `name`.
         """
+        x = as_array(name, x)
         if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
             raise TypeError(f"{name} must be a NumPy array without a mask, got {type(x).__name__}")
         if x.ndim != 2 or x.shape[1] != config.hidden:
@@ -59,4 +61,4 @@ class HostMemory(Owned):
         return as_storage(x), as_storage(y), y
 
     def join(self, x: Any, parts: list[Any]) -> Any:
-        return np.stack(parts) if isinstance(x, np.ndarray) else parts
+        return parts if isinstance(x, (list, tuple)) else np.stack(parts)

@@ -94,7 +94,7 @@ class Rank(Owned):
         self.segments = self._segments(segments)
         self.received = self._received()
         self.tokens = self._token_arrays()
-        self.experts = self._experts(weights)
+        self.experts = self.pack(weights)
         self.queue = Queue(
             memory.zeros(max_tasks(config) * TASK_WORDS, np.int64),
             memory.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
@@ -116,6 +116,7 @@ class Rank(Owned):
         deadline_ns: int,
         topk_idx: Array | None = None,
         logits: Array | None = None,
+        experts: Experts | None = None,
     ) -> tuple[Any, RankArguments]:
         """(y, what the blocks of this call are given): y is filled once all have run.
 
@@ -123,7 +124,8 @@ class Rank(Owned):
             x: `[num_tokens, hidden]`, as `check_tokens` of the memory returns it.
             routing: one from outside, or None.
             topk_idx: `[num_tokens, num_topk]` from outside, -1 for no choice: for a router with choice "given".
-            logits: `[num_tokens, num_experts]` from outside, for the router.
+            logits: `[num_tokens, num_choices]` from outside, for the router.
+            experts: weights that `pack` returned, or None for the rank's own.
         """
         x_storage, y_storage, y = self._memory.adopt(x)
         tokens = self.tokens._replace(x=x_storage, y=y_storage)
@@ -135,10 +137,10 @@ class Rank(Owned):
         if logits is not None:
             self._store(tokens.logits, logits)
         if self.config.shared_ffn:
-            self._memory.aim(self.experts.shared_up, x_storage)
+            self._memory.aim((experts or self.experts).shared_up, x_storage)
         given = dict(routed=routing is not None, has_logits=logits is not None)
         problem = self.problem._replace(epoch=epoch, num_tokens=len(x), deadline_ns=deadline_ns, **given)
-        return y, self._arguments(problem, tokens)
+        return y, self._arguments(problem, tokens, experts)
 
     def _store(self, target: Array, values: Array) -> None:
         self._memory.store(target[: values.size], values.reshape(-1))
@@ -147,8 +149,8 @@ class Rank(Owned):
         """What blocks are given before any call, with tokens of size 0."""
         return self._arguments(self.problem, self.tokens)
 
-    def _arguments(self, problem: Problem, tokens: Tokens) -> RankArguments:
-        groups = problem, self.segments, self.experts, tokens, self.received, self.queue
+    def _arguments(self, problem: Problem, tokens: Tokens, experts: Experts | None = None) -> RankArguments:
+        groups = problem, self.segments, experts or self.experts, tokens, self.received, self.queue
         return RankArguments(*groups, traces=self.traces, left=self.left)
 
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
@@ -214,41 +216,56 @@ class Rank(Owned):
             control=view(layout.control, (layout.num_bytes - layout.control) // 8, word),
         )
 
-    def _experts(self, weights: Weights) -> Experts:
-        """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put."""
-        router = self._factors(weights.router)
-        up, down = self._pack(weights, self.segments.dispatch, self.received.hidden)
-        experts = Experts(
+    def pack(self, weights: Weights, into: Experts | None = None) -> Experts:
+        """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put.
+
+        Args:
+            weights: the experts of this rank only.
+            into: what this returned for other weights, to be filled anew; None: take memory.
+        """
+        c, dispatch, tokens = self.config, self.segments.dispatch, self.tokens
+        router = self._factors(weights.router, into and into.router)
+        up, down = self._pack(weights, dispatch, self.received.hidden, into and (into.up, into.down))
+        shared_up, shared_down, shared_gate = up, down, router
+        if weights.shared is not None:  # its rows lie elsewhere in each call: `aim`
+            old = into and (into.shared_up, into.shared_down)
+            shared_up, shared_down = self._pack(weights.shared, dispatch, tokens.shared_hidden, old)
+        if weights.shared_gate_weight is not None:
+            shared_gate = self._factors(weights.shared_gate_weight[None], into and into.shared_gate)
+        return Experts(
             router=router,
             up=up,
             down=down,
-            shared_up=up,
-            shared_down=down,
-            shared_gate=router,
-            rule=router_rule(self.config, weights, self._memory),
-            form=make_form(self.config.expert_kind, self.config.accumulator),
-            shared_form=make_form(self.config.shared_kind, self.config.accumulator),
-            linear=linear_form(self.config.accumulator),
-            norm=result_norm(self.config, weights, self._memory),
+            shared_up=shared_up,
+            shared_down=shared_down,
+            shared_gate=shared_gate,
+            rule=router_rule(c, weights, self._memory, into and into.rule),
+            form=make_form(c.expert_kind, c.accumulator),
+            shared_form=make_form(c.shared_kind, c.accumulator),
+            linear=linear_form(c.accumulator),
+            norm=result_norm(c, weights, self._memory, into and into.norm),
         )
-        if weights.shared is not None:  # its rows lie elsewhere in each call: `aim`
-            up, down = self._pack(weights.shared, self.segments.dispatch, self.tokens.shared_hidden)
-            experts = experts._replace(shared_up=up, shared_down=down)
-        if weights.shared_gate_weight is not None:
-            experts = experts._replace(shared_gate=self._factors(weights.shared_gate_weight[None]))
-        return experts
 
-    def _pack(self, weights: Weights, rows: Any, hidden: Any) -> tuple[Any, Any]:
+    def _pack(self, weights: Weights, rows: Any, hidden: Any, into: tuple[Any, Any] | None) -> tuple[Any, Any]:
         """(up, down) of these experts, and what they multiply."""
         c, pack = self.config, self._memory.pack
+        old_up, old_down = into or (None, None)
         ups, up_biases = zip(*weights.ups, strict=True)
-        up = pack(ups, up_biases, c.tile_ffn, c.accumulator, rows)
-        return up, pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator, hidden)
+        up = pack(ups, up_biases, c.tile_ffn, c.accumulator, rows, old_up)
+        return up, pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator, hidden, old_down)
 
-    def _factors(self, matrix: np.ndarray) -> Any:
+    def _factors(self, matrix: np.ndarray, into: Any) -> Any:
         """A matrix whose products stay in the accumulator's type."""
         c = self.config
-        return self._memory.pack([matrix.astype(c.accumulator)[None]], [None], c.tile_n, c.accumulator, None)
+        return self._memory.pack([matrix.astype(c.accumulator)[None]], [None], c.tile_n, c.accumulator, None, into)
+
+    def unpack(self, experts: Experts, weights: Weights) -> None:
+        """The matrices of what `pack` returned, but for the router, written into those of `weights`."""
+        self._memory.unpack(experts.up, [matrix for matrix, _ in weights.ups])
+        self._memory.unpack(experts.down, [weights.down_proj])
+        if weights.shared is not None:
+            self._memory.unpack(experts.shared_up, [matrix for matrix, _ in weights.shared.ups])
+            self._memory.unpack(experts.shared_down, [weights.shared.down_proj])
 
     def _words(self, values: list[int]) -> np.ndarray:
         return self._memory.array(np.array(values, np.int64))

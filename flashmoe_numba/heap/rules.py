@@ -12,7 +12,8 @@ from ..kernel.rules import ResultNorm, RouterRule
 from .protocols import Memory
 
 
-def router_rule(config: MoEConfig, weights: Weights, memory: Memory) -> RouterRule:
+def router_rule(config: MoEConfig, weights: Weights, memory: Memory, into: RouterRule | None = None) -> RouterRule:
+    """Args: into: a rule of other weights, whose arrays are filled anew; None: take memory."""
     kind, number = config.router_kind, config.accumulator.type
     return RouterRule(
         score=SCORES.index(kind.score),
@@ -32,15 +33,16 @@ def router_rule(config: MoEConfig, weights: Weights, memory: Memory) -> RouterRu
         norm_eps=number(kind.norm_eps),
         norm_min=number(kind.norm_min),
         scale=number(kind.scale),
-        logit_bias=_array(weights.router_bias, config, memory),
-        selection_bias=_array(weights.selection_bias, config, memory),
-        expert_scale=_array(weights.expert_scale, config, memory),
+        logit_bias=_array(weights.router_bias, config, memory, into and into.logit_bias),
+        selection_bias=_array(weights.selection_bias, config, memory, into and into.selection_bias),
+        expert_scale=_array(weights.expert_scale, config, memory, into and into.expert_scale),
     )
 
 
-def result_norm(config: MoEConfig, weights: Weights, memory: Memory) -> ResultNorm:
+def result_norm(config: MoEConfig, weights: Weights, memory: Memory, into: ResultNorm | None = None) -> ResultNorm:
+    """Args: into: as of `router_rule`."""
     number = config.accumulator.type
-    scale = _array(weights.result_scale, config, memory)
+    scale = _array(weights.result_scale, config, memory, into and into.scale)
     return ResultNorm(number(config.expert_kind.norm_eps or 0), number(config.hidden), scale)
 
 
@@ -61,5 +63,9 @@ def num_factors(config: MoEConfig) -> int:
     return config.num_tokens * config.num_topk if has_own else 0
 
 
-def _array(values: Array | None, config: MoEConfig, memory: Memory) -> Array:
-    return memory.array(np.array([] if values is None else values, config.accumulator, order="C"))
+def _array(values: Array | None, config: MoEConfig, memory: Memory, into: Array | None) -> Array:
+    array = np.array([] if values is None else values, config.accumulator, order="C")
+    if into is None:
+        return memory.array(array)
+    memory.store(into, array)
+    return into

@@ -56,11 +56,25 @@ def shared0(p, tokens, experts, queue, scratch, task):
     rows = min(p.tile_m, p.num_tokens - first)
     a = rows_from(tokens, tokens.x, first)
     tile_gemm(
-        rooms_from(tokens, tokens.shared_hidden, first), a, rows, experts.shared_up, 0, task.n, experts.shared_form, scratch
+        rooms_from(tokens, tokens.shared_hidden, first),
+        a,
+        rows,
+        experts.shared_up,
+        0,
+        task.n,
+        experts.shared_form,
+        scratch,
     )
     if p.shared_gate and task.n == 0:
         tile_gemm(
-            rooms_from(tokens, tokens.shared_factors, first), a, rows, experts.shared_gate, 0, 0, experts.linear, scratch
+            rooms_from(tokens, tokens.shared_factors, first),
+            a,
+            rows,
+            experts.shared_gate,
+            0,
+            0,
+            experts.linear,
+            scratch,
         )
         block_sync()
         for token in range(first + lane(), first + rows, lanes()):

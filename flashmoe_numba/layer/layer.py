@@ -21,13 +21,16 @@ from ..errors import FlashMoEError
 from ..heap import make_heap
 from ..heap.protocols import Heap
 from ..heap.rank import Rank, Stats
+from ..heap.tensors import as_array, like_given
 from ..kernel.control import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, FAILED
 from ..kernel.signals import EPOCH_SHIFT
+from ..kernel.state import Experts
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
 from .arguments import DEADLINE_S, LayerSettings
 from .failures import explain
 from .given import Given, check_given, check_what_is_given
+from .packed import PackedWeights
 
 LAST_EPOCH = 2**31 - 1
 
@@ -183,15 +186,62 @@ class FlashMoE(Owned):
             own = settings.weights.shard(rank_idx, config.num_ranks)
             memory = heap.segments, self.num_processors, self._backend
             self._ranks.append(Rank(config, rank_idx, own, *memory, events, settings.packing == "sources"))
+        self.packed = PackedWeights(config, self._ranks)
 
-    def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None, logits: Any = None) -> Any:
+    def pack(self, weights: Weights) -> PackedWeights:
+        """Other weights for this layer's calls: so the layers of a model share threads, segments and scratch.
+
+        They are copied into the kernel's order, and kept for as long as the result is. Each rank packs for itself.
+
+        Raises:
+            TypeError, ValueError: naming the array, what it is and what the config asks for.
+        """
+        self._raise_if_closed()
+        if not isinstance(weights, Weights):
+            raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
+        return PackedWeights(self.config, self._ranks, weights)
+
+    def load(self, weights: Weights, into: PackedWeights | None = None) -> None:
+        """Repack weights that have changed, in the memory that the old ones had; calls of other threads wait.
+
+        Args:
+            into: what `pack` returned; None: the weights that this layer was made with.
+
+        Raises:
+            TypeError, ValueError: naming the array, what it is and what the config asks for.
+        """
+        with self._calling:
+            self._raise_if_closed()
+            self._own("into", into)
+            self._backend.synchronize()
+            (into or self.packed).load(weights)
+            self._backend.synchronize()
+
+    def _own(self, name: str, packed: PackedWeights | None) -> Sequence[Experts]:
+        """What `packed` gives to each rank here, or the weights that this layer was made with."""
+        packed = self.packed if packed is None else packed
+        found = packed.fits(self._ranks) if isinstance(packed, PackedWeights) else None
+        if found is None:
+            raise ValueError(f"{name} must be what pack() of this layer returned, got {packed!r}")
+        return found
+
+    def __call__(
+        self,
+        x: Any,
+        *,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        logits: Any = None,
+        weights: PackedWeights | None = None,
+    ) -> Any:
         """The layer's output for these tokens.
 
         Args:
             x: with `comm`, `[num_tokens, hidden]`; else `[num_ranks, num_tokens, hidden]`, or one array
                 `[num_tokens_of_rank, hidden]` per rank. Up to `config.num_tokens` tokens per rank, 0 included.
                 Element type `config.dtype`. An array that is not contiguous is copied. With backend "cuda" arrays on
-                the GPU: CuPy's, PyTorch's, Numba's; bfloat16 may come as int16 bit patterns.
+                the GPU: CuPy's, PyTorch's, Numba's; bfloat16 may come as int16 bit patterns. With the others
+                PyTorch's tensors are read where they are, and y is a tensor.
             topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices, of
                 zero-computation experts from `config.num_experts` on. -1 and `config.num_choices` are no choice, as
                 often as you like: nothing is sent or added; `routing` has -1.
@@ -200,6 +250,7 @@ class FlashMoE(Owned):
             logits: `[..., num_choices]` for each token, floating, in place of the router's products, which a bias is
                 yet to be added to: for models whose router is no matrix, or has another input. On GPUs, too, they and
                 a routing are NumPy's.
+            weights: others than those that this layer was made with: what `pack` returned.
 
         Returns:
             y, shaped like x and of its type. With backend "cuda" it is filled in the order of the caller's stream, and
@@ -218,10 +269,9 @@ class FlashMoE(Owned):
         given = self._check_given(tokens, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
         with self._calling:
             self._caller = threading.get_ident()
-            ys = self._run(tokens, given)
-        if not self._in_process:
-            return ys[0]
-        return self._backend.join(x, ys)
+            ys = self._run(tokens, given, weights)
+        y = self._backend.join(x, ys) if self._in_process else ys[0]
+        return like_given(x, y)
 
     def _per_rank(self, name: str, value: Any) -> list[Any]:
         """One entry per rank of this process."""
@@ -248,13 +298,17 @@ class FlashMoE(Owned):
         given = []
         for i, (rank, x) in enumerate(zip(self._ranks, tokens, strict=True)):
             try:
-                given.append(check_given(self.config, len(x), **{name: part[i] for name, part in parts.items()}))
+                arrays = {name: as_array(name, part[i]) for name, part in parts.items()}
+                given.append(check_given(self.config, len(x), **arrays))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"rank {rank.rank_idx}: {error}") from None
         return given
 
-    def _run(self, tokens: Sequence[np.ndarray], given: Sequence[Given]) -> list[np.ndarray]:
+    def _run(
+        self, tokens: Sequence[np.ndarray], given: Sequence[Given], weights: PackedWeights | None
+    ) -> list[np.ndarray]:
         self._raise_if_closed()
+        experts = self._own("weights", weights)
         self._backend.begin(tokens)
         self._raise_if_known()
         if self._epoch == LAST_EPOCH:
@@ -264,8 +318,8 @@ class FlashMoE(Owned):
         deadline_ns = self._backend.deadline_ns(self.deadline_s)
         ys, of_ranks = [], []
         try:
-            for rank, x, (routing, topk_idx, logits) in zip(self._ranks, tokens, given, strict=True):
-                y, of_rank = rank.call(x, routing, self._epoch, deadline_ns, topk_idx, logits)
+            for rank, x, (routing, topk_idx, logits), own in zip(self._ranks, tokens, given, experts, strict=True):
+                y, of_rank = rank.call(x, routing, self._epoch, deadline_ns, topk_idx, logits, own)
                 ys.append(y)
                 of_ranks.append(of_rank)
             self._backend.run(of_ranks, self._leave)
@@ -392,6 +446,7 @@ class FlashMoE(Owned):
             finally:
                 self._closed = self._closed or "close() was called"
                 self._ranks, self._heap = [], None
+                del self.packed
 
     def _give_back(self, heap: Heap) -> None:
         """Close backend and heap, with all ranks."""

@@ -2,7 +2,7 @@
 
 from .forms import Form, linear_form, make_form
 from .matrices import Matrices, as_matrices
-from .panels import Panels, pack_matrices
+from .panels import Panels, pack_matrices, unpack_matrices
 from .rows import IN_ORDER, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rooms, Rows
 from .stub import Scratch, tile_gemm
 
@@ -23,4 +23,5 @@ __all__ = [
     "make_form",
     "pack_matrices",
     "tile_gemm",
+    "unpack_matrices",
 ]

@@ -1,0 +1,83 @@
+"""`MoE`: a layer as a module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from reference import MoEConfig, Weights
+from reference.scalars import check_name
+
+from ..heap.tensors import as_tensor
+from .description import describe_config
+from .operator import moe_layer
+from .ownership import OWNERS, give_to_kernel, operands
+from .session import as_weights
+
+
+class MoE(nn.Module):
+    """One MoE layer; its parameters have the names and shapes of `Weights`, and need no gradient.
+
+    Tokens of any shape `[..., hidden]`, more than `config.num_tokens` too: then the layer is called several times,
+    which changes no bit. All modules of equal configs share threads and segments.
+
+    Args:
+        config: sizes of the layer, of one rank.
+        weights: `Weights`, whose memory becomes the parameters', or tensors by the names of its fields.
+        own: "parameters": they stay, beside a packed copy that follows their changes; "packed": the matrices of the
+            experts are kept in the kernel's order only, and `state_dict` and `load_state_dict` convert.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+    """
+
+    def __init__(
+        self, config: MoEConfig, weights: Weights | Mapping[str, torch.Tensor], *, own: str = OWNERS[0]
+    ) -> None:
+        super().__init__()
+        check_name("own", own, OWNERS)
+        if config.num_ranks != 1:
+            raise ValueError(f"config.num_ranks must be 1, a module is one rank, got {config.num_ranks}")
+        self.config = config
+        tensors = _tensors(weights)
+        as_weights(tensors).check_all(config)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._names = tuple(tensors)
+        self._description = describe_config(self._names, config)
+        if own == "packed":
+            give_to_kernel(self, self._names, self._names, self._description)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The layer's output, shaped like `hidden_states` `[..., hidden]` and of its type.
+
+        Args:
+            topk_idx, topk_weights: `[..., num_topk]`, a routing from outside, as `FlashMoE` takes it.
+        """
+        k = self.config.num_topk
+        routing = [None if part is None else part.reshape(-1, k) for part in (topk_idx, topk_weights)]
+        tensors, description = operands(self, self._names, self._description)
+        x = hidden_states.reshape(-1, self.config.hidden)
+        return moe_layer(x, *routing, tensors, description).reshape(hidden_states.shape)
+
+
+def _tensors(weights: Weights | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the names of `Weights`, those that are there."""
+    if isinstance(weights, Mapping):
+        return {name: tensor.detach() for name, tensor in weights.items() if tensor is not None}
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights must be Weights or tensors by name, got {type(weights).__name__}")
+    arrays = {field.name: getattr(weights, field.name) for field in dataclasses.fields(weights)}
+    return {
+        name: as_tensor(array if array.flags.writeable else array.copy())
+        for name, array in arrays.items()
+        if name != "first_expert" and array is not None
+    }

@@ -1,0 +1,157 @@
+"""The layers behind the operator: one for each kind of layer, which all modules of that kind share, and their weights.
+
+Tensors are known by where they are and by their versions, so that a graph needs no module to find its weights, and an
+optimizer's step is noticed. Packed weights go when the memory of the tensors that they were made of does.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from reference import MoEConfig, Weights
+
+from ..errors import FlashMoEError
+from ..heap.tensors import as_array
+from ..layer.layer import FlashMoE
+from ..layer.packed import PackedWeights
+from .description import TICKET, config_of, read, views
+
+Place = tuple[str, int | None, tuple[int, ...]]  # description, num_topk, addresses
+
+
+@dataclass
+class Shared:
+    """A layer, and those of its packed weights that nobody uses at the moment."""
+
+    layer: FlashMoE
+    spare: list[PackedWeights] = field(default_factory=list)
+
+
+@dataclass
+class Entry:
+    """Packed weights, and the versions that the tensors had when they were packed."""
+
+    shared: Shared
+    packed: PackedWeights
+    stamp: tuple[int, ...]
+
+
+class Session:
+    """All layers that a process runs for PyTorch."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Place, Entry] = {}
+        self._shared: dict[tuple[MoEConfig, str], Shared] = {}
+        self._lock = threading.RLock()
+
+    def entry(self, description: str, tensors: Sequence[torch.Tensor], num_topk: int | None = None) -> Entry:
+        """The packed weights of these tensors, made or made anew where there are none or where they have changed."""
+        place, stamp = _place(description, tensors, num_topk), _stamp(tensors)
+        found = self._entries.get(place)
+        if found is not None and found.stamp == stamp:
+            return found
+        names, fields = read(description)
+        if TICKET in names:
+            raise FlashMoEError(NOT_HERE if found is None else CHANGED)
+        with self._lock:
+            weights = views(names, tensors, fields)
+            if found is not None:
+                found.shared.layer.load(as_weights(weights), found.packed)
+                found.stamp = stamp
+                return found
+            return self.keep(description, tensors, self._make(config_of(fields, weights, num_topk), weights), num_topk)
+
+    def keep(
+        self, description: str, tensors: Sequence[torch.Tensor], entry: Entry, num_topk: int | None = None
+    ) -> Entry:
+        """Have the entry found by these tensors, for as long as the memory of all of them is there."""
+        place, entry.stamp = _place(description, tensors, num_topk), _stamp(tensors)
+        self._entries[place] = entry
+        for tensor in tensors:
+            weakref.finalize(tensor.untyped_storage(), self._drop, place).atexit = False
+        return entry
+
+    def hand_over(self, description: str, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Entry:
+        """Packed weights that nobody finds yet: see ownership.py."""
+        _, fields = read(description)
+        with self._lock:
+            weights = views(names, tensors, fields)
+            return self._make(config_of(fields, weights, None), weights)
+
+    def _make(self, config: MoEConfig, tensors: dict[str, torch.Tensor]) -> Entry:
+        self.release()
+        device = tensors["up_proj"].device
+        weights, key = as_weights(tensors), (config, str(device))
+        shared = self._shared.get(key)
+        if shared is None:
+            shared = self._shared[key] = Shared(_make_layer(config, weights, device))
+            return Entry(shared, shared.layer.packed, ())
+        if not shared.spare:
+            return Entry(shared, shared.layer.pack(weights), ())
+        shared.layer.load(weights, shared.spare[-1])
+        return Entry(shared, shared.spare.pop(), ())
+
+    def _drop(self, place: Place) -> None:
+        """Called wherever the last tensor goes, maybe inside a call: so it takes no lock and closes nothing."""
+        entry = self._entries.pop(place, None)
+        if entry is not None and entry.packed is entry.shared.layer.packed:  # the layer keeps these in any case
+            entry.shared.spare.append(entry.packed)
+
+    def release(self) -> None:
+        """Close the layers whose weights are all gone."""
+        with self._lock:
+            used = {id(entry.shared) for entry in list(self._entries.values())}
+            for key, shared in list(self._shared.items()):
+                if id(shared) not in used:
+                    del self._shared[key]
+                    shared.layer.close()
+
+
+NOT_HERE = (
+    'the weights of a module with own="packed" are not here: it was copied or moved. Make the copy before its weights '
+    'are handed over, or load its state_dict into a module of its own'
+)  # fmt: skip
+CHANGED = (
+    'the router or a bias of a module with own="packed" was changed in place, which its packed weights do not follow: '
+    "change them by load_state_dict"
+)
+
+
+def _place(description: str, tensors: Sequence[torch.Tensor], num_topk: int | None) -> Place:
+    return description, num_topk, tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def _stamp(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Tensors made under inference_mode count no versions."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def as_weights(tensors: dict[str, torch.Tensor]) -> Weights:
+    """`Weights` of tensors under its names, on the host the same memory; a router that is missing is zeros."""
+    arrays: dict[str, Any] = {name: as_array(name, tensor.cpu()) for name, tensor in tensors.items()}
+    if "router" not in arrays:
+        up = tensors["up_proj"]
+        arrays["router"] = as_array("router", torch.zeros(up.shape[0], up.shape[2]))
+    return Weights(**arrays)
+
+
+def _make_layer(config: MoEConfig, weights: Weights, device: torch.device) -> FlashMoE:
+    if device.type == "cpu":
+        return FlashMoE(config, weights)
+    if device.type == "cuda":
+        return FlashMoE(config, weights, backend="cuda", device=device.index)
+    raise ValueError(f"tensors must be on the host (cpu) or a CUDA GPU, got device {str(device)!r}")
+
+
+SESSION = Session()  # operators are functions: what they share has no other place
+
+
+def release() -> None:
+    """Close the layers that no module uses any more: their threads and segments go. It also happens as others begin."""
+    SESSION.release()
