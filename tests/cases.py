@@ -1,13 +1,11 @@
 """What the tests of the layer share: small layers to run, the comparison with the oracle, and the memory they hold.
 
-The comparison is element by element. Its yardstick is the same layer on absolute values, because an element that
-cancels to almost nothing still has the rounding errors of its terms; all activations satisfy |act(z)| <= |z|.
+The comparison is element by element, by the yardstick of `reference/error_bounds.py`.
 """
 
 import ctypes
 import gc
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +24,7 @@ from reference import (
     tile_height,
     tolerance,
 )
+from reference.error_bounds import absolute_terms, underflow
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 TINY = dict(
@@ -106,13 +105,7 @@ def assert_equals_oracle(y, x, weights, config, routings, external=False, relati
             wrong = check_routing(routing, part, weights.router, config)
             assert wrong is None, f"{config}, rank {rank}: {wrong}"
     ref = moe_layer(x, weights, config, topk_idx, topk_weights)
-    scale = moe_layer(
-        [np.abs(part) for part in x],
-        _absolute(weights),
-        replace(config, activation="identity"),
-        topk_idx,
-        [np.abs(part) for part in topk_weights],
-    )
+    scale = absolute_terms(x, weights, config, topk_idx, topk_weights)
     for rank, (got, expected, terms) in enumerate(zip(y, ref, scale, strict=True)):
         case = f"{config}, rank {rank}, counts {[len(part) for part in x]}"
         assert got.dtype == config.numpy_dtype and got.shape == expected.shape, f"{case}: {got.dtype} {got.shape}"
@@ -121,7 +114,7 @@ def assert_equals_oracle(y, x, weights, config, routings, external=False, relati
         assert (np.isfinite(got).all(axis=1) == finite).all(), (
             f"{case}: finite rows {np.isfinite(got).all(axis=1)}, {finite}"
         )
-        error, bound = np.abs(got - expected)[finite], relative * terms[finite] + _underflow(config)
+        error, bound = np.abs(got - expected)[finite], relative * terms[finite] + underflow(config)
         if not (error <= bound).all():
             at = np.unravel_index(np.argmax(error - bound), error.shape)
             row = np.flatnonzero(finite)[at[0]]
@@ -135,16 +128,6 @@ def assert_close_to_oracle(y, x, weights, config, routings):
     ref = moe_layer(x, weights, config, [r.topk_idx for r in routings], [r.topk_weights for r in routings])
     error = max_rel_error(y, ref)
     assert error <= tolerance(config), f"{config}: max_rel_error {error:.2e} is above tolerance {tolerance(config):.2e}"
-
-
-def _absolute(weights):
-    arrays = {field.name: getattr(weights, field.name) for field in fields(weights) if field.name != "first_expert"}
-    return replace(weights, **{name: np.abs(array) for name, array in arrays.items() if array is not None})
-
-
-def _underflow(config):
-    """What roundings near zero may add: one subnormal step per term of the down projection, and one per result."""
-    return float(np.float64(finfo(config.numpy_dtype).smallest_subnormal)) * (config.ffn + 2 * config.num_topk)
 
 
 def finfo(dtype):
