@@ -1,4 +1,4 @@
-"""Layers for `flashmoe check`: this project's, a loop in NumPy, and transformers' experts of Mixtral in each of its ways.
+"""Layers for `flashmoe check`: this project's, a loop in NumPy, and transformers' experts of Mixtral in three ways.
 
     flashmoe check experiments/moe_layers.py:flashmoe
     flashmoe check experiments/moe_layers.py:mixtral_eager --torch

@@ -86,6 +86,7 @@ def _seconds(text: str) -> float:
 def main(args: argparse.Namespace) -> int:
     """Check the target, and say what holds."""
     check_outputs({"--json": args.json})
+    _check_folder(args.save)
     asked, kind = _asked(args), _kind(args)
     target = Target(args.target, args.torch, os.getcwd())
     say = print if args.json != "-" else lambda *_, **__: None
@@ -123,6 +124,13 @@ def _kind(args: argparse.Namespace) -> Kind:
     if args.torch and not importlib.util.find_spec("torch"):
         raise UsageError("argument --torch: needs PyTorch, not found here: pip install 'flashmoe-numba[torch]'")
     return Kind(args.dtype, args.gated, args.activation, args.bias, args.multiple)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise a UsageError if it could not be made; it is made only if something fails."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"argument --save: cannot write {str(folder)!r}: {str(there)!r} is no folder to write to")
 
 
 def _look_at_all(results: Sequence[Result], kind: Kind, subject: Subject, args: argparse.Namespace) -> bool:

@@ -42,18 +42,22 @@ def with_nonfinite_rows(inputs: Inputs, rng: np.random.Generator) -> Inputs:
 
 
 def with_large_rows(inputs: Inputs, rng: np.random.Generator) -> Inputs:
-    """Rows of all sizes from ordinary ones to those whose largest sum is an eighth of what the type can hold."""
-    dtype = inputs.config.numpy_dtype
-    room = np.log2(float(np.nextafter(dtype.type(np.inf), dtype.type(0))) / 8 / _largest_sums(inputs))
-    ends = np.maximum(0, room / _degree(inputs))
-    return inputs.scaled(2 ** np.floor(rng.uniform(0, ends)))
+    """Rows of all sizes from ordinary ones to those whose largest sum is an eighth of what the type can hold.
+
+    Half of them are at the end: it is there that something overflows.
+    """
+    config = inputs.config
+    most = float(np.nextafter(config.numpy_dtype.type(np.inf), config.numpy_dtype.type(0)))
+    room = np.log2(most / 8 / config.num_topk / _largest_sums(inputs))
+    ends = np.floor(np.maximum(0, room / _degree(inputs)))
+    return inputs.scaled(2 ** np.minimum(ends, np.floor(rng.uniform(0, 2 * ends + 1))))
 
 
 def with_tiny_rows(inputs: Inputs, rng: np.random.Generator) -> Inputs:
-    """Rows whose results have terms about the smallest normal number, so that some of them are subnormal."""
+    """Rows with terms somewhat larger than the smallest normal number, so that many of the results are subnormal."""
     config = inputs.config
     normal = np.log2(smallest(config.numpy_dtype)) + config.format.fraction_bits
-    wanted = normal + rng.uniform(-3, 4, len(inputs.x))
+    wanted = normal + rng.uniform(2, 10, len(inputs.x))
     sizes = np.maximum(inputs.terms.max(axis=1, initial=0), 1e-9)
     return inputs.scaled(2 ** ((wanted - np.log2(sizes)) / _degree(inputs)))
 

@@ -93,7 +93,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, kind: Kind) -> Inputs:
-    """Normal numbers, and different experts for each token with weights whose sum is 1."""
+    """Normal numbers, and different experts for each token; routing weights are used as they are, so of any sum."""
     config = MoEConfig(
         num_ranks=1,
         num_tokens=max(1, case.num_tokens),
@@ -109,6 +109,5 @@ def make_inputs(case: Case, kind: Kind) -> Inputs:
     x = rng.standard_normal((case.num_tokens, case.hidden)).astype(config.numpy_dtype)
     order = np.argsort(rng.random((case.num_tokens, case.num_experts)), axis=1)
     factors = rng.uniform(0.1, 1, (case.num_tokens, case.num_topk))
-    factors /= factors.sum(axis=1, keepdims=True)
     weights = Weights.random(config, case.seed, bias=kind.bias)
     return Inputs(config, weights, x, order[:, : case.num_topk].astype(np.int64), factors.astype(config.accumulator))

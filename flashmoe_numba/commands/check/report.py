@@ -34,13 +34,16 @@ def _number(value: float) -> str:
 
 
 def failures(results: Sequence[Result], scripts: dict[str, Path]) -> Iterator[str]:
-    """What is wrong, with the smallest case, and how it is run again."""
+    """What is wrong, with the smallest case, and how it is run again; once for several properties if it is the same."""
+    by_story: dict[str | None, list[Result]] = {}
     for each in results:
         if each.case is not None:
-            yield f"{each.asked.name} fails: {each.worst.wrong}"
-            yield f"    with {each.case}"
-            if each.asked.name in scripts:
-                yield f"    again: python {scripts[each.asked.name]}"
+            by_story.setdefault(each.worst.wrong, []).append(each)
+    for wrong, (first, *others) in by_story.items():
+        also = f"and {len(others)} more fail" if others else "fails"
+        yield f"{first.asked.name} {also}: {wrong}"
+        yield f"    with {first.case}"
+        yield f"    again: python {scripts[first.asked.name]}"
 
 
 def summary(results: Sequence[Result]) -> str:

@@ -14,7 +14,6 @@ from reference import Weights
 from ...processes.pools import Pool, process_pool
 from .target import Answer, Call, Target, TargetError, answers, load
 
-
 WARM_UP = 10  # times the limit for what is done once
 
 

@@ -206,7 +206,7 @@ def _as_result(y: Any, is_torch: bool) -> Array:
     if is_torch:
         y = _as_array(y)
     if not isinstance(y, np.ndarray):
-        raise TargetError(f"y must be {'a tensor' if is_torch else 'a NumPy array'}, got {type(y).__name__}")
+        raise TargetError(f"y must be a NumPy array, got {type(y).__name__}")
     return np.array(y)
 
 
@@ -214,7 +214,7 @@ def _as_array(y: Any) -> Any:
     import torch
 
     if not isinstance(y, torch.Tensor):
-        return y
+        raise TargetError(f"y must be a tensor, got {type(y).__name__}")
     y = y.detach().cpu().contiguous()
     if y.dtype != torch.bfloat16:
         return y.numpy()
