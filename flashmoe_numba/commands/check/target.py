@@ -3,7 +3,7 @@
     layer(x, topk_idx, topk_weights, weights) -> y       a function; or one that makes a layer for several calls,
     make(weights) -> layer(x, topk_idx, topk_weights) -> y
 
-told apart by how many arguments they take. Arrays are NumPy's, or tensors of PyTorch on the CPU if the target wants
+which is what can be called with one argument. Arrays are NumPy's, or tensors of PyTorch on the CPU if the target wants
 them. Whatever goes wrong in a target is a `TargetError`, of one line, with the place in the target's own source.
 """
 
@@ -117,11 +117,11 @@ def _from_name(place: str) -> ModuleType:
 
 
 def _from_file(file: Path) -> ModuleType:
-    """As `python FILE` would, it finds its neighbours."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    """As `python FILE` would, it finds its neighbours, and stands in the way of no module of its name."""
+    spec = importlib.util.spec_from_file_location(f"flashmoe_check_{file.stem}", file)
     assert spec is not None and spec.loader is not None, file
     sys.path.insert(0, str(file.parent))
-    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -129,11 +129,11 @@ def _from_file(file: Path) -> ModuleType:
 def _maker(found: Any) -> Callable[[Any], Callable[..., Any]]:
     if not callable(found):
         raise TargetError(f"{RULE}, got {type(found).__name__}")
-    if _takes(found, 4):
-        return lambda weights: partial(_last, found, weights)
-    if not _takes(found, 1):
+    if _takes(found, 1):
+        return found  # type: ignore[no-any-return]
+    if not _takes(found, 4):
         raise TargetError(f"{RULE}, got {inspect.signature(found)}")
-    return found  # type: ignore[no-any-return]
+    return lambda weights: partial(_last, found, weights)
 
 
 def _last(function: Callable[..., Any], weights: Any, *arguments: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 CALLS = itertools.count()
+FOLDER, FILE = os.path.split(__file__)
 
 
 def product(row, matrix):

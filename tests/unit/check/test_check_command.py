@@ -21,6 +21,10 @@ SIZES = dict(hidden=5, ffn=3, num_experts=4, num_topk=2, seed=0)
 pytestmark = pytest.mark.usefixtures("outside_mpirun")
 
 
+def target(name):
+    return Target(f"{planted_layers.FILE}:{name}", False, planted_layers.FOLDER)
+
+
 def run(name, *flags):
     return cli.main(["check", f"{FILE}:{name}", *flags])
 
@@ -58,7 +62,7 @@ def test_a_case_comes_back_from_its_file(tmp_path):
     """In bfloat16 and with biases, which NumPy's files do not know or which are often not there."""
     kind = Kind(dtype="bfloat16", bias=True)
     inputs = make_inputs(Case(num_tokens=3, **SIZES), kind)
-    saved = Saved(Target(f"{FILE}:layer", False, "/"), PROPERTIES[0], inputs)
+    saved = Saved(target("layer"), PROPERTIES[0], inputs)
     saved.save(tmp_path, 'a "story" with \\ and """')
     again = Saved.load(tmp_path / "oracle.npz")
     assert (again.target, again.asked, again.inputs.config) == (saved.target, saved.asked, inputs.config)
@@ -137,7 +141,7 @@ def test_ctrl_c_leaves_what_is_known(capsys, monkeypatch, tmp_path):
 )
 def test_a_process_that_is_lost_is_begun_again(name, kind, message):
     small, large = (make_inputs(Case(num_tokens=n, **SIZES), Kind()) for n in (2, 9))
-    with Subject(Target(f"{FILE}:{name}", False, "/"), limit_s=3) as subject:
+    with Subject(target(name), limit_s=3) as subject:
         for _ in range(2):
             with pytest.raises(kind, match=message):
                 subject.run(large.weights, [large.call()])
@@ -152,7 +156,7 @@ def test_a_process_that_is_lost_is_begun_again(name, kind, message):
 def test_an_exception_is_told_with_its_place(name, message):
     inputs = make_inputs(Case(num_tokens=2, **SIZES), Kind())
     with (
-        Subject(Target(f"{FILE}:{name}", False, "/"), limit_s=60) as subject,
+        Subject(target(name), limit_s=60) as subject,
         pytest.raises(TargetError, match=message),
     ):
         subject.run(inputs.weights, [inputs.call()])

@@ -45,7 +45,7 @@ COMMON = {"one-choice", "all-experts", "hot-experts", "one-token"}  # ordinary c
 
 def examined(name, asked, examples=20, seed=0, kind=Kind()):  # noqa: B008
     """What becomes of a property of one of `planted_layers`, in this process."""
-    target, result = Target(f"{planted_layers.__file__}:{name}", False, "/"), Result(BY_NAME[asked])
+    target, result = Target(f"{planted_layers.FILE}:{name}", False, planted_layers.FOLDER), Result(BY_NAME[asked])
     look(result, kind, lambda weights, calls: answers(target, weights, calls), examples, seed)
     return result
 
