@@ -37,15 +37,18 @@ ELEMENTWISE_ULPS = 8
 ELEMENT_ROUNDINGS = 3
 
 
-def tolerance(config: MoEConfig) -> float:
+def tolerance(config: MoEConfig, element_roundings: int = ELEMENT_ROUNDINGS) -> float:
     """Bound on `max_rel_error` of a layer that sums in `config.accumulator` and rounds to `config.dtype`.
 
     The walk of the two matrix products and that of the roundings to the element type are independent, so their
     squares add: `GROWTH * sqrt(u_sum^2 (hidden + ffn + 8^2) + 3 u_element^2)`, of the widest expert.
+
+    Args:
+        element_roundings: instead of 3, for an implementation that rounds to the element type more often.
     """
     u_sum, u_element = config.format.sums.unit_roundoff, config.format.unit_roundoff
     sums = u_sum**2 * (config.hidden + max(config.ffn, config.shared_ffn) + ELEMENTWISE_ULPS**2)
-    return float(GROWTH * np.sqrt(sums + ELEMENT_ROUNDINGS * u_element**2))
+    return float(GROWTH * np.sqrt(sums + element_roundings * u_element**2))
 
 
 def max_rel_error(y: Array | Sequence[Array], ref: Array | Sequence[Array]) -> float:

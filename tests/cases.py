@@ -1,13 +1,11 @@
 """What the tests of the layer share: small layers to run, the comparison with the oracle, and the memory they hold.
 
-The comparison is element by element. Its yardstick is the same layer on absolute values, because an element that
-cancels to almost nothing still has the rounding errors of its terms; all activations satisfy |act(z)| <= |z|.
+The comparison is element by element, by the yardstick of `reference/error_bounds.py`.
 """
 
 import ctypes
 import gc
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +15,6 @@ import pytest
 from flashmoe_numba.kernel.control import RECORD_FIELDS, AbortRecord
 from flashmoe_numba.tile_gemm.arithmetic import ARITHMETICS, PAIRED_DTYPE, why_not
 from reference import (
-    ExpertKind,
     Layout,
     MoEConfig,
     check_routing,
@@ -28,6 +25,7 @@ from reference import (
     tile_height,
     tolerance,
 )
+from reference.error_bounds import absolute_terms, underflow
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 TINY = dict(
@@ -118,13 +116,7 @@ def assert_equals_oracle(y, x, weights, config, routings, external=False, relati
             wrong = check_routing(routing, part, weights, config)
             assert wrong is None, f"{config}, rank {rank}: {wrong}"
     ref = moe_layer(x, weights, config, topk_idx, topk_weights)
-    scale = moe_layer(
-        [np.abs(part) for part in x],
-        _absolute(weights),
-        replace(config, activation="identity", expert=_absolute_kind(config.expert)),
-        topk_idx,
-        [np.abs(part) for part in topk_weights],
-    )
+    scale = absolute_terms(x, weights, config, topk_idx, topk_weights)
     for rank, (got, expected, terms) in enumerate(zip(y, ref, scale, strict=True)):
         case = f"{config}, rank {rank}, counts {[len(part) for part in x]}"
         assert got.dtype == config.numpy_dtype and got.shape == expected.shape, f"{case}: {got.dtype} {got.shape}"
@@ -133,7 +125,7 @@ def assert_equals_oracle(y, x, weights, config, routings, external=False, relati
         assert (np.isfinite(got).all(axis=1) == finite).all(), (
             f"{case}: finite rows {np.isfinite(got).all(axis=1)}, {finite}"
         )
-        error, bound = np.abs(got - expected)[finite], relative * terms[finite] + _underflow(config)
+        error, bound = np.abs(got - expected)[finite], relative * terms[finite] + underflow(config)
         if not (error <= bound).all():
             at = np.unravel_index(np.argmax(error - bound), error.shape)
             row = np.flatnonzero(finite)[at[0]]
@@ -147,24 +139,6 @@ def assert_close_to_oracle(y, x, weights, config, routings):
     ref = moe_layer(x, weights, config, [r.topk_idx for r in routings], [r.topk_weights for r in routings])
     error = max_rel_error(y, ref)
     assert error <= tolerance(config), f"{config}: max_rel_error {error:.2e} is above tolerance {tolerance(config):.2e}"
-
-
-def _absolute(weights):
-    arrays = {field.name: getattr(weights, field.name) for field in fields(weights)}
-    return replace(weights, **{name: np.abs(a) for name, a in arrays.items() if isinstance(a, np.ndarray)})
-
-
-def _absolute_kind(kind):
-    """A kind whose results, on absolute values, none of this one are larger than."""
-    if kind is None:
-        return None
-    return ExpertKind(activation="identity", gated=kind.gated, up_offset=abs(kind.up_offset))
-
-
-def _underflow(config):
-    """What roundings near zero may add: one subnormal step per term of the down projection, and one per result."""
-    terms = config.ffn + 2 * config.num_topk + config.shared_ffn + 2
-    return float(np.float64(finfo(config.numpy_dtype).smallest_subnormal)) * terms
 
 
 def finfo(dtype):
