@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .checkpoint import Checkpoint, from_state_dict, load
+from .checkpoint import Checkpoint, from_state_dict, load, read_config
 
-__all__ = ["Checkpoint", "from_state_dict", "load"]
+__all__ = ["Checkpoint", "from_state_dict", "load", "read_config"]

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from reference import MoEConfig, Weights
+from reference.families.layer_config import layer_config
 from reference.scalars import check_whole
 
-from .folder import Folder
-from .layers import Asked, load_layer
+from .folder import Folder, read_json
+from .layers import Asked, LayerPlan, plan_layer
 from .models import find_families
 from .names import read_names
 from .state import State
@@ -63,38 +64,36 @@ class Checkpoint:
         return sorted({layer for each in names for layer in each.layers(self._folder.names)})
 
     def load(
-        self,
-        layer: int,
-        *,
-        num_tokens: int,
-        num_ranks: int = 1,
-        rank_idx: int | None = None,
-        dtype: str | None = None,
-        **overrides: Any,
+        self, layer: int, *, rank_idx: int | None = None, dtype: str | None = None, **own: Any
     ) -> tuple[MoEConfig, Weights]:
         """One layer, and nothing of any other.
 
         Args:
             layer: its index in the model.
-            num_tokens, num_ranks: as in `MoEConfig`; a model's config knows nothing of them.
             rank_idx: only the experts of this rank are read; None: all.
             dtype: element type of the layer, to which what is stored is rounded; None: what experts are stored in, or
                 where that is quantised, what the model's config says.
-            overrides: other fields of `MoEConfig`.
+            own: fields of `MoEConfig` that a model's config knows nothing of, of which `num_tokens` must be here and
+                `num_ranks` is 1 by default; any others are taken in place of what the model's config says.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and the rule; or the tensor that is missing, of
                 another shape or type, and its file. FileNotFoundError: its file is not there.
         """
-        check_whole("layer", layer, 0)
-        own = {"num_tokens": num_tokens, "num_ranks": num_ranks, **overrides}
-        asked = Asked(layer=layer, rank_idx=rank_idx, dtype=dtype, own=own)
+        plan = self._plan(Asked(layer=layer, rank_idx=rank_idx, dtype=dtype, own=own))
+        return plan.config, plan.read()
+
+    def config(self, layer: int, *, rank_idx: int | None = None, dtype: str | None = None, **own: Any) -> MoEConfig:
+        """The config that `load` gives, after all its checks, without reading any tensor."""
+        return self._plan(Asked(layer=layer, rank_idx=rank_idx, dtype=dtype, own=own)).config
+
+    def _plan(self, asked: Asked) -> LayerPlan:
         for family in self._families[:-1]:  # several kinds of block have that model_type: which is this one?
             try:
-                return load_layer(self._folder, family, "disk", self._model, asked)
+                return plan_layer(self._folder, "disk", family, self._model, asked)
             except ValueError:
                 continue
-        return load_layer(self._folder, self._families[-1], "disk", self._model, asked)
+        return plan_layer(self._folder, "disk", self._families[-1], self._model, asked)
 
     def close(self) -> None:
         """Close its files; what was loaded stays."""
@@ -111,13 +110,11 @@ def from_state_dict(
     model: Mapping[str, Any],
     state: Mapping[str, Any],
     *,
-    num_tokens: int,
     family: str | Path | None = None,
     layer: int = 0,
-    num_ranks: int = 1,
     rank_idx: int | None = None,
     dtype: str | None = None,
-    **overrides: Any,
+    **own: Any,
 ) -> tuple[MoEConfig, Weights]:
     """The layer that one block of a model is, from the tensors that the block has in memory.
 
@@ -131,8 +128,20 @@ def from_state_dict(
 
     All else, and what is raised, as in `Checkpoint.load`.
     """
-    source = State(state)
-    families, part = find_families(model, family)
-    own = {"num_tokens": num_tokens, "num_ranks": num_ranks, **overrides}
     asked = Asked(layer=layer, rank_idx=rank_idx, dtype=dtype, own=own)
-    return load_layer(source, families[0], "state", part, asked)
+    families, part = find_families(model, family)
+    plan = plan_layer(State(state), "state", families[0], part, asked)
+    return plan.config, plan.read()
+
+
+def read_config(path: str | Path, layer: int = 0, *, family: str | Path | None = None, **own: Any) -> MoEConfig:
+    """The config of a layer by a model's config.json alone, from which nobody can tell the layer's dtype.
+
+    Args:
+        path: of the file.
+        family: as in `Checkpoint`.
+        layer, own: as in `Checkpoint.load`.
+    """
+    check_whole("layer", layer, 0)
+    families, model = find_families(read_json(Path(path)), family)
+    return layer_config(families[0], model, layer, **{"num_ranks": 1, **own})

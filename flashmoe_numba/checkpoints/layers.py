@@ -12,7 +12,7 @@ from reference.families import Family
 from reference.families.layer_config import layer_config
 from reference.formats import FORMATS
 from reference.router_extras import EXTRAS
-from reference.scalars import check_one_of, whole
+from reference.scalars import check_one_of, check_whole, whole
 
 from . import fp8
 from .entries import STORED, Entry, arrays_of
@@ -22,7 +22,7 @@ from .reading import Reader
 from .stored import Source, Stored
 
 QUANTISED = ("fp8", "mxfp4")
-IN_SUMS = ("router", *EXTRAS)  # not multiplied as experts are
+IN_SUMS = ("router", "shared_gate_weight", *EXTRAS)  # not multiplied as experts are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,25 +31,53 @@ class Asked:
 
     Args:
         layer: its index in the model.
-        rank_idx: whose experts; None: all.
-        dtype: as `MoEConfig` has it; None: as experts are stored.
+        rank_idx: whose experts are read; None: all.
+        dtype: as `MoEConfig` has it; None: as experts are stored, or if that is quantised, as the model computes.
         own: fields of `MoEConfig` that are not in a model's config, or in place of what it says.
     """
 
     layer: int
-    rank_idx: int | None
-    dtype: str | None
+    rank_idx: int | None = None
+    dtype: str | None = None
     own: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        check_whole("layer", self.layer, 0)
 
-def load_layer(source: Source, family: Family, section: str, model: Model, asked: Asked) -> tuple[MoEConfig, Weights]:
-    """The layer that is asked for, whose tensors are called as that section of the family's file says.
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """Which tensors become which arrays of one layer; all that can be known of them before they are read is checked.
+
+    Args:
+        arrays: the entry of each array.
+        tensors: of each entry.
+    """
+
+    config: MoEConfig
+    reader: Reader
+    arrays: Mapping[str, Entry]
+    tensors: Mapping[Entry, list[Stored]]
+
+    def read(self) -> Weights:
+        """The weights."""
+        found: dict[str, Array] = {}
+        for entry, tensors in self.tensors.items():
+            found |= self.reader.read(entry, tensors, _dtype_of(entry, tensors[0], self.config.dtype))
+        fields: dict[str, Any] = {name: found[name] for name in self.arrays}
+        weights = Weights(first_expert=self.reader.experts.start, num_zero=self.config.num_zero, **fields)
+        weights.check(self.config)
+        return weights
+
+
+def plan_layer(source: Source, section: str, family: Family, model: Model, asked: Asked) -> LayerPlan:
+    """The layer that is asked for, whose tensors are called as this section of the family's file says.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: naming what is wrong, before any tensor is read.
+        TypeError, ValueError, FileNotFoundError: naming what is wrong.
     """
     names = read_names(family.section(section, model))
-    config = layer_config(family, model, asked.layer, **asked.own)
+    config = layer_config(family, model, asked.layer, **{"num_ranks": 1, **asked.own})
     experts = _experts_of(asked.rank_idx, config)
     prefix = names.prefix(asked.layer, source.names)
     chosen = names.choose(absent_arrays(config), prefix, source.names, experts.start)
@@ -58,16 +86,9 @@ def load_layer(source: Source, family: Family, section: str, model: Model, asked
         rule = f"family {family.name!r} must say what every tensor of the block is"
         raise ValueError(f"{rule}, and knows nothing of {', '.join(unclaimed[:3])} ({len(unclaimed)} in all)")
     reader = Reader(source=source, prefix=prefix, sizes=_sizes(config), experts=experts, block=_block(model))
-    plans = {entry: reader.plan(entry) for entry in dict.fromkeys(chosen.values())}
-    config = replace(config, dtype=asked.dtype or plans[chosen["down_proj"]][0].dtype or _quantised_dtype(model))
-    arrays: dict[str, Array] = {}
-    for entry, tensors in plans.items():
-        arrays |= reader.read(entry, tensors, _dtype_of(entry, tensors[0], config.dtype))
-    chosen_arrays: dict[str, Any] = {name: arrays[name] for name in chosen}
-    places: dict[str, Any] = {"first_expert": experts.start, "num_zero": config.num_zero}
-    weights = Weights(**places, **chosen_arrays)
-    weights.check(config)
-    return config, weights
+    tensors = {entry: reader.plan(entry) for entry in dict.fromkeys(chosen.values())}
+    dtype = asked.dtype or tensors[chosen["down_proj"]][0].dtype or _computed_dtype(model)
+    return LayerPlan(config=replace(config, dtype=dtype), reader=reader, arrays=chosen, tensors=tensors)
 
 
 def absent_arrays(config: MoEConfig) -> Set[str]:
@@ -84,9 +105,8 @@ def absent_arrays(config: MoEConfig) -> Set[str]:
 
 def _sizes(config: MoEConfig) -> dict[str, int]:
     """Lengths of axes by their names in entries."""
-    return {"expert": config.num_experts, "choice": config.num_choices, "hidden": config.hidden} | {
-        "ffn": config.ffn, "shared": config.shared_ffn
-    }  # fmt: skip
+    sizes = {"expert": config.num_experts, "choice": config.num_choices, "hidden": config.hidden}
+    return sizes | {"ffn": config.ffn, "shared": config.shared_ffn}
 
 
 def _experts_of(rank_idx: int | None, config: MoEConfig) -> range:
@@ -118,7 +138,7 @@ def _block(model: Model) -> tuple[int, int]:
     return whole("weight_block_size[0]", rows), whole("weight_block_size[1]", columns)
 
 
-def _quantised_dtype(model: Model) -> str:
-    """Of experts in a few bits: what the model computes in."""
+def _computed_dtype(model: Model) -> str:
+    """What the model computes in, or what most do."""
     named = str(model.get("dtype") or model.get("torch_dtype"))
     return named if named in DTYPES else "bfloat16"

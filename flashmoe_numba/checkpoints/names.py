@@ -58,7 +58,9 @@ class Names:
                 return prefix
         layers = spans(self.layers(names))
         there = f"layers with experts are {layers}" if layers else "no layer has experts that are called so"
-        raise ValueError(f"layer must be one with experts, got {layer}: {there}; looked for {' and '.join(routers)}")
+        first, *others = routers
+        looked_for = f"{first}, and where else it may be ({len(others)} names)" if others else first
+        raise ValueError(f"layer must be one with experts, got {layer}: {there}; looked for {looked_for}")
 
     def choose(self, without: Set[str], prefix: str, names: Set[str], expert: int) -> dict[str, Entry]:
         """For each array of the layer the entry that holds it.

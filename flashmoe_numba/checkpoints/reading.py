@@ -50,9 +50,8 @@ class Reader:
         shape = entry.array_shape(self.sizes)
         shape = (len(self.experts), *shape) if entry.field in OF_EXPERTS else shape
         arrays = {array: np.empty(shape, element_dtype(dtype)) for array in entry.arrays}
-        for place, tensor, piece in self._pieces(entry, tensors):
-            for array, values in zip(arrays.values(), entry.arrange(piece, self.sizes), strict=True):
-                _round_into(array[place], values, tensor.name)
+        for place, tensor, piece, num_pieces in self._pieces(entry, tensors):
+            self._put(arrays, place, entry, tensor, piece, num_pieces)
         return arrays
 
     def _checked(self, name: str, entry: Entry) -> Stored:
@@ -65,15 +64,30 @@ class Reader:
             raise ValueError(f"{self.source.where(name)}: tensor {name!r} must not be quantised over experts' edges")
         return tensor
 
-    def _pieces(self, entry: Entry, tensors: list[Stored]) -> Iterator[tuple[tuple[int, ...], Stored, Array]]:
-        """Where each piece belongs, the tensor it is of, and its numbers."""
+    def _pieces(self, entry: Entry, tensors: list[Stored]) -> Iterator[tuple[tuple[int, ...], Stored, int, int]]:
+        """Where each piece belongs, the tensor it is of, which one it is there, and of how many."""
         if entry.field not in OF_EXPERTS:
-            yield (), tensors[0], tensors[0].read(0, 1)
+            yield (), tensors[0], 0, 1
             return
         for position, expert in enumerate(self.experts):
-            tensor = tensors[position] if entry.per_expert else tensors[0]
-            place = (0, 1) if entry.per_expert else (expert, self.sizes[entry.num_pieces])
-            yield (position,), tensor, tensor.read(*place)
+            if entry.per_expert:
+                yield (position,), tensors[position], 0, 1
+            else:
+                yield (position,), tensors[0], expert, self.sizes["expert"]
+
+    def _put(
+        self,
+        arrays: dict[str, Array],
+        place: tuple[int, ...],
+        entry: Entry,
+        tensor: Stored,
+        piece: int,
+        num_pieces: int,
+    ) -> None:
+        """Read a piece into its place; when this returns, its memory is free for the next."""
+        found = entry.arrange(tensor.read(piece, num_pieces), self.sizes)
+        for array, values in zip(arrays.values(), found, strict=True):
+            _round_into(array[place], values, tensor.name)
 
 
 def _round_into(target: Array, values: Array, name: str) -> None:

@@ -57,7 +57,7 @@ class LayerSettings:
         if not isinstance(self.weights, Weights):
             raise TypeError(f"weights must be Weights, got {type(self.weights).__name__}")
         self.weights.check(self.config)
-        _check_kinds(self.config)
+        check_kinds(self.config)
         if self.backend is not None:
             check_backend(self.backend, self.backend_settings)
         if self.num_processors is not None:
@@ -97,7 +97,7 @@ class LayerSettings:
         return sizes | {"backend": self.backend, "tf32": self.backend_settings.get("tf32", False)}
 
 
-def _check_kinds(config: MoEConfig) -> None:
+def check_kinds(config: MoEConfig) -> None:
     """Kernels know one kind of router, and experts that are an activation, gated or not."""
     router = config.router_kind
     if router != RouterKind(renormalize=router.renormalize):

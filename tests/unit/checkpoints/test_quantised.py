@@ -9,10 +9,8 @@ from published import E, K
 from flashmoe_numba.checkpoints import Checkpoint, load
 from flashmoe_numba.checkpoints.fp8 import dequantise as from_fp8
 from flashmoe_numba.checkpoints.mxfp4 import dequantise as from_mxfp4
-from reference import ExpertKind, RouterKind
 
 E4M3, E5M2, E8M0 = (np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu))
-KINDS = dict(router=RouterKind(), expert=ExpertKind(activation="silu", gated=True))
 HIDDEN, FFN = 64, 96
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 PREFIX = "model.layers.0.mlp."
@@ -101,14 +99,14 @@ def test_a_block_in_fp8(tmp_path, scale):
     for rank_idx in range(4):
         with Checkpoint(tmp_path / "c") as checkpoint:
             asked = dict(num_tokens=5, num_ranks=4, rank_idx=rank_idx)
-            config, weights = checkpoint.load(0, **asked, **KINDS)
+            config, weights = checkpoint.load(0, **asked)
             assert config.dtype == "bfloat16"
             for name, array in arrays.items():
                 assert np.array_equal(getattr(weights, name), array[2 * rank_idx :][:2].astype(BFLOAT16))
             read += checkpoint.bytes_read
     routers = 3 * tensors[PREFIX + "gate.weight"].nbytes
     assert read == sum(tensor.nbytes for tensor in tensors.values()) + routers
-    exact = load(tmp_path / "c", 0, num_tokens=5, dtype="float32", **KINDS)[1]
+    exact = load(tmp_path / "c", 0, num_tokens=5, dtype="float32")[1]
     assert all(np.array_equal(getattr(exact, name), array) for name, array in arrays.items())
 
 
@@ -121,7 +119,7 @@ def test_blocks_of_another_size_and_single_scales(tmp_path):
         arrays["up_proj"][e] = tensors[name].astype(np.float32) * np.kron(scales, np.ones((8, 8), np.float32))[:30, :20]
     how = FP8 | {"weight_block_size": [8, 8]}
     write_folder(tmp_path / "c", config_of(20, 30, quantization_config=how), tensors)
-    _, weights = load(tmp_path / "c", 0, num_tokens=5, dtype="float32", **KINDS)
+    _, weights = load(tmp_path / "c", 0, num_tokens=5, dtype="float32")
     assert all(np.array_equal(getattr(weights, name), array) for name, array in arrays.items())
 
 
@@ -149,11 +147,10 @@ def test_a_block_in_mxfp4(tmp_path):
     config = dict(hidden_size=HIDDEN, intermediate_size=FFN, num_local_experts=E, num_experts_per_tok=K)
     config |= dict(model_type="gpt_oss", quantization_config={"quant_method": "mxfp4"})
     write_folder(tmp_path / "c", config, tensors, 3)
-    kinds = KINDS | dict(router=RouterKind(logit_bias=True))
     read = 0
     for rank_idx in range(4):
         with Checkpoint(tmp_path / "c") as checkpoint:
-            config, weights = checkpoint.load(0, num_tokens=5, num_ranks=4, rank_idx=rank_idx, **kinds)
+            config, weights = checkpoint.load(0, num_tokens=5, num_ranks=4, rank_idx=rank_idx)
             assert config.dtype == "bfloat16"
             for name, array in arrays.items():
                 assert np.array_equal(getattr(weights, name), array[2 * rank_idx :][:2].astype(BFLOAT16))
@@ -185,7 +182,7 @@ def test_what_is_wrong_with_scales(tmp_path, change, how, rule):
     tensors, _ = fp8_tensors(np.random.default_rng(8))
     write_folder(tmp_path / "c", config_of(130, 150, quantization_config=how), change(tensors))
     with pytest.raises(ValueError, match=rule):
-        load(tmp_path / "c", 0, num_tokens=5, **KINDS)
+        load(tmp_path / "c", 0, num_tokens=5)
 
 
 @pytest.mark.parametrize(
@@ -204,4 +201,4 @@ def test_what_is_wrong_with_mxfp4(tmp_path, name, tensor, rule):
     config = dict(hidden_size=HIDDEN, intermediate_size=FFN, num_local_experts=E, num_experts_per_tok=K)
     write_folder(tmp_path / "c", config | dict(model_type="gpt_oss"), tensors)
     with pytest.raises(ValueError, match=rule):
-        load(tmp_path / "c", 0, num_tokens=5, **KINDS | dict(router=RouterKind(logit_bias=True)))
+        load(tmp_path / "c", 0, num_tokens=5)

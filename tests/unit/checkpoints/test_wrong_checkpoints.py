@@ -9,10 +9,8 @@ from checkpoint_files import counted, write_file, write_folder, write_index
 from published import BLOCKS, E, F, H, tensors_of
 
 from flashmoe_numba.checkpoints import Checkpoint, load
-from reference import ExpertKind, RouterKind
 from reference.families import family_names
 
-KINDS = dict(router=RouterKind(), expert=ExpertKind(activation="silu", gated=True))
 CONFIG = {"model_type": "mixtral", **BLOCKS["mixtral"][1]}
 PREFIX = "model.layers.3.block_sparse_moe."
 W2 = PREFIX + "experts.6.w2.weight"
@@ -31,7 +29,7 @@ def file_of(folder, name):
 
 def refused(folder, error, *rules, layer=3, **how):
     with pytest.raises(error) as caught:
-        load(folder, layer, **dict(num_tokens=5) | KINDS | how)
+        load(folder, layer, **dict(num_tokens=5) | how)
     for rule in rules:
         assert rule in str(caught.value), caught.value
 
@@ -103,7 +101,7 @@ def test_files_that_a_rank_does_not_need_may_be_missing(tmp_path):
     (folder / "model.safetensors").unlink()
     write_file(folder / "a.safetensors", mine)
     write_index(folder, {name: "a.safetensors" if name in mine else "b.safetensors" for name in tensors})
-    _, weights = load(folder, 3, num_tokens=5, num_ranks=4, rank_idx=1, **KINDS)
+    _, weights = load(folder, 3, num_tokens=5, num_ranks=4, rank_idx=1)
     assert np.array_equal(weights.down_proj[0], tensors[PREFIX + "experts.2.w2.weight"])
     refused(folder, FileNotFoundError, "b.safetensors", num_ranks=4, rank_idx=2)
 
@@ -144,7 +142,7 @@ def test_all_is_checked_before_anything_is_read(folder):
     rewrite(folder, W2, np.zeros((F, H), np.float32))
     with Checkpoint(folder) as checkpoint:
         with pytest.raises(ValueError, match="must have shape"):
-            checkpoint.load(3, num_tokens=5, **KINDS)
+            checkpoint.load(3, num_tokens=5)
         assert checkpoint.bytes_read == 0
 
 
