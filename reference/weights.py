@@ -105,8 +105,8 @@ class Weights:
         """The shared expert as the only expert of another layer with this router, as views; None if there is none."""
         if self.shared_up_proj is None:
             return None
-        arrays = self._present(SHARED_ARRAYS)
-        return Weights(router=self.router, **{name.removeprefix("shared_"): a[None] for name, a in arrays.items()})
+        arrays = {name.removeprefix("shared_"): a[None] for name, a in self._present(SHARED_ARRAYS).items()}
+        return Weights(router=self.router, first_expert=0, num_zero=self.num_zero, **arrays)
 
     @property
     def num_bytes(self) -> int:
@@ -131,7 +131,8 @@ class Weights:
         if start < 0 or stop > self.num_experts:
             here = f"{self.first_expert} to {self.first_expert + self.num_experts - 1}"
             raise ValueError(f"rank_idx={rank_idx} of {num_ranks} starts at expert {first}; only {here} are present")
-        return replace(self, first_expert=first, **{name: a[start:stop] for name, a in self._experts().items()})
+        arrays = {name: array[start:stop] for name, array in self._experts().items()}
+        return replace(self, first_expert=first, num_zero=self.num_zero, **arrays)
 
     def check(self, config: MoEConfig) -> None:
         """Nothing, if these weights fit `config`.

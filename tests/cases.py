@@ -183,7 +183,7 @@ class Regions:
         for source, (part, packet) in enumerate(zip(x, packets, strict=True)):
             for expert in range(c.num_experts):
                 self._check_packet(source, expert, part, packet, epoch)
-            self._check_combine(source, y[source], routings[source], packet)
+            self._check_combine(source, part, y[source], routings[source], packet)
 
     def check_signal(self, words, i, value):
         """At the moment of a release, on poisoned regions: the rows that the word tells of are all there."""
@@ -224,17 +224,24 @@ class Regions:
         assert [divmod(word, 1 << 32) for word in flags[:tiles]] == expected, f"{case}: result flags {flags}"
         assert all(word >> 32 < epoch for word in flags[tiles:]), f"{case}: flags {flags} of tiles that do not exist"
 
-    def _check_combine(self, source, y, routing, packet):
-        """y is the sum of the results in the accumulator's type in the order of j, rounded once."""
-        c, results = self.config, self.rows(source, 1)
+    def _check_combine(self, source, x, y, routing, packet):
+        """y is the sum of the results in the accumulator's type in the order of j, then the shared one, rounded."""
+        c, results, tokens = self.config, self.rows(source, 1), self.layer._ranks[source].tokens
+        shared, x = (part.view(c.numpy_dtype).reshape(-1, c.hidden) for part in (tokens.shared_results, x))
         for token, (experts, factors) in enumerate(zip(routing.topk_idx, routing.topk_weights, strict=True)):
             total = np.zeros(c.hidden, c.accumulator)
+            terms = []
             for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
                 if packet.slot[token, j] >= 0:
-                    row = results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]
-                    row = np.where((factor != 0) | np.isfinite(row), row, 0)  # 0 times a finite row changes no bit
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        total += factor * row.astype(c.accumulator)
+                    terms.append((factor, results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]))
+                elif expert >= c.num_experts and c.zero == "identity":
+                    terms.append((factor, x[token]))
+            if c.shared_ffn:
+                terms.append((tokens.shared_factors[token], shared[token]))
+            for factor, row in terms:
+                row = np.where((factor != 0) | np.isfinite(row), row, 0)  # 0 times a finite row changes no bit
+                with np.errstate(over="ignore", invalid="ignore"):
+                    total += factor * row.astype(c.accumulator)
             with np.errstate(over="ignore", invalid="ignore"):
                 expected = total.astype(c.numpy_dtype)
             equal = (bits(y[token]) == bits(expected)) | (np.isnan(y[token]) & np.isnan(expected))

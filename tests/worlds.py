@@ -139,13 +139,16 @@ def run_world(world, **settings):
 def check_stats(layer, x, routings, epoch):
     """The counters agree with a plain count."""
     config, stats = layer.config, layer.stats
-    chosen = [np.bincount(r.topk_idx[r.topk_idx >= 0], minlength=config.num_experts) for r in routings]
+    counts = [np.bincount(r.topk_idx[r.topk_idx >= 0], minlength=config.num_choices) for r in routings]
+    chosen = [count[: config.num_experts] for count in counts]
     sent = np.array([np.minimum(count, config.slots) for count in chosen])
     per_owner = sent.sum(axis=0).reshape(config.num_ranks, -1).sum(axis=1)
     for rank, s in enumerate(stats):
         got = (s.epoch, s.num_tokens, s.sent_rows, s.dropped_pairs, s.received_rows)
         expected = (epoch, len(x[rank]), sent[rank].sum(), (chosen[rank] - sent[rank]).sum(), per_owner[rank])
         assert got == expected, f"{config}, rank {rank}: {s}"
+        shared_tiles = -(-len(x[rank]) // config.tile_m) if config.shared_ffn else 0
+        assert (s.zero_choices, s.shared_tiles) == (counts[rank][config.num_experts :].sum(), shared_tiles), f"{s}"
         assert (s.nonfinite_tokens, s.nonfinite_rows) == (0, 0), f"{config}, rank {rank}: {s}"
         assert s.row_tiles == sum(map(len, layer.row_tiles[rank])), f"{config}, rank {rank}: {s}"
         for expert, tiles in enumerate(layer.row_tiles[rank], rank * config.num_experts_per_rank):

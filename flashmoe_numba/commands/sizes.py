@@ -36,6 +36,9 @@ FLAGS = {
     "activation": "activation",
     "dtype": "dtype",
     "capacity": "capacity",
+    "shared_ffn": "shared_ffn",
+    "shared_gate": "shared_gate",
+    "num_zero": "num_zero",
     "preset": "preset",
 }
 
@@ -84,6 +87,9 @@ def add_size_arguments(
     add("--activation", metavar="NAME", help=", ".join(ACTIVATIONS))
     add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; sums are float32, for float64 float64")
     add("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert [no limit]")
+    add("--shared-ffn", type=integer(0), metavar="N", help="row length inside the shared expert [0: there is none]")
+    add("--shared-gate", action=argparse.BooleanOptionalAction, default=None, help="its results times a sigmoid")
+    add("--num-zero", type=integer(0), metavar="N", help="zero-computation experts, which add the token itself [0]")
     return add_source
 
 
@@ -116,7 +122,9 @@ def layer_name(args: argparse.Namespace) -> str:
 
 def in_flags(message: str) -> str:
     """A library's message with the names of flags in place of those of fields."""
-    return re.sub(rf"\b(?:config\.)?({'|'.join(FLAGS)})\b", lambda match: f"--{FLAGS[match[1]]}", message)
+    return re.sub(
+        rf"\b(?:config\.)?({'|'.join(FLAGS)})\b", lambda match: f"--{FLAGS[match[1]].replace('_', '-')}", message
+    )
 
 
 @contextmanager

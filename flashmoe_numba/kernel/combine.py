@@ -1,23 +1,41 @@
-"""Combine: results back into token order, summed in the order of a token's choices."""
+"""Combine: results back into token order, summed in the order of a token's choices, then the shared expert's."""
 
 from __future__ import annotations
 
-from flashmoe_numba.device import add_part, jit, lane, lanes, part_columns, store_part, zero_sums
+from flashmoe_numba.device import add_part, fetch_add, jit, lane, lanes, part_columns, store_part, zero_sums
+from reference.task_kinds import COMBINE
+
+from .queue import QueueTask, push
+
+
+@jit
+def need(p, tokens, queue, token_block, more):
+    """A token block needs so many more results, or fewer; whoever finds that it needs no more queues its COMBINE.
+
+    Counts come in any order: it is below zero while shared row tiles are done and the gate has not said what there is.
+    """
+    if fetch_add(tokens.tiles_left, token_block, more) + more == 0:
+        push(p, queue, QueueTask(COMBINE, 0, 0, token_block, 0))
 
 
 @jit
 def combine(p, tokens, segments, scratch, token_block):
     """y = sum of weight * result over a token's choices, in that order. A lane sums a part of a row at a time.
 
-    Nothing is added for a dropped pair, nor for a weight of 0, as no choice has it: there may be no result, and 0 times
-    an infinity is NaN.
+    The result of a zero-computation expert is the token itself, or nothing; the shared expert's comes last. Nothing is
+    added for a dropped pair, nor for a weight of 0, as no choice has it: there may be no result, and 0 times an
+    infinity is NaN.
     """
     # named before the loops, because a GPU loads a field wherever it is named
     hidden, slots, num_topk, block_at = p.hidden, p.slots, p.num_topk, token_block * p.num_experts
+    num_experts, adds_input, shares, x = p.num_experts, p.adds_input, p.shared_ffn > 0, tokens.x
+    shared_results, shared_factors = tokens.shared_results, tokens.shared_factors
     topk_idx, topk_weights, bases, place = tokens.topk_idx, tokens.topk_weights, tokens.bases, tokens.place
     y, result, working = tokens.y, segments.result, scratch.sums
     first = token_block * p.token_block
     width = part_columns(y, result, hidden)
+    if adds_input:
+        width = min(width, part_columns(y, x, hidden))
     parts = (hidden + width - 1) // width
     for i in range(lane(), min(p.token_block, p.num_tokens - first) * parts, lanes()):
         token, column = first + i // parts, i % parts * width
@@ -26,8 +44,12 @@ def combine(p, tokens, segments, scratch, token_block):
         for j in range(num_topk):
             pair = token * num_topk + j
             e, weight = topk_idx[pair], topk_weights[pair]
-            if weight != 0:
+            if weight != 0 and e < num_experts:
                 slot = bases[block_at + e] + place[pair]
                 if slot < slots:
                     add_part(sums, columns, result, (e * slots + slot) * hidden + column, weight)
+            elif weight != 0 and adds_input:
+                add_part(sums, columns, x, token * hidden + column, weight)
+        if shares and shared_factors[token] != 0:
+            add_part(sums, columns, shared_results, token * hidden + column, shared_factors[token])
         store_part(y, token * hidden + column, sums, columns)

@@ -1,4 +1,4 @@
-"""The router: logits of tokens, their softmax, and the experts of the largest."""
+"""The router: logits of tokens, their softmax, and the experts of the largest, zero-computation ones among them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def compute_logits(p, tokens, experts, scratch, first, rows):
     words = tokens.tiles_left  # some words: nothing has a place of its own here
     rows_in = Rows(tokens.x, first, words, IN_ORDER)
     rows_out = Rooms(tokens.logits, first, words, IN_ORDER, words, 0)
-    for n in range((p.num_experts + p.tile_experts - 1) // p.tile_experts):
+    for n in range((p.num_choices + p.tile_experts - 1) // p.tile_experts):
         tile_gemm(rows_out, rows_in, rows, experts.router, 0, n, IDENTITY, scratch)
 
 
@@ -33,13 +33,13 @@ def choose_experts(p, tokens, token):
 
     A row with a NaN or an infinity chooses experts 0..k-1 with NaN weights, so that it spoils its own result only.
     """
-    at = token * p.num_experts
+    at = token * p.num_choices
     highest = tokens.logits[at]
-    for e in range(p.num_experts):
+    for e in range(p.num_choices):
         if tokens.logits[at + e] > highest:
             highest = tokens.logits[at + e]
     total = highest - highest
-    for e in range(p.num_experts):
+    for e in range(p.num_choices):
         total += math.exp(tokens.logits[at + e] - highest)
     chosen = total - total
     for j in range(token * p.num_topk, (token + 1) * p.num_topk):
@@ -57,7 +57,7 @@ def choose_experts(p, tokens, token):
 def best_expert(p, tokens, at):
     """The expert of the largest logit that is not NaN."""
     best = -1
-    for e in range(p.num_experts):
+    for e in range(p.num_choices):
         logit = tokens.logits[at + e]
         if logit == logit and (best < 0 or logit > tokens.logits[at + best]):
             best = e

@@ -98,12 +98,14 @@ class LayerSettings:
 
 
 def check_kinds(config: MoEConfig) -> None:
-    """Kernels know one kind of router, and experts that are an activation, gated or not."""
+    """Kernels know one kind of router, and experts that are all one activation, gated or not."""
     router = config.router_kind
     if router != RouterKind(renormalize=router.renormalize):
         raise ValueError(f"config.router must be softmax over logits, renormalised or not, got {router}")
     if not config.expert_kind.plain:
         raise ValueError(f"config.expert must have an activation and gated, and nothing else, got {config.expert_kind}")
+    if config.shared_kind != config.expert_kind:
+        raise ValueError(f"config.shared_expert must be of the others' kind, or None, got {config.shared_expert}")
 
 
 def _check_processors(wanted: int) -> None:
