@@ -1,8 +1,8 @@
 """How far each element of a result may be from the float64 oracle, for small layers and rows of any size.
 
 The yardstick of an element is the same layer on absolute values: an element that cancels to almost nothing still has
-the rounding errors of its terms. All activations but relu2 satisfy |act(z)| <= |z|, so identity bounds them. Where `tolerance`
-and `max_rel_error` measure a whole result by its largest element, this sees a small row beside a large one.
+the rounding errors of its terms. All activations but relu2 satisfy |act(z)| <= |z|, so identity bounds them. Where
+`tolerance` and `max_rel_error` measure a whole result by its largest element, this sees a small row beside a large one.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from reference.families import read_family
 from reference.layer import source_routings
 from reference.router_extras import EXTRAS, asked_extras
 
+# What a kind cannot be without; and 1e-20, which changes no bit.
+KEPT = {"router": ("score", "choice", "num_always", "norm_eps"), "expert": ("activation", "gated")}
 EXACT = 1e-12  # of a block that computes in float64, with its routing given
 
 
@@ -84,16 +86,8 @@ def without(config: MoEConfig) -> Iterator[tuple[str, MoEConfig]]:
     """The config without each of what its kinds have, by the field's name."""
     for field, kind in (("router", config.router_kind), ("expert", config.expert_kind)):
         for name, about in type(kind).__dataclass_fields__.items():
-            if getattr(kind, name) == about.default or name in (
-                "score",
-                "choice",
-                "norm_eps",
-                "activation",
-                "gated",
-                "num_always",
-            ):
-                continue
-            yield name, replace(config, **{field: _less(kind, name, about.default)})
+            if getattr(kind, name) != about.default and name not in KEPT[field]:
+                yield name, replace(config, **{field: _less(kind, name, about.default)})
     if config.num_zero and config.zero == "identity":
         yield "zero", replace(config, zero="none")
 
