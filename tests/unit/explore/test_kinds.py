@@ -24,5 +24,5 @@ def test_worlds_of_other_kinds_are_clean(kinds):
 
 
 def test_a_norm_of_results_is_refused():
-    with pytest.raises(ValueError, match="config.expert must have no norm_eps in a world, got 1e-05"):
+    with pytest.raises(ValueError, match=r"config\.expert must have no norm_eps in a world, got 1e-05"):
         spec(expert=NORMED)
