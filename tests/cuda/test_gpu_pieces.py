@@ -13,20 +13,22 @@ from pieces import (
     Launcher,
     Product,
     Rows,
+    Sums,
     Words,
     copy_piece,
     count,
     ping_pong,
     product_piece,
     rows_piece,
+    sums_piece,
     words_piece,
 )
 
 from flashmoe_numba.device.storage import as_storage
 from flashmoe_numba.tile_gemm import make_form
-from flashmoe_numba.tile_gemm.hopper import SHARED_BYTES
-from flashmoe_numba.tile_gemm.matrices import STAGE_ELEMENTS, SUMS_ELEMENTS, SUMS_STRIDE
-from reference import activation, element_dtype
+from flashmoe_numba.tile_gemm.hopper import ROWS, SHARED_BYTES
+from flashmoe_numba.tile_gemm.matrices import PASS_ROWS, STAGE_ELEMENTS, SUMS_ELEMENTS, SUMS_STRIDE
+from reference import ExpertKind, activation, element_dtype
 
 EXPERTS, COLUMNS, A_ROW = 3, 200, 5
 SMALL_SHARED = 8 * (SUMS_ELEMENTS + STAGE_ELEMENTS)
@@ -77,7 +79,41 @@ def check_sums(gpu, run, operands):
         for first in range(0, COLUMNS, operands.matrices.tile_n):
             columns = min(operands.matrices.tile_n, COLUMNS - first)
             out = gpu.zeros(operands.rows * SUMS_STRIDE, accumulator)
-            form = make_form(kind, np.dtype(np.float64 if dtype == "float64" else np.float32))
+            where = (operands.rows, A_ROW, expert, first, columns)
+            run(Sums(*where, operands.a, operands.matrices, out))
+            got = gpu.to_host(out).reshape(operands.rows, SUMS_STRIDE)
+            for part, expected in enumerate(operands.exact(expert, first, columns)):
+                at = part * operands.matrices.tile_n
+                case = f"expert {expert}, columns from {first}, part {part}, {operands.rows} rows of {operands.depth}"
+                np.testing.assert_array_equal(got[:, at : at + columns], expected, case)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("height", ROWS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_sums_by_tensor_cores(hopper, launcher, dtype, height, gated):
+    """Every height, full and not; the depth from less than a block to several rounds of all stages."""
+    run = launcher(sums_piece, dtype, True)
+    for rows in (height, height // 2 + 1):
+        for depth in (8, 64, 72, 200, 1024):
+            check_sums(hopper, run, Operands(hopper, dtype, True, rows, depth, gated, seed=depth))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_by_lanes(gpu, launcher, dtype, gated):
+    run = launcher(sums_piece, dtype, False)
+    for rows in (1, 5, PASS_ROWS):
+        for depth in (1, 31, 32, 33, 100):
+            check_sums(gpu, run, Operands(gpu, dtype, False, rows, depth, gated, seed=depth))
+
+
+def check_product(gpu, run, operands, dtype, name):
+    """Integers again: with relu or identity even the rounding is exact."""
+    expert, n, tile_n = 1, 1, operands.matrices.tile_n
+    columns = min(tile_n, COLUMNS - n * tile_n)
+    out = gpu.to_device(as_storage(np.zeros((operands.rows + 2, COLUMNS), element_dtype(dtype))))
+    form = make_form(ExpertKind(activation=name, gated=operands.parts == 2), operands.matrices.bias.dtype)
     where = (operands.rows, A_ROW, 1, expert, n, form)
     run(Product(*where, operands.a, operands.matrices, out))
     got = gpu.to_host(out).view(element_dtype(dtype)).reshape(-1, COLUMNS)
