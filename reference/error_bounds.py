@@ -29,7 +29,7 @@ def absolute_terms(
 ) -> list[Array]:
     """`[num_tokens_of_rank, hidden]` of each rank: what errors are measured in. Arguments as `moe_layer`'s lists."""
     sizes = [np.abs(part) for part in x], [np.abs(part) for part in topk_weights]
-    kinds = {name: _absolute_kind(getattr(config, name)) for name in ("expert", "shared_expert")}
+    kinds: dict[str, Any] = {name: _absolute_kind(getattr(config, name)) for name in ("expert", "shared_expert")}
     plain = replace(config, activation=_at_least(config.activation), **kinds)
     return list(moe_layer(sizes[0], absolute(weights), plain, topk_idx, sizes[1]))
 
@@ -49,7 +49,8 @@ def _absolute_kind(kind: ExpertKind | None) -> ExpertKind | None:
 def absolute(weights: Weights) -> Weights:
     """The weights with all signs taken away."""
     arrays = {field.name: getattr(weights, field.name) for field in fields(weights)}
-    return replace(weights, **{name: np.abs(a) for name, a in arrays.items() if isinstance(a, np.ndarray)})
+    sizes: dict[str, Any] = {name: np.abs(array) for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    return replace(weights, **sizes)
 
 
 def underflow(config: MoEConfig) -> float:

@@ -47,7 +47,7 @@ class FiberBackend(HostBackend):
         rows: Array | None,
         into: Panels | None = None,
     ) -> Panels:
-        return pack_matrices(matrices, biases, tile_n, INTERPRETED_PANEL_WIDTH, accumulator, into)
+        return pack_matrices(matrices, biases, tile_n, INTERPRETED_PANEL_WIDTH, accumulator, into=into)
 
     def unpack(self, packed: Panels, out: Sequence[Array]) -> None:
         unpack_matrices(packed, out, INTERPRETED_PANEL_WIDTH)

@@ -128,11 +128,9 @@ def _check_gpus(num_ranks: int) -> None:
 
 def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     """The config, if nothing is wrong that can be known before a rank starts."""
-    from ..layer.arguments import MOST_PROCESSORS, check_kinds
+    from ..layer.arguments import MOST_PROCESSORS
 
     config = _config(args, num_ranks)
-    with blaming("the layer"):
-        check_kinds(config)
     if (args.processors or 1) > MOST_PROCESSORS:
         raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
     check_backend_flag(args.backend)

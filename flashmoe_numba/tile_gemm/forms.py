@@ -32,9 +32,10 @@ class Form(NamedTuple):
 def make_form(kind: ExpertKind, accumulator: np.dtype[Any]) -> Form:
     number = accumulator.type
     is_plain = kind.bound == "none" and kind.slope == 1 and kind.up_offset == 0
-    limits = [number(math.inf if limit is None else limit) for limit in (kind.gate_limit, kind.up_limit)]
+    gate_limit, up_limit = (math.inf if limit is None else limit for limit in (kind.gate_limit, kind.up_limit))
     shape = PLAIN if is_plain else _SHAPES.get(kind.bound, CLAMP)  # to infinity, which does nothing
-    return Form(kind.activation_idx, shape, *limits, slope=number(kind.slope), up_offset=number(kind.up_offset))
+    numbers = map(number, (gate_limit, up_limit, kind.slope, kind.up_offset))
+    return Form(kind.activation_idx, shape, *numbers)
 
 
 def linear_form(accumulator: np.dtype[Any]) -> Form:
@@ -50,7 +51,9 @@ def kind_of(form: Form, gated: bool) -> ExpertKind:
     bound = {shape: name for name, shape in _SHAPES.items()}[form.shape]
     assert gated and bound in BOUNDS
     limits = [None if math.isinf(limit) else float(limit) for limit in (form.gate_limit, form.up_limit)]
-    numbers = dict(gate_limit=limits[0], up_limit=limits[1], slope=float(form.slope), up_offset=float(form.up_offset))
+    numbers: dict[str, Any] = dict(
+        gate_limit=limits[0], up_limit=limits[1], slope=float(form.slope), up_offset=float(form.up_offset)
+    )
     return ExpertKind(activation=activation, gated=True, bound=bound, **numbers)
 
 

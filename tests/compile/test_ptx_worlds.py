@@ -11,6 +11,7 @@ import os
 import re
 import weakref
 from dataclasses import replace
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,10 +24,11 @@ if not importlib.util.find_spec("numba_cuda"):
 
 import ptx_same_bits
 import run_ptx_worlds
+from kinds import EXPERTS, ROUTERS
 from ptx_coverage import COLUMN, DIVISION, OTHER, report
 from ptx_runs import run_world
 from ptx_same_bits import CHECKS
-from ptx_worlds import WORLDS, make_world
+from ptx_worlds import WORLDS, Call, make_world
 from run_ptx_worlds import has_failed
 
 from flashmoe_numba.build.variants import Variant
@@ -36,6 +38,7 @@ from flashmoe_numba.ptx.linked import linked_ptx
 from flashmoe_numba.ptx.machine import Machine
 from flashmoe_numba.ptx.memory import Arena
 from flashmoe_numba.ptx.program import SOURCE, load
+from reference import MoEConfig
 
 pytestmark = pytest.mark.timeout(600)  # the first one compiles the machine, a minute or two
 
@@ -55,6 +58,20 @@ def test_equals_the_oracle(variant, number, folder):
     outcome = run_world(make_world(variant, number), text=linked_ptx(variant, folder))
     assert outcome.steps > 0
     assert variant.tensor_cores or outcome.poisoned_rows == 0, "only TMA reads rows that nobody wrote, beyond a packet"
+
+
+@pytest.mark.parametrize("variant", [LANES, TENSOR], ids=lambda variant: variant.name)
+def test_other_kinds_equal_the_oracle(variant, folder):
+    """Each kind of router and of experts, on one rank or two."""
+    unit = 8 if variant.tensor_cores else 5
+    sizes = dict(num_tokens=5, hidden=5 * unit, ffn=3 * unit, capacity=None, tile_m=16, tile_m_min=8, tile_n=128)
+    kinds = [(router, expert) for expert, router in zip(cycle(EXPERTS.values()), ROUTERS.values())]
+    for i, (router, expert) in enumerate(kind for kind in kinds if kind[0].choice != "given"):
+        sizes |= dict(num_ranks=1 + i % 2, num_experts=12 + router.num_always, num_topk=3 + router.num_always)
+        config = MoEConfig(**sizes, dtype=variant.dtype, router=router, expert=expert)
+        calls = (Call(counts=(5, 3)[: config.num_ranks], seed=i),)
+        world = replace(make_world(variant, 0), config=config, calls=calls, bias=True, num_processors=1)
+        assert run_world(world, text=linked_ptx(variant, folder)).steps > 0
 
 
 # ---- worlds are what they promise

@@ -28,6 +28,7 @@ from flashmoe_numba.device import (
     now,
     part_columns,
     pause,
+    scale_part,
     st_release,
     store,
     store_part,
@@ -182,7 +183,7 @@ def test_copy_row_moves_bits(dtype):
             assert target.tobytes() == expected.tobytes(), f"{name}, {num_elements} elements"
 
 
-def sum_two_rows(target, source, weights, working):
+def sum_two_rows(target, source, weights, scale, working):
     num_columns = source.size // 2
     width = part_columns(target, source, num_columns)
     for at in range(lane() * width, num_columns, lanes() * width):
@@ -190,6 +191,7 @@ def sum_two_rows(target, source, weights, working):
         sums = zero_sums(working, columns)
         for row in range(2):
             add_part(sums, columns, source, row * num_columns + at, weights[row])
+        scale_part(sums, columns, scale, at)
         store_part(target, at, sums, columns)
 
 
@@ -200,8 +202,8 @@ def test_parts_of_rows_are_summed_once(dtype, num_lanes):
     storage, accumulator = (np.uint16, np.float32) if dtype == "float16" else (np.float64, np.float64)
     source = np.random.default_rng(0).integers(-9, 10, 14).astype(dtype)
     weights, working = np.array([0.5, -3], accumulator), np.full(7, np.nan, accumulator)
-    target = np.full(8, 7, dtype)
-    arguments = target.view(storage), source.view(storage), weights, working
+    target, scale = np.full(8, 7, dtype), np.array([1, -2, 0, 0.5, 4, 1, 3], accumulator)
+    arguments = target.view(storage), source.view(storage), weights, scale, working
     if num_lanes == 1:
         compiled(sum_two_rows)(*arguments)
     else:
@@ -209,7 +211,7 @@ def test_parts_of_rows_are_summed_once(dtype, num_lanes):
         scheduler.add_block("test", sum_two_rows, arguments, num_lanes)
         scheduler.run()
     first, second = source.astype(np.float64).reshape(2, 7)
-    assert target.tolist() == [*(first / 2 - 3 * second), 7]
+    assert target.tolist() == [*((first / 2 - 3 * second) * scale), 7]
 
 
 def single_steps(words, got):
