@@ -61,7 +61,8 @@ def underflow(config: MoEConfig) -> float:
     """
     element, sums = smallest(config.numpy_dtype), smallest(config.accumulator)
     inner = config.ffn + config.shared_ffn
-    return element * (inner + 2 * config.num_topk + 2) + sums * 2 * config.hidden * inner
+    results = config.num_topk + (config.shared_ffn > 0)
+    return element * (inner + 2 * results) + sums * 2 * config.hidden * inner
 
 
 def smallest(dtype: np.dtype[Any]) -> float:

@@ -18,13 +18,14 @@ from test_tile_gemm import compiled
 
 from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.device.storage import as_storage
-from flashmoe_numba.tile_gemm import IDENTITY, IN_ORDER, Rooms, Rows, Scratch, pack_matrices
+from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, Rows, Scratch, linear_form, pack_matrices
 from flashmoe_numba.tile_gemm.arithmetic import ARITHMETICS, target_features
 from flashmoe_numba.tile_gemm.cpu import panel_width
 from flashmoe_numba.tile_gemm.micro_kernel import DEPTH_BLOCK, FUSED, MICRO_ROWS
 from reference import MoEConfig, element_dtype
 
 BFLOAT16 = element_dtype("bfloat16")
+LINEAR = linear_form(np.dtype(np.float32))
 INSTRUCTIONS = ("vdpbf16ps", "ldtilecfg", "tdpbf16ps", "tilerelease", "vldmxcsr", "vfmadd231ps")
 TEST_FOLDERS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
 TINY = 2.0**-126 - 2.0**-151  # what is below is below 2^-126, the least normal number, also when rounded to 24 bits
@@ -89,7 +90,7 @@ def sums_of(arithmetic, x, w, tile_n=128):
         array[:] = np.nan
     for n in range(-(-columns // tile_n)):
         rooms, rows_in = Rooms(sums, 0, words, IN_ORDER, words, 0), Rows(as_storage(x), 0, words, IN_ORDER)
-        compiled(rooms, rows_in, rows, matrices, 0, n, IDENTITY, scratch)
+        compiled(rooms, rows_in, rows, matrices, 0, n, LINEAR, scratch)
     backend.close()
     return sums.reshape(rows, columns)
 
@@ -212,7 +213,7 @@ def print_instructions():
         matrices = pack_matrices([np.zeros((1, 3, 5), BFLOAT16)], [None], 2, panel_width(np.float32), np.float32, form)
         elements, words, sums = np.zeros(1, np.int16), np.zeros(1, np.int64), np.zeros(1, np.float32)
         rows, rooms = Rows(elements, 0, words, IN_ORDER), Rooms(elements, 0, words, IN_ORDER, words, 0)
-        arguments = rooms, rows, 1, matrices, 0, 0, IDENTITY, Scratch(sums, sums)
+        arguments = rooms, rows, 1, matrices, 0, 0, LINEAR, Scratch(sums, sums)
         signature = tuple(map(typeof, arguments))
         compiled.compile(signature)
         code = compiled.inspect_asm(signature)
