@@ -261,7 +261,7 @@ class FlashMoE(Owned):
             TypeError, ValueError: before any rank starts.
             FlashMoEError: the call was given up (see the message); the layer is closed.
         """
-        self.require_maker()
+        self._raise_if_closed()
         parts = self._per_rank("x", x)
         names = [f"x[{i}]" for i in range(len(parts))] if self._in_process else ["x"]
         check = self._backend.check_tokens
