@@ -47,6 +47,8 @@ def lines(preset: str, config: MoEConfig, plan: Plan) -> Iterator[str]:
     yield _row("  segment", readable(plan.segment_total_bytes))
     yield _row("  weights", readable(plan.weight_bytes))
     yield _row("  between the two products", f"{readable(plan.hidden_bytes)}, {plan.hidden_rows:,} rows at most")
+    if plan.shared_bytes:
+        yield _row("  rows of the shared expert", readable(plan.shared_bytes))
     yield "all ranks"
     yield from (_row(f"  {name}", value) for name, value in memory(config, plan))
     yield _row("  packets with rows", f"{plan.num_packets:,}")
