@@ -89,8 +89,12 @@ def load_quietly(target: Target) -> None:
 
 
 def _begin() -> int:
-    """What a target prints goes to stderr: stdout is for results. Returns the process' number."""
+    """What a target prints goes to stderr: stdout is for results. Returns the process' number.
+
+    Ctrl-C is for the parent, which ends this process: a target that it ended would look like one that crashed.
+    """
     os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     return os.getpid()
 
 
