@@ -13,12 +13,11 @@ from flashmoe_numba import FlashMoE
 from flashmoe_numba.backends.fibers import FiberBackend
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.heap.threads import ThreadHeap
-from reference import ExpertKind, MoEConfig, RouterKind, Weights
+from reference import MoEConfig, Weights
 
 CONFIG = tiny_config(num_ranks=2, num_tokens=5, hidden=6, ffn=4)
 WEIGHTS = Weights.random(CONFIG, bias=True)
 X = random_tokens(CONFIG)
-LIMITED = ExpertKind(activation=CONFIG.activation, gated=True, bound="clamp", up_limit=2.0)
 IDX, FACTORS = random_routing(CONFIG, [5, 5])
 
 
@@ -109,8 +108,6 @@ def changed(**arrays):
         ({"deadline_s": np.bool_(True)}, TypeError, ["deadline_s", "number", "True"]),
         ({"backend": "fibers", "lanes": np.bool_(True)}, ValueError, ["lanes", "integer", "True"]),
         ({"config": 3}, TypeError, ["config", "MoEConfig", "int"]),
-        ({"config": replace(CONFIG, router=RouterKind(score="sigmoid"))}, ValueError, ["router", "softmax", "sigmoid"]),
-        ({"config": replace(CONFIG, expert=LIMITED)}, ValueError, ["expert", "activation", "up_limit=2.0"]),
         ({"backend": "fibers", "lames": 3}, TypeError, ["lames"]),
     ],
     ids=lambda value: None if isinstance(value, dict) else str(value),
