@@ -42,7 +42,7 @@ smoke: .venv/for-dev
 
 # PyTorch and transformers are some 1.5 GB, so they come only here; `make test` skips what needs them.
 conformance: .venv/for-conformance
-	.venv/bin/python -m pytest tests/pytorch
+	.venv/bin/python -m pytest tests/pytorch tests/conformance
 	.venv/bin/python experiments/40_model.py --smoke
 
 mutants: .venv/for-dev
