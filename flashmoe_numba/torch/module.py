@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -79,5 +80,5 @@ def _tensors(weights: Weights | Mapping[str, torch.Tensor]) -> dict[str, torch.T
     return {
         name: as_tensor(array if array.flags.writeable else array.copy())
         for name, array in arrays.items()
-        if name != "first_expert" and array is not None
+        if isinstance(array, np.ndarray)
     }
