@@ -19,6 +19,7 @@ from .processes.launch import is_first_rank
 
 COMMANDS = {
     "run": "run one layer on this machine, check it against the reference, and time it beside BLAS",
+    "models": "public models whose layers this computes: routers, experts, what each was tested with",
     "plan": "what a layer needs, without running it: bytes, packets, tiles, operations",
     "sim": "simulate schedules of a layer on hardware that need not be here: time, shares, causes",
     "explain": "where the time of one simulation goes, and what would make it shorter",

@@ -16,7 +16,7 @@ from .presets import load_preset, preset_names, read_preset
 from .routers import Routing, external_routing, route, softmax_topk
 from .routing_check import check_routing
 from .runs import RowRun, RowTile
-from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
+from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, SHARED0, SHARED1
 from .tiled_layer import TiledLayer
 from .tiles import Task, task_graph, tiles_n0, tiles_n1
 from .tolerance import max_rel_error, tolerance
@@ -32,6 +32,8 @@ __all__ = [
     "GEMM0",
     "GEMM1",
     "KIND_NAMES",
+    "SHARED0",
+    "SHARED1",
     "WORKLOAD_NAMES",
     "ExpertKind",
     "Layout",

@@ -64,17 +64,37 @@ def normalize(results: Array, weights: Weights, kind: ExpertKind) -> Array:
     return normalized
 
 
-def expert_ffn(x: Array, weights: Weights, expert_position: int, config: MoEConfig) -> Array:
+def expert_ffn(
+    x: Array, weights: Weights, expert_position: int, config: MoEConfig, kind: ExpertKind | None = None
+) -> Array:
     """The result `[rows, hidden]`, float64, of one expert for `x` `[rows, hidden]`.
 
     Args:
         expert_position: index into the experts present in `weights` (the global index minus `first_expert`).
+        kind: None: that of the config's experts.
     """
+    kind = kind or config.expert_kind
     with np.errstate(invalid="ignore", over="ignore"):
         ups = [overflowed(linear(x, *up, expert_position), config.accumulator) for up in weights.ups]
-        hidden = overflowed(activate(ups, config.expert_kind), config.numpy_dtype)
+        hidden = overflowed(activate(ups, kind), config.numpy_dtype)
         result = overflowed(linear(hidden, weights.down_proj, weights.down_bias, expert_position), config.numpy_dtype)
-        return normalize(result, weights, config.expert_kind)
+        return normalize(result, weights, kind)
+
+
+def shared_ffn(x: Array, weights: Weights, config: MoEConfig) -> Array:
+    """What the shared expert adds to `x` `[rows, hidden]`, float64: its result times its factor, if it has a gate.
+
+    A factor of 0 adds nothing, whatever the result.
+    """
+    assert weights.shared is not None, "the config has a shared expert"
+    result = expert_ffn(x, weights.shared, 0, config, config.shared_kind)
+    if weights.shared_gate_weight is None:
+        return result
+    with np.errstate(invalid="ignore", over="ignore"):
+        logits = linear(x, weights.shared_gate_weight[None, None], None, 0)
+        factor = sigmoid(overflowed(logits, config.accumulator))
+        added: Array = np.where(factor != 0, factor * result, 0)
+    return added
 
 
 def linear(

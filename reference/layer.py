@@ -6,6 +6,9 @@ lost all its pairs gets a row of zeros. So does a pair without a choice (index -
 expert makes of the token. Leaves out: ranks as processes, messages, tiles, rounding to the element type, of which only
 overflow is kept: logits are infinite beyond the accumulator's range (their tokens get NaN weights), hidden rows, expert
 results and y beyond the element type's.
+
+A choice of a zero-computation expert adds `weight * x[t]`, or nothing (`config.zero`); behind all choices the shared
+expert adds its part.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import numpy as np
 
 from .arrays import Array, check_array, check_floating, overflowed
 from .config import MoEConfig
-from .experts import expert_ffn
+from .experts import expert_ffn, shared_ffn
 from .packets import make_packets
 from .routers import Routing, exact_logits, external_routing, route_logits
 from .weights import Weights
@@ -40,7 +43,7 @@ def moe_layer(
         weights: all experts of the layer.
         topk_idx, topk_weights: `[..., num_topk]`, in the form of x: a routing to use instead of the router's own. A
             router with choice "given" takes topk_idx alone, and makes the weights.
-        logits: `[..., num_experts]`, in the form of x: instead of the router's own products, to be routed by its kind.
+        logits: `[..., num_choices]`, in the form of x: instead of the router's own products, to be routed by its kind.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
@@ -61,6 +64,10 @@ def moe_layer(
         ends = np.cumsum([len(pair) for pair in pairs])[:-1]
         for source, (pair, result) in enumerate(zip(pairs, np.split(results, ends), strict=True)):
             y[source][pair // config.num_topk] += expert_term(result, factors[source], config)  # a token at most once
+    for part, routing, result in zip(tokens, routings, y, strict=True):
+        _add_identities(result, part, routing, config)
+        if config.shared_ffn:
+            result += shared_ffn(part, weights, config)
     return _like(x, [overflowed(part, config.numpy_dtype) for part in y])
 
 
@@ -77,6 +84,16 @@ def expert_term(results: Array, factors: Array, config: MoEConfig) -> Array:
     with np.errstate(invalid="ignore"):  # 0 * inf
         term = results if config.router_kind.weight_input else factors * results
     return np.where(factors != 0, term, term.dtype.type(0))
+
+
+def _add_identities(y: Array, x: Array, routing: Routing, config: MoEConfig) -> None:
+    """What the choices of zero-computation experts add to the results of one source."""
+    if config.zero != "identity":
+        return
+    for idx, weights in zip(routing.topk_idx.T, routing.topk_weights.T, strict=True):
+        factor = np.where(idx >= config.num_experts, weights, 0).astype(np.float64)[:, None]
+        with np.errstate(invalid="ignore"):  # 0 * inf
+            y += np.where(factor != 0, factor * x.astype(np.float64), 0)
 
 
 def sources(x: PerRank, config: MoEConfig) -> list[Array]:
@@ -140,7 +157,7 @@ def _checked_logits(logits: PerRank, tokens: list[Array], config: MoEConfig) -> 
     parts = _per_source("logits", logits, len(tokens))
     for source, (part, rows) in enumerate(zip(parts, tokens, strict=True)):
         name = f"logits[{source}]"
-        check_floating(name, check_array(name, part, (len(rows), config.num_experts)))
+        check_floating(name, check_array(name, part, (len(rows), config.num_choices)))
     return parts
 
 

@@ -41,8 +41,8 @@ class RouterKind:
         num_topk_groups: best groups, which a token chooses from.
         group_score: of a group, by the values that the choice is made on: their max (deepseek_v2), or the sum of their
             two best, top2_sum (deepseek_v3).
-        group_fill: the value that experts of other groups get: lowest, which is below all (deepseek_v3), or zero (axk2,
-            mistral4).
+        group_fill: the value that experts of other groups get: lowest, which is below all (deepseek_v3), or zero, which
+            biased scores may be below (axk2). Of softmax without a bias none is.
         num_always: the last so many experts are chosen by every token, after the others, and their scores are in the
             norm; no selection bias and no group is theirs (inkling's shared experts).
         renormalize: divide the chosen scores by their norm (mixtral).

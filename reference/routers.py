@@ -25,7 +25,8 @@ class Routing:
     """Experts of each token, best first, and the factors of their results.
 
     Args:
-        topk_idx: `[num_tokens, num_topk]` int32, global expert indices; -1: no choice (only from outside).
+        topk_idx: `[num_tokens, num_topk]` int32, global expert indices; from `num_experts` on zero-computation experts;
+            -1: no choice (only from outside).
         topk_weights: `[num_tokens, num_topk]` floating; that of no choice is 0.
     """
 
@@ -34,7 +35,7 @@ class Routing:
 
 
 def softmax_topk(logits: Array, num_topk: int, renormalize: bool) -> Routing:
-    """The k best experts of each row of `logits` `[num_tokens, num_experts]` by softmax, in the dtype of `logits`.
+    """The k best experts of each row of `logits` `[num_tokens, num_choices]` by softmax, in the dtype of `logits`.
 
     Weights are the softmax probabilities p, or with `renormalize` p / (sum of the k chosen p). The choice is made on
     logits: the same order as that of p, but without the ties that underflow would make.
@@ -48,7 +49,7 @@ def softmax_topk(logits: Array, num_topk: int, renormalize: bool) -> Routing:
 def choose(
     logits: Array, kind: RouterKind, num_topk: int, weights: Weights | None = None, topk_idx: Array | None = None
 ) -> Routing:
-    """The routing by `logits` `[num_tokens, num_experts]`, as they come from the matrix, computed in their dtype.
+    """The routing by `logits` `[num_tokens, num_choices]`, as they come from the matrix, computed in their dtype.
 
     A row without a largest finite logit is as in `softmax_topk`, whatever the kind.
 
@@ -68,7 +69,7 @@ def choose(
 
 
 def prepared_scores(logits: Array, kind: RouterKind, weights: Weights | None) -> tuple[Array, Array]:
-    """Logits z with bias, scale and cap, and scores of them, `[num_tokens, num_experts]` both."""
+    """Logits z with bias, scale and cap, and scores of them, `[num_tokens, num_choices]` both."""
     z = logits
     if kind.logit_bias:
         assert weights is not None and weights.router_bias is not None
@@ -81,7 +82,7 @@ def prepared_scores(logits: Array, kind: RouterKind, weights: Weights | None) ->
 
 
 def _scores(z: Array, kind: RouterKind) -> Array:
-    """`[num_tokens, num_experts]`: the score of each expert; of sparsemixer, where it depends on the choice, logits."""
+    """`[num_tokens, num_choices]`: the score of each expert; of sparsemixer, where it depends on the choice, logits."""
     with np.errstate(over="ignore", under="ignore"):  # a difference of -inf is a probability of 0
         if kind.score == "sigmoid":
             return sigmoid(z)
@@ -96,7 +97,7 @@ def _scores(z: Array, kind: RouterKind) -> Array:
 
 
 def choice_values(z: Array, scores: Array, kind: RouterKind, weights: Weights | None) -> Array:
-    """`[num_tokens, num_experts - num_always]`: what the choice is made on, before groups are left out."""
+    """`[num_tokens, num_choices - num_always]`: what the choice is made on, before groups are left out."""
     values = z if kind.choice == "logits" else scores
     values = values[:, : values.shape[1] - kind.num_always]
     if kind.selection_bias:
@@ -184,7 +185,7 @@ def route(x: Array, router: Array | Weights, config: MoEConfig, topk_idx: Array 
     largest logit is has NaN weights (`softmax_topk`).
 
     Args:
-        router: the matrix `[num_experts, hidden]`, or weights, for a kind that asks for biases or scales.
+        router: the matrix `[num_choices, hidden]`, or weights, for a kind that asks for biases or scales.
         topk_idx: as `external_routing` returns them, for a kind with choice "given".
     """
     weights = router if isinstance(router, Weights) else None
@@ -194,13 +195,13 @@ def route(x: Array, router: Array | Weights, config: MoEConfig, topk_idx: Array 
 def route_logits(
     logits: Array, config: MoEConfig, weights: Weights | None = None, topk_idx: Array | None = None
 ) -> Routing:
-    """`route`, from `logits` `[num_tokens, num_experts]`."""
+    """`route`, from `logits` `[num_tokens, num_choices]`."""
     logits = overflowed(logits.astype(np.float64), config.accumulator)
     return choose(logits, config.router_kind, config.num_topk, weights, topk_idx)
 
 
 def exact_logits(x: Array, router: Array | Weights) -> Array:
-    """`[num_tokens, num_experts]` in float64, without bias."""
+    """`[num_tokens, num_choices]` in float64, without bias."""
     matrix = router.router if isinstance(router, Weights) else router
     with np.errstate(invalid="ignore", over="ignore"):
         logits: Array = x.astype(np.float64) @ matrix.astype(np.float64).T
@@ -211,8 +212,9 @@ def external_routing(topk_idx: Array, topk_weights: Array, config: MoEConfig, nu
     """A checked copy of a routing made elsewhere.
 
     Args:
-        topk_idx: `[num_tokens, num_topk]`, any integer dtype, experts distinct in each row. -1 and `num_experts`, which
-            frameworks pad with, are no choice, as often as you like: no slot, nothing sent, nothing added.
+        topk_idx: `[num_tokens, num_topk]`, any integer dtype, experts distinct in each row. -1 and `num_choices`, which
+            frameworks pad with, are no choice, as often as you like: no slot, nothing sent, nothing added. (With
+            zero-computation experts `num_experts` is the first of these.)
         topk_weights: `[num_tokens, num_topk]`, any floating dtype; used as they are, not normalised. That of no choice
             is not looked at.
 
@@ -226,10 +228,11 @@ def external_routing(topk_idx: Array, topk_weights: Array, config: MoEConfig, nu
     if check_array("topk_idx", topk_idx, shape).dtype.kind not in "iu":
         raise TypeError(f"topk_idx must have an integer dtype, got {topk_idx.dtype}")
     check_floating("topk_weights", check_array("topk_weights", topk_weights, shape))
-    outside = (topk_idx.min(axis=1) < -1) | (topk_idx.max(axis=1) > config.num_experts)
-    rule = f"values must be in [0, num_experts={config.num_experts}), or -1 or {config.num_experts} for no choice"
+    end, name = config.num_choices, "num_choices" if config.num_zero else "num_experts"
+    outside = (topk_idx.min(axis=1) < -1) | (topk_idx.max(axis=1) > end)
+    rule = f"values must be in [0, {name}={end}), or -1 or {end} for no choice"
     _raise_at(outside, topk_idx, rule)
-    chosen = (topk_idx >= 0) & (topk_idx < config.num_experts)
+    chosen = (topk_idx >= 0) & (topk_idx < end)
     idx, weights = np.full(shape, -1, np.int32), np.zeros(shape, config.accumulator)
     idx[chosen], weights[chosen] = topk_idx[chosen], topk_weights[chosen]
     _raise_at(has_repeats(idx), topk_idx, "the experts of a token must be distinct")

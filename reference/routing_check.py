@@ -52,10 +52,10 @@ def check_routing(routing: Routing, x: Array, router: Array | Weights, config: M
     with np.errstate(over="ignore"):
         checked = np.isfinite(bound.astype(config.accumulator))
     least = -1 if kind.choice == "given" else 0
-    legal = (idx >= least).all(axis=1) & (idx < config.num_experts).all(axis=1) & ~has_repeats(idx)
+    legal = (idx >= least).all(axis=1) & (idx < config.num_choices).all(axis=1) & ~has_repeats(idx)
     if not legal.all():
         row = int((~legal).argmax())
-        return f"token {row}: experts {idx[row].tolist()} must be distinct and in [0, {config.num_experts})"
+        return f"token {row}: experts {idx[row].tolist()} must be distinct and in [0, {config.num_choices})"
     tokens = np.flatnonzero(checked)
     u = config.format.sums.unit_roundoff
     slack = GROWTH * u * config.hidden**0.5 * bound[tokens, None]

@@ -30,10 +30,10 @@ def tolerance(config: MoEConfig) -> float:
     """Bound on `max_rel_error` of a layer that sums in `config.accumulator` and rounds to `config.dtype`.
 
     The walk of the two matrix products and that of the roundings to the element type are independent, so their
-    squares add: `GROWTH * sqrt(u_sum^2 (hidden + ffn + 8^2) + 3 u_element^2)`.
+    squares add: `GROWTH * sqrt(u_sum^2 (hidden + ffn + 8^2) + 3 u_element^2)`, of the widest expert.
     """
     u_sum, u_element = config.format.sums.unit_roundoff, config.format.unit_roundoff
-    sums = u_sum**2 * (config.hidden + config.ffn + ELEMENTWISE_ULPS**2)
+    sums = u_sum**2 * (config.hidden + max(config.ffn, config.shared_ffn) + ELEMENTWISE_ULPS**2)
     return float(GROWTH * np.sqrt(sums + ELEMENT_ROUNDINGS * u_element**2))
 
 

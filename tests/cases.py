@@ -59,19 +59,19 @@ def random_tokens(config, counts=None, seed=0):
 def random_routing(config, counts, seed=0, bias=0.0):
     """(topk_idx, topk_weights) of each rank. `bias` 0 spreads tokens evenly, 50 sends all to the same experts."""
     rng = np.random.default_rng(seed)
-    favour = bias * rng.standard_normal(config.num_experts)
-    orders = [np.argsort(rng.standard_normal((count, config.num_experts)) + favour, axis=1) for count in counts]
+    favour = bias * rng.standard_normal(config.num_choices)
+    orders = [np.argsort(rng.standard_normal((count, config.num_choices)) + favour, axis=1) for count in counts]
     idx = [order[:, : config.num_topk].astype(np.int64) for order in orders]
     return idx, [rng.uniform(0.1, 1, part.shape) for part in idx]
 
 
 def with_no_choices(config, routing, seed=0):
-    """The same, but some pairs are no choice, as frameworks pad (-1 or num_experts, NaN), and some factors are 0."""
+    """The same, but some pairs are no choice, as frameworks pad (-1 or num_choices, NaN), and some factors are 0."""
     rng, parts = np.random.default_rng(seed), []
     for idx, factors in zip(*routing, strict=True):
         kind = rng.integers(8, size=idx.shape)
         none = [kind == 0, kind == 1]
-        padded = np.select(none, [-1, config.num_experts], idx)
+        padded = np.select(none, [-1, config.num_choices], idx)
         parts.append((padded, np.select([*none, kind == 2], [np.nan, 7, 0], factors)))
     return [idx for idx, _ in parts], [factors for _, factors in parts]
 
@@ -110,7 +110,7 @@ def assert_equals_oracle(y, x, weights, config, routings, external=False, relati
     scale = moe_layer(
         [np.abs(part) for part in x],
         _absolute(weights),
-        replace(config, activation="identity", expert=_absolute_kind(config.expert)),
+        _absolute_config(config),
         topk_idx,
         [np.abs(part) for part in topk_weights],
     )
@@ -139,20 +139,28 @@ def assert_close_to_oracle(y, x, weights, config, routings):
 
 
 def _absolute(weights):
-    arrays = {field.name: getattr(weights, field.name) for field in fields(weights) if field.name != "first_expert"}
-    return replace(weights, **{name: np.abs(array) for name, array in arrays.items() if array is not None})
+    arrays = {field.name: getattr(weights, field.name) for field in fields(weights)}
+    return replace(weights, **{name: np.abs(a) for name, a in arrays.items() if isinstance(a, np.ndarray)})
 
 
-def _absolute_kind(kind):
-    """A kind whose results, on absolute values, none of this one are larger than."""
-    if kind is None:
-        return None
-    return ExpertKind(activation="identity", gated=kind.gated, up_offset=abs(kind.up_offset))
+def _absolute_config(config):
+    """A layer whose results, on absolute values, none of this one are larger than."""
+    kind, shared = (
+        ExpertKind(
+            activation="relu2" if kind.activation == "relu2" else "identity",
+            gated=kind.gated,
+            up_offset=abs(kind.up_offset),
+            slope=kind.slope if kind.activation == "relu2" else 1.0,
+        )
+        for kind in (config.expert_kind, config.shared_kind)
+    )
+    return replace(config, gated=kind.gated, activation=kind.activation, expert=kind, shared_expert=shared)
 
 
 def _underflow(config):
     """What roundings near zero may add: one subnormal step per term of the down projection, and one per result."""
-    return float(np.float64(finfo(config.numpy_dtype).smallest_subnormal)) * (config.ffn + 2 * config.num_topk)
+    terms = config.ffn + 2 * config.num_topk + config.shared_ffn + 2
+    return float(np.float64(finfo(config.numpy_dtype).smallest_subnormal)) * terms
 
 
 def finfo(dtype):
@@ -190,7 +198,7 @@ class Regions:
         for source, (part, packet) in enumerate(zip(x, packets, strict=True)):
             for expert in range(c.num_experts):
                 self._check_packet(source, expert, self._rows_sent(part, routings[source]), packet, epoch)
-            self._check_combine(source, y[source], routings[source], packet)
+            self._check_combine(source, part, y[source], routings[source], packet)
 
     def check_signal(self, words, i, value):
         """At the moment of a release, on poisoned regions: the rows that the word tells of are all there."""
@@ -238,19 +246,25 @@ class Regions:
             return rows
         return (rows.astype(self.config.accumulator) * routing.topk_weights.reshape(-1, 1)).astype(x.dtype)
 
-    def _check_combine(self, source, y, routing, packet):
-        """y is the sum of the results in the accumulator's type in the order of j, rounded once."""
-        c, results = self.config, self.rows(source, 1)
+    def _check_combine(self, source, x, y, routing, packet):
+        """y is the sum of the results in the accumulator's type in the order of j, then the shared one, rounded."""
+        c, results, tokens = self.config, self.rows(source, 1), self.layer._ranks[source].tokens
+        shared, x = (part.view(c.numpy_dtype).reshape(-1, c.hidden) for part in (tokens.shared_results, x))
         for token, (experts, factors) in enumerate(zip(routing.topk_idx, routing.topk_weights, strict=True)):
             total = np.zeros(c.hidden, c.accumulator)
+            terms = []
             for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
                 if packet.slot[token, j] >= 0:
-                    row = results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]
-                    if c.router_kind.weight_input:
-                        factor = factor != 0
-                    row = np.where((factor != 0) | np.isfinite(row), row, 0)  # 0 times a finite row changes no bit
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        total += c.accumulator.type(factor) * row.astype(c.accumulator)
+                    factor = factor / factor if c.router_kind.weight_input and factor != 0 else factor
+                    terms.append((factor, results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]))
+                elif expert >= c.num_experts and c.zero == "identity":
+                    terms.append((factor, x[token]))
+            if c.shared_ffn:
+                terms.append((tokens.shared_factors[token], shared[token]))
+            for factor, row in terms:
+                row = np.where((factor != 0) | np.isfinite(row), row, 0)  # 0 times a finite row changes no bit
+                with np.errstate(over="ignore", invalid="ignore"):
+                    total += factor * row.astype(c.accumulator)
             with np.errstate(over="ignore", invalid="ignore"):
                 expected = total.astype(c.numpy_dtype)
             equal = (bits(y[token]) == bits(expected)) | (np.isnan(y[token]) & np.isnan(expected))

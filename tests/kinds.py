@@ -43,7 +43,7 @@ def divisors(number):
 
 
 @st.composite
-def router_kinds(draw, num_experts, num_topk, choices=("logits", "score")):
+def router_kinds(draw, num_experts, num_topk, choices=("logits", "score"), num_zero=0):
     """Any kind that a layer of these sizes may have."""
     fields = dict(
         score=draw(st.sampled_from(["softmax", "sigmoid", "sqrt_softplus", "sparsemixer"])),
@@ -59,7 +59,7 @@ def router_kinds(draw, num_experts, num_topk, choices=("logits", "score")):
     fields["score"] = fields["score"].replace("sparsemixer", "softmax")
     choice = draw(st.sampled_from(choices))
     if choice != "given":
-        fields |= draw(_choosing(num_experts, num_topk))
+        fields |= draw(_choosing(num_experts + num_zero, num_topk, with_always=num_zero == 0))
     if draw(st.booleans()):
         fields |= dict(
             renormalize=True,
@@ -71,10 +71,10 @@ def router_kinds(draw, num_experts, num_topk, choices=("logits", "score")):
 
 
 @st.composite
-def _choosing(draw, num_experts, num_topk):
+def _choosing(draw, num_choices, num_topk, with_always):
     """Fields of a router that chooses by groups and biases."""
-    num_always = draw(st.integers(0, num_topk if num_topk < num_experts else 0))
-    chosen_from, chosen = num_experts - num_always, num_topk - num_always
+    num_always = draw(st.integers(0, num_topk if with_always and num_topk < num_choices else 0))
+    chosen_from, chosen = num_choices - num_always, num_topk - num_always
     num_groups = draw(st.sampled_from(divisors(chosen_from)))
     size = chosen_from // num_groups
     return dict(

@@ -35,6 +35,20 @@ class LayerCalls:
 
 
 @st.composite
+def extras(draw, num_experts):
+    """Fields of a shared expert and of zero-computation experts, in most layers neither, and a num_topk that fits."""
+    num_zero, width = draw(st.sampled_from([0, 0, 0, 1, 3])), draw(st.sampled_from([0, 0, 1, 5, 12]))
+    choices = num_experts + num_zero
+    return dict(
+        num_topk=draw(st.sampled_from(sorted({1, min(2, choices), min(3, choices), choices}))),
+        shared_ffn=width,
+        shared_gate=width > 0 and draw(st.booleans()),
+        num_zero=num_zero,
+        zero=draw(st.sampled_from(["identity", "identity", "none"])),
+    )
+
+
+@st.composite
 def configs(
     draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("float16", "bfloat16"), kinds=False, **fixed
 ):
@@ -49,7 +63,7 @@ def configs(
         hidden=draw(st.sampled_from([1, 5, 8, 13])),
         ffn=draw(st.sampled_from([1, 4, 7, 11])),
         num_experts=num_experts,
-        num_topk=draw(st.sampled_from(sorted({1, min(2, num_experts), min(3, num_experts), num_experts}))),
+        **draw(extras(num_experts)),
         gated=draw(st.booleans()),
         activation=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from(dtypes)),
@@ -62,7 +76,8 @@ def configs(
     )
     if kinds:
         choices = draw(st.sampled_from([("logits",), ("score",), ("score",), ("given",)]))
-        router, expert = draw(router_kinds(num_experts, sizes["num_topk"], choices)), draw(expert_kinds())
+        router = draw(router_kinds(num_experts, sizes["num_topk"], choices, num_zero=sizes["num_zero"]))
+        expert = draw(expert_kinds())
         sizes |= dict(router=router, renormalize=router.renormalize)
         sizes |= dict(expert=expert, gated=expert.gated, activation=expert.activation)
     return MoEConfig(**(sizes | fixed))
@@ -135,7 +150,7 @@ def check_given(config, given, routings):
     """The layer says that it used what was given."""
     for rank, used in enumerate(routings):
         idx = given["topk_idx"][rank]
-        chosen = (idx >= 0) & (idx < config.num_experts)
+        chosen = (idx >= 0) & (idx < config.num_choices)
         np.testing.assert_array_equal(used.topk_idx, np.where(chosen, idx, -1))
         if "topk_weights" in given:
             factors = np.where(chosen, given["topk_weights"][rank], 0).astype(config.accumulator)
@@ -145,13 +160,16 @@ def check_given(config, given, routings):
 def check_stats(layer, x, routings, epoch):
     """The counters agree with a plain count."""
     config, stats = layer.config, layer.stats
-    chosen = [np.bincount(r.topk_idx[r.topk_idx >= 0], minlength=config.num_experts) for r in routings]
+    counts = [np.bincount(r.topk_idx[r.topk_idx >= 0], minlength=config.num_choices) for r in routings]
+    chosen = [count[: config.num_experts] for count in counts]
     sent = np.array([np.minimum(count, config.slots) for count in chosen])
     per_owner = sent.sum(axis=0).reshape(config.num_ranks, -1).sum(axis=1)
     for rank, s in enumerate(stats):
         got = (s.epoch, s.num_tokens, s.sent_rows, s.dropped_pairs, s.received_rows)
         expected = (epoch, len(x[rank]), sent[rank].sum(), (chosen[rank] - sent[rank]).sum(), per_owner[rank])
         assert got == expected, f"{config}, rank {rank}: {s}"
+        shared_tiles = -(-len(x[rank]) // config.tile_m) if config.shared_ffn else 0
+        assert (s.zero_choices, s.shared_tiles) == (counts[rank][config.num_experts :].sum(), shared_tiles), f"{s}"
         assert (s.nonfinite_tokens, s.nonfinite_rows) == (0, 0), f"{config}, rank {rank}: {s}"
         assert s.row_tiles == sum(map(len, layer.row_tiles[rank])), f"{config}, rank {rank}: {s}"
         for expert, tiles in enumerate(layer.row_tiles[rank], rank * config.num_experts_per_rank):

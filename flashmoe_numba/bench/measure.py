@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from reference import MoEConfig, Routing, Weights, Workload, make_workload
 
+from ..checkpoints import load
 from ..heap.rank import Stats
 from ..layer.layer import FlashMoE
 from ..processes.cores import default_processors
@@ -32,6 +33,7 @@ class Settings:
     """What to run.
 
     Args:
+        checkpoint: folder of a published model, whose layer of index `layer` has the weights; None: they are random.
         workload: a name for `make_workload`.
         num_tokens: of each rank; None: `config.num_tokens`, or what a recorded workload has.
         backend: "cpu", "cuda" or "fibers".
@@ -42,6 +44,8 @@ class Settings:
     """
 
     config: MoEConfig
+    checkpoint: str | None
+    layer: int
     workload: str
     num_tokens: int | None
     backend: str
@@ -90,11 +94,21 @@ def measure(settings: Settings, world: Any, show: bool = False) -> Measurement:
     """
     config = settings.config
     ranks = range(config.num_ranks) if world.comm is None else range(world.rank_idx, world.rank_idx + 1)
-    weights = Weights.random(config, settings.seed, experts=experts_of(ranks, config))
+    weights = make_weights(settings, ranks)
     workload = make_workload(settings.workload, config, settings.num_tokens, settings.seed, ranks)
     threads = ThreadpoolController()
     with make_layer(settings, weights, world.comm) as layer, threads.limit(limits=num_blas_threads(settings)):
         return _measure(layer, workload, weights, settings, world, show)
+
+
+def make_weights(settings: Settings, ranks: range) -> Weights:
+    """The weights of all ranks, or of one."""
+    config = settings.config
+    if settings.checkpoint is None:
+        return Weights.random(config, settings.seed, experts=experts_of(ranks, config))
+    own: dict[str, Any] = dict(num_ranks=config.num_ranks, num_tokens=config.num_tokens, dtype=config.dtype)
+    rank_idx = None if len(ranks) == config.num_ranks else ranks.start
+    return load(settings.checkpoint, settings.layer, rank_idx=rank_idx, **own)[1]
 
 
 def make_layer(settings: Settings, weights: Weights, comm: Any) -> FlashMoE:

@@ -38,6 +38,8 @@ def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdi
         "processors": parts[0].processors,
         "packing": settings.packing,
         "config": asdict(settings.config),
+        "checkpoint": settings.checkpoint,
+        "layer": settings.layer if settings.checkpoint else None,
         "workload": settings.workload,
         "seed": settings.seed,
         "iterations": settings.iterations,

@@ -13,7 +13,7 @@ from reference import MoEConfig, Plan, make_plan
 
 from ..errors import UsageError
 from ..processes import launch, shared_memory
-from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, give
+from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, give, layer_name
 
 MOST_PACKETS = 2**24  # a minute to count, and each takes some ten bytes
 
@@ -31,8 +31,8 @@ def main(args: argparse.Namespace) -> int:
         rule = f"--ranks x --experts, the packets, must be at most {MOST_PACKETS:,}"
         raise UsageError(f"{rule}, got {config.num_ranks:,} x {config.num_experts:,}")
     plan = make_plan(config)
-    value = {"preset": args.preset, "config": asdict(config), **asdict(plan)}
-    give(args.json, lines(args.preset, config, plan), value)
+    value = {"preset": layer_name(args), "config": asdict(config), **asdict(plan)}
+    give(args.json, lines(layer_name(args), config, plan), value)
     return 0
 
 

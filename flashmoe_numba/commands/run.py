@@ -20,12 +20,15 @@ from ..processes import launch
 from ..processes.mpi_environment import unless_left_over
 from ..processes.shared_memory import Shortage
 from .sizes import (
+    MODEL_TOKENS,
     add_json_argument,
     add_size_arguments,
+    blaming,
     check_backend_flag,
     check_memory,
     check_outputs,
     config_from,
+    given_fields,
     in_flags,
     integer,
 )
@@ -38,7 +41,8 @@ MOST_DEADLINE_S = 86400.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `flashmoe run`."""
-    add_size_arguments(parser)
+    add_source = add_size_arguments(parser)
+    add_source("--checkpoint", metavar="DIR", help="folder of a published model: run its --layer, with its weights")
     add = parser.add_argument
     recorded = "or a recording: *.npz, *.safetensors"
     add("--workload", default="text", metavar="NAME", help=f"text, uniform, zipf:S, hot, {recorded} [text]")
@@ -123,7 +127,9 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     """The config, if nothing is wrong that can be known before a rank starts."""
     from ..layer.arguments import MOST_PROCESSORS
 
-    config = config_from(args, num_ranks=num_ranks)
+    config = _config(args, num_ranks)
+    if config.router_kind.choice == "given":
+        raise UsageError("the layer: router must choose its experts, got choice 'given': they come from token ids")
     if (args.processors or 1) > MOST_PROCESSORS:
         raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
     check_backend_flag(args.backend)
@@ -132,6 +138,17 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise UsageError(f"argument --workload: {in_flags(str(error))}") from None
     return config
+
+
+def _config(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
+    """Of the checkpoint's layer, if there is one: everything that can be wrong with it is found out here."""
+    if args.checkpoint is None:
+        return config_from(args, num_ranks=num_ranks)
+    from ..checkpoints import Checkpoint
+
+    with blaming("argument --checkpoint"), Checkpoint(args.checkpoint) as checkpoint:
+        fields = {"num_tokens": MODEL_TOKENS, **given_fields(args, num_ranks=num_ranks)}
+        return checkpoint.config(args.layer, **fields)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -186,6 +203,8 @@ def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRan
 
     settings = Settings(
         config=config,
+        checkpoint=args.checkpoint,
+        layer=args.layer,
         workload=args.workload,
         num_tokens=_num_tokens(args),
         backend=args.backend,

@@ -35,6 +35,9 @@ class HostMemory(Owned):
     def store(self, target: Array, values: Array) -> None:
         target[...] = values
 
+    def aim(self, matrices: Any, rows: Array) -> None:
+        """Nothing: the kernel is told of rows when it multiplies them."""
+
     def check_tokens(self, name: str, x: Any, config: MoEConfig) -> Array:
         """One rank's tokens, as `adopt` wants them: the same array if it is contiguous and writable, else a copy.
 

@@ -60,6 +60,9 @@ class Memory(Protocol):
                 not told in advance.
         """
 
+    def aim(self, matrices: Any, rows: Array) -> None:
+        """In the call that began, these weights, which `pack` returned, multiply rows that lie here."""
+
     def check_tokens(self, name: str, x: Any, config: MoEConfig) -> Any:
         """One rank's tokens, as `adopt` wants them. Errors call them `name`.
 

@@ -46,7 +46,7 @@ def result_norm(config: MoEConfig, weights: Weights, memory: Memory) -> ResultNo
 
 def num_values(config: MoEConfig) -> int:
     """Elements of `Tokens.values`."""
-    return config.num_tokens * (config.num_experts + config.router_kind.num_groups) if has_values(config) else 0
+    return config.num_tokens * (config.num_choices + config.router_kind.num_groups) if has_values(config) else 0
 
 
 def has_values(config: MoEConfig) -> bool:

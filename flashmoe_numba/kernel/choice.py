@@ -28,15 +28,15 @@ def best_of(values, at, number):
 @jit
 def values_place(p, rule, token):
     """Where a token's values begin in `tokens.values`."""
-    return token * (p.num_experts + rule.num_groups)
+    return token * (p.num_choices + rule.num_groups)
 
 
 @jit
 def make_values(p, rule, tokens, token, highest, total):
     """What the choice is made on, where it is not the logits."""
     at = values_place(p, rule, token)
-    for e in range(p.num_experts - rule.num_always):
-        value = tokens.logits[token * p.num_experts + e]
+    for e in range(p.num_choices - rule.num_always):
+        value = tokens.logits[token * p.num_choices + e]
         if rule.choice == BY_SCORE:
             value = score_of(rule, value, highest, total)
         if rule.selection_bias.size > 0:
@@ -49,7 +49,7 @@ def make_values(p, rule, tokens, token, highest, total):
 @jit
 def close_groups(p, rule, values, at):
     """Leave values to the best groups only: experts of others get what `group_fill` says."""
-    size, scores_at = (p.num_experts - rule.num_always) // rule.num_groups, at + p.num_experts
+    size, scores_at = (p.num_choices - rule.num_always) // rule.num_groups, at + p.num_choices
     for g in range(rule.num_groups):
         values[scores_at + g] = group_score(rule, values, at + g * size, size)
     for _ in range(rule.num_topk_groups):

@@ -32,22 +32,22 @@ def compute_logits(p, tokens, experts, scratch, first, rows):
     words = tokens.tiles_left  # some words: nothing has a place of its own here
     rows_in = Rows(tokens.x, first, words, IN_ORDER)
     rows_out = Rooms(tokens.logits, first, words, IN_ORDER, words, 0)
-    for n in range((p.num_experts + p.tile_experts - 1) // p.tile_experts):
+    for n in range((p.num_choices + p.tile_experts - 1) // p.tile_experts):
         tile_gemm(rows_out, rows_in, rows, experts.router, 0, n, experts.linear, scratch)
 
 
 @jit
 def route_token(p, tokens, rule, token):
     """A row with a NaN, or whose largest logit is infinite, spoils its own result only: its weights are NaN."""
-    at = token * p.num_experts
-    highest = largest(tokens.logits, at, p.num_experts)
+    at = token * p.num_choices
+    highest = largest(tokens.logits, at, p.num_choices)
     if not math.isfinite(highest):
         spoil(p, tokens, rule, token)
         return
     if rule.logit_bias.size > 0 or rule.logit_scale != 1 or rule.logit_cap > 0:
         adjust_logits(p, rule, tokens.logits, at)
-        highest = largest(tokens.logits, at, p.num_experts)
-    total = sum_exponentials(tokens.logits, at, p.num_experts, highest) if rule.score == SOFTMAX else highest
+        highest = largest(tokens.logits, at, p.num_choices)
+    total = sum_exponentials(tokens.logits, at, p.num_choices, highest) if rule.score == SOFTMAX else highest
     if rule.has_values:
         make_values(p, rule, tokens, token, highest, total)
         choose(p, tokens, rule, token, tokens.values, values_place(p, rule, token), highest, total)
@@ -75,9 +75,9 @@ def choose(p, tokens, rule, token, values, at, highest, total):
             tokens.topk_idx[pair] = next_expert(p, rule, values, at, j)
         e = tokens.topk_idx[pair]
         if e >= 0:
-            logit = tokens.logits[token * p.num_experts + e]
+            logit = tokens.logits[token * p.num_choices + e]
             if rule.score == SPARSEMIXER:
-                score = sparsemixer_score(rule, values, at, p.num_experts, logit)
+                score = sparsemixer_score(rule, values, at, p.num_choices, logit)
             else:
                 score = score_of(rule, logit, highest, total)
             tokens.topk_weights[pair] = score
@@ -91,8 +91,8 @@ def choose(p, tokens, rule, token, values, at, highest, total):
 def next_expert(p, rule, values, at, j):
     """Of choice j: the last `num_always` choices are the last experts."""
     if j >= p.num_topk - rule.num_always:
-        return p.num_experts - p.num_topk + j
-    return best_of(values, at, p.num_experts - rule.num_always)
+        return p.num_choices - p.num_topk + j
+    return best_of(values, at, p.num_choices - rule.num_always)
 
 
 @jit
@@ -115,4 +115,4 @@ def norm_of(rule, weights, first, end):
     if rule.norm_order != 1:
         norm = norm ** (rule.one / rule.norm_order)
     norm += rule.norm_eps
-    return max(norm, rule.norm_min)
+    return norm if not norm < rule.norm_min else rule.norm_min

@@ -38,9 +38,9 @@ class RouterRule(NamedTuple):
     norm_eps: Any
     norm_min: Any
     scale: Any
-    logit_bias: np.ndarray  # [num_experts], or empty
-    selection_bias: np.ndarray  # [num_experts - num_always]
-    expert_scale: np.ndarray  # [num_experts]
+    logit_bias: np.ndarray  # [num_choices], or empty
+    selection_bias: np.ndarray  # [num_choices - num_always]
+    expert_scale: np.ndarray  # [num_choices]
 
 
 class ResultNorm(NamedTuple):

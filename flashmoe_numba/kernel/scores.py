@@ -23,7 +23,7 @@ def largest(logits, at, number):
 @jit
 def adjust_logits(p, rule, logits, at):
     """Bias, scale and cap, in place."""
-    for e in range(p.num_experts):
+    for e in range(p.num_choices):
         logit = logits[at + e]
         if rule.logit_bias.size > 0:
             logit += rule.logit_bias[e]

@@ -16,7 +16,7 @@ class Given(NamedTuple):
     Args:
         routing: a whole one, which the router has no part in.
         topk_idx: `[num_tokens, num_topk]`, -1 for no choice: for a router with choice "given".
-        logits: `[num_tokens, num_experts]` in the accumulator's type, for the router.
+        logits: `[num_tokens, num_choices]` in the accumulator's type, for the router.
     """
 
     routing: Routing | None = None
@@ -55,6 +55,6 @@ def check_given(config: MoEConfig, num_tokens: int, topk_idx: Any, topk_weights:
         idx = external_routing(topk_idx, none, config, num_tokens).topk_idx
     if logits is None:
         return Given(topk_idx=idx)
-    check_floating("logits", check_array("logits", logits, (num_tokens, config.num_experts)))
+    check_floating("logits", check_array("logits", logits, (num_tokens, config.num_choices)))
     with np.errstate(over="ignore"):  # as the kernel's own products overflow
         return Given(topk_idx=idx, logits=np.ascontiguousarray(logits, config.accumulator))

@@ -190,11 +190,12 @@ class FlashMoE(Owned):
                 `[num_tokens_of_rank, hidden]` per rank. Up to `config.num_tokens` tokens per rank, 0 included.
                 Element type `config.dtype`. An array that is not contiguous is copied. With backend "cuda" arrays on
                 the GPU: CuPy's, PyTorch's, Numba's; bfloat16 may come as int16 bit patterns.
-            topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices. -1 and
-                `config.num_experts` are no choice, as often as you like: nothing is sent or added; `routing` has -1.
+            topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices, of
+                zero-computation experts from `config.num_experts` on. -1 and `config.num_choices` are no choice, as
+                often as you like: nothing is sent or added; `routing` has -1.
             topk_weights: their factors, used as they are; those of no choice are not looked at. A router with choice
                 "given" makes them itself where topk_idx comes alone.
-            logits: `[..., num_experts]` for each token, floating, in place of the router's products, which a bias is
+            logits: `[..., num_choices]` for each token, floating, in place of the router's products, which a bias is
                 yet to be added to: for models whose router is no matrix, or has another input. On GPUs, too, they and
                 a routing are NumPy's.
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from ..arrays import Array
 from ..scalars import check_one_of
-from . import gelu, relu, silu
+from . import gelu, gelu_tanh, relu, relu2, silu
 
-FILES: dict[str, ModuleType] = {"relu": relu, "gelu": gelu, "silu": silu}
+FILES: dict[str, ModuleType] = {"relu": relu, "gelu": gelu, "silu": silu, "relu2": relu2, "gelu_tanh": gelu_tanh}
 ACTIVATIONS = ("identity", *FILES)  # kernels know them by their index
 MOST_ULPS = 7.0
 

@@ -2,9 +2,8 @@
 
 A file says in which words a model's config has the layer's sizes (`[sizes]`), how its router chooses (`[router]`), what
 an expert computes (`[experts]`), what every token goes through besides (`[shared]`), and what tensors are called in a
-block's own state (`[state]`) and in a published checkpoint (`[disk]`). A value is a constant, or a text that begins
-with $: names of the model's config, of which the first that is there counts, with a literal at the end for where none
-is: "$moe_intermediate_size|intermediate_size", "$norm_topk_prob|true".
+block's own state (`[state]`) and in a published checkpoint (`[disk]`). `values` says how a value is taken from a
+model's config, `layer_config` makes a `MoEConfig` of them.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..scalars import check_one_of
+from .values import section_values
 
-SECTIONS = ("sizes", "router", "experts", "shared", "state", "disk")
+SECTIONS = ("sizes", "router", "experts", "shared", "state", "disk", "tested")
+_TEXTS = ("block", "outside", "quirks")
 _FOLDER = Path(__file__).parent
 
 
@@ -29,29 +30,32 @@ class Family:
         name: of the file.
         model_type: in a model's config.json.
         block: module and class in `transformers.models`, or empty.
+        outside: what a block of the family does that is not of the layer, or empty.
+        quirks: what surprises in the public block, or empty.
         sections: each of SECTIONS as it is in the file; {} where the file has none.
     """
 
     name: str
     model_type: str
     block: str
+    outside: str
+    quirks: str
     sections: Mapping[str, Mapping[str, Any]]
 
-    def section(self, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A section with its values taken from a model's config (the dictionary in config.json).
+    def section(self, name: str, model: Mapping[str, Any], layer: int = 0) -> dict[str, Any]:
+        """A section with its values for one layer of a model, whose config is the dictionary in config.json.
 
         Raises:
-            ValueError: the config has none of the names of a value without a literal; names them.
+            ValueError: the config has none of the names of a value without a literal, names them; or such a model is
+                refused, says why.
         """
-        found = {}
-        for key, value in self.sections[name].items():
-            try:
-                found[key] = resolve(value, config)
-            except KeyError as error:
-                raise ValueError(
-                    f"config of model_type {self.model_type!r} must have {error.args[0]} ({name}.{key})"
-                ) from None
-        return found
+        try:
+            return section_values(self.sections[name], model, layer)
+        except KeyError as error:
+            names, key = error.args
+            raise ValueError(f"config of model_type {self.model_type!r} must have {names} ({name}.{key})") from None
+        except ValueError as error:
+            raise ValueError(f"family {self.name!r}: {error}") from None
 
 
 def family_names() -> list[str]:
@@ -85,25 +89,8 @@ def _family(name: str, table: Mapping[str, Any]) -> Family:
     if not isinstance(table.get("model_type"), str):
         raise ValueError(f"family {name!r} must have a model_type, got {table.get('model_type')!r}")
     sections = {section: table.get(section, {}) for section in SECTIONS}
-    unknown = sorted(set(table) - set(SECTIONS) - {"model_type", "block", "quirks"})
+    unknown = sorted(set(table) - set(SECTIONS) - {"model_type", *_TEXTS})
     if unknown:
         raise ValueError(f"family {name!r} has unknown keys {', '.join(unknown)}; sections are {', '.join(SECTIONS)}")
-    return Family(name=name, model_type=table["model_type"], block=table.get("block", ""), sections=sections)
-
-
-def resolve(value: Any, config: Mapping[str, Any]) -> Any:
-    """A value of a family's file for this config.
-
-    Raises:
-        KeyError: the config has none of the names, and there is no literal; its argument names them.
-    """
-    if not (isinstance(value, str) and value.startswith("$")):
-        return value
-    *names, last = value[1:].split("|")
-    for name in [*names, last]:
-        if config.get(name) is not None:
-            return config[name]
-    try:
-        return tomllib.loads(f"value = {last}")["value"]
-    except tomllib.TOMLDecodeError:
-        raise KeyError(" or ".join([*names, last])) from None
+    texts = {key: table.get(key, "") for key in _TEXTS}
+    return Family(name=name, model_type=table["model_type"], **texts, sections=sections)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from cases import (
     random_tokens,
     tiny_config,
 )
+from published import make_folder
 
 from flashmoe_numba import FlashMoE
+from flashmoe_numba.checkpoints import load
 from reference import Routing, Weights
 
 pytestmark = pytest.mark.mpi
@@ -175,3 +178,18 @@ def test_kill_9_in_a_call_ends_every_rank(moment, tmp_path):
     status, err, errors = run("lost", 3, tmp_path, moment, "SIGKILL")
     assert status != 0 and not errors, f"{errors}\n{err}"
     assert (tmp_path / "victim").exists(), f"it ended before the call\n{err}"
+
+
+def test_ranks_that_each_read_their_own_experts_of_a_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    make_folder(folder, "mixtral")
+    status, err, errors = run("checkpoint", 4, tmp_path)
+    assert status == 0 and not errors, f"{errors}\n{err}"
+    saved = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(4)]
+    config, weights = load(folder, 3, num_tokens=28)
+    x = np.concatenate(random_tokens(replace(config, num_ranks=4, num_tokens=7)))
+    with FlashMoE(config, weights, num_processors=2) as layer:
+        y = layer(x[None])[0]
+    assert_same_bits(np.concatenate([part["y"] for part in saved]), y, "4 ranks and 1")
+    experts = weights.num_bytes - weights.router.nbytes
+    assert [part["bytes_read"] for part in saved] == [experts // 4 + weights.router.nbytes] * 4

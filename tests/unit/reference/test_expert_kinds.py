@@ -75,7 +75,7 @@ def test_results_go_through_the_norm_before_their_weights():
     rows = expert_ffn(x, replace(weights, result_scale=None), 2, plain) * weights.result_scale
     expected = [[v / math.sqrt(sum(w * w for w in row) / 9 + 1e-5) for v in row] for row in rows.tolist()]
     np.testing.assert_allclose(expert_ffn(x, weights, 2, config), expected, rtol=1e-13)
-    with pytest.raises(ValueError, match="result_scale is missing, but config's kind of expert asks for it"):
+    with pytest.raises(ValueError, match="result_scale is missing, but config's kind of experts asks for it"):
         moe_layer(x, replace(weights, result_scale=None), config)
 
 

@@ -226,7 +226,7 @@ def test_weights_have_what_the_kind_asks_for_and_nothing_else():
     config, _, weights = make_case(KINDS["biased and scaled"])
     with pytest.raises(ValueError, match="router_bias is missing, but config's kind of router asks for it"):
         replace(weights, router_bias=None).check(config)
-    with pytest.raises(ValueError, match="expert_scale is given, but config's kind of router has none"):
+    with pytest.raises(ValueError, match="expert_scale is given, but config's kinds of router and experts do not"):
         weights.check(make_config(RouterKind(logit_bias=True)))
     with pytest.raises(ValueError, match="router_bias must be finite, got inf"):
         replace(weights, router_bias=np.full(12, np.inf)).check(config)
