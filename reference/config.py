@@ -137,8 +137,6 @@ class MoEConfig:
         self.router_kind.check_sizes(self.num_choices, self.num_topk)
         if self.num_zero and self.router_kind.num_always:
             raise ValueError(f"num_zero must be 0 for a router with num_always, got {self.num_zero}")
-        if self.num_zero and self.expert_kind.norm_eps is not None:  # a sum is scaled as a whole (kernel/combine.py)
-            raise ValueError(f"num_zero must be 0 for experts with norm_eps, got {self.num_zero}")
         if self.shared_expert is not None and self.shared_expert.gated != self.expert_kind.gated:
             raise ValueError(f"shared_expert must be gated as the others, {self.expert_kind.gated}, or not as they")
         if self.shared_ffn and self.shared_kind.norm_eps is not None:

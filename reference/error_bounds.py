@@ -43,7 +43,9 @@ def _absolute_kind(kind: ExpertKind | None) -> ExpertKind | None:
     """A kind whose results, on absolute values, none of this one are larger than."""
     if kind is None:
         return None
-    return ExpertKind(activation=_at_least(kind.activation), gated=kind.gated, up_offset=abs(kind.up_offset))
+    activation = _at_least(kind.activation)
+    slope = kind.slope if activation == "relu2" else 1.0  # that is not homogeneous of degree 1
+    return ExpertKind(activation=activation, gated=kind.gated, up_offset=abs(kind.up_offset), slope=slope)
 
 
 def absolute(weights: Weights) -> Weights:

@@ -233,7 +233,7 @@ class Regions:
             terms = []
             for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
                 if packet.slot[token, j] >= 0:
-                    factor = c.accumulator.type(factor != 0 if c.router_kind.weight_input else factor)
+                    factor = factor / factor if c.router_kind.weight_input and factor != 0 else factor
                     terms.append((factor, results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]))
                 elif expert >= c.num_experts and c.zero == "identity":
                     terms.append((factor, x[token]))
@@ -242,7 +242,7 @@ class Regions:
             for factor, row in terms:
                 row = np.where((factor != 0) | np.isfinite(row), row, 0)  # 0 times a finite row changes no bit
                 with np.errstate(over="ignore", invalid="ignore"):
-                    total += c.accumulator.type(factor) * row.astype(c.accumulator)
+                    total += factor * row.astype(c.accumulator)
             with np.errstate(over="ignore", invalid="ignore"):
                 expected = total.astype(c.numpy_dtype)
             equal = (bits(y[token]) == bits(expected)) | (np.isnan(y[token]) & np.isnan(expected))

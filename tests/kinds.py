@@ -43,8 +43,8 @@ def divisors(number):
 
 
 @st.composite
-def router_kinds(draw, num_choices, num_topk, choices=("logits", "score"), num_zero=0):
-    """Any kind that a layer of these sizes may have; `num_zero` of the choices are zero-computation experts."""
+def router_kinds(draw, num_experts, num_topk, choices=("logits", "score"), num_zero=0):
+    """Any kind that a layer of these sizes may have."""
     fields = dict(
         score=draw(st.sampled_from(["softmax", "sigmoid", "sqrt_softplus", "sparsemixer"])),
         logit_bias=draw(st.booleans()),
@@ -59,7 +59,7 @@ def router_kinds(draw, num_choices, num_topk, choices=("logits", "score"), num_z
     fields["score"] = fields["score"].replace("sparsemixer", "softmax")
     choice = draw(st.sampled_from(choices))
     if choice != "given":
-        fields |= draw(_choosing(num_choices, num_topk, num_zero))
+        fields |= draw(_choosing(num_experts + num_zero, num_topk, with_always=num_zero == 0))
     if draw(st.booleans()):
         fields |= dict(
             renormalize=True,
@@ -71,9 +71,9 @@ def router_kinds(draw, num_choices, num_topk, choices=("logits", "score"), num_z
 
 
 @st.composite
-def _choosing(draw, num_choices, num_topk, num_zero):
+def _choosing(draw, num_choices, num_topk, with_always):
     """Fields of a router that chooses by groups and biases."""
-    num_always = draw(st.integers(0, num_topk if num_topk < num_choices and not num_zero else 0))
+    num_always = draw(st.integers(0, num_topk if with_always and num_topk < num_choices else 0))
     chosen_from, chosen = num_choices - num_always, num_topk - num_always
     num_groups = draw(st.sampled_from(divisors(chosen_from)))
     size = chosen_from // num_groups

@@ -76,8 +76,8 @@ def configs(
     )
     if kinds:
         choices = draw(st.sampled_from([("logits",), ("score",), ("score",), ("given",)]))
-        num_zero, expert = sizes["num_zero"], draw(expert_kinds())
-        router = draw(router_kinds(num_experts + num_zero, sizes["num_topk"], choices, num_zero))
+        router = draw(router_kinds(num_experts, sizes["num_topk"], choices, num_zero=sizes["num_zero"]))
+        expert = draw(expert_kinds())
         sizes |= dict(router=router, renormalize=router.renormalize)
         sizes |= dict(expert=expert, gated=expert.gated, activation=expert.activation)
     return MoEConfig(**(sizes | fixed))

@@ -131,6 +131,8 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     from ..layer.arguments import MOST_PROCESSORS
 
     config = _config(args, num_ranks)
+    if config.router_kind.choice == "given":
+        raise UsageError("the layer: router must choose its experts, got choice 'given': they come from token ids")
     if (args.processors or 1) > MOST_PROCESSORS:
         raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
     check_backend_flag(args.backend)

@@ -1,4 +1,4 @@
-"""Named tuples as words of memory: an integer is a word, any other number the bits of a float64, an array its address
+"""Named tuples as words of memory: a number is a word, of a float32 its bits in the lower half; an array is its address
 and its number of elements, and the fields of a tuple lie one after the other.
 """
 
@@ -17,7 +17,7 @@ def record_words(record: Any, address_of: Callable[[Any], int]) -> list[int]:
     if isinstance(record, (int, np.integer)):
         return [int(record)]
     if isinstance(record, (float, np.floating)):
-        return [int(np.float64(record).view(np.int64))]
+        return [int(np.array(record).view(f"i{np.array(record).itemsize}"))]
     return [address_of(record), record.size]
 
 
@@ -30,7 +30,8 @@ def read_record(words: np.ndarray, at: int, like: Any, memory_view: Callable[[in
         if isinstance(like, (int, np.integer)):
             return next(rest)
         if isinstance(like, (float, np.floating)):
-            return type(like)(np.int64(next(rest)).view(np.float64))
+            dtype = np.array(like).dtype
+            return np.array(next(rest), f"i{dtype.itemsize}").view(dtype)[()]
         return memory_view(next(rest), next(rest), like.dtype)
 
     rest = iter(words[int(at) :].tolist())

@@ -48,7 +48,7 @@ def combine(p, tokens, segments, norm, scratch, token_block):
     y, result, working = tokens.y, segments.result, scratch.sums
     first = token_block * p.token_block
     rows = min(p.token_block, p.num_tokens - first)
-    factors, scale = topk_weights, norm.scale
+    factors, scale, has_norm = topk_weights, norm.scale, norm.scale.size > 0
     if tokens.factors.size > 0:
         factors = tokens.factors
         make_factors(p, tokens, result, norm, block_at, first * num_topk, rows * num_topk)
@@ -68,10 +68,14 @@ def combine(p, tokens, segments, norm, scratch, token_block):
                 slot = bases[block_at + e] + place[pair]
                 if slot < slots:
                     add_part(sums, columns, result, (e * slots + slot) * hidden + column, factors[pair])
-            elif weight != 0 and adds_input:
+            elif weight != 0 and adds_input and not has_norm:
                 add_part(sums, columns, x, token * hidden + column, weight)
-        if scale.size > 0:
+        if has_norm:
             scale_part(sums, columns, scale, column)
+        if has_norm and adds_input:  # what is no result has no scale
+            for pair in range(token * num_topk, (token + 1) * num_topk):
+                if topk_weights[pair] != 0 and topk_idx[pair] >= num_experts:
+                    add_part(sums, columns, x, token * hidden + column, topk_weights[pair])
         if shares and shared_factors[token] != 0:
             add_part(sums, columns, shared_results, token * hidden + column, shared_factors[token])
         store_part(y, token * hidden + column, sums, columns)

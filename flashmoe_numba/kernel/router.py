@@ -116,4 +116,4 @@ def norm_of(rule, weights, first, end):
     if rule.norm_order != 1:
         norm = norm ** (rule.one / rule.norm_order)
     norm += rule.norm_eps
-    return max(norm, rule.norm_min)
+    return norm if not norm < rule.norm_min else rule.norm_min

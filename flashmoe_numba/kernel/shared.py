@@ -55,27 +55,11 @@ def shared0(p, tokens, experts, queue, scratch, task):
     first = task.m * p.tile_m
     rows = min(p.tile_m, p.num_tokens - first)
     a = rows_from(tokens, tokens.x, first)
-    tile_gemm(
-        rooms_from(tokens, tokens.shared_hidden, first),
-        a,
-        rows,
-        experts.shared_up,
-        0,
-        task.n,
-        experts.shared_form,
-        scratch,
-    )
+    out = rooms_from(tokens, tokens.shared_hidden, first)
+    tile_gemm(out, a, rows, experts.shared_up, 0, task.n, experts.shared_form, scratch)
     if p.shared_gate and task.n == 0:
-        tile_gemm(
-            rooms_from(tokens, tokens.shared_factors, first),
-            a,
-            rows,
-            experts.shared_gate,
-            0,
-            0,
-            experts.linear,
-            scratch,
-        )
+        out = rooms_from(tokens, tokens.shared_factors, first)
+        tile_gemm(out, a, rows, experts.shared_gate, 0, 0, experts.linear, scratch)
         block_sync()
         for token in range(first + lane(), first + rows, lanes()):
             tokens.shared_factors[token] = sigmoid(tokens.shared_factors[token])

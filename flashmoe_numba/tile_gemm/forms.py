@@ -62,12 +62,13 @@ def kind_of(form: Form, gated: bool) -> ExpertKind:
 
 def at_most(x, limit):
     """min(x, limit); NaN stays."""
-    return min(x, limit)
+    return x if not x > limit else limit
 
 
 def within(x, limit):
     """x in [-limit, limit]; NaN stays."""
-    return -limit if x < -limit else (min(x, limit))
+    below = x if not x > limit else limit
+    return below if not below < -limit else -limit
 
 
 def soft_capped(x, limit):

@@ -75,7 +75,7 @@ def test_a_wrong_config_is_refused(tmp_path, capsys, text, message):
         assert "argument --model-config: " in error and message in error
 
 
-def test_a_router_that_kernels_do_not_know_is_refused(tmp_path, capsys):
+def test_a_router_with_sigmoid_scores_and_a_bias_is_run(tmp_path, capsys):
     folder = make_folder(tmp_path / "c", "minimax_m2")
-    assert cli.main(["run", "--checkpoint", str(folder), "--layer", "3"]) == 2
-    assert "router must be softmax over logits" in capsys.readouterr().err
+    assert cli.main(["run", "--checkpoint", str(folder), "--layer", "3", "--backend", "fibers", "--tokens", "5"]) == 0
+    assert "passed" in capsys.readouterr().out

@@ -89,6 +89,22 @@ def test_ties_and_bad_rows_are_those_of_the_reference(name, backend):
     assert (np.isfinite(y[0]).all(axis=1) == ~bad).all()
 
 
+@pytest.mark.parametrize("backend", [{}, FIBERS])
+@pytest.mark.parametrize("fill", ["lowest", "zero"])
+def test_experts_of_closed_groups_are_below_all_or_zero(fill, backend):
+    """Biases below every score: what is filled with zero is chosen before what is open."""
+    kind = replace(V3, num_topk_groups=1, group_fill=fill)
+    config = make_config(kind, dtype="float64", num_ranks=1)
+    x = random_tokens(config)
+    weights = replace(Weights.random(config, seed=4), selection_bias=np.linspace(-2.5, -2, 12))
+    logits = np.random.default_rng(0).standard_normal((7, 12))
+    _, (routing,) = call(config, weights, x, {"logits": [logits]}, **backend)
+    expected = choose(logits, kind, config.num_topk, weights)
+    np.testing.assert_array_equal(routing.topk_idx, expected.topk_idx)
+    other = choose(logits, replace(kind, group_fill="zero" if fill == "lowest" else "lowest"), config.num_topk, weights)
+    assert (other.topk_idx != expected.topk_idx).any(axis=1).all()
+
+
 @pytest.mark.parametrize("sizes", [dict(num_topk=12), dict(num_experts=1, num_topk=1, num_ranks=1)])
 def test_all_experts_and_one_expert(sizes):
     kind = replace(V3, num_groups=1, num_topk_groups=1, group_score="max")

@@ -155,8 +155,8 @@ class Product:
             ]
             expected = activate(sums, self.kind)
             sizes[-1] += abs(self.kind.up_offset)
-            # An activation magnifies an error by less than 1.2, relu2 by twice its argument, a bound none; each factor
-            # of a gated product brings its own.
+            # An activation magnifies an error by less than 1.2, relu2 by twice its argument, a bound by no more; each
+            # factor has its own.
             steps = np.sqrt(x.shape[1] + ELEMENTWISE_ULPS**2)
             if self.activation == "relu2":
                 sizes[0] = 2 * sizes[0] ** 2
