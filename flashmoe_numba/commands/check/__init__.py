@@ -30,11 +30,11 @@ from ...errors import UsageError
 from ..sizes import add_json_argument, check_outputs, integer, make_folder, write_json
 from ..spread import progress
 from .inputs import MOST_COLUMNS, Kind, draw_case, make_inputs
-from .properties import PROPERTIES, Property
+from .properties import PROPERTIES, Finding, Property
 from .report import as_json, failures, headline, summary, table
 from .saved import Saved
 from .search import Result, look
-from .subject import Subject
+from .subject import Subject, TimeLimit
 from .target import Target, TargetError
 
 NAMES = tuple(each.name for each in PROPERTIES)
@@ -135,11 +135,16 @@ def _check_folder(folder: Path) -> None:
 
 def _look_at_all(results: Sequence[Result], kind: Kind, subject: Subject, args: argparse.Namespace) -> bool:
     """Was it interrupted?"""
+    case = draw_case(stream(args.seed), kind)
+    first = make_inputs(case, kind)
     try:
-        first = make_inputs(draw_case(stream(args.seed), kind), kind)
         subject.warm_up(first.weights, first.call())
         for result in progress(results, len(results), "properties"):
             look(result, kind, subject.run, args.examples, args.seed)
+    except TimeLimit as error:
+        wrong = f"{error}, to the first call of all: a target that compiles for so long needs a larger --limit-s"
+        for result in results:
+            result.case, result.worst = result.asked.sizes(case), Finding(math.inf, 0, wrong, hung=True)
     except KeyboardInterrupt:
         return True
     return False

@@ -49,9 +49,17 @@ class Subject:
         self._ask(WARM_UP * self._limit_s, load_quietly, self._target)
 
     def warm_up(self, weights: Weights, call: Call) -> None:
-        """Make a first call, which may compile. Whether it is right or fails, the properties will say."""
-        with suppress(TargetError):
+        """Make a first call, which may compile. Whether it is right or fails, the properties will say.
+
+        Raises:
+            TimeLimit: no answer. What was compiled till then is lost, so that every other call would end like it.
+        """
+        try:
             self._ask(WARM_UP * self._limit_s, answers, self._target, weights, [call])
+        except TimeLimit:
+            raise
+        except TargetError:
+            return
 
     def run(self, weights: Weights, calls: Sequence[Call]) -> list[Answer]:
         """Make a layer, and these calls of it.

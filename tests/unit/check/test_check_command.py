@@ -119,6 +119,18 @@ def test_torch_is_asked_for_before_anything_is_loaded(capsys, monkeypatch):
     assert "argument --torch: needs PyTorch" in capsys.readouterr().err
 
 
+def test_no_answer_to_a_first_call_fails_all_at_once(capsys, monkeypatch, tmp_path):
+    def hang(*_):
+        raise TimeLimit("no answer within 300 s")
+
+    monkeypatch.setattr(Subject, "warm_up", hang)
+    monkeypatch.setattr(check, "look", lambda *_: pytest.fail("it would only take longer"))
+    assert run("layer", "--only", "oracle,no-tokens", "--save", str(tmp_path)) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert "oracle and 1 more fail: no answer within 300 s, to the first call of all: a target that" in "\n".join(out)
+    assert out[-1] == "of 2 properties 0 hold, 2 fail"
+
+
 def test_ctrl_c_leaves_what_is_known(capsys, monkeypatch, tmp_path):
     def look(result, kind, run, examples, seed):
         if result.asked.name == "one-token":
