@@ -240,9 +240,9 @@ class FlashMoE(Owned):
             x: with `comm`, `[num_tokens, hidden]`; else `[num_ranks, num_tokens, hidden]`, or one array
                 `[num_tokens_of_rank, hidden]` per rank. Up to `config.num_tokens` tokens per rank, 0 included.
                 Element type `config.dtype`. An array that is not contiguous is copied. With backend "cuda" arrays on
-                        the GPU: CuPy's, PyTorch's, Numba's; bfloat16 may come as int16 bit patterns. With the others
+                the GPU: CuPy's, PyTorch's, Numba's; bfloat16 may come as int16 bit patterns. With the others
                 PyTorch's tensors are read where they are, and y is a tensor.
-                    topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices, of
+            topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices, of
                 zero-computation experts from `config.num_experts` on. -1 and `config.num_choices` are no choice, as
                 often as you like: nothing is sent or added; `routing` has -1.
             topk_weights: their factors, used as they are; those of no choice are not looked at. A router with choice
