@@ -32,9 +32,10 @@ class Form(NamedTuple):
 def make_form(kind: ExpertKind, accumulator: np.dtype[Any]) -> Form:
     number = accumulator.type
     is_plain = kind.bound == "none" and kind.slope == 1 and kind.up_offset == 0
-    limits = [number(math.inf if limit is None else limit) for limit in (kind.gate_limit, kind.up_limit)]
+    gate_limit, up_limit = (math.inf if limit is None else limit for limit in (kind.gate_limit, kind.up_limit))
     shape = PLAIN if is_plain else _SHAPES.get(kind.bound, CLAMP)  # to infinity, which does nothing
-    return Form(kind.activation_idx, shape, *limits, slope=number(kind.slope), up_offset=number(kind.up_offset))
+    numbers = map(number, (gate_limit, up_limit, kind.slope, kind.up_offset))
+    return Form(kind.activation_idx, shape, *numbers)
 
 
 def linear_form(accumulator: np.dtype[Any]) -> Form:
@@ -49,9 +50,16 @@ def kind_of(form: Form, gated: bool) -> ExpertKind:
         return ExpertKind(activation=activation, gated=gated)
     bound = {shape: name for name, shape in _SHAPES.items()}[form.shape]
     assert gated and bound in BOUNDS
-    limits = [None if math.isinf(limit) else float(limit) for limit in (form.gate_limit, form.up_limit)]
-    numbers = dict(gate_limit=limits[0], up_limit=limits[1], slope=float(form.slope), up_offset=float(form.up_offset))
-    return ExpertKind(activation=activation, gated=True, bound=bound, **numbers)
+    gate_limit, up_limit = (None if math.isinf(limit) else float(limit) for limit in (form.gate_limit, form.up_limit))
+    return ExpertKind(
+        activation=activation,
+        gated=True,
+        bound=bound,
+        gate_limit=gate_limit,
+        up_limit=up_limit,
+        slope=float(form.slope),
+        up_offset=float(form.up_offset),
+    )
 
 
 # Of one number, for any target: whoever compiles them puts them through `jit`.
@@ -66,15 +74,3 @@ def within(x, limit):
     """x in [-limit, limit]; NaN stays."""
     below = x if not x > limit else limit
     return below if not below < -limit else -limit
-
-
-def soft_capped(x, limit):
-    return limit * math.tanh(x / limit)
-
-
-def soft_capped_silu(gate, limit, slope):
-    """silu whose factor is capped, and whose sigmoid is not."""
-    one = slope / slope  # a literal would make float64 of a float32
-    power = math.exp(-abs(slope * gate))  # it cannot overflow
-    half = limit * math.tanh(gate / limit) / (one + power)
-    return half if gate >= 0 else half * power
