@@ -112,8 +112,8 @@ def finish_weights(p, tokens, rule, token):
 def norm_of(rule, weights, first, end):
     norm = rule.one - rule.one
     for pair in range(first, end):
-        norm += weights[pair] if rule.norm_order == 1 else weights[pair] ** rule.norm_order
+        norm += weights[pair] if rule.norm_order == 1 else weights[pair] * weights[pair]
     if rule.norm_order != 1:
-        norm = norm ** (rule.one / rule.norm_order)
+        norm = math.sqrt(norm)
     norm += rule.norm_eps
     return norm if not norm < rule.norm_min else rule.norm_min

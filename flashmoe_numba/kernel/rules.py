@@ -29,12 +29,12 @@ class RouterRule(NamedTuple):
     num_topk_groups: int
     num_always: int
     renormalize: bool
+    norm_order: int  # 1 or 2
     has_values: bool  # is the choice made on other numbers than the logits?
     one: Any  # 1: a literal would make float64 of a float32
     logit_scale: Any
     logit_cap: Any  # 0: none
     jitter: Any
-    norm_order: Any
     norm_eps: Any
     norm_min: Any
     scale: Any

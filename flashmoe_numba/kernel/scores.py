@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
-from flashmoe_numba.device import jit
+from flashmoe_numba.device import formulas, jit
 
 from .rules import SOFTMAX, SQRT_SOFTPLUS
+
+sigmoid, softplus, soft_capped = jit(formulas.sigmoid), jit(formulas.softplus), jit(formulas.soft_capped)
 
 
 @jit
@@ -29,7 +31,7 @@ def adjust_logits(p, rule, logits, at):
             logit += rule.logit_bias[e]
         logit *= rule.logit_scale
         if rule.logit_cap > 0:
-            logit = rule.logit_cap * math.tanh(logit / rule.logit_cap)
+            logit = soft_capped(logit, rule.logit_cap)
         logits[at + e] = logit
 
 
@@ -51,10 +53,9 @@ def score_of(rule, logit, highest, total):
     """
     if rule.score == SOFTMAX:
         return math.exp(logit - highest) / total
-    power = math.exp(-abs(logit))  # it cannot overflow
     if rule.score == SQRT_SOFTPLUS:
-        return math.sqrt(max(logit, highest - highest) + math.log1p(power))
-    return (rule.one if logit >= 0 else power) / (rule.one + power)  # sigmoid
+        return math.sqrt(softplus(logit, rule.one))
+    return sigmoid(logit, rule.one)
 
 
 @jit

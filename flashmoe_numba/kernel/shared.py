@@ -10,9 +10,7 @@ as there are processors without one, and all others behind the dispatches: proce
 
 from __future__ import annotations
 
-import math
-
-from flashmoe_numba.device import block_sync, jit, lane, lanes
+from flashmoe_numba.device import block_sync, formulas, jit, lane, lanes
 from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, Rows, tile_gemm
 from reference.task_kinds import SHARED0, SHARED1
 
@@ -20,6 +18,8 @@ from .combine import need
 from .gemms import finished_last
 from .queue import QueueTask, fill, reserve
 from .sizes import down_tiles, num_gate_tasks, shared_row_tiles, shared_up_tiles
+
+sigmoid = jit(formulas.sigmoid)
 
 
 @jit
@@ -62,7 +62,7 @@ def shared0(p, tokens, experts, queue, scratch, task):
         tile_gemm(out, a, rows, experts.shared_gate, 0, 0, experts.linear, scratch)
         block_sync()
         for token in range(first + lane(), first + rows, lanes()):
-            tokens.shared_factors[token] = sigmoid(tokens.shared_factors[token])
+            tokens.shared_factors[token] = sigmoid(tokens.shared_factors[token], experts.rule.one)
     block_sync()
     if lane() == 0 and finished_last(tokens.shared_up_done, task.m, shared_up_tiles(p)):
         place = reserve(p, queue, down_tiles(p))
@@ -103,11 +103,3 @@ def rows_from(tokens, array, first):
 def rooms_from(tokens, array, first):
     """The same for results."""
     return Rooms(array, first, tokens.tiles_left, IN_ORDER, tokens.tiles_left, 0)
-
-
-@jit
-def sigmoid(logit):
-    """1 / (1 + exp(-logit)), by an exponential that does not overflow, all in the logit's type."""
-    small = math.exp(-abs(logit))
-    one = math.exp(small - small)  # a literal would make it float64
-    return one / (one + small) if logit >= 0 else small / (one + small)

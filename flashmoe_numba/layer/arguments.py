@@ -58,6 +58,9 @@ class LayerSettings:
         if not isinstance(self.weights, Weights):
             raise TypeError(f"weights must be Weights, got {type(self.weights).__name__}")
         self.weights.check(self.config)
+        if self.config.router_kind.norm_order not in (1, 2):
+            rule = "config.router must have norm_order 1 or 2: kernels have no powers"
+            raise ValueError(f"{rule}, got {self.config.router_kind.norm_order}")
         if self.backend is not None:
             check_backend(self.backend, self.backend_settings)
         self._arithmetic()

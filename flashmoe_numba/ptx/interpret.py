@@ -229,6 +229,8 @@ def run_thread(S, thread, most):
             put(r, target, np.float32(f32(r, ia) / f32(r, ib)))
         elif what == op.RCP_F32:
             put(r, target, np.float32(np.float32(1) / f32(r, ia)))
+        elif what == op.SQRT_F32:
+            put(r, target, np.float32(math.sqrt(f32(r, ia))))
         elif what == op.EX2_F32:
             put(r, target, np.float32(exp2_approximate(f32(r, ia))))
         elif what == op.SATURATE_F32:
@@ -249,6 +251,8 @@ def run_thread(S, thread, most):
             put(r, target, np.float64(f64(r, ia) / f64(r, ib)))
         elif what == op.RCP_F64:
             put(r, target, np.float64(1.0 / f64(r, ia)))
+        elif what == op.SQRT_F64:
+            put(r, target, np.float64(math.sqrt(f64(r, ia))))
         # movement and conversion
         elif what == op.MOVE:
             put(r, target, i64(r, ia))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..device import formulas
 from ..device.compilation import jit
 from ..device.vocabulary import load, store
 from . import forms
@@ -9,7 +10,7 @@ from .cpu_activations import activate
 from .forms import CLAMP, CLAMP_ACTIVATED, SOFTCAP
 
 at_most, within = jit(forms.at_most), jit(forms.within)
-soft_capped, soft_capped_silu = jit(forms.soft_capped), jit(forms.soft_capped_silu)
+soft_capped, sigmoid = jit(formulas.soft_capped), jit(formulas.sigmoid)
 
 
 @jit
@@ -44,6 +45,8 @@ def _activate_steeper(sums, at, columns, form):
 
 @jit
 def _soft_cap(sums, gate_at, up_at, columns, form):
+    one = form.slope / form.slope
     for c in range(columns):
-        store(sums, gate_at + c, soft_capped_silu(load(sums, gate_at + c), form.gate_limit, form.slope))
+        gate = load(sums, gate_at + c)
+        store(sums, gate_at + c, soft_capped(gate, form.gate_limit) * sigmoid(form.slope * gate, one))
         store(sums, up_at + c, soft_capped(load(sums, up_at + c), form.up_limit) + form.up_offset)

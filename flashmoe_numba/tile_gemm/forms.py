@@ -50,11 +50,16 @@ def kind_of(form: Form, gated: bool) -> ExpertKind:
         return ExpertKind(activation=activation, gated=gated)
     bound = {shape: name for name, shape in _SHAPES.items()}[form.shape]
     assert gated and bound in BOUNDS
-    limits = [None if math.isinf(limit) else float(limit) for limit in (form.gate_limit, form.up_limit)]
-    numbers: dict[str, Any] = dict(
-        gate_limit=limits[0], up_limit=limits[1], slope=float(form.slope), up_offset=float(form.up_offset)
+    gate_limit, up_limit = (None if math.isinf(limit) else float(limit) for limit in (form.gate_limit, form.up_limit))
+    return ExpertKind(
+        activation=activation,
+        gated=True,
+        bound=bound,
+        gate_limit=gate_limit,
+        up_limit=up_limit,
+        slope=float(form.slope),
+        up_offset=float(form.up_offset),
     )
-    return ExpertKind(activation=activation, gated=True, bound=bound, **numbers)
 
 
 # Of one number, for any target: whoever compiles them puts them through `jit`.
@@ -69,15 +74,3 @@ def within(x, limit):
     """x in [-limit, limit]; NaN stays."""
     below = x if not x > limit else limit
     return below if not below < -limit else -limit
-
-
-def soft_capped(x, limit):
-    return limit * math.tanh(x / limit)
-
-
-def soft_capped_silu(gate, limit, slope):
-    """silu whose factor is capped, and whose sigmoid is not."""
-    one = slope / slope  # a literal would make float64 of a float32
-    power = math.exp(-abs(slope * gate))  # it cannot overflow
-    half = limit * math.tanh(gate / limit) / (one + power)
-    return half if gate >= 0 else half * power

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashmoe_numba.device import array_at, block_sync, jit, lane, lanes, load, store
+from flashmoe_numba.device import array_at, block_sync, formulas, jit, lane, lanes, load, store
 from flashmoe_numba.tile_gemm import forms
 from flashmoe_numba.tile_gemm import rows as of_rows
 from flashmoe_numba.tile_gemm.activations import BY_INDEX
@@ -12,7 +12,7 @@ from flashmoe_numba.tile_gemm.stub import tile_sums
 
 room_row, room_address = jit(of_rows.room_row), jit(of_rows.room_address)
 at_most, within = jit(forms.at_most), jit(forms.within)
-soft_capped, soft_capped_silu = jit(forms.soft_capped), jit(forms.soft_capped_silu)
+soft_capped, sigmoid = jit(formulas.soft_capped), jit(formulas.sigmoid)
 
 
 def _choices(kinds):
@@ -78,7 +78,8 @@ def gated(gate, up, form):
     if form.shape == PLAIN:
         return activate(gate, form.activation) * up
     if form.shape == SOFTCAP:
-        active, up = soft_capped_silu(gate, form.gate_limit, form.slope), soft_capped(up, form.up_limit)
+        active = soft_capped(gate, form.gate_limit) * sigmoid(form.slope * gate, form.slope / form.slope)
+        up = soft_capped(up, form.up_limit)
     else:
         bound = at_most(gate, form.gate_limit) if form.shape == CLAMP else gate
         active = activate(bound * form.slope, form.activation) / form.slope
