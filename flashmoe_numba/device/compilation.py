@@ -40,7 +40,9 @@ def jit(function: Any = None, *, entry: bool = False, inline: bool = False) -> A
     from .cpu import JIT_OPTIONS  # and registers the overloads
 
     where = "always" if inline else "never"
-    return njit(**JIT_OPTIONS, no_cpython_wrapper=not entry, no_cfunc_wrapper=True, inline=where)(function)
+    # On GPUs an entry goes into the kernel's however large it is: wgmma behind a call is serialised.
+    options = JIT_OPTIONS | {"forceinline": entry}
+    return njit(**options, no_cpython_wrapper=not entry, no_cfunc_wrapper=True, inline=where)(function)
 
 
 def interpreted(package: str) -> ModuleType:
