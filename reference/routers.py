@@ -108,7 +108,7 @@ def choice_values(z: Array, scores: Array, kind: RouterKind, weights: Weights | 
 
 def _choose_best(values: Array, kind: RouterKind, num_topk: int) -> Array:
     if kind.num_groups > 1:
-        grouped = values.reshape(len(values), kind.num_groups, -1)
+        grouped = values.reshape(len(values), kind.num_groups, values.shape[1] // kind.num_groups)
         open_groups = np.zeros(grouped.shape[:2], bool)
         np.put_along_axis(open_groups, _best(group_scores(grouped, kind), kind.num_topk_groups), True, axis=1)
         fill = values.dtype.type(-np.inf if kind.group_fill == "lowest" else 0)

@@ -141,7 +141,7 @@ def _choice_intervals(exact: _Exact) -> tuple[Array, Array, Array]:
     low, high = values - margin, values + margin
     if kind.num_groups == 1:
         return values, low, high
-    shape = (len(values), kind.num_groups, -1)
+    shape = (len(values), kind.num_groups, values.shape[1] // kind.num_groups)
     group_low, group_high = (group_scores(part.reshape(shape), kind) for part in (low, high))
     kth, rivals = kind.num_topk_groups, -np.sort(-group_high, axis=1)
     surely = group_low > (rivals[:, kth : kth + 1] if kth < kind.num_groups else -np.inf)

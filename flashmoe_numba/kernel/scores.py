@@ -61,9 +61,10 @@ def score_of(rule, logit, highest, total):
 @jit
 def sparsemixer_score(rule, logits, at, number, best):
     """Softmax of the best logit among those that are not taken (NaN) and near it."""
-    total = best - best
+    total, width = best - best, rule.jitter + rule.jitter
     for e in range(number):
         logit = logits[at + e]
-        if best - logit <= (rule.jitter + rule.jitter) * max(abs(logit), best) and logit > -math.inf:
+        is_near = best - logit <= width * abs(logit) or best - logit <= width * best
+        if is_near and logit > -math.inf:
             total += math.exp(logit - best)
     return rule.one / total
