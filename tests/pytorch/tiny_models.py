@@ -26,7 +26,7 @@ OWN = {  # family: what its config has besides; a name of another value than in 
     "dots1": {},
     "ernie4_5_moe": {},
     "glm4_moe": dict(num_key_value_heads=4),
-    "gpt_oss": dict(layer_types=["full_attention"] * 2),
+    "gpt_oss": dict(layer_types=["full_attention"] * 2, swiglu_limit=0.75),
     "granitemoe": {},
     "hunyuan_v1_moe": {},
     "jamba": dict(attn_layer_period=1, attn_layer_offset=0, expert_layer_period=1, expert_layer_offset=0, **MAMBA),
@@ -47,7 +47,7 @@ OWN = {  # family: what its config has besides; a name of another value than in 
     "phimoe": dict(num_experts_per_tok=2, router_jitter_noise=0.3),
     "qwen2_moe": {},
     "qwen3_moe": dict(norm_topk_prob=True),
-    "deepseek_v4": {},
+    "deepseek_v4": dict(mlp_layer_types=["hash_moe", "moe"], swiglu_limit=0.75),
 }  # fmt: skip
 
 
