@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from reference.families import Family, family_names, read_family
-from reference.families.layer_config import layer_config
+from reference.families.layer_config import expert_kind
 
 from ..checkpoints.layers import Asked, LayerPlan, plan_layer
 from ..checkpoints.models import find_families
@@ -111,8 +111,7 @@ def expert_kind_of(experts: Any) -> str | None:
         return None
     model = experts.config.to_dict()
     _, part = find_families(model, families[0].name)
-    kind = layer_config(families[0], part, num_ranks=1, num_tokens=1).expert_kind
-    return repr(vars(kind))
+    return repr(vars(expert_kind(families[0].section("experts", part))))
 
 
 class _Tensors:
