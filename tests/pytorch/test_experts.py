@@ -13,6 +13,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from flashmoe_numba.torch import register, replace_moe_blocks
 from flashmoe_numba.torch.experts import flashmoe_experts
+from reference.families import read_family
 
 E, F, H, N, K = 5, 7, 9, 13, 2
 
@@ -125,7 +126,7 @@ OWN_GATES = {  # module: the class of its experts; limits are such that they bit
 def public_experts(module):
     """Experts as transformers has them, with random weights."""
     code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-    kind = CONFIG_MAPPING[MODEL_TYPES.get(module, module)]
+    kind = CONFIG_MAPPING[read_family(module).model_type]
     there, mapped = kind().to_dict(), kind.attribute_map
     sizes = dict(hidden_size=H, intermediate_size=F, moe_intermediate_size=F, num_experts=E, num_local_experts=E)
     sizes |= dict(n_routed_experts=E, swiglu_limit=0.75, mlp_gate_softcap=1.5, mlp_up_softcap=1.25)
@@ -135,9 +136,6 @@ def public_experts(module):
     for parameter in experts.parameters():
         parameter.normal_()
     return experts
-
-
-MODEL_TYPES = {"glm5_next": "glm5_next_text", "minimax_m3_vl": "minimax_m3_vl_text"}
 
 
 @pytest.mark.parametrize("module", OWN_GATES)
