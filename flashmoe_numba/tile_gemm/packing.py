@@ -1,6 +1,6 @@
-"""`panels.fill_panels`, compiled: it reads and writes memory by whole cache lines, so that packing streams.
+"""`panels.fill_panels`, compiled: of each row a cache line at a time.
 
-NumPy goes through all rows for each of the depth, a fifth as fast as memory is copied.
+NumPy goes through all rows of a panel for each element of the depth.
 """
 
 from __future__ import annotations
