@@ -1,12 +1,14 @@
 """`replace_moe_blocks`: MoE blocks of a model that become ours where they are.
 
 A block keeps its parameters, and with them its names in `state_dict`; it changes its class, as FSDP's `fully_shard`
-does. What is known of a kind of block is an `Adapter`, found by `adapter_for`.
+does. What is known of a kind of block is in the families' table (`reference.families`), of which `adapter_for` makes an
+`Adapter`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,12 +18,10 @@ from torch import nn
 
 from reference.scalars import check_name
 
-from .description import describe, rename
-from .experts import activation_of, describe_experts
+from .description import describe_config, describe_entry, is_matrix
+from .families import Outside, families_of_block, outside_of, plan_block
 from .operator import moe_layer
 from .ownership import OWNERS, give_to_kernel, operands
-
-ROUTERS = ("kernel", "torch")
 
 
 @dataclass(frozen=True)
@@ -29,31 +29,27 @@ class Adapter:
     """How a block is computed.
 
     Args:
-        paths: of its parameters that the layer takes, router included where the kernel routes.
-        names: of these in the description.
+        paths: of its parameters and buffers that the layer takes.
+        names: what these are, in the description's words.
         description: of the layer.
-        route: (topk_idx, topk_weights) of `[num_tokens, hidden]`, by the block's own router; None: the kernel does.
-        finish: what the block adds to the experts' sum; it is given (block, tokens, sum), and returns the sum.
+        outside: what the block does around the layer.
     """
 
     paths: tuple[str, ...]
     names: tuple[str, ...]
     description: str
-    route: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
-    finish: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    outside: Outside
 
 
-def replace_moe_blocks(model: nn.Module, *, router: str = ROUTERS[0], own: str = OWNERS[0]) -> list[str]:
-    """Swap the MoE blocks of a model that `adapter_for` knows, in place.
+def replace_moe_blocks(model: nn.Module, *, own: str = OWNERS[0]) -> list[str]:
+    """Swap the MoE blocks of a model that the families' table knows, in place.
 
-    For the families that ignore `experts_implementation`, and for others to have their routing in the kernel, too. A
-    block that is not known stays as it is: look at what is returned.
+    Routing, shared experts and zero-computation experts are in the layer then, tokens are routed in float32, ties go to
+    the lowest index. A block's own router is not called, and nobody sees its logits (`output_router_logits`): a block
+    that returns them returns None in their place. A block that is not known stays as it is: look at what is returned.
 
     Args:
-        model: from transformers, in evaluation: there is no backward.
-        router: "kernel": tokens are routed by the layer where it can, in float32, ties to the lowest index. Then a
-            block's own router is not called, and nobody sees its logits (`output_router_logits`). "torch": by the
-            block's own router.
+        model: from transformers, with its `config`, in evaluation: there is no backward.
         own: "parameters" or "packed": see `MoE`.
 
     Returns:
@@ -63,22 +59,41 @@ def replace_moe_blocks(model: nn.Module, *, router: str = ROUTERS[0], own: str =
         ValueError: naming the argument, its value and the rule; or there is no block to swap.
         NotImplementedError: naming what a known block computes that the layer does not.
     """
-    check_name("router", router, ROUTERS)
     check_name("own", own, OWNERS)
-    found = [(name, block, adapter_for(block, router)) for name, block in model.named_modules()]
-    known = [(name, block, adapter) for name, block, adapter in found if adapter is not None]
-    if not known:
-        kinds = ", ".join(sorted(_ADAPTERS))
-        raise ValueError(f"model must have a block of a kind that is known ({kinds}), got {type(model).__name__}")
-    for _, block, adapter in known:
+    blocks = [(name, block) for name, block in model.named_modules() if families_of_block(block)]
+    if not blocks:
+        rule = "model must have a block of a family in reference/families"
+        raise ValueError(f"{rule} (`flashmoe models` lists them), got {type(model).__name__}")
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise ValueError(f"model must have a config of transformers, got {type(model).__name__} with config={config!r}")
+    known = [(block, adapter_for(block, config.to_dict(), _layer_of(name))) for name, block in blocks]
+    for block, adapter in known:
+        if own == "packed":
+            _check_packable(block, adapter)
+    for block, adapter in known:
         _swap(block, adapter, own)
-    return [name for name, _, _ in known]
+    return [name for name, _ in blocks]
 
 
-def adapter_for(block: nn.Module, router: str = ROUTERS[0]) -> Adapter | None:
-    """How this block is computed by the layer; None where it is no block, or none that is known."""
-    make = _ADAPTERS.get(type(block).__name__)
-    return None if make is None else make(block, router)
+def adapter_for(block: nn.Module, model: Mapping[str, Any], layer: int) -> Adapter:
+    """How this block is computed by the layer.
+
+    Args:
+        model: the model's config.
+        layer: the block's index, where the config has a value for each.
+
+    Raises:
+        NotImplementedError: naming what it computes that the layer does not.
+    """
+    family, plan = plan_block(block, model, layer)
+    entries = tuple(plan.tensors)
+    if any(entry.per_expert for entry in entries):
+        rule = "cannot be computed by FlashMoE: each of its experts has its own tensors"
+        raise NotImplementedError(f"{type(block).__name__} {rule}")
+    names = tuple(describe_entry(entry) for entry in entries)
+    description = describe_config(names, plan.config)
+    return Adapter(tuple(entry.name for entry in entries), names, description, outside_of(family))
 
 
 class Swapped(nn.Module):
@@ -86,15 +101,27 @@ class Swapped(nn.Module):
 
     _flashmoe_adapter: Adapter
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> Any:
         adapter = self._flashmoe_adapter
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = (None, None) if adapter.route is None else adapter.route(self, x)
+        given = adapter.outside.given(self, **inputs)
         tensors, description = operands(self, adapter.paths, adapter.description)
-        y = moe_layer(x, *routing, tensors, description)
-        if adapter.finish is not None:
-            y = adapter.finish(self, x, y)
-        return y.reshape(hidden_states.shape)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        y = moe_layer(x, given.get("topk_idx"), None, None, tensors, description)
+        return adapter.outside.finish(self, y.reshape(hidden_states.shape))
+
+
+def _layer_of(name: str) -> int:
+    """The index of a block by its name: "model.layers.3.mlp"."""
+    match = re.search(r"\.(\d+)(\.|$)", name)
+    return int(match[1]) if match else 0
+
+
+def _check_packable(block: Any, adapter: Adapter) -> None:
+    """Where a matrix has rows of no expert, nothing would keep them."""
+    for path, name in zip(adapter.paths, adapter.names, strict=True):
+        if is_matrix(name) and "choice" in name:
+            rule = f"{path} of {type(block).__name__} has rows of zero-computation experts, which no layer keeps"
+            raise ValueError(f"own must be 'parameters', because {rule}; got 'packed'")
 
 
 @cache
@@ -108,76 +135,3 @@ def _swap(block: Any, adapter: Adapter, own: str) -> None:
     block._flashmoe_adapter = adapter
     kind: Any = type(block)
     block.__class__ = _swapped(kind)
-
-
-# what is known
-
-
-def _softmax_block(block: Any, router: str) -> Adapter:
-    """Mixtral's and its kin: `gate` scores by a softmax over all experts, `experts` are decorated."""
-    names, description = describe_experts(block.experts)
-    paths, finish = [f"experts.{name}" for name in names], _shared_finish if hasattr(block, "shared_expert") else None
-    description = f"{description};num_topk={block.gate.top_k}"
-    if router == "torch":
-        return Adapter(tuple(paths), tuple(names), description, _own_route, finish)
-    renormalize = bool(getattr(block.gate, "norm_topk_prob", True))
-    description = f"{rename(description, ['router', *names])};renormalize={renormalize}"
-    return Adapter(("gate.weight", *paths), ("router", *names), description, finish=finish)
-
-
-def _own_route(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    _, weights, idx = block.gate(x)
-    return idx, weights
-
-
-def _shared_finish(block: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Qwen2-MoE's expert that every token goes through."""
-    return y + torch.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
-
-
-def _jetmoe_block(block: Any, router: str) -> Adapter:
-    """Softmax of the chosen logits, which is that of all divided by its sum; a bias beside the experts."""
-    paths = ("router.layer.weight", "input_linear.weight", "output_linear.weight")
-    names = ("router", "gate_up_proj", "down_proj")
-    kind = dict(gated=True, activation=activation_of(block, block.activation), num_topk=block.router.top_k)
-    if router == "kernel":
-        return Adapter(paths, names, describe(names, **kind), finish=_jetmoe_finish)
-    return Adapter(paths[1:], names[1:], describe(names[1:], **kind), _jetmoe_route, _jetmoe_finish)
-
-
-def _jetmoe_route(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    logits, idx = block.router.layer(x).float().topk(block.router.top_k, dim=1)
-    return idx, torch.softmax(logits, dim=1).type_as(x)
-
-
-def _jetmoe_finish(block: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return y + block.bias
-
-
-def _dbrx_block(block: Any, router: str) -> Adapter:
-    """Experts and ffn are one axis; the chosen probabilities are divided by their p-norm."""
-    names = ("gate_proj", "up_proj", "down_proj")
-    paths, mlp = tuple(f"experts.mlp.{name}" for name in ("w1", "v1", "w2")), block.experts.mlp
-    kind: dict[str, Any] = dict(gated=True, activation=activation_of(block, mlp.activation_fn))
-    kind |= dict(num_topk=block.top_k, flat=mlp.moe_num_experts)
-    norm = block.moe_normalize_expert_weights
-    if router == "torch" or norm not in (None, 1, 1.0):
-        return Adapter(paths, names, describe(names, **kind), _dbrx_route)
-    kind["renormalize"] = norm is not None
-    with_router = ("router", *names)
-    return Adapter(("router.layer.weight", *paths), with_router, describe(with_router, **kind))
-
-
-def _dbrx_route(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    weights, idx = block.route_tokens_to_experts(block.router(x))
-    return idx, weights
-
-
-_ADAPTERS: dict[str, Callable[[Any, str], Adapter]] = {
-    "MixtralSparseMoeBlock": _softmax_block,
-    "Qwen3MoeSparseMoeBlock": _softmax_block,
-    "OlmoeSparseMoeBlock": _softmax_block,
-    "Qwen2MoeSparseMoeBlock": _softmax_block,
-    "JetMoeMoE": _jetmoe_block,
-    "DbrxFFN": _dbrx_block,
-}

@@ -1,7 +1,8 @@
 """What the operator is told beside tensors, as text: it stands in graphs, which know tensors, numbers and texts only.
 
-A text is "name=value" joined by ";": fields of `MoEConfig` that do not follow from the tensors, and how these are laid
-out: `tensors`, their names, and the keys of LAYOUTS.
+A text is "name=value" joined by ";": `tensors`, what each tensor is, and fields of `MoEConfig` but those that follow
+from the tensors. What a tensor is, is written as in a family's file (checkpoints/entries.py), without its name:
+"router", or "gate_up_proj: expert hidden (ffn 2)" where its axes are in another order than usual.
 """
 
 from __future__ import annotations
@@ -17,21 +18,18 @@ import torch
 from reference import MoEConfig
 from reference.layer_kinds import ExpertKind, RouterKind
 
-LAYOUTS = {
-    "transposed": "matrices are [experts, in, out]",
-    "interleaved": "gate and up rows of a fused matrix take turns",
-    "flat": "the number of experts, where they and ffn are one axis: [experts * ffn, hidden], down_proj too",
-}
-FOLLOWS = ("num_ranks", "hidden", "ffn", "num_experts", "dtype")  # from tensors
+from ..checkpoints.entries import OF_EXPERTS, STORED, Entry, arrays_of, parse_axes, parse_entries
+
+FOLLOWS = ("num_ranks", "dtype")  # one, and that of the experts
 NUM_TOKENS = 1024  # of a call of the layer; more are cut into several, which changes no bit
 TILES = dict(tile_m=192, tile_m_min=3)  # whole groups of 12 rows, for the CPU's micro-kernels
-KINDS: dict[str, type[Any]] = {"router": RouterKind, "expert": ExpertKind}  # written as what they are made of
+KINDS: dict[str, type[Any]] = {"router": RouterKind, "expert": ExpertKind, "shared_expert": ExpertKind}
 TICKET = "ticket"  # in place of the matrices, where the kernel's order is the only one that is kept
 
 
 def describe(tensors: Sequence[str], **fields: Any) -> str:
-    """The text for tensors of these names: fields of `Weights`, fused ones as transformers names them, or TICKET."""
-    return ";".join([f"tensors={','.join(tensors)!r}", *[f"{name}={value!r}" for name, value in fields.items()]])
+    """The text for such tensors and a config of these fields."""
+    return ";".join([f"tensors={tuple(tensors)!r}", *[f"{name}={value!r}" for name, value in fields.items()]])
 
 
 def describe_config(tensors: Sequence[str], config: MoEConfig) -> str:
@@ -44,59 +42,71 @@ def describe_config(tensors: Sequence[str], config: MoEConfig) -> str:
     return describe(tensors, **fields)
 
 
+def describe_entry(entry: Entry) -> str:
+    """What a tensor is."""
+    axes = " ".join(f"({' '.join(axis)})" if len(axis) > 1 else axis[0] for axis in entry.axes)
+    return f"{entry.field}: {axes}"
+
+
+def is_matrix(tensor: str) -> bool:
+    """Is a tensor of that text matrices of experts, the shared one among them?"""
+    return tensor.partition(":")[0].endswith("_proj")
+
+
 def rename(description: str, tensors: Sequence[str]) -> str:
-    """The same layer's text for tensors of these names."""
+    """The same layer's text for such tensors."""
     _, _, fields = description.partition(";")
     return ";".join([describe(tensors), *([fields] if fields else [])])
 
 
 @lru_cache(1024)
 def read(text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """(names of the tensors, fields) of a text."""
+    """(what the tensors are, fields) of a text."""
     pairs = (item.partition("=") for item in text.split(";"))
     fields = {name: ast.literal_eval(value) for name, _, value in pairs}
-    return tuple(fields.pop("tensors").split(",")), fields
+    return fields.pop("tensors"), fields
 
 
 def config_of(fields: Mapping[str, Any], weights: Mapping[str, torch.Tensor], num_topk: int | None) -> MoEConfig:
     """The layer of these fields and of weights under the names of `Weights`.
 
     Args:
-        num_topk: of a routing from outside, or None where the fields have it.
+        num_topk: of a routing from outside, for fields without it.
     """
-    chosen = {name: value for name, value in fields.items() if name not in LAYOUTS}
-    num_experts, ffn, hidden = weights["up_proj"].shape
-    chosen |= {name: kind(**chosen[name]) for name, kind in KINDS.items() if isinstance(chosen.get(name), dict)}
-    given = {"num_tokens": NUM_TOKENS, **TILES, **chosen} | ({} if num_topk is None else {"num_topk": num_topk})
-    dtype = str(weights["up_proj"].dtype).removeprefix("torch.")
-    return MoEConfig(num_ranks=1, hidden=hidden, ffn=ffn, num_experts=num_experts, dtype=dtype, **given)
+    kinds = {name: KINDS[name](**fields[name]) for name in KINDS if name in fields}
+    given = {"num_tokens": NUM_TOKENS, "num_topk": num_topk, **TILES, **fields, **kinds}
+    return MoEConfig(num_ranks=1, dtype=str(weights["up_proj"].dtype).removeprefix("torch."), **given)
 
 
-def views(names: Sequence[str], tensors: Sequence[torch.Tensor], fields: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def views(texts: Sequence[str], tensors: Sequence[torch.Tensor], fields: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The same tensors under the names and in the shapes of `Weights`, as views: what is written there is in them."""
     found: dict[str, torch.Tensor] = {}
-    for name, tensor in zip(names, tensors, strict=True):
-        tensor = tensor.detach()
-        if name.endswith("_proj"):
-            tensor = _matrices(name, tensor, fields)
-        if name.startswith("gate_up"):
-            end = "bias" if name.endswith("_bias") else "proj"
-            found[f"gate_{end}"], found[f"up_{end}"] = _halves(tensor, bool(fields.get("interleaved")))
-        else:
-            found[name.replace("_proj_bias", "_bias")] = tensor
+    for text, tensor in zip(texts, tensors, strict=True):
+        entry = _entry(text)
+        arrays = arrays_of(entry.field)
+        halves = _arrange(entry, tensor.detach(), fields)
+        found |= dict(zip(arrays, halves if len(arrays) > 1 else [halves], strict=True))
     return found
 
 
-def _matrices(name: str, tensor: torch.Tensor, fields: Mapping[str, Any]) -> torch.Tensor:
-    """`[experts, out, in]`."""
-    if fields.get("flat"):
-        tensor = tensor.view(fields["flat"], -1, tensor.shape[-1])
-        return tensor.transpose(1, 2) if name == "down_proj" else tensor
-    return tensor.transpose(1, 2) if fields.get("transposed") else tensor
+@lru_cache(1024)
+def _entry(text: str) -> Entry:
+    field, _, axes = text.partition(":")
+    return parse_entries(field, f"tensor:{axes}" if axes else "tensor")[0]
 
 
-def _halves(fused: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if interleaved:
-        return fused[:, ::2], fused[:, 1::2]
-    ffn = fused.shape[1] // 2
-    return fused[:, :ffn], fused[:, ffn:]
+def _arrange(entry: Entry, tensor: torch.Tensor, fields: Mapping[str, Any]) -> torch.Tensor:
+    """Axes in the order of STORED, those of length 1 left out, and only the rows of experts."""
+    sizes = {"expert": fields["num_experts"], "hidden": fields["hidden"], "ffn": fields["ffn"], "2": 2, "1": 1}
+    sizes |= {"choice": sizes["expert"] + fields.get("num_zero", 0), "shared": fields.get("shared_ffn", 0)}
+    stored, wanted = ([name for axis in axes for name in axis if name != "1"] for axes in _axes(entry))
+    whole = tensor.reshape([sizes[name] for name in stored])
+    if entry.field in OF_EXPERTS:
+        whole = whole[: sizes["expert"]]
+        stored[0] = "expert"
+        wanted.insert(wanted.count("2"), "expert")
+    return whole.permute([stored.index(name) for name in wanted])
+
+
+def _axes(entry: Entry) -> tuple[Any, Any]:
+    return entry.axes, parse_axes(STORED[entry.field])

@@ -44,7 +44,7 @@ class MoE(nn.Module):
             raise ValueError(f"config.num_ranks must be 1, a module is one rank, got {config.num_ranks}")
         self.config = config
         tensors = _tensors(weights)
-        as_weights(tensors).check_all(config)
+        as_weights(tensors, config).check_all(config)
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._names = tuple(tensors)
@@ -57,17 +57,18 @@ class MoE(nn.Module):
         hidden_states: torch.Tensor,
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The layer's output, shaped like `hidden_states` `[..., hidden]` and of its type.
 
         Args:
             topk_idx, topk_weights: `[..., num_topk]`, a routing from outside, as `FlashMoE` takes it.
+            logits: `[..., num_choices]`, in place of the router's products, as `FlashMoE` takes them.
         """
-        k = self.config.num_topk
-        routing = [None if part is None else part.reshape(-1, k) for part in (topk_idx, topk_weights)]
+        given = [None if part is None else part.flatten(0, -2) for part in (topk_idx, topk_weights, logits)]
         tensors, description = operands(self, self._names, self._description)
         x = hidden_states.reshape(-1, self.config.hidden)
-        return moe_layer(x, *routing, tensors, description).reshape(hidden_states.shape)
+        return moe_layer(x, *given, tensors, description).reshape(hidden_states.shape)
 
 
 def _tensors(weights: Weights | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ def moe_layer(
     x: torch.Tensor,
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
+    logits: torch.Tensor | None,
     tensors: list[torch.Tensor],
     description: str,
 ) -> torch.Tensor:
@@ -26,6 +27,7 @@ def moe_layer(
     Args:
         x: `[num_tokens, hidden]`, any number of tokens.
         topk_idx, topk_weights: `[num_tokens, num_topk]`, a routing from outside; None: the kernel routes.
+        logits: `[num_tokens, num_choices]`, in place of the router's products.
         tensors: the weights, as `description` says (description.py).
 
     Returns:
@@ -39,19 +41,19 @@ def moe_layer(
     entry = SESSION.entry(description, tensors, num_topk)
     limit = entry.shared.layer.config.num_tokens
     if len(x) <= limit:
-        return _call(entry, x, topk_idx, topk_weights)
+        return _call(entry, x, topk_idx, topk_weights, logits)
+    given = (x, topk_idx, topk_weights, logits)
     starts = range(0, len(x), limit)
-    parts = [[None if t is None else t[start : start + limit] for t in (x, topk_idx, topk_weights)] for start in starts]
+    parts = [[None if tensor is None else tensor[start : start + limit] for tensor in given] for start in starts]
     return torch.cat([_call(entry, *part) for part in parts])
 
 
-def _call(entry: Entry, x: Any, topk_idx: Any, topk_weights: Any) -> torch.Tensor:
+def _call(entry: Entry, x: Any, topk_idx: Any, topk_weights: Any, logits: Any) -> torch.Tensor:
     """Of tokens that fit in one call."""
-    routing: dict[str, Any] = {}
-    if topk_idx is not None:
-        routing = dict(topk_idx=[topk_idx.cpu()], topk_weights=[topk_weights.cpu()])
+    given = dict(topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
+    arguments = {name: [tensor.cpu()] for name, tensor in given.items() if tensor is not None}
     with torch.no_grad():
-        y: torch.Tensor = entry.shared.layer([x], **routing, weights=entry.packed)[0]
+        y: torch.Tensor = entry.shared.layer([x], **arguments, weights=entry.packed)[0]
     return y
 
 
@@ -60,6 +62,7 @@ def _shape(
     x: torch.Tensor,
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
+    logits: torch.Tensor | None,
     tensors: list[torch.Tensor],
     description: str,
 ) -> torch.Tensor:

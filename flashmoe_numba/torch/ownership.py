@@ -8,12 +8,13 @@ weights are. `state_dict` unpacks into new tensors; `load_state_dict` unpacks, l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
 
-from .description import TICKET, read, rename, views
+from .description import TICKET, is_matrix, read, rename, views
 from .session import SESSION, as_weights
 
 OWNERS = ("parameters", "packed")
@@ -23,14 +24,14 @@ class Kept:
     """What became of a module's matrices.
 
     Args:
-        paths: of the parameters, seen from the module.
-        names: of the same tensors in the description.
+        paths: of parameters and buffers, seen from the module.
+        names: what these are, in the description's words.
         description: of the layer, with its num_topk.
     """
 
     def __init__(self, paths: Sequence[str], names: Sequence[str], description: str) -> None:
         self.paths, self.names, self.description = tuple(paths), tuple(names), description
-        matrices = [name.endswith("_proj") for name in names]
+        matrices = [is_matrix(name) for name in names]
         self.matrices = [path for path, matrix in zip(paths, matrices, strict=True) if matrix]
         self.others = [path for path, matrix in zip(paths, matrices, strict=True) if not matrix]
         told = [TICKET, *[name for name, matrix in zip(names, matrices, strict=True) if not matrix]]
@@ -38,26 +39,27 @@ class Kept:
 
     def pack(self, module: nn.Module) -> None:
         """Pack the parameters as they are, and let go of their memory."""
-        tensors = [module.get_parameter(path) for path in self.paths]
+        tensors = [tensor_at(module, path) for path in self.paths]
         ticket = torch.zeros(1, dtype=torch.int64, device=tensors[0].device)
         self._entry = SESSION.hand_over(self.description, self.names, tensors)
         for path in self.matrices:
-            _set_parameter(module, path, torch.empty_like(module.get_parameter(path), device="meta"))
+            _set_parameter(module, path, torch.empty_like(tensor_at(module, path), device="meta"))
         module.register_buffer("flashmoe_ticket", ticket, persistent=False)
         SESSION.keep(self.told, self.operands(module), self._entry)
 
     def operands(self, module: nn.Module) -> list[torch.Tensor]:
         ticket = module.flashmoe_ticket
         assert isinstance(ticket, torch.Tensor)
-        return [ticket, *[module.get_parameter(path) for path in self.others]]
+        return [ticket, *[tensor_at(module, path) for path in self.others]]
 
     def unpacked(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """The matrices by path, in memory of their own."""
-        found = {path: module.get_parameter(path).detach() for path in self.paths}
+        found = {path: tensor_at(module, path).detach() for path in self.paths}
         for path in self.matrices:
             found[path] = torch.empty_like(found[path], device="cpu")
         _, fields = read(self.description)
-        self._entry.packed.unpack(as_weights(views(self.names, list(found.values()), fields)))
+        weights = views(self.names, list(found.values()), fields)
+        self._entry.packed.unpack(as_weights(weights, self._entry.shared.layer.config))
         return {path: found[path] for path in self.matrices}
 
 
@@ -75,8 +77,14 @@ def operands(module: nn.Module, paths: Sequence[str], description: str) -> tuple
     """(tensors, description) that the operator is given for a module with these parameters."""
     kept: Kept | None = getattr(module, "_flashmoe_kept", None)
     if kept is None:
-        return [module.get_parameter(path) for path in paths], description
+        return [tensor_at(module, path) for path in paths], description
     return kept.operands(module), kept.told
+
+
+def tensor_at(module: Any, path: str) -> torch.Tensor:
+    """A parameter or a buffer."""
+    found: torch.Tensor = reduce(getattr, path.split("."), module)
+    return found
 
 
 def _unpack_into(module: Any, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -52,17 +52,18 @@ class Session:
 
     def entry(self, description: str, tensors: Sequence[torch.Tensor], num_topk: int | None = None) -> Entry:
         """The packed weights of these tensors, made or made anew where there are none or where they have changed."""
+        names, fields = read(description)
+        num_topk = None if "num_topk" in fields else num_topk
         place, stamp = _place(description, tensors, num_topk), _stamp(tensors)
         found = self._entries.get(place)
         if found is not None and found.stamp == stamp:
             return found
-        names, fields = read(description)
         if TICKET in names:
             raise FlashMoEError(NOT_HERE if found is None else CHANGED)
         with self._lock:
             weights = views(names, tensors, fields)
             if found is not None:
-                found.shared.layer.load(as_weights(weights), found.packed)
+                found.shared.layer.load(as_weights(weights, found.shared.layer.config), found.packed)
                 found.stamp = stamp
                 return found
             return self.keep(description, tensors, self._make(config_of(fields, weights, num_topk), weights), num_topk)
@@ -87,7 +88,7 @@ class Session:
     def _make(self, config: MoEConfig, tensors: dict[str, torch.Tensor]) -> Entry:
         self.release()
         device = tensors["up_proj"].device
-        weights, key = as_weights(tensors), (config, str(device))
+        weights, key = as_weights(tensors, config), (config, str(device))
         shared = self._shared.get(key)
         if shared is None:
             shared = self._shared[key] = Shared(_make_layer(config, weights, device))
@@ -132,13 +133,12 @@ def _stamp(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
-def as_weights(tensors: dict[str, torch.Tensor]) -> Weights:
+def as_weights(tensors: dict[str, torch.Tensor], config: MoEConfig) -> Weights:
     """`Weights` of tensors under its names, on the host the same memory; a router that is missing is zeros."""
     arrays: dict[str, Any] = {name: as_array(name, tensor.cpu()) for name, tensor in tensors.items()}
     if "router" not in arrays:
-        up = tensors["up_proj"]
-        arrays["router"] = as_array("router", torch.zeros(up.shape[0], up.shape[2]))
-    return Weights(**arrays)
+        arrays["router"] = as_array("router", torch.zeros(config.num_choices, config.hidden))
+    return Weights(num_zero=config.num_zero, **arrays)
 
 
 def _make_layer(config: MoEConfig, weights: Weights, device: torch.device) -> FlashMoE:

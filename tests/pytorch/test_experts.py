@@ -1,16 +1,19 @@
 """Experts implementations: layouts, what is refused, saving to disk, and who else may run."""
 
 import copy
+import importlib
 
 import pytest
 import torch
-from tiny_models import SIZES, generated, make_ids, make_model
+from tiny_models import generated, make_ids, make_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.activations import ReLUSquaredActivation
 from transformers.integrations.moe import use_experts_implementation
 
 from flashmoe_numba.torch import register, replace_moe_blocks
 from flashmoe_numba.torch.experts import flashmoe_experts
+from reference.families import read_family
 
 E, F, H, N, K = 5, 7, 9, 13, 2
 
@@ -86,7 +89,10 @@ def test_every_layout(has_gate, has_bias, is_transposed, is_concatenated):
     assert error < 1e-6
 
 
-@pytest.mark.parametrize("act_fn", [nn.SiLU(), nn.ReLU(), nn.GELU(), nn.Identity()])
+@pytest.mark.parametrize(
+    "act_fn",
+    [nn.SiLU(), nn.ReLU(), nn.GELU(), nn.GELU("tanh"), ReLUSquaredActivation(), nn.functional.silu, nn.Identity()],
+)
 def test_every_activation(act_fn):
     torch.manual_seed(0)
     experts, batch = make_experts(act_fn=act_fn), make_batch()
@@ -105,25 +111,58 @@ def test_no_choice_adds_nothing():
     assert (y.double() - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
+OWN_GATES = {  # module: the class of its experts; limits are such that they bite
+    "beam": "BeamExperts",
+    "deepseek_v4": "DeepseekV4Experts",
+    "glm5_next": "Glm5NextTextExperts",
+    "gpt_oss": "GptOssExperts",
+    "hy_v4": "HYV4Experts",
+    "inkling2": "Inkling2Experts",
+    "minimax_m3_vl": "MiniMaxM3VLExperts",
+    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
+}
+
+
+def public_experts(module):
+    """Experts as transformers has them, with random weights."""
+    code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    kind = CONFIG_MAPPING[read_family(module).model_type]
+    there, mapped = kind().to_dict(), kind.attribute_map
+    sizes = dict(hidden_size=H, intermediate_size=F, moe_intermediate_size=F, num_experts=E, num_local_experts=E)
+    sizes |= dict(n_routed_experts=E, swiglu_limit=0.75, mlp_gate_softcap=1.5, mlp_up_softcap=1.25)
+    config = kind(**{name: size for name, size in sizes.items() if name in there and name not in mapped})
+    config._experts_implementation = "eager"
+    experts = getattr(code, OWN_GATES[module])(config).requires_grad_(False)
+    for parameter in experts.parameters():
+        parameter.normal_()
+    return experts
+
+
+@pytest.mark.parametrize("module", OWN_GATES)
+def test_gates_of_their_own(module):
+    """By the family's file, against the public code in float64."""
+    torch.manual_seed(0)
+    experts, (x, idx, factors) = public_experts(module), make_batch()
+    y = flashmoe_experts(experts, x, idx, factors)
+    expected = experts.double()(x.double(), idx, factors.double())
+    assert (y.double() - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
 def test_refuses_what_experts_cannot_say():
-    ids = make_ids()
-    register()
-    sizes = SIZES | dict(head_dim=12, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
-    model = GptOssForCausalLM(GptOssConfig(**sizes)).eval()
-    model.set_experts_implementation("flashmoe")
-    with torch.no_grad(), pytest.raises(NotImplementedError, match=r"GptOssExperts has a gate of its own"):
-        model(ids)
     for change, words in (
         (dict(has_post_expert_norm=True), "normalises each expert's result"),
         (dict(_is_expert_parallel=True), "spread over processes by transformers"),
         (dict(act_fn=nn.Tanh()), "has the activation Tanh"),
-        (dict(act_fn=nn.GELU(approximate="tanh")), "has the activation"),
     ):
         experts = make_experts()
         vars(experts).update(change)
         experts._modules.update({name: m for name, m in change.items() if isinstance(m, nn.Module)})
         with pytest.raises(NotImplementedError, match=words):
             flashmoe_experts(experts, *make_batch())
+    experts = make_experts()
+    type(experts)._apply_gate = lambda self, gate_up: gate_up[..., :F]
+    with pytest.raises(NotImplementedError, match=r"Experts has a gate of its own .* that no family's file describes"):
+        flashmoe_experts(experts, *make_batch())
 
 
 def test_refuses_gradients_of_a_model():
@@ -156,7 +195,7 @@ def test_a_swapped_block_compiles_into_one_graph():
         assert torch.equal(compiled(x), block(x))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "dbrx"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen2_moe", "dbrx"])
 def test_a_model_of_packed_weights_is_saved_as_it_was(family, tmp_path):
     plain, ids = make_model(family), make_ids()
     packed = copy.deepcopy(plain)

@@ -104,9 +104,9 @@ def test_opcheck():
     module, x = make_module(), tokens()
     tensors = list(module.parameters())
     routing = torch.zeros(7, 1, dtype=torch.int64), torch.ones(7, 1)
-    torch.library.opcheck(moe_layer, (x, None, None, tensors, module._description))
+    torch.library.opcheck(moe_layer, (x, None, None, None, tensors, module._description))
     description = module._description.replace("num_topk=2", "num_topk=1")
-    torch.library.opcheck(moe_layer, (x, *routing, tensors, description))
+    torch.library.opcheck(moe_layer, (x, *routing, None, tensors, description))
 
 
 # gradients
