@@ -5,10 +5,10 @@ Expected: resident memory stays within 1.15 of the packed weights. A minute on t
           in the scratch folder.
 
 The files are made here: random bfloat16 weights of that layer's true shape under their published names, over several
-files. Then a process of its own, with its kernel compiled, loads them (`load_s`), makes a layer (`pack_s`), lets go of
-what was loaded and calls the layer with one token, routed anew in each call (`call_ms`: the median). `rss_ratio` is what
-the process grew by from before loading until after the calls, and `peak_ratio` what it grew by at most, over the
-weights' bytes.
+files. Then a process of its own, with its kernel compiled, loads them (`load_s`), makes a layer (`pack_s`), lets go
+of what was loaded and calls the layer with one token, routed anew in each call (`call_ms`: the median). `rss_ratio`
+is what the process grew by from before loading until after the calls, and `peak_ratio` what it grew by at most, over
+the weights' bytes.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class CpuBackend(HostBackend):
         """
         rows = max(config.tile_m, min(config.token_block, config.num_tokens))
         rows = -(-rows // ROW_STEP) * ROW_STEP
-        blocks = -(-max(config.hidden, config.ffn) // DEPTH_BLOCK)
+        blocks = -(-max(config.hidden, config.ffn, config.shared_ffn) // DEPTH_BLOCK)
         width = panel_width(config.accumulator)
         padded = [-(-columns // width) * width for columns in (config.tile_ffn, config.tile_n)]
         columns = max(config.expert_kind.num_ups * padded[0], padded[1])

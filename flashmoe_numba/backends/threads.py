@@ -87,7 +87,9 @@ class _Call:
     def __init__(self, functions: Sequence[Function]) -> None:
         self._waiting = dict(enumerate(functions))
         self._left, self._lock = len(functions), threading.Lock()
-        self._news: SimpleQueue[BaseException | None] = SimpleQueue()  # errors, and None when all have ended
+        self._news: SimpleQueue[BaseException | None] = SimpleQueue()  # errors, and last None: all have ended
+        if not functions:
+            self._news.put(None)
 
     @property
     def is_over(self) -> bool:
@@ -113,7 +115,7 @@ class _Call:
 
     def wait(self) -> None:
         """Until all have ended; raises what the first one to fail has raised, at once."""
-        error = None if self.is_over else self._news.get()
+        error = self._news.get()
         if error is not None:
             raise error
 

@@ -48,6 +48,9 @@ def route_token(p, tokens, rule, token):
     if rule.logit_bias.size > 0 or rule.logit_scale != 1 or rule.logit_cap > 0:
         adjust_logits(p, rule, tokens.logits, at)
         highest = largest(tokens.logits, at, p.num_choices)
+        if not math.isfinite(highest):  # a bias or a scale took it out of its type's range
+            spoil(p, tokens, rule, token)
+            return
     total = sum_exponentials(tokens.logits, at, p.num_choices, highest) if rule.score == SOFTMAX else highest
     if rule.has_values:
         make_values(p, rule, tokens, token, highest, total)
@@ -98,14 +101,16 @@ def next_expert(p, rule, values, at, j):
 
 @jit
 def finish_weights(p, tokens, rule, token):
-    """From scores to weights: the norm and the scales."""
+    """From scores to weights: the norm and the scales. No choice keeps its 0, also where all have none."""
     first, end = token * p.num_topk, (token + 1) * p.num_topk
     norm = norm_of(rule, tokens.topk_weights, first, end) if rule.renormalize else rule.one
     for pair in range(first, end):
-        weight = tokens.topk_weights[pair] / norm * rule.scale
-        if rule.expert_scale.size > 0 and tokens.topk_idx[pair] >= 0:
-            weight *= rule.expert_scale[tokens.topk_idx[pair]]
-        tokens.topk_weights[pair] = weight
+        e = tokens.topk_idx[pair]
+        if e >= 0:
+            weight = tokens.topk_weights[pair] / norm * rule.scale
+            if rule.expert_scale.size > 0:
+                weight *= rule.expert_scale[e]
+            tokens.topk_weights[pair] = weight
 
 
 @jit

@@ -250,7 +250,7 @@ class FlashMoE(Owned):
             logits: `[..., num_choices]` for each token, floating, in place of the router's products, which a bias is
                 yet to be added to: for models whose router is no matrix, or has another input. On GPUs, too, they and
                 a routing are NumPy's.
-                    weights: others than those that this layer was made with: what `pack` returned.
+            weights: others than those that this layer was made with: what `pack` returned.
 
         Returns:
             y, shaped like x and of its type. With backend "cuda" it is filled in the order of the caller's stream, and

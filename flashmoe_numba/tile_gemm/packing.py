@@ -1,7 +1,7 @@
 """`panels.fill_panels`, compiled: of each row a cache line at a time.
 
-NumPy goes through all rows of a panel for each element of the depth. Elements of 16 bits go in pairs: two columns by two
-of the depth are two words that are read, and two that are written.
+NumPy goes through all rows of a panel for each element of the depth. Elements of 16 bits go in pairs: two columns by
+two of the depth are two words that are read, and two that are written.
 """
 
 from __future__ import annotations

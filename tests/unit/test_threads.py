@@ -8,7 +8,7 @@ import pytest
 from children import run_python
 
 from flashmoe_numba.backends import threads as module
-from flashmoe_numba.backends.threads import Threads
+from flashmoe_numba.backends.threads import Threads, _Call
 
 
 class Broken(Exception):
@@ -66,6 +66,17 @@ def test_the_last_function_to_end_may_raise_too(threads):
             threads.run([raise_broken], lambda: None)
         with pytest.raises(Broken):
             threads.run([raise_broken, raise_broken], lambda: None)
+
+
+def test_what_was_raised_before_anybody_waited_is_not_lost():
+    call = _Call([raise_broken])
+    call.run(0)
+    with pytest.raises(Broken):
+        call.wait()
+
+
+def test_nothing_to_run_is_over_at_once():
+    _Call([]).wait()
 
 
 def test_functions_of_threads_that_cannot_start_do_not_run(threads, monkeypatch):
@@ -161,7 +172,7 @@ def test_two_owners_do_not_share_threads():
 
 IDLE = """
 import os, threading, time
-from flashmoe_numba.backends.threads import Threads
+from flashmoe_numba.backends.threads import Threads, _Call
 threads = Threads()
 threads.run([lambda: None] * 3, None)
 """
@@ -186,7 +197,7 @@ def test_the_interpreter_ends_and_lets_running_functions_end_first(how):
 
 CTRL_C = """
 import os, signal, threading
-from flashmoe_numba.backends.threads import Threads
+from flashmoe_numba.backends.threads import Threads, _Call
 threads, stopped = Threads(), threading.Event()
 threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
