@@ -63,11 +63,15 @@ def moe_layer(
         results = expert_ffn(rows, weights, expert, config)
         ends = np.cumsum([len(pair) for pair in pairs])[:-1]
         for source, (pair, result) in enumerate(zip(pairs, np.split(results, ends), strict=True)):
-            y[source][pair // config.num_topk] += expert_term(result, factors[source], config)  # a token at most once
+            with np.errstate(invalid="ignore"):  # infinities of both signs
+                y[source][pair // config.num_topk] += expert_term(
+                    result, factors[source], config
+                )  # a token once at most
     for part, routing, result in zip(tokens, routings, y, strict=True):
         _add_identities(result, part, routing, config)
         if config.shared_ffn:
-            result += shared_ffn(part, weights, config)
+            with np.errstate(invalid="ignore"):
+                result += shared_ffn(part, weights, config)
     return _like(x, [overflowed(part, config.numpy_dtype) for part in y])
 
 
