@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import assert_same_bits, random_tokens
-from published import make_folder
+from published import BLOCKS, make_folder
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.checkpoints import load
@@ -19,8 +19,10 @@ def joined(parts):
     return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_vl_moe", "granitemoe"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, "float32") for family in BLOCKS), *((family, "bfloat16") for family in ("mixtral", "qwen3_vl_moe"))],
+)
 def test_ranks_that_load_their_own_experts(tmp_path, family, dtype):
     make_folder(tmp_path / "c", family, dtype=dtype)
     whole, weights = load(tmp_path / "c", 3, num_tokens=28)
