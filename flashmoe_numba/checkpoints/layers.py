@@ -87,7 +87,7 @@ def plan_layer(source: Source, section: str, family: Family, model: Model, asked
         raise ValueError(f"{rule}, and knows nothing of {', '.join(unclaimed[:3])} ({len(unclaimed)} in all)")
     reader = Reader(source=source, prefix=prefix, sizes=_sizes(config), experts=experts, block=_block(model))
     tensors = {entry: reader.plan(entry) for entry in dict.fromkeys(chosen.values())}
-    dtype = asked.dtype or tensors[chosen["down_proj"]][0].dtype or _computed_dtype(model)
+    dtype = asked.dtype or _stored_dtype(source, tensors, model)
     return LayerPlan(config=replace(config, dtype=dtype), reader=reader, arrays=chosen, tensors=tensors)
 
 
@@ -123,6 +123,24 @@ def _dtype_of(entry: Entry, tensor: Stored, experts: str) -> str:
     if entry.field not in IN_SUMS or tensor.dtype == experts:
         return experts
     return FORMATS[experts].accumulator
+
+
+def _stored_dtype(source: Source, tensors: Mapping[Entry, list[Stored]], model: Model) -> str:
+    """What all matrices of experts are stored in, or where they are quantised, what the model computes in.
+
+    Raises:
+        ValueError: they are of several types; names one tensor of each of two.
+    """
+    found: dict[str, Stored] = {}
+    for entry in tensors:
+        if entry.field.endswith("_proj"):
+            for tensor in tensors[entry]:
+                found.setdefault(tensor.dtype or _computed_dtype(model), tensor)
+    (dtype, first), *others = found.items()
+    if others:
+        rule = f"dtype must be given, because experts are stored in several: tensor {first.name!r} is {dtype}"
+        raise ValueError(f"{source.where(others[0][1].name)}: {rule}, {others[0][1].name!r} {others[0][0]}")
+    return dtype
 
 
 def _block(model: Model) -> tuple[int, int]:
