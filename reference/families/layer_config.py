@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import MoEConfig
 from ..layer_kinds import ExpertKind, RouterKind
+from ..scalars import whole
 from . import Family
 
 WORDS = {"sqrtsoftplus": "sqrt_softplus", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
@@ -39,7 +40,7 @@ def layer_config(family: Family, model: Mapping[str, Any], layer: int = 0, **own
     expert = expert_kind(_section(family, "experts", model, layer))
     fields["expert"] = expert
     shared = _section(family, "shared", model, layer)
-    fields["shared_ffn"] = int(shared.pop("ffn", 0))
+    fields["shared_ffn"] = whole("shared_ffn", shared.pop("ffn", 0))
     fields["shared_gate"] = shared.pop("gate", False) and fields["shared_ffn"] > 0
     if shared and fields["shared_ffn"]:
         other = expert_kind(_kind_fields(expert) | shared)
@@ -76,6 +77,9 @@ def expert_kind(section: Mapping[str, Any]) -> ExpertKind:
 def _section(family: Family, name: str, model: Mapping[str, Any], layer: int) -> dict[str, Any]:
     """Its values; of a list in the file it is that of the layer."""
     values = family.section(name, model, layer)
+    for key, value in values.items():
+        if isinstance(value, list) and layer >= len(value):
+            raise ValueError(f"family {family.name!r}: [{name}] {key} must have a value for layer {layer}, got {value}")
     return {key: value[layer] if isinstance(value, list) else value for key, value in values.items()}
 
 
