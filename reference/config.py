@@ -13,7 +13,7 @@ import numpy as np
 
 from .activations import ACTIVATIONS
 from .formats import DTYPES, FORMATS, NumberFormat
-from .layer_kinds import ExpertKind, RouterKind
+from .layer_kinds import ExpertKind, RouterKind, check_range
 from .scalars import check_name, dtype_name, make_plain, whole
 
 SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")
@@ -135,6 +135,8 @@ class MoEConfig:
             if kind is not None and value != default.default and value != getattr(kind, name):
                 raise ValueError(f"{name} must say what {type(kind).__name__} says, {getattr(kind, name)}, got {value}")
         self.router_kind.check_sizes(self.num_choices, self.num_topk)
+        for any_kind in (self.router_kind, self.expert_kind, self.shared_kind):
+            check_range(any_kind, self.format.sums)
         if self.num_zero and self.router_kind.num_always:
             raise ValueError(f"num_zero must be 0 for a router with num_always, got {self.num_zero}")
         if self.shared_expert is not None and self.shared_expert.gated != self.expert_kind.gated:

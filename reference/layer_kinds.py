@@ -11,7 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from .activations import ACTIVATIONS
+from .formats import NumberFormat
 from .scalars import check_name, check_whole, make_plain, number
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus", "sparsemixer")
@@ -19,6 +22,8 @@ CHOICES = ("logits", "score", "given")
 GROUP_SCORES = ("max", "top2_sum")
 GROUP_FILLS = ("lowest", "zero")
 BOUNDS = ("none", "clamp", "clamp_activated", "softcap")
+ABOVE_ZERO = ("norm_order", "logit_scale", "logit_cap", "gate_limit", "up_limit", "slope")
+OTHER_NUMBERS = ("norm_eps", "norm_min", "jitter", "scale", "up_offset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +124,7 @@ class RouterKind:
         chosen_from, chosen = num_experts - self.num_always, num_topk - self.num_always
         if chosen < 0 or chosen_from < 0:
             raise ValueError(f"num_always must be in [0, num_topk={num_topk}], got {self.num_always}")
-        if chosen_from % self.num_groups:
+        if chosen_from % self.num_groups or self.num_groups > max(1, chosen_from):
             raise ValueError(f"num_groups must divide the {chosen_from} experts chosen from, got {self.num_groups}")
         if self.group_score == "top2_sum" and 1 < self.num_groups == chosen_from:
             rule = "num_groups must leave two experts to a group for group_score 'top2_sum'"
@@ -207,6 +212,20 @@ class ExpertKind:
     def projections(self) -> tuple[str, ...]:
         """Names of the matrices in `Weights`, without `_proj`."""
         return ("up", "down", "gate") if self.gated else ("up", "down")
+
+
+def check_range(kind: RouterKind | ExpertKind, sums: NumberFormat) -> None:
+    """Nothing, if the kind's numbers stay what they are in the type of sums; else a ValueError that names one.
+
+    Those that must be above 0 must be normal numbers there: of smaller ones the reciprocal is infinite, and some
+    machines make them 0.
+    """
+    info = np.finfo(sums.dtype)
+    for name in (*ABOVE_ZERO, *OTHER_NUMBERS):
+        value, most = getattr(kind, name, None), float(info.max)
+        least = float(info.tiny) if name in ABOVE_ZERO else -most
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{name} must be in [{least:.3g}, {most:.3g}] for sums in {sums.name}, got {value}")
 
 
 def _check_flag(name: str, value: object) -> None:

@@ -9,6 +9,7 @@ out: noise and losses of training; routers that are no matrix, which bring their
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,18 +48,27 @@ def softmax_topk(logits: Array, num_topk: int, renormalize: bool) -> Routing:
 
 
 def choose(
-    logits: Array, kind: RouterKind, num_topk: int, weights: Weights | None = None, topk_idx: Array | None = None
+    logits: Array,
+    kind: RouterKind,
+    num_topk: int,
+    weights: Weights | None = None,
+    topk_idx: Array | None = None,
+    accumulator: np.dtype[Any] | None = None,
 ) -> Routing:
     """The routing by `logits` `[num_tokens, num_choices]`, as they come from the matrix, computed in their dtype.
 
-    A row without a largest finite logit is as in `softmax_topk`, whatever the kind.
+    A row without a largest finite logit, before or after bias, scale and cap, is as in `softmax_topk`, whatever the
+    kind.
 
     Args:
         weights: with the biases and scales that the kind asks for.
         topk_idx: `[num_tokens, num_topk]`, checked, for choice "given"; -1: no choice.
+        accumulator: beyond the range of this type logits become infinite; None: that of `logits`.
     """
-    good = np.isfinite(logits.max(axis=1))  # the maximum is NaN if any logit is
-    z, scores = prepared_scores(np.where(good[:, None], logits, logits.dtype.type(0)), kind, weights)
+    z = prepared_logits(logits, kind, weights, accumulator or logits.dtype)
+    good = np.isfinite(logits.max(axis=1)) & np.isfinite(z.max(axis=1))  # the maximum is NaN if any logit is
+    z = np.where(good[:, None], z, z.dtype.type(0))
+    scores = scores_of(z, kind)
     idx = topk_idx
     if idx is None:
         idx = _choose_best(choice_values(z, scores, kind, weights), kind, num_topk)
@@ -68,20 +78,21 @@ def choose(
     return Routing(idx.astype(np.int32), np.where(idx >= 0, factors, factors.dtype.type(0)))
 
 
-def prepared_scores(logits: Array, kind: RouterKind, weights: Weights | None) -> tuple[Array, Array]:
-    """Logits z with bias, scale and cap, and scores of them, `[num_tokens, num_choices]` both."""
+def prepared_logits(logits: Array, kind: RouterKind, weights: Weights | None, accumulator: np.dtype[Any]) -> Array:
+    """Logits with bias, scale and cap, `[num_tokens, num_choices]`; infinite beyond the range of the accumulator."""
     z = logits
-    if kind.logit_bias:
-        assert weights is not None and weights.router_bias is not None
-        z = z + weights.router_bias.astype(z.dtype)
-    if kind.logit_scale != 1:
-        z = z * kind.logit_scale
-    if kind.logit_cap is not None:
-        z = np.tanh(z / kind.logit_cap) * kind.logit_cap
-    return z, _scores(z, kind)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if kind.logit_bias:
+            assert weights is not None and weights.router_bias is not None
+            z = overflowed(z + weights.router_bias.astype(z.dtype), accumulator)
+        if kind.logit_scale != 1:
+            z = overflowed(z * kind.logit_scale, accumulator)
+        if kind.logit_cap is not None:
+            z = np.tanh(z / kind.logit_cap) * kind.logit_cap
+    return z
 
 
-def _scores(z: Array, kind: RouterKind) -> Array:
+def scores_of(z: Array, kind: RouterKind) -> Array:
     """`[num_tokens, num_choices]`: the score of each expert; of sparsemixer, where it depends on the choice, logits."""
     with np.errstate(over="ignore", under="ignore"):  # a difference of -inf is a probability of 0
         if kind.score == "sigmoid":
@@ -164,6 +175,8 @@ def _normalized(factors: Array, kind: RouterKind) -> Array:
 def sparsemixer(z: Array, idx: Array, jitter: float | Array) -> Array:
     """The weight of choice j: its softmax among the experts not chosen before j whose logits are near its own.
 
+    Of a logit of -inf, which is chosen where no finite one is left, it is NaN.
+
     Args:
         jitter: one, or one for each of `z`.
     """
@@ -173,7 +186,8 @@ def sparsemixer(z: Array, idx: Array, jitter: float | Array) -> Array:
         best = np.take_along_axis(z, idx[:, j : j + 1], axis=1)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # 0 / 0 is near; what is taken is -inf
             far = (best - z) / np.maximum(np.abs(z), best) > 2 * jitter
-            factors[:, j] = 1 / np.where(far | np.isinf(z), z.dtype.type(0), np.exp(z - best)).sum(axis=1)
+            total = np.where(far | np.isinf(z), z.dtype.type(0), np.exp(z - best)).sum(axis=1)
+            factors[:, j] = np.where(np.isfinite(best[:, 0]), 1 / total, z.dtype.type(np.nan))
         np.put_along_axis(z, idx[:, j : j + 1], -np.inf, axis=1)
     return factors
 
@@ -181,8 +195,8 @@ def sparsemixer(z: Array, idx: Array, jitter: float | Array) -> Array:
 def route(x: Array, router: Array | Weights, config: MoEConfig, topk_idx: Array | None = None) -> Routing:
     """The routing of `x` `[num_tokens, hidden]` by its router, in float64.
 
-    Logits beyond the range of `config.accumulator`, in which an implementation has them, are infinite: a token whose
-    largest logit is has NaN weights (`softmax_topk`).
+    Logits beyond the range of `config.accumulator`, in which an implementation has them, are infinite, be it by their
+    bias or their scale: a token whose largest logit is has NaN weights (`softmax_topk`).
 
     Args:
         router: the matrix `[num_choices, hidden]`, or weights, for a kind that asks for biases or scales.
@@ -197,7 +211,7 @@ def route_logits(
 ) -> Routing:
     """`route`, from `logits` `[num_tokens, num_choices]`."""
     logits = overflowed(logits.astype(np.float64), config.accumulator)
-    return choose(logits, config.router_kind, config.num_topk, weights, topk_idx)
+    return choose(logits, config.router_kind, config.num_topk, weights, topk_idx, config.accumulator)
 
 
 def exact_logits(x: Array, router: Array | Weights) -> Array:

@@ -19,7 +19,8 @@ from .routers import (
     exact_logits,
     group_scores,
     has_repeats,
-    prepared_scores,
+    prepared_logits,
+    scores_of,
     sparsemixer,
     weigh,
 )
@@ -60,8 +61,8 @@ def check_routing(routing: Routing, x: Array, router: Array | Weights, config: M
     u = config.format.sums.unit_roundoff
     slack = GROWTH * u * config.hidden**0.5 * bound[tokens, None]
     weights = router if isinstance(router, Weights) else None
-    z, scores = prepared_scores(exact_logits(x[tokens], router), kind, weights)
-    exact = _Exact(kind, weights, z, scores, slack, u)
+    z = prepared_logits(exact_logits(x[tokens], router), kind, weights, config.accumulator)
+    exact = _Exact(kind, weights, z, scores_of(z, kind), slack, u)
     rules = _choice_rules(exact, idx[tokens]) | _weight_rule(exact, idx[tokens], factors[tokens], config)
     for rule, (bad, got, wanted) in rules.items():
         if bad.any():

@@ -152,7 +152,7 @@ class Weights:
         for name, array in self._experts().items():
             _check_matrix(name, array, (num_present, *shapes[name]), config)
         last = config.num_experts - num_present
-        if not 0 <= self.first_expert <= last:
+        if not 0 <= whole("first_expert", self.first_expert) <= last:
             raise ValueError(f"first_expert must be in [0, {last}] for {num_present} experts, got {self.first_expert}")
 
     def check_all(self, config: MoEConfig) -> None:
@@ -215,7 +215,8 @@ def _check_matrix(name: str, array: Array, shape: tuple[int, ...], config: MoECo
 def _check_factor(name: str, array: Array, config: MoEConfig) -> None:
     """Weights whose products are factors may be more exact than those of experts."""
     if array.dtype not in (config.weight_format.dtype, np.dtype(np.float32)):
-        raise TypeError(f"{name} must have dtype {config.weight_format.name} or float32, got {array.dtype}")
+        rule = " or ".join(dict.fromkeys((config.weight_format.name, "float32")))
+        raise TypeError(f"{name} must have dtype {rule}, got {array.dtype}")
 
 
 def _random_shared(config: MoEConfig, seed: int, names: list[str]) -> dict[str, Array]:

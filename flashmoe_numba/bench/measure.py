@@ -35,6 +35,7 @@ class Settings:
 
     Args:
         checkpoint: folder of a published model, whose layer of index `layer` has the weights; None: they are random.
+        family: of that model's blocks, as `Checkpoint` has it.
         workload: a name for `make_workload`.
         num_tokens: of each rank; None: `config.num_tokens`, or what a recorded workload has.
         backend: "cpu", "cuda" or "fibers".
@@ -47,6 +48,7 @@ class Settings:
     config: MoEConfig
     checkpoint: str | None
     layer: int
+    family: str | None
     workload: str
     num_tokens: int | None
     backend: str
@@ -115,7 +117,7 @@ def make_weights(settings: Settings, ranks: range) -> Weights:
         return Weights.random(config, settings.seed, experts=experts_of(ranks, config))
     own: dict[str, Any] = dict(num_ranks=config.num_ranks, num_tokens=config.num_tokens, dtype=config.dtype)
     rank_idx = None if len(ranks) == config.num_ranks else ranks.start
-    return load(settings.checkpoint, settings.layer, rank_idx=rank_idx, **own)[1]
+    return load(settings.checkpoint, settings.layer, family=settings.family, rank_idx=rank_idx, **own)[1]
 
 
 def make_layer(settings: Settings, weights: Weights, comm: Any) -> FlashMoE:

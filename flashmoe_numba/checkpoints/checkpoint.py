@@ -11,9 +11,9 @@ from reference.families.layer_config import layer_config
 from reference.scalars import check_whole
 
 from .folder import Folder, read_json
-from .layers import Asked, LayerPlan, plan_layer
+from .layers import Asked, LayerPlan, plan_first
 from .models import find_families
-from .names import read_names
+from .names import names_of
 from .state import State
 
 
@@ -60,7 +60,7 @@ class Checkpoint:
     @property
     def layers(self) -> list[int]:
         """Indices of those with experts."""
-        names = [read_names(family.section("disk", self._model)) for family in self._families]
+        names = [names_of(family, "disk", self._model) for family in self._families]
         return sorted({layer for each in names for layer in each.layers(self._folder.names)})
 
     def load(
@@ -88,12 +88,7 @@ class Checkpoint:
         return self._plan(Asked(layer=layer, rank_idx=rank_idx, dtype=dtype, own=own)).config
 
     def _plan(self, asked: Asked) -> LayerPlan:
-        for family in self._families[:-1]:  # several kinds of block have that model_type: which is this one?
-            try:
-                return plan_layer(self._folder, "disk", family, self._model, asked)
-            except ValueError:
-                continue
-        return plan_layer(self._folder, "disk", self._families[-1], self._model, asked)
+        return plan_first(self._folder, "disk", self._families, self._model, asked)
 
     def close(self) -> None:
         """Close its files; what was loaded stays."""
@@ -130,7 +125,7 @@ def from_state_dict(
     """
     asked = Asked(layer=layer, rank_idx=rank_idx, dtype=dtype, own=own)
     families, part = find_families(model, family)
-    plan = plan_layer(State(state), "state", families[0], part, asked)
+    plan = plan_first(State(state), "state", families, part, asked)
     return plan.config, plan.read()
 
 

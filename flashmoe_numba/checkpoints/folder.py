@@ -124,12 +124,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file with a JSON object.
 
     Raises:
-        FileNotFoundError: there is none; ValueError: it is something else.
+        FileNotFoundError, IsADirectoryError: there is none; ValueError: it is something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not there") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path}: must be a JSON file, got a folder") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON: {error}") from None
     if not isinstance(value, dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,12 @@ from reference.families import Family
 from reference.families.layer_config import layer_config
 from reference.formats import FORMATS
 from reference.router_extras import EXTRAS
-from reference.scalars import check_one_of, check_whole, whole
+from reference.scalars import check_one_of, check_whole, is_whole, whole
 
 from . import fp8
 from .entries import STORED, Entry, arrays_of
 from .models import Model
-from .names import read_names
+from .names import names_of
 from .reading import Reader
 from .stored import Source, Stored
 
@@ -76,7 +76,9 @@ def plan_layer(source: Source, section: str, family: Family, model: Model, asked
     Raises:
         TypeError, ValueError, FileNotFoundError: naming what is wrong.
     """
-    names = read_names(family.section(section, model))
+    names = names_of(family, section, model)
+    if section == "disk":
+        names.check_numbered(asked.layer)
     config = layer_config(family, model, asked.layer, **{"num_ranks": 1, **asked.own})
     experts = _experts_of(asked.rank_idx, config)
     prefix = names.prefix(asked.layer, source.names)
@@ -87,8 +89,27 @@ def plan_layer(source: Source, section: str, family: Family, model: Model, asked
         raise ValueError(f"{rule}, and knows nothing of {', '.join(unclaimed[:3])} ({len(unclaimed)} in all)")
     reader = Reader(source=source, prefix=prefix, sizes=_sizes(config), experts=experts, block=_block(model))
     tensors = {entry: reader.plan(entry) for entry in dict.fromkeys(chosen.values())}
-    dtype = asked.dtype or tensors[chosen["down_proj"]][0].dtype or _computed_dtype(model)
+    dtype = asked.dtype or _stored_dtype(source, tensors, model)
     return LayerPlan(config=replace(config, dtype=dtype), reader=reader, arrays=chosen, tensors=tensors)
+
+
+def plan_first(source: Source, section: str, families: Sequence[Family], model: Model, asked: Asked) -> LayerPlan:
+    """The same of the first of several families that fits: a model_type may have several kinds of block.
+
+    Raises:
+        ValueError: none fits, says why of each.
+    """
+    errors: dict[str, ValueError] = {}
+    for family in families:
+        try:
+            return plan_layer(source, section, family, model, asked)
+        except ValueError as error:
+            errors[family.name] = error
+    first, *others = errors.values()
+    if all(str(other) == str(first) for other in others):
+        raise first
+    reasons = "; ".join(f"not {name}, because {error}" for name, error in errors.items())
+    raise ValueError(f"the layer is of none of its model's families: {reasons}")
 
 
 def absent_arrays(config: MoEConfig) -> Set[str]:
@@ -125,20 +146,42 @@ def _dtype_of(entry: Entry, tensor: Stored, experts: str) -> str:
     return FORMATS[experts].accumulator
 
 
+def _stored_dtype(source: Source, tensors: Mapping[Entry, list[Stored]], model: Model) -> str:
+    """What all matrices of experts are stored in, or where they are quantised, what the model computes in.
+
+    Raises:
+        ValueError: they are of several types; names one tensor of each of two.
+    """
+    found: dict[str, Stored] = {}
+    for entry in tensors:
+        if entry.field.endswith("_proj"):
+            for tensor in tensors[entry]:
+                found.setdefault(tensor.dtype or _computed_dtype(model), tensor)
+    (dtype, first), *others = found.items()
+    if others:
+        rule = f"dtype must be given, because experts are stored in several: tensor {first.name!r} is {dtype}"
+        raise ValueError(f"{source.where(others[0][1].name)}: {rule}, {others[0][1].name!r} {others[0][0]}")
+    return dtype
+
+
 def _block(model: Model) -> tuple[int, int]:
     """Rows and columns of a block of 8-bit weights.
 
     Raises:
-        ValueError: the model is quantised in another way.
+        ValueError: the model is quantised in another way, or what it says of it has another form.
     """
     how = model.get("quantization_config") or {}
+    if not isinstance(how, Mapping):
+        raise ValueError(f"quantization_config must be a table, got {how!r}")
     if how:
         check_one_of("quantization_config.quant_method", how.get("quant_method"), QUANTISED)
-    rows, columns = how.get("weight_block_size") or fp8.BLOCK
-    return whole("weight_block_size[0]", rows), whole("weight_block_size[1]", columns)
+    block = how.get("weight_block_size") or fp8.BLOCK
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(is_whole(n) and n > 0 for n in block):
+        raise ValueError(f"quantization_config.weight_block_size must be two integers above 0, got {block!r}")
+    return block[0], block[1]
 
 
 def _computed_dtype(model: Model) -> str:
     """What the model computes in, or what most do."""
-    named = str(model.get("dtype") or model.get("torch_dtype"))
+    named = str(model.get("dtype") or model.get("torch_dtype")).removeprefix("torch.")
     return named if named in DTYPES else "bfloat16"

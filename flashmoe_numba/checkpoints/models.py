@@ -9,6 +9,7 @@ from typing import Any
 from reference.families import Family, families_of, family_names, read_family
 
 Model = Mapping[str, Any]
+OF_ALL_PARTS = ("quantization_config", "dtype", "torch_dtype")  # which only the outermost config may have
 HOW_TO_ADD = "describe it in a file and give that: family='my.toml' (docs/checkpoints.md)"
 
 
@@ -22,8 +23,11 @@ def find_families(model: Model, family: str | Path | None) -> tuple[list[Family]
         family: its name, or a file; None: by model_type.
 
     Raises:
+        TypeError: no dictionary.
         ValueError: it is none that is known, or several; says which there are, and how to describe another.
     """
+    if not isinstance(model, Mapping):
+        raise TypeError(f"model must be a dictionary of what is in config.json, got {type(model).__name__}")
     if family is not None:
         found = read_family(family)
         inside = [part for part in _parts(model) if part.get("model_type") == found.model_type]
@@ -33,15 +37,22 @@ def find_families(model: Model, family: str | Path | None) -> tuple[list[Family]
         types = sorted({str(part["model_type"]) for part in _parts(model) if "model_type" in part}) or ["none"]
         names = ", ".join(family_names())
         raise ValueError(f"model_type must be of a known family, got {', '.join(types)}: {HOW_TO_ADD}. Known: {names}")
-    if len(known) > 1 and known[0][1] is not model:
+    if any(each != known[0] for each in known) and known[0][1] is not model:
         names = ", ".join(each.name for families, _ in known for each in families)
         raise ValueError(f"family must be given, because the model has several: {names}")
     return known[0]
 
 
 def _parts(model: Model) -> Iterator[Model]:
-    """A model's config, and those inside it."""
+    """A model's config, and those inside it with what is said of all of them outside."""
     yield model
-    for value in model.values():
-        if isinstance(value, dict):
-            yield from _parts(value)
+    for key, value in model.items():
+        if isinstance(value, Mapping) and key not in OF_ALL_PARTS:
+            yield from _parts(_inherited(value, model))
+
+
+def _inherited(part: Model, model: Model) -> Model:
+    names = [name for name in OF_ALL_PARTS if model.get(name) is not None and part.get(name) is None]
+    if part.get("dtype") or part.get("torch_dtype"):  # two names of one thing
+        names = [name for name in names if not name.endswith("dtype")]
+    return {**part, **{name: model[name] for name in names}}

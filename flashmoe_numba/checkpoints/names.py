@@ -14,6 +14,8 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any
 
+from reference.families import Family
+
 from .entries import Entry, parse_entries
 from .stored import companions
 
@@ -40,7 +42,13 @@ class Names:
         routers = [prefix + entry.name for prefix in self.prefixes for entry in self.entries["router"]]
         patterns = [re.compile(re.escape(router).replace(r"\{layer\}", r"(\d+)")) for router in routers]
         matches = (pattern.fullmatch(name) for pattern in patterns for name in names)
-        return sorted({int(match[1]) for match in matches if match and match.groups()})
+        return sorted({int(match[1]) if match.groups() else 0 for match in matches if match})
+
+    def check_numbered(self, layer: int) -> None:
+        """Nothing, if names tell this layer from others; else a ValueError."""
+        routers = [prefix + entry.name for prefix in self.prefixes for entry in self.entries["router"]]
+        if layer and not all("{layer}" in router for router in routers):
+            raise ValueError(f"layer must be 0 where names are the same of all (prefix has no {{layer}}), got {layer}")
 
     def prefix(self, layer: int, names: Set[str]) -> str:
         """Of this layer.
@@ -99,6 +107,19 @@ class Names:
     def _all(self) -> Iterator[Entry]:
         for entries in self.entries.values():
             yield from entries
+
+
+def names_of(family: Family, section: str, model: Mapping[str, Any]) -> Names:
+    """How tensors are called by a section of a family's file.
+
+    Raises:
+        ValueError: naming the family, the section and what is wrong in it.
+    """
+    table = family.section(section, model)
+    try:
+        return read_names(table)
+    except ValueError as error:
+        raise ValueError(f"family {family.name!r}: [{section}]: {error}") from None
 
 
 def read_names(section: Mapping[str, Any]) -> Names:

@@ -73,7 +73,7 @@ class Reader:
             if entry.per_expert:
                 yield (position,), tensors[position], 0, 1
             else:
-                yield (position,), tensors[0], expert, self.sizes["expert"]
+                yield (position,), tensors[0], expert, self.sizes[entry.num_pieces]
 
     def _put(
         self,

@@ -14,6 +14,8 @@ from reference.arrays import Array
 
 from .tensor_file import NUMPY_NAMES, TensorInfo, array_dtype
 
+BITS_OF = {"bfloat16": "short", **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"), "byte")}
+"""Types of PyTorch's that NumPy does not know, and as what it gets their bits."""
 _TENSOR_NAMES = {numpy_name: name for name, numpy_name in NUMPY_NAMES.items()}
 
 
@@ -59,15 +61,22 @@ def as_array(name: str, tensor: Any) -> Array:
     """A tensor of NumPy's or PyTorch's as an array, of the same memory where it is this machine's.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is neither, or has no numbers in rows and columns here; names it.
     """
     if isinstance(tensor, np.ndarray):
         return tensor
     if not hasattr(tensor, "detach"):
         raise TypeError(f"state[{name!r}] must be a NumPy array or a PyTorch tensor, got {type(tensor).__name__}")
-    tensor = tensor.detach().cpu()
-    for torch_name, bits in {"bfloat16": "short", "float8_e4m3fn": "byte", "float8_e5m2": "byte"}.items():
-        if str(tensor.dtype) == f"torch.{torch_name}":  # NumPy does not know these: it gets their bits
+    try:
+        return _numbers_of(tensor.detach().cpu())
+    except (TypeError, RuntimeError) as error:  # on "meta", sparse, or of a type that NumPy does not know
+        got = ", ".join(str(getattr(tensor, about, "unknown")) for about in ("dtype", "device", "layout"))
+        raise TypeError(f"state[{name!r}] must be a dense tensor of numbers, got {got}: {error}") from None
+
+
+def _numbers_of(tensor: Any) -> Array:
+    for torch_name, bits in BITS_OF.items():
+        if str(tensor.dtype) == f"torch.{torch_name}":
             integers: Array = tensor.view(getattr(tensor.new_empty(0), bits)().dtype).numpy()
             return integers.view(array_dtype(torch_name))
     array: Array = tensor.numpy()

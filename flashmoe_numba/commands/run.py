@@ -29,6 +29,7 @@ from .sizes import (
     check_memory,
     check_outputs,
     config_from,
+    family_from,
     given_fields,
     in_flags,
     integer,
@@ -157,9 +158,10 @@ def _config(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
         return config_from(args, num_ranks=num_ranks)
     from ..checkpoints import Checkpoint
 
-    with blaming("argument --checkpoint"), Checkpoint(args.checkpoint) as checkpoint:
+    family = family_from(args)
+    with blaming("argument --checkpoint"), Checkpoint(args.checkpoint, family) as checkpoint:
         fields = {"num_tokens": MODEL_TOKENS, **given_fields(args, num_ranks=num_ranks)}
-        return checkpoint.config(args.layer, **fields)
+        return checkpoint.config(args.layer or 0, **fields)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -215,7 +217,8 @@ def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRan
     settings = Settings(
         config=config,
         checkpoint=args.checkpoint,
-        layer=args.layer,
+        layer=args.layer or 0,
+        family=args.family,
         workload=args.workload,
         num_tokens=_num_tokens(args),
         backend=args.backend,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reference import ACTIVATIONS, DTYPES, MoEConfig, load_preset, preset_names
+from reference.families import read_family
 from reference.pictures import picture_format
 from reference.plan import weight_bytes
 
@@ -73,7 +74,10 @@ def add_size_arguments(
     published = f"the config.json of a model: its layers' shapes [{MODEL_TOKENS} tokens, 1 rank]"
     add("--model-config", metavar="FILE", help=published)
     add = group.add_argument
-    add("--layer", type=integer(0), default=0, metavar="N", help="of the model [0]")
+    add("--layer", type=integer(0), metavar="N", help="of the model [0]")
+    add(
+        "--family", metavar="NAME", help="of the model's blocks, or a TOML file that describes them [by its model_type]"
+    )
     add("--ranks", type=integer(1), metavar="N", help="ranks of expert parallelism; must divide the experts")
     if many_tokens:
         add("--tokens", type=integers(1), metavar="N[,N]", help="tokens of each rank; several are simulated in turn")
@@ -101,8 +105,14 @@ def config_from(args: argparse.Namespace, **instead: int | None) -> MoEConfig:
     """
     given = given_fields(args, **instead)
     if args.model_config:
+        family = family_from(args)
         with blaming("argument --model-config"):
-            return read_config(args.model_config, args.layer, **({"num_tokens": MODEL_TOKENS} | given))
+            fields = {"num_tokens": MODEL_TOKENS} | given
+            return read_config(args.model_config, args.layer or 0, family=family, **fields)
+    for flag in ("layer", "family"):
+        if getattr(args, flag) is not None:
+            sources = "--model-config or --checkpoint" if "checkpoint" in args else "--model-config"
+            raise UsageError(f"argument --{flag}: goes with {sources}, got {getattr(args, flag)!r} without")
     try:
         return load_preset(args.preset, **given)
     except (TypeError, ValueError) as error:
@@ -113,6 +123,17 @@ def given_fields(args: argparse.Namespace, **instead: int | None) -> dict[str, A
     """Fields of a config that have a flag, or are given here."""
     fields = {field: getattr(args, flag) for field, flag in FLAGS.items() if field != "preset"} | instead
     return {field: value for field, value in fields.items() if value is not None}
+
+
+def family_from(args: argparse.Namespace) -> str | None:
+    """What --family says, if it is one."""
+    family: str | None = args.family
+    if family is not None:
+        try:
+            read_family(family)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"argument --family: {error}") from None
+    return family
 
 
 def layer_name(args: argparse.Namespace) -> str:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..scalars import check_one_of
+from .checks import SECTIONS, TEXTS, check_table
 from .values import section_values
 
-SECTIONS = ("sizes", "router", "experts", "shared", "state", "disk", "tested")
-_TEXTS = ("block", "outside", "quirks")
 _FOLDER = Path(__file__).parent
 
 
@@ -27,7 +26,7 @@ class Family:
     """One kind of MoE block.
 
     Args:
-        name: of the file.
+        name: of the file, without its suffix.
         model_type: in a model's config.json.
         block: module and class in `transformers.models`, or empty.
         outside: what a block of the family does that is not of the layer, or empty.
@@ -68,16 +67,15 @@ def read_family(name: str | Path) -> Family:
 
     Raises:
         ValueError: no such family, lists those there are; or the file is not one, and what is wrong with it.
+        FileNotFoundError, IsADirectoryError, TypeError: it is no file; or neither a name nor a path.
     """
+    if not isinstance(name, str | Path):
+        raise TypeError(f"family must be a name or the path of a .toml file, got {name!r}")
     path = Path(name)
     if path.suffix != ".toml":
         check_one_of("family", str(name), family_names())
         path = _FOLDER / f"{name}.toml"
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"family {str(name)!r}: {path} is not TOML: {error}") from None
-    return _family(path.stem, table)
+    return _family(path.stem, _read_table(path))
 
 
 def families_of(model_type: str) -> list[Family]:
@@ -85,12 +83,23 @@ def families_of(model_type: str) -> list[Family]:
     return [family for family in map(read_family, family_names()) if family.model_type == model_type]
 
 
+def _read_table(path: Path) -> dict[str, Any]:
+    """What is in a family's file, whose sections are what they should be."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        check_table(table)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise type(error)(f"family must be a file, got {str(path)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be in UTF-8: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: must be TOML: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return table
+
+
 def _family(name: str, table: Mapping[str, Any]) -> Family:
-    if not isinstance(table.get("model_type"), str):
-        raise ValueError(f"family {name!r} must have a model_type, got {table.get('model_type')!r}")
     sections = {section: table.get(section, {}) for section in SECTIONS}
-    unknown = sorted(set(table) - set(SECTIONS) - {"model_type", *_TEXTS})
-    if unknown:
-        raise ValueError(f"family {name!r} has unknown keys {', '.join(unknown)}; sections are {', '.join(SECTIONS)}")
-    texts = {key: table.get(key, "") for key in _TEXTS}
+    texts = {key: table.get(key, "") for key in TEXTS}
     return Family(name=name, model_type=table["model_type"], **texts, sections=sections)

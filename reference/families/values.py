@@ -51,7 +51,7 @@ def resolve(value: Any, model: Model, layer: int = 0) -> Any:
 
     Raises:
         KeyError: the config has none of the names, and there is no literal; its argument names them.
-        ValueError: the model's list is too short for the layer.
+        ValueError: the model's list is too short for the layer, or what is multiplied or added is no number.
     """
     if not (isinstance(value, str) and value.startswith("$")):
         return value
@@ -59,11 +59,17 @@ def resolve(value: Any, model: Model, layer: int = 0) -> Any:
     for alternative in alternatives:
         terms = [[lookup(name, model, layer) for name in term.split("*")] for term in alternative.split("+")]
         if all(factor is not None for factors in terms for factor in factors):
-            return terms[0][0] if len(terms) == len(terms[0]) == 1 else sum(prod(factors) for factors in terms)
+            return terms[0][0] if len(terms) == len(terms[0]) == 1 else _sum_of_products(alternative, terms)
     try:
         return tomllib.loads(f"value = {alternatives[-1]}")["value"]
     except tomllib.TOMLDecodeError:
         raise KeyError(" or ".join(alternatives)) from None
+
+
+def _sum_of_products(text: str, terms: list[list[Any]]) -> Any:
+    if not all(isinstance(factor, int | float) for factors in terms for factor in factors):
+        raise ValueError(f"{text} of the model's config must be of numbers, got {terms}")
+    return sum(prod(factors) for factors in terms)
 
 
 def lookup(name: str, model: Model, layer: int) -> Any:

@@ -85,9 +85,9 @@ def _seconds(text: str) -> float:
 
 def main(args: argparse.Namespace) -> int:
     """Check the target, and say what holds."""
-    check_outputs({"--json": args.json})
     _check_folder(args.save)
     asked, kind = _asked(args), _kind(args)
+    check_outputs({"--json": args.json})  # the last check of flags: it makes folders
     target = Target(args.target, args.torch, os.getcwd())
     say = print if args.json != "-" else lambda *_, **__: None
     with Subject(target, args.limit_s) as subject:

@@ -181,3 +181,13 @@ def test_a_module_is_found_in_the_folder_where_one_is(tmp_path):
     done = run_python("-c", f"import os; os.chdir({str(tmp_path)!r}); {program}", "check", *flags)
     assert done.returncode == 0, done.stderr
     assert (ROOT / "flashmoe_numba").exists() and not (tmp_path / "flashmoe-check").exists()
+
+
+def test_no_folder_is_made_for_flags_that_are_wrong(capsys, tmp_path):
+    report = tmp_path / "new" / "x.json"
+    for wrong in (["--save", FILE], ["--only", "padding", "--skip", "padding"], ["--multiple", "999999"]):
+        assert run("prints", *wrong, "--json", str(report)) == 2
+    assert not report.parent.exists()
+    assert run("prints", "--examples", "1", "--only", "oracle", "--json", str(report)) == 0
+    assert f"flashmoe: --json: made the folder {str(report.parent)!r}" in capsys.readouterr().err
+    assert report.exists()

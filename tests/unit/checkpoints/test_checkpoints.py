@@ -11,6 +11,24 @@ from flashmoe_numba.checkpoints import Checkpoint, load
 from reference.weights import EXPERT_ARRAYS
 
 LAYER = 3
+WITH_ZEROS = """
+model_type = "my_moe"
+[sizes]
+hidden = "$width"
+ffn = "$inner"
+num_experts = "$experts"
+num_topk = 2
+num_zero = "$zeros"
+[router]
+[experts]
+activation = "gelu"
+gated = false
+[disk]
+prefix = "layers.{layer}."
+router = "gate"
+up_proj = "up: choice ffn hidden"
+down_proj = "down"
+"""
 
 
 def assert_true(weights, wanted, names, experts=slice(None)):
@@ -94,3 +112,32 @@ def test_beside_the_weights_there_is_one_expert_in_memory(tmp_path, family, monk
     matrix = 2 * 200 * 300 * 4  # gate and up may be one
     assert weights.num_bytes == (6 * 200 + E) * 300 * 4
     assert peak < weights.num_bytes + matrix + 100_000
+
+
+@pytest.mark.parametrize("part", ["w1", "w2", "w3"])
+def test_experts_of_several_types_need_a_dtype(tmp_path, part):
+    """Or some would be rounded, and nobody had asked for it."""
+    tensors = tensors_of("mixtral", [LAYER])
+    name = f"model.layers.{LAYER}.block_sparse_moe.experts.6.{part}.weight"
+    tensors[name] = tensors[name].astype(np.float16)
+    write_folder(tmp_path / "c", {"model_type": "mixtral", **BLOCKS["mixtral"][1]}, tensors)
+    with pytest.raises(ValueError, match=r"dtype must be given, because experts are stored in several: .* float16"):
+        load(tmp_path / "c", LAYER, num_tokens=5)
+    config, weights = load(tmp_path / "c", LAYER, num_tokens=5, dtype="float32")
+    assert config.dtype == "float32" and weights.up_proj.dtype == np.float32
+
+
+@pytest.mark.parametrize("num_zero", [1, 2 * E, 3 * E + 1])
+def test_a_tensor_with_room_for_zero_computation_experts(tmp_path, num_zero):
+    family = tmp_path / "my.toml"
+    family.write_text(WITH_ZEROS)
+    rng = np.random.default_rng(0)
+    shapes = {"gate": (E + num_zero, H), "up": (E + num_zero, F, H), "down": (E, H, F)}
+    tensors = {f"layers.0.{name}": rng.standard_normal(shape) for name, shape in shapes.items()}
+    model = dict(model_type="my_moe", width=H, inner=F, experts=E, zeros=num_zero)
+    folder = write_folder(tmp_path / "c", model, tensors)
+    for rank_idx in range(4):
+        _, weights = load(folder, 0, num_tokens=5, num_ranks=4, rank_idx=rank_idx, family=family)
+        own = slice(2 * rank_idx, 2 * rank_idx + 2)
+        assert np.array_equal(weights.up_proj, tensors["layers.0.up"][:E][own])
+        assert np.array_equal(weights.down_proj, tensors["layers.0.down"][own])

@@ -27,6 +27,7 @@ router = "gate.weight"
 gate_up_proj = "experts.gate_up_proj"
 down_proj = "experts.down_proj: expert ffn hidden"
 """
+SHARED = {"gate_proj": (F, H), "up_proj": (F, H), "down_proj": (H, F)}
 
 
 class Tensor:
@@ -122,3 +123,56 @@ def test_tensors_of_torch():
         assert np.array_equal(array.astype(np.float64), tensor.double().numpy())
     grown = torch.nn.Parameter(torch.ones(3))
     assert np.array_equal(as_array("x", grown), np.ones(3))
+
+
+def test_a_config_that_is_none(family):
+    for model in ([("model_type", "my_moe")], "my_moe", None):
+        with pytest.raises(TypeError, match=r"model must be a dictionary of what is in config\.json, got"):
+            from_state_dict(model, state(), num_tokens=3, family=family, layer=2)
+
+
+def test_every_family_of_the_model_type_is_tried():
+    """Of deepseek_v4 the first has a bias for the choice, which layers with given experts do not have."""
+    sizes = dict(hidden_size=H, moe_intermediate_size=F, num_local_experts=E, num_experts_per_tok=2)
+    shared = {f"shared_experts.{name}.weight": shape for name, shape in SHARED.items()}
+    arrays = state() | {name: np.ones(shape, np.float32) for name, shape in shared.items()}
+    arrays["experts.down_proj"] = arrays["experts.down_proj"].swapaxes(1, 2)
+    model = dict(model_type="deepseek_v4", **sizes)
+    config, weights = from_state_dict(model, arrays, num_tokens=3)
+    assert config.router_kind.choice == "given" and weights.selection_bias is None
+    bias = {"gate.e_score_correction_bias": np.ones(E, np.float32)}
+    config, weights = from_state_dict(model, arrays | bias, num_tokens=3)
+    assert config.router_kind.choice == "score" and np.array_equal(weights.selection_bias, np.ones(E))
+    each = (
+        r"not deepseek_v4, because selection_bias is missing.*; not deepseek_v4_hash, because .* nothing of gate\.more"
+    )
+    with pytest.raises(ValueError, match=each):
+        from_state_dict(model, arrays | {"gate.more": np.ones(E, np.float32)}, num_tokens=3)
+    with pytest.raises(ValueError, match=r"^layer must be one with experts, got 0"):  # the same of both
+        from_state_dict(model, {}, num_tokens=3)
+
+
+class Unreadable(Tensor):
+    """As PyTorch's tensors on "meta", which cannot be copied."""
+
+    device, layout = "meta", "torch.strided"
+
+    def cpu(self):
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+
+def test_tensors_that_have_no_numbers_here_are_named(family):
+    arrays = state() | {"gate.weight": Unreadable(np.zeros((E, H), np.float32))}
+    rule = (
+        r"state\['gate.weight'\] must be a dense tensor of numbers, got torch.float32, meta, torch.strided: Cannot copy"
+    )
+    with pytest.raises(TypeError, match=rule):
+        from_state_dict(dict(model_type="my_moe", width=H), arrays, num_tokens=3, family=family, layer=2)
+
+
+def test_tensors_of_torch_that_have_no_numbers_here():
+    torch = pytest.importorskip("torch")
+    wrong = [torch.zeros(3, device="meta"), torch.zeros(3, 3).to_sparse(), torch.zeros(3).to(torch.float8_e4m3fnuz)]
+    for tensor in wrong:
+        with pytest.raises(TypeError, match=r"state\['x'\] must be a dense tensor of numbers, got torch\.float"):
+            as_array("x", tensor)

@@ -14,6 +14,23 @@ E4M3, E5M2, E8M0 = (np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.flo
 HIDDEN, FFN = 64, 96
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 PREFIX = "model.layers.0.mlp."
+STACKED = """
+model_type = "my_moe"
+[sizes]
+hidden = 20
+ffn = 30
+num_experts = 8
+num_topk = 2
+[router]
+[experts]
+activation = "gelu"
+gated = false
+[disk]
+prefix = "layers.{layer}."
+router = "gate"
+up_proj = "up.weight"
+down_proj = "down.weight"
+"""
 
 
 def small_float(byte, exponent_bits, mantissa_bits, bias):
@@ -176,6 +193,11 @@ SCALE = "experts.3.up_proj.weight_scale_inv"
         (lambda t: t | {PREFIX + SCALE: np.ones((2, 2))}, FP8, "_scale_inv' must be of dtype F32 or .*, got F64"),
         (lambda t: t, FP8 | {"weight_block_size": [64, 128]}, r"_scale_inv' must have shape \[3, 2\], got \[2, 2\]"),
         (lambda t: t, {"quant_method": "gptq"}, "quant_method must be one of fp8, mxfp4; got 'gptq'"),
+        (lambda t: t, "fp8", "quantization_config must be a table, got 'fp8'"),
+        *(
+            (lambda t: t, FP8 | {"weight_block_size": size}, "weight_block_size must be two integers above 0, got")
+            for size in (128, [128], [128, 0], [128, 128, 1], ["128", 128], [True, 128])
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_scales(tmp_path, change, how, rule):
@@ -202,3 +224,38 @@ def test_what_is_wrong_with_mxfp4(tmp_path, name, tensor, rule):
     write_folder(tmp_path / "c", config | dict(model_type="gpt_oss"), tensors)
     with pytest.raises(ValueError, match=rule):
         load(tmp_path / "c", 0, num_tokens=5)
+
+
+def test_what_an_outer_config_says_of_all_parts(tmp_path):
+    """A model that sees has its language model's config inside; how it is quantised, and its dtype, is said outside."""
+    tensors, arrays = fp8_tensors(np.random.default_rng(5))
+    inside = config_of(130, 150)
+    for outer, inner, dtype in (("float16", {}, "float16"), ("float16", {"dtype": "float32"}, "float32")):
+        model = dict(model_type="sees", torch_dtype=outer, quantization_config=FP8, text_config=inside | inner)
+        write_folder(tmp_path / "c", model, tensors)
+        config, weights = load(tmp_path / "c", 0, num_tokens=5)
+        assert config.dtype == dtype
+        assert np.array_equal(weights.up_proj, arrays["up_proj"].astype(dtype))
+    model["quantization_config"] = {"quant_method": "gptq"}
+    write_folder(tmp_path / "c", model, tensors)
+    with pytest.raises(ValueError, match="quant_method must be one of fp8, mxfp4; got 'gptq'"):
+        load(tmp_path / "c", 0, num_tokens=5)
+
+
+def test_one_scale_for_a_tensor_of_all_experts(tmp_path):
+    """It serves every expert's piece."""
+    family = tmp_path / "my.toml"
+    family.write_text(STACKED)
+    rng = np.random.default_rng(8)
+    tensors = {"layers.0.gate": random(rng, E, 20)}
+    for name, shape in (("up", (E, 30, 20)), ("down", (E, 20, 30))):
+        tensors[f"layers.0.{name}.weight"] = finite_bytes(rng, E4M3, *shape).view(E4M3)
+        tensors[f"layers.0.{name}.weight_scale_inv"] = np.full((1,) * (1 if name == "up" else 3), 0.25, np.float32)
+    write_folder(tmp_path / "c", dict(model_type="my_moe"), tensors)
+    for rank_idx in range(4):
+        asked = dict(num_tokens=5, num_ranks=4, rank_idx=rank_idx, dtype="float32", family=family)
+        _, weights = load(tmp_path / "c", 0, **asked)
+        own = slice(2 * rank_idx, 2 * rank_idx + 2)
+        for name in ("up", "down"):
+            wanted = tensors[f"layers.0.{name}.weight"].astype(np.float32)[own] / 4
+            assert np.array_equal(getattr(weights, f"{name}_proj"), wanted)

@@ -260,3 +260,44 @@ def test_a_refused_checkpoint_leaves_no_file_open(folder):
     (folder / INDEX).unlink()
     _, num_bytes = counted(lambda: refused(folder, ValueError, "my_moe"))
     assert num_bytes < 100_000
+
+
+def test_names_without_a_layer_are_of_layer_0(tmp_path):
+    (tmp_path / "my.toml").write_text(MY_FAMILY.replace("blocks.{layer}/", "block/"))
+    rng = np.random.default_rng(0)
+    tensors = {"block/choose": rng.random((H, E)), "block/up": rng.random((E, H, F))}
+    tensors |= {f"block/down/{e}": rng.random((H, F)) for e in range(E)}
+    folder = write_folder(tmp_path / "c", dict(model_type="my_moe", width=H, inner=F, experts=E), tensors)
+    load(folder, 0, num_tokens=5, family=tmp_path / "my.toml")
+    refused(folder, ValueError, "layer must be 0 where names are the same of all", layer=3, family=tmp_path / "my.toml")
+    with Checkpoint(folder, tmp_path / "my.toml") as checkpoint:
+        assert checkpoint.layers == [0]
+
+
+def test_a_family_without_names_of_tensors(tmp_path, folder):
+    (tmp_path / "my.toml").write_text(MY_FAMILY.split("[disk]")[0])
+    (folder / "config.json").write_text(json.dumps(dict(model_type="my_moe", width=H, inner=F, experts=E)))
+    refused(folder, ValueError, "family 'my': [disk]: ", "the section is empty", family=tmp_path / "my.toml")
+
+
+def test_a_layer_of_none_of_several_families(tmp_path):
+    """Each is named with what it lacks."""
+    sizes = dict(hidden_size=H, moe_intermediate_size=F, num_local_experts=E, num_experts_per_tok=2)
+    shapes = {"w1": (F, H), "w2": (H, F), "w3": (F, H)}
+    experts = [f"experts.{e}" for e in range(E)]
+    tensors = {f"{part}.{name}.weight": shapes[name] for part in (*experts, "shared_experts") for name in shapes}
+    tensors |= {"gate.weight": (E, H), "gate.more": (E,)}
+    tensors = {f"layers.3.ffn.{name}": np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    folder = write_folder(tmp_path / "c", dict(model_type="deepseek_v4", **sizes), tensors)
+    hash_layer = "; not deepseek_v4_hash, because family 'deepseek_v4_hash' must say"
+    refused(folder, ValueError, "not deepseek_v4, because selection_bias is missing", hash_layer, "ffn.gate.more")
+    refused(folder, ValueError, "rank_idx must be in [0, num_ranks=1), got 1", rank_idx=1)
+
+
+def test_the_same_config_twice_is_no_choice(tmp_path):
+    part = {"model_type": "mixtral", **BLOCKS["mixtral"][1]}
+    model = dict(model_type="sees", text_config=part, llm_config=dict(part))
+    folder = write_folder(tmp_path / "c", model, tensors_of("mixtral", [3]))
+    assert load(folder, 3, num_tokens=5)[0].hidden == H
+    write_folder(folder, model | dict(llm_config=part | dict(hidden_size=H + 1)), tensors_of("mixtral", [3]))
+    refused(folder, ValueError, "family must be given, because the model has several")

@@ -1,6 +1,7 @@
 """`flashmoe run --checkpoint` and `--model-config`: a published layer is run and checked; wrong ones are refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from published import BLOCKS, E, F, H, make_folder, truth
 
 from flashmoe_numba import cli
 from flashmoe_numba.bench import measure
-from reference import RouterKind
+from reference import RouterKind, families
 
 pytestmark = pytest.mark.usefixtures("outside_mpirun")
 
@@ -79,3 +80,42 @@ def test_a_router_with_sigmoid_scores_and_a_bias_is_run(tmp_path, capsys):
     folder = make_folder(tmp_path / "c", "minimax_m2")
     assert cli.main(["run", "--checkpoint", str(folder), "--layer", "3", "--backend", "fibers", "--tokens", "5"]) == 0
     assert "passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["run", "--layer", "7"], "argument --layer: goes with --model-config or --checkpoint, got 7 without"),
+    (["run", "--layer", "0"], "argument --layer: goes with --model-config or --checkpoint, got 0 without"),
+    (["plan", "--layer", "7"], "argument --layer: goes with --model-config, got 7 without"),
+    (["sim", "--family", "mixtral"], "argument --family: goes with --model-config, got 'mixtral' without"),
+])  # fmt: skip
+def test_flags_of_a_model_without_one_are_refused(capsys, flags, message):
+    assert cli.main(flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_family_of_ones_own_is_run(tmp_path, capsys):
+    """The public file with another model_type: nothing finds it but the flag."""
+    folder = make_folder(tmp_path / "c", "qwen3_moe", model_type="my_moe")
+    family = tmp_path / "my.toml"
+    text = Path(families.__file__).with_name("qwen3_moe.toml").read_text()
+    family.write_text(text.replace('model_type = "qwen3_moe"', 'model_type = "my_moe"'))
+    flags = ["--layer", "3", "--tokens", "5"]
+    run = ["run", "--checkpoint", str(folder), *flags, "--backend", "fibers"]
+    assert cli.main(run) == 2
+    assert "model_type must be of a known family, got my_moe" in capsys.readouterr().err
+    assert cli.main([*run, "--family", str(family), "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] and report["config"]["hidden"] == H
+    plan = ["plan", "--model-config", str(folder / "config.json"), *flags]
+    assert cli.main([*plan, "--family", str(family)]) == 0
+    capsys.readouterr()
+    for command in (run, plan):
+        assert cli.main([*command, "--family", "my_moe"]) == 2
+        assert "argument --family: family must be one of" in capsys.readouterr().err
+        assert cli.main([*command, "--family", str(tmp_path / "no.toml")]) == 2
+        assert "argument --family: family must be a file, got" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_config(folder, capsys):
+    assert cli.main(["plan", "--model-config", str(folder)]) == 2
+    assert f"argument --model-config: {folder}: must be a JSON file, got a folder" in capsys.readouterr().err

@@ -85,3 +85,18 @@ def test_a_family_says_what_it_is(name):
     family = read_family(name)
     assert family.block and (family.sections["router"] or family.outside.startswith("everything"))
     assert bool(family.sections["router"]) == bool(family.sections["experts"]) == bool(family.sections["tested"])
+
+
+@pytest.mark.parametrize(("own", "rule"), [
+    (dict(renormalize=True), "renormalize must be what family 'deepseek_v3' says, False, unless router is given"),
+    (dict(gated=False), "gated must be what family 'deepseek_v3' says, True, unless expert is given; got False"),
+    (dict(activation="gelu"), "activation must be what family 'deepseek_v3' says, silu, unless expert"),
+])  # fmt: skip
+def test_a_short_spelling_that_differs_from_the_family_is_refused_even_where_it_is_the_default(own, rule):
+    model = DEEP | dict(norm_topk_prob=False)
+    with pytest.raises(ValueError, match=rule):
+        layer("deepseek_v3", model, **own)
+    agreed = layer("deepseek_v3", model, renormalize=False, gated=True, activation="silu")
+    assert not agreed.router_kind.renormalize and agreed.expert_kind == ExpertKind(activation="silu", gated=True)
+    plain = ExpertKind(activation="gelu", gated=False)
+    assert layer("deepseek_v3", model, expert=plain, gated=False).expert_kind == plain

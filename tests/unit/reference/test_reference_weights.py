@@ -90,7 +90,8 @@ def test_non_contiguous_arrays_are_fine():
 
 @pytest.mark.parametrize(("fields", "error", "message"), [
     ({"router": np.ones((5, 35), np.float32)}, ValueError, r"router must have shape \[6, 35\], got \[5, 35\]"),
-    ({"router": np.ones((6, 35), np.float16)}, TypeError, "router must have dtype float32 or float32, got float16"),
+    ({"router": np.ones((6, 35), np.float16)}, TypeError, "router must have dtype float32, got float16"),
+    ({"first_expert": 0.0}, TypeError, "first_expert must be an integer, got 0.0"),
     ({"up_proj": np.ones((6, 35, 21), np.float32)}, ValueError, r"shape \[any, 21, 35\], got \[6, 35, 21\]"),
     ({"down_proj": np.ones((5, 35, 21), np.float32)}, ValueError, r"down_proj must have shape \[6, 35, 21\], got \[5,"),
     ({"gate_bias": np.ones((6, 35), np.float32)}, ValueError, r"gate_bias must have shape \[6, 21\], got \[6, 35\]"),

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from reference import MoEConfig, RouterKind, Routing, Weights, check_routing, moe_layer, route
-from reference.routers import choose
+from reference import ExpertKind, MoEConfig, RouterKind, Routing, Weights, check_routing, moe_layer, route
+from reference.routers import choose, route_logits
 
 BIASED = RouterKind(score="sigmoid", choice="score", selection_bias=True, renormalize=True, norm_eps=1e-20, scale=2.5)
 GROUPED = replace(BIASED, num_groups=4, num_topk_groups=2, group_score="top2_sum")
@@ -216,6 +216,7 @@ def test_what_no_router_can_be_is_refused(fields, message):
     (RouterKind(num_groups=5), "num_groups must divide the 12 experts chosen from, got 5"),
     (RouterKind(num_groups=6, num_topk_groups=1), "num_topk_groups must hold the 3 experts of a token, got 1 of 2"),
     (RouterKind(num_groups=12, num_topk_groups=6, group_score="top2_sum"), "must leave two experts to a group"),
+    (RouterKind(num_groups=24, num_topk_groups=24), "num_groups must divide the 12 experts chosen from, got 24"),
 ])  # fmt: skip
 def test_a_kind_that_does_not_fit_the_sizes_is_refused(kind, message):
     with pytest.raises(ValueError, match=message):
@@ -237,3 +238,72 @@ def test_short_spelling_and_kind_must_agree():
     assert make_config(RouterKind(renormalize=True)).router_kind == RouterKind(renormalize=True)
     with pytest.raises(ValueError, match="renormalize must say what RouterKind says, True, got False"):
         make_config(RouterKind(renormalize=True), renormalize=False)
+
+
+def test_groups_of_no_experts_are_refused():
+    kind = RouterKind(num_always=3, num_groups=2, num_topk_groups=2)
+    with pytest.raises(ValueError, match="num_groups must divide the 0 experts chosen from, got 2"):
+        make_config(kind, num_experts=3, num_topk=3)
+    make_config(replace(kind, num_groups=1, num_topk_groups=1), num_experts=3, num_topk=3)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus", "sparsemixer"])
+def test_a_logit_that_overflows_by_its_bias_or_scale_spoils_its_row(score):
+    """In the type of sums, as kernels have it, though the reference computes in float64."""
+    biased = RouterKind(score=score, logit_bias=True)
+    for dtype, largest in (("float32", 3.0e38), ("float64", 1.7e308)):
+        config, _, weights = make_case(biased, dtype=dtype)
+        logits = np.zeros((3, 12))
+        logits[1, 4], logits[2, 4] = largest, -largest
+        bias = np.zeros(12)
+        bias[4] = largest
+        weights = replace(weights, router_bias=bias)
+        for case, values in ((biased, logits), (RouterKind(score=score, logit_scale=2.0), logits)):
+            routing = route_logits(values, replace(config, router=case), weights)
+            assert np.isnan(routing.topk_weights).all(axis=1).tolist() == [False, True, False], (dtype, case)
+            assert routing.topk_idx[1].tolist() == [0, 1, 2]
+            assert np.isfinite(routing.topk_weights[[0, 2]]).all()
+            single = choose(values.astype(dtype), case, 3, weights)
+            np.testing.assert_array_equal(np.isnan(single.topk_weights), np.isnan(routing.topk_weights))
+        below = replace(config, router=RouterKind(score=score, logit_scale=2.0))
+        assert np.isnan(route_logits(np.full((1, 12), -largest), below).topk_weights).all(), "all -inf"
+
+
+def test_a_cap_makes_an_overflow_finite():
+    config, _, weights = make_case(RouterKind(score="sigmoid", logit_scale=2.0, logit_cap=0.5), dtype="float32")
+    logits = np.zeros((1, 12))
+    logits[0, 4] = 3e38
+    routing = route_logits(logits, config, weights)
+    assert routing.topk_idx[0, 0] == 4
+    np.testing.assert_allclose(routing.topk_weights[0], [1 / (1 + math.exp(-0.5)), 0.5, 0.5])
+
+
+def test_sparsemixer_has_no_weight_for_a_logit_of_minus_infinity():
+    logits = np.full((1, 12), -np.inf)
+    logits[0, 5], logits[0, 7] = 1, 2
+    routing = choose(logits, KINDS["sparsemixer"], 3)
+    assert routing.topk_idx[0].tolist() == [7, 5, 0]
+    assert np.isfinite(routing.topk_weights[0]).tolist() == [True, True, False]
+    assert np.isnan(routing.topk_weights[0, 2])
+
+
+@pytest.mark.parametrize(("fields", "dtype", "message"), [
+    (dict(scale=1e300), "float32", r"scale must be in \[-3.4e\+38, 3.4e\+38\] for sums in float32, got 1e\+300"),
+    (dict(scale=-1e39), "bfloat16", "scale must be in .* for sums in float32"),
+    (dict(logit_scale=1e-320), "float64", r"logit_scale must be in \[2.23e-308, 1.8e\+308\] for sums in float64"),
+    (dict(logit_cap=1e-46), "float16", "logit_cap must be in .* for sums in float32"),
+    (dict(renormalize=True, norm_eps=1e39), "float32", "norm_eps must be in .* for sums in float32"),
+])  # fmt: skip
+def test_numbers_that_the_type_of_sums_cannot_hold_are_refused(fields, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(RouterKind(**fields), dtype=dtype)
+    make_config(RouterKind(renormalize=True, norm_eps=1e-50, scale=-3e38, logit_scale=1e-37), dtype="float32")
+
+
+def test_numbers_of_experts_that_the_type_of_sums_cannot_hold_are_refused():
+    kind = ExpertKind(activation="silu", gated=True, slope=1e-40)
+    with pytest.raises(ValueError, match=r"slope must be in .* for sums in float32, got 1e-40"):
+        make_config(RouterKind(), dtype="float32", expert=kind)
+    with pytest.raises(ValueError, match=r"slope must be in .* for sums in float32, got 1e-40"):
+        make_config(RouterKind(), dtype="float32", expert=replace(kind, slope=1.0), shared_ffn=3, shared_expert=kind)
+    make_config(RouterKind(), dtype="float64", expert=kind)
