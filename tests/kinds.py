@@ -15,7 +15,7 @@ ROUTERS = {  # for 12 experts that are chosen from
     "deepseek_v2": RouterKind(choice="score", num_groups=3, num_topk_groups=2, scale=16.0),
     "deepseek_v3": V3,
     "mistral4": replace(V3, score="softmax", num_topk_groups=1, group_fill="zero"),
-    "groups of one": replace(V3, num_groups=12, num_topk_groups=4, group_score="max"),
+    "groups of one": replace(V3, num_groups=12, num_topk_groups=4, group_score="max", norm_eps=0.1),
     "deepseek_v4": replace(V3, score="sqrt_softplus", num_groups=1, num_topk_groups=1),
     "deepseek_v4_hash": RouterKind(score="sqrt_softplus", choice="given", renormalize=True, scale=1.5),
     "dbrx": RouterKind(renormalize=True, norm_order=2.0),

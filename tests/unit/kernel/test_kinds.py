@@ -89,6 +89,23 @@ def test_ties_and_bad_rows_are_those_of_the_reference(name, backend):
     assert (np.isfinite(y[0]).all(axis=1) == ~bad).all()
 
 
+@pytest.mark.parametrize("settings", [{}, FIBERS])
+def test_choices_of_an_earlier_call_are_forgotten(settings):
+    """Of tokens that have fewer now."""
+    config = make_config(ROUTERS["deepseek_v4_hash"])
+    weights, x = Weights.random(config, seed=4, bias=True), random_tokens(config, [7, 5])
+    every, _ = random_routing(config, [7, 5])
+    fewer = what_is_given(config, x)
+    with FlashMoE(config, weights, num_processors=2, **settings) as layer:
+        layer(x, topk_idx=every)
+        y, routings = layer(x, **fewer), layer.routing
+        assert_equals_oracle(y, x, weights, config, routings)
+        alone, alone_routings = call(config, weights, x, fewer, **settings)
+        assert_same_bits(y, alone)
+        for part in ("topk_idx", "topk_weights"):
+            assert_same_bits([getattr(r, part) for r in routings], [getattr(r, part) for r in alone_routings], part)
+
+
 @pytest.mark.parametrize("backend", [{}, FIBERS])
 @pytest.mark.parametrize("fill", ["lowest", "zero"])
 def test_experts_of_closed_groups_are_below_all_or_zero(fill, backend):
