@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import overload
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ class MoE(nn.Module):
     """One MoE layer; its parameters have the names and shapes of `Weights`, and need no gradient.
 
     Tokens of any shape `[..., hidden]`, more than `config.num_tokens` too: then the layer is called several times,
-    which changes no bit. All modules of equal configs share threads and segments.
+    which changes no bit; with a `config.capacity`, which counts by call, they are refused. All modules of equal configs
+    share threads and segments.
 
     Args:
         config: sizes of the layer, of one rank.
@@ -64,11 +66,34 @@ class MoE(nn.Module):
         Args:
             topk_idx, topk_weights: `[..., num_topk]`, a routing from outside, as `FlashMoE` takes it.
             logits: `[..., num_choices]`, in place of the router's products, as `FlashMoE` takes them.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its shape and the rule.
+            RuntimeError: gradients are asked for.
         """
-        given = [None if part is None else part.flatten(0, -2) for part in (topk_idx, topk_weights, logits)]
+        c = self.config
+        x = _rows("hidden_states", hidden_states, c.hidden)
+        idx, factors = _rows("topk_idx", topk_idx, c.num_topk), _rows("topk_weights", topk_weights, c.num_topk)
         tensors, description = operands(self, self._names, self._description)
-        x = hidden_states.reshape(-1, self.config.hidden)
-        return moe_layer(x, *given, tensors, description).reshape(hidden_states.shape)
+        y = moe_layer(x, idx, factors, _rows("logits", logits, c.num_choices), tensors, description)
+        return y.reshape(hidden_states.shape)
+
+
+@overload
+def _rows(name: str, tensor: torch.Tensor, width: int) -> torch.Tensor: ...
+
+
+@overload
+def _rows(name: str, tensor: torch.Tensor | None, width: int) -> torch.Tensor | None: ...
+
+
+def _rows(name: str, tensor: torch.Tensor | None, width: int) -> torch.Tensor | None:
+    """`[num_tokens, width]` of `[..., width]`: reshaping alone would take any shape with as many elements."""
+    if tensor is None:
+        return None
+    if tensor.dim() == 0 or tensor.shape[-1] != width:
+        raise ValueError(f"{name} must have shape [..., {width}], got {list(tensor.shape)}")
+    return tensor.reshape(-1, width)
 
 
 def _tensors(weights: Weights | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
