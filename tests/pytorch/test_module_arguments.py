@@ -1,9 +1,14 @@
 """What `MoE` refuses, and in which words."""
 
+import numpy as np
 import pytest
 import torch
 from cases import tiny_config
-from tiny_modules import make_module, tokens
+from tiny_modules import CONFIG, make_module, tokens
+
+from flashmoe_numba import FlashMoE
+from flashmoe_numba.torch import MoE, register, replace_moe_blocks
+from reference import Weights
 
 ROUTING = torch.arange(2).repeat(6, 1), torch.ones(6, 2)
 
@@ -38,3 +43,47 @@ def test_a_capacity_is_that_of_one_call():
     module(tokens())
     with pytest.raises(ValueError, match=r"capacity must be None for more than num_tokens=7 .* got 3 and 8 tokens"):
         module(torch.ones(8, 9))
+
+
+@pytest.mark.parametrize(
+    ("weights", "kind", "words"),
+    [
+        (dict(router=np.ones((4, 9))), TypeError, r"weights\['router'\] must be a tensor or None, got ndarray"),
+        (dict(foo=torch.ones(3)), ValueError, "a name in weights must be one of gate_proj, .*router.*; got 'foo'"),
+        (dict(router=torch.ones(4, 9)), ValueError, r"weights must have 'up_proj', got \['router'\]"),
+        ({}, ValueError, r"weights must have 'router', got \[\]"),
+    ],
+)
+def test_refuses_weights_by_name(weights, kind, words):
+    with pytest.raises(kind, match=words):
+        MoE(CONFIG, weights)
+
+
+def test_refuses_arguments_of_other_types():
+    with pytest.raises(TypeError, match="config must be a MoEConfig, got dict"):
+        MoE(vars(CONFIG), Weights.random(CONFIG))
+    with pytest.raises(TypeError, match="model must be a module of PyTorch, got NoneType"):
+        replace_moe_blocks(None)
+    with pytest.raises(TypeError, match="name must be a text, got 3"):
+        register(3)
+
+
+def test_a_layer_refuses_weights_of_other_types():
+    weights = Weights.random(CONFIG)
+    with FlashMoE(CONFIG, weights) as layer:
+        for call in (layer.load, layer.pack):
+            with pytest.raises(TypeError, match="weights must be Weights, got NoneType"):
+                call(None)
+        with pytest.raises(ValueError, match=r"weights must be what pack\(\) .* got Weights: layer.pack\(weights\)\?$"):
+            layer([tokens().numpy()], weights=weights)
+
+
+@pytest.mark.parametrize("change", ["half", "double", "bfloat16", "cpu", "float"])
+def test_packed_weights_refuse_to_be_moved(change):
+    module = make_module(own="packed")
+    for whole in (module, torch.nn.Sequential(module)):
+        with pytest.raises(TypeError, match="MoE cannot be moved or converted"):
+            getattr(whole, change)()
+    with pytest.raises(TypeError, match="MoE cannot be moved or converted"):
+        module.to(torch.float16)
+    assert torch.equal(module(tokens()), make_module()(tokens()))
