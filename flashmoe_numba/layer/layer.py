@@ -197,9 +197,7 @@ class FlashMoE(Owned):
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
         self._raise_if_closed()
-        if not isinstance(weights, Weights):
-            raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
-        return PackedWeights(self.config, self._ranks, weights)
+        return PackedWeights.pack(self.config, self._ranks, weights)
 
     def load(self, weights: Weights, into: PackedWeights | None = None) -> None:
         """Repack weights that have changed, in the memory that the old ones had; calls of other threads wait.
@@ -222,7 +220,8 @@ class FlashMoE(Owned):
         packed = self.packed if packed is None else packed
         found = packed.fits(self._ranks) if isinstance(packed, PackedWeights) else None
         if found is None:
-            raise ValueError(f"{name} must be what pack() of this layer returned, got {packed!r}")
+            hint = ": layer.pack(weights)?" if isinstance(packed, Weights) else ""
+            raise ValueError(f"{name} must be what pack() of this layer returned, got {type(packed).__name__}{hint}")
         return found
 
     def __call__(
@@ -344,6 +343,11 @@ class FlashMoE(Owned):
         self._raise_if_closed()
         self._backend.synchronize()
         self._raise_if_given_up()
+
+    @property
+    def closed(self) -> bool:
+        """Does it take no more calls, because of `close()` or because one was given up or interrupted?"""
+        return bool(self._closed)
 
     def _raise_if_closed(self) -> None:
         self.require_maker()

@@ -12,18 +12,22 @@ from ..processes.ownership import Owned
 
 
 class PackedWeights(Owned):
-    """Router and experts of a layer's ranks in this process, as `FlashMoE.pack` returns them.
+    """Router and experts of a layer's ranks in this process: at first those that the ranks were made with."""
 
-    Args:
-        weights: to pack; None: those that the ranks were made with.
-    """
-
-    def __init__(self, config: MoEConfig, ranks: Sequence[Rank], weights: Weights | None = None) -> None:
+    def __init__(self, config: MoEConfig, ranks: Sequence[Rank]) -> None:
         self._config, self._ranks = config, ranks
-        if weights is None:
-            self.of_ranks = [rank.experts for rank in ranks]
-        else:
-            self.of_ranks = [rank.pack(of_rank) for rank, of_rank in self._shards(weights)]
+        self.of_ranks = [rank.experts for rank in ranks]
+
+    @classmethod
+    def pack(cls, config: MoEConfig, ranks: Sequence[Rank], weights: Weights) -> PackedWeights:
+        """Others, as `FlashMoE.pack` returns them.
+
+        Raises:
+            TypeError, ValueError: naming the array, what it is and what the config asks for.
+        """
+        packed = cls(config, ranks)
+        packed.of_ranks = [rank.pack(of_rank) for rank, of_rank in packed._shards(weights)]
+        return packed
 
     def load(self, weights: Weights) -> None:
         """Fill this with other weights, where it is. No call may be under way.
@@ -48,5 +52,7 @@ class PackedWeights(Owned):
         return self.of_ranks if ranks is self._ranks else None
 
     def _shards(self, weights: Weights) -> list[tuple[Rank, Weights]]:
+        if not isinstance(weights, Weights):
+            raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
         weights.check(self._config)
         return [(rank, weights.shard(rank.rank_idx, self._config.num_ranks)) for rank in self._ranks]

@@ -21,7 +21,7 @@ from reference.scalars import check_name
 from .description import describe_config, describe_entry, is_matrix
 from .families import Outside, families_of_block, outside_of, plan_block
 from .operator import moe_layer
-from .ownership import OWNERS, give_to_kernel, operands
+from .ownership import OWNERS, Owner, give_to_kernel, operands
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ def replace_moe_blocks(model: nn.Module, *, own: str = OWNERS[0]) -> list[str]:
         Names of the blocks that were swapped, seen from the model.
 
     Raises:
-        ValueError: naming the argument, its value and the rule; or there is no block to swap.
+        TypeError, ValueError: naming the argument, its value and the rule; or there is no block to swap.
         NotImplementedError: naming what a known block computes that the layer does not.
     """
     check_name("own", own, OWNERS)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module of PyTorch, got {type(model).__name__}")
     blocks = [(name, block) for name, block in model.named_modules() if families_of_block(block)]
     if not blocks:
         rule = "model must have a block of a family in reference/families"
@@ -96,7 +98,7 @@ def adapter_for(block: nn.Module, model: Mapping[str, Any], layer: int) -> Adapt
     return Adapter(tuple(entry.name for entry in entries), names, description, outside_of(family))
 
 
-class Swapped(nn.Module):
+class Swapped(Owner):
     """What a swapped block's class has before its own."""
 
     _flashmoe_adapter: Adapter

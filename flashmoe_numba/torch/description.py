@@ -99,6 +99,8 @@ def _arrange(entry: Entry, tensor: torch.Tensor, fields: Mapping[str, Any]) -> t
     """Axes in the order of STORED, those of length 1 left out, and only the rows of experts."""
     sizes = {"expert": fields["num_experts"], "hidden": fields["hidden"], "ffn": fields["ffn"], "2": 2, "1": 1}
     sizes |= {"choice": sizes["expert"] + fields.get("num_zero", 0), "shared": fields.get("shared_ffn", 0)}
+    if entry.field == "selection_bias":  # none is of experts that every token chooses
+        sizes["choice"] -= fields.get("router", {}).get("num_always", 0)
     stored, wanted = ([name for axis in axes for name in axis if name != "1"] for axes in _axes(entry))
     whole = tensor.reshape([sizes[name] for name in stored])
     if entry.field in OF_EXPERTS:

@@ -41,7 +41,10 @@ def register(name: str = NAME) -> None:
 
     Raises:
         ImportError: transformers is not installed.
+        TypeError: name is no text.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text, got {name!r}")
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(name, flashmoe_experts)

@@ -25,8 +25,9 @@ def moe_layer(
     """One MoE layer.
 
     Args:
-        x: `[num_tokens, hidden]`, any number of tokens.
-        topk_idx, topk_weights: `[num_tokens, num_topk]`, a routing from outside; None: the kernel routes.
+        x: `[num_tokens, hidden]`, any number of tokens; of a layer with a capacity, no more than a call takes.
+        topk_idx, topk_weights: `[num_tokens, num_topk]`, a routing from outside; None: the kernel routes. A router with
+            choice "given" takes topk_idx alone.
         logits: `[num_tokens, num_choices]`, in place of the router's products.
         tensors: the weights, as `description` says (description.py).
 
@@ -37,21 +38,26 @@ def moe_layer(
         TypeError, ValueError: naming the argument, its value and the rule.
         RuntimeError: gradients are asked for.
     """
-    num_topk = None if topk_idx is None else topk_idx.shape[1]
-    entry = SESSION.entry(description, tensors, num_topk)
-    limit = entry.shared.layer.config.num_tokens
+    arguments = dict(topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
+    given = {name: tensor for name, tensor in arguments.items() if tensor is not None}
+    for name, tensor in given.items():
+        if tensor.dim() != 2 or len(tensor) != len(x):
+            raise ValueError(f"{name} must have a row for each of {len(x)} tokens, got shape {list(tensor.shape)}")
+    entry = SESSION.entry(description, tensors, None if topk_idx is None else topk_idx.shape[1])
+    config = entry.shared.layer.config
+    limit = config.num_tokens
     if len(x) <= limit:
-        return _call(entry, x, topk_idx, topk_weights, logits)
-    given = (x, topk_idx, topk_weights, logits)
-    starts = range(0, len(x), limit)
-    parts = [[None if tensor is None else tensor[start : start + limit] for tensor in given] for start in starts]
-    return torch.cat([_call(entry, *part) for part in parts])
+        return _call(entry, x, given)
+    if config.capacity is not None:
+        rule = f"capacity must be None for more than num_tokens={limit} tokens, because it is that of one call"
+        raise ValueError(f"{rule}; got {config.capacity} and {len(x)} tokens")
+    parts = [slice(start, start + limit) for start in range(0, len(x), limit)]
+    return torch.cat([_call(entry, x[part], {name: tensor[part] for name, tensor in given.items()}) for part in parts])
 
 
-def _call(entry: Entry, x: Any, topk_idx: Any, topk_weights: Any, logits: Any) -> torch.Tensor:
-    """Of tokens that fit in one call."""
-    given = dict(topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
-    arguments = {name: [tensor.cpu()] for name, tensor in given.items() if tensor is not None}
+def _call(entry: Entry, x: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of tokens that fit in one call; the layer judges which arguments can stand together."""
+    arguments: dict[str, Any] = {name: [tensor.cpu()] for name, tensor in given.items()}
     with torch.no_grad():
         y: torch.Tensor = entry.shared.layer([x], **arguments, weights=entry.packed)[0]
     return y

@@ -40,12 +40,12 @@ class Kept:
     def pack(self, module: nn.Module) -> None:
         """Pack the parameters as they are, and let go of their memory."""
         tensors = [tensor_at(module, path) for path in self.paths]
+        others = [tensor_at(module, path) for path in self.others]
         ticket = torch.zeros(1, dtype=torch.int64, device=tensors[0].device)
-        self._entry = SESSION.hand_over(self.description, self.names, tensors)
+        self._entry = SESSION.hand_over((self.description, tensors), (self.told, [ticket, *others]))
         for path in self.matrices:
             _set_parameter(module, path, torch.empty_like(tensor_at(module, path), device="meta"))
         module.register_buffer("flashmoe_ticket", ticket, persistent=False)
-        SESSION.keep(self.told, self.operands(module), self._entry)
 
     def operands(self, module: nn.Module) -> list[torch.Tensor]:
         ticket = module.flashmoe_ticket
@@ -61,6 +61,21 @@ class Kept:
         weights = views(self.names, list(found.values()), fields)
         self._entry.packed.unpack(as_weights(weights, self._entry.shared.layer.config))
         return {path: found[path] for path in self.matrices}
+
+
+class Owner(nn.Module):
+    """Base of modules whose weights may be kept in the kernel's order only."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to`, `half`, `cuda` and others do to every tensor.
+
+        Raises:
+            TypeError: matrices are no tensors, which would be passed by.
+        """
+        if hasattr(self, "_flashmoe_kept"):
+            rule = 'cannot be moved or converted to another type, because own="packed" keeps no tensors of its experts'
+            raise TypeError(f"{type(self).__name__} {rule}: move the module before its weights are handed over")
+        return super()._apply(fn, recurse)
 
 
 def give_to_kernel(module: nn.Module, paths: Sequence[str], names: Sequence[str], description: str) -> None:

@@ -41,6 +41,10 @@ class Entry:
     packed: PackedWeights
     stamp: tuple[int, ...]
 
+    def fits(self, stamp: tuple[int, ...]) -> bool:
+        """Can it be used for tensors of these versions?"""
+        return self.stamp == stamp and not self.shared.layer.closed
+
 
 class Session:
     """All layers that a process runs for PyTorch."""
@@ -56,34 +60,37 @@ class Session:
         num_topk = None if "num_topk" in fields else num_topk
         place, stamp = _place(description, tensors, num_topk), _stamp(tensors)
         found = self._entries.get(place)
-        if found is not None and found.stamp == stamp:
+        if found is not None and found.fits(stamp):
             return found
-        if TICKET in names:
-            raise FlashMoEError(NOT_HERE if found is None else CHANGED)
         with self._lock:
+            found = self._entries.get(place)  # another thread may have made it meanwhile
+            if found is not None and found.fits(stamp):
+                return found
+            if TICKET in names:
+                raise FlashMoEError(NOT_HERE if found is None else CLOSED if found.shared.layer.closed else CHANGED)
             weights = views(names, tensors, fields)
-            if found is not None:
+            if found is not None and not found.shared.layer.closed:
                 found.shared.layer.load(as_weights(weights, found.shared.layer.config), found.packed)
                 found.stamp = stamp
                 return found
-            return self.keep(description, tensors, self._make(config_of(fields, weights, num_topk), weights), num_topk)
+            return self._keep(place, tensors, self._make(config_of(fields, weights, num_topk), weights))
 
-    def keep(
-        self, description: str, tensors: Sequence[torch.Tensor], entry: Entry, num_topk: int | None = None
-    ) -> Entry:
+    def hand_over(self, plain: tuple[str, Sequence[torch.Tensor]], told: tuple[str, Sequence[torch.Tensor]]) -> Entry:
+        """The packed weights of the first (description, tensors), found by the second: see ownership.py."""
+        description, tensors = plain
+        names, fields = read(description)
+        with self._lock:
+            weights = views(names, tensors, fields)
+            entry = self._make(config_of(fields, weights, None), weights)
+            return self._keep(_place(*told, None), told[1], entry)
+
+    def _keep(self, place: Place, tensors: Sequence[torch.Tensor], entry: Entry) -> Entry:
         """Have the entry found by these tensors, for as long as the memory of all of them is there."""
-        place, entry.stamp = _place(description, tensors, num_topk), _stamp(tensors)
+        entry.stamp = _stamp(tensors)
         self._entries[place] = entry
         for tensor in tensors:
             weakref.finalize(tensor.untyped_storage(), self._drop, place).atexit = False
         return entry
-
-    def hand_over(self, description: str, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Entry:
-        """Packed weights that nobody finds yet: see ownership.py."""
-        _, fields = read(description)
-        with self._lock:
-            weights = views(names, tensors, fields)
-            return self._make(config_of(fields, weights, None), weights)
 
     def _make(self, config: MoEConfig, tensors: dict[str, torch.Tensor]) -> Entry:
         self.release()
@@ -101,15 +108,16 @@ class Session:
     def _drop(self, place: Place) -> None:
         """Called wherever the last tensor goes, maybe inside a call: so it takes no lock and closes nothing."""
         entry = self._entries.pop(place, None)
-        if entry is not None and entry.packed is entry.shared.layer.packed:  # the layer keeps these in any case
+        own = None if entry is None else getattr(entry.shared.layer, "packed", None)  # None: it is closed
+        if entry is not None and entry.packed is own:  # the layer keeps these in any case
             entry.shared.spare.append(entry.packed)
 
     def release(self) -> None:
-        """Close the layers whose weights are all gone."""
+        """Close the layers whose weights are all gone, and let go of those that an error has closed."""
         with self._lock:
             used = {id(entry.shared) for entry in list(self._entries.values())}
             for key, shared in list(self._shared.items()):
-                if id(shared) not in used:
+                if shared.layer.closed or id(shared) not in used:
                     del self._shared[key]
                     shared.layer.close()
 
@@ -118,6 +126,10 @@ NOT_HERE = (
     'the weights of a module with own="packed" are not here: it was copied or moved. Make the copy before its weights '
     'are handed over, or load its state_dict into a module of its own'
 )  # fmt: skip
+CLOSED = (
+    'the layer of a module with own="packed" was closed, because a call was interrupted or given up. Its weights are '
+    "whole: module.load_state_dict({}, strict=False) packs them for another layer, also those of modules inside it"
+)
 CHANGED = (
     'the router or a bias of a module with own="packed" was changed in place, which its packed weights do not follow: '
     "change them by load_state_dict"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DTYPES, assert_equals_oracle, random_tokens, tiny_config
+from tiny_modules import CONFIG, make_module, tokens
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.heap.tensors import as_array, as_tensor
@@ -13,16 +14,6 @@ from flashmoe_numba.torch import MoE
 from flashmoe_numba.torch.operator import moe_layer
 from flashmoe_numba.torch.session import SESSION
 from reference import Weights
-
-CONFIG = tiny_config(num_ranks=1)
-
-
-def make_module(config=CONFIG, seed=0, **how):
-    return MoE(config, Weights.random(config, seed, bias=True), **how)
-
-
-def tokens(config=CONFIG, rows=7, seed=0):
-    return as_tensor(random_tokens(config, [rows], seed)[0])
 
 
 def expected(module, x):
