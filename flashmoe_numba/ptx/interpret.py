@@ -176,6 +176,8 @@ def run_thread(S, thread, most):
             put(r, target, bit(i16(r, ia) <= i16(r, ib)))
         elif what == op.EQ_F32:
             put(r, target, bit(f32(r, ia) == f32(r, ib)))
+        elif what == op.EQU_F32:
+            put(r, target, bit(not (f32(r, ia) < f32(r, ib) or f32(r, ia) > f32(r, ib))))  # of a NaN, too
         elif what == op.NE_F32:
             put(r, target, bit(f32(r, ia) < f32(r, ib) or f32(r, ia) > f32(r, ib)))  # of a NaN not
         elif what == op.NEU_F32:
@@ -194,6 +196,8 @@ def run_thread(S, thread, most):
             put(r, target, bit(not (math.isnan(f32(r, ia)) or math.isnan(f32(r, ib)))))
         elif what == op.EQ_F64:
             put(r, target, bit(f64(r, ia) == f64(r, ib)))
+        elif what == op.EQU_F64:
+            put(r, target, bit(not (f64(r, ia) < f64(r, ib) or f64(r, ia) > f64(r, ib))))  # of a NaN, too
         elif what == op.NE_F64:
             put(r, target, bit(f64(r, ia) < f64(r, ib) or f64(r, ia) > f64(r, ib)))  # of a NaN not
         elif what == op.NEU_F64:

@@ -12,8 +12,8 @@ from __future__ import annotations
     ADD32, SUB32, MUL32, MAD32, DIV_U32, REM_U32, MUL_WIDE_S32, MUL_WIDE_U32, ADD16, DIV_U16,
     AND, OR, XOR, NOT64, AND_PRED, OR_PRED, XOR_PRED, NOT_PRED, SHL64, SHR_S64, SHR_U64, SHL32, SHR_S32, SHR_U32,
     EQ64, NE64, LT_S64, LE_S64, LT_U64, LE_U64, EQ32, NE32, LT_S32, LE_S32, LT_U32, LE_U32, EQ16, NE16, LT_S16, LE_S16,
-    EQ_F32, NE_F32, NEU_F32, LT_F32, LE_F32, LTU_F32, LEU_F32, NAN_F32, NUM_F32,
-    EQ_F64, NE_F64, NEU_F64, LT_F64, LE_F64, LTU_F64, LEU_F64, NAN_F64, NUM_F64, SELECT,
+    EQ_F32, EQU_F32, NE_F32, NEU_F32, LT_F32, LE_F32, LTU_F32, LEU_F32, NAN_F32, NUM_F32,
+    EQ_F64, EQU_F64, NE_F64, NEU_F64, LT_F64, LE_F64, LTU_F64, LEU_F64, NAN_F64, NUM_F64, SELECT,
     ADD_F32, SUB_F32, MUL_F32, FMA_F32, FMA_DOWN_F32, NEG_F32, ABS_F32, MIN_F32, DIV_F32, RCP_F32, SQRT_F32,
     EX2_F32, SATURATE_F32,
     ADD_F64, SUB_F64, MUL_F64, FMA_F64, ABS_F64, MIN_F64, DIV_F64, RCP_F64, SQRT_F64,
@@ -25,7 +25,7 @@ from __future__ import annotations
     FENCE_ASYNC, FENCE_MBARRIER_INIT, FENCE_TENSOR_MAP,
     COPY_BOX, WGMMA_FENCE, WGMMA, WGMMA_COMMIT, WGMMA_WAIT, READS_SUM, WRITES_SUM,
     BRANCH, BRANCH_IF, BRANCH_UNLESS, RETURN, SLEEP, TIMER,
-) = range(137)  # fmt: skip
+) = range(139)  # fmt: skip
 NAMES = {code: name for name, code in dict(globals()).items() if name.isupper()}
 
 GENERIC, GLOBAL, SHARED = range(3)  # state spaces
@@ -82,6 +82,7 @@ COMPARISONS = {
         for kind, less, at_most in (("f32", LTU_F32, LEU_F32), ("f64", LTU_F64, LEU_F64))
         for operator, code in (("ltu", less), ("gtu", less), ("leu", at_most), ("geu", at_most))
     },
+    ("equ", "f32"): (EQU_F32, False), ("equ", "f64"): (EQU_F64, False),
     ("ne", "f32"): (NE_F32, False), ("ne", "f64"): (NE_F64, False),
     ("neu", "f32"): (NEU_F32, False), ("neu", "f64"): (NEU_F64, False),
     ("eq", "f32"): (EQ_F32, False), ("nan", "f32"): (NAN_F32, False), ("num", "f32"): (NUM_F32, False),
