@@ -1,4 +1,4 @@
-# make run | test | lint | smoke | mutants | compare | compile-test | ptx-worlds | ptx-faults | clean.
+# make run | test | lint | smoke | conformance | mutants | compare | compile-test | ptx-worlds | ptx-faults | clean.
 # Everything is installed into .venv and nothing outside this folder is changed.
 PYTHON ?= python3
 PRESET ?= laptop-text
@@ -8,7 +8,7 @@ SEED ?= 0
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: help run test lint smoke mutants compare compile-test ptx-worlds ptx-faults clean
+.PHONY: help run test lint smoke conformance mutants compare compile-test ptx-worlds ptx-faults clean
 
 help:
 	@echo "make run    one MoE layer on $(RANKS) ranks of this machine (PRESET=$(PRESET) RANKS=$(RANKS) WORKLOAD=$(WORKLOAD))"
@@ -17,6 +17,7 @@ help:
 	@echo "make mutants   small faults in copies of the source, which tests must notice (SEED=$(SEED); for a night)"
 	@echo "make compare BASE=COMMIT   do HEAD and that commit compute the same? with their lines of code, and speeds in turn"
 	@echo "make ptx-faults     faults planted in the linked kernels, which their machine must find (for a night)"
+	@echo "make conformance   beside PyTorch and transformers: models generate the same text"
 	@echo "make compile-test   build the kernels for GPUs, without one, and check their machine code"
 	@echo "make ptx-worlds   execute every kernel for GPUs on small worlds, without a GPU; which instructions ran (for a night)"
 
@@ -38,6 +39,11 @@ smoke: .venv/for-dev
 	    [ -e "$$script" ] || { echo "no experiments yet"; break; }; \
 	    echo "$$script --smoke"; .venv/bin/python "$$script" --smoke; \
 	done
+
+# PyTorch and transformers are some 1.5 GB, so they come only here; `make test` skips what needs them.
+conformance: .venv/for-conformance
+	.venv/bin/python -m pytest tests/pytorch tests/conformance
+	.venv/bin/python experiments/40_model.py --smoke
 
 mutants: .venv/for-dev
 	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED)
@@ -73,6 +79,10 @@ clean:
 
 .venv/for-compile: .venv/made setup.cfg pyproject.toml
 	$(PIP) install --editable '.[dev,compile]'
+	@touch $@ .venv/for-run .venv/for-dev
+
+.venv/for-conformance: .venv/made setup.cfg pyproject.toml
+	$(PIP) install --editable '.[dev,conformance]'
 	@touch $@ .venv/for-run .venv/for-dev
 
 .venv/made:

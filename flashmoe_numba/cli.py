@@ -19,6 +19,7 @@ from .processes.launch import is_first_rank
 
 COMMANDS = {
     "run": "run one layer on this machine, check it against the reference, and time it beside BLAS",
+    "models": "public models whose layers this computes: routers, experts, what each was tested with",
     "plan": "what a layer needs, without running it: bytes, packets, tiles, operations",
     "sim": "simulate schedules of a layer on hardware that need not be here: time, shares, causes",
     "explain": "where the time of one simulation goes, and what would make it shorter",
@@ -27,6 +28,7 @@ COMMANDS = {
     "explore": "run the kernel's source under many interleavings: races, deadlocks, wrong results",
     "compile": "build the kernels for GPUs, without one, and check the machine code that came out",
     "cache": "where compiled kernels are kept and how much room they take; clear them",
+    "check": "property tests of any MoE layer, yours too: the oracle, odd sizes, NaN, batch invariance",
     "sweep": "simulate all combinations of a grid into one file, on all cores",
     "plot": "figures of a sweep's rows: scaling, shares of time, which schedule is fastest where",
     "doctor": "what this machine can run and why not, each with the fix",

@@ -8,13 +8,15 @@ from .config import MoEConfig
 from .experts import expert_ffn
 from .formats import DTYPES, element_dtype
 from .layer import moe_layer
+from .layer_kinds import ExpertKind, RouterKind
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
 from .packets import Packets, make_packets
 from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
 from .presets import load_preset, preset_names, read_preset
-from .routers import Routing, check_routing, external_routing, route, softmax_topk
+from .routers import Routing, external_routing, route, softmax_topk
+from .routing_check import check_routing
 from .runs import RowRun, RowTile
-from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
+from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, SHARED0, SHARED1
 from .tiled_layer import TiledLayer
 from .tiles import Task, task_graph, tiles_n0, tiles_n1
 from .tolerance import max_rel_error, tolerance
@@ -30,11 +32,15 @@ __all__ = [
     "GEMM0",
     "GEMM1",
     "KIND_NAMES",
+    "SHARED0",
+    "SHARED1",
     "WORKLOAD_NAMES",
+    "ExpertKind",
     "Layout",
     "MoEConfig",
     "Packets",
     "Plan",
+    "RouterKind",
     "Routing",
     "RowRun",
     "RowTile",

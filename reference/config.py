@@ -5,6 +5,7 @@ A config is a frozen value without I/O. It is validated when it is made, so code
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 
 from .activations import ACTIVATIONS
 from .formats import DTYPES, FORMATS, NumberFormat
-from .layer_kinds import ExpertKind, RouterKind
+from .layer_kinds import ExpertKind, RouterKind, check_range
 from .scalars import check_name, dtype_name, make_plain, whole
 
 SIZES: tuple[str, ...] = ("num_ranks", "num_tokens", "hidden", "ffn", "num_experts", "num_topk")
 SIZES += ("tile_m", "tile_m_min", "tile_n", "token_block")
+ZEROS: tuple[str, ...] = ("identity", "none")  # what a zero-computation expert makes of a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,15 @@ class MoEConfig:
             becomes infinite (float16: from 65,520 on).
         capacity: rows that one source rank may send to one expert; None means no limit (dropless).
         renormalize: divide the chosen probabilities by their sum.
+        router, expert: the kind of router and of experts, or dictionaries of their fields; None: what `renormalize`,
+            `gated` and `activation` say, the short spelling of plain ones. Where a kind is given, these stay as they
+            are by default, or say the same. Read `router_kind`, `expert_kind`.
+        shared_ffn: width of the shared expert, which every token of every rank goes through beside its choices (of
+            several: the sum of their widths); 0: there is none.
+        shared_expert: its kind; None: that of the others.
+        shared_gate: its result times sigmoid(x @ shared_gate_weight).
+        num_zero: zero-computation experts: choices from num_experts on, which send nothing anywhere.
+        zero: what such a choice adds, one of `ZEROS`: its weight times the token itself, or nothing.
         tile_m, tile_m_min: tallest and shortest row tile; heights double from the one to the other.
         tile_n: columns of the product that a tile computes; a gated one has gate and up columns.
         token_block: tokens per gate task and per combine task.
@@ -60,6 +71,13 @@ class MoEConfig:
     dtype: str = "float32"
     capacity: int | None = None
     renormalize: bool = True
+    router: RouterKind | None = None
+    expert: ExpertKind | None = None
+    shared_ffn: int = 0
+    shared_expert: ExpertKind | None = None
+    shared_gate: bool = False
+    num_zero: int = 0
+    zero: str = "identity"
     tile_m: int = 128
     tile_m_min: int = 16
     tile_n: int = 128
@@ -68,19 +86,24 @@ class MoEConfig:
     def __post_init__(self) -> None:
         make_plain(self)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        for name, kind in (("router", RouterKind), ("expert", ExpertKind), ("shared_expert", ExpertKind)):
+            object.__setattr__(self, name, _as_kind(name, getattr(self, name), kind))
         for name in SIZES:
             self._check_size(name, getattr(self, name))
-        for name in ("gated", "renormalize"):
+        for name in ("shared_ffn", "num_zero"):
+            self._check_size(name, getattr(self, name), least=0)
+        for name in ("gated", "renormalize", "shared_gate"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("activation", ACTIVATIONS)
         self._check_choice("dtype", DTYPES)
+        self._check_choice("zero", ZEROS)
         self._check_relations()
 
     @staticmethod
-    def _check_size(name: str, value: object) -> None:
-        if not 1 <= whole(name, value) < 2**31:
-            raise ValueError(f"{name} must be in [1, 2**31 - 1], got {value}")
+    def _check_size(name: str, value: object, least: int = 1) -> None:
+        if not least <= whole(name, value) < 2**31:
+            raise ValueError(f"{name} must be in [{least}, 2**31 - 1], got {value}")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         check_name(name, getattr(self, name), choices)
@@ -91,8 +114,12 @@ class MoEConfig:
         if self.num_tokens * self.num_topk >= 2**31:  # pairs are numbered by int32
             limit = (2**31 - 1) // self.num_topk
             raise ValueError(f"num_tokens must be in [1, {limit}] for num_topk={self.num_topk}, got {self.num_tokens}")
-        if self.num_topk > self.num_experts:
-            raise ValueError(f"num_topk must be in [1, num_experts={self.num_experts}], got {self.num_topk}")
+        if self.num_topk > self.num_choices:
+            most = f"num_experts={self.num_experts}" + (f" + num_zero={self.num_zero}" if self.num_zero else "")
+            raise ValueError(f"num_topk must be in [1, {most}], got {self.num_topk}")
+        if self.shared_gate and self.shared_ffn == 0:
+            raise ValueError("shared_gate must be False without a shared expert (shared_ffn=0), got True")
+        self._check_kinds()
         if self.capacity is not None:
             self._check_size("capacity", self.capacity)
             if self.capacity > self.num_tokens:
@@ -101,9 +128,30 @@ class MoEConfig:
         if self.tile_m_min * ratio != self.tile_m or ratio & (ratio - 1):
             raise ValueError(f"tile_m must be tile_m_min={self.tile_m_min} times a power of two, got {self.tile_m}")
 
+    def _check_kinds(self) -> None:
+        for name in ("renormalize", "gated", "activation"):
+            kind, default = self.router if name == "renormalize" else self.expert, MoEConfig.__dataclass_fields__[name]
+            value = getattr(self, name)
+            if kind is not None and value != default.default and value != getattr(kind, name):
+                raise ValueError(f"{name} must say what {type(kind).__name__} says, {getattr(kind, name)}, got {value}")
+        self.router_kind.check_sizes(self.num_choices, self.num_topk)
+        for any_kind in (self.router_kind, self.expert_kind, self.shared_kind):
+            check_range(any_kind, self.format.sums)
+        if self.num_zero and self.router_kind.num_always:
+            raise ValueError(f"num_zero must be 0 for a router with num_always, got {self.num_zero}")
+        if self.shared_expert is not None and self.shared_expert.gated != self.expert_kind.gated:
+            raise ValueError(f"shared_expert must be gated as the others, {self.expert_kind.gated}, or not as they")
+        if self.shared_ffn and self.shared_kind.norm_eps is not None:
+            raise ValueError("shared_expert must have norm_eps=None")
+
     @property
     def num_experts_per_rank(self) -> int:
         return self.num_experts // self.num_ranks
+
+    @property
+    def num_choices(self) -> int:
+        """What a router has a logit for: experts, then zero-computation experts."""
+        return self.num_experts + self.num_zero
 
     @property
     def slots(self) -> int:
@@ -117,11 +165,16 @@ class MoEConfig:
 
     @property
     def router_kind(self) -> RouterKind:
-        return RouterKind(score="softmax", renormalize=self.renormalize)
+        return self.router or RouterKind(score="softmax", renormalize=self.renormalize)
 
     @property
     def expert_kind(self) -> ExpertKind:
-        return ExpertKind(activation=self.activation, gated=self.gated)
+        return self.expert or ExpertKind(activation=self.activation, gated=self.gated)
+
+    @property
+    def shared_kind(self) -> ExpertKind:
+        """Of the shared expert."""
+        return self.shared_expert or self.expert_kind
 
     @property
     def format(self) -> NumberFormat:
@@ -146,3 +199,12 @@ class MoEConfig:
     def owner(self, expert: int) -> int:
         """Rank on which a global expert index lives."""
         return expert // self.num_experts_per_rank
+
+
+def _as_kind(name: str, value: Any, kind: type[RouterKind] | type[ExpertKind]) -> Any:
+    """A kind, from the dictionary that `dataclasses.asdict` makes of it as well."""
+    if isinstance(value, Mapping):
+        return kind(**value)
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, a dictionary of its fields or None, got {value!r}")
+    return value

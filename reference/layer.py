@@ -6,6 +6,9 @@ lost all its pairs gets a row of zeros. So does a pair without a choice (index -
 expert makes of the token. Leaves out: ranks as processes, messages, tiles, rounding to the element type, of which only
 overflow is kept: logits are infinite beyond the accumulator's range (their tokens get NaN weights), hidden rows, expert
 results and y beyond the element type's.
+
+A choice of a zero-computation expert adds `weight * x[t]`, or nothing (`config.zero`); behind all choices the shared
+expert adds its part.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import numpy as np
 
 from .arrays import Array, check_array, check_floating, overflowed
 from .config import MoEConfig
-from .experts import expert_ffn
+from .experts import expert_ffn, shared_ffn
 from .packets import make_packets
-from .routers import Routing, external_routing, route
+from .routers import Routing, exact_logits, external_routing, route_logits
 from .weights import Weights
 
 PerRank = Array | Sequence[Array]
@@ -30,6 +33,7 @@ def moe_layer(
     config: MoEConfig,
     topk_idx: PerRank | None = None,
     topk_weights: PerRank | None = None,
+    logits: PerRank | None = None,
 ) -> Array | list[Array]:
     """The layer's results in float64, in the same form as `x`.
 
@@ -37,27 +41,63 @@ def moe_layer(
         x: `[num_ranks, num_tokens, hidden]`; or a list with one `[num_tokens_of_rank, hidden]` per rank, of different
             lengths if you like; or `[num_tokens, hidden]`, which is one source, of any length.
         weights: all experts of the layer.
-        topk_idx, topk_weights: `[..., num_topk]`, in the form of x: a routing to use instead of the router's own.
+        topk_idx, topk_weights: `[..., num_topk]`, in the form of x: a routing to use instead of the router's own. A
+            router with choice "given" takes topk_idx alone, and makes the weights.
+        logits: `[..., num_choices]`, in the form of x: instead of the router's own products, to be routed by its kind.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
     """
     weights.check_all(config)
     tokens = sources(x, config)
-    routings = source_routings(tokens, weights, config, topk_idx, topk_weights)
+    routings = source_routings(tokens, weights, config, topk_idx, topk_weights, logits)
     packets = [make_packets(routing.topk_idx, config) for routing in routings]
     y = [np.zeros((len(part), config.hidden)) for part in tokens]
     for expert in range(config.num_experts):
         pairs = [packet.pairs(expert) for packet in packets]
-        rows = np.concatenate([part[pair // config.num_topk] for part, pair in zip(tokens, pairs, strict=True)])
+        factors = [r.topk_weights.ravel()[p].astype(np.float64)[:, None] for r, p in zip(routings, pairs, strict=True)]
+        rows = np.concatenate([
+            expert_input(part[pair // config.num_topk], factor, config)
+            for part, pair, factor in zip(tokens, pairs, factors, strict=True)
+        ])  # fmt: skip
         results = expert_ffn(rows, weights, expert, config)
         ends = np.cumsum([len(pair) for pair in pairs])[:-1]
         for source, (pair, result) in enumerate(zip(pairs, np.split(results, ends), strict=True)):
-            factor = routings[source].topk_weights.ravel()[pair].astype(np.float64)[:, None]
-            with np.errstate(invalid="ignore"):  # 0 * inf
-                term = np.where(factor != 0, factor * result, 0)
-                y[source][pair // config.num_topk] += term  # an expert has a token at most once
+            with np.errstate(invalid="ignore"):  # infinities of both signs
+                y[source][pair // config.num_topk] += expert_term(
+                    result, factors[source], config
+                )  # a token once at most
+    for part, routing, result in zip(tokens, routings, y, strict=True):
+        _add_identities(result, part, routing, config)
+        if config.shared_ffn:
+            with np.errstate(invalid="ignore"):
+                result += shared_ffn(part, weights, config)
     return _like(x, [overflowed(part, config.numpy_dtype) for part in y])
+
+
+def expert_input(rows: Array, factors: Array, config: MoEConfig) -> Array:
+    """What an expert gets of tokens `[rows, hidden]` with weights `[rows, 1]`."""
+    if not config.router_kind.weight_input:
+        return rows
+    with np.errstate(invalid="ignore", over="ignore"):
+        return overflowed(rows.astype(factors.dtype) * factors, config.numpy_dtype)
+
+
+def expert_term(results: Array, factors: Array, config: MoEConfig) -> Array:
+    """What results `[rows, hidden]` of an expert add to their tokens'; nothing, if the weight is 0."""
+    with np.errstate(invalid="ignore"):  # 0 * inf
+        term = results if config.router_kind.weight_input else factors * results
+    return np.where(factors != 0, term, term.dtype.type(0))
+
+
+def _add_identities(y: Array, x: Array, routing: Routing, config: MoEConfig) -> None:
+    """What the choices of zero-computation experts add to the results of one source."""
+    if config.zero != "identity":
+        return
+    for idx, weights in zip(routing.topk_idx.T, routing.topk_weights.T, strict=True):
+        factor = np.where(idx >= config.num_experts, weights, 0).astype(np.float64)[:, None]
+        with np.errstate(invalid="ignore"):  # 0 * inf
+            y += np.where(factor != 0, factor * x.astype(np.float64), 0)
 
 
 def sources(x: PerRank, config: MoEConfig) -> list[Array]:
@@ -80,16 +120,49 @@ def sources(x: PerRank, config: MoEConfig) -> list[Array]:
 
 
 def source_routings(
-    tokens: list[Array], weights: Weights, config: MoEConfig, topk_idx: PerRank | None, topk_weights: PerRank | None
+    tokens: list[Array],
+    weights: Weights,
+    config: MoEConfig,
+    topk_idx: PerRank | None,
+    topk_weights: PerRank | None,
+    logits: PerRank | None = None,
 ) -> list[Routing]:
-    """One routing per source: the router's own in float64, or the given one, checked."""
-    if (topk_idx is None) != (topk_weights is None):
-        given, missing = ("topk_weights", "topk_idx") if topk_idx is None else ("topk_idx", "topk_weights")
-        raise ValueError(f"{given} is given, but {missing} is not: give both or none")
-    if topk_idx is None or topk_weights is None:
-        return [route(part, weights.router, config) for part in tokens]
-    idx, factors = (_per_source(n, v, len(tokens)) for n, v in (("topk_idx", topk_idx), ("topk_weights", topk_weights)))
-    return [external_routing(i, w, config, len(part)) for i, w, part in zip(idx, factors, tokens, strict=True)]
+    """One routing per source: the router's own in float64, that of the logits, or the given one, checked."""
+    given = config.router_kind.choice == "given"
+    _check_what_is_given(given, topk_idx, topk_weights, logits)
+    if topk_idx is not None and topk_weights is not None:
+        named = (("topk_idx", topk_idx), ("topk_weights", topk_weights))
+        idx, factors = (_per_source(name, values, len(tokens)) for name, values in named)
+        return [external_routing(i, w, config, len(part)) for i, w, part in zip(idx, factors, tokens, strict=True)]
+    outside: list[Array] | None = None if logits is None else _checked_logits(logits, tokens, config)
+    scores = outside or [exact_logits(part, weights) for part in tokens]
+    if topk_idx is None:
+        return [route_logits(part, config, weights) for part in scores]
+    idx = _per_source("topk_idx", topk_idx, len(tokens))
+    none = [np.zeros(part.shape) for part in idx]
+    fixed = [external_routing(i, w, config, len(part)) for i, w, part in zip(idx, none, tokens, strict=True)]
+    return [route_logits(p, config, weights, routing.topk_idx) for p, routing in zip(scores, fixed, strict=True)]
+
+
+def _check_what_is_given(
+    given: bool, topk_idx: PerRank | None, topk_weights: PerRank | None, logits: PerRank | None
+) -> None:
+    if topk_weights is not None and topk_idx is None:
+        raise ValueError("topk_weights is given, but topk_idx is not: give both or none")
+    if topk_idx is not None and topk_weights is None and not given:
+        raise ValueError("topk_idx is given, but topk_weights is not: give both or none")
+    if topk_idx is None and given:
+        raise ValueError("topk_idx must be given for a router with choice 'given'")
+    if logits is not None and topk_weights is not None:
+        raise ValueError("logits must be None if topk_weights is given: there is nothing left to be routed")
+
+
+def _checked_logits(logits: PerRank, tokens: list[Array], config: MoEConfig) -> list[Array]:
+    parts = _per_source("logits", logits, len(tokens))
+    for source, (part, rows) in enumerate(zip(parts, tokens, strict=True)):
+        name = f"logits[{source}]"
+        check_floating(name, check_array(name, part, (len(rows), config.num_choices)))
+    return parts
 
 
 def _per_source(name: str, values: PerRank, num_sources: int) -> list[Array]:

@@ -2,7 +2,8 @@
 
 A packet is the rows of one (source, expert). Slots are given in token order: a prefix sum over the flattened (token, j)
 pairs, not a race, so what is dropped does not depend on timing. Pairs beyond the capacity are dropped. A pair of index
--1 chose no expert: it is in no packet, and is not dropped either.
+-1 chose no expert, and one from `num_experts` on a zero-computation expert: it is in no packet, and is not dropped
+either.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ def make_packets(topk_idx: Array, config: MoEConfig) -> Packets:
     A source may have any number of tokens: without a capacity nothing is dropped, whatever `config.num_tokens` says.
     """
     expert = topk_idx.ravel()
-    counts = np.bincount(expert[expert >= 0], minlength=config.num_experts)
+    chose = (expert >= 0) & (expert < config.num_experts)
+    counts = np.bincount(expert[chose], minlength=config.num_experts)
     sent = counts if config.capacity is None else np.minimum(counts, config.capacity)
-    order = np.argsort(expert, kind="stable")[expert.size - counts.sum() :]  # those of -1 come first
+    order = np.argsort(expert, kind="stable")
+    order = order[chose[order]]
     slot = np.full(expert.size, -1, np.int32)
-    slot[order] = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    slot[slot >= sent[expert]] = -1
+    places = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    slot[order] = np.where(places < sent[expert[order]], places, -1)
     return Packets(topk_idx, counts, sent, slot.reshape(topk_idx.shape), order)

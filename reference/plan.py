@@ -15,7 +15,7 @@ from .config import MoEConfig
 from .layout import CONTROL_WORDS, FLAG_BYTES, Layout
 from .runs import packet_row_blocks, packet_tile_height
 from .task_kinds import KIND_NAMES
-from .tiles import num_token_blocks, tiles_n0, tiles_n1
+from .tiles import num_token_blocks, shared_row_tiles, shared_tiles_n0, tiles_n0, tiles_n1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,9 @@ class Plan:
     Args:
         segment_bytes: of one rank's segment, by region; regions are aligned, so they sum to a little less than
             `segment_total_bytes`.
-        weight_bytes: of one rank's experts without biases, and the router.
+        weight_bytes: of one rank's experts without biases, the shared one among them, and the router.
         hidden_rows, hidden_bytes: bound on one rank's buffer between the two products.
+        shared_bytes: of one rank's buffers for the hidden rows and results of the shared expert.
         total_bytes: segments, weights and buffers of all ranks.
         num_packets: (source, expert) pairs with at least one row, over all ranks.
         num_dropped: (token, expert) pairs beyond the capacity, over all ranks.
@@ -37,7 +38,7 @@ class Plan:
         padded_share: share of rows in row tiles that are padding.
         packed_row_tiles, packed_padded_share: the same if every expert's packets are all there before its first tile is
             cut: the fewest tiles. As heights double, fewer tiles may have more padding.
-        busiest_rank_flops, total_flops: of real rows, gate included.
+        busiest_rank_flops, total_flops: of real rows, gate and shared expert included.
         padded_flops: as total_flops, for padded rows.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     weight_bytes: int
     hidden_rows: int
     hidden_bytes: int
+    shared_bytes: int
     total_bytes: int
     num_packets: int
     num_dropped: int
@@ -81,7 +83,7 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
     real_rows, padded_rows = int(sent.sum()), sum(_padded(rows, config) for rows in sent.ravel().tolist())
     packed = [row for row in sent.sum(axis=0).tolist() if row]
     packed_rows = sum(_padded(rows, config) for rows in packed)
-    gate_flops, flops = 2 * config.hidden * config.num_experts, row_flops(config)
+    token_flops, flops = _token_flops(config), row_flops(config)
     hidden_bytes = hidden_rows(config) * config.ffn * config.format.num_bytes
     rows_of_owner = sent.reshape(config.num_ranks, config.num_ranks, -1).sum(axis=(0, 2))
     return Plan(
@@ -90,7 +92,9 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
         weight_bytes=weight_bytes(config),
         hidden_rows=hidden_rows(config),
         hidden_bytes=hidden_bytes,
-        total_bytes=config.num_ranks * (Layout(config).num_bytes + weight_bytes(config) + hidden_bytes),
+        shared_bytes=shared_bytes(config),
+        total_bytes=config.num_ranks
+        * (Layout(config).num_bytes + weight_bytes(config) + hidden_bytes + shared_bytes(config)),
         num_packets=int((sent > 0).sum()),
         num_dropped=int((counts - sent).sum()),
         num_tasks=_num_tasks(tokens, int(blocks.sum()), config),
@@ -102,10 +106,10 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
         packed_row_tiles=sum(-(-rows // config.tile_m) for rows in packed),
         packed_padded_share=1 - real_rows / packed_rows if packed_rows else 0.0,
         busiest_rank_flops=max(  # integers of Python, which do not overflow
-            rows * flops + own * gate_flops for rows, own in zip(rows_of_owner.tolist(), tokens.tolist(), strict=True)
+            rows * flops + own * token_flops for rows, own in zip(rows_of_owner.tolist(), tokens.tolist(), strict=True)
         ),
-        total_flops=real_rows * flops + int(tokens.sum()) * gate_flops,
-        padded_flops=padded_rows * flops + int(tokens.sum()) * gate_flops,
+        total_flops=real_rows * flops + int(tokens.sum()) * token_flops,
+        padded_flops=padded_rows * flops + int(tokens.sum()) * token_flops,
     )
 
 
@@ -134,7 +138,8 @@ def max_row_blocks(config: MoEConfig) -> int:
 def max_tasks(config: MoEConfig) -> int:
     """Bound on the tasks of one rank, whatever the routing: gates, dispatches, tiles, combines."""
     tiles = max_row_blocks(config) * (tiles_n0(config) + tiles_n1(config))
-    return 2 * num_token_blocks(config.num_tokens, config) + config.num_experts + tiles
+    shared = len(shared_row_tiles(config.num_tokens, config)) * (shared_tiles_n0(config) + tiles_n1(config))
+    return 2 * num_token_blocks(config.num_tokens, config) + config.num_experts + tiles + shared
 
 
 def _source_rows(config: MoEConfig) -> int:
@@ -149,15 +154,30 @@ def _source_packets(config: MoEConfig) -> int:
 
 
 def weight_bytes(config: MoEConfig) -> int:
-    """Bytes of one rank's expert matrices and of the router (float32 for 16-bit elements)."""
-    experts = config.num_experts_per_rank * config.expert_kind.num_matrices * config.ffn * config.hidden
-    router = config.num_experts * config.hidden
+    """Bytes of one rank's expert matrices, the shared ones too, and of the router (float32 for 16-bit elements)."""
+    columns = config.num_experts_per_rank * config.ffn + config.shared_ffn
+    experts = columns * config.expert_kind.num_matrices * config.hidden
+    router = (config.num_choices + config.shared_gate) * config.hidden
     return experts * config.weight_format.num_bytes + router * config.format.sums.num_bytes
+
+
+def shared_bytes(config: MoEConfig) -> int:
+    """Bytes of one rank's hidden rows, results and factors of the shared expert."""
+    if config.shared_ffn == 0:
+        return 0
+    row = (config.shared_ffn + config.hidden) * config.format.num_bytes + config.format.sums.num_bytes
+    return config.num_tokens * row
 
 
 def row_flops(config: MoEConfig) -> int:
     """Operations of one row through an expert's matrices, 2 per multiply-add."""
     return 2 * config.expert_kind.num_matrices * config.ffn * config.hidden
+
+
+def _token_flops(config: MoEConfig) -> int:
+    """Operations of one token where it lies: its logits, and its row through the shared expert."""
+    router = config.num_choices + config.shared_gate
+    return 2 * config.hidden * (router + config.expert_kind.num_matrices * config.shared_ffn)
 
 
 def _segment_bytes(config: MoEConfig) -> dict[str, int]:
@@ -176,7 +196,9 @@ def _num_tasks(tokens: Array, row_blocks: int, config: MoEConfig) -> dict[str, i
     """By kind, in the order of `KIND_NAMES`, over all ranks."""
     blocks = sum(num_token_blocks(count, config) for count in tokens.tolist())
     dispatches = config.num_ranks * config.num_experts
-    numbers = (blocks, dispatches, row_blocks * tiles_n0(config), row_blocks * tiles_n1(config), blocks)
+    shared = sum(len(shared_row_tiles(count, config)) for count in tokens.tolist())
+    gemms = row_blocks * tiles_n0(config), row_blocks * tiles_n1(config)
+    numbers = (blocks, dispatches, *gemms, blocks, shared * shared_tiles_n0(config), shared * tiles_n1(config))
     return dict(zip(KIND_NAMES, numbers, strict=True))
 
 

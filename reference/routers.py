@@ -1,20 +1,24 @@
-"""From tokens to experts: softmax over all experts, then the greedy top-k (FlashMoE, section 2), or one from outside.
+"""From tokens to experts: scores, the greedy top-k and weights, by the kind of router; or a routing from outside.
 
-Invariants: a token's routing depends on that token only. Experts of a row are distinct, best first; equal logits are
-taken by the lowest expert index. A routing from outside may leave choices out: index -1. Leaves out: sigmoid and
-group-limited routers, selection biases; such models route outside and bring `topk_idx, topk_weights`.
+The usual kind is softmax over all experts (FlashMoE, section 2). Invariants, of every kind: a token's routing depends
+on that token only. Experts of a row are distinct, best first by what the choice is made on; equal ones are taken by the
+lowest expert index, equal groups by the lowest group. A routing from outside may leave choices out: index -1. Leaves
+out: noise and losses of training; routers that are no matrix, which bring their logits (`moe_layer(logits=...)`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .activations import sigmoid
 from .arrays import Array, check_array, check_floating, overflowed
 from .config import MoEConfig
-from .tolerance import GROWTH
+from .layer_kinds import RouterKind
+from .weights import Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +26,8 @@ class Routing:
     """Experts of each token, best first, and the factors of their results.
 
     Args:
-        topk_idx: `[num_tokens, num_topk]` int32, global expert indices; -1: no choice (only from outside).
+        topk_idx: `[num_tokens, num_topk]` int32, global expert indices; from `num_experts` on zero-computation experts;
+            -1: no choice (only from outside).
         topk_weights: `[num_tokens, num_topk]` floating; that of no choice is 0.
     """
 
@@ -31,7 +36,7 @@ class Routing:
 
 
 def softmax_topk(logits: Array, num_topk: int, renormalize: bool) -> Routing:
-    """The k best experts of each row of `logits` `[num_tokens, num_experts]`, computed in the dtype of `logits`.
+    """The k best experts of each row of `logits` `[num_tokens, num_choices]` by softmax, in the dtype of `logits`.
 
     Weights are the softmax probabilities p, or with `renormalize` p / (sum of the k chosen p). The choice is made on
     logits: the same order as that of p, but without the ties that underflow would make.
@@ -39,38 +44,181 @@ def softmax_topk(logits: Array, num_topk: int, renormalize: bool) -> Routing:
     A row without a largest finite logit (it has a NaN or +inf, or only -inf) goes to experts 0 to k - 1 with NaN
     weights: bad input stays in its token's row, where it is seen, and hits no other token.
     """
-    good = np.isfinite(logits.max(axis=1))  # the maximum is NaN if any logit is
-    safe = np.where(good[:, None], logits, 0)  # equal logits: experts 0 to k - 1
-    idx = np.argsort(-safe, axis=1, kind="stable")[:, :num_topk]
-    with np.errstate(over="ignore"):  # a difference of -inf is a probability of 0
-        exponentials = np.exp(safe - safe.max(axis=1, keepdims=True))
-    weights = np.take_along_axis(exponentials, idx, axis=1)
-    weights /= (weights if renormalize else exponentials).sum(axis=1, keepdims=True)
-    weights[~good] = np.nan
-    return Routing(idx.astype(np.int32), weights)
+    return choose(logits, RouterKind(renormalize=renormalize), num_topk)
 
 
-CHOICES = {"softmax": softmax_topk}  # by `RouterKind.score`
+def choose(
+    logits: Array,
+    kind: RouterKind,
+    num_topk: int,
+    weights: Weights | None = None,
+    topk_idx: Array | None = None,
+    accumulator: np.dtype[Any] | None = None,
+) -> Routing:
+    """The routing by `logits` `[num_tokens, num_choices]`, as they come from the matrix, computed in their dtype.
 
+    A row without a largest finite logit, before or after bias, scale and cap, is as in `softmax_topk`, whatever the
+    kind.
 
-def choose(logits: Array, config: MoEConfig) -> Routing:
-    """The routing by `logits` `[num_tokens, num_experts]` as the config's kind of router has it, in their dtype."""
-    kind = config.router_kind
-    return CHOICES[kind.score](logits, config.num_topk, kind.renormalize)
-
-
-def route(x: Array, router: Array, config: MoEConfig) -> Routing:
-    """The routing of `x` `[num_tokens, hidden]` by `router` `[num_experts, hidden]`, in float64.
-
-    Logits beyond the range of `config.accumulator`, in which an implementation has them, are infinite: a token whose
-    largest logit is has NaN weights (`softmax_topk`).
+    Args:
+        weights: with the biases and scales that the kind asks for.
+        topk_idx: `[num_tokens, num_topk]`, checked, for choice "given"; -1: no choice.
+        accumulator: beyond the range of this type logits become infinite; None: that of `logits`.
     """
-    return choose(overflowed(_logits(x, router), config.accumulator), config)
+    z = prepared_logits(logits, kind, weights, accumulator or logits.dtype)
+    good = np.isfinite(logits.max(axis=1)) & np.isfinite(z.max(axis=1))  # the maximum is NaN if any logit is
+    z = np.where(good[:, None], z, z.dtype.type(0))
+    scores = scores_of(z, kind)
+    idx = topk_idx
+    if idx is None:
+        idx = _choose_best(choice_values(z, scores, kind, weights), kind, num_topk)
+        idx[~good] = np.arange(num_topk)
+    factors = weigh(z, scores, idx, kind, weights)
+    factors[~good] = np.nan
+    return Routing(idx.astype(np.int32), np.where(idx >= 0, factors, factors.dtype.type(0)))
 
 
-def _logits(x: Array, router: Array) -> Array:
+def prepared_logits(logits: Array, kind: RouterKind, weights: Weights | None, accumulator: np.dtype[Any]) -> Array:
+    """Logits with bias, scale and cap, `[num_tokens, num_choices]`; infinite beyond the range of the accumulator."""
+    z = logits
+    with np.errstate(over="ignore", invalid="ignore"):
+        if kind.logit_bias:
+            assert weights is not None and weights.router_bias is not None
+            z = overflowed(z + weights.router_bias.astype(z.dtype), accumulator)
+        if kind.logit_scale != 1:
+            z = overflowed(z * kind.logit_scale, accumulator)
+        if kind.logit_cap is not None:
+            z = np.tanh(z / kind.logit_cap) * kind.logit_cap
+    return z
+
+
+def scores_of(z: Array, kind: RouterKind) -> Array:
+    """`[num_tokens, num_choices]`: the score of each expert; of sparsemixer, where it depends on the choice, logits."""
+    with np.errstate(over="ignore", under="ignore"):  # a difference of -inf is a probability of 0
+        if kind.score == "sigmoid":
+            return sigmoid(z)
+        if kind.score == "sqrt_softplus":
+            root: Array = np.sqrt(np.logaddexp(z.dtype.type(0), z))
+            return root
+        if kind.score == "sparsemixer":
+            return z
+        exponentials: Array = np.exp(z - z.max(axis=1, keepdims=True))
+    scale_free = kind.renormalize and kind.choice != "score" and kind.norm_eps == kind.norm_min == 0
+    return exponentials if scale_free else exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def choice_values(z: Array, scores: Array, kind: RouterKind, weights: Weights | None) -> Array:
+    """`[num_tokens, num_choices - num_always]`: what the choice is made on, before groups are left out."""
+    values = z if kind.choice == "logits" else scores
+    values = values[:, : values.shape[1] - kind.num_always]
+    if kind.selection_bias:
+        assert weights is not None and weights.selection_bias is not None
+        values = values + weights.selection_bias.astype(z.dtype)
+    return values
+
+
+def _choose_best(values: Array, kind: RouterKind, num_topk: int) -> Array:
+    if kind.num_groups > 1:
+        grouped = values.reshape(len(values), kind.num_groups, values.shape[1] // kind.num_groups)
+        open_groups = np.zeros(grouped.shape[:2], bool)
+        np.put_along_axis(open_groups, _best(group_scores(grouped, kind), kind.num_topk_groups), True, axis=1)
+        fill = values.dtype.type(-np.inf if kind.group_fill == "lowest" else 0)
+        values = np.where(open_groups[:, :, None], grouped, fill).reshape(values.shape)
+    always = np.arange(values.shape[1], values.shape[1] + kind.num_always)
+    chosen = _best(values, num_topk - kind.num_always)
+    return np.concatenate([chosen, np.broadcast_to(always, (len(values), kind.num_always))], axis=1)
+
+
+def group_scores(grouped: Array, kind: RouterKind) -> Array:
+    """`[num_tokens, num_groups]`, of values `[num_tokens, num_groups, experts of a group]`."""
+    if kind.group_score == "max":
+        best: Array = grouped.max(axis=2)
+        return best
+    total: Array = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
+    return total
+
+
+def _best(values: Array, number: int) -> Array:
+    """Indices of the largest of each row, falling; the lowest index first where they are equal."""
+    return np.argsort(-values, axis=1, kind="stable")[:, :number]
+
+
+def weigh(z: Array, scores: Array, topk_idx: Array, kind: RouterKind, weights: Weights | None) -> Array:
+    """`[num_tokens, num_topk]`: weights of these experts; no choice (-1) has no part in the norm."""
+    chosen = topk_idx >= 0
+    idx = np.where(chosen, topk_idx, 0)
+    if kind.score == "sparsemixer":
+        factors = sparsemixer(z, idx, kind.jitter)
+    else:
+        factors = np.take_along_axis(scores, idx, axis=1)
+    factors = np.where(chosen, factors, factors.dtype.type(0))
+    if kind.renormalize:
+        factors = _normalized(factors, kind)
+    if kind.scale != 1:
+        factors = factors * kind.scale
+    if kind.expert_scale:
+        assert weights is not None and weights.expert_scale is not None
+        factors = factors * weights.expert_scale.astype(factors.dtype)[idx]
+    return factors
+
+
+def _normalized(factors: Array, kind: RouterKind) -> Array:
+    order = kind.norm_order
+    norm = (factors if order == 1 else factors**order).sum(axis=1, keepdims=True)
+    if order != 1:
+        norm = norm ** (1 / order)
+    with np.errstate(invalid="ignore", divide="ignore"):  # all scores 0: the row is NaN
+        normalized: Array = factors / np.maximum(norm + kind.norm_eps, kind.norm_min)
+    return normalized
+
+
+def sparsemixer(z: Array, idx: Array, jitter: float | Array) -> Array:
+    """The weight of choice j: its softmax among the experts not chosen before j whose logits are near its own.
+
+    Of a logit of -inf, which is chosen where no finite one is left, it is NaN.
+
+    Args:
+        jitter: one, or one for each of `z`.
+    """
+    z = z.copy()
+    factors = np.empty(idx.shape, z.dtype)
+    for j in range(idx.shape[1]):
+        best = np.take_along_axis(z, idx[:, j : j + 1], axis=1)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # 0 / 0 is near; what is taken is -inf
+            far = (best - z) / np.maximum(np.abs(z), best) > 2 * jitter
+            total = np.where(far | np.isinf(z), z.dtype.type(0), np.exp(z - best)).sum(axis=1)
+            factors[:, j] = np.where(np.isfinite(best[:, 0]), 1 / total, z.dtype.type(np.nan))
+        np.put_along_axis(z, idx[:, j : j + 1], -np.inf, axis=1)
+    return factors
+
+
+def route(x: Array, router: Array | Weights, config: MoEConfig, topk_idx: Array | None = None) -> Routing:
+    """The routing of `x` `[num_tokens, hidden]` by its router, in float64.
+
+    Logits beyond the range of `config.accumulator`, in which an implementation has them, are infinite, be it by their
+    bias or their scale: a token whose largest logit is has NaN weights (`softmax_topk`).
+
+    Args:
+        router: the matrix `[num_choices, hidden]`, or weights, for a kind that asks for biases or scales.
+        topk_idx: as `external_routing` returns them, for a kind with choice "given".
+    """
+    weights = router if isinstance(router, Weights) else None
+    return route_logits(exact_logits(x, router), config, weights, topk_idx)
+
+
+def route_logits(
+    logits: Array, config: MoEConfig, weights: Weights | None = None, topk_idx: Array | None = None
+) -> Routing:
+    """`route`, from `logits` `[num_tokens, num_choices]`."""
+    logits = overflowed(logits.astype(np.float64), config.accumulator)
+    return choose(logits, config.router_kind, config.num_topk, weights, topk_idx, config.accumulator)
+
+
+def exact_logits(x: Array, router: Array | Weights) -> Array:
+    """`[num_tokens, num_choices]` in float64, without bias."""
+    matrix = router.router if isinstance(router, Weights) else router
     with np.errstate(invalid="ignore", over="ignore"):
-        logits: Array = x.astype(np.float64) @ router.astype(np.float64).T
+        logits: Array = x.astype(np.float64) @ matrix.astype(np.float64).T
     return logits
 
 
@@ -78,8 +226,9 @@ def external_routing(topk_idx: Array, topk_weights: Array, config: MoEConfig, nu
     """A checked copy of a routing made elsewhere.
 
     Args:
-        topk_idx: `[num_tokens, num_topk]`, any integer dtype, experts distinct in each row. -1 and `num_experts`, which
-            frameworks pad with, are no choice, as often as you like: no slot, nothing sent, nothing added.
+        topk_idx: `[num_tokens, num_topk]`, any integer dtype, experts distinct in each row. -1 and `num_choices`, which
+            frameworks pad with, are no choice, as often as you like: no slot, nothing sent, nothing added. (With
+            zero-computation experts `num_experts` is the first of these.)
         topk_weights: `[num_tokens, num_topk]`, any floating dtype; used as they are, not normalised. That of no choice
             is not looked at.
 
@@ -93,17 +242,18 @@ def external_routing(topk_idx: Array, topk_weights: Array, config: MoEConfig, nu
     if check_array("topk_idx", topk_idx, shape).dtype.kind not in "iu":
         raise TypeError(f"topk_idx must have an integer dtype, got {topk_idx.dtype}")
     check_floating("topk_weights", check_array("topk_weights", topk_weights, shape))
-    outside = (topk_idx.min(axis=1) < -1) | (topk_idx.max(axis=1) > config.num_experts)
-    rule = f"values must be in [0, num_experts={config.num_experts}), or -1 or {config.num_experts} for no choice"
+    end, name = config.num_choices, "num_choices" if config.num_zero else "num_experts"
+    outside = (topk_idx.min(axis=1) < -1) | (topk_idx.max(axis=1) > end)
+    rule = f"values must be in [0, {name}={end}), or -1 or {end} for no choice"
     _raise_at(outside, topk_idx, rule)
-    chosen = (topk_idx >= 0) & (topk_idx < config.num_experts)
+    chosen = (topk_idx >= 0) & (topk_idx < end)
     idx, weights = np.full(shape, -1, np.int32), np.zeros(shape, config.accumulator)
     idx[chosen], weights[chosen] = topk_idx[chosen], topk_weights[chosen]
-    _raise_at(_has_repeats(idx), topk_idx, "the experts of a token must be distinct")
+    _raise_at(has_repeats(idx), topk_idx, "the experts of a token must be distinct")
     return Routing(idx, weights)
 
 
-def _has_repeats(topk_idx: Array) -> npt.NDArray[np.bool_]:
+def has_repeats(topk_idx: Array) -> npt.NDArray[np.bool_]:
     """`[num_tokens]`: does the row name an expert twice? No choice (-1) is no expert."""
     ordered = np.sort(topk_idx, axis=1)
     repeats: npt.NDArray[np.bool_] = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
@@ -114,69 +264,3 @@ def _raise_at(bad: npt.NDArray[np.bool_], topk_idx: Array, rule: str) -> None:
     if bad.any():
         row = int(bad.argmax())
         raise ValueError(f"topk_idx: {rule}, got {topk_idx[row].tolist()} in row {row}")
-
-
-def check_routing(routing: Routing, x: Array, router: Array, config: MoEConfig) -> str | None:
-    """None if `routing`, made in `config.accumulator` precision, is a top-k of the exact logits up to rounding.
-
-    Each logit may be off by `slack = GROWTH * u * sqrt(hidden) * |x| * max|router row|`: every partial sum is at most
-    |x||router row| (Cauchy-Schwarz), so each of `hidden` roundings is at most u times that. So a chosen logit may be
-    2 slack below the k-th best, and a weight may be off by a factor of exp(2 slack), beside the rounding of exp itself.
-    Rows that are not finite in x, or whose logits may overflow the accumulator, are skipped.
-
-    Returns:
-        None, or a sentence that names the first bad token, its values and the rule.
-    """
-    idx = check_array("routing.topk_idx", routing.topk_idx, (len(x), config.num_topk))
-    weights = check_array("routing.topk_weights", routing.topk_weights, idx.shape).astype(np.float64)
-    bound = _logit_bound(x, router)
-    with np.errstate(over="ignore"):
-        checked = np.isfinite(bound.astype(config.accumulator))
-    legal = (idx >= 0).all(axis=1) & (idx < config.num_experts).all(axis=1) & ~_has_repeats(idx)
-    if not legal.all():
-        row = int((~legal).argmax())
-        return f"token {row}: experts {idx[row].tolist()} must be distinct and in [0, {config.num_experts})"
-    tokens = np.flatnonzero(checked)
-    slack = GROWTH * config.format.sums.unit_roundoff * config.hidden**0.5 * bound[tokens, None]
-    return _compare(tokens, idx[tokens], weights[tokens], _logits(x[tokens], router), slack, config)
-
-
-def _logit_bound(x: Array, router: Array) -> Array:
-    """`[num_tokens]`: no partial sum of a logit of that token is larger; not finite if x is not."""
-    with np.errstate(over="ignore"):
-        sizes = np.linalg.norm(x.astype(np.float64), axis=1)
-        bound: Array = sizes * np.linalg.norm(router.astype(np.float64), axis=1).max()
-    return bound
-
-
-def _compare(tokens: Array, idx: Array, weights: Array, logits: Array, slack: Array, config: MoEConfig) -> str | None:
-    """The three rules of `check_routing` on its checked rows; `tokens` are their indices in x."""
-    chosen = np.take_along_axis(logits, idx, axis=1)
-    floor = -np.sort(-logits, axis=1)[:, config.num_topk - 1 : config.num_topk] - 2 * slack
-    rising = np.zeros(idx.shape, bool)
-    rising[:, 1:] = chosen[:, 1:] > chosen[:, :-1] + 2 * slack
-    expected, margin = _expected_weights(logits, chosen, slack, config)
-    rules = {
-        "a chosen logit is below the k-th best": (chosen < floor, chosen, floor + np.zeros_like(chosen)),
-        "the experts are not in falling order of logits": (rising, chosen, np.sort(chosen, axis=1)[:, ::-1]),
-        "a weight is not that expert's probability": (~(np.abs(weights - expected) <= margin), weights, expected),
-    }
-    for rule, (bad, got, wanted) in rules.items():
-        if bad.any():
-            row = int(bad.any(axis=1).argmax())
-            values = f"got {got[row].tolist()}, expected {wanted[row].tolist()}, slack {slack[row, 0]:.1e}"
-            return f"token {tokens[row]}, experts {idx[row].tolist()}: {rule}: {values}"
-    return None
-
-
-def _expected_weights(logits: Array, chosen: Array, slack: Array, config: MoEConfig) -> tuple[Array, Array]:
-    """Exact weights of the chosen experts, and how far computed ones may be off."""
-    best = logits.max(axis=1, keepdims=True)
-    exponentials = np.exp(chosen - best)
-    total = (exponentials if config.router_kind.renormalize else np.exp(logits - best)).sum(axis=1, keepdims=True)
-    # A float exp(z) is off by u |z| from the rounding of its argument, and by a few u; the sum by sqrt(num_experts) u.
-    roundoff = config.format.sums.unit_roundoff
-    ulps = GROWTH * (best - chosen + config.num_experts**0.5 + 1)
-    expected: Array = exponentials / total
-    factor = np.expm1(np.minimum(2 * slack, 700))  # beyond, anything may come out, and the product must not be 0 * inf
-    return expected, expected * (factor + roundoff * ulps) + float(np.finfo(config.accumulator).tiny)

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+MOST_BITS = 1023  # of an integer that is a float for sure
+
 
 def plain(value: Any) -> Any:
     """The Python value of a NumPy scalar or of an array without dimensions; anything else as it is."""
@@ -41,10 +43,16 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None) -> N
 
 
 def number(name: str, value: Any) -> int | float:
-    """`value` as an integer or a float of Python's; else a TypeError that calls it `name`."""
+    """`value` as an integer or a float of Python's; else a TypeError that calls it `name`.
+
+    Raises:
+        ValueError: an integer beyond the range of floats, with which Python cannot even compare it.
+    """
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise ValueError(f"{name} must be in the range of float64, got an integer of {value.bit_length():,} bits")
     return value
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-GATE, DISPATCH, GEMM0, GEMM1, COMBINE = range(5)
+GATE, DISPATCH, GEMM0, GEMM1, COMBINE, SHARED0, SHARED1 = range(7)
 
 
 class TaskKind(NamedTuple):
@@ -23,7 +23,9 @@ KINDS = (
     TaskKind("DISPATCH", ("peer", "expert"), (GATE,)),
     TaskKind("GEMM0", ("peer", "expert", "m", "n"), (DISPATCH,)),
     TaskKind("GEMM1", ("peer", "expert", "m", "n"), (GEMM0,)),
-    TaskKind("COMBINE", ("m",), (GEMM1, GATE)),  # of gates, where its tokens have no rows
+    TaskKind("COMBINE", ("m",), (GEMM1, GATE, SHARED1)),  # of gates, where its tokens have no rows
+    TaskKind("SHARED0", ("m", "n"), ()),
+    TaskKind("SHARED1", ("m", "n"), (SHARED0,)),
 )
 KIND_NAMES = tuple(kind.name for kind in KINDS)
 RECEIVE = len(KINDS)  # no tile task: the OS block saw a packet, as traces record it

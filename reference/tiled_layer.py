@@ -1,7 +1,8 @@
 """A NumPy execution of every tile task, on segments laid out as on a real machine, in any legal order.
 
 Rows travel by one-sided writes to the byte offsets of `Layout`, and are read through arrays of its shapes. Sums are in
-`config.accumulator`, hidden activations and results are rounded to the element type, a COMBINE adds in the order of j.
+`config.accumulator`, hidden activations and results are rounded to the element type, a COMBINE adds in the order of j,
+then the shared expert's part.
 Memory starts as NaN, so a task that runs too early cannot go unnoticed. Leaves out: signals' epochs, concurrency, time.
 """
 
@@ -12,15 +13,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .activations import sigmoid
 from .arrays import Array
 from .config import MoEConfig
-from .experts import activate, linear
-from .layer import source_routings, sources
+from .experts import activate, linear, normalize
+from .layer import expert_input, expert_term, source_routings, sources
 from .layout import DISPATCH, RESULT, Layout, Write, write_conflicts
 from .packets import make_packets
 from .routers import Routing, choose
 from .runs import RowTile, expert_tiles
-from .tiles import Task, num_token_blocks, task_graph, tiles_n1
+from .tiles import Task, num_token_blocks, shared_row_tiles, task_graph, tiles_n1
 from .weights import Weights
 
 ROWS_MASK = (1 << 32) - 1  # of a flag word; the epoch is above
@@ -82,6 +84,8 @@ class TiledLayer:
         self._hidden = {
             name: np.full((tile.num_rows, c.ffn), np.nan, c.numpy_dtype) for name, tile in self._tiles.items()
         }
+        self._shared_hidden = [np.full((n, c.shared_ffn), np.nan, c.numpy_dtype) for n in tokens]
+        self._shared_result = [np.full((n, c.hidden), np.nan, c.numpy_dtype) for n in tokens]
 
     def _region(self, rank: int, round: int) -> Array:
         """`[num_ranks, num_experts_per_rank, slots, hidden]`: a region of a rank's segment."""
@@ -130,7 +134,9 @@ class TiledLayer:
         for need in self.graph[task]:
             if need not in self.done:
                 raise ValueError(f"task must run after those it waits for, got {task} before {need}")
-        bodies = (self._gate, self._dispatch, self._gemm0, self._gemm1, self._combine)  # by kind
+        bodies = (
+            self._gate, self._dispatch, self._gemm0, self._gemm1, self._combine, self._shared0, self._shared1
+        )  # by kind  # fmt: skip
         with np.errstate(invalid="ignore", over="ignore"):
             bodies[task.kind](task)
         self.done.add(task)
@@ -150,7 +156,7 @@ class TiledLayer:
             return Routing(given.topk_idx[block], given.topk_weights[block])
         with np.errstate(invalid="ignore", over="ignore"):
             logits = self.x[rank][block].astype(c.accumulator) @ self.weights.router.astype(c.accumulator).T
-        return choose(logits, c)
+        return choose(logits, c.router_kind, c.num_topk, self.weights)
 
     def _planned_topk_idx(self, rank: int) -> Array:
         blocks = range(num_token_blocks(len(self.x[rank]), self.config))
@@ -164,11 +170,13 @@ class TiledLayer:
 
     def _dispatch(self, task: Task) -> None:
         c = self.config
-        expert = task.peer * c.num_experts_per_rank + task.expert
+        expert, weights = task.peer * c.num_experts_per_rank + task.expert, self.topk_weights[task.rank]
         pairs = np.flatnonzero(self.topk_idx[task.rank] == expert)[: c.slots]  # token order; the rest is dropped
         for slot, token in enumerate((pairs // c.num_topk).tolist()):
             write = Write(task.rank, task.peer, DISPATCH, task.rank, task.expert, slot)
-            self._store(write, 0, self.x[task.rank][token])
+            factor = weights[token][self.topk_idx[task.rank][token] == expert]
+            row = expert_input(self.x[task.rank][token], factor, c)
+            self._store(write, 0, row.astype(c.numpy_dtype))
         self._dispatch_flags(task.peer)[task.rank, task.expert] = 1 << 32 | len(pairs)
 
     def _gemm0(self, task: Task) -> None:
@@ -193,9 +201,41 @@ class TiledLayer:
         total = np.zeros((len(idx), c.hidden), c.accumulator)
         for j in range(c.num_topk):
             owner, local = np.divmod(idx[:, j], c.num_experts_per_rank)
-            term = weight[:, j, None] * results[owner, local, slot[:, j]].astype(c.accumulator)
-            total += np.where((slot[:, j, None] >= 0) & (weight[:, j, None] != 0), term, 0)
+            zero = idx[:, j] >= c.num_experts
+            result = results[np.where(zero, 0, owner), local, slot[:, j]].astype(c.accumulator)
+            term = expert_term(normalize(result, self.weights, c.expert_kind), weight[:, j, None], c)
+            total += np.where((slot[:, j] >= 0)[:, None], term, 0)
+            there = zero & (c.zero == "identity") & (weight[:, j] != 0)
+            total += np.where(there[:, None], weight[:, j, None] * self.x[rank][block].astype(c.accumulator), 0)
+        if c.shared_ffn:
+            factor = self._shared_factors(rank, block)
+            total += np.where(factor != 0, factor * self._shared_result[rank][block].astype(c.accumulator), 0)
         self.y[rank][block] = total.astype(c.numpy_dtype)
+
+    def _shared_factors(self, rank: int, tokens: slice) -> Array:
+        """`[tokens, 1]`: of the shared expert's results."""
+        c, x, gate = self.config, self.x[rank][tokens], self.weights.shared_gate_weight
+        if gate is None:
+            return np.ones((len(x), 1), c.accumulator)
+        return sigmoid(linear(x, gate[None, None], None, 0, c.accumulator))
+
+    def _shared0(self, task: Task) -> None:
+        c, shared = self.config, self.weights.shared
+        assert shared is not None
+        rows = _rows(shared_row_tiles(len(self.x[task.rank]), c)[task.m])
+        place = 0, slice(task.n * c.tile_ffn, (task.n + 1) * c.tile_ffn)
+        x = self.x[task.rank][rows]
+        hidden = activate([linear(x, *up, place, c.accumulator) for up in shared.ups], c.shared_kind)
+        self._shared_hidden[task.rank][rows, place[1]] = hidden.astype(c.numpy_dtype)
+
+    def _shared1(self, task: Task) -> None:
+        c, shared = self.config, self.weights.shared
+        assert shared is not None
+        rows = _rows(shared_row_tiles(len(self.x[task.rank]), c)[task.m])
+        place = 0, slice(task.n * c.tile_n, (task.n + 1) * c.tile_n)
+        hidden = self._shared_hidden[task.rank][rows]
+        results = linear(hidden, shared.down_proj, shared.down_bias, place, c.accumulator)
+        self._shared_result[task.rank][rows, place[1]] = results.astype(c.numpy_dtype)
 
     def _gather(self, task: Task, tile: RowTile) -> Array:
         """`[rows, hidden]`: the rows of a tile, of whose packets the flags say that they are here."""
@@ -215,6 +255,10 @@ class TiledLayer:
         start = offset + column_tile * self.config.tile_n * values.itemsize
         self._segments[segment][start : start + values.nbytes] = np.ascontiguousarray(values).view(np.uint8)
         self.writes[column_tile].append(write)
+
+
+def _rows(tokens: range) -> slice:
+    return slice(tokens.start, tokens.stop)
 
 
 def _tile_name(task: Task) -> tuple[int, int, int, int]:

@@ -5,11 +5,14 @@
     GEMM0(rank, peer, expert, m, n)      hidden column tile n of the row tile (peer, m)
     GEMM1(rank, peer, expert, m, n)      result column tile n of it, each row stored at its source
     COMBINE(rank, m)                     sum the results of token block m
+    SHARED0(rank, m, n)                  hidden column tile n of the shared expert, for row tile m of the rank's tokens
+    SHARED1(rank, m, n)                  result column tile n of it
 
 `rank` runs the task; `expert` is an index among its owner's experts. There is no barrier: DISPATCH waits for the gates
 of its rank (slots are a prefix sum over all its tokens), GEMM0 for the packets of its row tile, GEMM1 for all column
-tiles of it, COMBINE for all row tiles with rows of the result chunks that its tokens are in (`runs`). Leaves out:
-queues, blocks, time.
+tiles of it, COMBINE for all row tiles with rows of the result chunks that its tokens are in (`runs`), and for those of
+the shared expert that hold its tokens. The shared expert's rows are the tokens where they lie: nothing is sent, SHARED0
+waits for nothing, and SHARED1 for all column tiles of its row tile. Leaves out: queues, blocks, time.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import NamedTuple
 from .config import MoEConfig
 from .packets import Packets
 from .runs import RowTile, chunk_height, expert_tiles
-from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
+from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, SHARED0, SHARED1
 
 
 class Task(NamedTuple):
@@ -48,6 +51,18 @@ def tiles_n1(config: MoEConfig) -> int:
     return -(-config.hidden // config.tile_n)
 
 
+def shared_tiles_n0(config: MoEConfig) -> int:
+    """Column tiles of the shared expert's hidden rows: SHARED0 tasks per row tile of a rank's tokens."""
+    return -(-config.shared_ffn // config.tile_ffn)
+
+
+def shared_row_tiles(num_tokens: int, config: MoEConfig) -> list[range]:
+    """The tokens in each row tile of the shared expert, on a rank with that many."""
+    if config.shared_ffn == 0:
+        return []
+    return [range(first, min(first + config.tile_m, num_tokens)) for first in range(0, num_tokens, config.tile_m)]
+
+
 def num_token_blocks(num_tokens: int, config: MoEConfig) -> int:
     """GATE tasks, and COMBINE tasks, of a rank with that many tokens."""
     return -(-num_tokens // config.token_block)
@@ -73,8 +88,10 @@ def task_graph(packets: Sequence[Packets], config: MoEConfig, tiles: Tiling | No
             graph |= _gemm_tasks(expert, tile, config)
     needed = _chunk_tiles(tiles, packets, config)
     for source, (own, packet) in enumerate(zip(gates, packets, strict=True)):
+        graph |= _shared_tasks(source, len(packet.slot), config)
         for gate in own:
-            graph[gate._replace(kind=COMBINE)] = _combine_inputs(packet, source, gate.m, needed, config) or own
+            results = _combine_inputs(packet, source, gate.m, needed, config) or own
+            graph[gate._replace(kind=COMBINE)] = results + _shared_inputs(source, gate.m, len(packet.slot), config)
     return graph
 
 
@@ -98,6 +115,28 @@ def _gemm_tasks(expert: int, tile: RowTile, config: MoEConfig) -> dict[Task, lis
     hidden_tiles = _column_tiles(GEMM0, expert, tile, config)
     graph = dict.fromkeys(hidden_tiles, dispatches)
     return graph | dict.fromkeys(_column_tiles(GEMM1, expert, tile, config), hidden_tiles)
+
+
+def _shared_columns(kind: int, source: int, m: int, config: MoEConfig) -> list[Task]:
+    """The tasks of one kind of a row tile of the shared expert."""
+    number = shared_tiles_n0(config) if kind == SHARED0 else tiles_n1(config)
+    return [Task(kind, source, m=m, n=n) for n in range(number)]
+
+
+def _shared_tasks(source: int, num_tokens: int, config: MoEConfig) -> dict[Task, list[Task]]:
+    graph: dict[Task, list[Task]] = {}
+    for m in range(len(shared_row_tiles(num_tokens, config))):
+        hidden_tiles = _shared_columns(SHARED0, source, m, config)
+        graph |= {task: [] for task in hidden_tiles}
+        graph |= dict.fromkeys(_shared_columns(SHARED1, source, m, config), hidden_tiles)
+    return graph
+
+
+def _shared_inputs(source: int, block: int, num_tokens: int, config: MoEConfig) -> list[Task]:
+    """The SHARED1 tasks of every row tile with tokens of `block`."""
+    tokens = set(range(num_tokens)[block * config.token_block : (block + 1) * config.token_block])
+    tiles = [m for m, rows in enumerate(shared_row_tiles(num_tokens, config)) if not tokens.isdisjoint(rows)]
+    return [task for m in tiles for task in _shared_columns(SHARED1, source, m, config)]
 
 
 Tiling = Sequence[Sequence[RowTile]]  # of each expert of the layer

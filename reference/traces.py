@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, RECEIVE
+from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, RECEIVE, SHARED0, SHARED1
 
 TRACE_KIND_NAMES = (*KIND_NAMES, "RECEIVE")
 MAX_FLOWS = 4096  # arrows; viewers get slow with more
@@ -25,6 +25,8 @@ COLOURS = {
     GEMM1: "#56B4E9",
     COMBINE: "#009E73",
     RECEIVE: "#D55E00",
+    SHARED0: "#F0E442",
+    SHARED1: "#999999",
 }
 
 Event = dict[str, Any]

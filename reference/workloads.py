@@ -6,7 +6,7 @@
     hot       uniform rows with a routing from outside: every token's first choice is expert 0
     *.npz, *.safetensors   recorded: x `[tokens, hidden]`, optional topk_idx and topk_weights `[tokens, num_topk]`, each
                            possibly with a leading index of ranks; all finite, but for weights of no choice (index -1
-                           or num_experts)
+                           or num_choices)
 
 Invariant: token i of all tokens depends on (kind, seed, i) only, not on the ranks they are split over; and a rank can
 make its own part alone. Leaves out: positions, attention, trained embeddings; text depends on the version of Python.

@@ -1,13 +1,11 @@
 """What the tests of the layer share: small layers to run, the comparison with the oracle, and the memory they hold.
 
-The comparison is element by element. Its yardstick is the same layer on absolute values, because an element that
-cancels to almost nothing still has the rounding errors of its terms; all activations satisfy |act(z)| <= |z|.
+The comparison is element by element, by the yardstick of `reference/error_bounds.py`.
 """
 
 import ctypes
 import gc
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 
 from flashmoe_numba.kernel.control import RECORD_FIELDS, AbortRecord
+from flashmoe_numba.tile_gemm.arithmetic import ARITHMETICS, PAIRED_DTYPE, why_not
 from reference import (
     Layout,
     MoEConfig,
@@ -26,6 +25,7 @@ from reference import (
     tile_height,
     tolerance,
 )
+from reference.error_bounds import absolute_terms, underflow
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 TINY = dict(
@@ -58,21 +58,31 @@ def random_tokens(config, counts=None, seed=0):
 def random_routing(config, counts, seed=0, bias=0.0):
     """(topk_idx, topk_weights) of each rank. `bias` 0 spreads tokens evenly, 50 sends all to the same experts."""
     rng = np.random.default_rng(seed)
-    favour = bias * rng.standard_normal(config.num_experts)
-    orders = [np.argsort(rng.standard_normal((count, config.num_experts)) + favour, axis=1) for count in counts]
+    favour = bias * rng.standard_normal(config.num_choices)
+    orders = [np.argsort(rng.standard_normal((count, config.num_choices)) + favour, axis=1) for count in counts]
     idx = [order[:, : config.num_topk].astype(np.int64) for order in orders]
     return idx, [rng.uniform(0.1, 1, part.shape) for part in idx]
 
 
 def with_no_choices(config, routing, seed=0):
-    """The same, but some pairs are no choice, as frameworks pad (-1 or num_experts, NaN), and some factors are 0."""
+    """The same, but some pairs are no choice, as frameworks pad (-1 or num_choices, NaN), and some factors are 0."""
     rng, parts = np.random.default_rng(seed), []
     for idx, factors in zip(*routing, strict=True):
         kind = rng.integers(8, size=idx.shape)
         none = [kind == 0, kind == 1]
-        padded = np.select(none, [-1, config.num_experts], idx)
+        padded = np.select(none, [-1, config.num_choices], idx)
         parts.append((padded, np.select([*none, kind == 2], [np.nan, 7, 0], factors)))
     return [idx for idx, _ in parts], [factors for _, factors in parts]
+
+
+def usable_arithmetics():
+    """Names of those by which bfloat16 can be multiplied on this CPU."""
+    return [name for name in ARITHMETICS if why_not(name) == ""]
+
+
+def arithmetic_setting(config, name):
+    """The setting of a layer on CPUs; none where the element type has only one arithmetic."""
+    return {"arithmetic": name} if config.dtype == PAIRED_DTYPE else {}
 
 
 def bits(array):
@@ -103,16 +113,10 @@ def assert_equals_oracle(y, x, weights, config, routings, external=False, relati
     topk_idx, topk_weights = [r.topk_idx for r in routings], [r.topk_weights for r in routings]
     if not external:
         for rank, (routing, part) in enumerate(zip(routings, x, strict=True)):
-            wrong = check_routing(routing, part, weights.router, config)
+            wrong = check_routing(routing, part, weights, config)
             assert wrong is None, f"{config}, rank {rank}: {wrong}"
     ref = moe_layer(x, weights, config, topk_idx, topk_weights)
-    scale = moe_layer(
-        [np.abs(part) for part in x],
-        _absolute(weights),
-        replace(config, activation="identity"),
-        topk_idx,
-        [np.abs(part) for part in topk_weights],
-    )
+    scale = absolute_terms(x, weights, config, topk_idx, topk_weights)
     for rank, (got, expected, terms) in enumerate(zip(y, ref, scale, strict=True)):
         case = f"{config}, rank {rank}, counts {[len(part) for part in x]}"
         assert got.dtype == config.numpy_dtype and got.shape == expected.shape, f"{case}: {got.dtype} {got.shape}"
@@ -121,7 +125,7 @@ def assert_equals_oracle(y, x, weights, config, routings, external=False, relati
         assert (np.isfinite(got).all(axis=1) == finite).all(), (
             f"{case}: finite rows {np.isfinite(got).all(axis=1)}, {finite}"
         )
-        error, bound = np.abs(got - expected)[finite], relative * terms[finite] + _underflow(config)
+        error, bound = np.abs(got - expected)[finite], relative * terms[finite] + underflow(config)
         if not (error <= bound).all():
             at = np.unravel_index(np.argmax(error - bound), error.shape)
             row = np.flatnonzero(finite)[at[0]]
@@ -135,16 +139,6 @@ def assert_close_to_oracle(y, x, weights, config, routings):
     ref = moe_layer(x, weights, config, [r.topk_idx for r in routings], [r.topk_weights for r in routings])
     error = max_rel_error(y, ref)
     assert error <= tolerance(config), f"{config}: max_rel_error {error:.2e} is above tolerance {tolerance(config):.2e}"
-
-
-def _absolute(weights):
-    arrays = {field.name: getattr(weights, field.name) for field in fields(weights) if field.name != "first_expert"}
-    return replace(weights, **{name: np.abs(array) for name, array in arrays.items() if array is not None})
-
-
-def _underflow(config):
-    """What roundings near zero may add: one subnormal step per term of the down projection, and one per result."""
-    return float(np.float64(finfo(config.numpy_dtype).smallest_subnormal)) * (config.ffn + 2 * config.num_topk)
 
 
 def finfo(dtype):
@@ -181,8 +175,8 @@ class Regions:
         c, packets = self.config, [make_packets(routing.topk_idx, self.config) for routing in routings]
         for source, (part, packet) in enumerate(zip(x, packets, strict=True)):
             for expert in range(c.num_experts):
-                self._check_packet(source, expert, part, packet, epoch)
-            self._check_combine(source, y[source], routings[source], packet)
+                self._check_packet(source, expert, self._rows_sent(part, routings[source]), packet, epoch)
+            self._check_combine(source, part, y[source], routings[source], packet)
 
     def check_signal(self, words, i, value):
         """At the moment of a release, on poisoned regions: the rows that the word tells of are all there."""
@@ -205,12 +199,12 @@ class Regions:
         missing = (rows.view(np.uint8).reshape(*rows.shape, rows.itemsize) == 0xFF).all(axis=2)
         assert not missing.any(), f"{self.config}: {what}: signalled before elements {np.argwhere(missing).tolist()}"
 
-    def _check_packet(self, source, expert, x, packet, epoch):
+    def _check_packet(self, source, expert, rows_of_pairs, packet, epoch):
         c, sent = self.config, int(packet.sent[expert])
         owner, local = divmod(expert, c.num_experts_per_rank)
         case = f"{c}, epoch {epoch}, rank {source} to expert {expert}, {sent} rows"
         there, back = self.rows(owner, 0)[source, local], self.rows(source, 1)[owner, local]
-        assert_same_bits(there[:sent], x[packet.pairs(expert) // c.num_topk], f"{case}: dispatched rows")
+        assert_same_bits(there[:sent], rows_of_pairs[packet.pairs(expert)], f"{case}: dispatched rows")
         for name, rows in (("dispatch", there), ("result", back)):
             assert (rows[sent:].view(np.uint8) == 0xFF).all(), f"{case}: {name} region written beyond the packet"
         flag = self.words(owner, self.layout.dispatch_flag, c.num_experts)[source * c.num_experts_per_rank + local]
@@ -223,17 +217,32 @@ class Regions:
         assert [divmod(word, 1 << 32) for word in flags[:tiles]] == expected, f"{case}: result flags {flags}"
         assert all(word >> 32 < epoch for word in flags[tiles:]), f"{case}: flags {flags} of tiles that do not exist"
 
-    def _check_combine(self, source, y, routing, packet):
-        """y is the sum of the results in the accumulator's type in the order of j, rounded once."""
-        c, results = self.config, self.rows(source, 1)
+    def _rows_sent(self, x, routing):
+        """`[num_tokens * num_topk, hidden]`: the row that is sent for each pair."""
+        rows = np.repeat(x, self.config.num_topk, axis=0)
+        if not self.config.router_kind.weight_input:
+            return rows
+        return (rows.astype(self.config.accumulator) * routing.topk_weights.reshape(-1, 1)).astype(x.dtype)
+
+    def _check_combine(self, source, x, y, routing, packet):
+        """y is the sum of the results in the accumulator's type in the order of j, then the shared one, rounded."""
+        c, results, tokens = self.config, self.rows(source, 1), self.layer._ranks[source].tokens
+        shared, x = (part.view(c.numpy_dtype).reshape(-1, c.hidden) for part in (tokens.shared_results, x))
         for token, (experts, factors) in enumerate(zip(routing.topk_idx, routing.topk_weights, strict=True)):
             total = np.zeros(c.hidden, c.accumulator)
+            terms = []
             for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
                 if packet.slot[token, j] >= 0:
-                    row = results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]
-                    row = np.where((factor != 0) | np.isfinite(row), row, 0)  # 0 times a finite row changes no bit
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        total += factor * row.astype(c.accumulator)
+                    factor = factor / factor if c.router_kind.weight_input and factor != 0 else factor
+                    terms.append((factor, results[(*divmod(expert, c.num_experts_per_rank), packet.slot[token, j])]))
+                elif expert >= c.num_experts and c.zero == "identity":
+                    terms.append((factor, x[token]))
+            if c.shared_ffn:
+                terms.append((tokens.shared_factors[token], shared[token]))
+            for factor, row in terms:
+                row = np.where((factor != 0) | np.isfinite(row), row, 0)  # 0 times a finite row changes no bit
+                with np.errstate(over="ignore", invalid="ignore"):
+                    total += factor * row.astype(c.accumulator)
             with np.errstate(over="ignore", invalid="ignore"):
                 expected = total.astype(c.numpy_dtype)
             equal = (bits(y[token]) == bits(expected)) | (np.isnan(y[token]) & np.isnan(expected))

@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {  # of what lies in a folder, from the ground; what shares a floor does not see each other
     "sim": "world engine / drafting / policies / simulation / reading / studies validation",
-    "flashmoe_numba": "errors / processes device / gpu tile_gemm / kernel / heap seeing / build / backends ptx / "
-    "layer / bench / explore / commands / cli / __main__",
+    "flashmoe_numba": "errors / processes device checkpoints / gpu tile_gemm / kernel / heap seeing / build / "
+    "backends ptx / layer / bench torch / explore / commands / cli / __main__",
     "flashmoe_numba/explore": "run / choose worlds / plants / search / exhaustive hunt tell",
 }
 

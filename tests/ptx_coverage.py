@@ -130,10 +130,13 @@ def _has_tensor_cores(listing):
     return any(i.name.startswith("wgmma.mma_async") for i in listing.instructions)
 
 
+OF_ONE_PART = ("router", "down", "shared_down", "shared_gate")
+
+
 def _reason(listing, branch, first, fields):
     """Why a branch never goes to the instruction `first`."""
     test = _writer(listing, branch, listing.instructions[branch].guard)
-    if first.name.startswith("ld.") and _field(first, fields) in ("experts.router.second", "experts.down.second"):
+    if first.name.startswith("ld.") and _field(first, fields) in [f"experts.{name}.second" for name in OF_ONE_PART]:
         return PARTS
     if test is None:
         return OTHER
@@ -176,7 +179,7 @@ def _reason_of(listing, branch, test, value, fields):
     if comparison in ("eq.s64", "ne.s64") and constant == "2":
         if value.name.startswith("ld.acquire"):
             return RECORD
-        return PARTS if _field(value, fields) in ("experts.router.parts", "experts.down.parts") else OTHER
+        return PARTS if _field(value, fields) in [f"experts.{name}.parts" for name in OF_ONE_PART] else OTHER
     return OTHER
 
 

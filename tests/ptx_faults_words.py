@@ -3,8 +3,6 @@
 import functools
 import re
 
-import numpy as np
-
 from flashmoe_numba.build.likeness import like_arguments
 from flashmoe_numba.build.variants import Variant
 from flashmoe_numba.device.records import record_words
@@ -47,10 +45,9 @@ def places(record, prefix="", at=0):
     for name, field in zip(record._fields, record, strict=True):
         if isinstance(field, tuple):
             yield from places(field, f"{prefix}{name}.", at)
-            at += 8 * len(record_words(field, id))
         else:
             yield at, prefix + name
-            at += 8 if isinstance(field, (int, np.integer)) else 16
+        at += 8 * len(record_words(field, id))
 
 
 @functools.cache

@@ -91,6 +91,7 @@ LARGE = {
     for place, number in enumerate(numbers)
 }  # fmt: skip
 HUGE_WORLD = 39
+MORE = (0, 5, 17, 25, 29, 35)  # with a shared expert, most of them with zero-computation experts
 UNITS = (1, 5, 9, 17, 33, 57)  # of 16 bytes: part of a block of the depth, several, more than all stages hold
 
 
@@ -112,6 +113,8 @@ def make_world(variant, number):
     config = MoEConfig(**sizes)
     if not variant.tensor_cores and choose_variant(config, variant.architecture).tensor_cores:
         config = replace(config, ffn=config.ffn + 1)  # rows of no whole 16 bytes, which tensor cores cannot take
+    if number in MORE:
+        config = replace(config, **_more(variant, MORE.index(number)))
     return World(
         variant=variant, number=number, config=config, bias=number % 3 > 0,
         num_processors=int(rng.choice([1, 1, 1, 2, 3])) if config.num_ranks < 4 else 1,
@@ -122,6 +125,13 @@ def make_world(variant, number):
         huge=huge,
         endings=tuple(ENDINGS) if ends else (RESULTS_LOST,) if kind == MANY_EXPERTS else (),
     )  # fmt: skip
+
+
+def _more(variant, place):
+    """A shared expert of one column tile and of several, and zero-computation experts."""
+    width = _unit(variant) * (1, 9, 17)[place % 3] if variant.tensor_cores else (5, 70, 24)[place % 3]
+    zero = "identity" if place % 3 else "none"
+    return dict(shared_ffn=width, shared_gate=place % 2 == 0, num_zero=(2, 0, 1)[place % 3], zero=zero)
 
 
 def _sizes(variant, rng, number):

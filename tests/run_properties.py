@@ -15,7 +15,7 @@ from flashmoe_numba.kernel.queue import COUNTER_STRIDE, NUM_COUNTERS
 from flashmoe_numba.kernel.row_tiles import QUEUED, SEEN, STREAM_WORDS, TILES, WAITING
 from reference import GATE, make_plan, tile_height
 from reference.task_kinds import GEMM0, GEMM1, KIND_NAMES
-from reference.tiles import num_token_blocks, tiles_n0, tiles_n1
+from reference.tiles import num_token_blocks, shared_row_tiles, shared_tiles_n0, tiles_n0, tiles_n1
 
 
 def equals_the_oracle(run):
@@ -29,7 +29,10 @@ def equals_the_oracle(run):
 
 
 def combine_is_ordered(run):
-    """Bit for bit the sum of the results in the accumulator's type, in the order of choices, rounded once."""
+    """Bit for bit the sum of the results in the accumulator's type, in the order of choices, rounded once.
+
+    Behind them comes the shared expert's row, and a zero-computation expert has the token itself, or nothing.
+    """
     c = run.config
     for call, (calls, packets) in enumerate(zip(run.calls, run.packets, strict=True), start=1):
         for rank, (one, packet) in enumerate(zip(calls, packets, strict=True)):
@@ -39,6 +42,11 @@ def combine_is_ordered(run):
                 kept = packet.slot[:, j] >= 0
                 rows = results[one.routing.topk_idx[kept, j], packet.slot[kept, j]].astype(c.accumulator)
                 sums[kept] += one.routing.topk_weights[kept, j, None] * rows
+                own = one.routing.topk_idx[:, j] >= c.num_experts if c.zero == "identity" else []
+                tokens = run.world.data[call - 1][0][rank][own].astype(c.accumulator)
+                sums[own] += one.routing.topk_weights[own, j, None] * tokens
+            if c.shared_ffn:
+                sums += one.factors[:, None] * one.shared.astype(c.accumulator)
             assert_same_bits(one.y, sums.astype(c.numpy_dtype), f"rank {rank}, call {call}")
 
 
@@ -149,7 +157,8 @@ def counters_add_up(run):
 def _wanted_counters(run, num_tokens, num_tiles, num_rows):
     c, token_blocks = run.config, num_token_blocks(num_tokens, run.config)
     gates, gemms = max(1, token_blocks), num_tiles * sum(_column_tiles(c).values())
-    total = gates + c.num_experts + token_blocks + gemms
+    shared = len(shared_row_tiles(num_tokens, c)) * (shared_tiles_n0(c) + tiles_n1(c))
+    total = gates + c.num_experts + token_blocks + gemms + shared
     return {
         "HEAD": total + run.spec.num_processors,  # each draws one ticket that there is no task for
         "TAIL": total,
@@ -176,6 +185,7 @@ def nothing_is_left_over(run):
         assert (streams[:, SEEN] == run.config.num_ranks).all(), f"{case}: packets of streams {streams}"
         assert not streams[:, WAITING].any(), f"{case}: rows that wait in streams {streams}"
         assert (streams[:, QUEUED] == streams[:, TILES]).all(), f"{case}: tiles of streams {streams}"
+        assert not (rank.tokens.shared_up_done.any() or rank.tokens.shared_down_done.any()), f"{case}: of what is done"
         assert not rank.tokens.results_left.any(), f"{case}: results left {rank.tokens.results_left}"
         counters = rank.queue.counters.reshape(2, -1)
         assert not counters[1 - (run.spec.epochs & 1)].any(), f"{case}: counters of the next call"

@@ -26,7 +26,7 @@ def routings(draw, config, counts):
     A small pool leaves some ranks without rows, and a stride of 0 sends all tokens of a rank to the same experts. In
     the place of one expert there may be no choice (-1).
     """
-    experts = st.sampled_from([*range(config.num_experts), -1])
+    experts = st.sampled_from([*range(config.num_choices), -1])
     pool = draw(st.lists(experts, min_size=config.num_topk, unique=True))
     stride, firsts = draw(st.integers(0, 2)), [draw(st.integers(0, len(pool) - 1)) for _ in counts]
     return tuple(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from cases import Regions, assert_equals_oracle, random_routing, random_tokens, with_no_choices
 from hypothesis import strategies as st
+from kinds import expert_kinds, router_kinds
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.device import st_release
@@ -27,11 +28,31 @@ class LayerCalls:
     def calls(self):
         """(x, keyword arguments of the call) of each call."""
         for x, routing in zip(self.x, self.routings, strict=True):
-            yield x, dict(zip(("topk_idx", "topk_weights"), routing, strict=True)) if routing else {}
+            if routing is not None and self.config.router_kind.choice == "given":
+                yield x, {"topk_idx": routing[0]}
+            else:
+                yield x, dict(zip(("topk_idx", "topk_weights"), routing, strict=True)) if routing else {}
 
 
 @st.composite
-def configs(draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("float16", "bfloat16"), **fixed):
+def extras(draw, num_experts):
+    """Fields of a shared expert and of zero-computation experts, in most layers neither, and a num_topk that fits."""
+    num_zero, width = draw(st.sampled_from([0, 0, 0, 1, 3])), draw(st.sampled_from([0, 0, 1, 5, 12]))
+    choices = num_experts + num_zero
+    return dict(
+        num_topk=draw(st.sampled_from(sorted({1, min(2, choices), min(3, choices), choices}))),
+        shared_ffn=width,
+        shared_gate=width > 0 and draw(st.booleans()),
+        num_zero=num_zero,
+        zero=draw(st.sampled_from(["identity", "identity", "none"])),
+    )
+
+
+@st.composite
+def configs(
+    draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("float16", "bfloat16"), kinds=False, **fixed
+):
+    """With `kinds`, of any kind of router and experts, instead of softmax and plain experts."""
     num_ranks = draw(st.integers(1, max_ranks))
     num_experts = num_ranks * draw(st.integers(1, max(1, 8 // num_ranks)))
     num_tokens = draw(st.integers(1, 9))
@@ -42,7 +63,7 @@ def configs(draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("fl
         hidden=draw(st.sampled_from([1, 5, 8, 13])),
         ffn=draw(st.sampled_from([1, 4, 7, 11])),
         num_experts=num_experts,
-        num_topk=draw(st.sampled_from(sorted({1, min(2, num_experts), min(3, num_experts), num_experts}))),
+        **draw(extras(num_experts)),
         gated=draw(st.booleans()),
         activation=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from(dtypes)),
@@ -53,6 +74,12 @@ def configs(draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("fl
         tile_n=draw(st.sampled_from([2, 3, 4, 9, 64])),
         token_block=draw(st.sampled_from([1, 2, 3, 5, 32])),
     )
+    if kinds:
+        choices = draw(st.sampled_from([("logits",), ("score",), ("score",), ("given",)]))
+        router = draw(router_kinds(num_experts, sizes["num_topk"], choices, num_zero=sizes["num_zero"]))
+        expert = draw(expert_kinds())
+        sizes |= dict(router=router, renormalize=router.renormalize)
+        sizes |= dict(expert=expert, gated=expert.gated, activation=expert.activation)
     return MoEConfig(**(sizes | fixed))
 
 
@@ -69,7 +96,8 @@ def worlds(draw, max_calls=3, **options):
     weights = Weights.random(config, seed=draw(st.integers(0, 99)), bias=draw(st.booleans()))
     counts = draw(st.lists(token_counts(config), min_size=1, max_size=max_calls))
     seeds = [draw(st.integers(0, 2**32)) for _ in counts]
-    biases = [draw(st.sampled_from([None, None, 0.0, 2.0, 50.0])) for _ in counts]
+    given = config.router_kind.choice == "given"
+    biases = [draw(st.sampled_from([0.0, 2.0, 50.0] if given else [None, None, 0.0, 2.0, 50.0])) for _ in counts]
     x = [random_tokens(config, count, seed) for count, seed in zip(counts, seeds, strict=True)]
     routings = [
         None if bias is None else random_routing(config, count, seed, bias)
@@ -110,28 +138,38 @@ def run_world(world, **settings):
                 y = layer(x, **routing)
             routings = layer.routing
             if routing:
-                for given_idx, given_weights, used in zip(*routing.values(), routings, strict=True):
-                    chosen = (given_idx >= 0) & (given_idx < world.config.num_experts)
-                    np.testing.assert_array_equal(used.topk_idx, np.where(chosen, given_idx, -1))
-                    factors = np.where(chosen, given_weights, 0).astype(world.config.accumulator)
-                    np.testing.assert_array_equal(used.topk_weights, factors)
-            assert_equals_oracle(y, x, world.weights, world.config, routings, external=bool(routing))
+                check_given(world.config, routing, routings)
+            assert_equals_oracle(y, x, world.weights, world.config, routings, external="topk_weights" in routing)
             regions.check(x, y, routings, epoch)
             check_stats(layer, x, routings, epoch)
             results.append((routings, y))
     return results
 
 
+def check_given(config, given, routings):
+    """The layer says that it used what was given."""
+    for rank, used in enumerate(routings):
+        idx = given["topk_idx"][rank]
+        chosen = (idx >= 0) & (idx < config.num_choices)
+        np.testing.assert_array_equal(used.topk_idx, np.where(chosen, idx, -1))
+        if "topk_weights" in given:
+            factors = np.where(chosen, given["topk_weights"][rank], 0).astype(config.accumulator)
+            np.testing.assert_array_equal(used.topk_weights, factors)
+
+
 def check_stats(layer, x, routings, epoch):
     """The counters agree with a plain count."""
     config, stats = layer.config, layer.stats
-    chosen = [np.bincount(r.topk_idx[r.topk_idx >= 0], minlength=config.num_experts) for r in routings]
+    counts = [np.bincount(r.topk_idx[r.topk_idx >= 0], minlength=config.num_choices) for r in routings]
+    chosen = [count[: config.num_experts] for count in counts]
     sent = np.array([np.minimum(count, config.slots) for count in chosen])
     per_owner = sent.sum(axis=0).reshape(config.num_ranks, -1).sum(axis=1)
     for rank, s in enumerate(stats):
         got = (s.epoch, s.num_tokens, s.sent_rows, s.dropped_pairs, s.received_rows)
         expected = (epoch, len(x[rank]), sent[rank].sum(), (chosen[rank] - sent[rank]).sum(), per_owner[rank])
         assert got == expected, f"{config}, rank {rank}: {s}"
+        shared_tiles = -(-len(x[rank]) // config.tile_m) if config.shared_ffn else 0
+        assert (s.zero_choices, s.shared_tiles) == (counts[rank][config.num_experts :].sum(), shared_tiles), f"{s}"
         assert (s.nonfinite_tokens, s.nonfinite_rows) == (0, 0), f"{config}, rank {rank}: {s}"
         assert s.row_tiles == sum(map(len, layer.row_tiles[rank])), f"{config}, rank {rank}: {s}"
         for expert, tiles in enumerate(layer.row_tiles[rank], rank * config.num_experts_per_rank):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .protocols import Backend
 
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "cpu": (),
+    "cpu": ("arithmetic",),
     "cuda": ("device", "tf32"),
     "fibers": ("seed", "lanes", "preempt"),
 }
@@ -42,7 +42,7 @@ def make_backend(name: str, config: MoEConfig, first_rank: int, **settings: Any)
     if name == "cpu":
         from .cpu import CpuBackend
 
-        return CpuBackend()
+        return CpuBackend(**settings)
     if name == "fibers":
         from .fibers import FiberBackend
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,27 @@ from ..device.cpu import reset_float_control
 from ..kernel import leave, persistent
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
-from ..tile_gemm import Panels, Scratch, pack_matrices
-from ..tile_gemm.cpu import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE, panel_width
+from ..tile_gemm import Panels, Scratch, pack_matrices, unpack_matrices
+from ..tile_gemm.arithmetic import ARITHMETICS, AUTO, PAIRED_DTYPE, choose
+from ..tile_gemm.cpu import ROW_STEP, panel_width
+from ..tile_gemm.micro_kernel import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE
+from ..tile_gemm.packing import fill_compiled
 from .host import Block, HostBackend
-
-MOST_BLOCKS = 1 << 20
+from .threads import Threads
 
 
 class CpuBackend(HostBackend):
-    """One thread per block; threads are kept between calls."""
+    """One thread per block; threads are kept between calls.
 
-    def __init__(self) -> None:
+    Args:
+        arithmetic: of bfloat16 weights (tile_gemm/arithmetic.py); others have only one.
+    """
+
+    def __init__(self, arithmetic: str = AUTO) -> None:
         super().__init__()
+        self._form = ARITHMETICS[choose(arithmetic, PAIRED_DTYPE)].form
         self._enter: Callable[..., None] = persistent  # `compile` knows better
-        self._threads = ThreadPoolExecutor(  # made as they are needed
-            MOST_BLOCKS, thread_name_prefix="flashmoe", initializer=reset_float_control
-        )
+        self._threads = Threads()
 
     def pack(
         self,
@@ -41,20 +46,27 @@ class CpuBackend(HostBackend):
         tile_n: int,
         accumulator: np.dtype[Any],
         rows: Array | None,
+        into: Panels | None = None,
     ) -> Panels:
-        return pack_matrices(matrices, biases, tile_n, panel_width(accumulator), accumulator)
+        form = self._form if matrices[0].dtype.name == PAIRED_DTYPE else Panels  # a router has float32 weights
+        width = panel_width(accumulator)
+        return pack_matrices(matrices, biases, tile_n, width, accumulator, form, into, fill_compiled)
+
+    def unpack(self, packed: Panels, out: Sequence[Array]) -> None:
+        unpack_matrices(packed, out, panel_width(packed.bias.dtype))
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
         """Room for the tallest tile and the widest panels, for few rows as deep as they are, and one row of a combine.
 
-        See `_multiply` of tile_gemm/cpu.py.
+        See `multiply` of tile_gemm/cpu.py.
         """
         rows = max(config.tile_m, min(config.token_block, config.num_tokens))
-        blocks = -(-max(config.hidden, config.ffn) // DEPTH_BLOCK)
+        rows = -(-rows // ROW_STEP) * ROW_STEP
+        blocks = -(-max(config.hidden, config.ffn, config.shared_ffn) // DEPTH_BLOCK)
         width = panel_width(config.accumulator)
         padded = [-(-columns // width) * width for columns in (config.tile_ffn, config.tile_n)]
         columns = max(config.expert_kind.num_ups * padded[0], padded[1])
-        copied = max(rows, min(rows, MICRO_ROWS) * blocks) * ROW_STRIDE
+        copied = max(rows, min(rows, max(MICRO_ROWS, ROW_STEP)) * blocks) * ROW_STRIDE
         sums = max(rows * columns, config.hidden)
         return Scratch(np.empty(copied, config.accumulator), np.empty(sums, config.accumulator))
 
@@ -67,21 +79,17 @@ class CpuBackend(HostBackend):
         leave(problem, segments, why)
 
     def run_blocks(self, blocks: Sequence[Block], stop: Callable[[], None]) -> None:
-        futures: list[Future[None]] = []
-        try:
-            for _, arguments in reversed(blocks):  # a rank's OS block first: its processors wait for it
-                futures.append(self._threads.submit(self._enter, *arguments))
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        finally:  # also when a block failed or could not start, or at Ctrl-C: no block may outlive the call
-            if not all(future.done() for future in futures):
-                stop()
-                wait(futures)
+        of_blocks = reversed(blocks)  # a rank's OS block first: its processors wait for it
+        self._threads.run([partial(_run_block, self._enter, arguments) for _, arguments in of_blocks], stop)
 
     def deadline_ns(self, deadline_s: float) -> int:
         return int(deadline_s * 1e9)
 
     def close(self) -> None:
         super().close()
-        self._threads.shutdown()
+        self._threads.close()
+
+
+def _run_block(enter: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    reset_float_control()
+    enter(*arguments)

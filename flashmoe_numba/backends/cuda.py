@@ -17,7 +17,7 @@ import numpy as np
 from reference import MoEConfig
 from reference.arrays import Array
 
-from ..build.variants import Variant, architecture_of, choose_variant
+from ..build.variants import TMA_ALIGNMENT, Variant, architecture_of, choose_variant
 from ..device.records import record_words
 from ..gpu.arrays import GpuTokens, check_gpu_tokens, current_stream, empty_like, stack
 from ..gpu.gpu import Gpu
@@ -26,7 +26,7 @@ from ..kernel.grid import HEADER_WORDS, RankArguments
 from ..kernel.state import Problem, Segments
 from ..processes.ownership import Owned
 from ..tile_gemm import as_matrices
-from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, THREADS, tma_matrices
+from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, THREADS, TmaMatrices, tma_matrices
 from ..tile_gemm.matrices import MAX_TILE_COLUMNS, STAGE_ELEMENTS, SUMS_ELEMENTS
 
 CALLS_AHEAD = 64  # calls for which page-locked memory is taken before the first one: taking more may wait for the GPU
@@ -92,11 +92,21 @@ class CudaBackend(Owned):
         tile_n: int,
         accumulator: np.dtype,
         rows: Any,
+        into: Any = None,
     ) -> Any:
         packed = as_matrices(matrices, biases, tile_n, accumulator, self.gpu.to_device)
+        if into is not None:  # where it is: captured graphs have its addresses, and maps too
+            with self.gpu.here:
+                for old, new in zip(_arrays(into), _arrays(packed), strict=True):
+                    old[...] = new
+            return into
         if rows is None or not self.variant.tensor_cores:
             return packed
         return tma_matrices(packed, self._maps(packed, rows))
+
+    def unpack(self, packed: Any, out: Sequence[Array]) -> None:
+        for array, target in zip(_arrays(packed), out, strict=False):
+            target[...] = self.to_host(array).view(target.dtype).reshape(target.shape)
 
     def _maps(self, packed: Any, rows: Any) -> Any:
         """Maps of the weights, and of the rows that they multiply for each height of a tile (hopper.py)."""
@@ -104,9 +114,21 @@ class CudaBackend(Owned):
         experts = packed.first.size // (depth * columns)
         second = packed.second if packed.parts == 2 else packed.first
         weights = [((depth, columns, experts), (block, HALF_COLUMNS, 1), array) for array in (packed.first, second)]
-        of_rows = [((depth, rows.size // depth), (block, height), rows) for height in (*ROWS, 1)]
-        data = b"".join(self.gpu.tensor_map(array, shape, box) for shape, box, array in [*weights, *of_rows])
-        return self.gpu.to_device(np.frombuffer(data, np.int64))
+        data = b"".join(self.gpu.tensor_map(array, shape, box) for shape, box, array in weights)
+        return self.gpu.to_device(np.concatenate([np.frombuffer(data, np.int64), self._row_maps(rows, depth)]))
+
+    def _row_maps(self, rows: Any, depth: int) -> Array:
+        """Maps of these rows for each height of a tile, and of a single row."""
+        block, num_rows = DEPTH_BYTES // rows.dtype.itemsize, rows.size // depth
+        boxes = [(block, height) for height in (*ROWS, 1)]
+        data = b"".join(self.gpu.tensor_map(rows, (depth, num_rows), box) for box in boxes)
+        return np.frombuffer(data, np.int64)
+
+    def aim(self, matrices: Any, rows: Any) -> None:
+        """Maps of the call's rows, for weights that multiply others in each call; a part of the call that began."""
+        if isinstance(matrices, TmaMatrices) and rows.size > 0:
+            maps = self._row_maps(rows, matrices.depth)
+            self.store(matrices.maps[matrices.maps.size - maps.size :], maps)
 
     def prepare(self, config: MoEConfig, of_ranks: Sequence[RankArguments], folder: Path) -> None:
         """Make the table, and wait until weights and segments are where they belong."""
@@ -150,10 +172,14 @@ class CudaBackend(Owned):
 
     def adopt(self, tokens: GpuTokens) -> tuple[Any, Any, Any]:
         """(x as the kernel sees it, room for y likewise, y)."""
-        y = empty_like(tokens.original, self.gpu)
+        y, x = empty_like(tokens.original, self.gpu), tokens.storage
+        if self._config.shared_ffn and self.variant.tensor_cores and self.address(x) % TMA_ALIGNMENT:
+            with self.gpu.here:
+                unaligned, x = x, self.gpu.cupy.empty(x.shape, x.dtype)  # a map cannot begin there: `aim`
+                x[:] = unaligned
         if self._capturing:  # a copy of tokens, and what `join` puts together: a pool would give them to others
-            self._captured += [tokens.storage, y]
-        return tokens.storage.reshape(-1), self.check_tokens("y", y, self._config).storage.reshape(-1), y
+            self._captured += [x, y]
+        return x.reshape(-1), self.check_tokens("y", y, self._config).storage.reshape(-1), y
 
     def join(self, x: Any, parts: list[Any]) -> Any:
         return stack(x, parts, self.gpu)
@@ -226,6 +252,10 @@ class CudaBackend(Owned):
             self._table = self._last = None
             self._under_way.clear()
             self._captured.clear()
+
+
+def _arrays(packed: Any) -> tuple[Any, Any, Any]:
+    return packed.first, packed.second, packed.bias
 
 
 def _num_blocks(of_ranks: Sequence[RankArguments]) -> int:

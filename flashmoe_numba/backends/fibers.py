@@ -15,7 +15,7 @@ from ..device.compilation import interpreted
 from ..device.fibers import Scheduler
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
-from ..tile_gemm import Panels, Scratch, pack_matrices
+from ..tile_gemm import Panels, Scratch, pack_matrices, unpack_matrices
 from ..tile_gemm.stub import INTERPRETED_PANEL_WIDTH
 from .host import Block, HostBackend
 
@@ -45,8 +45,12 @@ class FiberBackend(HostBackend):
         tile_n: int,
         accumulator: np.dtype[Any],
         rows: Array | None,
+        into: Panels | None = None,
     ) -> Panels:
-        return pack_matrices(matrices, biases, tile_n, INTERPRETED_PANEL_WIDTH, accumulator)
+        return pack_matrices(matrices, biases, tile_n, INTERPRETED_PANEL_WIDTH, accumulator, into=into)
+
+    def unpack(self, packed: Panels, out: Sequence[Array]) -> None:
+        unpack_matrices(packed, out, INTERPRETED_PANEL_WIDTH)
 
     def make_scratch(self, config: MoEConfig) -> Scratch:
         return Scratch(np.empty(0, config.accumulator), np.empty(0, config.accumulator))

@@ -47,7 +47,7 @@ def check_layer(
 
 def _routing_failures(config: MoEConfig, weights: Weights, workload: Workload, routing: Sequence[Routing]) -> list[str]:
     if workload.topk_idx is None or workload.topk_weights is None:
-        found = [check_routing(part, x, weights.router, config) for part, x in zip(routing, workload.x, strict=True)]
+        found = [check_routing(part, x, weights, config) for part, x in zip(routing, workload.x, strict=True)]
     else:
         given = zip(routing, workload.topk_idx, workload.topk_weights, strict=True)
         found = [_difference(part, idx, factors) for part, idx, factors in given]

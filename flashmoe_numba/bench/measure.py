@@ -17,10 +17,12 @@ from threadpoolctl import ThreadpoolController
 
 from reference import MoEConfig, Routing, Weights, Workload, make_workload
 
+from ..checkpoints import load
 from ..heap.rank import Stats
 from ..layer.layer import FlashMoE
 from ..processes.cores import default_processors
 from ..seeing.trace import filled
+from ..tile_gemm.arithmetic import AUTO, choose
 from .memory import make_memory
 from .yardstick import make_yardstick
 
@@ -32,16 +34,21 @@ class Settings:
     """What to run.
 
     Args:
+        checkpoint: folder of a published model, whose layer of index `layer` has the weights; None: they are random.
+        family: of that model's blocks, as `Checkpoint` has it.
         workload: a name for `make_workload`.
         num_tokens: of each rank; None: `config.num_tokens`, or what a recorded workload has.
         backend: "cpu", "cuda" or "fibers".
         in_process: all ranks in this process, instead of one process each.
         num_processors: blocks per rank beside the OS block; None: the layer's default.
         trace: keep the records of the last call.
-        packing: as `FlashMoE` has it.
+        packing, arithmetic: as `FlashMoE` has them.
     """
 
     config: MoEConfig
+    checkpoint: str | None
+    layer: int
+    family: str | None
     workload: str
     num_tokens: int | None
     backend: str
@@ -52,12 +59,18 @@ class Settings:
     deadline_s: float
     trace: bool
     packing: str
+    arithmetic: str = AUTO
 
     @property
     def transport(self) -> str:
         """How ranks reach each other: "mpi", or in one process "threads", "virtual" (on one GPU) or "fibers"."""
         here = {"cpu": "threads", "cuda": "virtual", "fibers": "fibers"}[self.backend]
         return here if self.in_process else "mpi"
+
+    @property
+    def multiplied_by(self) -> str | None:
+        """The arithmetic of the experts (tile_gemm/arithmetic.py); None where CPUs do not multiply."""
+        return choose(self.arithmetic, self.config.dtype) if self.backend == "cpu" else None
 
 
 @dataclass(kw_only=True)
@@ -90,16 +103,26 @@ def measure(settings: Settings, world: Any, show: bool = False) -> Measurement:
     """
     config = settings.config
     ranks = range(config.num_ranks) if world.comm is None else range(world.rank_idx, world.rank_idx + 1)
-    weights = Weights.random(config, settings.seed, experts=experts_of(ranks, config))
+    weights = make_weights(settings, ranks)
     workload = make_workload(settings.workload, config, settings.num_tokens, settings.seed, ranks)
     threads = ThreadpoolController()
     with make_layer(settings, weights, world.comm) as layer, threads.limit(limits=num_blas_threads(settings)):
         return _measure(layer, workload, weights, settings, world, show)
 
 
+def make_weights(settings: Settings, ranks: range) -> Weights:
+    """The weights of all ranks, or of one."""
+    config = settings.config
+    if settings.checkpoint is None:
+        return Weights.random(config, settings.seed, experts=experts_of(ranks, config))
+    own: dict[str, Any] = dict(num_ranks=config.num_ranks, num_tokens=config.num_tokens, dtype=config.dtype)
+    rank_idx = None if len(ranks) == config.num_ranks else ranks.start
+    return load(settings.checkpoint, settings.layer, family=settings.family, rank_idx=rank_idx, **own)[1]
+
+
 def make_layer(settings: Settings, weights: Weights, comm: Any) -> FlashMoE:
     """The layer that the settings describe."""
-    seed: dict[str, Any] = {"seed": settings.seed} if settings.backend == "fibers" else {}
+    how: dict[str, dict[str, Any]] = {"fibers": {"seed": settings.seed}, "cpu": {"arithmetic": settings.arithmetic}}
     return FlashMoE(
         settings.config,
         weights,
@@ -109,7 +132,7 @@ def make_layer(settings: Settings, weights: Weights, comm: Any) -> FlashMoE:
         deadline_s=settings.deadline_s,
         trace=settings.trace,
         packing=settings.packing,
-        **seed,
+        **how.get(settings.backend, {}),
     )
 
 

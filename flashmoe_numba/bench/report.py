@@ -37,7 +37,10 @@ def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdi
         "ranks": settings.config.num_ranks,
         "processors": parts[0].processors,
         "packing": settings.packing,
+        "arithmetic": settings.multiplied_by,
         "config": asdict(settings.config),
+        "checkpoint": settings.checkpoint,
+        "layer": settings.layer if settings.checkpoint else None,
         "workload": settings.workload,
         "seed": settings.seed,
         "iterations": settings.iterations,
@@ -108,6 +111,8 @@ def table(report: dict[str, Any], describe_sizes: str) -> Iterator[str]:
     apart = "" if report["packing"] == PACKINGS[0] else ", each of one source's rows"
     yield _row("padding", f"{report['padded_row_share']:.1%} of the rows in {report['row_tiles']:,} row tiles{apart}")
     spread = f"({latency['min']:.2f} to {latency['max']:.2f})"
+    if report["arithmetic"] not in (None, "fma"):
+        yield _row("arithmetic", report["arithmetic"])
     yield _row("latency", f"{latency['median']:.2f} ms, median of {report['iterations']} {spread}")
     yield _row("throughput", f"{report['tokens_per_s']:,.0f} tokens/s, {report['gflops']:.1f} GFLOP/s in the experts")
     if share is not None:

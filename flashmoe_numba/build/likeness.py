@@ -39,8 +39,12 @@ class _Likeness(HostMemory):
         tile_n: int,
         accumulator: np.dtype[Any],
         rows: Array | None,
+        into: Any = None,
     ) -> Matrices | TmaMatrices:
         packed = as_matrices(matrices, biases, tile_n, accumulator, np.ascontiguousarray)
         if rows is None or not self._variant.tensor_cores:
             return packed
         return tma_matrices(packed, np.zeros(NUM_MAPS * MAP_WORDS, np.int64))
+
+    def unpack(self, packed: Any, out: Sequence[Array]) -> None:
+        """Nothing to unpack: there are types only."""

@@ -59,7 +59,7 @@ def choose_variant(config: MoEConfig, architecture: str, tf32: bool = False) -> 
     TMA wants rows whose bytes are a multiple of 16, and the tile of tensor cores has 128 columns. float32 is rounded to
     TF32 only where that is asked for.
     """
-    row_bytes = [columns * config.format.num_bytes for columns in (config.hidden, config.ffn)]
+    row_bytes = [columns * config.format.num_bytes for columns in (config.hidden, config.ffn, config.shared_ffn)]
     possible = (
         has_tensor_cores(architecture, config.dtype)
         and (config.dtype != "float32" or tf32)

@@ -13,7 +13,7 @@ from sim.reading.explain import explain, lines
 from sim.studies.what_if import changes, gain_lines, gains
 
 from .simulation_flags import add_simulation_arguments, ask, load_engine, simulate_asked
-from .sizes import config_from
+from .sizes import config_from, layer_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> int:
     config = config_from(args, num_ranks=args.ranks or asked.hardware.num_gpus)
     load_engine()
     simulation = simulate_asked(asked, args.policy, config, args.replicas)
-    print(_heading(args.preset, simulation))
+    print(_heading(layer_name(args), simulation))
     print("\n".join(lines(simulation.graph, explain(simulation.graph, simulation.timeline))), flush=True)
     candidates = tqdm(changes(simulation), desc="changes simulated", unit="change", leave=False, disable=None)
     print("\n".join(gain_lines(gains(simulation, candidates))))

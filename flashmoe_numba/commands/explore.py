@@ -246,6 +246,7 @@ def _list_plants(json: str | None) -> int:
 
 
 def _list_worlds(json: str | None) -> int:
-    table = (f"{name:18}{describe_world(spec)}" for name, spec in WORLDS.items())
+    width = max(map(len, WORLDS))
+    table = (f"{name:{width}}  {describe_world(spec)}" for name, spec in WORLDS.items())
     give(json, table, [{"name": name} | asdict(spec) for name, spec in WORLDS.items()])
     return 0

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from reference import Weights, Workload, make_workload
+from reference import Workload, make_workload
 from reference.traces import Slice
 
 from ..bench.check import check_layer
-from ..bench.measure import Measurement, Settings
+from ..bench.measure import Measurement, Settings, make_weights
 from ..bench.report import make_report, table
 from ..seeing.trace import decode, write_chrome_trace
 from .plan import describe
@@ -25,7 +25,7 @@ def conclude(
         parts: of all processes, in the order of ranks.
         json, trace, plot: files to write; "-" for json is stdout instead of the table.
     """
-    weights = Weights.random(settings.config, settings.seed)
+    weights = make_weights(settings, range(settings.config.num_ranks))
     routing = [rank for part in parts for rank in part.routing]
     y = [rank for part in parts for rank in part.y]
     verdict = check_layer(settings.config, weights, _workload(settings, parts), routing, y)

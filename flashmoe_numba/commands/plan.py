@@ -13,7 +13,7 @@ from reference import MoEConfig, Plan, make_plan
 
 from ..errors import UsageError
 from ..processes import launch, shared_memory
-from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, give
+from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, give, layer_name
 
 MOST_PACKETS = 2**24  # a minute to count, and each takes some ten bytes
 
@@ -31,8 +31,8 @@ def main(args: argparse.Namespace) -> int:
         rule = f"--ranks x --experts, the packets, must be at most {MOST_PACKETS:,}"
         raise UsageError(f"{rule}, got {config.num_ranks:,} x {config.num_experts:,}")
     plan = make_plan(config)
-    value = {"preset": args.preset, "config": asdict(config), **asdict(plan)}
-    give(args.json, lines(args.preset, config, plan), value)
+    value = {"preset": layer_name(args), "config": asdict(config), **asdict(plan)}
+    give(args.json, lines(layer_name(args), config, plan), value)
     return 0
 
 
@@ -47,6 +47,8 @@ def lines(preset: str, config: MoEConfig, plan: Plan) -> Iterator[str]:
     yield _row("  segment", readable(plan.segment_total_bytes))
     yield _row("  weights", readable(plan.weight_bytes))
     yield _row("  between the two products", f"{readable(plan.hidden_bytes)}, {plan.hidden_rows:,} rows at most")
+    if plan.shared_bytes:
+        yield _row("  rows of the shared expert", readable(plan.shared_bytes))
     yield "all ranks"
     yield from (_row(f"  {name}", value) for name, value in memory(config, plan))
     yield _row("  packets with rows", f"{plan.num_packets:,}")
@@ -73,10 +75,11 @@ def memory(config: MoEConfig, plan: Plan) -> Iterator[tuple[str, str]]:
 
 def describe(config: MoEConfig) -> str:
     """The sizes in one line."""
-    gated = "gated " if config.gated else ""
+    kind = config.expert_kind
+    gated = "gated " if kind.gated else ""
     capacity = "dropless" if config.capacity is None else f"capacity {config.capacity}"
     return (
-        f"{config.num_tokens:,} tokens per rank, hidden {config.hidden}, ffn {config.ffn} {gated}{config.activation}, "
+        f"{config.num_tokens:,} tokens per rank, hidden {config.hidden}, ffn {config.ffn} {gated}{kind.activation}, "
         f"{config.num_experts} experts, top-{config.num_topk}, {capacity}, {config.dtype}"
     )
 

@@ -50,7 +50,8 @@ def shrink(args: argparse.Namespace) -> None:
 
 def check_sizes(config: MoEConfig) -> None:
     """Raise a UsageError if the machine would take too long, or could not hold it."""
-    per_token = config.num_topk * config.hidden * config.ffn * (2 + config.gated) + config.hidden * config.num_experts
+    matrices = config.num_topk * config.expert_kind.num_matrices
+    per_token = config.hidden * (matrices * config.ffn + config.num_experts)
     products = config.num_ranks * config.num_tokens * per_token
     if products > MOST_PRODUCTS:
         rule = f"sizes must have at most {MOST_PRODUCTS:,} multiply-adds, of which every instruction is executed"

@@ -19,13 +19,18 @@ from ..errors import UsageError
 from ..processes import launch
 from ..processes.mpi_environment import unless_left_over
 from ..processes.shared_memory import Shortage
+from ..tile_gemm.arithmetic import AUTO, NAMES, choose
 from .sizes import (
+    MODEL_TOKENS,
     add_json_argument,
     add_size_arguments,
+    blaming,
     check_backend_flag,
     check_memory,
     check_outputs,
     config_from,
+    family_from,
+    given_fields,
     in_flags,
     integer,
 )
@@ -38,13 +43,16 @@ MOST_DEADLINE_S = 86400.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `flashmoe run`."""
-    add_size_arguments(parser)
+    add_source = add_size_arguments(parser)
+    add_source("--checkpoint", metavar="DIR", help="folder of a published model: run its --layer, with its weights")
     add = parser.add_argument
     recorded = "or a recording: *.npz, *.safetensors"
     add("--workload", default="text", metavar="NAME", help=f"text, uniform, zipf:S, hot, {recorded} [text]")
     add("--processors", type=integer(1), metavar="N", help="blocks of a rank beside its OS block [cores / ranks]")
     shared = "row tiles hold rows of several ranks, or of one each: the same results"
     add("--packing", choices=PACKINGS, default=PACKINGS[0], help=f"{shared} [{PACKINGS[0]}]")
+    bits = "how CPUs multiply bfloat16: each has bits of its own; auto is the fastest that this one has"
+    add("--arithmetic", choices=NAMES, default=AUTO, help=f"{bits} [{AUTO}]")
     add("--iterations", type=integer(1), default=10, metavar="N", help="measured calls, after one that warms up [10]")
     add("--seed", type=integer(0), default=0, metavar="N", help="of weights, tokens and fibers [0]")
     patience = "give up after S seconds without progress, once ranks run [30]"
@@ -123,15 +131,37 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     """The config, if nothing is wrong that can be known before a rank starts."""
     from ..layer.arguments import MOST_PROCESSORS
 
-    config = config_from(args, num_ranks=num_ranks)
+    config = _config(args, num_ranks)
+    if config.router_kind.choice == "given":
+        raise UsageError("the layer: router must choose its experts, got choice 'given': they come from token ids")
     if (args.processors or 1) > MOST_PROCESSORS:
         raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
     check_backend_flag(args.backend)
+    _check_arithmetic(args, config)
     try:
         make_workload(args.workload, config, _num_tokens(args), args.seed, ranks=[])
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise UsageError(f"argument --workload: {in_flags(str(error))}") from None
     return config
+
+
+def _check_arithmetic(args: argparse.Namespace, config: MoEConfig) -> None:
+    if args.arithmetic != AUTO and args.backend != "cpu":
+        raise UsageError(f"argument --arithmetic: goes with --backend cpu, got {args.backend}")
+    with blaming("argument --arithmetic"):
+        choose(args.arithmetic, config.dtype)
+
+
+def _config(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
+    """Of the checkpoint's layer, if there is one: everything that can be wrong with it is found out here."""
+    if args.checkpoint is None:
+        return config_from(args, num_ranks=num_ranks)
+    from ..checkpoints import Checkpoint
+
+    family = family_from(args)
+    with blaming("argument --checkpoint"), Checkpoint(args.checkpoint, family) as checkpoint:
+        fields = {"num_tokens": MODEL_TOKENS, **given_fields(args, num_ranks=num_ranks)}
+        return checkpoint.config(args.layer or 0, **fields)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -186,6 +216,9 @@ def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRan
 
     settings = Settings(
         config=config,
+        checkpoint=args.checkpoint,
+        layer=args.layer or 0,
+        family=args.family,
         workload=args.workload,
         num_tokens=_num_tokens(args),
         backend=args.backend,
@@ -196,6 +229,7 @@ def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRan
         deadline_s=args.deadline_s,
         trace=bool(args.trace or args.plot),
         packing=args.packing,
+        arithmetic=args.arithmetic,
     )
     terminal = sys.stderr.isatty() or bool(os.environ.get(launch.TERMINAL_VARIABLE))
     parts = world.gather(measure(settings, world, show=terminal and world.rank_idx == 0))

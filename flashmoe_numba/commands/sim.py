@@ -17,7 +17,7 @@ from reference import MoEConfig
 from ..errors import UsageError
 from .simulated import catalogue, table
 from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked
-from .sizes import add_json_argument, blaming, check_outputs, config_from, give
+from .sizes import add_json_argument, blaming, check_outputs, config_from, give, layer_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,9 +81,9 @@ def _report(asked: Asked, simulation: sim.Simulation) -> sim.Report:
 
 
 def _write(args: argparse.Namespace, configs: Sequence[MoEConfig], reports: Sequence[sim.Report]) -> None:
-    about = {"preset": args.preset, "seed": args.seed, "layer": asdict(configs[0])}
+    about = {"preset": layer_name(args), "seed": args.seed, "layer": asdict(configs[0])}
     del about["layer"]["num_tokens"]  # each report has its own
-    lines = table(args.preset, configs[0], args.seed, reports)
+    lines = table(layer_name(args), configs[0], args.seed, reports)
     give(args.json, lines, [asdict(report) | about for report in reports])
 
 

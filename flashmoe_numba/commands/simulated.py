@@ -43,7 +43,7 @@ OVERLAP: Column = ("T(2)/T", "", lambda report: f"{report.overlap_efficiency:.3f
 def table(preset: str, config: MoEConfig, seed: int, reports: Sequence[sim.Report]) -> Iterator[str]:
     """Lines for people; the reports differ in policy and tokens."""
     first = reports[0]
-    gated = " gated" if config.gated else ""
+    gated = " gated" if config.expert_kind.gated else ""
     sizes = f"hidden {config.hidden}, ffn {config.ffn}{gated}, {config.num_experts} experts, top-{config.num_topk}"
     yield f"simulated on {first.hardware}: {preset} on {first.ranks} ranks, {sizes}"
     yield f"{first.precision}, routing {first.routing}, seed {seed}"

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from reference import ACTIVATIONS, DTYPES, MoEConfig, load_preset, preset_names
+from reference.families import read_family
 from reference.pictures import picture_format
 from reference.plan import weight_bytes
 
 from ..backends import check_backend
+from ..checkpoints import read_config
 from ..errors import UsageError
 
 DEFAULT_PRESET = "laptop-text"
+MODEL_TOKENS = 128  # of each rank; a model's config does not say
 
 # The flag of each field, where it is not the field's own name.
 FLAGS = {
@@ -34,6 +37,9 @@ FLAGS = {
     "activation": "activation",
     "dtype": "dtype",
     "capacity": "capacity",
+    "shared_ffn": "shared_ffn",
+    "shared_gate": "shared_gate",
+    "num_zero": "num_zero",
     "preset": "preset",
 }
 
@@ -57,10 +63,21 @@ def integers(minimum: int) -> Callable[[str], list[int]]:
 
 def add_size_arguments(
     parser: argparse.ArgumentParser, preset: str = DEFAULT_PRESET, many_tokens: bool = False
-) -> None:
-    """`--preset`, by default this one, and one flag per size; with `many_tokens`, `--tokens` is a list."""
-    add = parser.add_argument_group("sizes", "the preset's where not given").add_argument
+) -> Callable[..., argparse.Action]:
+    """`--preset`, by default this one, or a published model's config; and one flag per size.
+
+    With `many_tokens`, `--tokens` is a list. Returns what adds flags that exclude `--preset`.
+    """
+    group = parser.add_argument_group("sizes", "the preset's or the model's where not given")
+    add_source = add = group.add_mutually_exclusive_group().add_argument
     add("--preset", "--model", default=preset, metavar="NAME", help=f"{', '.join(preset_names())} [{preset}]")
+    published = f"the config.json of a model: its layers' shapes [{MODEL_TOKENS} tokens, 1 rank]"
+    add("--model-config", metavar="FILE", help=published)
+    add = group.add_argument
+    add("--layer", type=integer(0), metavar="N", help="of the model [0]")
+    add(
+        "--family", metavar="NAME", help="of the model's blocks, or a TOML file that describes them [by its model_type]"
+    )
     add("--ranks", type=integer(1), metavar="N", help="ranks of expert parallelism; must divide the experts")
     if many_tokens:
         add("--tokens", type=integers(1), metavar="N[,N]", help="tokens of each rank; several are simulated in turn")
@@ -74,6 +91,10 @@ def add_size_arguments(
     add("--activation", metavar="NAME", help=", ".join(ACTIVATIONS))
     add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; sums are float32, for float64 float64")
     add("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert [no limit]")
+    add("--shared-ffn", type=integer(0), metavar="N", help="row length inside the shared expert [0: there is none]")
+    add("--shared-gate", action=argparse.BooleanOptionalAction, default=None, help="its results times a sigmoid")
+    add("--num-zero", type=integer(0), metavar="N", help="zero-computation experts, which add the token itself [0]")
+    return add_source
 
 
 def config_from(args: argparse.Namespace, **instead: int | None) -> MoEConfig:
@@ -82,17 +103,49 @@ def config_from(args: argparse.Namespace, **instead: int | None) -> MoEConfig:
     Raises:
         UsageError: naming the flag, its value and the rule.
     """
-    fields = {field: getattr(args, flag) for field, flag in FLAGS.items() if field != "preset"} | instead
-    given = {field: value for field, value in fields.items() if value is not None}
+    given = given_fields(args, **instead)
+    if args.model_config:
+        family = family_from(args)
+        with blaming("argument --model-config"):
+            fields = {"num_tokens": MODEL_TOKENS} | given
+            return read_config(args.model_config, args.layer or 0, family=family, **fields)
+    for flag in ("layer", "family"):
+        if getattr(args, flag) is not None:
+            sources = "--model-config or --checkpoint" if "checkpoint" in args else "--model-config"
+            raise UsageError(f"argument --{flag}: goes with {sources}, got {getattr(args, flag)!r} without")
     try:
         return load_preset(args.preset, **given)
     except (TypeError, ValueError) as error:
         raise UsageError(in_flags(str(error))) from None
 
 
+def given_fields(args: argparse.Namespace, **instead: int | None) -> dict[str, Any]:
+    """Fields of a config that have a flag, or are given here."""
+    fields = {field: getattr(args, flag) for field, flag in FLAGS.items() if field != "preset"} | instead
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def family_from(args: argparse.Namespace) -> str | None:
+    """What --family says, if it is one."""
+    family: str | None = args.family
+    if family is not None:
+        try:
+            read_family(family)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"argument --family: {error}") from None
+    return family
+
+
+def layer_name(args: argparse.Namespace) -> str:
+    """What the layer is called in results: its preset, or the file of its model's config."""
+    return str(args.model_config or args.preset)
+
+
 def in_flags(message: str) -> str:
     """A library's message with the names of flags in place of those of fields."""
-    return re.sub(rf"\b(?:config\.)?({'|'.join(FLAGS)})\b", lambda match: f"--{FLAGS[match[1]]}", message)
+    return re.sub(
+        rf"\b(?:config\.)?({'|'.join(FLAGS)})\b", lambda match: f"--{FLAGS[match[1]].replace('_', '-')}", message
+    )
 
 
 @contextmanager

@@ -40,7 +40,9 @@ def jit(function: Any = None, *, entry: bool = False, inline: bool = False) -> A
     from .cpu import JIT_OPTIONS  # and registers the overloads
 
     where = "always" if inline else "never"
-    return njit(**JIT_OPTIONS, no_cpython_wrapper=not entry, no_cfunc_wrapper=True, inline=where)(function)
+    # On GPUs an entry goes into the kernel's however large it is: wgmma behind a call is serialised.
+    options = JIT_OPTIONS | {"forceinline": entry}
+    return njit(**options, no_cpython_wrapper=not entry, no_cfunc_wrapper=True, inline=where)(function)
 
 
 def interpreted(package: str) -> ModuleType:
@@ -83,7 +85,10 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     reference = PACKAGE.parent / "reference"
     folders = [PACKAGE / "device", PACKAGE / "kernel", PACKAGE / "tile_gemm", reference / "activations"]
-    files = [reference / name for name in ("formats.py", "layer_kinds.py", "layout.py", "task_kinds.py")]
+    files = [
+        reference / name
+        for name in ("experts.py", "formats.py", "layer_kinds.py", "layout.py", "scalars.py", "task_kinds.py")
+    ]
     for file in sorted(file for folder in folders for file in folder.rglob("*.py")) + files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

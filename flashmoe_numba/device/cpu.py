@@ -10,6 +10,7 @@ import time
 
 from llvmlite import ir
 from numba import njit, types
+from numba.core.cgutils import alloca_once
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
@@ -19,8 +20,10 @@ from . import vocabulary as verbs
 JIT_OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 SPINS, YIELDS = 64, 128
-SETTLED_POLLS = SPINS + 8  # others that share this core have had their turn: their packets come, too
-SHORTEST_SLEEP_US, LONGEST_SLEEP_US = 20, 2000
+# Only who sleeps gives its core to all that wait for one: a yield passes it on within the process, or less (on Linux,
+# within the session). So until some sleeps are over, ranks that share the cores may not have had their turn.
+SETTLED_POLLS = SPINS + YIELDS + 12
+SHORTEST_SLEEP_US, LONGEST_SLEEP_US = 20, 500
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
@@ -120,24 +123,27 @@ def _array_at(typing, address, num_elements, like):
     return array_type(types.uint64, types.intp, like), codegen
 
 
-@intrinsic
-def _write_float_control(typing):
-    """Round to nearest, keep denormals, mask exceptions: what a process starts with."""
+def _write_float_control(mxcsr, fpcr):
+    """Intrinsic that makes this thread round to nearest and mask exceptions, with the words of x86-64 and of Arm."""
 
     def codegen(context, builder, sig, args):
         i32, i64, byte_pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
         declare, triple = builder.module.declare_intrinsic, builder.module.triple
         if triple.startswith("x86_64"):
-            slot = builder.alloca(i32)
-            builder.store(ir.Constant(i32, 0x1F80), slot)
+            slot = alloca_once(builder, i32)  # of the function: one in a loop would take more of the stack at each turn
+            builder.store(ir.Constant(i32, mxcsr), slot)
             load = declare("llvm.x86.sse.ldmxcsr", fnty=ir.FunctionType(ir.VoidType(), [byte_pointer]))
             builder.call(load, [builder.bitcast(slot, byte_pointer)])
         elif triple.startswith(("aarch64", "arm64")):
             write = declare("llvm.aarch64.set.fpcr", fnty=ir.FunctionType(ir.VoidType(), [i64]))
-            builder.call(write, [ir.Constant(i64, 0)])
+            builder.call(write, [ir.Constant(i64, fpcr)])
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return intrinsic(lambda typing: (types.void(), codegen))
+
+
+keep_denormals = _write_float_control(0x1F80, 0)  # what a process starts with
+flush_denormals = _write_float_control(0x9FC0, 1 << 24)  # those that are read and those that are made are zeros
 
 
 @njit(**JIT_OPTIONS, no_cfunc_wrapper=True)
@@ -146,7 +152,7 @@ def reset_float_control():
 
     So what a caller set there, flush-to-zero say, changes no bit of a block that runs in a thread of its own.
     """
-    _write_float_control()
+    keep_denormals()
 
 
 def half_to_float(builder, bits):
@@ -284,6 +290,15 @@ def _add_part(sums, num_sums, source, source_at, weight):
     def meaning(sums, num_sums, source, source_at, weight):
         for c in range(num_sums):
             put(sums, c, get(sums, c) + weight * verbs.load(source, source_at + c))
+
+    return meaning
+
+
+@_meaning(verbs.scale_part)
+def _scale_part(sums, num_sums, scale, scale_at):
+    def meaning(sums, num_sums, scale, scale_at):
+        for c in range(num_sums):
+            put(sums, c, get(sums, c) * get(scale, scale_at + c))
 
     return meaning
 

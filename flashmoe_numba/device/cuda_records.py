@@ -75,6 +75,9 @@ def _load_field(context, builder, record_type, record, name):
 
     if isinstance(field_type, types.BaseTuple):
         return word(at)
+    if isinstance(field_type, types.Float):
+        bits = builder.trunc(builder.load(word(at)), ir.IntType(field_type.bitwidth))
+        return builder.bitcast(bits, context.get_value_type(field_type))
     if not isinstance(field_type, types.Array):
         return context.cast(builder, builder.load(word(at)), types.int64, field_type)
     array = make_array(field_type)(context, builder)

@@ -9,6 +9,7 @@ from . import vocabulary as verbs
 from .cuda_api import element_pointer, intrinsic, ir, overload, types
 
 VECTOR_BYTES = 16
+MOST_SUMS = VECTOR_BYTES // 2  # of a lane: a vector of the shortest elements
 _ROUND = {types.uint16: "cvt.rn.f16.f32 $0, $1;", types.int16: "cvt.rn.bf16.f32 $0, $1;"}  # bfloat16 from sm_80 on
 
 
@@ -238,6 +239,16 @@ def _add_part(sums, num_sums, source, source_at, weight):
             _add_element(sums, source, source_at, weight)
         else:
             _add_vector(sums, source, source_at, weight)
+
+    return meaning
+
+
+@overload(verbs.scale_part, inline="always")
+def _scale_part(sums, num_sums, scale, scale_at):
+    def meaning(sums, num_sums, scale, scale_at):
+        for c in range(MOST_SUMS):  # unrolled, so that sums stay in registers
+            if c < num_sums:
+                sums[c] = sums[c] * _get(scale, scale_at + c)
 
     return meaning
 

@@ -164,6 +164,12 @@ def add_part(sums: Any, num_sums: int, source: Any, source_at: int, weight: Any)
         sums[c] = sums[c] + weight * load(source, source_at + c)
 
 
+def scale_part(sums: Any, num_sums: int, scale: Any, scale_at: int) -> None:
+    """Multiply sums by a part of a row of their type."""
+    for c in range(num_sums):
+        sums[c] = sums[c] * load(scale, scale_at + c)
+
+
 def store_part(target: Any, target_at: int, sums: Any, num_sums: int) -> None:
     """Round sums to the element type, and store them as a part of a row."""
     for c in range(num_sums):

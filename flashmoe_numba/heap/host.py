@@ -12,6 +12,7 @@ from reference.arrays import Array
 
 from ..device.storage import as_storage
 from ..processes.ownership import Owned
+from .tensors import as_array
 
 
 class HostMemory(Owned):
@@ -35,12 +36,16 @@ class HostMemory(Owned):
     def store(self, target: Array, values: Array) -> None:
         target[...] = values
 
+    def aim(self, matrices: Any, rows: Array) -> None:
+        """Nothing: the kernel is told of rows when it multiplies them."""
+
     def check_tokens(self, name: str, x: Any, config: MoEConfig) -> Array:
         """One rank's tokens, as `adopt` wants them: the same array if it is contiguous and writable, else a copy.
 
         Raises:
             TypeError, ValueError: naming the rule, and both sides of it. Errors call it `name`.
         """
+        x = as_array(name, x)
         if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
             raise TypeError(f"{name} must be a NumPy array without a mask, got {type(x).__name__}")
         if x.ndim != 2 or x.shape[1] != config.hidden:
@@ -56,4 +61,4 @@ class HostMemory(Owned):
         return as_storage(x), as_storage(y), y
 
     def join(self, x: Any, parts: list[Any]) -> Any:
-        return np.stack(parts) if isinstance(x, np.ndarray) else parts
+        return parts if isinstance(x, (list, tuple)) else np.stack(parts)

@@ -49,6 +49,7 @@ class Memory(Protocol):
         tile_n: int,
         accumulator: np.dtype[Any],
         rows: Array | None,
+        into: Any = None,
     ) -> Any:
         """Weights in the form that the tile GEMM of this memory's kernel reads.
 
@@ -58,7 +59,19 @@ class Memory(Protocol):
             tile_n: columns of a tile.
             rows: what they will multiply, where that lies in one place in all calls; not looked at where a kernel is
                 not told in advance.
+            into: what this returned for other weights of these shapes and these rows, to be filled anew.
         """
+
+    def unpack(self, packed: Any, out: Sequence[Array]) -> None:
+        """The matrices that `pack` was given, without their biases.
+
+        Args:
+            packed: what `pack` returned.
+            out: host arrays like `matrices`, of any strides, to be filled.
+        """
+
+    def aim(self, matrices: Any, rows: Array) -> None:
+        """In the call that began, these weights, which `pack` returned, multiply rows that lie here."""
 
     def check_tokens(self, name: str, x: Any, config: MoEConfig) -> Any:
         """One rank's tokens, as `adopt` wants them. Errors call them `name`.

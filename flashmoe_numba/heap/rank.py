@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from reference import Layout, MoEConfig, Routing, Weights
+from reference.arrays import Array
 from reference.plan import hidden_rows, max_tasks
 from reference.runs import RowTile
+from reference.tiles import shared_row_tiles
 
 from ..kernel.grid import RankArguments
 from ..kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
@@ -20,9 +22,10 @@ from ..kernel.row_tiles import STREAM_WORDS, TILE_WORDS
 from ..kernel.state import Experts, Problem, Queue, Received, Segments, Tokens
 from ..kernel.trace import EVENT_WORDS
 from ..processes.ownership import Owned
-from ..tile_gemm import PLACE_WORDS
+from ..tile_gemm import PLACE_WORDS, linear_form, make_form
 from .cut import cut_tiles
 from .protocols import Memory
+from .rules import num_factors, num_values, result_norm, router_rule
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Stats:
     `padded_rows` is what the row tiles add up to, each as tall as the lowest height that holds its rows;
     `padded_row_share` the part of them that holds no row. Packed by sources, both depend on what came when.
     `rows_per_expert` are the received rows of each of this rank's experts. `dropped_pairs` chose an expert and were not
-    sent, because of the capacity.
+    sent, because of the capacity. `zero_choices` are pairs that chose a zero-computation expert: nothing is sent for
+    them. `shared_tiles` are the row tiles of the shared expert, of this rank's own tokens.
 
     What is not finite: `nonfinite_tokens` have routing weights that hold an infinity or NaN, because x did or because a
     logit left the range of the accumulator (or as they were given); `nonfinite_rows` are those of the sent rows whose
@@ -48,6 +52,8 @@ class Stats:
     dropped_pairs: int
     row_tiles: int
     padded_rows: int
+    zero_choices: int
+    shared_tiles: int
     nonfinite_tokens: int
     nonfinite_rows: int
 
@@ -87,12 +93,12 @@ class Rank(Owned):
         self.layout = Layout(config)
         self.segments = self._segments(segments)
         self.received = self._received()
-        self.experts = self._experts(weights)
+        self.tokens = self._token_arrays()
+        self.experts = self.pack(weights)
         self.queue = Queue(
             memory.zeros(max_tasks(config) * TASK_WORDS, np.int64),
             memory.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
         )
-        self.tokens = self._token_arrays()
         trace_words = (trace_events + 1) * EVENT_WORDS if trace_events else 0
         self.traces = memory.zeros((num_processors + 1) * trace_words, np.int64)
         self.left = memory.zeros(1, np.int64)
@@ -102,29 +108,49 @@ class Rank(Owned):
     def control(self) -> np.ndarray:
         return self.segments.control
 
-    def call(self, x: Any, routing: Routing | None, epoch: int, deadline_ns: int) -> tuple[Any, RankArguments]:
+    def call(
+        self,
+        x: Any,
+        routing: Routing | None,
+        epoch: int,
+        deadline_ns: int,
+        topk_idx: Array | None = None,
+        logits: Array | None = None,
+        experts: Experts | None = None,
+    ) -> tuple[Any, RankArguments]:
         """(y, what the blocks of this call are given): y is filled once all have run.
 
         Args:
             x: `[num_tokens, hidden]`, as `check_tokens` of the memory returns it.
             routing: one from outside, or None.
+            topk_idx: `[num_tokens, num_topk]` from outside, -1 for no choice: for a router with choice "given".
+            logits: `[num_tokens, num_choices]` from outside, for the router.
+            experts: weights that `pack` returned, or None for the rank's own.
         """
         x_storage, y_storage, y = self._memory.adopt(x)
         tokens = self.tokens._replace(x=x_storage, y=y_storage)
         if routing is not None:
-            self._memory.store(tokens.topk_idx[: routing.topk_idx.size], routing.topk_idx.reshape(-1))
-            self._memory.store(tokens.topk_weights[: routing.topk_weights.size], routing.topk_weights.reshape(-1))
-        problem = self.problem._replace(
-            epoch=epoch, num_tokens=len(x), routed=routing is not None, deadline_ns=deadline_ns
-        )
-        return y, self._arguments(problem, tokens)
+            self._store(tokens.topk_idx, routing.topk_idx)
+            self._store(tokens.topk_weights, routing.topk_weights)
+        if topk_idx is not None:
+            self._store(tokens.topk_idx, topk_idx)
+        if logits is not None:
+            self._store(tokens.logits, logits)
+        if self.config.shared_ffn:
+            self._memory.aim((experts or self.experts).shared_up, x_storage)
+        given = dict(routed=routing is not None, has_logits=logits is not None)
+        problem = self.problem._replace(epoch=epoch, num_tokens=len(x), deadline_ns=deadline_ns, **given)
+        return y, self._arguments(problem, tokens, experts)
+
+    def _store(self, target: Array, values: Array) -> None:
+        self._memory.store(target[: values.size], values.reshape(-1))
 
     def first_arguments(self) -> RankArguments:
         """What blocks are given before any call, with tokens of size 0."""
         return self._arguments(self.problem, self.tokens)
 
-    def _arguments(self, problem: Problem, tokens: Tokens) -> RankArguments:
-        groups = problem, self.segments, self.experts, tokens, self.received, self.queue
+    def _arguments(self, problem: Problem, tokens: Tokens, experts: Experts | None = None) -> RankArguments:
+        groups = problem, self.segments, experts or self.experts, tokens, self.received, self.queue
         return RankArguments(*groups, traces=self.traces, left=self.left)
 
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
@@ -143,15 +169,18 @@ class Rank(Owned):
         seen, rows, sent = map(self._memory.to_host, (self.received.seen, self.received.rows, self.tokens.sent))
         received, routing = np.where(seen == epoch, rows, 0), self.routing(num_tokens)
         tiles = [tile for of_expert in self.row_tiles(epoch) for tile in of_expert]
+        zero = routing.topk_idx >= c.num_experts
         return Stats(
             epoch=epoch,
             num_tokens=num_tokens,
             sent_rows=int(sent.sum()),
             received_rows=int(received.sum()),
             rows_per_expert=tuple(received.reshape(c.num_ranks, -1).sum(axis=0).tolist()),
-            dropped_pairs=int((routing.topk_idx >= 0).sum() - sent.sum()),
+            dropped_pairs=int((routing.topk_idx >= 0).sum() - zero.sum() - sent.sum()),
             row_tiles=len(tiles),
             padded_rows=sum(tile.height for tile in tiles),
+            zero_choices=int(zero.sum()),
+            shared_tiles=len(shared_row_tiles(num_tokens, c)),
             nonfinite_tokens=_num_nonfinite(routing.topk_weights),
             nonfinite_rows=sum(_num_nonfinite(self._results(e, num_rows)) for e, num_rows in enumerate(sent.tolist())),
         )
@@ -187,16 +216,56 @@ class Rank(Owned):
             control=view(layout.control, (layout.num_bytes - layout.control) // 8, word),
         )
 
-    def _experts(self, weights: Weights) -> Experts:
-        """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put."""
-        c = self.config
-        ups, up_biases = zip(*weights.ups, strict=True)
-        router, pack = weights.router.astype(c.accumulator)[None], self._memory.pack
+    def pack(self, weights: Weights, into: Experts | None = None) -> Experts:
+        """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put.
+
+        Args:
+            weights: the experts of this rank only.
+            into: what this returned for other weights, to be filled anew; None: take memory.
+        """
+        c, dispatch, tokens = self.config, self.segments.dispatch, self.tokens
+        router = self._factors(weights.router, into and into.router)
+        up, down = self._pack(weights, dispatch, self.received.hidden, into and (into.up, into.down))
+        shared_up, shared_down, shared_gate = up, down, router
+        if weights.shared is not None:  # its rows lie elsewhere in each call: `aim`
+            old = into and (into.shared_up, into.shared_down)
+            shared_up, shared_down = self._pack(weights.shared, dispatch, tokens.shared_hidden, old)
+        if weights.shared_gate_weight is not None:
+            shared_gate = self._factors(weights.shared_gate_weight[None], into and into.shared_gate)
         return Experts(
-            router=pack([router], [None], c.tile_n, c.accumulator, None),
-            up=pack(ups, up_biases, c.tile_ffn, c.accumulator, self.segments.dispatch),
-            down=pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator, self.received.hidden),
+            router=router,
+            up=up,
+            down=down,
+            shared_up=shared_up,
+            shared_down=shared_down,
+            shared_gate=shared_gate,
+            rule=router_rule(c, weights, self._memory, into and into.rule),
+            form=make_form(c.expert_kind, c.accumulator),
+            shared_form=make_form(c.shared_kind, c.accumulator),
+            linear=linear_form(c.accumulator),
+            norm=result_norm(c, weights, self._memory, into and into.norm),
         )
+
+    def _pack(self, weights: Weights, rows: Any, hidden: Any, into: tuple[Any, Any] | None) -> tuple[Any, Any]:
+        """(up, down) of these experts, and what they multiply."""
+        c, pack = self.config, self._memory.pack
+        old_up, old_down = into or (None, None)
+        ups, up_biases = zip(*weights.ups, strict=True)
+        up = pack(ups, up_biases, c.tile_ffn, c.accumulator, rows, old_up)
+        return up, pack([weights.down_proj], [weights.down_bias], c.tile_n, c.accumulator, hidden, old_down)
+
+    def _factors(self, matrix: np.ndarray, into: Any) -> Any:
+        """A matrix whose products stay in the accumulator's type."""
+        c = self.config
+        return self._memory.pack([matrix.astype(c.accumulator)[None]], [None], c.tile_n, c.accumulator, None, into)
+
+    def unpack(self, experts: Experts, weights: Weights) -> None:
+        """The matrices of what `pack` returned, but for the router, written into those of `weights`."""
+        self._memory.unpack(experts.up, [matrix for matrix, _ in weights.ups])
+        self._memory.unpack(experts.down, [weights.down_proj])
+        if weights.shared is not None:
+            self._memory.unpack(experts.shared_up, [matrix for matrix, _ in weights.shared.ups])
+            self._memory.unpack(experts.shared_down, [weights.shared.down_proj])
 
     def _words(self, values: list[int]) -> np.ndarray:
         return self._memory.array(np.array(values, np.int64))
@@ -228,6 +297,7 @@ class Rank(Owned):
         pairs, blocks = c.num_tokens * c.num_topk, -(-c.num_tokens // c.token_block)
         memory = self._memory
         empty = memory.empty(0, c.format.storage)
+        shared_rows, shared_tiles = (c.num_tokens, -(-c.num_tokens // c.tile_m)) if c.shared_ffn else (0, 0)
 
         def integers(size: int) -> np.ndarray:
             return memory.zeros(size, np.int32)
@@ -235,9 +305,11 @@ class Rank(Owned):
         return Tokens(
             x=empty,
             y=empty,
-            logits=memory.empty(c.num_tokens * c.num_experts, c.accumulator),
+            logits=memory.empty(c.num_tokens * c.num_choices, c.accumulator),
+            values=memory.empty(num_values(c), c.accumulator),
             topk_idx=integers(pairs),
             topk_weights=memory.zeros(pairs, c.accumulator),
+            factors=memory.empty(num_factors(c), c.accumulator),
             place=integers(pairs),
             order=integers(pairs),
             counts=integers(blocks * c.num_experts),
@@ -247,6 +319,11 @@ class Rank(Owned):
             results_left=integers(c.num_experts),
             tiles_left=memory.zeros(blocks, np.int64),
             result_seen=memory.zeros(c.num_experts * self.layout.row_blocks, np.int64),
+            shared_hidden=memory.empty(shared_rows * c.shared_ffn, c.format.storage),
+            shared_results=memory.empty(shared_rows * c.hidden, c.format.storage),
+            shared_factors=memory.array(np.ones(shared_rows, c.accumulator)),
+            shared_up_done=memory.zeros(shared_tiles, np.int64),
+            shared_down_done=memory.zeros(shared_tiles, np.int64),
         )
 
     def _fixed_problem(self) -> Problem:
@@ -259,7 +336,9 @@ class Rank(Owned):
             num_tokens=0,
             hidden=c.hidden,
             ffn=c.ffn,
+            shared_ffn=c.shared_ffn,
             num_experts=c.num_experts,
+            num_choices=c.num_choices,
             experts_per_rank=c.num_experts_per_rank,
             num_topk=c.num_topk,
             slots=c.slots,
@@ -268,11 +347,14 @@ class Rank(Owned):
             tile_m=c.tile_m,
             tile_ffn=min(c.tile_ffn, c.ffn),
             tile_hidden=min(c.tile_n, c.hidden),
-            tile_experts=min(c.tile_n, c.num_experts),
+            tile_shared=min(c.tile_ffn, max(c.shared_ffn, 1)),
+            tile_experts=min(c.tile_n, c.num_choices),
             token_block=c.token_block,
-            activation=c.expert_kind.activation_idx,
-            renormalize=c.router_kind.renormalize,
+            weight_input=c.router_kind.weight_input,
             routed=False,
+            shared_gate=c.shared_gate,
+            adds_input=c.num_zero > 0 and c.zero == "identity",
+            has_logits=False,
             dispatch_at=layout.dispatch,
             result_at=layout.result,
             dispatch_flag_at=layout.dispatch_flag,

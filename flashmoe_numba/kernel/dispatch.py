@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashmoe_numba.device import block_sync, copy_row, jit, lane
+from flashmoe_numba.device import block_sync, copy_row, jit, lane, lanes, load, store
 
 from .peers import packet_room, tell_packet
 from .sizes import num_token_blocks
@@ -18,10 +18,21 @@ def dispatch(p, tokens, segments, owner, expert):
         i = b * p.num_experts + e
         slot = tokens.bases[i]
         first = b * p.token_block * p.num_topk + tokens.starts[i]
-        for pair in range(first, first + min(tokens.counts[i], p.slots - slot)):
-            token = tokens.order[pair] // p.num_topk
-            copy_row(room, (packet * p.slots + slot) * p.hidden, tokens.x, token * p.hidden, p.hidden)
+        for place in range(first, first + min(tokens.counts[i], p.slots - slot)):
+            copy_token(p, room, (packet * p.slots + slot) * p.hidden, tokens, tokens.order[place])
             slot += 1
     block_sync()
     if lane() == 0:
         tell_packet(p, segments, owner, packet, tokens.sent[e])
+
+
+@jit
+def copy_token(p, room, at, tokens, pair):
+    """The row of a pair's token; times the pair's weight and rounded, where that is applied here."""
+    source = pair // p.num_topk * p.hidden
+    if p.weight_input:
+        weight = tokens.topk_weights[pair]
+        for c in range(lane(), p.hidden, lanes()):
+            store(room, at + c, load(tokens.x, source + c) * weight)
+    else:
+        copy_row(room, at, tokens.x, source, p.hidden)

@@ -8,10 +8,12 @@ alone.
 from __future__ import annotations
 
 from flashmoe_numba.device import block_sync, fetch_add, jit, lane, lanes, st_release
-from reference.task_kinds import COMBINE, DISPATCH
+from reference.task_kinds import DISPATCH
 
-from .queue import GATE_OPEN, GATES_DONE, QueueTask, counter, fill, push, reserve
+from .combine import need
+from .queue import GATE_OPEN, GATES_DONE, QueueTask, counter, fill, reserve
 from .router import route
+from .shared import count_shared_tiles, queue_late_shared
 from .sizes import num_gate_tasks, num_row_blocks, num_token_blocks, tile_height
 from .state import IS_LAST
 
@@ -37,14 +39,14 @@ def gate(p, tokens, experts, queue, scratch, box, token_block):
 def sort_pairs(p, tokens, token_block, first, num_pairs):
     """counts, starts, place and order of one token block. A lane owns the experts with index lane modulo lanes.
 
-    A pair of index -1 chose no expert, and has no place.
+    A pair of index -1 chose no expert, one from num_experts on a zero-computation expert: they have no place.
     """
     at = token_block * p.num_experts
     for e in range(lane(), p.num_experts, lanes()):
         tokens.counts[at + e] = 0
     for pair in range(first, first + num_pairs):
         e = tokens.topk_idx[pair]
-        if e >= 0 and e % lanes() == lane():
+        if 0 <= e < p.num_experts and e % lanes() == lane():
             tokens.place[pair] = tokens.counts[at + e]
             tokens.counts[at + e] += 1
     block_sync()
@@ -56,7 +58,7 @@ def sort_pairs(p, tokens, token_block, first, num_pairs):
     block_sync()
     for pair in range(first + lane(), first + num_pairs, lanes()):
         e = tokens.topk_idx[pair]
-        if e >= 0:
+        if 0 <= e < p.num_experts:
             tokens.order[first + tokens.starts[at + e] + tokens.place[pair]] = pair
 
 
@@ -71,17 +73,17 @@ def open_gate(p, tokens, queue):
         tokens.sent[e] = min(slot, p.slots)
         tokens.results_left[e] = num_row_blocks(tokens.sent[e], p.tile_m_min, p.tile_m)
     block_sync()
-    for b in range(lane(), num_token_blocks(p), lanes()):
-        tokens.tiles_left[b] = count_result_tiles(p, tokens, b)
-    block_sync()
     if lane() == 0:
         first = reserve(p, queue, p.num_experts)
         for i in range(p.num_experts):  # begin with the next rank, so that not all send to the same one first
             e = ((p.rank_idx + 1) * p.experts_per_rank + i) % p.num_experts
             fill(p, queue, first + i, QueueTask(DISPATCH, e // p.experts_per_rank, e % p.experts_per_rank, 0, 0))
-        for b in range(num_token_blocks(p)):
-            if tokens.tiles_left[b] == 0:  # no pair is sent: none was chosen, or all were dropped
-                push(p, queue, QueueTask(COMBINE, 0, 0, b, 0))
+        queue_late_shared(p, queue)
+    block_sync()
+    for b in range(lane(), num_token_blocks(p), lanes()):  # with nothing to wait for: no pair is sent
+        need(p, tokens, queue, b, count_result_tiles(p, tokens, b) + count_shared_tiles(p, b))
+    block_sync()
+    if lane() == 0:
         st_release(queue.counters, counter(p, GATE_OPEN), 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashmoe_numba.device import block_sync, fetch_add, jit, lane
-from flashmoe_numba.tile_gemm import IDENTITY, tile_gemm
+from flashmoe_numba.tile_gemm import tile_gemm
 from reference.task_kinds import GEMM1
 
 from .peers import result_rooms, tell_results
@@ -20,7 +20,7 @@ def gemm0(p, segments, experts, received, queue, scratch, task):
     tile = read_tile(received, index)
     tile_gemm(
         hidden_rooms(received, tile), rows_in(p, segments, received, packet, tile), tile.rows,
-        experts.up, task.expert, task.n, p.activation, scratch,
+        experts.up, task.expert, task.n, experts.form, scratch,
     )  # fmt: skip
     block_sync()
     if lane() == 0 and finished_last(received.up_done, index, up_tiles(p)):
@@ -37,7 +37,7 @@ def gemm1(p, segments, experts, received, scratch, task):
     tile = read_tile(received, index)
     tile_gemm(
         result_rooms(p, segments, received, packet, tile), hidden_rows(received, tile), tile.rows,
-        experts.down, task.expert, task.n, IDENTITY, scratch,
+        experts.down, task.expert, task.n, experts.linear, scratch,
     )  # fmt: skip
     block_sync()
     if lane() == 0 and finished_last(received.down_done, index, down_tiles(p)):

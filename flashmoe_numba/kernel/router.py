@@ -1,20 +1,30 @@
-"""The router: logits of tokens, their softmax, and the experts of the largest."""
+"""The router: logits of tokens (scores.py), the experts of the best (choice.py), zero-computation ones among
+them, and their weights.
+
+What reference/routers.py says, with everything in the type of sums and each sum in the order of experts or choices, by
+one lane for a token: the same bits whoever does it.
+"""
 
 from __future__ import annotations
 
 import math
 
 from flashmoe_numba.device import block_sync, jit, lane, lanes
-from flashmoe_numba.tile_gemm import IDENTITY, IN_ORDER, Rooms, Rows, tile_gemm
+from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, Rows, tile_gemm
+
+from .choice import best_of, make_values, values_place
+from .rules import GIVEN, SOFTMAX, SPARSEMIXER
+from .scores import adjust_logits, largest, score_of, sparsemixer_score, sum_exponentials
 
 
 @jit
 def route(p, tokens, experts, scratch, first, rows):
     """topk_idx and topk_weights of some tokens, which spends their logits."""
-    compute_logits(p, tokens, experts, scratch, first, rows)
+    if not p.has_logits:
+        compute_logits(p, tokens, experts, scratch, first, rows)
     block_sync()
     for token in range(first + lane(), first + rows, lanes()):
-        choose_experts(p, tokens, token)
+        route_token(p, tokens, experts.rule, token)
 
 
 @jit
@@ -23,42 +33,92 @@ def compute_logits(p, tokens, experts, scratch, first, rows):
     words = tokens.tiles_left  # some words: nothing has a place of its own here
     rows_in = Rows(tokens.x, first, words, IN_ORDER)
     rows_out = Rooms(tokens.logits, first, words, IN_ORDER, words, 0)
-    for n in range((p.num_experts + p.tile_experts - 1) // p.tile_experts):
-        tile_gemm(rows_out, rows_in, rows, experts.router, 0, n, IDENTITY, scratch)
+    for n in range((p.num_choices + p.tile_experts - 1) // p.tile_experts):
+        tile_gemm(rows_out, rows_in, rows, experts.router, 0, n, experts.linear, scratch)
 
 
 @jit
-def choose_experts(p, tokens, token):
-    """Softmax over all experts, greedy top-k on the logits, ties to the lowest index; spends the token's logits.
-
-    A row with a NaN or an infinity chooses experts 0..k-1 with NaN weights, so that it spoils its own result only.
-    """
-    at = token * p.num_experts
-    highest = tokens.logits[at]
-    for e in range(p.num_experts):
-        if tokens.logits[at + e] > highest:
-            highest = tokens.logits[at + e]
-    total = highest - highest
-    for e in range(p.num_experts):
-        total += math.exp(tokens.logits[at + e] - highest)
-    chosen = total - total
-    for j in range(token * p.num_topk, (token + 1) * p.num_topk):
-        best = best_expert(p, tokens, at) if total == total else j - token * p.num_topk
-        tokens.topk_idx[j] = best
-        tokens.topk_weights[j] = math.exp(tokens.logits[at + best] - highest) / total
-        tokens.logits[at + best] = math.nan  # taken
-        chosen += tokens.topk_weights[j]
-    if p.renormalize:
-        for j in range(token * p.num_topk, (token + 1) * p.num_topk):
-            tokens.topk_weights[j] = tokens.topk_weights[j] / chosen
+def route_token(p, tokens, rule, token):
+    """A row with a NaN, or whose largest logit is infinite, spoils its own result only: its weights are NaN."""
+    at = token * p.num_choices
+    highest = largest(tokens.logits, at, p.num_choices)
+    if not math.isfinite(highest):
+        spoil(p, tokens, rule, token)
+        return
+    if rule.logit_bias.size > 0 or rule.logit_scale != 1 or rule.logit_cap > 0:
+        adjust_logits(p, rule, tokens.logits, at)
+        highest = largest(tokens.logits, at, p.num_choices)
+        if not math.isfinite(highest):  # a bias or a scale took it out of its type's range
+            spoil(p, tokens, rule, token)
+            return
+    total = sum_exponentials(tokens.logits, at, p.num_choices, highest) if rule.score == SOFTMAX else highest
+    if rule.has_values:
+        make_values(p, rule, tokens, token, highest, total)
+        choose(p, tokens, rule, token, tokens.values, values_place(p, rule, token), highest, total)
+    else:
+        choose(p, tokens, rule, token, tokens.logits, at, highest, total)
+    finish_weights(p, tokens, rule, token)
 
 
 @jit
-def best_expert(p, tokens, at):
-    """The expert of the largest logit that is not NaN."""
-    best = -1
-    for e in range(p.num_experts):
-        logit = tokens.logits[at + e]
-        if logit == logit and (best < 0 or logit > tokens.logits[at + best]):
-            best = e
-    return best
+def spoil(p, tokens, rule, token):
+    """Experts 0 to k - 1, unless they are given."""
+    for j in range(p.num_topk):
+        pair = token * p.num_topk + j
+        if rule.choice != GIVEN:
+            tokens.topk_idx[pair] = j
+        tokens.topk_weights[pair] = math.nan if tokens.topk_idx[pair] >= 0 else 0.0
+
+
+@jit
+def choose(p, tokens, rule, token, values, at, highest, total):
+    """Experts by the values from `at` on, or those that are given, and their scores; no choice (-1) has 0."""
+    for j in range(p.num_topk):
+        pair = token * p.num_topk + j
+        if rule.choice != GIVEN:
+            tokens.topk_idx[pair] = next_expert(p, rule, values, at, j)
+        e = tokens.topk_idx[pair]
+        if e >= 0:
+            logit = tokens.logits[token * p.num_choices + e]
+            if rule.score == SPARSEMIXER:
+                score = sparsemixer_score(rule, values, at, p.num_choices, logit)
+            else:
+                score = score_of(rule, logit, highest, total)
+            tokens.topk_weights[pair] = score
+            if rule.choice != GIVEN:
+                values[at + e] = math.nan  # taken
+        else:
+            tokens.topk_weights[pair] = 0.0
+
+
+@jit
+def next_expert(p, rule, values, at, j):
+    """Of choice j: the last `num_always` choices are the last experts."""
+    if j >= p.num_topk - rule.num_always:
+        return p.num_choices - p.num_topk + j
+    return best_of(values, at, p.num_choices - rule.num_always)
+
+
+@jit
+def finish_weights(p, tokens, rule, token):
+    """From scores to weights: the norm and the scales. No choice keeps its 0, also where all have none."""
+    first, end = token * p.num_topk, (token + 1) * p.num_topk
+    norm = norm_of(rule, tokens.topk_weights, first, end) if rule.renormalize else rule.one
+    for pair in range(first, end):
+        e = tokens.topk_idx[pair]
+        if e >= 0:
+            weight = tokens.topk_weights[pair] / norm * rule.scale
+            if rule.expert_scale.size > 0:
+                weight *= rule.expert_scale[e]
+            tokens.topk_weights[pair] = weight
+
+
+@jit
+def norm_of(rule, weights, first, end):
+    norm = rule.one - rule.one
+    for pair in range(first, end):
+        norm += weights[pair] if rule.norm_order == 1 else weights[pair] * weights[pair]
+    if rule.norm_order != 1:
+        norm = math.sqrt(norm)
+    norm += rule.norm_eps
+    return norm if not norm < rule.norm_min else rule.norm_min

@@ -36,3 +36,20 @@ def up_tiles(p):
 def down_tiles(p):
     """Column tiles of the down projection: GEMM1 tasks of a row tile."""
     return (p.hidden + p.tile_hidden - 1) // p.tile_hidden
+
+
+@jit
+def shared_row_tiles(p):
+    """Row tiles of the shared expert, of `tile_m` tokens each but for the last."""
+    return (p.num_tokens + p.tile_m - 1) // p.tile_m if p.shared_ffn > 0 else 0
+
+
+@jit
+def shared_up_tiles(p):
+    """Column tiles of its up projections: SHARED0 tasks of a row tile."""
+    return (p.shared_ffn + p.tile_shared - 1) // p.tile_shared
+
+
+@jit
+def num_shared_tasks(p):
+    return shared_row_tiles(p) * (shared_up_tiles(p) + down_tiles(p))

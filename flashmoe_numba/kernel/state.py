@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashmoe_numba.tile_gemm import Form
+
+from .rules import ResultNorm, RouterRule
+
 # words of a block's box, which its lanes share
 PLACE = 0  # the place of the task to run, or -1
 IS_LAST = 1  # did this block finish the last gate task?
@@ -27,7 +31,9 @@ class Problem(NamedTuple):
     num_tokens: int  # of this rank in this call
     hidden: int
     ffn: int
+    shared_ffn: int  # 0: no shared expert
     num_experts: int
+    num_choices: int  # experts, then zero-computation experts
     experts_per_rank: int
     num_topk: int
     slots: int
@@ -35,12 +41,15 @@ class Problem(NamedTuple):
     tile_m_min: int
     tile_m: int
     tile_ffn: int  # columns of a tile, by what the columns are
+    tile_shared: int
     tile_hidden: int
     tile_experts: int
     token_block: int
-    activation: int
-    renormalize: bool
+    weight_input: bool  # is a weight applied to the row that is sent, and not to its result?
     routed: bool  # topk_idx and topk_weights were given
+    has_logits: bool  # logits were given
+    shared_gate: bool  # the shared expert's results have factors
+    adds_input: bool  # a zero-computation choice adds its weight times the token
     dispatch_at: int  # byte offsets in a segment
     result_at: int
     dispatch_flag_at: int
@@ -62,11 +71,19 @@ class Segments(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """Weights and biases, in whatever form the target's tile GEMM reads (on CPUs tile_gemm.Panels)."""
+    """Weights and biases, in whatever form the target's tile GEMM reads (on CPUs a kind of Panels), and kinds."""
 
     router: Any  # one matrix, of all experts' rows
     up: Any
     down: Any
+    shared_up: Any  # of one expert; any that is there, where there is none
+    shared_down: Any
+    shared_gate: Any  # one row
+    rule: RouterRule
+    form: Form  # of the hidden rows
+    shared_form: Form  # of those of the shared expert
+    linear: Form  # of all other products
+    norm: ResultNorm
 
 
 class Tokens(NamedTuple):
@@ -74,9 +91,11 @@ class Tokens(NamedTuple):
 
     x: np.ndarray  # elements [num_tokens, hidden]
     y: np.ndarray  # elements [num_tokens, hidden]
-    logits: np.ndarray  # accumulator [num_tokens, num_experts]
-    topk_idx: np.ndarray  # int32 [num_tokens, num_topk]; -1: no choice
+    logits: np.ndarray  # accumulator [num_tokens, num_choices]
+    values: np.ndarray  # accumulator [num_tokens, num_choices + num_groups], or empty: choice.py
+    topk_idx: np.ndarray  # int32 [num_tokens, num_topk]; -1: no choice; from num_experts on: zero-computation experts
     topk_weights: np.ndarray  # accumulator [num_tokens, num_topk]; that of no choice is 0
+    factors: np.ndarray  # accumulator [pairs]: of results with their norm, or empty
     place: np.ndarray  # int32 [pairs]: how many earlier pairs of the block chose the same expert
     order: np.ndarray  # int32 [pairs]: the block's pairs that chose an expert, sorted by expert
     counts: np.ndarray  # int32 [blocks, num_experts]
@@ -84,8 +103,13 @@ class Tokens(NamedTuple):
     bases: np.ndarray  # int32 [blocks, num_experts]: first slot of the block's pairs
     sent: np.ndarray  # int32 [num_experts]: rows sent, at most `slots`
     results_left: np.ndarray  # int32 [num_experts]: result chunks not seen yet
-    tiles_left: np.ndarray  # int64 [blocks]: result chunks that the block's combine still needs
+    tiles_left: np.ndarray  # int64 [blocks]: result chunks and shared row tiles that the block's combine still needs
     result_seen: np.ndarray  # int64 [num_experts, row_blocks]: epoch in which the flag was seen
+    shared_hidden: np.ndarray  # elements [num_tokens, shared_ffn], between the shared expert's products
+    shared_results: np.ndarray  # elements [num_tokens, hidden]: what it makes of the tokens
+    shared_factors: np.ndarray  # accumulator [num_tokens]: of these results; 1 without a gate
+    shared_up_done: np.ndarray  # int64 [shared row tiles]: column tiles finished of a row tile
+    shared_down_done: np.ndarray  # int64 [shared row tiles]
 
 
 class Received(NamedTuple):

@@ -10,8 +10,9 @@ known, and published for the processors to stop by.
 from __future__ import annotations
 
 from flashmoe_numba.device import fetch_add, has_settled, jit, lane, lanes, ld_acquire, ld_relaxed, now, st_release
-from reference.task_kinds import COMBINE, GATE, GEMM0, RECEIVE
+from reference.task_kinds import GATE, GEMM0, RECEIVE
 
+from .combine import need
 from .control import DISPATCH_FLAG, GATE_FLAG, RESULT_FLAG, SUBSCRIBER, AbortRecord
 from .queue import (
     GATE_OPEN,
@@ -22,7 +23,6 @@ from .queue import (
     counter,
     fill,
     is_idle,
-    push,
     reserve,
     zero_next_counters,
 )
@@ -36,8 +36,17 @@ from .row_tiles import (
     take_tiles,
     tile_name,
 )
+from .shared import queue_early_shared
 from .signals import word_epoch, word_rows
-from .sizes import down_tiles, num_gate_tasks, num_row_blocks, num_token_blocks, tile_height, up_tiles
+from .sizes import (
+    down_tiles,
+    num_gate_tasks,
+    num_row_blocks,
+    num_shared_tasks,
+    num_token_blocks,
+    tile_height,
+    up_tiles,
+)
 from .trace import note_event
 from .waits import aborted, begin_wait, give_up, keep_waiting, note_silence, silence_ns, waits_itself
 
@@ -50,6 +59,7 @@ def os_block(block, rank, trace):
         first = reserve(p, queue, num_gate_tasks(p))
         for b in range(num_gate_tasks(p)):
             fill(p, queue, first + b, QueueTask(GATE, 0, 0, b, 0))
+        queue_early_shared(p, queue)
     subscribe(block, rank, trace)
 
 
@@ -105,7 +115,7 @@ def poll_packets(p, segments, received, queue, trace):
             queue_tiles(p, received, queue, expert)
     if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
         gemms = ld_acquire(queue.counters, counter(p, GEMM_TASKS))
-        total = num_gate_tasks(p) + p.num_experts + num_token_blocks(p) + gemms
+        total = num_gate_tasks(p) + p.num_experts + num_token_blocks(p) + gemms + num_shared_tasks(p)
         st_release(queue.counters, counter(p, TOTAL), total + 1)
     return seen
 
@@ -191,8 +201,8 @@ def land(p, tokens, queue, e, m):
     end = min(first + height, tokens.sent[e])
     b = block_of_slot(p, tokens, e, first)
     while b < num_token_blocks(p) and tokens.bases[b * p.num_experts + e] < end:
-        if tokens.counts[b * p.num_experts + e] > 0 and fetch_add(tokens.tiles_left, b, -1) == 1:
-            push(p, queue, QueueTask(COMBINE, 0, 0, b, 0))
+        if tokens.counts[b * p.num_experts + e] > 0:
+            need(p, tokens, queue, b, -1)
         b += 1
 
 

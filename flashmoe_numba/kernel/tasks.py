@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from flashmoe_numba.device import jit
-from reference.task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1
+from reference.task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, SHARED0, SHARED1
 
 from .combine import combine
 from .dispatch import dispatch
 from .gate import gate
 from .gemms import gemm0, gemm1
+from .shared import shared0, shared1
 
 
 @jit
@@ -25,4 +26,8 @@ def run_task(rank, scratch, box, task):
     elif task.kind == GEMM1:
         gemm1(p, segments, experts, received, scratch, task)
     elif task.kind == COMBINE:
-        combine(p, tokens, segments, scratch, task.m)
+        combine(p, tokens, segments, experts.norm, scratch, task.m)
+    elif task.kind == SHARED0:
+        shared0(p, tokens, experts, queue, scratch, task)
+    elif task.kind == SHARED1:
+        shared1(p, tokens, experts, queue, scratch, task)

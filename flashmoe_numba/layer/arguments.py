@@ -14,6 +14,7 @@ from ..backends import check_backend
 from ..heap.protocols import Heap
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.mpi_environment import why_alone
+from ..tile_gemm.arithmetic import AUTO, choose
 
 DEADLINE_S = 30.0
 MOST_PROCESSORS = 512  # threads of one rank: with thousands, most never get to run
@@ -57,8 +58,12 @@ class LayerSettings:
         if not isinstance(self.weights, Weights):
             raise TypeError(f"weights must be Weights, got {type(self.weights).__name__}")
         self.weights.check(self.config)
+        if self.config.router_kind.norm_order not in (1, 2):
+            rule = "config.router must have norm_order 1 or 2: kernels have no powers"
+            raise ValueError(f"{rule}, got {self.config.router_kind.norm_order}")
         if self.backend is not None:
             check_backend(self.backend, self.backend_settings)
+        self._arithmetic()
         if self.num_processors is not None:
             _check_processors(self.num_processors)
         if not isinstance(self.trace, bool):
@@ -93,7 +98,14 @@ class LayerSettings:
     def shared(self) -> dict[str, Any]:
         """What must not differ between ranks, by name; after `check`."""
         sizes = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
-        return sizes | {"backend": self.backend, "tf32": self.backend_settings.get("tf32", False)}
+        multiplied = {"tf32": self.backend_settings.get("tf32", False), "arithmetic": self._arithmetic()}
+        return sizes | {"backend": self.backend} | multiplied
+
+    def _arithmetic(self) -> str | None:
+        """The one that this process uses; None where CPUs do not multiply."""
+        if self.backend != "cpu":
+            return None
+        return choose(self.backend_settings.get("arithmetic", AUTO), self.config.dtype)
 
 
 def _check_processors(wanted: int) -> None:

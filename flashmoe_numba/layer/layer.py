@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reference import Layout, MoEConfig, Routing, Weights, external_routing
+from reference import Layout, MoEConfig, Weights
 from reference.cache_folder import usable_cache_folder
 from reference.plan import max_tasks
 from reference.runs import PACKINGS
@@ -21,12 +21,16 @@ from ..errors import FlashMoEError
 from ..heap import make_heap
 from ..heap.protocols import Heap
 from ..heap.rank import Rank, Stats
+from ..heap.tensors import as_array, like_given
 from ..kernel.control import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, FAILED
 from ..kernel.signals import EPOCH_SHIFT
+from ..kernel.state import Experts
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
 from .arguments import DEADLINE_S, LayerSettings
 from .failures import explain
+from .given import Given, check_given, check_what_is_given
+from .packed import PackedWeights
 
 LAST_EPOCH = 2**31 - 1
 
@@ -57,7 +61,9 @@ class FlashMoE(Owned):
         packing: "sources": a row tile holds rows of any source, so that few rows of many ranks share an expert's
             weights; "none": every source's rows have tiles of their own. Results are the same, bit for bit.
         backend_settings: of the fibers: seed, lanes, preempt. Of cuda: device (index of the GPU; default: the current
-            one, and with `comm` the rank's number modulo the GPUs), tf32 (multiply float32 as TF32).
+            one, and with `comm` the rank's number modulo the GPUs), tf32 (multiply float32 as TF32). Of cpu: arithmetic
+            (how bfloat16 is multiplied: "fma", "pairs" or "tiles", each of which has the same bits on all CPUs, see
+            tile_gemm/arithmetic.py; default: "auto", the fastest that this one has an instruction for).
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
@@ -180,18 +186,70 @@ class FlashMoE(Owned):
             own = settings.weights.shard(rank_idx, config.num_ranks)
             memory = heap.segments, self.num_processors, self._backend
             self._ranks.append(Rank(config, rank_idx, own, *memory, events, settings.packing == "sources"))
+        self.packed = PackedWeights(config, self._ranks)
 
-    def __call__(self, x: Any, *, topk_idx: Any = None, topk_weights: Any = None) -> Any:
+    def pack(self, weights: Weights) -> PackedWeights:
+        """Other weights for this layer's calls: so the layers of a model share threads, segments and scratch.
+
+        They are copied into the kernel's order, and kept for as long as the result is. Each rank packs for itself.
+
+        Raises:
+            TypeError, ValueError: naming the array, what it is and what the config asks for.
+        """
+        self._raise_if_closed()
+        return PackedWeights.pack(self.config, self._ranks, weights)
+
+    def load(self, weights: Weights, into: PackedWeights | None = None) -> None:
+        """Repack weights that have changed, in the memory that the old ones had; calls of other threads wait.
+
+        Args:
+            into: what `pack` returned; None: the weights that this layer was made with.
+
+        Raises:
+            TypeError, ValueError: naming the array, what it is and what the config asks for.
+        """
+        with self._calling:
+            self._raise_if_closed()
+            self._own("into", into)
+            self._backend.synchronize()
+            (into or self.packed).load(weights)
+            self._backend.synchronize()
+
+    def _own(self, name: str, packed: PackedWeights | None) -> Sequence[Experts]:
+        """What `packed` gives to each rank here, or the weights that this layer was made with."""
+        packed = self.packed if packed is None else packed
+        found = packed.fits(self._ranks) if isinstance(packed, PackedWeights) else None
+        if found is None:
+            hint = ": layer.pack(weights)?" if isinstance(packed, Weights) else ""
+            raise ValueError(f"{name} must be what pack() of this layer returned, got {type(packed).__name__}{hint}")
+        return found
+
+    def __call__(
+        self,
+        x: Any,
+        *,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        logits: Any = None,
+        weights: PackedWeights | None = None,
+    ) -> Any:
         """The layer's output for these tokens.
 
         Args:
             x: with `comm`, `[num_tokens, hidden]`; else `[num_ranks, num_tokens, hidden]`, or one array
                 `[num_tokens_of_rank, hidden]` per rank. Up to `config.num_tokens` tokens per rank, 0 included.
                 Element type `config.dtype`. An array that is not contiguous is copied. With backend "cuda" arrays on
-                the GPU: CuPy's, PyTorch's, Numba's; bfloat16 may come as int16 bit patterns.
-            topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices. -1 and
-                `config.num_experts` are no choice, as often as you like: nothing is sent or added; `routing` has -1.
-            topk_weights: their factors, used as they are; those of no choice are not looked at.
+                the GPU: CuPy's, PyTorch's, Numba's; bfloat16 may come as int16 bit patterns. With the others
+                PyTorch's tensors are read where they are, and y is a tensor.
+            topk_idx: a routing from outside, `[..., num_topk]` for each token: distinct global expert indices, of
+                zero-computation experts from `config.num_experts` on. -1 and `config.num_choices` are no choice, as
+                often as you like: nothing is sent or added; `routing` has -1.
+            topk_weights: their factors, used as they are; those of no choice are not looked at. A router with choice
+                "given" makes them itself where topk_idx comes alone.
+            logits: `[..., num_choices]` for each token, floating, in place of the router's products, which a bias is
+                yet to be added to: for models whose router is no matrix, or has another input. On GPUs, too, they and
+                a routing are NumPy's.
+            weights: others than those that this layer was made with: what `pack` returned.
 
         Returns:
             y, shaped like x and of its type. With backend "cuda" it is filled in the order of the caller's stream, and
@@ -202,18 +260,17 @@ class FlashMoE(Owned):
             TypeError, ValueError: before any rank starts.
             FlashMoEError: the call was given up (see the message); the layer is closed.
         """
-        self.require_maker()
+        self._raise_if_closed()
         parts = self._per_rank("x", x)
         names = [f"x[{i}]" for i in range(len(parts))] if self._in_process else ["x"]
         check = self._backend.check_tokens
         tokens = [check(name, part, self.config) for name, part in zip(names, parts, strict=True)]
-        routings = self._check_routing(tokens, topk_idx, topk_weights)
+        given = self._check_given(tokens, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
         with self._calling:
             self._caller = threading.get_ident()
-            ys = self._run(tokens, routings)
-        if not self._in_process:
-            return ys[0]
-        return self._backend.join(x, ys)
+            ys = self._run(tokens, given, weights)
+        y = self._backend.join(x, ys) if self._in_process else ys[0]
+        return like_given(x, y)
 
     def _per_rank(self, name: str, value: Any) -> list[Any]:
         """One entry per rank of this process."""
@@ -232,22 +289,25 @@ class FlashMoE(Owned):
             raise ValueError(f"{name} must have one part per rank: num_ranks={num_ranks}, got {len(value)}")
         return [value[rank_idx] for rank_idx in range(len(value))]  # Numba's device arrays have no iterator
 
-    def _check_routing(self, tokens: Sequence[np.ndarray], topk_idx: Any, topk_weights: Any) -> list[Routing | None]:
-        if (topk_idx is None) != (topk_weights is None):
-            raise ValueError("topk_idx and topk_weights must be given together")
-        if topk_idx is None:
-            return [None] * len(tokens)
-        indices, factors = self._per_rank("topk_idx", topk_idx), self._per_rank("topk_weights", topk_weights)
-        routings: list[Routing | None] = []
-        for rank, x, idx, weight in zip(self._ranks, tokens, indices, factors, strict=True):
+    def _check_given(self, tokens: Sequence[Any], **arguments: Any) -> list[Given]:
+        """What each rank gets beside its tokens; errors of several ranks' arguments name the rank."""
+        check_what_is_given(self.config, **arguments)
+        none = [None] * len(tokens)
+        parts = {name: none if value is None else self._per_rank(name, value) for name, value in arguments.items()}
+        given = []
+        for i, (rank, x) in enumerate(zip(self._ranks, tokens, strict=True)):
             try:
-                routings.append(external_routing(idx, weight, self.config, len(x)))
+                arrays = {name: as_array(name, part[i]) for name, part in parts.items()}
+                given.append(check_given(self.config, len(x), **arrays))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"rank {rank.rank_idx}: {error}") from None
-        return routings
+        return given
 
-    def _run(self, tokens: Sequence[np.ndarray], routings: Sequence[Routing | None]) -> list[np.ndarray]:
+    def _run(
+        self, tokens: Sequence[np.ndarray], given: Sequence[Given], weights: PackedWeights | None
+    ) -> list[np.ndarray]:
         self._raise_if_closed()
+        experts = self._own("weights", weights)
         self._backend.begin(tokens)
         self._raise_if_known()
         if self._epoch == LAST_EPOCH:
@@ -257,8 +317,8 @@ class FlashMoE(Owned):
         deadline_ns = self._backend.deadline_ns(self.deadline_s)
         ys, of_ranks = [], []
         try:
-            for rank, x, routing in zip(self._ranks, tokens, routings, strict=True):
-                y, of_rank = rank.call(x, routing, self._epoch, deadline_ns)
+            for rank, x, (routing, topk_idx, logits), own in zip(self._ranks, tokens, given, experts, strict=True):
+                y, of_rank = rank.call(x, routing, self._epoch, deadline_ns, topk_idx, logits, own)
                 ys.append(y)
                 of_ranks.append(of_rank)
             self._backend.run(of_ranks, self._leave)
@@ -283,6 +343,11 @@ class FlashMoE(Owned):
         self._raise_if_closed()
         self._backend.synchronize()
         self._raise_if_given_up()
+
+    @property
+    def closed(self) -> bool:
+        """Does it take no more calls, because of `close()` or because one was given up or interrupted?"""
+        return bool(self._closed)
 
     def _raise_if_closed(self) -> None:
         self.require_maker()
@@ -385,6 +450,7 @@ class FlashMoE(Owned):
             finally:
                 self._closed = self._closed or "close() was called"
                 self._ranks, self._heap = [], None
+                del self.packed
 
     def _give_back(self, heap: Heap) -> None:
         """Close backend and heap, with all ranks."""

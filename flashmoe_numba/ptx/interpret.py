@@ -176,6 +176,12 @@ def run_thread(S, thread, most):
             put(r, target, bit(i16(r, ia) <= i16(r, ib)))
         elif what == op.EQ_F32:
             put(r, target, bit(f32(r, ia) == f32(r, ib)))
+        elif what == op.EQU_F32:
+            put(r, target, bit(not (f32(r, ia) < f32(r, ib) or f32(r, ia) > f32(r, ib))))  # of a NaN, too
+        elif what == op.NE_F32:
+            put(r, target, bit(f32(r, ia) < f32(r, ib) or f32(r, ia) > f32(r, ib)))  # of a NaN not
+        elif what == op.NEU_F32:
+            put(r, target, bit(f32(r, ia) != f32(r, ib)))  # of a NaN, too
         elif what == op.LT_F32:
             put(r, target, bit(f32(r, ia) < f32(r, ib)))
         elif what == op.LE_F32:
@@ -190,6 +196,12 @@ def run_thread(S, thread, most):
             put(r, target, bit(not (math.isnan(f32(r, ia)) or math.isnan(f32(r, ib)))))
         elif what == op.EQ_F64:
             put(r, target, bit(f64(r, ia) == f64(r, ib)))
+        elif what == op.EQU_F64:
+            put(r, target, bit(not (f64(r, ia) < f64(r, ib) or f64(r, ia) > f64(r, ib))))  # of a NaN, too
+        elif what == op.NE_F64:
+            put(r, target, bit(f64(r, ia) < f64(r, ib) or f64(r, ia) > f64(r, ib)))  # of a NaN not
+        elif what == op.NEU_F64:
+            put(r, target, bit(f64(r, ia) != f64(r, ib)))  # of a NaN, too
         elif what == op.LT_F64:
             put(r, target, bit(f64(r, ia) < f64(r, ib)))
         elif what == op.LE_F64:
@@ -225,6 +237,8 @@ def run_thread(S, thread, most):
             put(r, target, np.float32(f32(r, ia) / f32(r, ib)))
         elif what == op.RCP_F32:
             put(r, target, np.float32(np.float32(1) / f32(r, ia)))
+        elif what == op.SQRT_F32:
+            put(r, target, np.float32(math.sqrt(f32(r, ia))))
         elif what == op.EX2_F32:
             put(r, target, np.float32(exp2_approximate(f32(r, ia))))
         elif what == op.SATURATE_F32:
@@ -245,6 +259,8 @@ def run_thread(S, thread, most):
             put(r, target, np.float64(f64(r, ia) / f64(r, ib)))
         elif what == op.RCP_F64:
             put(r, target, np.float64(1.0 / f64(r, ia)))
+        elif what == op.SQRT_F64:
+            put(r, target, np.float64(math.sqrt(f64(r, ia))))
         # movement and conversion
         elif what == op.MOVE:
             put(r, target, i64(r, ia))

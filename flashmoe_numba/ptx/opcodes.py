@@ -12,11 +12,11 @@ from __future__ import annotations
     ADD32, SUB32, MUL32, MAD32, DIV_U32, REM_U32, MUL_WIDE_S32, MUL_WIDE_U32, ADD16, DIV_U16,
     AND, OR, XOR, NOT64, AND_PRED, OR_PRED, XOR_PRED, NOT_PRED, SHL64, SHR_S64, SHR_U64, SHL32, SHR_S32, SHR_U32,
     EQ64, NE64, LT_S64, LE_S64, LT_U64, LE_U64, EQ32, NE32, LT_S32, LE_S32, LT_U32, LE_U32, EQ16, NE16, LT_S16, LE_S16,
-    EQ_F32, LT_F32, LE_F32, LTU_F32, LEU_F32, NAN_F32, NUM_F32,
-    EQ_F64, LT_F64, LE_F64, LTU_F64, LEU_F64, NAN_F64, NUM_F64, SELECT,
-    ADD_F32, SUB_F32, MUL_F32, FMA_F32, FMA_DOWN_F32, NEG_F32, ABS_F32, MIN_F32, DIV_F32, RCP_F32,
+    EQ_F32, EQU_F32, NE_F32, NEU_F32, LT_F32, LE_F32, LTU_F32, LEU_F32, NAN_F32, NUM_F32,
+    EQ_F64, EQU_F64, NE_F64, NEU_F64, LT_F64, LE_F64, LTU_F64, LEU_F64, NAN_F64, NUM_F64, SELECT,
+    ADD_F32, SUB_F32, MUL_F32, FMA_F32, FMA_DOWN_F32, NEG_F32, ABS_F32, MIN_F32, DIV_F32, RCP_F32, SQRT_F32,
     EX2_F32, SATURATE_F32,
-    ADD_F64, SUB_F64, MUL_F64, FMA_F64, ABS_F64, MIN_F64, DIV_F64, RCP_F64,
+    ADD_F64, SUB_F64, MUL_F64, FMA_F64, ABS_F64, MIN_F64, DIV_F64, RCP_F64, SQRT_F64,
     MOVE, PACK64, ZERO_EXTEND32, SIGN_EXTEND32, ZERO_EXTEND16, F32_OF_F16, F16_OF_F32, BF16_OF_F32,
     TO_SHARED, FROM_SHARED,
     LOAD16, LOAD32, LOAD64, LOAD128, STORE16, STORE32, STORE64, STORE128,
@@ -25,7 +25,7 @@ from __future__ import annotations
     FENCE_ASYNC, FENCE_MBARRIER_INIT, FENCE_TENSOR_MAP,
     COPY_BOX, WGMMA_FENCE, WGMMA, WGMMA_COMMIT, WGMMA_WAIT, READS_SUM, WRITES_SUM,
     BRANCH, BRANCH_IF, BRANCH_UNLESS, RETURN, SLEEP, TIMER,
-) = range(131)  # fmt: skip
+) = range(139)  # fmt: skip
 NAMES = {code: name for name, code in dict(globals()).items() if name.isupper()}
 
 GENERIC, GLOBAL, SHARED = range(3)  # state spaces
@@ -49,6 +49,7 @@ PLAIN = {
     "shl.b64": SHL64, "shr.s64": SHR_S64, "shr.u64": SHR_U64, "shl.b32": SHL32, "shr.s32": SHR_S32, "shr.u32": SHR_U32,
     "add.f32": ADD_F32, "sub.f32": SUB_F32, "mul.f32": MUL_F32, "fma.rn.f32": FMA_F32, "fma.rm.f32": FMA_DOWN_F32,
     "neg.f32": NEG_F32, "abs.f32": ABS_F32, "min.f32": MIN_F32, "div.rn.f32": DIV_F32, "rcp.rn.f32": RCP_F32,
+    "sqrt.rn.f32": SQRT_F32, "sqrt.rn.f64": SQRT_F64,
     "ex2.approx.ftz.f32": EX2_F32, "cvt.sat.f32.f32": SATURATE_F32,
     "add.f64": ADD_F64, "add.rn.f64": ADD_F64, "sub.f64": SUB_F64, "mul.f64": MUL_F64, "fma.rn.f64": FMA_F64,
     "abs.f64": ABS_F64, "min.f64": MIN_F64, "div.rn.f64": DIV_F64, "rcp.rn.f64": RCP_F64,
@@ -81,6 +82,9 @@ COMPARISONS = {
         for kind, less, at_most in (("f32", LTU_F32, LEU_F32), ("f64", LTU_F64, LEU_F64))
         for operator, code in (("ltu", less), ("gtu", less), ("leu", at_most), ("geu", at_most))
     },
+    ("equ", "f32"): (EQU_F32, False), ("equ", "f64"): (EQU_F64, False),
+    ("ne", "f32"): (NE_F32, False), ("ne", "f64"): (NE_F64, False),
+    ("neu", "f32"): (NEU_F32, False), ("neu", "f64"): (NEU_F64, False),
     ("eq", "f32"): (EQ_F32, False), ("nan", "f32"): (NAN_F32, False), ("num", "f32"): (NUM_F32, False),
     ("eq", "f64"): (EQ_F64, False), ("nan", "f64"): (NAN_F64, False), ("num", "f64"): (NUM_F64, False),
 }  # fmt: skip

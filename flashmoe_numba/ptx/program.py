@@ -34,7 +34,10 @@ _STORE = re.compile(r"st(?:\.(global|shared))?\.[bsuf](16|32|64)")
 _ATOMIC = re.compile(r"(ld|st|atom\.add|atom\.cas)\.(relaxed|acquire|release|acq_rel)\.(cta|gpu|sys)\.[bu]64")
 _WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.(f32\.\w+\.\w+)")
 _COPY = re.compile(r"cp\.async\.bulk\.tensor\.([23])d\.shared::cluster\.global\.mbarrier::complete_tx::bytes")
-_UNARY, _TERNARY = ("mov", "cvt", "cvta", "neg", "not", "abs", "rcp", "ex2"), ("mad", "fma")  # others have two values
+_UNARY, _TERNARY = (
+    ("mov", "cvt", "cvta", "neg", "not", "abs", "rcp", "sqrt", "ex2"),
+    ("mad", "fma"),
+)  # others have two values
 _SPACES = {None: op.GENERIC, "global": op.GLOBAL, "shared": op.SHARED}
 _ATOMICS = {"ld": op.LOAD_WORD, "st": op.STORE_WORD, "atom.add": op.ATOMIC_ADD, "atom.cas": op.ATOMIC_CAS}
 _LONE = {

@@ -3,16 +3,20 @@
 A matrix `[out, in]` is cut into column tiles of `tile_n` outputs (they become columns of the product), a tile into
 panels of `width` outputs, and a panel is stored as `[in, width]`. A gated expert's tile holds its gate panels, then its
 up panels. Panels that are not full are padded with zeros; rows of a product do not see the padding.
+
+How CPUs multiply a panel (arithmetic.py) is its class: Numba compiles for types, and keeps code by them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ..device.storage import storage_dtype
+
+Fill = Callable[[np.ndarray, np.ndarray, int], None]
 
 
 class Panels(NamedTuple):
@@ -30,6 +34,37 @@ class Panels(NamedTuple):
     parts: int
 
 
+class PairPanels(Panels):
+    """bfloat16 weights as words (int32) of two indices of the depth, the even one low, for arithmetic "pairs".
+
+    A panel is `[words, width]`; `pair_words` says how many words the depth takes. What pads it is zeros.
+    """
+
+    __slots__ = ()
+
+
+class TilePanels(PairPanels):
+    """The same words for arithmetic "tiles"."""
+
+    __slots__ = ()
+
+
+TILE_WORDS = 16  # the depth that one instruction of a matrix unit takes
+
+
+def pair_words(depth: int) -> int:
+    """Words of a depth: whole steps of a matrix unit."""
+    return (depth + 2 * TILE_WORDS - 1) // (2 * TILE_WORDS) * TILE_WORDS
+
+
+def as_pairs(matrix: np.ndarray) -> np.ndarray:
+    """Words `[..., pair_words(depth)]` of 16-bit patterns `[..., depth]`."""
+    depth = matrix.shape[-1]
+    padded = np.zeros((*matrix.shape[:-1], 2 * pair_words(depth)), np.dtype("<i2"))
+    padded[..., :depth] = matrix
+    return padded.view(np.dtype("<i4"))
+
+
 def num_tiles(num_columns: int, tile_n: int) -> int:
     return -(-num_columns // tile_n)
 
@@ -44,21 +79,36 @@ def packed_elements(num_columns: int, depth: int, tile_n: int, width: int, parts
     return num_tiles(num_columns, tile_n) * parts * panels_per_tile(num_columns, tile_n, width) * depth * width
 
 
-def pack(matrices: list[np.ndarray], tile_n: int, width: int, out: np.ndarray) -> None:
-    """Pack one expert's matrices `[out, in]`, each of the same shape, into the 1-D array `out`."""
+def pack(matrices: list[np.ndarray], tile_n: int, width: int, out: np.ndarray, fill: Fill | None = None) -> None:
+    """Pack one expert's matrices `[out, in]`, each of the same shape, into the 1-D array `out`.
+
+    Args:
+        fill: what packs one of them; None: NumPy.
+    """
     columns, depth = matrices[0].shape
-    panels = panels_per_tile(columns, tile_n, width)
-    view = out.reshape(num_tiles(columns, tile_n), len(matrices), panels, depth, width)
-    view[...] = 0
+    view = out.reshape(num_tiles(columns, tile_n), len(matrices), -1, depth, width)
     for part, matrix in enumerate(matrices):
-        for first in range(0, columns, tile_n):
-            for panel in range(panels):
-                rows = matrix[first + panel * width : min(first + tile_n, columns)][:width]
-                view[first // tile_n, part, panel, :, : len(rows)] = rows.T
+        (fill or fill_panels)(matrix, view[:, part], tile_n)
+
+
+def fill_panels(matrix: np.ndarray, panels: np.ndarray, tile_n: int) -> None:
+    """Pack one matrix `[out, in]` into panels `[tiles, panels of a tile, in, width]`."""
+    columns, width = len(matrix), panels.shape[-1]
+    for tile, panel in np.ndindex(panels.shape[:2]):
+        rows = matrix[tile * tile_n + panel * width : min((tile + 1) * tile_n, columns)][:width]
+        panels[tile, panel, :, : len(rows)] = rows.T
+        panels[tile, panel, :, len(rows) :] = 0
 
 
 def pack_matrices(
-    matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray | None], tile_n: int, width: int, accumulator: np.dtype
+    matrices: Sequence[np.ndarray],
+    biases: Sequence[np.ndarray | None],
+    tile_n: int,
+    width: int,
+    accumulator: np.dtype,
+    form: type[Panels] = Panels,
+    into: Panels | None = None,
+    fill: Fill | None = None,
 ) -> Panels:
     """`Panels` of stacked matrices `[experts, out, in]`, two of them for gate and up; the originals are not kept.
 
@@ -66,13 +116,20 @@ def pack_matrices(
         matrices: elements; 16-bit floats are packed as bit patterns.
         biases: `[experts, out]` for each of them, or None.
         tile_n: columns of a tile; fewer where a matrix has fewer.
+        form: the class of the result; one of pairs takes bfloat16 only.
+        into: what this returned for others of these shapes and types, to be filled anew; None: take memory.
+        fill: see `pack`.
     """
     experts, columns, depth = matrices[0].shape
     tile_n, parts = min(tile_n, columns), len(matrices)
-    size = packed_elements(columns, depth, tile_n, width, parts)
-    weights = np.empty((experts, size), storage_dtype(matrices[0].dtype))
+    paired, storage = issubclass(form, PairPanels), storage_dtype(matrices[0].dtype)
+    size = packed_elements(columns, pair_words(depth) if paired else depth, tile_n, width, parts)
+    weights = np.empty((experts, size), np.int32 if paired else storage)
+    if into is not None:
+        weights = into.weights.reshape(experts, size)
     for expert, target in enumerate(weights):
-        pack([matrix[expert].view(weights.dtype) for matrix in matrices], tile_n, width, target)
+        elements = [matrix[expert].view(storage) for matrix in matrices]
+        pack([as_pairs(matrix) for matrix in elements] if paired else elements, tile_n, width, target, fill)
     tiles = num_tiles(columns, tile_n)
     bias = np.zeros((experts, tiles, parts, tile_n), accumulator)
     for part, given in enumerate(biases):
@@ -80,4 +137,21 @@ def pack_matrices(
             padded = np.zeros((experts, tiles * tile_n), accumulator)
             padded[:, :columns] = given.astype(accumulator)
             bias[:, :, part] = padded.reshape(experts, tiles, tile_n)
-    return Panels(weights.reshape(-1), bias.reshape(-1), depth, columns, tile_n, size // tiles, parts)
+    if into is not None:
+        into.bias[:] = bias.reshape(-1)
+        return into
+    return form(weights.reshape(-1), bias.reshape(-1), depth, columns, tile_n, size // tiles, parts)
+
+
+def unpack_matrices(panels: Panels, out: Sequence[np.ndarray], width: int) -> None:
+    """Fill arrays `[experts, out, in]`, one for each part, with what was packed; they may have any strides."""
+    experts, columns, depth = out[0].shape
+    tile_n, tiles = panels.tile_n, num_tiles(columns, panels.tile_n)
+    words = pair_words(depth) if isinstance(panels, PairPanels) else depth
+    in_panels = panels.weights.reshape(experts, tiles, panels.parts, -1, words, width)
+    for part, target in enumerate(out):
+        bits = target.view(storage_dtype(target.dtype))
+        for expert, tile in np.ndindex(experts, tiles):
+            first, last = tile * tile_n, min((tile + 1) * tile_n, columns)
+            rows = in_panels[expert, tile, part].transpose(0, 2, 1).reshape(-1, words)
+            bits[expert, first:last] = rows.view(bits.dtype)[: last - first, :depth]

@@ -1,7 +1,8 @@
 """The tile GEMM as a verb: one tile of `out = epilogue(a @ weights + bias)`, done by all lanes of a block.
 
-It is the only numerics that differ by target, and by the form of the weights: `Panels` (cpu.py), `Matrices` (lanes/)
-and `TmaMatrices` (hopper.py), of which cuda.py registers the last two. The body below is the interpreted meaning.
+It is the only numerics that differ by target, and by the form of the weights: `Panels` and its subclasses (cpu.py),
+`Matrices` (lanes/) and `TmaMatrices` (hopper.py), of which cuda.py registers the last two. The body below is the
+interpreted meaning.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reference.activations import ACTIVATIONS
-from reference.activations import activation as apply_activation
+from reference.experts import activate
 
 from ..device import fibers
 from ..device import vocabulary as verbs
 from ..device.compilation import interpreted
+from .forms import Form, kind_of
 from .matrices import Matrices
 from .panels import num_tiles
 from .rows import room_address, room_row, row_of
@@ -31,26 +32,27 @@ class Scratch(NamedTuple):
     sums: np.ndarray
 
 
-def tile_gemm(out, a, rows, matrices, expert, n, activation, scratch):
-    """Store a tile of act(a @ gate + b0) * (a @ up + b1), or of act(a @ weights + b0) where there is one part.
+def tile_gemm(out, a, rows, matrices, expert, n, form, scratch):
+    """Store a tile of act(a @ weights + b0); where there are two parts, of act(a @ gate + b0) * (a @ up + b1), or of
+    what else `form` makes of these.
 
     Args:
         out: the `Rooms` of the results; the tile's columns are those of column tile n.
         a, rows: the `Rows` to multiply, and how many.
         matrices, expert, n: weights in one of these forms, and which column tile of which expert.
-        activation: index into ACTIVATIONS.
+        form: the `Form` of the results.
         scratch: the block's `Scratch`.
     """
-    multiply(verbs.array_at, out, a, rows, matrices, expert, n, activation, scratch)
+    multiply(verbs.array_at, out, a, rows, matrices, expert, n, form, scratch)
 
 
 def multiply(
-    array_at: Any, out: Any, a: Any, rows: int, matrices: Any, expert: int, n: int, activation: int, scratch: Scratch
+    array_at: Any, out: Any, a: Any, rows: int, matrices: Any, expert: int, n: int, form: Form, scratch: Scratch
 ) -> None:
     """The same, interpreted; the first verb is another one where memory is watched."""
     if isinstance(matrices, Matrices):
         lanes = interpreted("flashmoe_numba.tile_gemm.lanes")
-        lanes.multiply_tile(out, a, rows, matrices, expert, n, activation, scratch)
+        lanes.multiply_tile(out, a, rows, matrices, expert, n, form, scratch)
         return
     width, depth, parts, accumulator = INTERPRETED_PANEL_WIDTH, matrices.depth, matrices.parts, matrices.bias.dtype
     tile_n = matrices.tile_n
@@ -61,6 +63,7 @@ def multiply(
     tile = as_floats(tile, accumulator).reshape(parts, -1, depth, width).transpose(0, 2, 1, 3)
     tile = tile.reshape(parts, depth, -1)[:, :, :columns]
     added = matrices.bias[tile_index * parts * tile_n :][: parts * tile_n].reshape(parts, tile_n)[:, :columns]
+    kind = kind_of(form, gated=parts == 2)
     mine = (verbs.lane() + 1) % verbs.lanes()  # as on other targets, a row is made by any lane
     for r in range(mine, rows, verbs.lanes()):
         fibers.preempt()
@@ -68,7 +71,7 @@ def multiply(
         row = as_floats(a.array[at : at + depth], accumulator)
         with np.errstate(over="ignore", invalid="ignore"):
             sums = np.einsum("k,pkc->pc", row, tile) + added
-            value = apply_activation(ACTIVATIONS[activation], sums[0]) * (sums[1] if parts == 2 else 1)
+            value = activate(sums, kind)
         room = out.array if out.at < 0 else array_at(room_address(out, r), out.array.size, out.array)
         out_at = room_row(out, r) * matrices.columns + first
         for c in range(columns):

@@ -16,9 +16,9 @@ import numpy as np
 
 from ..arrays import Array
 from ..scalars import check_one_of
-from . import gelu, relu, silu
+from . import gelu, gelu_tanh, relu, relu2, silu
 
-FILES: dict[str, ModuleType] = {"relu": relu, "gelu": gelu, "silu": silu}
+FILES: dict[str, ModuleType] = {"relu": relu, "gelu": gelu, "silu": silu, "relu2": relu2, "gelu_tanh": gelu_tanh}
 ACTIVATIONS = ("identity", *FILES)  # kernels know them by their index
 MOST_ULPS = 7.0
 
@@ -35,4 +35,11 @@ def activation(name: str, x: Array) -> Array:
     check_one_of("activation", name, ACTIVATIONS)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         value: Array = FILES[name].exact(x.astype(np.float64)).astype(x.dtype)
+    return value
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), elementwise, in the dtype of `x`."""
+    with np.errstate(over="ignore"):
+        value: Array = 1 / (1 + np.exp(-x))
     return value

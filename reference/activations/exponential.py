@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Formula = Callable[[Any], Any]
+Formula = Callable[..., Any]
 Compile = Callable[[Formula], Formula]
 
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from ..engine.graph import Array, GraphBuilder
 from ..engine.kinds import BARRIER, COMBINE, DISPATCH, ELEMENTWISE, GATE, GEMM0, GEMM1, JOIN, LAUNCH, PERMUTE, SEND
+from ..world.routing import ZERO
 from ..world.world import World
 from .blocks import Blocks
 from .cost import Cost
@@ -117,9 +118,9 @@ class Draft:
     def gate(self, after: ArrayLike | None) -> Array:
         """`[num_ranks]`: logits and top-k of all tokens of a rank."""
         config, tokens = self.world.config, self.world.routing.num_tokens
-        per_token = 2 * config.num_experts * config.hidden
+        per_token = 2 * config.num_choices * config.hidden
         count = -(-tokens // self.token_block)
-        time = self.cost.tile(self.token_block, config.num_experts, config.hidden, tiles=count, reuse=count)
+        time = self.cost.tile(self.token_block, config.num_choices, config.hidden, tiles=count, reuse=count)
         gates = self.builder.add(
             GATE,
             self.ranks,
@@ -192,9 +193,16 @@ class Draft:
 
     def combine_kernel(self, after: ArrayLike | None, copies: ArrayLike = 0) -> Array:
         """`[num_ranks]`: one kernel sums the results of all tokens of a rank, and `copies` of tokens with them."""
-        rows = self.world.routing.counts.sum(axis=1) + self.world.routing.num_tokens + copies
+        rows = self.rows_to_sum().sum(axis=1) + self.world.routing.num_tokens + copies
         nbytes = rows * self.world.config.hidden * self.world.precision.result_bytes
         return self.stream(after, nbytes / 2, COMBINE)
+
+    def rows_to_sum(self) -> Array:
+        """`[num_ranks, num_tokens]`: rows that a token's result is the sum of."""
+        config, topk_idx = self.world.config, self.world.routing.topk_idx
+        there = (topk_idx >= 0) | ((topk_idx == ZERO) & (config.zero == "identity"))
+        rows: Array = there.sum(axis=2) + (config.shared_ffn > 0)
+        return rows
 
     def in_window(self, nodes: Array, stream: Array, window: int) -> None:
         """Of the nodes of a stream, in their order, each begins when the one `window` places before is complete.
@@ -304,12 +312,15 @@ class Draft:
         return self.after(after[..., blocks.piece_block], sends)
 
     def combine(self, blocks: Blocks, results: Array, gated: Array) -> Array:
-        """`[num_ranks, num_token_blocks]`: a block of tokens is summed when `results` `[num_pieces]` has its rows."""
+        """`[num_ranks, num_token_blocks]`: a block of tokens is summed when `results` `[num_pieces]` has its rows.
+
+        Zero-computation experts that add the token are rows that are here, as that of the shared expert is.
+        """
         routing, block = self.world.routing, self.token_block
         number = -(-routing.num_tokens // block)
         start = np.arange(number) * block
         tokens = np.minimum(block, routing.num_tokens - start)
-        rows = np.add.reduceat((routing.topk_idx >= 0).sum(axis=2), start, axis=1)
+        rows = np.add.reduceat(self.rows_to_sum(), start, axis=1)
         nodes = self.builder.add(
             COMBINE,
             self.ranks[:, None],

@@ -15,6 +15,8 @@ from reference.task_kinds import GATE as GATE
 from reference.task_kinds import GEMM0 as GEMM0
 from reference.task_kinds import GEMM1 as GEMM1
 from reference.task_kinds import RECEIVE as RECEIVE
+from reference.task_kinds import SHARED0 as SHARED0
+from reference.task_kinds import SHARED1 as SHARED1
 from reference.traces import TRACE_KIND_NAMES
 
 _OWN = ("LAUNCH", "BARRIER", "SEND", "PERMUTE", "ELEMENTWISE", "DENSE", "JOIN", "LOAD", "EPILOGUE")

@@ -17,6 +17,7 @@ from ..engine.graph import TaskGraph
 from ..world.world import World
 
 POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
+SHARING = ("flashmoe",)  # those that have a shared expert, which all others leave out
 
 
 def make_knobs(policy: str, values: Mapping[str, Any]) -> PolicyKnobs:
@@ -38,9 +39,13 @@ def build(policy: str, world: World, knobs: PolicyKnobs | None = None) -> TaskGr
     """The graph of a policy in a world; default knobs where none are given.
 
     Raises:
-        ValueError: no such policy, or its knobs do not go with the world; TypeError: knobs of another policy.
+        ValueError: no such policy, its knobs do not go with the world, or the layer has a shared expert, which this
+            policy leaves out; TypeError: knobs of another policy.
     """
     module = _module(policy)
+    if world.config.shared_ffn and policy not in SHARING:
+        rule = f"shared_ffn must be 0 with policy {policy}: only {', '.join(SHARING)} has a shared expert"
+        raise ValueError(f"{rule}, got {world.config.shared_ffn}")
     knobs = make_knobs(policy, {}) if knobs is None else knobs
     if not isinstance(knobs, module.Knobs):
         raise TypeError(f"knobs must be of policy {policy}, such as make_knobs({policy!r}, {{}}); got {knobs!r}")

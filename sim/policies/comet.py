@@ -87,7 +87,7 @@ def shared_experts(world: World, size: int) -> World:
         raise ValueError(f"tensor_parallel must divide ffn={world.config.ffn}, got {size}")
     routing, part = world.routing, np.arange(size)
     choices = routing.topk_idx[..., None]
-    topk_idx = np.where(choices < 0, -1, choices * size + part).reshape(*choices.shape[:2], -1)
+    topk_idx = np.where(choices < 0, choices, choices * size + part).reshape(*choices.shape[:2], -1)
     owner = routing.owner[:, None] // size * size + part
     owner = owner.ravel().astype(np.int32)
     cut = replace(routing, num_experts=owner.size, topk_idx=topk_idx.astype(np.int32), owner=owner)

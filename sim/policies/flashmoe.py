@@ -4,6 +4,7 @@ Gate tiles first; when a rank has gated all its tokens, blocks store each (sourc
 owner and signal. The owner's OS block sees the signal and cuts row blocks, whose GEMM0 tiles it queues; the last GEMM0
 tile of a row block frees its GEMM1 tiles, whose results go straight into the memory of the rows' sources; a block of
 tokens is combined when all its results are there. One queue per rank, first come first served, no barrier anywhere.
+A shared expert's tiles (`drafting/shared.py`) are in the same queue, most of them behind the rank's packets.
 
 Packed as rows arrive, as the kernel of this project does it: a full tile is cut at once; other rows wait for more of
 their expert, and are cut when its last packet is here, or when processors are idle and no packet of it came for a while
@@ -30,6 +31,7 @@ from ..drafting.cuts import CutBlocks, as_if_at_once, chunk_pieces, cut_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.owner import Rules, cuts_of_all
+from ..drafting.shared import shared_expert
 from ..engine.graph import NONE, Array, TaskGraph
 from ..engine.kinds import GEMM0, GEMM1, JOIN, RECEIVE
 from ..world.world import World
@@ -104,7 +106,9 @@ def _draw(world: World, knobs: Knobs, blocks: Blocks) -> _Schedule:
     draft.builder.edge(received[blocks.piece_source, blocks.expert[blocks.piece_block]], hidden[blocks.piece_block])
     if isinstance(blocks, CutBlocks):
         _hold_back(draft, received, blocks, hidden)
-    draft.combine(told, results, gated)
+    combined = draft.combine(told, results, gated)
+    if world.config.shared_ffn:
+        shared_expert(draft, launched, gated, combined, (min(knobs.tile_m, world.config.num_tokens), knobs.tile_n))
     return _Schedule(draft, draft.builder.build(), received)
 
 

@@ -7,7 +7,9 @@
     hot-rank   every first choice is one of rank 0's experts, the others uniform and distinct
     text       words of real text (`reference.make_workload`), routed by a random router over a short hidden row
     *.npz, *.safetensors   recorded: topk_idx `[tokens, num_topk]`, possibly with a leading index of ranks; an index of
-                           -1 or num_experts is no choice
+                           -1 or num_choices is no choice
+
+Zero-computation experts are chosen as others are (behind them in `hot-rank`, which has one of rank 0's experts first).
 
 Invariants: the experts of a token are distinct; the same (name, sizes, seed) gives the same arrays; slots are given in
 token order, as in `reference.packets`, and a capacity drops the last. Leaves out: routing weights, which cost nothing;
@@ -36,6 +38,7 @@ ROUTING_NAMES = (
 )  # fmt: skip
 TEXT_HIDDEN = 64
 STEEPEST = 1e30  # exponent of zipf: fits float32, and has left the second expert nothing for long
+ZERO = -2  # in `SimRouting.topk_idx`
 CHUNK = 1 << 20  # random numbers at once: they stay in the cache
 
 
@@ -46,8 +49,8 @@ class SimRouting:
     Args:
         name: what made it, for titles.
         num_experts: experts over all ranks; after `placement.balance` these are copies of experts.
-        topk_idx: `[num_ranks, num_tokens, num_topk]` int32. -1: this choice goes nowhere, because it was none, was
-            dropped or names a zero-computation expert.
+        topk_idx: `[num_ranks, num_tokens, num_topk]` int32. -1: this choice goes nowhere, because it was none or was
+            dropped; `ZERO`: it names a zero-computation expert, goes nowhere either, and may add the token.
         owner: `[num_experts]` int32, the rank on which an expert lives.
 
     Raises:
@@ -65,7 +68,7 @@ class SimRouting:
         for name, shape in shapes.items():
             if check_array(name, getattr(self, name), shape).dtype != np.int32:
                 raise TypeError(f"{name} must have dtype int32, got {getattr(self, name).dtype}")
-        _check_range("topk_idx", self.topk_idx, -1, self.num_experts)
+        _check_range("topk_idx", self.topk_idx, ZERO, self.num_experts)
         _check_range("owner", self.owner, 0, self.num_ranks)
 
     @property
@@ -112,6 +115,7 @@ def make_routing(name: str, config: MoEConfig, seed: int = 0) -> SimRouting:
         raise TypeError(f"name must be a string, one of: {', '.join(ROUTING_NAMES)}; got {name!r}")
     shape = (config.num_ranks, config.num_tokens, config.num_topk)
     topk_idx = _choices(name, config, seed).reshape(shape).astype(np.int32, copy=False)
+    topk_idx[topk_idx >= config.num_experts] = ZERO
     if config.capacity is not None:
         topk_idx[packet_slots(topk_idx, config.num_experts) >= config.capacity] = -1
     owner = blocked_owner(config.num_experts, config.num_ranks)
@@ -145,7 +149,7 @@ def _even(config: MoEConfig, random: np.random.Generator) -> Array:
     A circle is left after `period` tokens, when it has come out even. A rank's last tokens, too few for that, go on
     where those of the rank before stopped, in one circle that all ranks share: that keeps the totals even as well.
     """
-    num_ranks, num_experts, num_topk = config.num_ranks, config.num_experts, config.num_topk
+    num_ranks, num_experts, num_topk = config.num_ranks, config.num_choices, config.num_topk
     period = num_experts // gcd(num_experts, num_topk)
     rounds, rest = divmod(config.num_tokens, period)
     circles = np.tile(np.arange(num_experts, dtype=np.int32), (num_ranks, rounds, 1))
@@ -157,7 +161,7 @@ def _even(config: MoEConfig, random: np.random.Generator) -> Array:
 
 
 def _uniform(config: MoEConfig, random: np.random.Generator) -> Array:
-    return _distinct(config.num_ranks * config.num_tokens, config.num_topk, config.num_experts, random)
+    return _distinct(config.num_ranks * config.num_tokens, config.num_topk, config.num_choices, random)
 
 
 def _distinct(num_rows: int, num_picks: int, num_experts: int, random: np.random.Generator) -> Array:
@@ -186,19 +190,19 @@ def _hot_rank(config: MoEConfig, random: np.random.Generator) -> Array:
 
 def _with_first(first: Array, config: MoEConfig, random: np.random.Generator) -> Array:
     """The first choices as given, the others uniform among the other experts."""
-    others = _distinct(len(first), config.num_topk - 1, config.num_experts - 1, random)
+    others = _distinct(len(first), config.num_topk - 1, config.num_choices - 1, random)
     others += others >= first[:, None]
     return np.concatenate([first[:, None], others], axis=1)
 
 
 def _zipf(config: MoEConfig, random: np.random.Generator, exponent: float) -> Array:
     """Drawn one after the other without replacement: both ways below mean the same."""
-    log_popularity = -min(exponent, STEEPEST) * np.log(np.arange(1, config.num_experts + 1))
+    log_popularity = -min(exponent, STEEPEST) * np.log(np.arange(1, config.num_choices + 1))
     popularity = np.exp(log_popularity)
     always_left = popularity[config.num_topk :].sum() / popularity.sum()
     draw = _redrawn if always_left > 0.1 else _raced  # 1 s or 14 s for a million tokens over 1024 experts
     by_popularity = draw(log_popularity, config.num_ranks * config.num_tokens, config.num_topk, random)
-    experts: Array = random.permutation(config.num_experts).astype(np.int32)[by_popularity]
+    experts: Array = random.permutation(config.num_choices).astype(np.int32)[by_popularity]
     return experts
 
 
@@ -247,7 +251,7 @@ def _text(config: MoEConfig, random: np.random.Generator, seed: int) -> Array:
     (x,) = make_workload("text", short, seed=seed).x  # of all ranks
     key = np.ascontiguousarray(x[:, :2]).view(np.uint64).ravel()  # two random floats tell words apart
     _, first, word = np.unique(key, return_index=True, return_inverse=True)
-    router = random.standard_normal((config.num_experts, TEXT_HIDDEN))
+    router = random.standard_normal((config.num_choices, TEXT_HIDDEN))
     router /= np.linalg.norm(router, axis=1, keepdims=True)
     choices: Array = route(x[first], router, short).topk_idx[word]
     return choices
@@ -275,7 +279,8 @@ def packet_slots(topk_idx: Array, num_experts: int) -> Array:
 
 
 def _slots_of_rank(expert: Array, num_experts: int) -> Array:
-    """The number of earlier choices of the same expert, or -1 if `expert` is."""
+    """The number of earlier choices of the same expert, or -1 if `expert` is -1 or `ZERO`."""
+    expert = np.maximum(expert, -1)
     narrow = np.int16 if num_experts < 2**15 else np.int32  # NumPy sorts 16 bits by radix, five times as fast
     order = np.argsort(expert.astype(narrow), kind="stable")
     counts = np.bincount(expert + 1, minlength=num_experts + 1)  # those that go nowhere come first

@@ -87,8 +87,10 @@ class World:
 
     @property
     def weight_bytes(self) -> int:
-        """Of one rank's experts."""
-        elements = self.config.hidden * (self.up_columns + self.config.ffn) * self.experts_per_rank
+        """Of one rank's experts, the shared one among them."""
+        config = self.config
+        columns = config.ffn * self.experts_per_rank + config.shared_ffn
+        elements = config.hidden * columns * config.expert_kind.num_matrices
         return int(elements * self.precision.weight_bytes)
 
     @property
@@ -101,7 +103,10 @@ class World:
         sent = int(self.routing.counts.sum(axis=1).max(initial=0))  # not num_topk each: choices are dropped and added
         per_row = config.hidden * (precision.token_bytes + precision.result_bytes)
         received = int(self.rows.max(initial=0))
-        return int((sent + received) * per_row + received * config.ffn * precision.hidden_bytes)
+        shared = self.routing.num_tokens * config.shared_ffn * precision.hidden_bytes
+        if config.shared_ffn:
+            shared += self.routing.num_tokens * config.hidden * precision.result_bytes
+        return int((sent + received) * per_row + received * config.ffn * precision.hidden_bytes + shared)
 
     @property
     def memory_bytes(self) -> int:

@@ -1,6 +1,6 @@
 """Kernels built without a GPU, each once a session: into $FLASHMOE_CACHE_DIR if that is set, else a temporary folder.
 
-The fast profile builds one of each kind and architecture (12 s each); HYPOTHESIS_PROFILE=ci and nightly build them all.
+The fast profile builds one of each kind and architecture (some 30 s each); with HYPOTHESIS_PROFILE=ci or nightly all.
 """
 
 import os

@@ -60,10 +60,11 @@ def test_the_products_are_made_by_the_right_instructions(kernel, facts):
     for rows in ROWS:
         shape = f"HGMMA.64x{rows}x{SHAPES[kernel.variant.dtype]}"
         loops = [loop for loop in facts.main_loops if loop.shape == shape]
-        assert len(loops) == 3, f"one for each product of an expert, and one for rows of several sources: {shape}"
+        what = "one for each product of an expert and of the shared one, and one for rows of several sources"
+        assert len(loops) == 5, f"{what}: {shape}"
         for loop in loops:
             assert (loop.products, loop.tensor_loads, loop.waits) == (8, 3, 1), loop
-    assert len(facts.main_loops) == 3 * len(ROWS)
+    assert len(facts.main_loops) == 5 * len(ROWS)
 
 
 @pytest.mark.parametrize(("planted", "failure"), [

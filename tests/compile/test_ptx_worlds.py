@@ -11,6 +11,7 @@ import os
 import re
 import weakref
 from dataclasses import replace
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,10 +24,11 @@ if not importlib.util.find_spec("numba_cuda"):
 
 import ptx_same_bits
 import run_ptx_worlds
+from kinds import EXPERTS, ROUTERS
 from ptx_coverage import COLUMN, DIVISION, OTHER, report
 from ptx_runs import run_world
 from ptx_same_bits import CHECKS
-from ptx_worlds import WORLDS, make_world
+from ptx_worlds import WORLDS, Call, make_world
 from run_ptx_worlds import has_failed
 
 from flashmoe_numba.build.variants import Variant
@@ -36,6 +38,8 @@ from flashmoe_numba.ptx.linked import linked_ptx
 from flashmoe_numba.ptx.machine import Machine
 from flashmoe_numba.ptx.memory import Arena
 from flashmoe_numba.ptx.program import SOURCE, load
+from reference import MoEConfig
+from reference.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.timeout(600)  # the first one compiles the machine, a minute or two
 
@@ -43,8 +47,8 @@ PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fast")
 LANES = Variant(dtype="float32", architecture="sm_80", tensor_cores=False)
 TENSOR = Variant(dtype="float16", architecture="sm_90a", tensor_cores=True)
 BLACKWELL = replace(LANES, architecture="sm_100a")
-# A replay with a trace on two ranks, many tokens, calls that are given up.
-FAST = [(LANES, 23), (TENSOR, 2), (TENSOR, 7), (BLACKWELL, 2)]
+# A replay with a trace on two ranks, many tokens, calls that are given up; a shared expert of tokens at an odd address.
+FAST = [(LANES, 23), (TENSOR, 2), (TENSOR, 5), (TENSOR, 7), (BLACKWELL, 2)]
 NUMBERS = {"nightly": range(WORLDS), "ci": range(0, WORLDS, 8)}.get(PROFILE, ())
 CASES = [(variant, number) for variant in VARIANTS for number in NUMBERS] or FAST
 SAME_BITS = VARIANTS if PROFILE == "nightly" else [LANES, TENSOR]
@@ -55,6 +59,20 @@ def test_equals_the_oracle(variant, number, folder):
     outcome = run_world(make_world(variant, number), text=linked_ptx(variant, folder))
     assert outcome.steps > 0
     assert variant.tensor_cores or outcome.poisoned_rows == 0, "only TMA reads rows that nobody wrote, beyond a packet"
+
+
+@pytest.mark.parametrize("variant", [LANES, TENSOR], ids=lambda variant: variant.name)
+def test_other_kinds_equal_the_oracle(variant, folder):
+    """Each kind of router and of experts, on one rank or two."""
+    unit = 8 if variant.tensor_cores else 5
+    sizes = dict(num_tokens=5, hidden=5 * unit, ffn=3 * unit, capacity=None, tile_m=16, tile_m_min=8, tile_n=128)
+    kinds = [(router, expert) for expert, router in zip(cycle(EXPERTS.values()), ROUTERS.values())]
+    for i, (router, expert) in enumerate(kind for kind in kinds if kind[0].choice != "given"):
+        sizes |= dict(num_ranks=1 + i % 2, num_experts=12 + router.num_always, num_topk=3 + router.num_always)
+        config = MoEConfig(**sizes, dtype=variant.dtype, router=router, expert=expert)
+        calls = (Call(counts=(5, 3)[: config.num_ranks], seed=i),)
+        world = replace(make_world(variant, 0), config=config, calls=calls, bias=True, num_processors=1)
+        assert run_world(world, text=linked_ptx(variant, folder)).steps > 0
 
 
 # ---- worlds are what they promise
@@ -70,7 +88,7 @@ def test_what_the_worlds_of_a_variant_have(variant):
     assert {(config.gated, config.activation) for config in configs} >= {
         (gated, activation) for gated in (False, True) for activation in ("gelu", "silu")
     }
-    assert {config.activation for config in configs} == {"identity", "relu", "gelu", "silu"}
+    assert {config.activation for config in configs} == set(ACTIVATIONS)
     assert any(config.num_topk == config.num_experts > 1 for config in configs)
     assert any(config.capacity for config in configs)
     calls = [call for world in worlds for call in world.calls]

@@ -32,7 +32,7 @@ from flashmoe_numba.device import (
 )
 from flashmoe_numba.device.records import record_words
 from flashmoe_numba.device.storage import storage_dtype
-from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, as_matrices, tile_gemm
+from flashmoe_numba.tile_gemm import IN_ORDER, Form, Rooms, as_matrices, linear_form, tile_gemm
 from flashmoe_numba.tile_gemm import Rows as GemmRows
 from flashmoe_numba.tile_gemm.hopper import MAP_WORDS, NUM_MAPS, THREADS, tma_matrices
 from flashmoe_numba.tile_gemm.matrices import SUMS_STRIDE
@@ -63,7 +63,7 @@ class Product(NamedTuple):
     out_row: int
     expert: int
     n: int
-    activation: int
+    form: Form
     a: Any
     matrices: Any
     out: Any
@@ -100,7 +100,7 @@ def sums(r, scratch, box):
 
 def product(r, scratch, box):
     out = Rooms(r.out, r.out_row, box, IN_ORDER, box, 0)
-    tile_gemm(out, GemmRows(r.a, r.a_row, box, IN_ORDER), r.rows, r.matrices, r.expert, r.n, r.activation, scratch)
+    tile_gemm(out, GemmRows(r.a, r.a_row, box, IN_ORDER), r.rows, r.matrices, r.expert, r.n, r.form, scratch)
 
 
 def copy(r, scratch, box):
@@ -224,7 +224,7 @@ def product_piece(dtype: str, tensor_cores: bool) -> Piece:
     accumulator = np.dtype(np.float64 if dtype == "float64" else np.float32)
     element = np.empty(0, storage_dtype(element_dtype(dtype)))
     matrices = like_matrices(dtype, tensor_cores, accumulator)
-    return Piece(product, Product(1, 0, 0, 0, 0, 0, element, matrices, element), accumulator)
+    return Piece(product, Product(1, 0, 0, 0, 0, linear_form(accumulator), element, matrices, element), accumulator)
 
 
 def copy_piece(dtype: str) -> Piece:

@@ -25,9 +25,10 @@ from pieces import (
 )
 
 from flashmoe_numba.device.storage import as_storage
+from flashmoe_numba.tile_gemm import make_form
 from flashmoe_numba.tile_gemm.hopper import ROWS, SHARED_BYTES
 from flashmoe_numba.tile_gemm.matrices import PASS_ROWS, STAGE_ELEMENTS, SUMS_ELEMENTS, SUMS_STRIDE
-from reference import ACTIVATIONS, activation, element_dtype
+from reference import ExpertKind, activation, element_dtype
 
 EXPERTS, COLUMNS, A_ROW = 3, 200, 5
 SMALL_SHARED = 8 * (SUMS_ELEMENTS + STAGE_ELEMENTS)
@@ -112,7 +113,8 @@ def check_product(gpu, run, operands, dtype, name):
     expert, n, tile_n = 1, 1, operands.matrices.tile_n
     columns = min(tile_n, COLUMNS - n * tile_n)
     out = gpu.to_device(as_storage(np.zeros((operands.rows + 2, COLUMNS), element_dtype(dtype))))
-    where = (operands.rows, A_ROW, 1, expert, n, ACTIVATIONS.index(name))
+    form = make_form(ExpertKind(activation=name, gated=operands.parts == 2), operands.matrices.bias.dtype)
+    where = (operands.rows, A_ROW, 1, expert, n, form)
     run(Product(*where, operands.a, operands.matrices, out))
     got = gpu.to_host(out).view(element_dtype(dtype)).reshape(-1, COLUMNS)
     exact = operands.exact(expert, n * tile_n, columns)

@@ -14,6 +14,7 @@ from cases import DTYPES, assert_same_bits, bits, held_memory, random_routing, r
 from losing import VICTIM, lose, wait_for, write
 
 from flashmoe_numba import FlashMoE
+from flashmoe_numba.checkpoints import Checkpoint
 from flashmoe_numba.kernel import persistent
 from flashmoe_numba.processes.launch import guard_this_rank
 from flashmoe_numba.processes.meeting import unlink_startup_segment
@@ -99,6 +100,12 @@ def different_config(comm, folder):
     return FlashMoE(replace(config, tile_n=8) if comm.rank == VICTIM else config, make_weights(config), comm=comm)
 
 
+def different_arithmetic(comm, folder):
+    config = make_config(comm.size, dtype="bfloat16")
+    name = "pairs" if comm.rank == VICTIM else "fma"
+    return FlashMoE(config, make_weights(config), comm=comm, arithmetic=name)
+
+
 def bad_weights(comm, folder):
     weights = make_weights(make_config(comm.size))
     if comm.rank == VICTIM:
@@ -154,6 +161,16 @@ def raises_in_the_middle(comm, folder):
             if comm.rank == VICTIM and call == 7:
                 raise ZeroDivisionError("planted")
             layer(x)
+
+
+def checkpoint(comm, folder):
+    """Each rank reads its own experts of a checkpoint."""
+    with Checkpoint(folder / "checkpoint") as published:
+        asked = dict(num_tokens=7, num_ranks=comm.size, rank_idx=comm.rank)
+        config, weights = published.load(3, **asked)
+        with FlashMoE(config, weights, comm=comm) as layer:
+            y = layer(random_tokens(config)[comm.rank])
+        np.savez(folder / f"rank{comm.rank}.npz", y=y, bytes_read=published.bytes_read)
 
 
 def main(scenario, folder, *arguments):

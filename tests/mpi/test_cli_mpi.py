@@ -244,11 +244,11 @@ from flashmoe_numba.cli import main
 
 honest = layer.FlashMoE._run
 
-def fail(self, tokens, routings):
+def fail(self, *arguments):
     if self._epoch == 3 and self._heap.rank_indices[0] == 1:
         time.sleep(1)  # the others are in the kernel by now
         raise ZeroDivisionError("planted")
-    return honest(self, tokens, routings)
+    return honest(self, *arguments)
 
 layer.FlashMoE._run = fail
 sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from cases import (
     random_tokens,
     tiny_config,
 )
+from published import make_folder
 
 from flashmoe_numba import FlashMoE
+from flashmoe_numba.checkpoints import load
 from reference import Routing, Weights
 
 pytestmark = pytest.mark.mpi
@@ -135,6 +138,7 @@ def test_thousands_of_calls_keep_nothing(tmp_path):
     ("scenario", "own", "others"),
     [
         ("different_config", ["ValueError", "rank 0", "tile_n=4", "rank 1", "tile_n=8"], None),
+        ("different_arithmetic", ["ValueError", "rank 0", "arithmetic='fma'", "rank 1", "arithmetic='pairs'"], None),
         ("bad_weights", ["ValueError", "down_proj", "[6, 9, 6]", "[6, 9, 5]"], ["rank 1", "down_proj", "[6, 9, 5]"]),
         ("others_experts", ["ValueError", "rank_idx=1"], ["rank 1", "rank_idx=1"]),
         ("wrong_number_of_ranks", ["ValueError", "comm", "num_ranks=6", "got 3"], None),
@@ -175,3 +179,18 @@ def test_kill_9_in_a_call_ends_every_rank(moment, tmp_path):
     status, err, errors = run("lost", 3, tmp_path, moment, "SIGKILL")
     assert status != 0 and not errors, f"{errors}\n{err}"
     assert (tmp_path / "victim").exists(), f"it ended before the call\n{err}"
+
+
+def test_ranks_that_each_read_their_own_experts_of_a_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    make_folder(folder, "mixtral")
+    status, err, errors = run("checkpoint", 4, tmp_path)
+    assert status == 0 and not errors, f"{errors}\n{err}"
+    saved = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(4)]
+    config, weights = load(folder, 3, num_tokens=28)
+    x = np.concatenate(random_tokens(replace(config, num_ranks=4, num_tokens=7)))
+    with FlashMoE(config, weights, num_processors=2) as layer:
+        y = layer(x[None])[0]
+    assert_same_bits(np.concatenate([part["y"] for part in saved]), y, "4 ranks and 1")
+    experts = weights.num_bytes - weights.router.nbytes
+    assert [part["bytes_read"] for part in saved] == [experts // 4 + weights.router.nbytes] * 4

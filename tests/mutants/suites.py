@@ -34,7 +34,10 @@ COMPILED = Stage(  # for one element type: the others differ in products, not in
     f"{UNIT}/test_gate_and_tasks.py {UNIT}/test_faults.py {UNIT}/test_late_source.py tests/unit/test_trace.py "
     + " ".join(f"--deselect={UNIT}/test_faults.py::{OF_EACH_TYPE}[{dtype}]" for dtype in ("float64", "bfloat16")),
 )
-PRODUCTS = Stage(120, f"{UNIT}/test_tile_gemm.py {UNIT}/test_micro_kernels.py {UNIT}/test_guard_pages.py")
+PRODUCTS = Stage(
+    180,
+    f"{UNIT}/test_tile_gemm.py {UNIT}/test_micro_kernels.py {UNIT}/test_guard_pages.py {UNIT}/test_arithmetics.py",
+)
 VERBS = Stage(30, f"{UNIT}/test_device_verbs.py {UNIT}/test_float_control.py")
 LAYERS = Stage(
     0,
@@ -62,6 +65,7 @@ SUITES = {
     "flashmoe_numba/backends/host.py": [LAYERS, PROCESSES],
     "flashmoe_numba/processes/meeting.py": [LAYERS, PROCESSES],
     "flashmoe_numba/tile_gemm/cpu.py": [PRODUCTS, COMPILED],
+    "flashmoe_numba/tile_gemm/micro_kernel.py": [PRODUCTS],
     "flashmoe_numba/tile_gemm/rows.py": [PRODUCTS, COMPILED],
     "flashmoe_numba/tile_gemm/cpu_activations.py": [PRODUCTS],
     "flashmoe_numba/device/cpu.py": [VERBS, PRODUCTS, COMPILED],

@@ -5,7 +5,7 @@ up to rounding: a near tie may fall either way. What moves between ranks is comp
 """
 
 import numpy as np
-from cases import assert_equals_oracle
+from cases import arithmetic_setting, assert_equals_oracle, usable_arithmetics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import run_world, worlds
@@ -18,13 +18,23 @@ fibers = st.fixed_dictionaries(
 
 
 @settings(max_examples=4 * settings().max_examples)
-@given(worlds())
-def test_kernel_on_threads_equals_the_oracle(world):
-    run_world(world)
+@given(worlds(), st.sampled_from(usable_arithmetics()))
+def test_kernel_on_threads_equals_the_oracle(world, arithmetic):
+    run_world(world, **arithmetic_setting(world.config, arithmetic))
 
 
 @given(worlds(), fibers)
 def test_kernel_on_fibers_equals_the_oracle(world, fibers):
+    run_world(world, backend="fibers", **fibers)
+
+
+@given(worlds(kinds=True))
+def test_kernel_of_any_kind_on_threads_equals_the_oracle(world):
+    run_world(world)
+
+
+@given(worlds(kinds=True, max_calls=2), fibers)
+def test_kernel_of_any_kind_on_fibers_equals_the_oracle(world, fibers):
     run_world(world, backend="fibers", **fibers)
 
 

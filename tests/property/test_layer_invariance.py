@@ -8,7 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import DTYPES, assert_equals_oracle, assert_same_bits, finfo, random_tokens, tiny_config
+from cases import (
+    DTYPES,
+    arithmetic_setting,
+    assert_equals_oracle,
+    assert_same_bits,
+    finfo,
+    random_tokens,
+    tiny_config,
+    usable_arithmetics,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import configs
@@ -73,18 +82,21 @@ def result(config, weights, tokens, num_ranks=1, rng=None, num_processors=1, **s
         min_size=2,
         max_size=4,
     ),
+    st.sampled_from(usable_arithmetics()),
     st.integers(0, 2**32),
 )
-def test_ranks_processors_and_tiles_do_not_matter(layer, variants, seed):
+def test_ranks_processors_and_tiles_do_not_matter(layer, variants, arithmetic, seed):
     config, weights = layer
     (tokens,) = random_tokens(config, seed=seed)
     tokens[7] = tokens[3]  # a pair that is equal although its rows lie in other places of other tiles
-    expected = result(config, weights, tokens)
+    how = arithmetic_setting(config, arithmetic)
+    expected = result(config, weights, tokens, **how)
     assert_same_bits(expected[7], expected[3], f"{config}: two equal tokens")
     for turn, (num_ranks, num_processors, tiling, packing) in enumerate(variants):
         rng = None if turn == 0 else np.random.default_rng(seed + turn)
-        y = result(replace(config, **tiling), weights, tokens, num_ranks, rng, num_processors, packing=packing)
         where = f"{num_ranks} ranks, {num_processors} processors"
+        how["packing"] = packing
+        y = result(replace(config, **tiling), weights, tokens, num_ranks, rng, num_processors, **how)
         assert_same_bits(y, expected, f"{config} on {where}, {tiling}, packing {packing}")
 
 

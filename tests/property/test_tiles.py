@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import extras
 
 from reference import (
     ACTIVATIONS,
@@ -18,6 +19,8 @@ from reference import (
     GEMM0,
     GEMM1,
     KIND_NAMES,
+    SHARED0,
+    SHARED1,
     Layout,
     MoEConfig,
     Routing,
@@ -54,7 +57,7 @@ def configs(draw):
         hidden=draw(st.sampled_from([1, 5, 17, 32])),
         ffn=draw(st.sampled_from([1, 7, 24])),
         num_experts=num_experts,
-        num_topk=draw(st.sampled_from(sorted({1, min(2, num_experts), num_experts}))),
+        **draw(extras(num_experts)),
         gated=draw(st.booleans()),
         activation=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from(["float32", "float32", "float64", "float16", "bfloat16"])),
@@ -74,8 +77,8 @@ def token_counts(config):
 
 def skewed_topk_idx(rng, num_tokens, config):
     """Distinct experts per token: sometimes even, sometimes most tokens on a few experts, sometimes with no choices."""
-    bias = rng.choice([0.0, 1.0, 5.0, 50.0]) * rng.standard_normal(config.num_experts)
-    order = np.argsort(rng.standard_normal((num_tokens, config.num_experts)) + bias, axis=1)
+    bias = rng.choice([0.0, 1.0, 5.0, 50.0]) * rng.standard_normal(config.num_choices)
+    order = np.argsort(rng.standard_normal((num_tokens, config.num_choices)) + bias, axis=1)
     idx = order[:, : config.num_topk].astype(np.int32)
     idx[rng.random(idx.shape) < rng.choice([0.0, 0.0, 0.3, 1.0])] = -1
     return idx
@@ -268,10 +271,15 @@ def test_graph_says_what_each_kind_waits_for(layer):
             assert needs == gates[task.rank]
         if task.kind == GEMM0:
             assert needs == {Task(DISPATCH, task.peer, task.rank, task.expert)}
+        columns = max(1, config.tile_n // 2) if config.gated else config.tile_n  # a gate column for each up
         if task.kind == GEMM1:
-            columns = max(1, config.tile_n // 2) if config.gated else config.tile_n  # a gate column for each up
             tiles = -(-config.ffn // columns)
             assert needs == {task._replace(kind=GEMM0, n=n) for n in range(tiles)}
+        if task.kind == SHARED0:
+            assert needs == set()
+        if task.kind == SHARED1:
+            tiles = -(-config.shared_ffn // columns)
+            assert needs == {task._replace(kind=SHARED0, n=n) for n in range(tiles)}
         if task.kind == COMBINE:
             tokens = range(task.m * config.token_block, min((task.m + 1) * config.token_block, len(x[task.rank])))
             sent = slots[task.rank]
@@ -283,7 +291,12 @@ def test_graph_says_what_each_kind_waits_for(layer):
                 for e, c in rows
                 for n in range(-(-config.hidden // config.tile_n))
             }
-            assert needs == (expected or gates[task.rank])
+            shared = {
+                Task(SHARED1, task.rank, m=t // config.tile_m, n=n)
+                for t in (tokens if config.shared_ffn else ())
+                for n in range(-(-config.hidden // config.tile_n))
+            }
+            assert needs == (expected or gates[task.rank]) | shared
 
 
 def brute_slots(topk_idx, config):
@@ -291,7 +304,7 @@ def brute_slots(topk_idx, config):
     used, slots = [0] * config.num_experts, {}
     for t, row in enumerate(topk_idx.tolist()):
         for j, expert in enumerate(row):
-            if expert >= 0 and (config.capacity is None or used[expert] < config.capacity):
+            if 0 <= expert < config.num_experts and (config.capacity is None or used[expert] < config.capacity):
                 slots[t, j] = (expert, used[expert])
                 used[expert] += 1
     return slots
@@ -304,7 +317,7 @@ def test_packets_equal_a_loop(config, seed, num_tokens):
     packets, slots = make_packets(topk_idx, config), brute_slots(topk_idx, config)
     found = {(t, j): (int(topk_idx[t, j]), int(c)) for (t, j), c in np.ndenumerate(packets.slot) if c >= 0}
     assert found == slots and packets.slot.min(initial=0) >= -1 and packets.slot.dtype == np.int32
-    assert packets.dropped == (topk_idx >= 0).sum() - len(slots)
+    assert packets.dropped == ((topk_idx >= 0) & (topk_idx < config.num_experts)).sum() - len(slots)
     for expert in range(config.num_experts):
         in_order = sorted((c, t * config.num_topk + j) for (t, j), (e, c) in slots.items() if e == expert)
         assert packets.pairs(expert).tolist() == [pair for _, pair in in_order]
@@ -329,7 +342,7 @@ def test_bounds_hold_and_the_plan_counts_right(config, data):
     tiles = [rows for rows in sent.reshape(config.num_ranks, -1).sum(axis=0).tolist() if rows]
     cut = [min(config.tile_m, rows - first) for rows in tiles for first in range(0, rows, config.tile_m)]
     packed = sum(tile_height(rows, config.tile_m_min, config.tile_m) for rows in cut)
-    assert plan.packed_row_tiles == len(cut) <= plan.row_tiles and packed <= plan.padded_rows
+    assert plan.packed_row_tiles == len(cut) <= plan.row_tiles  # of which heights that double may make more padding
     assert plan.packed_padded_share == pytest.approx(1 - sent.sum() / packed if packed else 0)
     assert plan.num_dropped == sum(packet.dropped for packet in packets) and plan.num_packets == (sent > 0).sum()
     assert plan.busiest_rank_flops <= plan.total_flops <= plan.padded_flops
@@ -365,12 +378,23 @@ def test_plan_of_a_case_worked_out_by_hand():
     assert plan.weight_bytes == 2 * 3 * 60 * 2 + 40 * 4
     assert (plan.num_packets, plan.num_dropped, plan.real_rows, plan.row_tiles) == (6, 4, 20, 7)
     assert plan.padded_rows == 6 + 2 + 4 + 4 + 4 + 4 and plan.padded_share == pytest.approx(4 / 24)
-    assert plan.num_tasks == {"GATE": 4, "DISPATCH": 8, "GEMM0": 21, "GEMM1": 21, "COMBINE": 4}
+    tasks = {"GATE": 4, "DISPATCH": 8, "GEMM0": 21, "GEMM1": 21, "COMBINE": 4}
+    assert plan.num_tasks == tasks | {"SHARED0": 0, "SHARED1": 0} and plan.shared_bytes == 0
     gate, row = 2 * 10 * 4, 2 * 3 * 60
     assert plan.total_flops == 12 * gate + 20 * row and plan.padded_flops == 12 * gate + 24 * row
     assert plan.busiest_rank_flops == 3 * gate + 14 * row
     assert (plan.packed_row_tiles, plan.packed_padded_share) == (2 + 1 + 2 + 2, 1 - 20 / 24)  # 5 1 7 7 rows
     assert plan.hidden_rows == 2 * 10 and plan.hidden_bytes == 20 * 6 * 2
+
+    more = dataclasses.replace(config, shared_ffn=5, shared_gate=True, num_zero=3)
+    shared = make_plan(more, counts - [[3, 0, 0, 0], [0, 0, 0, 0]], num_tokens=[9, 3])
+    assert shared.weight_bytes == plan.weight_bytes + 3 * 50 * 2 + (3 + 1) * 10 * 4
+    assert shared.shared_bytes == 9 * ((5 + 10) * 2 + 4)
+    assert shared.total_bytes == plan.total_bytes + 2 * (3 * 50 * 2 + (3 + 1) * 10 * 4 + 9 * 34)
+    # 9 tokens are 3 row tiles of 4, and 3 tokens are one; 5 columns are 3 tiles of 2, and 10 columns 3 tiles of 4
+    assert shared.num_tasks == tasks | {"SHARED0": 12, "SHARED1": 12}
+    assert shared.max_tasks == plan.max_tasks + 3 * (3 + 3)
+    assert shared.total_flops == plan.total_flops + 12 * (2 * 10 * 4 + 2 * 3 * 50)
 
 
 def test_plan_of_an_even_routing_and_bad_counts():

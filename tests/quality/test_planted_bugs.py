@@ -32,11 +32,19 @@ ELSEWHERE = (
 SELDOM = ("no-barrier-before-gates-done", "packets-seen-before-queued")  # lanes far apart: left to the explorer
 UNSEEN = [name for name, plant in PLANTS.items() if plant.found_by == ("race",) or plant.weak]
 NOT_HERE = {*UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED, *ELSEWHERE, *SELDOM}
+MORE = (
+    dict(shared_ffn=7, shared_gate=True, num_zero=2, tile_m=2),
+    dict(shared_ffn=3, num_zero=2, zero="none"),
+    dict(shared_ffn=1, shared_gate=True, num_zero=1, tile_n=2),
+)
 IN_WORLDS = [name for name in PLANTS if name not in NOT_HERE]
 
 
 def make_world(seed):
-    """A small layer in which every rule matters: drops, no choices, ragged tiles, several tiles per packet, biases."""
+    """A small layer in which every rule matters: drops, no choices, ragged tiles, several tiles per packet, biases.
+
+    Every fourth one has a shared expert and zero-computation experts.
+    """
     choose = random.Random(seed)
     config = tiny_config(
         num_ranks=choose.choice([1, 2, 3]),
@@ -47,6 +55,7 @@ def make_world(seed):
         gated=choose.choice([True, False]),
         renormalize=choose.choice([True, False]),
         token_block=choose.choice([1, 3]),
+        **(MORE[seed // 4 % len(MORE)] if seed % 4 == 2 else {}),
     )
     counts = [[choose.choice([0, 1, 6, 7]) for _ in range(config.num_ranks)] for _ in range(3)]
     x = [random_tokens(config, count, seed) for count in counts]

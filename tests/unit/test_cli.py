@@ -52,6 +52,9 @@ def run_json(capsys, *flags):
     (["--iterations", "0"], "argument --iterations: must be an integer >= 1, got '0'"),
     (["--seed", "-1"], "argument --seed: must be an integer >= 0, got '-1'"),
     (["--deadline-s", "nan"], "argument --deadline-s: must be a number in (0, 86400], got 'nan'"),
+    (["--arithmetic", "pairs"], "argument --arithmetic: arithmetic 'pairs' multiplies bfloat16 only"),
+    (["--arithmetic", "fma", "--backend", "fibers"], "argument --arithmetic: goes with --backend cpu, got fibers"),
+    (["--arithmetic", "vdpbf16ps"], "argument --arithmetic: invalid choice: 'vdpbf16ps'"),
     (["--backend", "gpu"], "argument --backend: invalid choice: 'gpu'"),
     (["--backend", "fibers", "--mpi"], "argument --mpi: fibers run all ranks in one process"),
     (["--threads", "--mpi"], "argument --mpi: not allowed with argument --threads"),
@@ -127,6 +130,7 @@ def test_json_has_the_keys_and_its_numbers_agree(capsys):
 @pytest.mark.parametrize("flags", [
     ["--workload", "hot", "--no-gated", "--activation", "relu"],
     ["--dtype", "bfloat16", "--processors", "3"],
+    ["--dtype", "bfloat16", "--arithmetic", "tiles"],
     ["--backend", "fibers", "--tokens", "5", "--dtype", "float64"],
     ["--ranks", "1", "--topk", "8"],
 ])  # fmt: skip

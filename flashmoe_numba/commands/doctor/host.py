@@ -20,6 +20,7 @@ from reference.code_cache import compiler_is_off
 
 from ...errors import UsageError
 from ...processes import launch, mpi_environment, shared_memory
+from ...tile_gemm.arithmetic import ARITHMETICS, by_instruction, fastest, tiles_refused
 from ..sizes import DEFAULT_PRESET
 
 USES = ("cpu", "mpi", "compile", "cuda")  # layers as threads, as processes; building for GPUs; running there
@@ -67,6 +68,7 @@ def check_host() -> Iterator[Check]:
     yield from packages
     if all(check.status != NO for check in packages if check.name == "numba"):  # else it cannot be asked
         yield check_compiler()
+        yield check_arithmetic()
     yield check_cache()
     yield check_mpirun()
     yield check_one_mpi()
@@ -108,6 +110,16 @@ def check_compiler() -> Check:
         found = f"{', '.join(slow)}: compiled code is slow"
         return judged("compiler", USES, found, "unset them, unless you debug", WARN)
     return judged("compiler", USES, "as usual")
+
+
+def check_arithmetic() -> Check:
+    """How does this CPU multiply bfloat16?"""
+    own = [name for name, row in ARITHMETICS.items() if name != "fma" and by_instruction(name)]
+    with_instruction = (
+        ", ".join(f"{name} by {ARITHMETICS[name].instruction}" for name in own) or "none by an instruction"
+    )
+    refused = f", tiles refused by the system ({tiles_refused()})" if "tiles" in own and tiles_refused() else ""
+    return judged("bfloat16", ("cpu",), f"{fastest()} by default; {with_instruction}{refused}")
 
 
 def check_cache() -> Check:

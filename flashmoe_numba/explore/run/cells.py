@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from reference import Layout, MoEConfig
-from reference.task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES
+from reference.task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, SHARED0, SHARED1
 
 from ...kernel import control, queue, row_tiles, signals
 from ...tile_gemm import PLACE_WORDS
@@ -80,6 +80,11 @@ class Cells:
             "down_done": (("source", "expert", "m"), (*rows[:2], layout.row_blocks)),
             "chunk_done": (("source", "expert", "m"), (*rows[:2], layout.row_blocks)),
             "tiles_left": (("token block",), (-1,)),
+            "shared_hidden": (("token", "column"), (-1, max(c.shared_ffn, 1))),
+            "shared_results": (("token", "column"), (-1, c.hidden)),
+            "shared_factors": (("token",), (-1,)),
+            "shared_up_done": (("m",), (-1,)),
+            "shared_down_done": (("m",), (-1,)),
         }
         self._books: dict[str, tuple[tuple[str, ...], Sequence[int]]] = {
             "seen": (("source", "expert"), rows[:2]),
@@ -141,6 +146,8 @@ def task_text(kind: int, peer: int, expert: int, m: int, n: int) -> str:
         return f"DISPATCH(owner {peer}, expert {expert})"
     if kind in (GEMM0, GEMM1):
         return f"{KIND_NAMES[kind]}(source {peer}, expert {expert}, m {m}, n {n})"
+    if kind in (SHARED0, SHARED1):
+        return f"{KIND_NAMES[kind]}(m {m}, n {n})"
     return f"a task of kind {kind}"
 
 

@@ -72,7 +72,8 @@ class Checker:
         packets = [make_packets(call.routing.topk_idx, config) for call in calls]
         sent = np.array([packet.sent for packet in packets]).reshape(config.num_ranks, config.num_ranks, -1)
         for rank, (case, call) in enumerate(zip(cases, calls, strict=True)):
-            wrong = np.argwhere(bits(call.y) != bits(ordered_sums(call, packets[rank], config)))
+            x = self.world.data[epoch - 1][0][rank]
+            wrong = np.argwhere(bits(call.y) != bits(ordered_sums(call, x, packets[rank], config)))
             if len(wrong):
                 text = f"{case} y{wrong[0].tolist()} is not the sum of its results in the order of choices"
                 reports.append(Report(WRONG, text))
@@ -102,12 +103,12 @@ class Checker:
 
     def _illegal_experts(self, case: str, call: Call, given: Routing | None) -> Iterator[Report]:
         """The first token whose experts are not distinct ones of the layer; no choice (-1) may be given only."""
-        num_experts = self.world.spec.config.num_experts
+        num_choices = self.world.spec.config.num_choices
         for token, experts in enumerate(call.routing.topk_idx.tolist()):
             chosen = [e for e in experts if given is None or e != -1]
-            bad = [e for i, e in enumerate(chosen) if not 0 <= e < num_experts or e in chosen[:i]]
+            bad = [e for i, e in enumerate(chosen) if not 0 <= e < num_choices or e in chosen[:i]]
             if bad:
-                text = f"token {token} goes to expert {bad[0]} of {experts}: not in [0, {num_experts}), or twice"
+                text = f"token {token} goes to expert {bad[0]} of {experts}: not in [0, {num_choices}), or twice"
                 yield Report(WRONG, f"{case} {text}")
                 return
 
@@ -141,15 +142,22 @@ class Checker:
         return [Report(WRONG, f"call {epoch}: {failure}") for failure in verdict.failures]
 
 
-def ordered_sums(call: Call, packets: Packets, config: MoEConfig) -> np.ndarray:
-    """`[num_tokens, hidden]`: results summed in the accumulator's type in the order of choices, rounded once."""
-    sums = np.zeros((len(call.y), config.hidden), config.accumulator)
+def ordered_sums(call: Call, x: np.ndarray, packets: Packets, config: MoEConfig) -> np.ndarray:
+    """`[num_tokens, hidden]`: results summed in the accumulator's type in the order of choices, rounded once.
+
+    The shared expert's come last, and a zero-computation expert's are the tokens `x` themselves.
+    """
+    sums, one = np.zeros((len(call.y), config.hidden), config.accumulator), config.accumulator.type(1)
     for token, (experts, factors) in enumerate(zip(call.routing.topk_idx, call.routing.topk_weights, strict=True)):
         for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
             if packets.slot[token, j] >= 0 and factor != 0:
                 owner, local = divmod(expert, config.num_experts_per_rank)
                 row = call.results[owner, local, packets.slot[token, j]]
-                sums[token] += factor * row.astype(config.accumulator)
+                sums[token] += (one if config.router_kind.weight_input else factor) * row.astype(config.accumulator)
+            elif expert >= config.num_experts and factor != 0 and config.zero == "identity":
+                sums[token] += factor * x[token].astype(config.accumulator)
+    if config.shared_ffn:
+        sums += call.factors[:, None] * call.shared.astype(config.accumulator)
     return sums.astype(config.numpy_dtype)
 
 

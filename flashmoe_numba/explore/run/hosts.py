@@ -36,6 +36,8 @@ class Call:
     y: np.ndarray
     routing: Routing
     results: np.ndarray  # elements [num_ranks, num_experts_per_rank, slots, hidden]: the rank's result region
+    shared: np.ndarray  # elements [num_tokens, hidden]: of the shared expert, no rows where there is none
+    factors: np.ndarray  # accumulator [num_tokens]: of these
     flags: np.ndarray  # int64 [num_experts, row_blocks]: its result flags
     rows: np.ndarray  # [num_ranks, num_experts_per_rank]: of the packets that the rank received
     tasks: Counter[Task]
@@ -186,7 +188,18 @@ def _call_of(rank: Rank, y: np.ndarray, epoch: int) -> Call:
     results = rank.segments.result.view(c.numpy_dtype).reshape(shape).copy()
     flags = rank.segments.result_flag.reshape(c.num_experts, -1).copy()
     rows = rank.received.rows.reshape(shape[:2]).copy()
-    return Call(y.copy(), rank.routing(len(y)), results, flags, rows, _tasks(rank), rank.row_tiles(epoch))
+    shared = rank.tokens.shared_results.view(c.numpy_dtype).reshape(-1, c.hidden)[: len(y)].copy()
+    return Call(
+        y=y.copy(),
+        routing=rank.routing(len(y)),
+        results=results,
+        shared=shared,
+        factors=rank.tokens.shared_factors[: len(y)].copy(),
+        flags=flags,
+        rows=rows,
+        tasks=_tasks(rank),
+        tiles=rank.row_tiles(epoch),
+    )
 
 
 def _tasks(rank: Rank) -> Counter[Task]:

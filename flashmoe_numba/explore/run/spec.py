@@ -112,13 +112,15 @@ class WorldSpec:
 
     def _check_size(self) -> None:
         c = self.config
+        if c.expert_kind.norm_eps is not None:  # sums of results are compared bit for bit
+            raise ValueError(f"config.expert must have no norm_eps in a world, got {c.expert_kind.norm_eps}")
         fibers = c.num_ranks * (self.num_processors + 1) * self.lanes
         if fibers > MOST_FIBERS:
             rule = f"num_ranks * (num_processors + 1) * lanes must be at most {MOST_FIBERS}"
             raise ValueError(f"{rule}, got {c.num_ranks} * ({self.num_processors} + 1) * {self.lanes}")
         if self.epochs > MOST_EPOCHS:
             raise ValueError(f"epochs must be at most {MOST_EPOCHS}, got {self.epochs}")
-        num_bytes = c.num_ranks * Layout(c).num_bytes + c.num_experts * c.hidden * c.ffn
+        num_bytes = c.num_ranks * Layout(c).num_bytes + c.hidden * (c.num_experts * c.ffn + c.num_ranks * c.shared_ffn)
         if num_bytes > MOST_BYTES:
             raise ValueError(f"segments and weights must be at most {MOST_BYTES:,} bytes, got {num_bytes:,}")
 
@@ -127,7 +129,7 @@ class WorldSpec:
         weights = Weights.random(self.config, seed=self.data_seed, bias=True)
         if not self.ties:
             return weights
-        twins = np.arange(self.config.num_experts) // 2 * 2
+        twins = np.arange(self.config.num_choices) // 2 * 2
         return replace(weights, router=weights.router[twins])
 
     def calls(self) -> list[tuple[list[np.ndarray], list[Routing | None]]]:
@@ -159,12 +161,12 @@ class WorldSpec:
         bias = choose.choice([None, 0.0, 50.0]) if epoch else None
         if bias is None:
             return x, [None] * c.num_ranks
-        favour = bias * draw.standard_normal(c.num_experts)
+        favour = bias * draw.standard_normal(c.num_choices)
         return x, [self._routing(draw, count, favour) for count in counts]
 
     def _routing(self, draw: np.random.Generator, count: int, favour: np.ndarray) -> Routing:
         c = self.config
-        order = np.argsort(draw.standard_normal((count, c.num_experts)) + favour, axis=1)
+        order = np.argsort(draw.standard_normal((count, c.num_choices)) + favour, axis=1)
         factors = draw.uniform(0.1, 1, (count, c.num_topk)).astype(c.accumulator)
         chosen = draw.random(factors.shape) >= NO_CHOICE_SHARE
         return Routing(np.where(chosen, order[:, : c.num_topk], -1).astype(np.int32), np.where(chosen, factors, 0))

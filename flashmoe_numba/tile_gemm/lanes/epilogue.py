@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from flashmoe_numba.device import array_at, block_sync, jit, lane, lanes, load, store
+from flashmoe_numba.device import array_at, block_sync, formulas, jit, lane, lanes, load, store
+from flashmoe_numba.tile_gemm import forms
 from flashmoe_numba.tile_gemm import rows as of_rows
 from flashmoe_numba.tile_gemm.activations import BY_INDEX
+from flashmoe_numba.tile_gemm.forms import CLAMP, CLAMP_ACTIVATED, PLAIN, SOFTCAP
 from flashmoe_numba.tile_gemm.matrices import MAX_TILE_COLUMNS, SUMS_STRIDE
 from flashmoe_numba.tile_gemm.stub import tile_sums
 
 room_row, room_address = jit(of_rows.room_row), jit(of_rows.room_address)
+at_most, within = jit(forms.at_most), jit(forms.within)
+soft_capped, sigmoid = jit(formulas.soft_capped), jit(formulas.sigmoid)
 
 
 def _choices(kinds):
@@ -24,7 +28,7 @@ activate = _choices(BY_INDEX)
 
 
 @jit
-def multiply_tile(out, a, rows, matrices, expert, n, activation, scratch):
+def multiply_tile(out, a, rows, matrices, expert, n, form, scratch):
     """`stub.tile_gemm` for `Matrices`."""
     first = n * matrices.tile_n
     columns = min(matrices.tile_n, matrices.columns - first)
@@ -32,12 +36,12 @@ def multiply_tile(out, a, rows, matrices, expert, n, activation, scratch):
         here = min(matrices.group_rows, rows - group)
         tile_sums(a, group, here, matrices, expert, first, columns, scratch)
         block_sync()
-        finish(out, group, here, matrices, expert, first, columns, activation, scratch.sums)
+        finish(out, group, here, matrices, expert, first, columns, form, scratch.sums)
         block_sync()
 
 
 @jit
-def finish(out, first_row, rows, matrices, expert, first, columns, activation, sums):
+def finish(out, first_row, rows, matrices, expert, first, columns, form, sums):
     """Lanes side by side take columns side by side, and several rows if there are more lanes than columns."""
     bits = 0  # of a column among lanes, which are a power of two: divisions are slow, and so are loops of any step
     while (1 << bits) < min(lanes(), matrices.tile_n):
@@ -49,19 +53,36 @@ def finish(out, first_row, rows, matrices, expert, first, columns, activation, s
         room = out.array if out.at < 0 else array_at(room_address(out, first_row + r), out.array.size, out.array)
         if lanes() >= MAX_TILE_COLUMNS:  # known when a kernel is compiled: a lane has one column at most, and no loop
             if column < columns:
-                finish_one(room, at, r, column, matrices, expert, first, activation, sums)
+                finish_one(room, at, r, column, matrices, expert, first, form, sums)
         else:
             for c in range(column, columns, 1 << bits):
-                finish_one(room, at, r, c, matrices, expert, first, activation, sums)
+                finish_one(room, at, r, c, matrices, expert, first, form, sums)
         r += lanes() >> bits
 
 
 @jit
-def finish_one(room, at, r, c, matrices, expert, first, activation, sums):
+def finish_one(room, at, r, c, matrices, expert, first, form, sums):
     """The result of row r of these, column c of the tile."""
     bias_at = expert * matrices.parts * matrices.columns + first + c
-    value = activate(load(sums, r * SUMS_STRIDE + c) + load(matrices.bias, bias_at), activation)
-    if matrices.parts == 2:
-        up = load(sums, r * SUMS_STRIDE + matrices.tile_n + c)
-        value = value * (up + load(matrices.bias, bias_at + matrices.columns))
-    store(room, at + c, value)
+    value = load(sums, r * SUMS_STRIDE + c) + load(matrices.bias, bias_at)
+    if matrices.parts == 1:
+        store(room, at + c, activate(value, form.activation))
+    else:
+        up = load(sums, r * SUMS_STRIDE + matrices.tile_n + c) + load(matrices.bias, bias_at + matrices.columns)
+        store(room, at + c, gated(value, up, form))
+
+
+@jit
+def gated(gate, up, form):
+    """Of one hidden element: as reference/experts.py has it."""
+    if form.shape == PLAIN:
+        return activate(gate, form.activation) * up
+    if form.shape == SOFTCAP:
+        active = soft_capped(gate, form.gate_limit) * sigmoid(form.slope * gate, form.slope / form.slope)
+        up = soft_capped(up, form.up_limit)
+    else:
+        bound = at_most(gate, form.gate_limit) if form.shape == CLAMP else gate
+        active = activate(bound * form.slope, form.activation) / form.slope
+        active = at_most(active, form.gate_limit) if form.shape == CLAMP_ACTIVATED else active
+        up = within(up, form.up_limit)
+    return active * (up + form.up_offset)

@@ -307,7 +307,7 @@ def test_the_kernel_is_clean_whatever_the_interleaving(spec):
                 covered.append(class_of([node.event for node in tree.nodes]))
             more = tree.turn()
         assert len(covered) == len(set(covered)) > 1
-        met = {random_class(world, seed) for seed in range(40)}
+        met = {random_class(world, seed) for seed in range(80)}
     assert met <= set(covered)
     assert len(met) > len(covered) / 4
 

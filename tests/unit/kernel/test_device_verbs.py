@@ -19,6 +19,7 @@ from flashmoe_numba.device import (
     cas,
     copy_row,
     fetch_add,
+    has_settled,
     lane,
     lanes,
     ld_acquire,
@@ -27,12 +28,13 @@ from flashmoe_numba.device import (
     now,
     part_columns,
     pause,
+    scale_part,
     st_release,
     store,
     store_part,
     zero_sums,
 )
-from flashmoe_numba.device.cpu import JIT_OPTIONS
+from flashmoe_numba.device.cpu import JIT_OPTIONS, SHORTEST_SLEEP_US
 from flashmoe_numba.device.fibers import Scheduler
 
 compiled = njit(**JIT_OPTIONS)
@@ -181,7 +183,7 @@ def test_copy_row_moves_bits(dtype):
             assert target.tobytes() == expected.tobytes(), f"{name}, {num_elements} elements"
 
 
-def sum_two_rows(target, source, weights, working):
+def sum_two_rows(target, source, weights, scale, working):
     num_columns = source.size // 2
     width = part_columns(target, source, num_columns)
     for at in range(lane() * width, num_columns, lanes() * width):
@@ -189,6 +191,7 @@ def sum_two_rows(target, source, weights, working):
         sums = zero_sums(working, columns)
         for row in range(2):
             add_part(sums, columns, source, row * num_columns + at, weights[row])
+        scale_part(sums, columns, scale, at)
         store_part(target, at, sums, columns)
 
 
@@ -199,8 +202,8 @@ def test_parts_of_rows_are_summed_once(dtype, num_lanes):
     storage, accumulator = (np.uint16, np.float32) if dtype == "float16" else (np.float64, np.float64)
     source = np.random.default_rng(0).integers(-9, 10, 14).astype(dtype)
     weights, working = np.array([0.5, -3], accumulator), np.full(7, np.nan, accumulator)
-    target = np.full(8, 7, dtype)
-    arguments = target.view(storage), source.view(storage), weights, working
+    target, scale = np.full(8, 7, dtype), np.array([1, -2, 0, 0.5, 4, 1, 3], accumulator)
+    arguments = target.view(storage), source.view(storage), weights, scale, working
     if num_lanes == 1:
         compiled(sum_two_rows)(*arguments)
     else:
@@ -208,7 +211,7 @@ def test_parts_of_rows_are_summed_once(dtype, num_lanes):
         scheduler.add_block("test", sum_two_rows, arguments, num_lanes)
         scheduler.run()
     first, second = source.astype(np.float64).reshape(2, 7)
-    assert target.tolist() == [*(first / 2 - 3 * second), 7]
+    assert target.tolist() == [*((first / 2 - 3 * second) * scale), 7]
 
 
 def single_steps(words, got):
@@ -228,6 +231,21 @@ def test_atomics_by_one_thread():
         function(words, got)
         assert got.tolist() == [10, 20, 30, -7, 0, 42, 0], name
         assert words.tolist() == [-11, 15, 20, 99, -7, 50], name
+
+
+def wait_until_settled(got):
+    attempt, start = 0, now()
+    while not has_settled(attempt):
+        attempt = pause(attempt)
+    got[0] = now() - start
+
+
+def test_a_wait_has_settled_only_after_it_slept():
+    """A sleep takes no less than it should; it is what lets other ranks run that share the core."""
+    function, got = compiled(wait_until_settled), np.zeros(1, np.int64)
+    function(got)
+    sleeps = [SHORTEST_SLEEP_US * number for number in range(1, 13)]
+    assert got[0] >= 1000 * sum(sleeps)
 
 
 def each_atomic(words, got):

@@ -43,7 +43,7 @@ def check_slots(layer, rank, topk_idx):
     case = f"{config}, rank {rank}"
     for b in range(blocks):
         pairs = range(b * pairs_per_block, min((b + 1) * pairs_per_block, num_pairs))
-        pairs = [pair for pair in pairs if topk_idx.flat[pair] >= 0]
+        pairs = [pair for pair in pairs if 0 <= topk_idx.flat[pair] < config.num_experts]
         chosen = [int(topk_idx.flat[pair]) for pair in pairs]
         assert bases[b].tolist() == used, f"{case}, token block {b}: first slots"
         for pair, expert in zip(pairs, chosen, strict=True):
@@ -87,7 +87,7 @@ def test_a_task_survives_its_two_words(task):
 @given(routed_layers(), st.integers(1, 3), st.sampled_from(PACKINGS), backends)
 def test_slots_and_tasks_are_the_references(layer, num_processors, packing, backend):
     config, x, (topk_idx, topk_weights) = layer
-    given, topk_idx = topk_idx, [np.where(idx < config.num_experts, idx, -1) for idx in topk_idx]
+    given, topk_idx = topk_idx, [np.where(idx < config.num_choices, idx, -1) for idx in topk_idx]
     packets = [make_packets(idx, config) for idx in topk_idx]
     how = dict(num_processors=num_processors, trace=True, packing=packing)
     with FlashMoE(config, Weights.random(config), **how, **backend) as layer:

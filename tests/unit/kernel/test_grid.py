@@ -1,5 +1,7 @@
 """A launch for many ranks, as the cuda backend makes it, interpreted: table, records, lanes, epochs, without a GPU."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from cases import assert_equals_oracle, assert_same_bits, random_routing, random_tokens, tiny_config
@@ -96,3 +98,21 @@ def test_a_record_is_read_as_it_was_written():
 def flatten(record):
     for field in record:
         yield from flatten(field) if isinstance(field, tuple) else [field]
+
+
+class Numbers(NamedTuple):
+    whole: int
+    single: np.float32
+    double: np.float64
+    flag: bool
+
+
+@pytest.mark.parametrize("value", [-1.7, 0.0, -0.0, np.inf, 1e-45])
+def test_a_record_has_numbers_as_they_were(value):
+    record = Numbers(-5, np.float32(value), np.float64(value), True)
+    words = np.array([7, *record_words(record, id)], np.int64)
+    assert len(words) == 5, "a number is a word"
+    got = read_record(words, 1, record, None)
+    assert (got.whole, got.flag) == (-5, True)
+    for name in ("single", "double"):
+        assert_same_bits(np.array([getattr(got, name)]), np.array([getattr(record, name)]), name)

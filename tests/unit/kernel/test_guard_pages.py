@@ -14,10 +14,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from cases import DTYPES, assert_same_bits
+from cases import DTYPES, assert_same_bits, usable_arithmetics
 from test_tile_gemm import make_product
 
 from flashmoe_numba.backends.cpu import CpuBackend
+from flashmoe_numba.tile_gemm.arithmetic import PAIRED_DTYPE
 from reference import MoEConfig
 
 PROT_NONE = 0
@@ -65,13 +66,13 @@ def in_a_child(function):
     assert status == 0, "wrong, see stderr" if status > 0 else signal.Signals(-status).name
 
 
-def products_of_a_rank(config):
+def products_of_a_rank(config, arithmetic):
     """[(product, columns of a tile, tallest tile)] of gate, up and down projections, as rank.py sizes them."""
     c = config
     gate_rows, seed = min(c.token_block, c.num_tokens), 5
     router = make_product(c.dtype, gate_rows, c.hidden, c.num_experts, False, "identity", seed)
-    up = make_product(c.dtype, c.num_tokens, c.hidden, c.ffn, c.gated, "silu", seed)
-    down = make_product(c.dtype, c.num_tokens, c.ffn, c.hidden, False, "identity", seed)
+    up = make_product(c.dtype, c.num_tokens, c.hidden, c.ffn, c.gated, "silu", seed, arithmetic)
+    down = make_product(c.dtype, c.num_tokens, c.ffn, c.hidden, False, "identity", seed, arithmetic)
     return [
         (router, min(c.tile_n, c.num_experts), gate_rows),
         (up, min(c.tile_ffn, c.ffn), c.tile_m),
@@ -93,12 +94,13 @@ SIZES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_tile_touches_its_own_memory_only(dtype):
-    for sizes in SIZES:
-        check_tiles(MoEConfig(**(BASE | sizes), dtype=dtype))
+    for arithmetic in usable_arithmetics() if dtype == PAIRED_DTYPE else ["fma"]:
+        for sizes in SIZES:
+            check_tiles(MoEConfig(**(BASE | sizes), dtype=dtype), arithmetic)
 
 
-def check_tiles(config):
-    backend, products = CpuBackend(), products_of_a_rank(config)
+def check_tiles(config, arithmetic):
+    backend, products = CpuBackend(), products_of_a_rank(config, arithmetic)
     scratch = backend.make_scratch(config)
     backend.close()
     assert scratch.sums.size >= config.hidden, f"{config}: a combine needs a row"

@@ -13,7 +13,7 @@ from flashmoe_numba.seeing.trace import decode
 from reference.runs import RowRun
 from reference.task_kinds import GEMM0, RECEIVE
 
-LATE_S = 0.05
+LATE_S = 0.2  # on a busy machine a wait settles after some 50 ms, on an idle one after 2
 LATE = 2  # the rank that comes last
 ROWS = 9  # of each source for expert 0: two tiles of 4 rows and a rest, or with another source's four tiles and a rest
 

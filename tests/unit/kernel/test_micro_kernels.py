@@ -8,13 +8,13 @@ from cases import DTYPES, assert_same_bits
 from test_tile_gemm import Product, make_product
 
 from flashmoe_numba.tile_gemm import Scratch
-from flashmoe_numba.tile_gemm.cpu import DEPTH_BLOCK, FUSED, MICRO_ROWS, ROW_STRIDE
+from flashmoe_numba.tile_gemm.micro_kernel import DEPTH_BLOCK, FUSED, MICRO_ROWS, ROW_STRIDE
 
 pytestmark = pytest.mark.skipif(not FUSED, reason="this CPU has no fused multiply-add")
 
 
-def fused32(a, b, c):
-    """a * b + c of float32 arrays, rounded once: in float64 rounded to odd, which may then be rounded again.
+def fused_to_odd(a, b, c):
+    """a * b + c of float32 arrays in float64, rounded to odd: it may be rounded again, to float32, as if only once.
 
     Source: S. Boldo and G. Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding
     to odd", IEEE Transactions on Computers 57(4), 2008.
@@ -23,9 +23,13 @@ def fused32(a, b, c):
     total = product + c
     part = total - product
     error = (product - (total - part)) + (c - part)
-    even = total.view(np.int64) % 2 == 0
-    odd = np.where(even & (error != 0), np.nextafter(total, np.copysign(np.inf, error)), total)
-    return odd.astype(np.float32)
+    inexact = np.isfinite(total) & (error != 0) & (total.view(np.int64) % 2 == 0)
+    return np.where(inexact, np.nextafter(total, np.copysign(np.inf, error)), total)
+
+
+def fused32(a, b, c):
+    """a * b + c of float32 arrays, rounded once."""
+    return fused_to_odd(a, b, c).astype(np.float32)
 
 
 fused64 = np.frompyfunc(lambda a, b, c: float(Fraction(a) * Fraction(b) + Fraction(c)), 3, 1)

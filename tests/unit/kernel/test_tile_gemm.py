@@ -1,10 +1,11 @@
 """The tile GEMM against float64 NumPy, and its promise: a row's bits depend on the row and the weights only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pytest
-from cases import DTYPES, assert_same_bits, finfo
+from cases import DTYPES, assert_same_bits, finfo, usable_arithmetics
 from children import printed
 from exact_activations import assert_within
 from hypothesis import example, given, settings
@@ -16,19 +17,32 @@ from flashmoe_numba.backends.fibers import FiberBackend
 from flashmoe_numba.device.cpu import JIT_OPTIONS
 from flashmoe_numba.device.fibers import Scheduler
 from flashmoe_numba.device.storage import as_storage
-from flashmoe_numba.tile_gemm import IN_ORDER, RANK, ROW_IN, ROW_OUT, Rooms, Rows, Scratch, as_matrices, tile_gemm
+from flashmoe_numba.tile_gemm import (
+    IN_ORDER,
+    RANK,
+    ROW_IN,
+    ROW_OUT,
+    Rooms,
+    Rows,
+    Scratch,
+    as_matrices,
+    make_form,
+    tile_gemm,
+)
 from flashmoe_numba.tile_gemm.activations import VERBS
+from flashmoe_numba.tile_gemm.arithmetic import PAIRED_DTYPE
 from flashmoe_numba.tile_gemm.cpu_activations import exp32
 from flashmoe_numba.tile_gemm.matrices import STAGE_ELEMENTS, SUMS_ELEMENTS
 from flashmoe_numba.tile_gemm.panels import pack, packed_elements, panels_per_tile
-from reference import ACTIVATIONS, MoEConfig, activation, element_dtype
+from reference import ACTIVATIONS, ExpertKind, MoEConfig, activation, element_dtype
 from reference.activations import FILES, MOST_ULPS
+from reference.experts import activate
 from reference.formats import FORMATS
 from reference.tolerance import ELEMENTWISE_ULPS, GROWTH
 
 
-def multiply(out, a, rows, matrices, expert, n, activation, scratch):
-    tile_gemm(out, a, rows, matrices, expert, n, activation, scratch)
+def multiply(out, a, rows, matrices, expert, n, form, scratch):
+    tile_gemm(out, a, rows, matrices, expert, n, form, scratch)
 
 
 def on_fibers(lanes):
@@ -65,6 +79,12 @@ class Product:
     w: list[np.ndarray]  # [columns, depth] each
     b: list[np.ndarray]  # [columns] each, in the accumulator's type
     activation: str
+    arithmetic: str = "fma"  # of CPUs
+    form: dict = field(default_factory=dict)  # what else the kind of expert is
+
+    @property
+    def kind(self):
+        return ExpertKind(activation=self.activation, gated=len(self.w) == 2, **self.form)
 
     @property
     def config(self):
@@ -83,7 +103,7 @@ class Product:
         kind, lanes = targets
         c = self.config
         rows, columns = len(self.x), len(self.w[0])
-        backends = {"cpu": CpuBackend, "fibers": FiberBackend, "lanes": LanesBackend}
+        backends = {"cpu": partial(CpuBackend, self.arithmetic), "fibers": FiberBackend, "lanes": LanesBackend}
         backend, function = backends[kind](), compiled if kind == "cpu" else on_fibers(lanes)
         other = [np.full_like(w, np.nan) for w in self.w]
         experts = [np.stack(pair) for pair in zip(other, self.w, strict=True)]
@@ -102,12 +122,13 @@ class Product:
         scratch = Scratch(*map(place, scratch or backend.make_scratch(enough)))
         for array in scratch:
             array[:] = np.nan
+        form = make_form(self.kind, c.accumulator)
         for first in range(0, rows, tile_m):
             at = IN_ORDER if scatter is None else first
             for n in range(-(-columns // matrices.tile_n)):
                 function(
                     Rooms(rooms[0], first + 1, words, at, addresses, 0), Rows(x, first, words, at),
-                    min(tile_m, rows - first), matrices, 1, n, ACTIVATIONS.index(self.activation), scratch,
+                    min(tile_m, rows - first), matrices, 1, n, form, scratch,
                 )  # fmt: skip
         backend.close()
         rooms = np.stack([room.view(self.x.dtype).reshape(rows + 2, columns) for room in rooms])
@@ -132,11 +153,13 @@ class Product:
             sizes = [
                 np.abs(x) @ np.abs(w.astype(np.float64)).T + np.abs(b) for w, b in zip(self.w, self.b, strict=True)
             ]
-            expected = activation(self.activation, sums[0])
-            if len(sums) == 2:
-                expected = expected * sums[1]
-            # An activation magnifies an error by less than 1.2; each factor of a gated product brings its own.
+            expected = activate(sums, self.kind)
+            sizes[-1] += abs(self.kind.up_offset)
+            # An activation magnifies an error by less than 1.2, relu2 by twice its argument, a bound by no more; each
+            # factor has its own.
             steps = np.sqrt(x.shape[1] + ELEMENTWISE_ULPS**2)
+            if self.activation == "relu2":
+                sizes[0] = 2 * sizes[0] ** 2
             error = 1.2 * len(sums) * GROWTH * self.config.format.sums.unit_roundoff * steps
             bound = error * np.prod(sizes, axis=0) + FORMATS[self.dtype].unit_roundoff * np.abs(expected)
         bound += float(finfo(self.x.dtype).smallest_subnormal) + 1.2e-38  # results that are not normal
@@ -150,7 +173,7 @@ class Product:
             )
 
 
-def make_product(dtype, rows, depth, columns, gated, name, seed=0):
+def make_product(dtype, rows, depth, columns, gated, name, seed=0, arithmetic="fma"):
     rng = np.random.default_rng(seed)
     config = MoEConfig(num_ranks=1, num_tokens=1, hidden=1, ffn=1, num_experts=1, num_topk=1, dtype=dtype)
 
@@ -160,19 +183,21 @@ def make_product(dtype, rows, depth, columns, gated, name, seed=0):
     parts = 2 if gated else 1
     w = [(normal(columns, depth).astype(np.float64) / depth**0.5).astype(config.numpy_dtype) for _ in range(parts)]
     b = [rng.standard_normal(columns).astype(config.accumulator) for _ in range(parts)]
-    return Product(dtype, normal(rows, depth), w, b, name)
+    return Product(dtype, normal(rows, depth), w, b, name, arithmetic)
 
 
 @st.composite
 def products(draw, max_rows=200, depths=(1, 5, 255, 256, 257, 600), max_columns=150):
+    dtype = draw(st.sampled_from(DTYPES))
     return make_product(
-        draw(st.sampled_from(DTYPES)),
+        dtype,
         draw(st.integers(1, max_rows)),
         draw(st.sampled_from(depths)),
         draw(st.integers(1, max_columns)),
         draw(st.booleans()),
         draw(st.sampled_from(ACTIVATIONS)),
         draw(st.integers(0, 2**32)),
+        draw(st.sampled_from(usable_arithmetics())) if dtype == PAIRED_DTYPE else "fma",
     )
 
 
@@ -195,6 +220,46 @@ def test_every_variant(dtype, gated, name):
 @given(products(max_rows=7, depths=(1, 3, 17), max_columns=9), st.integers(1, 4), st.integers(1, 3))
 def test_interpreted_tiles_equal_float64(product, tile_n, lanes):
     product.check(product.run(tile_n, tile_m=3, targets=("fibers", lanes)))
+
+
+FORMS = {
+    "clamp": dict(bound="clamp", gate_limit=0.9, up_limit=0.7, slope=1.702, up_offset=1.0),  # as of gpt_oss
+    "clamp the gate": dict(bound="clamp", gate_limit=0.6),
+    "clamp up": dict(bound="clamp", up_limit=0.6),
+    "clamp activated": dict(bound="clamp_activated", gate_limit=0.4, up_limit=0.7),
+    "softcap": dict(bound="softcap", gate_limit=0.8, up_limit=1.1, slope=1.3),
+    "slope": dict(slope=0.4),
+    "offset": dict(up_offset=-0.3),
+}
+
+
+def form_cases():
+    """Each form, for silu and for another activation where it may have one."""
+    return [(form, name) for form in FORMS for name in ("silu", "gelu") if name == "silu" or form != "softcap"]
+
+
+@pytest.mark.parametrize(("form", "name"), form_cases())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forms_of_gated_experts_equal_float64(dtype, form, name):
+    product = make_product(dtype, 23, 130, 37, True, name)
+    plain, product = product, replace(product, form=FORMS[form])
+    for targets in (("cpu", 1), ("fibers", 2), ("lanes", 128)):
+        y = product.run(16, targets=targets)
+        product.check(y)
+        assert (y != plain.run(16, targets=targets)).any(), f"{form} does nothing on {targets}"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("targets", [("cpu", 1), ("lanes", 128)])
+def test_forms_of_what_is_not_finite_are_those_of_the_reference(targets, form, value):
+    """In g or in u; a limit takes an infinity, and no NaN."""
+    product = replace(make_product("float32", 1, 1, 2, True, "silu"), form=FORMS[form])
+    product.x[:], product.b = 1, [np.zeros(2, np.float32)] * 2
+    product.w = [np.array([[value], [2]], np.float32), np.array([[2], [value]], np.float32)]
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = activate([w[:, 0].astype(np.float64) for w in product.w], product.kind)
+    np.testing.assert_allclose(product.run(16, targets=targets)[0], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("lanes", [64, 128])
@@ -222,10 +287,10 @@ def test_a_rows_bits_do_not_depend_on_its_tile(product, seed):
     rng = np.random.default_rng(seed)
     y, rows = product.run(), len(product.x)
     for row in {0, rows - 1, int(rng.integers(rows))}:
-        alone = Product(product.dtype, product.x[row : row + 1].copy(), product.w, product.b, product.activation)
+        alone = replace(product, x=product.x[row : row + 1].copy())
         assert_same_bits(alone.run(), y[row : row + 1], f"row {row} of {rows} alone, depth {product.x.shape[1]}")
     order = rng.permutation(rows)
-    shuffled = Product(product.dtype, product.x[order], product.w, product.b, product.activation)
+    shuffled = replace(product, x=product.x[order])
     assert_same_bits(shuffled.run(), y[order], f"{rows} rows in another order")
     for tile_m, tile_n in ((1, 128), (5, 3), (13, 16), (64, 50)):
         if rows * len(product.w[0]) < 4000 or tile_m > 5:
@@ -318,7 +383,8 @@ def test_formulas_are_accurate_with_the_exp_of_a_library(real):
         assert_within(name, x, activation(name, x), 8)
         zeros = np.array([0.0, -0.0], real)
         for function in (formula, verb):
-            assert_same_bits(np.array([function(v) for v in zeros], real), zeros, f"{name} keeps the sign of zero")
+            kept = np.abs(zeros) if name == "relu2" else zeros  # a square has no sign
+            assert_same_bits(np.array([function(v) for v in zeros], real), kept, f"{name} keeps the sign of zero")
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 50), st.sampled_from([1, 4, 16, 32]), st.integers(1, 2))
@@ -369,5 +435,5 @@ def test_exp_beyond_its_range():
 def test_vectors_are_those_that_numba_compiles_for():
     """So that a machine with AVX-512 can run the code of one without."""
     haswell = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
-    program = "from flashmoe_numba.tile_gemm import cpu; print(cpu.VECTOR_BYTES, cpu.MICRO_ROWS, cpu.FUSED)"
+    program = "from flashmoe_numba.tile_gemm import micro_kernel as k; print(k.VECTOR_BYTES, k.MICRO_ROWS, k.FUSED)"
     assert printed("-c", program, **haswell).split() == ["32", "6", "True"]

@@ -101,6 +101,16 @@ def divided(a, b, kind):
     return with_sign(nearest(exact, kind), exact)
 
 
+def root(a, kind):
+    """To nearest: by the whole root of a << 1400, with one bit that says whether there is a rest."""
+    if not np.isfinite(a) or a <= 0:
+        with np.errstate(invalid="ignore"):
+            return kind(np.sqrt(a))
+    exact = Fraction(float(a)) * 2**1400
+    whole = math.isqrt(int(exact))
+    return nearest(Fraction(2 * whole + (whole * whole != exact), 2**701), kind)
+
+
 def smaller(a, b):
     """A NaN loses, and -0 is below +0 (9.7.3.11)."""
     if math.isnan(a) or math.isnan(b):
@@ -142,6 +152,7 @@ def float_meaning(stem, kind):
         "fma.rn": lambda a, b, c: sum_of_products(a, b, c, kind),
         "fma.rm": lambda a, b, c: sum_of_products(a, b, c, kind, below),
         "div.rn": lambda a, b: divided(a, b, kind), "rcp.rn": lambda a: divided(one, a, kind),
+        "sqrt.rn": lambda a: root(a, kind),
         "neg": lambda a: np.copysign(a, -np.copysign(one, a)), "abs": lambda a: np.copysign(a, one),
         "min": smaller, "mov": lambda a: a,
     }[stem]  # fmt: skip

@@ -130,7 +130,7 @@ def call_of(name, num_operands):
 # all instructions of one operation and one type
 
 PLAIN = sorted(name for name in op.PLAIN if not name.startswith("cvt"))
-UNARY = ("neg", "not", "abs", "rcp", "mov", "ex2")
+UNARY = ("neg", "not", "abs", "rcp", "sqrt", "mov", "ex2")
 
 
 @pytest.mark.parametrize("name", [n for n in PLAIN if n.split(".")[0] != "ex2"])

@@ -90,12 +90,13 @@ def test_non_contiguous_arrays_are_fine():
 
 @pytest.mark.parametrize(("fields", "error", "message"), [
     ({"router": np.ones((5, 35), np.float32)}, ValueError, r"router must have shape \[6, 35\], got \[5, 35\]"),
-    ({"router": np.ones((6, 35), np.float16)}, TypeError, "router must have dtype float32 or float32, got float16"),
+    ({"router": np.ones((6, 35), np.float16)}, TypeError, "router must have dtype float32, got float16"),
+    ({"first_expert": 0.0}, TypeError, "first_expert must be an integer, got 0.0"),
     ({"up_proj": np.ones((6, 35, 21), np.float32)}, ValueError, r"shape \[any, 21, 35\], got \[6, 35, 21\]"),
     ({"down_proj": np.ones((5, 35, 21), np.float32)}, ValueError, r"down_proj must have shape \[6, 35, 21\], got \[5,"),
     ({"gate_bias": np.ones((6, 35), np.float32)}, ValueError, r"gate_bias must have shape \[6, 21\], got \[6, 35\]"),
     ({"down_bias": np.ones((6, 35))}, TypeError, "down_bias must have config's dtype float32, got float64"),
-    ({"gate_proj": None}, ValueError, "gate_proj is missing, but config.gated is True"),
+    ({"gate_proj": None}, ValueError, "gate_proj is missing, but config's experts are gated"),
     ({"up_proj": [[1.0]]}, TypeError, "up_proj must be a NumPy array, got list"),
     ({"first_expert": 1}, ValueError, r"first_expert must be in \[0, 0\] for 6 experts, got 1"),
 ])  # fmt: skip
@@ -107,7 +108,7 @@ def test_check_names_both_sides(fields, error, message):
 
 def test_plain_experts_take_no_gate():
     gated = Weights.random(make_config())
-    with pytest.raises(ValueError, match=r"gate_proj is given, but config.gated is False"):
+    with pytest.raises(ValueError, match=r"gate_proj is given, but config's experts are not gated"):
         gated.check(make_config(gated=False))
 
 

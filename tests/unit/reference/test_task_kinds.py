@@ -5,13 +5,13 @@ import pytest
 from cases import random_routing, tiny_config
 
 from reference import make_packets, task_graph
-from reference.task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, KINDS, frees
+from reference.task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, KINDS, SHARED0, SHARED1, frees
 
 
 @pytest.fixture
 def graph():
     """Of ranks with tokens and without, with rows that are dropped, and a token block that has none."""
-    config = tiny_config(capacity=1, num_ranks=2)
+    config = tiny_config(capacity=1, num_ranks=2, shared_ffn=5)
     topk_idx, _ = random_routing(config, [7, 0], 3, 2.0)
     topk_idx = [np.where(np.arange(len(idx))[:, None] < 3, -1, idx) for idx in topk_idx]
     return task_graph([make_packets(idx, config) for idx in topk_idx], config)
@@ -32,7 +32,7 @@ def test_tasks_have_the_indices_that_the_table_says(graph):
 
 
 def test_what_a_kind_frees_is_what_needs_it():
-    assert KIND_NAMES == ("GATE", "DISPATCH", "GEMM0", "GEMM1", "COMBINE")
-    assert [frees(kind) for kind in (GATE, DISPATCH, GEMM0, GEMM1, COMBINE)] == [
-        (DISPATCH, COMBINE), (GEMM0,), (GEMM1,), (COMBINE,), (),
+    assert KIND_NAMES == ("GATE", "DISPATCH", "GEMM0", "GEMM1", "COMBINE", "SHARED0", "SHARED1")
+    assert [frees(kind) for kind in (GATE, DISPATCH, GEMM0, GEMM1, COMBINE, SHARED0, SHARED1)] == [
+        (DISPATCH, COMBINE), (GEMM0,), (GEMM1,), (COMBINE,), (), (SHARED1,), (COMBINE,),
     ]  # fmt: skip

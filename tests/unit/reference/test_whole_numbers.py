@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from reference.scalars import check_whole
+from reference import RouterKind
+from reference.scalars import check_whole, number
 
 
 @pytest.mark.parametrize("value", [1, 3, np.int8(2), np.array(3)])
@@ -25,3 +26,11 @@ def test_what_is_in_the_range_is_taken(value):
 def test_what_is_not_is_refused(value, most, error, rule):
     with pytest.raises(error, match=rule):
         check_whole("lanes", value, 1, most)
+
+
+def test_an_integer_that_no_float_holds_is_refused():
+    assert number("scale", 2**1023 - 1) == 2**1023 - 1
+    with pytest.raises(ValueError, match="scale must be in the range of float64, got an integer of 1,329 bits"):
+        number("scale", -(10**400))
+    with pytest.raises(ValueError, match="scale must be in the range of float64"):
+        RouterKind(scale=10**400)

@@ -235,8 +235,8 @@ def test_unknown_names_list_the_good_ones(name):
     [
         (dict(topk_idx=np.zeros((2, 3), np.int32)), ValueError, r"topk_idx must have shape \[any, any, any\]"),
         (dict(topk_idx=np.zeros((2, 3, 1))), TypeError, "topk_idx must have dtype int32, got float64"),
-        (dict(topk_idx=np.full((2, 3, 1), -2, np.int32)), ValueError, r"topk_idx must have values in \[-1, 4\)"),
-        (dict(topk_idx=np.full((2, 3, 1), 4, np.int32)), ValueError, r"topk_idx must have values in \[-1, 4\)"),
+        (dict(topk_idx=np.full((2, 3, 1), -3, np.int32)), ValueError, r"topk_idx must have values in \[-2, 4\)"),
+        (dict(topk_idx=np.full((2, 3, 1), 4, np.int32)), ValueError, r"topk_idx must have values in \[-2, 4\)"),
         (dict(owner=np.zeros(5, np.int32)), ValueError, r"owner must have shape \[4\], got \[5\]"),
         (dict(owner=np.full(4, 2, np.int32)), ValueError, r"owner must have values in \[0, 2\)"),
     ],

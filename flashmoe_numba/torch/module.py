@@ -1,0 +1,119 @@
+"""`MoE`: a layer as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from reference import MoEConfig, Weights
+from reference.scalars import check_name, check_one_of
+
+from ..checkpoints.entries import STORED, arrays_of
+from ..heap.tensors import as_tensor
+from .description import describe_config
+from .operator import moe_layer
+from .ownership import OWNERS, Owner, give_to_kernel, operands
+from .session import as_weights
+
+ARRAYS = tuple(name for name in STORED if arrays_of(name) == (name,))
+
+
+class MoE(Owner):
+    """One MoE layer; its parameters have the names and shapes of `Weights`, and need no gradient.
+
+    Tokens of any shape `[..., hidden]`, more than `config.num_tokens` too: then the layer is called several times,
+    which changes no bit; with a `config.capacity`, which counts by call, they are refused. All modules of equal configs
+    share threads and segments.
+
+    Args:
+        config: sizes of the layer, of one rank.
+        weights: `Weights`, whose memory becomes the parameters', or tensors by the names of its arrays. Tensors made
+            under `torch.inference_mode()` are copied, because a change in place of them could not be noticed.
+        own: "parameters": they stay, beside a packed copy that follows their changes; "packed": the matrices of the
+            experts are kept in the kernel's order only, and `state_dict` and `load_state_dict` convert.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+    """
+
+    def __init__(
+        self, config: MoEConfig, weights: Weights | Mapping[str, torch.Tensor], *, own: str = OWNERS[0]
+    ) -> None:
+        super().__init__()
+        check_name("own", own, OWNERS)
+        if not isinstance(config, MoEConfig):
+            raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
+        if config.num_ranks != 1:
+            raise ValueError(f"config.num_ranks must be 1, a module is one rank, got {config.num_ranks}")
+        self.config = config
+        with torch.inference_mode(False):  # tensors made under it count no versions
+            tensors = _tensors(weights, config)
+            as_weights(tensors, config).check_all(config)
+            for name, tensor in tensors.items():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._names = tuple(tensors)
+        self._description = describe_config(self._names, config)
+        if own == "packed":
+            give_to_kernel(self, self._names, self._names, self._description)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The layer's output, shaped like `hidden_states` `[..., hidden]` and of its type.
+
+        Args:
+            topk_idx, topk_weights: `[..., num_topk]`, a routing from outside, as `FlashMoE` takes it.
+            logits: `[..., num_choices]`, in place of the router's products, as `FlashMoE` takes them.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its shape and the rule.
+            RuntimeError: gradients are asked for.
+        """
+        c = self.config
+        x = _rows("hidden_states", hidden_states, c.hidden)
+        idx, factors = _rows("topk_idx", topk_idx, c.num_topk), _rows("topk_weights", topk_weights, c.num_topk)
+        tensors, description = operands(self, self._names, self._description)
+        y = moe_layer(x, idx, factors, _rows("logits", logits, c.num_choices), tensors, description)
+        return y.reshape(hidden_states.shape)
+
+
+def _rows(name: str, tensor: torch.Tensor | None, width: int) -> torch.Tensor | None:
+    """`[num_tokens, width]` of `[..., width]`: reshaping alone would take any shape with as many elements."""
+    if tensor is None:
+        return None
+    if tensor.dim() == 0 or tensor.shape[-1] != width:
+        raise ValueError(f"{name} must have shape [..., {width}], got {list(tensor.shape)}")
+    return tensor.reshape(-1, width)
+
+
+def _tensors(weights: Weights | Mapping[str, torch.Tensor], config: MoEConfig) -> dict[str, torch.Tensor]:
+    """By the names of `Weights`, those that are there."""
+    if isinstance(weights, Mapping):
+        _check_names(weights)
+        there = {name: tensor.detach() for name, tensor in weights.items() if tensor is not None}
+        return {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in there.items()}
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights must be Weights or tensors by name, got {type(weights).__name__}")
+    weights.check_all(config)
+    arrays = {name: getattr(weights, name) for name in ARRAYS}
+    return {
+        name: as_tensor(array if array.flags.writeable else array.copy())
+        for name, array in arrays.items()
+        if array is not None
+    }
+
+
+def _check_names(weights: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in weights.items():
+        check_one_of("a name in weights", name, ARRAYS)
+        if not isinstance(tensor, torch.Tensor | None):
+            raise TypeError(f"weights[{name!r}] must be a tensor or None, got {type(tensor).__name__}")
+    for name in ("router", "up_proj", "down_proj"):
+        if weights.get(name) is None:
+            raise ValueError(f"weights must have {name!r}, got {list(weights)}")

@@ -1,0 +1,86 @@
+"""The layer as an operator of PyTorch, so that graphs of torch.compile and torch.export can hold it.
+
+It has no gradient: where one is asked for, the call itself raises, in a graph too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..heap.tensors import NO_GRADIENT
+from .session import SESSION, Entry
+
+
+@torch.library.custom_op("flashmoe::moe_layer", mutates_args=())
+def moe_layer(
+    x: torch.Tensor,
+    topk_idx: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    logits: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    description: str,
+) -> torch.Tensor:
+    """One MoE layer.
+
+    Args:
+        x: `[num_tokens, hidden]`, any number of tokens; of a layer with a capacity, no more than a call takes.
+        topk_idx, topk_weights: `[num_tokens, num_topk]`, a routing from outside; None: the kernel routes. A router with
+            choice "given" takes topk_idx alone.
+        logits: `[num_tokens, num_choices]`, in place of the router's products.
+        tensors: the weights, as `description` says (description.py).
+
+    Returns:
+        `[num_tokens, hidden]`, of x's type.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+        RuntimeError: gradients are asked for.
+    """
+    arguments = dict(topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
+    given = {name: tensor for name, tensor in arguments.items() if tensor is not None}
+    for name, tensor in given.items():
+        if tensor.dim() != 2 or len(tensor) != len(x):
+            raise ValueError(f"{name} must have a row for each of {len(x)} tokens, got shape {list(tensor.shape)}")
+    entry = SESSION.entry(description, tensors, None if topk_idx is None else topk_idx.shape[1])
+    config = entry.shared.layer.config
+    limit = config.num_tokens
+    if len(x) <= limit:
+        return _call(entry, x, given)
+    if config.capacity is not None:
+        rule = f"capacity must be None for more than num_tokens={limit} tokens, because it is that of one call"
+        raise ValueError(f"{rule}; got {config.capacity} and {len(x)} tokens")
+    parts = [slice(start, start + limit) for start in range(0, len(x), limit)]
+    return torch.cat([_call(entry, x[part], {name: tensor[part] for name, tensor in given.items()}) for part in parts])
+
+
+def _call(entry: Entry, x: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of tokens that fit in one call; the layer judges which arguments can stand together."""
+    arguments: dict[str, Any] = {name: [tensor.cpu()] for name, tensor in given.items()}
+    with torch.no_grad():
+        y: torch.Tensor = entry.shared.layer([x], **arguments, weights=entry.packed)[0]
+    return y
+
+
+@moe_layer.register_fake
+def _shape(
+    x: torch.Tensor,
+    topk_idx: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    logits: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    description: str,
+) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _refuse(ctx: Any, inputs: Any, output: Any) -> None:
+    raise RuntimeError(NO_GRADIENT)
+
+
+def _no_backward(ctx: Any, grad: Any) -> None:
+    raise RuntimeError(NO_GRADIENT)
+
+
+moe_layer.register_autograd(_no_backward, setup_context=_refuse)
