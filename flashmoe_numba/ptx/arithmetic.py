@@ -85,6 +85,18 @@ def smaller(a, b):
 
 
 @njit
+def larger(a, b):
+    """The larger of two, likewise, and +0 before -0."""
+    if a != a:
+        return b
+    if b != b:
+        return a
+    if a == b:
+        return b if math.copysign(1.0, a) < 0 else a
+    return max(a, b)
+
+
+@njit
 def saturated(x):
     """In [0, 1]; NaN becomes 0."""
     return np.float32(0) if not x > 0 else min(x, np.float32(1))

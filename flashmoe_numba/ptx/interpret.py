@@ -12,7 +12,7 @@ import numpy as np
 from ..device.cpu import from_half, to_half
 from . import copies, endings, faults, mbarriers, products, state
 from . import opcodes as op
-from .arithmetic import exp2_approximate, fused, fused_down, saturated, smaller, to_bfloat
+from .arithmetic import exp2_approximate, fused, fused_down, larger, saturated, smaller, to_bfloat
 from .compiled import njit
 from .order import access_word, arrive, now_ns
 from .program import CODE, NUMBER, ROW, SHARED_WINDOW, TARGET, A, B, C
@@ -233,6 +233,8 @@ def run_thread(S, thread, most):
             put(r, target, np.float32(abs(f32(r, ia))))
         elif what == op.MIN_F32:
             put(r, target, np.float32(smaller(f32(r, ia), f32(r, ib))))
+        elif what == op.MAX_F32:
+            put(r, target, np.float32(larger(f32(r, ia), f32(r, ib))))
         elif what == op.DIV_F32:
             put(r, target, np.float32(f32(r, ia) / f32(r, ib)))
         elif what == op.RCP_F32:
@@ -251,10 +253,14 @@ def run_thread(S, thread, most):
             put(r, target, np.float64(f64(r, ia) * f64(r, ib)))
         elif what == op.FMA_F64:
             put(r, target, np.float64(fused(f64(r, ia), f64(r, ib), f64(r, ic))))
+        elif what == op.NEG_F64:
+            put(r, target, np.float64(-f64(r, ia)))
         elif what == op.ABS_F64:
             put(r, target, np.float64(abs(f64(r, ia))))
         elif what == op.MIN_F64:
             put(r, target, np.float64(smaller(f64(r, ia), f64(r, ib))))
+        elif what == op.MAX_F64:
+            put(r, target, np.float64(larger(f64(r, ia), f64(r, ib))))
         elif what == op.DIV_F64:
             put(r, target, np.float64(f64(r, ia) / f64(r, ib)))
         elif what == op.RCP_F64:

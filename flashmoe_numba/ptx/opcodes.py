@@ -14,9 +14,9 @@ from __future__ import annotations
     EQ64, NE64, LT_S64, LE_S64, LT_U64, LE_U64, EQ32, NE32, LT_S32, LE_S32, LT_U32, LE_U32, EQ16, NE16, LT_S16, LE_S16,
     EQ_F32, EQU_F32, NE_F32, NEU_F32, LT_F32, LE_F32, LTU_F32, LEU_F32, NAN_F32, NUM_F32,
     EQ_F64, EQU_F64, NE_F64, NEU_F64, LT_F64, LE_F64, LTU_F64, LEU_F64, NAN_F64, NUM_F64, SELECT,
-    ADD_F32, SUB_F32, MUL_F32, FMA_F32, FMA_DOWN_F32, NEG_F32, ABS_F32, MIN_F32, DIV_F32, RCP_F32, SQRT_F32,
+    ADD_F32, SUB_F32, MUL_F32, FMA_F32, FMA_DOWN_F32, NEG_F32, ABS_F32, MIN_F32, MAX_F32, DIV_F32, RCP_F32, SQRT_F32,
     EX2_F32, SATURATE_F32,
-    ADD_F64, SUB_F64, MUL_F64, FMA_F64, ABS_F64, MIN_F64, DIV_F64, RCP_F64, SQRT_F64,
+    ADD_F64, SUB_F64, MUL_F64, FMA_F64, NEG_F64, ABS_F64, MIN_F64, MAX_F64, DIV_F64, RCP_F64, SQRT_F64,
     MOVE, PACK64, ZERO_EXTEND32, SIGN_EXTEND32, ZERO_EXTEND16, F32_OF_F16, F16_OF_F32, BF16_OF_F32,
     TO_SHARED, FROM_SHARED,
     LOAD16, LOAD32, LOAD64, LOAD128, STORE16, STORE32, STORE64, STORE128,
@@ -25,7 +25,7 @@ from __future__ import annotations
     FENCE_ASYNC, FENCE_MBARRIER_INIT, FENCE_TENSOR_MAP,
     COPY_BOX, WGMMA_FENCE, WGMMA, WGMMA_COMMIT, WGMMA_WAIT, READS_SUM, WRITES_SUM,
     BRANCH, BRANCH_IF, BRANCH_UNLESS, RETURN, SLEEP, TIMER,
-) = range(139)  # fmt: skip
+) = range(142)  # fmt: skip
 NAMES = {code: name for name, code in dict(globals()).items() if name.isupper()}
 
 GENERIC, GLOBAL, SHARED = range(3)  # state spaces
@@ -48,11 +48,13 @@ PLAIN = {
     "and.pred": AND_PRED, "or.pred": OR_PRED, "xor.pred": XOR_PRED, "not.pred": NOT_PRED,
     "shl.b64": SHL64, "shr.s64": SHR_S64, "shr.u64": SHR_U64, "shl.b32": SHL32, "shr.s32": SHR_S32, "shr.u32": SHR_U32,
     "add.f32": ADD_F32, "sub.f32": SUB_F32, "mul.f32": MUL_F32, "fma.rn.f32": FMA_F32, "fma.rm.f32": FMA_DOWN_F32,
-    "neg.f32": NEG_F32, "abs.f32": ABS_F32, "min.f32": MIN_F32, "div.rn.f32": DIV_F32, "rcp.rn.f32": RCP_F32,
+    "neg.f32": NEG_F32, "abs.f32": ABS_F32, "min.f32": MIN_F32, "max.f32": MAX_F32,
+    "div.rn.f32": DIV_F32, "rcp.rn.f32": RCP_F32,
     "sqrt.rn.f32": SQRT_F32, "sqrt.rn.f64": SQRT_F64,
     "ex2.approx.ftz.f32": EX2_F32, "cvt.sat.f32.f32": SATURATE_F32,
     "add.f64": ADD_F64, "add.rn.f64": ADD_F64, "sub.f64": SUB_F64, "mul.f64": MUL_F64, "fma.rn.f64": FMA_F64,
-    "abs.f64": ABS_F64, "min.f64": MIN_F64, "div.rn.f64": DIV_F64, "rcp.rn.f64": RCP_F64,
+    "neg.f64": NEG_F64, "abs.f64": ABS_F64, "min.f64": MIN_F64, "max.f64": MAX_F64,
+    "div.rn.f64": DIV_F64, "rcp.rn.f64": RCP_F64,
     "cvt.u32.u64": ZERO_EXTEND32, "cvt.u64.u32": ZERO_EXTEND32, "cvt.s64.s32": SIGN_EXTEND32,
     "cvt.u16.u32": ZERO_EXTEND16, "cvt.u16.u64": ZERO_EXTEND16,
     "cvt.u64.u16": ZERO_EXTEND16, "cvt.u32.u16": ZERO_EXTEND16, "cvt.f32.f16": F32_OF_F16,

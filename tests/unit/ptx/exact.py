@@ -118,6 +118,13 @@ def smaller(a, b):
     return min(a, b, key=lambda x: (x, not np.signbit(x)))
 
 
+def larger(a, b):
+    """Likewise (9.7.3.12)."""
+    if math.isnan(a) or math.isnan(b):
+        return b if math.isnan(a) else a
+    return max(a, b, key=lambda x: (x, not np.signbit(x)))
+
+
 def saturated(a):
     """Into [0, 1], NaN to 0 (9.7.9.21)."""
     return type(a)(0 if not a > 0 else min(a, 1))
@@ -154,7 +161,7 @@ def float_meaning(stem, kind):
         "div.rn": lambda a, b: divided(a, b, kind), "rcp.rn": lambda a: divided(one, a, kind),
         "sqrt.rn": lambda a: root(a, kind),
         "neg": lambda a: np.copysign(a, -np.copysign(one, a)), "abs": lambda a: np.copysign(a, one),
-        "min": smaller, "mov": lambda a: a,
+        "min": smaller, "max": larger, "mov": lambda a: a,
     }[stem]  # fmt: skip
 
 
