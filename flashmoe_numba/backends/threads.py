@@ -80,7 +80,7 @@ def _join(workers: Sequence[_Worker]) -> None:
 class _Call:
     """Functions that are to begin, and how many have not ended.
 
-    A function is taken out of `_left` in one step, by its thread or by the caller that will not have it run, so an
+    A function is taken out of `_waiting` in one step, by its thread or by the caller that will not have it run, so an
     interrupt between any two steps of the caller does no harm.
     """
 
