@@ -7,7 +7,7 @@ import pytest
 import test_machine
 from ptx_kernels import Bench
 
-from flashmoe_numba.ptx import faults
+from flashmoe_numba.ptx import faults, state
 from flashmoe_numba.ptx.faults import PtxFault
 from flashmoe_numba.ptx.tensor_map import NUM_WORDS, SWIZZLE_128B, TensorMap
 
@@ -90,7 +90,9 @@ def more(name, after):
 
 
 NINE_MBARRIERS = "".join(f"@%p0 mbarrier.init.shared::cta.b64 [%r11+{8 * i}], 1;" for i in range(9))
-NINE_MAPS = "".join(f"@%p0 fence.proxy.tensormap::generic.acquire.sys [%rd1+{128 * i}], 128;" for i in range(9))
+MAPS_AND_ONE = "".join(
+    f"@%p0 fence.proxy.tensormap::generic.acquire.sys [%rd1+{128 * i}], 128;" for i in range(state.MAPS + 1)
+)
 AGAIN = "fence.proxy.async; bar.sync 0;" + PARTS["expect"] + PARTS["copy"]
 BROKEN = {
     "an mbarrier is never made": (faults.MBARRIER_STATE, dict(init="")),
@@ -107,7 +109,7 @@ BROKEN = {
     "an mbarrier is written": (faults.MBARRIER_TOUCHED, more("fence_map", "@%p0 st.shared.u64 [%r11], %rd2;")),
     "a map is not fenced": (faults.MAP_UNFENCED, dict(fence_map="")),
     "another map is fenced": (faults.MAP_UNFENCED, part("fence_map", "%rd1", "%rd0")),
-    "too many maps": (faults.TOO_MANY, dict(fence_map=NINE_MAPS)),
+    "too many maps": (faults.TOO_MANY, dict(fence_map=MAPS_AND_ONE)),
     "no map": (faults.NO_MAP, part("copy", "[%rd1,", "[%rd0,")),
     "a misaligned map": (faults.MISALIGNED, dict(copy="add.s64 %rd1, %rd1, 16;" + PARTS["copy"])),
     "a map nowhere": (faults.OUT_OF_BOUNDS, dict(copy="add.s64 %rd1, %rd1, 256;" + PARTS["copy"])),
