@@ -17,6 +17,7 @@ from ..device.cpu import reset_float_control
 from ..kernel import leave, persistent
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
+from ..processes.cores import count_cores
 from ..tile_gemm import Panels, Scratch, pack_matrices, unpack_matrices
 from ..tile_gemm.arithmetic import ARITHMETICS, AUTO, PAIRED_DTYPE, choose
 from ..tile_gemm.cpu import ROW_STEP, panel_width
@@ -50,7 +51,7 @@ class CpuBackend(HostBackend):
     ) -> Panels:
         form = self._form if matrices[0].dtype.name == PAIRED_DTYPE else Panels  # a router has float32 weights
         width = panel_width(accumulator)
-        return pack_matrices(matrices, biases, tile_n, width, accumulator, form, into, fill_compiled)
+        return pack_matrices(matrices, biases, tile_n, width, accumulator, form, into, fill_compiled, count_cores())
 
     def unpack(self, packed: Panels, out: Sequence[Array]) -> None:
         unpack_matrices(packed, out, panel_width(packed.bias.dtype))

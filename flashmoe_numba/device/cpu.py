@@ -22,8 +22,8 @@ JIT_OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
 SPINS, YIELDS = 64, 128
 # Only who sleeps gives its core to all that wait for one: a yield passes it on within the process, or less (on Linux,
 # within the session). So until some sleeps are over, ranks that share the cores may not have had their turn.
-SETTLED_POLLS = SPINS + YIELDS + 12
-SHORTEST_SLEEP_US, LONGEST_SLEEP_US = 20, 500
+SETTLED_POLLS = SPINS + YIELDS + 6
+SHORTEST_SLEEP_US, LONGEST_SLEEP_US = 100, 1000  # shorter ones interrupt, again and again, the ranks that compute
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))

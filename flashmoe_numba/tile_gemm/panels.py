@@ -10,6 +10,7 @@ How CPUs multiply a panel (arithmetic.py) is its class: Numba compiles for types
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -109,6 +110,7 @@ def pack_matrices(
     form: type[Panels] = Panels,
     into: Panels | None = None,
     fill: Fill | None = None,
+    threads: int = 1,
 ) -> Panels:
     """`Panels` of stacked matrices `[experts, out, in]`, two of them for gate and up; the originals are not kept.
 
@@ -119,6 +121,7 @@ def pack_matrices(
         form: the class of the result; one of pairs takes bfloat16 only.
         into: what this returned for others of these shapes and types, to be filled anew; None: take memory.
         fill: see `pack`.
+        threads: that share the experts.
     """
     experts, columns, depth = matrices[0].shape
     tile_n, parts = min(tile_n, columns), len(matrices)
@@ -127,9 +130,12 @@ def pack_matrices(
     weights = np.empty((experts, size), np.int32 if paired else storage)
     if into is not None:
         weights = into.weights.reshape(experts, size)
-    for expert, target in enumerate(weights):
+
+    def pack_expert(expert: int) -> None:
         elements = [matrix[expert].view(storage) for matrix in matrices]
-        pack([as_pairs(matrix) for matrix in elements] if paired else elements, tile_n, width, target, fill)
+        pack([as_pairs(matrix) for matrix in elements] if paired else elements, tile_n, width, weights[expert], fill)
+
+    for_all(pack_expert, experts, threads)
     tiles = num_tiles(columns, tile_n)
     bias = np.zeros((experts, tiles, parts, tile_n), accumulator)
     for part, given in enumerate(biases):
@@ -141,6 +147,17 @@ def pack_matrices(
         into.bias[:] = bias.reshape(-1)
         return into
     return form(weights.reshape(-1), bias.reshape(-1), depth, columns, tile_n, size // tiles, parts)
+
+
+def for_all(step: Callable[[int], None], count: int, threads: int) -> None:
+    """`step` of 0 to `count - 1`, by as many threads."""
+    if min(count, threads) <= 1:
+        for i in range(count):
+            step(i)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(step, range(count)):
+            pass
 
 
 def unpack_matrices(panels: Panels, out: Sequence[np.ndarray], width: int) -> None:
