@@ -29,7 +29,7 @@ ENLARGE = "docker run --shm-size 8g"
 OLDEST_PYTHON = (3, 11)
 OLDEST = {  # as in setup.cfg
     "numpy": "2.0",
-    "numba": "0.61",
+    "numba": "0.63",
     "greenlet": "3.0",
     "threadpoolctl": "3.1",
     "tqdm": "4.60",
