@@ -1,4 +1,4 @@
-"""Kernel functions compiled as parts of a kernel: as far as LLVM's intermediate code, which the kernel's entry takes in.
+"""Kernel functions as parts of a kernel: compiled to LLVM's intermediate code, which the kernel's entry takes in.
 
 By itself Numba optimises every function, together with all that it calls, and makes machine code of it. In a kernel
 whose innermost loop is eight calls away from its entry that was two thirds of the time that compiling took, and only
