@@ -23,7 +23,7 @@ from ..kernel.state import Experts, Problem, Queue, Received, Segments, Tokens
 from ..kernel.trace import EVENT_WORDS
 from ..processes.ownership import Owned
 from ..tile_gemm import PLACE_WORDS, linear_form, make_form
-from .cut import cut_tiles
+from .cut import read_tiles
 from .protocols import Memory
 from .rules import num_factors, num_values, result_norm, router_rule
 
@@ -187,7 +187,7 @@ class Rank(Owned):
 
     def row_tiles(self, epoch: int) -> list[list[RowTile]]:
         """Of each of this rank's experts in the last call."""
-        return cut_tiles(self.received, epoch, self.config, self._memory.to_host)
+        return read_tiles(self.received, epoch, self.config, self._memory.to_host)
 
     def _results(self, expert: int, num_rows: int) -> np.ndarray:
         """`[num_rows, hidden]`: a copy of what came back for the rows sent to this expert, whose slots come first."""
@@ -317,7 +317,7 @@ class Rank(Owned):
             bases=integers(blocks * c.num_experts),
             sent=integers(c.num_experts),
             results_left=integers(c.num_experts),
-            tiles_left=memory.zeros(blocks, np.int64),
+            needs_left=memory.zeros(blocks, np.int64),
             result_seen=memory.zeros(c.num_experts * self.layout.row_blocks, np.int64),
             shared_hidden=memory.empty(shared_rows * c.shared_ffn, c.format.storage),
             shared_results=memory.empty(shared_rows * c.hidden, c.format.storage),
