@@ -7,6 +7,7 @@ model's own router stays. The other families ignore the name without a word: see
 from __future__ import annotations
 
 import ast
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from .description import describe
 from .families import expert_kind_of
 from .operator import moe_layer
 from .ownership import operands
+from .session import SESSION
 
 NAME = "flashmoe"
 ACTIVATIONS = {
@@ -32,35 +34,46 @@ ACTIVATIONS = {
 }
 
 
-def register(name: str = NAME) -> None:
+def register(name: str = NAME, *, comm: Any = None, process_group: Any = None) -> None:
     """Let transformers find the layer: `from_pretrained(..., experts_implementation="flashmoe")`, or later
     `model.set_experts_implementation("flashmoe")`.
 
     Only families with decorated experts ask for it; `replace_moe_blocks` is for the others, which do not say that they
     ignore the name. What experts of a decorated family compute beyond `ExpertKind` is refused at the first call.
 
+    Args:
+        comm, process_group: the ranks that compute such experts together, each for its own tokens: see `MoE`.
+
     Raises:
         ImportError: transformers is not installed.
-        TypeError: name is no text.
+        TypeError, ValueError: naming the argument, its value and the rule.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a text, got {name!r}")
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(name, flashmoe_experts)
+    ranks = SESSION.ranks(comm, process_group)
+    ALL_EXPERTS_FUNCTIONS.register(name, partial(flashmoe_experts, ranks=None if ranks is None else ranks.name))
 
 
 def flashmoe_experts(
-    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    experts: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    ranks: str | None = None,
 ) -> torch.Tensor:
     """`[num_tokens, hidden]` of a decorated experts module, as transformers calls it.
+
+    Args:
+        ranks: the name of those that compute it together; None: this process alone.
 
     Raises:
         NotImplementedError: naming what these experts compute that the layer does not.
         RuntimeError: gradients are asked for.
     """
     paths, description = describe_experts(experts)
-    tensors, description = operands(experts, paths, description)
+    tensors, description = operands(experts, paths, description, ranks)
     return moe_layer(hidden_states, top_k_index, top_k_weights, None, tensors, description)
 
 
