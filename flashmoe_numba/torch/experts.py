@@ -36,7 +36,8 @@ ACTIVATIONS = {
 
 def register(name: str = NAME, *, comm: Any = None, process_group: Any = None) -> None:
     """Let transformers find the layer: `from_pretrained(..., experts_implementation="flashmoe")`, or later
-    `model.set_experts_implementation("flashmoe")`.
+    `model.set_experts_implementation("flashmoe")`; and in its own expert parallelism, which brings its own ranks,
+    `from_pretrained(..., distributed_config=DistributedConfig(..., ep_implementation="flashmoe"))`.
 
     Only families with decorated experts ask for it; `replace_moe_blocks` is for the others, which do not say that they
     ignore the name. What experts of a decorated family compute beyond `ExpertKind` is refused at the first call.
@@ -50,9 +51,13 @@ def register(name: str = NAME, *, comm: Any = None, process_group: Any = None) -
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a text, got {name!r}")
+    from transformers.distributed.expert_parallel import EPImplementationInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    from .expert_parallel import FlashMoEParallel
+
     ranks = SESSION.ranks(comm, process_group)
+    EPImplementationInterface.register(name, FlashMoEParallel)
     ALL_EXPERTS_FUNCTIONS.register(name, partial(flashmoe_experts, ranks=None if ranks is None else ranks.name))
 
 
@@ -77,13 +82,17 @@ def flashmoe_experts(
     return moe_layer(hidden_states, top_k_index, top_k_weights, None, tensors, description)
 
 
-def describe_experts(experts: Any) -> tuple[list[str], str]:
+def describe_experts(experts: Any, num_parts: int | None = None) -> tuple[list[str], str]:
     """(names of the parameters, description of the layer) of a decorated experts module.
+
+    Args:
+        num_parts: ranks over which transformers has spread the experts, of which the parameters are one rank's; None:
+            it has not.
 
     Raises:
         NotImplementedError: naming what these experts compute that the layer does not.
     """
-    refuse(experts)
+    refuse(experts, num_parts)
     ups = "gate_up" if experts.has_gate else "up"
     up_axes = ("2 ffn" if experts.is_concatenated else "ffn 2") if experts.has_gate else "ffn"
     down_axes = "ffn hidden" if experts.is_transposed else "hidden ffn"
@@ -91,13 +100,13 @@ def describe_experts(experts: Any) -> tuple[list[str], str]:
     tensors = {f"{ups}_proj": f"{ups}_proj: expert {matrix_axes}", "down_proj": f"down_proj: expert {down_axes}"}
     if experts.has_bias:
         tensors |= {f"{ups}_proj_bias": f"{ups}_bias: expert ({up_axes})", "down_proj_bias": "down_bias: expert hidden"}
-    num_experts, *lengths = experts.down_proj.shape
+    num_present, *lengths = experts.down_proj.shape
     ffn, hidden = lengths if experts.is_transposed else reversed(lengths)
-    sizes = dict(num_experts=num_experts, hidden=hidden, ffn=ffn)
+    sizes = dict(num_experts=num_present * (num_parts or 1), num_present=num_present, hidden=hidden, ffn=ffn)
     return list(tensors), describe(list(tensors.values()), **sizes, expert=expert_kind(experts))
 
 
-def refuse(experts: Any) -> None:
+def refuse(experts: Any, num_parts: int | None) -> None:
     """The one place that says what the layer's experts cannot.
 
     Raises:
@@ -106,8 +115,8 @@ def refuse(experts: Any) -> None:
     name = type(experts).__name__
     if experts.has_post_expert_norm:
         _refuse(name, "normalises each expert's result (has_post_expert_norm)")
-    if experts._is_expert_parallel:
-        _refuse(name, "has its experts spread over processes by transformers (_is_expert_parallel)")
+    if experts._is_expert_parallel and num_parts is None:
+        _refuse(name, 'has its experts spread over ranks by transformers (without ep_implementation="flashmoe")')
 
 
 def expert_kind(experts: Any) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class Session:
         config = config_of(fields, tensors, num_topk, 1 if ranks is None else ranks.num_ranks)
         device = tensors["up_proj"].device
         weights, key = as_weights(tensors, config, ranks), (config, str(device), fields.get("ranks"))
-        self.release(None)
+        self.release()
         shared = self._shared.get(key)
         if shared is None:
             self.release(ranks)  # all ranks are here
@@ -146,7 +146,7 @@ class Session:
         if entry is not None and entry.packed is own:  # the layer keeps these in any case
             entry.shared.spare.append(entry.packed)
 
-    def release(self, ranks: Ranks | None) -> None:
+    def release(self, ranks: Ranks | None = None) -> None:
         """Close the layers of these ranks whose weights are all gone, on all ranks; and let go of those that an error
         has closed.
         """

@@ -12,8 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from cases import random_tokens, tiny_config
 from tiny_models import generated, make_ids, make_model
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from flashmoe_numba.heap.tensors import as_tensor
 from flashmoe_numba.torch import MoE, join, register, release, replace_moe_blocks
@@ -29,8 +32,6 @@ def begin(launcher):
         from mpi4py import MPI
 
         return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, dict(comm=MPI.COMM_WORLD)
-    import torch.distributed as dist
-
     dist.init_process_group("gloo")
     return dist.get_rank(), dist.get_world_size(), dict(process_group=dist.group.WORLD)
 
@@ -136,7 +137,46 @@ def layers(rank, size, among):
     assert shared[0].layer.closed
 
 
+def expert_parallel(rank, size, among):
+    """transformers spreads the experts: all ranks have the same tokens, experts' results are those of one rank."""
+    register()
+    register("alone")
+    one, eager = (make_model("qwen3_moe", num_key_value_heads=4) for _ in range(2))  # heads are spread, too
+    if rank == 0:
+        one.save_pretrained(FOLDER)
+    dist.barrier()
+    how = DistributedConfig(tp_size=size, ep_size=size, ep_implementation="flashmoe")
+    ours = AutoModelForCausalLM.from_pretrained(FOLDER, distributed_config=how).eval()
+    ids, seen = make_ids(), []
+    expected, text = eager(ids).logits, generated(eager, ids)
+    one.set_experts_implementation("alone")
+    experts, of_one, of_eager = ([layer.mlp.experts for layer in model.model.layers] for model in (ours, one, eager))
+    for there, here in zip(experts, of_one, strict=True):
+        there.register_forward_hook(lambda _, given, y, here=here: seen.append(torch.equal(y, here(*given))))
+    logits = ours(ids).logits
+    assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-6  # attention is spread, too
+    made, make = [], SESSION._make
+    SESSION._make = lambda *parts: made.append(parts) or make(*parts)
+    assert torch.equal(generated(ours, ids), text)
+    assert len(seen) == 2 + 2 * 6 and all(seen) and not made
+    assert size * packed_bytes(alone=False) == packed_bytes(alone=True) > 0
+    generator = torch.Generator().manual_seed(0)
+    for rows in (0, 1, 3, 7):
+        x, factors = torch.randn(rows, 48, generator=generator), torch.rand(rows, 3, generator=generator)
+        idx = torch.rand(rows, 10, generator=generator).argsort(1)[:, :3] - 1  # of 8 experts; -1 and 8 are no choice
+        none = (idx < 0) | (idx == 8)
+        y = experts[0](x, idx, factors)
+        assert seen.pop()
+        torch.testing.assert_close(y, of_eager[0](x, idx.where(~none, 0), factors.where(~none, 0)))
+    how = DistributedConfig(tp_size=size, ep_size=size)
+    theirs = dict(distributed_config=how, experts_implementation="flashmoe")
+    refused = error_of(lambda: AutoModelForCausalLM.from_pretrained(FOLDER, **theirs).eval()(ids))
+    assert 'spread over ranks by transformers (without ep_implementation="flashmoe")' in refused
+
+
 def main(launcher, folder, *scenarios):
+    global FOLDER
+    FOLDER = folder
     rank, size, among = begin(launcher)
     try:
         for scenario in scenarios:

@@ -30,7 +30,8 @@ def command(launcher, num_ranks):
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
 def test_ranks_compute_what_one_rank_does(launcher, num_ranks, tmp_path):
-    line = [*command(launcher, num_ranks), str(HERE / "ranks_worker.py"), launcher, str(tmp_path), *SCENARIOS]
+    scenarios = [*SCENARIOS, *(["expert_parallel"] if launcher == "torchrun" and num_ranks > 1 else [])]
+    line = [*command(launcher, num_ranks), str(HERE / "ranks_worker.py"), launcher, str(tmp_path), *scenarios]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE)))
     environment = dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1")
     done = subprocess.run(line, capture_output=True, text=True, timeout=250, env=environment, stdin=subprocess.DEVNULL)
