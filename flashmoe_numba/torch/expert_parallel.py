@@ -1,8 +1,8 @@
 """transformers' expert parallelism with the layer in it: DistributedConfig(ep_implementation="flashmoe").
 
 transformers loads each rank's own experts, and calls what stands here in place of their forward, on every rank at once
-and with the same tokens. For ranks with tokens of their own it has FSDP, whose parameters come and go with every call, so
-that nothing packed could stay: for these `register` and `replace_moe_blocks` take a process group.
+and with the same tokens. For ranks with tokens of their own it has FSDP, whose parameters come and go with every call,
+so that nothing packed could stay: for these `register` and `replace_moe_blocks` take a process group.
 """
 
 from __future__ import annotations

@@ -68,6 +68,13 @@ def modules(rank, size, among):
             else:
                 assert "each of which keeps its own experts only" in error_of(module.state_dict)
 
+    if size > 1:
+        strange = Weights.random(config).shard((rank + 1) % size, size)
+        assert f"rank_idx={rank} of {size} starts at expert" in error_of(lambda: MoE(config, strange, **among))
+    if size == 4:
+        wanted = "num_experts must be a multiple of num_ranks=4, got 6"
+        assert wanted in error_of(lambda: replace_moe_blocks(make_model("mixtral"), **among))
+
 
 def error_of(call):
     try:

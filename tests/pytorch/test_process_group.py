@@ -18,15 +18,6 @@ from reference import Weights
 CONFIG = tiny_config(num_ranks=1)
 
 
-@pytest.fixture
-def world(tmp_path):
-    """A group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield dist.group.WORLD
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def of_threads(num_ranks, step):
     """What `step(communicator)` returns on each rank, and the store they met in."""
     store = dist.HashStore()
