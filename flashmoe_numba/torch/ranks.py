@@ -21,6 +21,7 @@ from ..errors import FlashMoEError
 from ..heap.mpi import MpiHeap
 from ..layer.arguments import DEADLINE_S, communicator
 from ..processes.meeting import SETUP_DEADLINE_S
+from ..processes.ownership import Owned
 
 # Of a rank's words the first two are "round, what, number" of a round each, in turn: who comes to a round has read all
 # words of the round before the last. The third says that the rank left.
@@ -35,7 +36,7 @@ Member = tuple[Callable[[], nn.Module | None], Sequence[str], str]
 NOBODY: Member = (lambda: None, (), "")
 
 
-class Ranks:
+class Ranks(Owned):
     """The ranks of a communicator or a process group, of which this process is one. All ranks make theirs together.
 
     Args:
@@ -58,7 +59,7 @@ class Ranks:
         self._round = 0
         self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._members: list[Member] = []
-        self._calling = threading.RLock()
+        self.calling = threading.RLock()  # taken before the session's
 
     def is_of(self, comm: Any, process_group: Any) -> bool:
         return self.given["comm"] is comm and self.given["process_group"] is process_group
@@ -96,7 +97,7 @@ class Ranks:
         Raises:
             FlashMoEError: a rank is missing, or calls another module. Nothing is computed with these ranks any more.
         """
-        with self._calling:
+        with self.calling:
             told = self._tell(module, num_calls)
             others = {rank: what for rank, (what, _) in enumerate(told) if what not in (module, DONE)}
             if others:
@@ -112,7 +113,7 @@ class Ranks:
         Raises:
             FlashMoEError: as `call` does.
         """
-        with self._calling:
+        with self.calling:
             told = self._tell(DONE, 0)
         calls = [(what, number) for what, number in told if what != DONE]
         if len({what for what, _ in calls}) > 1:
@@ -121,7 +122,7 @@ class Ranks:
 
     def all_can_release(self, unused: bool) -> bool:
         """Is a layer unused on all ranks?"""
-        with self._calling:
+        with self.calling:
             told = self._tell(RELEASING, int(unused))
         if any(what != RELEASING for what, _ in told):
             self._give_up(f"rank {self.rank_idx} releases layers, and another rank does not: {MISSING}")
@@ -132,7 +133,8 @@ class Ranks:
         self.over = self.over or str(error) or type(error).__name__
         self._words[self.rank_idx][LEFT] = 1
 
-    def raise_if_over(self) -> None:
+    def _raise_if_over(self) -> None:
+        self.require_maker()
         if self.over is not None:
             raise FlashMoEError(f"nothing is computed with these ranks any more, because a call failed: {self.over}")
 
@@ -142,7 +144,7 @@ class Ranks:
 
     def _tell(self, what: int, number: int) -> list[tuple[int, int]]:
         """What every rank tells in this round, once all have come to it."""
-        self.raise_if_over()
+        self._raise_if_over()
         if number > MOST or self._round == LAST_ROUND:
             raise FlashMoEError(f"at most {MOST} calls for one of a module, and {LAST_ROUND} of modules, got {number}")
         self._round += 1

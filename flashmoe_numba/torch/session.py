@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,7 +112,8 @@ class Session:
         """The packed weights of the first (description, tensors), found by the second: see ownership.py."""
         description, tensors = plain
         names, fields = read(description)
-        with self._lock:
+        ranks = self.ranks_of(fields)
+        with nullcontext() if ranks is None else ranks.calling, self._lock:
             entry = self._make(fields, views(names, tensors, fields), None)
             return self._keep(_place(*told, None), told[1], entry)
 
@@ -150,7 +152,7 @@ class Session:
         """Close the layers of these ranks whose weights are all gone, on all ranks; and let go of those that an error
         has closed.
         """
-        with self._lock:
+        with nullcontext() if ranks is None else ranks.calling, self._lock:
             for key, shared in list(self._shared.items()):
                 if shared.ranks is ranks and (shared.layer.closed or self._can_close(shared)):
                     del self._shared[key]
