@@ -47,8 +47,8 @@ def packed_bytes(alone):
 def modules(rank, size, among):
     """Own tokens of each rank, in more calls of the layer than the others need, with weights of all experts or own."""
     config = tiny_config(num_ranks=size, num_experts=2 * size)
-    alone, counts = replace(config, num_ranks=1), [3 + 4 * other for other in range(size)]  # 7 of them in a call
-    x = as_tensor(random_tokens(replace(config, num_tokens=3 + 4 * size), counts)[rank])
+    alone, counts = replace(config, num_ranks=1), [3 + 6 * other for other in range(size)]  # 7 of them in a call
+    x = as_tensor(random_tokens(replace(config, num_tokens=6 * size), counts)[rank])
     expected, expected_after = (MoE(alone, Weights.random(config, seed, bias=True))(x) for seed in (0, 1))
     for own in ("parameters", "packed"):
         for shard in (False, True):
