@@ -53,12 +53,12 @@ def moe_layer(
     if ranks is None:
         return _in_calls(SESSION.entry(description, tensors, num_topk), x, given, num_calls)
     ranks.num_topk[fields["module"]] = num_topk
-    with ranks.call(fields["module"], num_calls) as num_calls:
-        try:
+    try:
+        with ranks.call(fields["module"], num_calls) as num_calls:
             return _in_calls(SESSION.entry(description, tensors, num_topk), x, given, num_calls)
-        except BaseException as error:
-            SESSION.end(ranks, error)
-            raise
+    except BaseException as error:
+        SESSION.end(ranks, error)
+        raise
 
 
 def serve(ranks: Ranks, number: int, num_calls: int) -> None:

@@ -51,6 +51,23 @@ def test_after_a_call_that_failed_the_group_has_new_ranks_for_new_modules(world)
     assert torch.equal(make_module(process_group=world)(tokens()), make_module()(tokens()))
 
 
+def test_a_wait_for_others_that_is_interrupted_closes_their_layers(world, monkeypatch):
+    module = make_module(process_group=world)
+    module(tokens())
+    ranks = SESSION.ranks(None, world)
+    (layer,) = (shared.layer for shared in SESSION._shared.values() if shared.ranks is ranks)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranks, "_word", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module(tokens())
+    assert layer.closed and ranks._words[0][2] == 1
+    with pytest.raises(RuntimeError, match="because a call failed: KeyboardInterrupt"):
+        module(tokens())
+
+
 def test_a_module_from_elsewhere_says_so(world):
     module = make_module(process_group=world)
     module._ranks = "of another process"
