@@ -149,12 +149,12 @@ class Session:
             entry.shared.spare.append(entry.packed)
 
     def release(self, ranks: Ranks | None = None) -> None:
-        """Close the layers of these ranks whose weights are all gone, on all ranks; and let go of those that an error
-        has closed.
+        """Close the layers of these ranks whose weights are all gone, on all ranks; and let go of any that an error has
+        closed.
         """
         with nullcontext() if ranks is None else ranks.calling, self._lock:
             for key, shared in list(self._shared.items()):
-                if shared.ranks is ranks and (shared.layer.closed or self._can_close(shared)):
+                if shared.layer.closed or (shared.ranks is ranks and self._can_close(shared)):
                     del self._shared[key]
                     shared.layer.close()
 
