@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .blocks import replace_moe_blocks
 from .experts import register
+from .joining import join
 from .module import MoE
 from .session import release
 
-__all__ = ["MoE", "register", "release", "replace_moe_blocks"]
+__all__ = ["MoE", "join", "register", "release", "replace_moe_blocks"]
