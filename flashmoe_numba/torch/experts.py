@@ -1,4 +1,4 @@
-"""`register`: experts_implementation="flashmoe" of transformers.
+"""Experts of transformers that are decorated: what experts_implementation="flashmoe" calls.
 
 Families whose experts are decorated with transformers' `use_experts_implementation` ask it for a function by name; the
 model's own router stays. The other families ignore the name without a word: see blocks.py.
@@ -7,7 +7,6 @@ model's own router stays. The other families ignore the name without a word: see
 from __future__ import annotations
 
 import ast
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -16,9 +15,7 @@ from .description import describe
 from .families import expert_kind_of
 from .operator import moe_layer
 from .ownership import operands
-from .session import SESSION
 
-NAME = "flashmoe"
 ACTIVATIONS = {
     "silu": "silu",
     "relu": "relu",
@@ -32,33 +29,6 @@ ACTIVATIONS = {
     "Identity": "identity",
     "LinearActivation": "identity",
 }
-
-
-def register(name: str = NAME, *, comm: Any = None, process_group: Any = None) -> None:
-    """Let transformers find the layer: `from_pretrained(..., experts_implementation="flashmoe")`, or later
-    `model.set_experts_implementation("flashmoe")`; and in its own expert parallelism, which brings its own ranks,
-    `from_pretrained(..., distributed_config=DistributedConfig(..., ep_implementation="flashmoe"))`.
-
-    Only families with decorated experts ask for it; `replace_moe_blocks` is for the others, which do not say that they
-    ignore the name. What experts of a decorated family compute beyond `ExpertKind` is refused at the first call.
-
-    Args:
-        comm, process_group: the ranks that compute such experts together, each for its own tokens: see `MoE`.
-
-    Raises:
-        ImportError: transformers is not installed.
-        TypeError, ValueError: naming the argument, its value and the rule.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a text, got {name!r}")
-    from transformers.distributed.expert_parallel import EPImplementationInterface
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    from .expert_parallel import FlashMoEParallel
-
-    ranks = SESSION.ranks(comm, process_group)
-    EPImplementationInterface.register(name, FlashMoEParallel)
-    ALL_EXPERTS_FUNCTIONS.register(name, partial(flashmoe_experts, ranks=None if ranks is None else ranks.name))
 
 
 def flashmoe_experts(

@@ -165,6 +165,7 @@ def expert_parallel(rank, size, among):
     made, make = [], SESSION._make
     SESSION._make = lambda *parts: made.append(parts) or make(*parts)
     assert torch.equal(generated(ours, ids), text)
+    del SESSION._make
     assert len(seen) == 2 + 2 * 6 and all(seen) and not made
     assert size * packed_bytes(alone=False) == packed_bytes(alone=True) > 0
     generator = torch.Generator().manual_seed(0)
