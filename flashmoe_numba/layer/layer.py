@@ -188,7 +188,7 @@ class FlashMoE(Owned):
             own = settings.weights.shard(rank_idx, config.num_ranks)
             memory = heap.segments, self.num_processors, self._backend
             self._ranks.append(Rank(config, rank_idx, own, *memory, events, settings.packing == "sources"))
-        self.packed = PackedWeights(config, self._ranks)
+        self.packed = PackedWeights(config, self._ranks, [rank.experts for rank in self._ranks])
 
     def pack(self, weights: Weights) -> PackedWeights:
         """Other weights for this layer's calls: so the layers of a model share threads, segments and scratch.
