@@ -12,8 +12,9 @@ from reference import MoEConfig, load_preset
 from .drafting.knobs import PolicyKnobs
 from .engine.timeline import DeadlockError, Timeline
 from .policies import POLICY_NAMES, make_knobs
+from .reading.measures import IDLE_CAUSES
 from .reading.plots import plot_timeline
-from .reading.report import IDLE_CAUSES, Report, report
+from .reading.report import Report, report
 from .reading.trace import write_chrome_trace
 from .simulation import Simulation, simulate
 from .world.hardware import Hardware, hardware_names, load_hardware

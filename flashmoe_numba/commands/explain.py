@@ -12,8 +12,8 @@ import sim
 from sim.reading.explain import explain, lines
 from sim.studies.what_if import changes, gain_lines, gains
 
-from .simulation_flags import add_simulation_arguments, ask, load_engine, simulate_asked
-from .sizes import config_from, layer_name
+from .simulation_flags import add_simulation_arguments, ask, load_engine, simulate_asked, simulated_config
+from .sizes import layer_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,9 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     asked = ask(args, [args.policy])
-    config = config_from(args, num_ranks=args.ranks or asked.hardware.num_gpus)
+    config = simulated_config(asked, args.tokens)
     load_engine()
-    simulation = simulate_asked(asked, args.policy, config, args.replicas)
+    simulation = simulate_asked(asked, args.policy, config, args.replicas, args.seed)
     print(_heading(layer_name(args), simulation))
     print("\n".join(lines(simulation.graph, explain(simulation.graph, simulation.timeline))), flush=True)
     candidates = tqdm(changes(simulation), desc="changes simulated", unit="change", leave=False, disable=None)

@@ -7,28 +7,37 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import sim
 from reference import MoEConfig
+from sim.studies.seeds import over_seeds
 
 from ..errors import UsageError
-from .simulated import catalogue, table
-from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked
-from .sizes import add_json_argument, blaming, check_outputs, config_from, give, layer_name
+from .simulated import catalogue, column_lines, tables
+from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked, simulated_config
+from .sizes import add_json_argument, blaming, check_outputs, give, integer, layer_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `flashmoe sim`."""
     add_simulation_arguments(parser, many=True)
     add = parser.add_argument
+    add(
+        "--seeds",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="routings of N seeds from --seed on: median and spread [1]",
+    )
     add("--overlap", action="store_true", help="also simulate 2 ranks, for the overlap efficiency T(2) / T")
     add_json_argument(parser)
     add("--trace", metavar="FILE", help="write the one simulation for https://ui.perfetto.dev")
     add("--plot", metavar="FILE", help="draw the one simulation; as PNG, or .pdf, .svg")
     add("--list", action="store_true", help="say what there is, with all knobs, and simulate nothing")
+    parser.epilog = "\n".join(["columns:", *column_lines()])
 
 
 def main(args: argparse.Namespace) -> int:
@@ -40,16 +49,15 @@ def main(args: argparse.Namespace) -> int:
         return 0
     policies = list(sim.POLICY_NAMES) if args.policy == "all" else args.policy.split(",")
     asked = ask(args, policies)
-    num_ranks = args.ranks or asked.hardware.num_gpus
-    configs = [config_from(args, num_ranks=num_ranks, num_tokens=tokens) for tokens in args.tokens or [None]]
+    configs = [simulated_config(asked, tokens) for tokens in args.tokens or [None]]
     points = list(itertools.product(configs, policies))
     _check_files(args, len(points))
     load_engine()
     reports = []
     for config, policy in tqdm(points, desc="simulations", unit="run", leave=False, disable=len(points) == 1 or None):
-        simulation = simulate_asked(asked, policy, config, args.replicas)
-        reports.append(_report(asked, simulation))
-    _write(args, configs, reports)
+        simulation, report = _simulate(asked, policy, config)
+        reports.append(report)
+    _write(asked, configs, reports)
     _write_pictures(args, simulation)
     return 0
 
@@ -64,27 +72,56 @@ def _check_files(args: argparse.Namespace, num_points: int) -> None:
 # ---- simulations
 
 
-def _report(asked: Asked, simulation: sim.Simulation) -> sim.Report:
-    """The report, with the overlap efficiency if it is asked for."""
-    report = sim.report(simulation)
-    if not asked.args.overlap:
-        return report
-    config, replicas = simulation.world.config, asked.args.replicas
+def _simulate(asked: Asked, policy: str, config: MoEConfig) -> tuple[sim.Simulation, sim.Report]:
+    """The one simulation, or that of the median seed; its report, with the overlap efficiency if it is asked for."""
+    args = asked.args
+
+    def run(seed: int) -> sim.Simulation:
+        return simulate_asked(asked, policy, config, args.replicas, seed)
+
+    simulation, report = over_seeds(run, args.seed, args.seeds)
+    if not args.overlap:
+        return simulation, report
     with blaming("argument --overlap: of 2 ranks"):
-        pair = replace(config, num_ranks=2, num_experts=2 * config.num_experts_per_rank)
-    replicas = None if replicas is None else 2 * replicas // config.num_ranks  # as many copies on a rank
-    two = simulate_asked(asked, simulation.policy, pair, replicas)
-    return replace(report, overlap_efficiency=two.latency_us / simulation.latency_us)
+        pair = _of_two_ranks(config)
+    replicas = None if args.replicas is None else 2 * args.replicas // config.num_ranks  # as many copies on a rank
+    two = simulate_asked(asked, policy, pair, replicas, _seed(args, report))
+    return simulation, replace(report, overlap_efficiency=two.latency_us / simulation.latency_us)
+
+
+def _of_two_ranks(config: MoEConfig) -> MoEConfig:
+    """As many tokens and experts on each; an expert gets more rows of each rank, and has room for as many more."""
+    num_experts, capacity = 2 * config.num_experts_per_rank, config.capacity
+    if capacity is not None:
+        capacity = min(config.num_tokens, -(-capacity * config.num_experts // num_experts))
+    return replace(config, num_ranks=2, num_experts=num_experts, capacity=capacity)
+
+
+def _seed(args: argparse.Namespace, report: sim.Report) -> int:
+    """Of the simulation that is reported."""
+    return int(report.spread["median_seed"]) if report.spread else int(args.seed)
 
 
 # ---- outputs
 
 
-def _write(args: argparse.Namespace, configs: Sequence[MoEConfig], reports: Sequence[sim.Report]) -> None:
-    about = {"preset": layer_name(args), "seed": args.seed, "layer": asdict(configs[0])}
-    del about["layer"]["num_tokens"]  # each report has its own
-    lines = table(layer_name(args), configs[0], args.seed, reports)
-    give(args.json, lines, [asdict(report) | about for report in reports])
+def _write(asked: Asked, configs: Sequence[MoEConfig], reports: Sequence[sim.Report]) -> None:
+    args = asked.args
+    about = {"preset": layer_name(args), "terms": args.terms}
+    layer = {name: value for name, value in asdict(configs[0]).items() if name not in ("num_tokens", "capacity")}
+    rows = [asdict(report) | about | {"seed": _seed(args, report), "layer": layer} for report in reports]
+    seeds = f"seed {args.seed}" if args.seeds == 1 else f"seeds {args.seed} to {args.seed + args.seeds - 1}"
+    lines = [*tables(about | {"seeds": seeds, "set": args.set}, configs[0], reports), *_chosen(asked, reports)]
+    give(args.json, lines, rows)
+
+
+def _chosen(asked: Asked, reports: Sequence[sim.Report]) -> Iterator[str]:
+    """Knobs that a policy chose by the layer, because they were not set."""
+    for report in reports:
+        given = asdict(asked.knobs[report.policy])
+        chosen = [f"{name}={value}" for name, value in report.knobs.items() if given[name] != value]
+        if chosen:
+            yield f"{report.policy} at {report.tokens:,} tokens: {', '.join(chosen)}"
 
 
 def _write_pictures(args: argparse.Namespace, simulation: sim.Simulation) -> None:

@@ -10,16 +10,23 @@ from dataclasses import dataclass
 
 import sim
 from reference import MoEConfig
+from sim.policies import TERMS
+from sim.world.recorded import is_recorded
 from sim.world.rounding import WAYS
 
 from ..errors import UsageError
 from .knobs import knobs_from
-from .sizes import add_size_arguments, blaming, integer
+from .sizes import add_size_arguments, blaming, config_from, integer
 
 DEFAULT_PRESET = "llama-4-scout"
 DEFAULT_HARDWARE = "8xH100"
 PATIENCE_S = 3.0
 FLAGS = {"rounding": "argument --round-tokens", "layer": "the layer"}  # of the other parts of a scenario: their names
+RECORDED = """\
+A file has topk_idx [tokens, topk], or [ranks, tokens, topk] by rank (-1 and the number of experts are no choice), or a
+histogram of tokens or shares, [experts], or [ranks, experts] by rank; with a leading index of layers, --layer says
+which. FILE.npz:KEY names one of several arrays. A .csv has a line per token, rank or expert, or a header
+[layer,][rank,]expert,tokens and a line for each number. Without --layer, a leading index is of ranks."""
 
 
 def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False) -> None:
@@ -30,17 +37,24 @@ def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False
         add("--policy", default="flashmoe", metavar="NAME[,NAME]", help=f"{names} or all [flashmoe]")
     else:
         add("--policy", default="flashmoe", choices=sim.POLICY_NAMES, metavar="NAME", help=f"{names} [flashmoe]")
+    add("--set", action="append", default=[], metavar="KNOB=VALUE", help="of all chosen policies; may be repeated")
+    terms = "system: each policy's own tiles and fitted rate; schedule: the same tiles and rate for all [system]"
+    add("--terms", choices=TERMS, default=TERMS[0], help=terms)
     kinds = ", ".join(sim.hardware_names())
     machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file; by default all its GPUs are ranks"
     add("--hardware", default=DEFAULT_HARDWARE, metavar="NAME|FILE", help=f"{machine} [{DEFAULT_HARDWARE}]")
-    add_size_arguments(parser, DEFAULT_PRESET, many_tokens=many)
     add("--precision", metavar="NAME", help=f"{', '.join(sim.PRECISIONS)} [the layer's dtype]")
-    add("--routing", default="uniform", metavar="NAME", help=f"{', '.join(sim.ROUTING_NAMES)} [uniform]")
-    add("--seed", type=integer(0), default=0, metavar="N", help="of the routing [0]")
+    add_size_arguments(parser, DEFAULT_PRESET, many_tokens=many)
+    _add_routing_arguments(parser)
+
+
+def _add_routing_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("routing", RECORDED).add_argument
+    add("--routing", default="uniform", metavar="NAME|FILE", help=f"{', '.join(sim.ROUTING_NAMES)} [uniform]")
+    add("--seed", type=integer(0), default=0, metavar="N", help="of what is drawn [0]")
     copies = "place experts by load, with N copies of busy ones beside them"
     add("--replicas", type=integer(0), metavar="N", help=copies)
     add("--round-tokens", choices=WAYS, help="round each expert's rows to a multiple of the policy's tile_m")
-    add("--set", action="append", default=[], metavar="KNOB=VALUE", help="of all chosen policies; may be repeated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +77,18 @@ def ask(args: argparse.Namespace, policies: Sequence[str]) -> Asked:
             raise UsageError(f"argument --policy: must be of {', '.join(sim.POLICY_NAMES)}, or all; got {name!r}")
     with blaming("argument --hardware"):
         hardware = sim.load_hardware(args.hardware)
-    return Asked(args=args, hardware=hardware, knobs=knobs_from(policies, args.set))
+    return Asked(args=args, hardware=hardware, knobs=knobs_from(policies, args.set, args.terms))
 
 
-def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int | None) -> sim.Simulation:
+def simulated_config(asked: Asked, tokens: int | None) -> MoEConfig:
+    """The layer; by default all GPUs are ranks. `--layer` is the model's, or that of a recording, or of both."""
+    args = asked.args
+    if args.model_config is None and is_recorded(args.routing):
+        args = argparse.Namespace(**vars(args) | {"layer": None})
+    return config_from(args, num_ranks=args.ranks or asked.hardware.num_gpus, num_tokens=tokens)
+
+
+def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int | None, seed: int) -> sim.Simulation:
     """One policy on one layer."""
     args = asked.args
     scenario = sim.Scenario(
@@ -74,7 +96,8 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
         hardware=asked.hardware,
         precision=args.precision or config.dtype,
         routing=args.routing,
-        seed=args.seed,
+        seed=seed,
+        layer=args.layer,
         round_to=_tile_m(asked, policy) if args.round_tokens else None,
         round_how=args.round_tokens or "nearest",
         replicas=replicas,

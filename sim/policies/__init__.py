@@ -13,25 +13,34 @@ from typing import Any
 from reference.scalars import check_one_of
 
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.rates import DEFAULT_RATE
 from ..engine.graph import TaskGraph
 from ..world.world import World
 
 POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
+TERMS = ("system", "schedule")
+SAME: Mapping[str, Any] = {"tile_m": 128, "tile_n": 256, "rate": DEFAULT_RATE, "cluster": 1}  # of those that have them
 SHARING = ("flashmoe",)  # those that have a shared expert, which all others leave out
 
 
-def make_knobs(policy: str, values: Mapping[str, Any]) -> PolicyKnobs:
+def make_knobs(policy: str, values: Mapping[str, Any], terms: str = "system") -> PolicyKnobs:
     """The knobs of a policy with these values changed.
 
+    Args:
+        terms: one of `TERMS`: "system", each policy's own tiles and fitted rate, or "schedule", the same tiles and rate
+            for all (`SAME`), so that what differs is the order of the work.
+
     Raises:
-        ValueError: no such policy, no such knob (lists those there are), or a value out of its range.
+        ValueError: no such policy or terms, no such knob (lists those there are), or a value out of its range.
     """
+    check_one_of("terms", terms, TERMS)
     kind = _module(policy).Knobs
     names = [field.name for field in fields(kind)]
     for name in values:
         if name not in names:
             raise ValueError(f"policy {policy} has the knobs {', '.join(names)}; got {name!r}")
-    made: PolicyKnobs = kind(**values)
+    same = {name: value for name, value in SAME.items() if terms == "schedule" and name in names}
+    made: PolicyKnobs = kind(**(same | dict(values)))
     return made
 
 

@@ -21,7 +21,7 @@ from ..engine.graph import Array
 from ..engine.kinds import KIND_NAMES
 from ..simulation import Simulation
 from .charts import blank, save
-from .report import check_runs, horizon_ns, num_slots, places, sm_runs, transfers
+from .measures import check_runs, horizon_ns, num_slots, places, sm_runs, transfers
 from .steps import levels, means
 
 # The first is also that of RECEIVE, which holds no slots.
