@@ -55,11 +55,20 @@ def build(policy: str, world: World, knobs: PolicyKnobs | None = None) -> TaskGr
     if world.config.shared_ffn and policy not in SHARING:
         rule = f"shared_ffn must be 0 with policy {policy}: only {', '.join(SHARING)} has a shared expert"
         raise ValueError(f"{rule}, got {world.config.shared_ffn}")
-    knobs = make_knobs(policy, {}) if knobs is None else knobs
-    if not isinstance(knobs, module.Knobs):
-        raise TypeError(f"knobs must be of policy {policy}, such as make_knobs({policy!r}, {{}}); got {knobs!r}")
-    graph: TaskGraph = module.build(world, knobs)
+    graph: TaskGraph = module.build(world, knobs_in_world(policy, world, knobs))
     return graph
+
+
+def knobs_in_world(policy: str, world: World, knobs: PolicyKnobs | None) -> PolicyKnobs:
+    """The knobs, by default the policy's own, with what they leave to the layer chosen.
+
+    Raises:
+        TypeError: knobs of another policy.
+    """
+    knobs = make_knobs(policy, {}) if knobs is None else knobs
+    if not isinstance(knobs, _module(policy).Knobs):
+        raise TypeError(f"knobs must be of policy {policy}, such as make_knobs({policy!r}, {{}}); got {knobs!r}")
+    return knobs.in_world(world)
 
 
 def describe(policy: str) -> str:

@@ -20,8 +20,8 @@ multiprocessors that communicate and are free again while the other micro-batch 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,11 +35,13 @@ from ..engine.graph import NONE, Array, TaskGraph
 from ..engine.kinds import COMBINE, DISPATCH, SEND
 from ..world.world import World
 
+FEW_TOKENS = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    mode: "normal" or "low_latency".
+    mode: "normal" or "low_latency"; None: low_latency below 256 tokens of a rank, the batches that DeepEP means it for.
     stages: what is simulated: the whole "layer", or "dispatch" or "combine" alone, as DeepEP's tests time them, with
         a layout that is known and kernels that are launched already.
     comm_sms: multiprocessors of normal mode's kernels; None: DeepEP V2's count, see `analytic_comm_sms`.
@@ -52,7 +54,7 @@ class Knobs(PolicyKnobs):
     gate: simulate the gate; published figures of layers leave it out.
     """
 
-    mode: str = "normal"
+    mode: str | None = None
     stages: str = "layer"
     comm_sms: int | None = None
     micro_batches: int = 1
@@ -78,6 +80,10 @@ class Knobs(PolicyKnobs):
             raise ValueError(f"window_rows must be at least chunk_rows={self.chunk_rows}, got {self.window_rows}")
         if self.combine == "row_block" and self.mode == "normal":
             raise ValueError("combine must be kernel in mode normal, which sums results before it sends; got row_block")
+
+    def in_world(self, world: World) -> Self:
+        few = world.routing.num_tokens < FEW_TOKENS
+        return replace(self, mode=self.mode or ("low_latency" if few else "normal"))
 
 
 def build(world: World, knobs: Knobs) -> TaskGraph:

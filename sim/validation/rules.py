@@ -121,6 +121,7 @@ CUTLASS = {"num_ops": 85}  # as the paper counted them
 
 MEGATRON = r"Megatron(-LM|-TE|-CUTLASS)?"
 COMET = r"COMET|flux\(COMET\)"
+NORMAL = {"mode": "normal"}
 LOW_LATENCY = {"mode": "low_latency", "token_block": 1}  # its combine gives a token to a multiprocessor
 
 # What several rules have in common.
@@ -159,14 +160,14 @@ RULES = (
         for name, unit in (("compute_throughput", "TFLOPS"), ("hbm_bw", "GB/s"), ("nvlink_bw", "GB/s"))
     ),
     megamoe(metric=r"speedup_vs_DeepEP\+DeepGEMM", measure=SPEEDUP, why_not=SAME_TIME),
-    deepgemm(system=r"DeepEP high-throughput \+ DeepGEMM", policy="deepep"),
+    deepgemm(system=r"DeepEP high-throughput \+ DeepGEMM", policy="deepep", knobs=NORMAL),
     deepgemm(system=r"DeepEP low-latency \+ DeepGEMM", policy="deepep", knobs=LOW_LATENCY),
     *(
         deepep(
             system=r"DeepEP V1 normal.*",
             metric=f"{stage}_bottleneck_bw_(NVLink|RDMA)",
             measure=measure,
-            knobs={"stages": stage},
+            knobs=NORMAL | {"stages": stage},
             dtype="fp8",
         )
         for stage, measure in (("dispatch", DISPATCH), ("combine", COMBINE))

@@ -10,6 +10,8 @@ from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, o
 from sim.drafting.comm_sms import analytic_comm_sms
 from sim.drafting.hops import make_hops
 from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND
+from sim.policies import make_knobs
+from sim.simulation import simulate
 from sim.validation.published import bottleneck_gbps
 
 WORLDS = odd_worlds() | {
@@ -17,7 +19,7 @@ WORLDS = odd_worlds() | {
     "fp8": small_world(precision_name="fp8", hidden=256, hardware="2x2xH100"),
 }
 
-deepep = partial(run_policy, "deepep")
+deepep = partial(run_policy, "deepep", mode="normal")
 
 
 def carried(graph, timeline, name):
@@ -263,6 +265,17 @@ def test_gate_and_cluster():
     assert len(kind_nodes(graph, GATE)) == 0
     assert timeline.makespan_ns < usual
     assert deepep(world, cluster=1, rate=1.0)[1].makespan_ns > deepep(world, cluster=4, rate=1.0)[1].makespan_ns
+
+
+@pytest.mark.parametrize(("tokens", "mode"), [(1, "low_latency"), (255, "low_latency"), (256, "normal")])
+def test_the_mode_follows_the_tokens_unless_it_is_set(tokens, mode):
+    world = small_world(num_tokens=tokens)
+    chosen = simulate("deepep", world)
+    assert chosen.knobs.mode == mode
+    np.testing.assert_equal(chosen.graph.nodes, deepep(world, mode=mode)[0].nodes)
+    for given in ("normal", "low_latency"):
+        assert simulate("deepep", world, make_knobs("deepep", {"mode": given})).knobs.mode == given
+    np.testing.assert_equal(run_policy("deepep", world)[0].nodes, chosen.graph.nodes)
 
 
 @pytest.mark.parametrize(
