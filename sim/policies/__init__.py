@@ -20,7 +20,6 @@ from ..world.world import World
 POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
 TERMS = ("system", "schedule")
 SAME: Mapping[str, Any] = {"tile_m": 128, "tile_n": 256, "rate": DEFAULT_RATE, "cluster": 1}  # of those that have them
-SHARING = ("flashmoe",)  # those that have a shared expert, which all others leave out
 
 
 def make_knobs(policy: str, values: Mapping[str, Any], terms: str = "system") -> PolicyKnobs:
@@ -48,13 +47,9 @@ def build(policy: str, world: World, knobs: PolicyKnobs | None = None) -> TaskGr
     """The graph of a policy in a world; default knobs where none are given.
 
     Raises:
-        ValueError: no such policy, its knobs do not go with the world, or the layer has a shared expert, which this
-            policy leaves out; TypeError: knobs of another policy.
+        ValueError: no such policy, or its knobs do not go with the world; TypeError: knobs of another policy.
     """
     module = _module(policy)
-    if world.config.shared_ffn and policy not in SHARING:
-        rule = f"shared_ffn must be 0 with policy {policy}: only {', '.join(SHARING)} has a shared expert"
-        raise ValueError(f"{rule}, got {world.config.shared_ffn}")
     graph: TaskGraph = module.build(world, knobs_in_world(policy, world, knobs))
     return graph
 
@@ -68,7 +63,8 @@ def knobs_in_world(policy: str, world: World, knobs: PolicyKnobs | None) -> Poli
     knobs = make_knobs(policy, {}) if knobs is None else knobs
     if not isinstance(knobs, _module(policy).Knobs):
         raise TypeError(f"knobs must be of policy {policy}, such as make_knobs({policy!r}, {{}}); got {knobs!r}")
-    return knobs.in_world(world)
+    chosen: PolicyKnobs = knobs.in_world(world)
+    return chosen
 
 
 def describe(policy: str) -> str:

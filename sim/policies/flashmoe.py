@@ -31,7 +31,7 @@ from ..drafting.cuts import CutBlocks, as_if_at_once, chunk_pieces, cut_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.owner import Rules, cuts_of_all
-from ..drafting.shared import shared_expert
+from ..drafting.shared import shared_tiles
 from ..engine.graph import NONE, Array, TaskGraph
 from ..engine.kinds import GEMM0, GEMM1, JOIN, RECEIVE
 from ..world.world import World
@@ -108,7 +108,7 @@ def _draw(world: World, knobs: Knobs, blocks: Blocks) -> _Schedule:
         _hold_back(draft, received, blocks, hidden)
     combined = draft.combine(told, results, gated)
     if world.config.shared_ffn:
-        shared_expert(draft, launched, gated, combined, (min(knobs.tile_m, world.config.num_tokens), knobs.tile_n))
+        shared_tiles(draft, launched, gated, combined, (min(knobs.tile_m, world.config.num_tokens), knobs.tile_n))
     return _Schedule(draft, draft.builder.build(), received)
 
 

@@ -6,6 +6,8 @@ multiplies, in waves of experts: the first products of a wave, then its second o
 rank, into a slot of their own for each choice. A second barrier, and each rank adds up its slots in fixed order.
 Row tiles hold rows of all sources of an expert, and are as high as the expected rows per expert ask for.
 
+A shared expert is three kernels before: the fused one takes all multiprocessors.
+
 Split in two kernels (Hopper): the second products begin when the first are all done; tiles have 64 rows always.
 Fused: two multiprocessors work on neighbouring tiles and share the reading of their rows. Hopper's tiles are fewer and
 larger, as it has no tensor memory for results and no fp4 weights.
@@ -26,12 +28,14 @@ import numpy as np
 from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.shared import shared_kernels
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import DISPATCH, GEMM0, GEMM1
 from ..world.world import World
 
 TILE_HEIGHTS = ((8.5, 16), (16.5, 32), (32.5, 64), (64.5, 96), (96.5, 128), (float("inf"), 192))  # up to so many rows
 SPLIT_TILE_HEIGHT = 64
+SHARED_TILE_HEIGHT = 128  # the shared expert has all tokens of a rank
 WIDE_FFN = 2560  # from here on, Hopper's first products are 512 columns wide
 
 
@@ -65,7 +69,8 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     order = (routing.owner + draft.ranks[:, None]) % world.num_ranks  # the own rows first
     blocks = blocks_per_expert(routing.counts, height, order)
     gated = draft.gate(draft.begin()) if knobs.gate else None
-    met = draft.barrier(draft.exchange(draft.begin(gated), draft.count_bytes()))
+    shared = shared_kernels(draft, gated, (SHARED_TILE_HEIGHT, tile_columns(world, knobs)[1]))
+    met = draft.barrier(draft.exchange(draft.begin(shared), draft.count_bytes()))
     results = _experts(draft, blocks, met, height, knobs)
     draft.combine_kernel(draft.barrier(np.concatenate([results, met])))
     return draft.builder.build()
