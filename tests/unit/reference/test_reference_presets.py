@@ -20,6 +20,11 @@ SHAPES = {  # hidden, ffn, num_experts, num_topk
 }
 
 
+def test_models_with_a_shared_expert_have_it():
+    widths = {name: load_preset(name).shared_ffn for name in preset_names()}
+    assert {name: ffn for name, ffn in widths.items() if ffn} == {"deepseek-v3": 2048, "llama-4-scout": 8192}
+
+
 def test_shapes():
     found = {name: load_preset(name) for name in preset_names()}
     assert {n: (c.hidden, c.ffn, c.num_experts, c.num_topk) for n, c in found.items()} == SHAPES

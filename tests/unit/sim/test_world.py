@@ -28,7 +28,7 @@ def test_more_ranks_than_gpus_are_refused():
 
 
 def test_what_does_not_fit_says_how_much_is_missing():
-    config = load_preset("deepseek-v3", num_ranks=8, num_tokens=128)
+    config = load_preset("deepseek-v3", num_ranks=8, num_tokens=128, shared_ffn=0)
     parts = dict(hardware=load_hardware("8xH100"), routing=make_routing("even", config), precision=precision("float32"))
     # 32 experts of 3 matrices of 7168 x 2048 in 4 bytes: 5.6 GB would fit; 58 layers are not one.
     assert World(config=config, **parts).weight_bytes == 32 * 3 * 7168 * 2048 * 4
