@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import sim
 from reference import MoEConfig
-from sim.policies import TERMS
+from sim.policies import TERMS, row_tile
 from sim.world.recorded import is_recorded
 from sim.world.rounding import WAYS
 
@@ -98,7 +98,7 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
         routing=args.routing,
         seed=seed,
         layer=args.layer,
-        round_to=_tile_m(asked, policy) if args.round_tokens else None,
+        round_to=_row_tile(asked, policy) if args.round_tokens else None,
         round_how=args.round_tokens or "nearest",
         replicas=replicas,
     )
@@ -107,11 +107,9 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
         return sim.simulate(policy, world, asked.knobs[policy])
 
 
-def _tile_m(asked: Asked, policy: str) -> int:
-    tile_m = getattr(asked.knobs[policy], "tile_m", None)
-    if tile_m is None:
-        raise UsageError(f"argument --round-tokens: policy {policy} chooses its row tile: give it with --set tile_m=N")
-    return int(tile_m)
+def _row_tile(asked: Asked, policy: str) -> int:
+    with blaming("argument --round-tokens"):
+        return row_tile(policy, asked.knobs[policy])
 
 
 def load_engine() -> None:

@@ -43,6 +43,18 @@ def make_knobs(policy: str, values: Mapping[str, Any], terms: str = "system") ->
     return made
 
 
+def row_tile(policy: str, knobs: PolicyKnobs) -> int:
+    """Rows of a tile, to whose multiples tokens are rounded.
+
+    Raises:
+        ValueError: the policy chooses it by the layer.
+    """
+    tile_m = getattr(knobs, "tile_m", None)
+    if tile_m is None:
+        raise ValueError(f"policy {policy} chooses its row tile: set its knob tile_m")
+    return int(tile_m)
+
+
 def build(policy: str, world: World, knobs: PolicyKnobs | None = None) -> TaskGraph:
     """The graph of a policy in a world; default knobs where none are given.
 

@@ -26,10 +26,11 @@ from typing import Any
 
 from ..drafting.rates import gpu_kind
 from ..reading.charts import Cell, Style, bars, curves, save, table
+from .grid import LATER
 
 Row = dict[str, Any]
 FIXED: tuple[str, ...] = ("hardware", "preset", "hidden", "ffn", "gated", "experts", "topk", "capacity_factor")
-FIXED += ("tokens", "routing", "precision")
+FIXED += ("tokens", "routing", "precision", *LATER)
 WORDS = {
     "experts": "{} experts",
     "experts_per_gpu": "{:g} experts per GPU",
@@ -38,6 +39,13 @@ WORDS = {
     "routing": "routing {}",
 }
 WORDS |= {"hidden": "hidden {}", "ffn": "ffn {}", "capacity_factor": "capacity factor {}"}
+WORDS |= {
+    "layer": "layer {}",
+    "replicas": "{} replicas",
+    "rounding": "rows rounded ({})",
+    "terms": "terms {}",
+    "seeds": "median of {} seeds",
+}
 UNITS = {"tokens": "tokens per GPU", "experts": "experts over all GPUs", "gpus": "GPUs"}
 SKEW = ("even", "uniform", "zipf", "text", "hot-rank", "hot")
 SHARES = {
@@ -114,7 +122,9 @@ def _prepared(row: Row) -> Row:
     knobs = ", ".join(f"{name}={_plain(value)}" for name, value in sorted(row["knobs"].items()))
     line = f"{row['policy']}, {knobs}" if knobs else row["policy"]
     gpu = gpu_kind(row["hardware"])
-    return row | {"line": line, "gpu": gpu, "gpus": row["ranks"], "experts_per_gpu": row["experts"] / row["ranks"]}
+    return (
+        LATER | row | {"line": line, "gpu": gpu, "gpus": row["ranks"], "experts_per_gpu": row["experts"] / row["ranks"]}
+    )
 
 
 def _plain(value: object) -> str:
@@ -159,6 +169,8 @@ def _reason(rows: Sequence[Row], kind: Kind) -> str:
 
 
 def _in_file_name(name: str, value: object) -> str:
+    if value is None and name in LATER:
+        return f"no-{name}"
     prefix = {
         "experts": "E",
         "topk": "top",
@@ -178,7 +190,8 @@ def _title(what: str, figure: Figure, **more: object) -> str:
     common = figure.common | more
     where = common.get("hardware", f"{common['gpu']} GPUs" if "gpu" in common else None)
     parts = [str(common[name]) for name in ("preset", "precision") if name in common]
-    parts += [word.format(common[name]) for name, word in WORDS.items() if common.get(name) is not None]
+    said = {name: word for name, word in WORDS.items() if common.get(name) not in (None, LATER.get(name))}
+    parts += [word.format(common[name]) for name, word in said.items()]
     parts += ["gated"] if common.get("gated") else []
     seeds = len({row["seed"] for row in figure.rows})
     parts += [f"median of {seeds} seeds"] if seeds > 1 else []

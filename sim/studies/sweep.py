@@ -22,13 +22,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..policies import make_knobs
-from ..reading.report import report
 from ..simulation import simulate
-from .grid import Point
+from .grid import LATER, Point
+from .seeds import over_seeds
 
 Row = dict[str, Any]
-PARAMETERS = {"key", "ranks", *(field.name for field in fields(Point))}  # that every row has
+PARAMETERS = {"key", "ranks", *(field.name for field in fields(Point))} - {*LATER}  # that every row has
 BEGINNING = b'{"key": "'  # of every row; a last line that begins otherwise belongs to somebody else's file
 
 
@@ -100,8 +99,9 @@ def run_points(points: Iterable[Point], pool: Executor | None = None) -> Iterato
 def run_point(point: Point) -> Row:
     """The row of a point: its report, or why it cannot be."""
     try:
-        simulation = simulate(point.policy, point.world(), make_knobs(point.policy, point.knobs))
-        return point.row() | {"report": asdict(report(simulation))}
+        knobs = point.policy_knobs()
+        _, said = over_seeds(lambda seed: simulate(point.policy, point.world(seed), knobs), point.seed, point.seeds)
+        return point.row() | {"report": asdict(said)}
     except ValueError as error:
         return point.row() | {"error": str(error)}
     except Exception as error:
@@ -133,4 +133,4 @@ def _row(line: bytes) -> Row | None:
         return None
     if not isinstance(row, dict) or not row.keys() >= PARAMETERS or not isinstance(row["key"], str):
         return None
-    return row if isinstance(row.get("report", {}), dict) else None
+    return LATER | row if isinstance(row.get("report", {}), dict) else None

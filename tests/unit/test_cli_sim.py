@@ -56,7 +56,7 @@ def run_json(capsys, *flags):
     (["--replicas", "3"], "argument --replicas: --experts=32 + replicas must be a multiple of --ranks=4, got"),
     (["--replicas", "-1"], "argument --replicas: must be an integer >= 0, got '-1'"),
     (["--round-tokens", "away"], "argument --round-tokens: invalid choice: 'away'"),
-    (["--round-tokens", "up", "--policy", "megamoe"], "argument --round-tokens: policy megamoe chooses its row tile"),
+    (["--round-tokens", "up", "--policy", "megamoe"], "argument --round-tokens: policy megamoe chooses its row tile: set its"),
     (["--set", "tile_m"], "argument --set: must be KNOB=VALUE, got 'tile_m'"),
     (["--set", "tile_m="], "argument --set: must be KNOB=VALUE, got 'tile_m='"),
     (["--set", "speed=1"], "argument --set: no knob 'speed' in flashmoe; flashmoe has rate, tile_latency_ns, "),

@@ -72,6 +72,18 @@ def test_what_differs_is_another_figure_and_names_its_file(drawn):
     assert "over_tokens: 1 of 4, those with the most rows; choose rows (--where) for others" in notes
 
 
+def test_what_came_later_is_never_mixed(drawn):
+    """Rows of old files have none of it."""
+    changes = ({}, {"replicas": 8}, {"rounding": "up"}, {"terms": "schedule"}, {"seeds": 5}, {"layer": 3})
+    made, _ = drawn([row(tokens=tokens, **change) for tokens in (1, 2) for change in changes])
+    lines = [name for name in made if name.startswith("over_tokens")]
+    assert len(lines) == len(changes) and all(len(curves_of(made[name].axes[0])["flashmoe"]) == 2 for name in lines)
+    titles = " ".join(made[name].get_suptitle() for name in lines)
+    for words in ("8 replicas", "rows rounded (up)", "terms schedule", "median of 5 seeds", "layer 3"):
+        assert titles.count(words) == 1
+    assert "terms system" not in titles
+
+
 def test_rows_that_differ_in_everything_at_once_are_no_figure(drawn):
     made, notes = drawn([row(tokens=1, experts=8), row(tokens=2, experts=16)])
     assert "over_tokens.png" not in made

@@ -14,7 +14,7 @@ from flashmoe_numba import cli
 from flashmoe_numba.processes import launch
 from flashmoe_numba.processes.pools import process_pool
 from sim.simulation import simulate
-from sim.studies.grid import load_grid
+from sim.studies.grid import LATER, load_grid
 from sim.studies.sweep import RowFile, missing, read_rows, run_point, run_points
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -58,7 +58,15 @@ def test_keys_are_of_the_parameters_alone(tmp_path, grid):
     assert one.key == "2b018feacf79e987", (
         "the same on every machine and in every version, or files could not be gone on with"
     )
-    for change in ("seed = [1]", "topk = [1]", "gated = [false]", "capacity_factor = [1]", 'precision = ["fp8"]'):
+    changes = ("replicas = [0]", 'rounding = ["up"]', 'terms = ["schedule"]', "layer = [0]", "seeds = [2]")
+    for change in (
+        *changes,
+        "seed = [1]",
+        "topk = [1]",
+        "gated = [false]",
+        "capacity_factor = [1]",
+        'precision = ["fp8"]',
+    ):
         (other,) = load_grid(write(tmp_path, HEAD + change))
         assert other.key != one.key
     assert len(set(before)) == len(before)
@@ -89,6 +97,44 @@ def test_capacity_is_that_of_the_factor(tmp_path):
     worlds = [point.world() for point in load_grid(write(tmp_path, HEAD + sizes))]
     assert [world.config.capacity for world in worlds] == [3, 6, 10, 10]
     assert worlds[0].routing.counts.max() <= 3
+
+
+def test_what_sim_can_ask_for_a_grid_can(tmp_path):
+    axes = (
+        'replicas = ["none", 0, 4]\nrounding = ["none", "up"]\nterms = ["system", "schedule"]\nrouting = ["zipf:1"]\n'
+    )
+    sets = "tokens = [40]\n[knobs]\nflashmoe = [{tile_m = 16}]\n"
+    points = {(p.replicas, p.rounding, p.terms): p for p in load_grid(write(tmp_path, HEAD + axes + sets))}
+    assert len(points) == 12
+    copied = points[4, "up", "schedule"].world().routing
+    assert copied.num_experts == 12 and copied.name == "zipf:1, rounded (up) to 16, 4 replicas"
+    placed, blocked = (points[replicas, None, "system"].world().routing.name for replicas in (0, None))
+    assert (placed, blocked) == ("zipf:1, placed", "zipf:1")
+    row = run_point(points[None, None, "schedule"])
+    assert (row["report"]["rate"], row["report"]["knobs"]["tile_m"], row["report"]["knobs"]["tile_n"]) == (0.6, 16, 256)
+    (bad,) = load_grid(write(tmp_path, HEAD.replace("flashmoe", "megamoe") + 'rounding = ["up"]\n'))
+    assert run_point(bad)["error"] == "policy megamoe chooses its row tile: set its knob tile_m"
+
+
+def test_seeds_of_a_point_are_a_row_with_their_spread(tmp_path):
+    text = HEAD + 'routing = ["zipf:1"]\ntokens = [300]\n'
+    alone = sorted(
+        run_point(p)["report"]["latency_us"] for p in load_grid(write(tmp_path, text + "seed = [3, 4, 5]\n"))
+    )
+    (point,) = load_grid(write(tmp_path, text + "seed = [3]\nseeds = [3]\n"))
+    said = run_point(point)["report"]
+    spread = {"median": alone[1], "min": alone[0], "max": alone[2]}
+    assert said["spread"]["latency_us"] == spread and said["latency_us"] == alone[1]
+    assert alone[0] < alone[2]
+
+
+def test_rows_from_before_an_axis_came_are_gone_on_with(tmp_path):
+    (point,) = load_grid(write(tmp_path, HEAD))
+    row = run_point(point)
+    old = {name: value for name, value in row.items() if name not in LATER}
+    (tmp_path / "old.jsonl").write_text(json.dumps(old) + "\n")
+    assert read_rows(tmp_path / "old.jsonl") == [row]
+    assert missing([point], read_rows(tmp_path / "old.jsonl")) == []
 
 
 def test_an_impossible_combination_is_a_row_that_says_why(grid):
@@ -213,6 +259,12 @@ def test_rows_of_an_mpirun_are_the_same(tmp_path, grid):
     ("schema = 1\ngrid = 3", ": [grid] must be a table, got 3"),
     ('schema = 1\n[grid]\npolicy = ["flashmoe"]', ": [grid] must have policy, hardware, preset; missing: hardware"),
     (HEAD + "tokens = 5", ": [grid] tokens must be a list of integers, got 5"),
+    (HEAD + 'rounding = ["away"]', ": [grid] rounding: rounding must be one of nearest, up, down; got 'away'"),
+    (HEAD + 'terms = ["own"]', ": [grid] terms: terms must be one of system, schedule; got 'own'"),
+    (HEAD + 'replicas = ["some"]', """: [grid] replicas must be a list of integers, or "none", got 'some' in it"""),
+    (HEAD + "replicas = [-1]", ": [grid] replicas must be at least 0, got -1"),
+    (HEAD + "seeds = [0]", ": [grid] seeds must be at least 1, got 0"),
+    (HEAD + 'seeds = ["none"]', ": [grid] seeds must be a list of integers, got 'none' in it"),
     (HEAD + "tokens = []", ": [grid] tokens must be a list of integers, got []"),
     (HEAD + "tokens = [true]", ": [grid] tokens must be a list of integers, got True in it"),
     (HEAD + "tokens = [0]", ": [grid] tokens must be at least 1, got 0"),
