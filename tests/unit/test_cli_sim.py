@@ -6,10 +6,12 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from children import printed
+from floors import ROOT
 
 import sim
 from flashmoe_numba import cli
 from flashmoe_numba.commands.knobs import knob_types, knobs_from, parse
+from flashmoe_numba.commands.simulated import RESULTS, TIMES
 from flashmoe_numba.errors import UsageError
 from reference import load_preset
 
@@ -56,7 +58,7 @@ def run_json(capsys, *flags):
     (["--replicas", "3"], "argument --replicas: --experts=32 + replicas must be a multiple of --ranks=4, got"),
     (["--replicas", "-1"], "argument --replicas: must be an integer >= 0, got '-1'"),
     (["--round-tokens", "away"], "argument --round-tokens: invalid choice: 'away'"),
-    (["--round-tokens", "up", "--policy", "megamoe"], "argument --round-tokens: policy megamoe chooses its row tile: set its"),
+    (["--round-tokens", "up", "--policy", "megamoe"], "argument --round-tokens: policy megamoe chooses its row tile"),
     (["--set", "tile_m"], "argument --set: must be KNOB=VALUE, got 'tile_m'"),
     (["--set", "tile_m="], "argument --set: must be KNOB=VALUE, got 'tile_m='"),
     (["--set", "speed=1"], "argument --set: no knob 'speed' in flashmoe; flashmoe has rate, tile_latency_ns, "),
@@ -268,14 +270,15 @@ def test_imbalance_stands_beside_every_result(capsys):
     assert "by rank by expert" in names and cells.split()[-3:-1] == ["4.00", "32.00"]
 
 
-def test_the_help_says_what_every_column_means(capsys):
-    from flashmoe_numba.commands.simulated import RESULTS, TIMES
-
+def test_the_help_and_the_documentation_say_what_every_column_means(capsys):
     with pytest.raises(SystemExit):
         cli.main(["sim", "--help"])
     said = " ".join(capsys.readouterr().out.split())
+    documentation = (ROOT / "docs/simulator.md").read_text(encoding="utf-8")
     for column in (*RESULTS, *TIMES):
-        assert " ".join(f"{column.name} {column.unit} {column.meaning}".split()) in said
+        head = f"{column.name} {column.unit}".strip()
+        assert f"{head} {column.meaning}" in said
+        assert f"| {head} | {column.meaning} |" in documentation
 
 
 def test_the_table_says_simulated_and_has_units(capsys):
