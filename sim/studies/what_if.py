@@ -116,7 +116,9 @@ def _others(value: Any, choices: tuple[str, ...]) -> list[Any]:
 
 def _routings(world: World) -> Iterator[tuple[str, SimRouting]]:
     if world.routing.name != "even":
-        yield "even routing", make_routing("even", world.config)
+        even = make_routing("even", world.config)
+        more = int(even.counts.sum() - world.routing.counts.sum())
+        yield "even routing" + (f", with {more:+,} rows" if more else ""), even
     for replicas in (0, world.num_ranks) if world.num_ranks > 1 else ():
         name = f"experts placed by load, {replicas} copies of busy ones" if replicas else "experts placed by load"
         try:
