@@ -1,5 +1,6 @@
 """DeepEP: rows that cross each link once, kernels that wait for their own rank, and knobs that do what they say."""
 
+from dataclasses import replace
 from functools import partial
 from math import ceil
 
@@ -9,7 +10,7 @@ from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, o
 
 from sim.drafting.comm_sms import analytic_comm_sms
 from sim.drafting.hops import make_hops
-from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND
+from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND, SHARED0
 from sim.policies import make_knobs
 from sim.simulation import simulate
 from sim.validation.published import bottleneck_gbps
@@ -298,6 +299,26 @@ def test_wrong_knobs(values, message):
 def test_one_token_has_no_two_halves():
     with pytest.raises(ValueError, match="micro_batches must be at most num_tokens=1, got 2"):
         deepep(WORLDS["one token"], micro_batches=2)
+
+
+@pytest.mark.parametrize("hardware", ["4xH100", "2x2xH100"])
+@pytest.mark.parametrize(("mode", "batches"), [("normal", 1), ("normal", 2), ("low_latency", 1), ("low_latency", 2)])
+def test_a_shared_expert_runs_beside_the_dispatch_and_is_summed(mode, batches, hardware):
+    plain = small_world("even", num_tokens=2000, hidden=1024, hardware=hardware)
+    world = replace(plain, config=replace(plain.config, shared_ffn=256))
+    graph, timeline = deepep(world, mode=mode, micro_batches=batches)
+    shared = kind_nodes(graph, SHARED0)
+    sent = kind_nodes(graph, DISPATCH)
+    assert timeline.start_ns[shared].min() < timeline.done_ns[sent].max()
+    useful = (graph.nodes["useful_flops"] * graph.nodes["count"])[shared].sum()
+    assert useful == pytest.approx(4 * 2000 * 2 * 1024 * 512)
+    summed = [combine_bytes_time(deepep(one, mode=mode, micro_batches=batches)[0]) for one in (plain, world)]
+    assert summed[1] > summed[0]
+
+
+def combine_bytes_time(graph):
+    sums = kind_nodes(graph, COMBINE)
+    return (graph.nodes["duration_ns"] * graph.nodes["count"])[sums].sum()
 
 
 # ---- figures of DeepEP's own
