@@ -301,10 +301,11 @@ def test_one_token_has_no_two_halves():
         deepep(WORLDS["one token"], micro_batches=2)
 
 
-@pytest.mark.parametrize("hardware", ["4xH100", "2x2xH100"])
 @pytest.mark.parametrize(("mode", "batches"), [("normal", 1), ("normal", 2), ("low_latency", 1), ("low_latency", 2)])
-def test_a_shared_expert_runs_beside_the_dispatch_and_is_summed(mode, batches, hardware):
-    plain = small_world("even", num_tokens=2000, hidden=1024, hardware=hardware)
+def test_a_shared_expert_runs_beside_the_dispatch_and_is_summed(mode, batches):
+    plain = small_world(
+        "even", num_tokens=2000, hidden=1024, num_topk=8
+    )  # reading 5 rows takes longer than writing one
     world = replace(plain, config=replace(plain.config, shared_ffn=256))
     graph, timeline = deepep(world, mode=mode, micro_batches=batches)
     shared = kind_nodes(graph, SHARED0)
