@@ -18,22 +18,16 @@ from sim.studies.seeds import over_seeds
 from ..errors import UsageError
 from .simulated import catalogue, column_lines, tables
 from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked, simulated_config
-from .sizes import add_json_argument, blaming, check_outputs, give, integer, layer_name
+from .sizes import add_json_argument, blaming, check_outputs, give, layer_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `flashmoe sim`."""
     add_simulation_arguments(parser, many=True)
-    add = parser.add_argument
-    add(
-        "--seeds",
-        type=integer(1),
-        default=1,
-        metavar="N",
-        help="routings of N seeds from --seed on: median and spread [1]",
-    )
+    group = parser.add_argument_group("output")
+    add = group.add_argument
     add("--overlap", action="store_true", help="also simulate 2 ranks, for the overlap efficiency T(2) / T")
-    add_json_argument(parser)
+    add_json_argument(group)
     add("--trace", metavar="FILE", help="write the one simulation for https://ui.perfetto.dev")
     add("--plot", metavar="FILE", help="draw the one simulation; as PNG, or .pdf, .svg")
     add("--list", action="store_true", help="say what there is, with all knobs, and simulate nothing")

@@ -23,10 +23,11 @@ DEFAULT_HARDWARE = "8xH100"
 PATIENCE_S = 3.0
 FLAGS = {"rounding": "argument --round-tokens", "layer": "the layer"}  # of the other parts of a scenario: their names
 RECORDED = """\
-A file has topk_idx [tokens, topk], or [ranks, tokens, topk] by rank (-1 and the number of experts are no choice), or a
-histogram of tokens or shares, [experts], or [ranks, experts] by rank; with a leading index of layers, --layer says
-which. FILE.npz:KEY names one of several arrays. A .csv has a line per token, rank or expert, or a header
-[layer,][rank,]expert,tokens and a line for each number. Without --layer, a leading index is of ranks."""
+A file has choices, [tokens, topk], or by rank [ranks, tokens, topk], where -1 and the number of experts are none; or a
+histogram of tokens or of shares, [experts], or by rank [ranks, experts]. One index more in front is of layers: --layer
+says which. Without --layer a leading index is of ranks. FILE.npz:KEY names one of several arrays; topk_idx, the only
+one, or the only one of integers needs no name. A .csv has a line per token, rank or expert, or a header,
+[layer,][rank,]expert,tokens, and a line for each number."""
 
 
 def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False) -> None:
@@ -44,14 +45,16 @@ def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False
     machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file; by default all its GPUs are ranks"
     add("--hardware", default=DEFAULT_HARDWARE, metavar="NAME|FILE", help=f"{machine} [{DEFAULT_HARDWARE}]")
     add("--precision", metavar="NAME", help=f"{', '.join(sim.PRECISIONS)} [the layer's dtype]")
-    add_size_arguments(parser, DEFAULT_PRESET, many_tokens=many)
-    _add_routing_arguments(parser)
+    add_size_arguments(parser, DEFAULT_PRESET, many_tokens=many, layer_of="the model, or of a routing from a file")
+    _add_routing_arguments(parser, many)
 
 
-def _add_routing_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_routing_arguments(parser: argparse.ArgumentParser, many: bool) -> None:
     add = parser.add_argument_group("routing", RECORDED).add_argument
     add("--routing", default="uniform", metavar="NAME|FILE", help=f"{', '.join(sim.ROUTING_NAMES)} [uniform]")
     add("--seed", type=integer(0), default=0, metavar="N", help="of what is drawn [0]")
+    if many:
+        add("--seeds", type=integer(1), default=1, metavar="N", help="N seeds from --seed on: median, min and max [1]")
     copies = "place experts by load, with N copies of busy ones beside them"
     add("--replicas", type=integer(0), metavar="N", help=copies)
     add("--round-tokens", choices=WAYS, help="round each expert's rows to a multiple of the policy's tile_m")

@@ -69,11 +69,15 @@ def _capacity(text: str) -> int | str:
 
 
 def add_size_arguments(
-    parser: argparse.ArgumentParser, preset: str = DEFAULT_PRESET, many_tokens: bool = False
+    parser: argparse.ArgumentParser,
+    preset: str = DEFAULT_PRESET,
+    many_tokens: bool = False,
+    layer_of: str = "the model",
 ) -> Callable[..., argparse.Action]:
     """`--preset`, by default this one, or a published model's config; and one flag per size.
 
-    With `many_tokens`, `--tokens` is a list. Returns what adds flags that exclude `--preset`.
+    With `many_tokens`, `--tokens` is a list; `layer_of` says of what `--layer` is one. Returns what adds flags that
+    exclude `--preset`.
     """
     group = parser.add_argument_group("sizes", "the preset's or the model's where not given")
     add_source = add = group.add_mutually_exclusive_group().add_argument
@@ -81,7 +85,7 @@ def add_size_arguments(
     published = f"the config.json of a model: its layers' shapes [{MODEL_TOKENS} tokens, 1 rank]"
     add("--model-config", metavar="FILE", help=published)
     add = group.add_argument
-    add("--layer", type=integer(0), metavar="N", help="of the model [0]")
+    add("--layer", type=integer(0), metavar="N", help=f"of {layer_of} [0]")
     add(
         "--family", metavar="NAME", help="of the model's blocks, or a TOML file that describes them [by its model_type]"
     )
@@ -179,7 +183,7 @@ def blaming(flag: str) -> Iterator[None]:
         raise UsageError(f"{flag}: {in_flags(str(error))}") from None
 
 
-def add_json_argument(parser: argparse.ArgumentParser) -> None:
+def add_json_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; with - to stdout, alone")
 
 

@@ -15,6 +15,7 @@ from reference.scalars import check_one_of
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.rates import DEFAULT_RATE
 from ..engine.graph import TaskGraph
+from ..engine.kinds import SHARED0
 from ..world.world import World
 
 POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
@@ -59,10 +60,14 @@ def build(policy: str, world: World, knobs: PolicyKnobs | None = None) -> TaskGr
     """The graph of a policy in a world; default knobs where none are given.
 
     Raises:
-        ValueError: no such policy, or its knobs do not go with the world; TypeError: knobs of another policy.
+        ValueError: no such policy, its knobs do not go with the world, or the layer has a shared expert and the graph
+            none; TypeError: knobs of another policy.
     """
     module = _module(policy)
     graph: TaskGraph = module.build(world, knobs_in_world(policy, world, knobs))
+    if world.config.shared_ffn and not (graph.nodes["kind"] == SHARED0).any():
+        rule = f"shared_ffn must be 0 with policy {policy} and these knobs, which leave the shared expert out"
+        raise ValueError(f"{rule}; got {world.config.shared_ffn}")
     return graph
 
 

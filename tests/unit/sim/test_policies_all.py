@@ -139,6 +139,14 @@ def test_results_are_whole_when_the_shared_expert_is_done(policy):
     assert times[0] < times[1] or policy == "t3"
 
 
+@pytest.mark.parametrize(("policy", "stages"), [("comet", "layer0"), ("deepep", "dispatch")])
+def test_a_shared_expert_is_not_left_out_silently(policy, stages):
+    world = small_world()
+    world = replace(world, config=replace(world.config, shared_ffn=130))
+    with pytest.raises(ValueError, match=f"shared_ffn must be 0 with policy {policy} and these knobs, .*; got 130"):
+        make_graph(policy, world, stages=stages)
+
+
 def combine_time(graph):
     nodes, mine = graph.nodes, kind_nodes(graph, COMBINE)
     return (nodes["duration_ns"] * nodes["count"])[mine].sum()
