@@ -46,6 +46,7 @@ from .steps import Steps, levels
 OFF_SM = (OS_BLOCK, HOST)  # servers that are no part of the multiprocessors
 LAUNCHED, MET, WAITING, DEPENDENCY, TAIL = range(5)
 IDLE_CAUSES = ("launch", "barrier", "waiting", "dependency", "tail")
+MANY = np.int64(2**32)  # more than runs at a time: one number counts two kinds of them
 COMPUTES = (GEMM0, GEMM1, SHARED0, SHARED1, DENSE)  # products, beside which a transfer costs nothing
 
 
@@ -151,17 +152,16 @@ def exposed_communication_us(simulation: Simulation) -> float:
     graph, time = simulation.graph, simulation.timeline
     computes = np.flatnonzero(np.isin(graph.nodes["kind"][time.run_node], COMPUTES))
     rank, start, end = transfers(simulation)
-    transfer = np.int64(2**32)  # more than there are computing tasks: one number counts both
     num_ranks = simulation.world.num_ranks
     steps = levels(
         np.concatenate([places(graph)[time.run_node[computes]], rank]),
         np.concatenate([time.run_start_ns[computes], start]),
         np.concatenate([time.run_end_ns[computes], end]),
-        np.repeat([np.int64(1), transfer], [len(computes), len(rank)]),
+        np.repeat([np.int64(1), MANY], [len(computes), len(rank)]),
         num_ranks,
         horizon_ns(simulation),
     )
-    exposed = (steps.level >= transfer) & (steps.level % transfer == 0)
+    exposed = (steps.level >= MANY) & (steps.level % MANY == 0)
     return float((steps.right - steps.left)[exposed].sum()) / num_ranks / 1000
 
 
@@ -178,9 +178,9 @@ class _Busy(NamedTuple):
 
 def dense_us(simulation: Simulation) -> float:
     """Mean over ranks of the time in which dense work of the model runs on the rank, and no task of the layer."""
-    dense = simulation.graph.nodes["kind"][simulation.timeline.run_node[sm_runs(simulation)]] == DENSE
-    layer, other = _busy(simulation, sm_runs(simulation)[~dense]), _busy(simulation, sm_runs(simulation)[dense])
-    return _added_us(simulation, other, [layer])
+    runs = sm_runs(simulation)
+    dense = simulation.graph.nodes["kind"][simulation.timeline.run_node[runs]] == DENSE
+    return _alone_us(simulation, _busy(simulation, runs[dense]), [_busy(simulation, runs[~dense])])
 
 
 def host_us(simulation: Simulation) -> float:
@@ -193,7 +193,7 @@ def host_us(simulation: Simulation) -> float:
         np.tile(ranks, len(met)), *(np.repeat(at[met], len(ranks)) for at in (time.run_start_ns, time.run_end_ns))
     )
     others = [_busy(simulation, sm_runs(simulation)), _Busy(*transfers(simulation)), meetings]
-    return _added_us(simulation, _busy(simulation, np.flatnonzero(on_host)), others)
+    return _alone_us(simulation, _busy(simulation, np.flatnonzero(on_host)), others)
 
 
 def _busy(simulation: Simulation, runs: Array) -> _Busy:
@@ -201,14 +201,13 @@ def _busy(simulation: Simulation, runs: Array) -> _Busy:
     return _Busy(places(simulation.graph)[time.run_node[runs]], time.run_start_ns[runs], time.run_end_ns[runs])
 
 
-def _added_us(simulation: Simulation, more: _Busy, others: list[_Busy]) -> float:
-    """What `more` adds to the time that the `others` cover, as a mean over ranks."""
-    covered = _covered_ns(simulation, [*others, more]) - _covered_ns(simulation, others)
-    return covered / simulation.world.num_ranks / 1000
-
-
-def _covered_ns(simulation: Simulation, parts: list[_Busy]) -> int:
-    """Time in which any of the intervals is open, over all ranks."""
-    rank, start, end = (np.concatenate(column) for column in zip(*parts, strict=True))
-    steps = levels(rank, start, end, np.ones(len(rank), np.int64), simulation.world.num_ranks, horizon_ns(simulation))
-    return int((steps.right - steps.left)[steps.level > 0].sum())
+def _alone_us(simulation: Simulation, busy: _Busy, others: list[_Busy]) -> float:
+    """Time in which some of `busy` is open and none of the `others`, as a mean over ranks."""
+    if not len(busy.rank):
+        return 0.0
+    rank, start, end = (np.concatenate(column) for column in zip(busy, *others, strict=True))
+    weight = np.where(np.arange(len(rank)) < len(busy.rank), 1, MANY)
+    num_ranks = simulation.world.num_ranks
+    steps = levels(rank, start, end, weight, num_ranks, horizon_ns(simulation))
+    alone = (steps.level > 0) & (steps.level < MANY)
+    return float((steps.right - steps.left)[alone].sum()) / num_ranks / 1000

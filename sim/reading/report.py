@@ -26,7 +26,8 @@ class Report:
         knobs: of the policy, by name.
         ranks, tokens: R, and tokens of each rank.
         capacity: most rows from one rank to one expert; None: no limit.
-        rows: choices that were computed, over all ranks: those of experts that are not zero-computation ones.
+        rows: choices that were computed, over all ranks: those of experts that are not zero-computation ones (of which
+            scmoe's knob zero_share makes some more).
         dropped, added: choices that the capacity or the rounding of tokens took away, and that rounding added.
         computed_tokens: tokens of all ranks with at least one choice that was computed or is a zero-computation expert.
         rank_imbalance, expert_imbalance: most rows of a rank, and of an expert (of a copy, where experts have some),
