@@ -14,6 +14,7 @@ from pathlib import Path
 import sim
 from reference import MoEConfig
 from sim.studies.seeds import over_seeds
+from sim.world.recorded import is_recorded
 
 from ..errors import UsageError
 from .simulated import catalogue, column_lines, tables
@@ -45,6 +46,7 @@ def main(args: argparse.Namespace) -> int:
     asked = ask(args, policies)
     configs = [simulated_config(asked, tokens) for tokens in args.tokens or [None]]
     points = list(itertools.product(configs, policies))
+    _check_overlap(args)
     _check_files(args, len(points))
     load_engine()
     reports = []
@@ -61,6 +63,12 @@ def _check_files(args: argparse.Namespace, num_points: int) -> None:
         if getattr(args, flag) and num_points > 1:
             raise UsageError(f"argument --{flag}: needs one policy and one --tokens, got {num_points} combinations")
     check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot")})
+
+
+def _check_overlap(args: argparse.Namespace) -> None:
+    if args.overlap and is_recorded(args.routing):
+        rule = "needs a routing that is drawn, because 2 ranks have fewer experts"
+        raise UsageError(f"argument --overlap: {rule}; got --routing {args.routing}")
 
 
 # ---- simulations
