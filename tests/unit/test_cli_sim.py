@@ -71,7 +71,7 @@ def run_json(capsys, *flags):
     (["--set", "packing=per_expert", "--policy", "flashmoe,bulk,comet"], "argument --set: no knob 'packing' in bulk, "),
     (["--seed", "-1"], "argument --seed: must be an integer >= 0, got '-1'"),
     (["--overlap", "--topk", "17"], "argument --overlap: of 2 ranks: --topk must be in [1, --experts=16], got 17"),
-    (["--overlap", "--routing", "x.npz"], "argument --overlap: needs a routing that is drawn, because 2 ranks have fewer"),
+    (["--overlap", "--routing", "x.npz"], "argument --overlap: needs a routing that is drawn, because 2 "),
     (["--json", "/proc/none/x.json"], "argument --json: cannot write '/proc/none/x.json'"),
     (["--trace", "/"], "argument --trace: cannot write '/'"),
     (["--plot", "-"], "argument --plot: must be a file, got '-'"),
