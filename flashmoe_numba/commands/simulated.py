@@ -62,6 +62,11 @@ def _cut(reports: Rows) -> bool:
     return _any("capacity")(reports) or _any("dropped")(reports) or _any("added")(reports)
 
 
+def _unfitted(report: sim.Report) -> bool:
+    """Neither fitted to its policy on its GPU nor set."""
+    return not report.rate_fitted and report.knobs["rate"] is None
+
+
 POLICY = Column("policy", "", lambda report: report.policy, "the schedule, see --list")
 TOKENS = Column("tokens", "/rank", lambda report: f"{report.tokens:,}", "tokens of each rank")
 RESULTS: tuple[Column, ...] = (
@@ -83,8 +88,8 @@ RESULTS: tuple[Column, ...] = (
     Column(
         "rate",
         "",
-        lambda report: f"{report.rate:.3f}{'' if report.rate_fitted else '*'}",
-        "share of P that tiles reach: fitted to measurements, or (*) not of this policy on this GPU",
+        lambda report: f"{report.rate:.3f}{'*' if _unfitted(report) else ''}",
+        "share of P that tiles reach: fitted to measurements, (*) but not of this policy on this GPU, or set",
     ),
     Column("host", "us", _us("host_us"), "part of T in which the host works and nothing else; mean over ranks"),
     Column(
@@ -171,7 +176,7 @@ def tables(about: Mapping[str, Any], config: MoEConfig, reports: Rows) -> Iterat
     yield from _table(RESULTS, reports)
     yield ""
     yield from _table(TIMES, reports)
-    if not all(report.rate_fitted for report in reports) and about["terms"] == "system":
+    if any(map(_unfitted, reports)):
         yield "* not fitted to measurements of this policy on this GPU"
 
 

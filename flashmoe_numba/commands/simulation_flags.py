@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import sim
 from reference import MoEConfig
 from sim.policies import TERMS, row_tile
-from sim.world.recorded import is_recorded
+from sim.world.recorded import has_layers, is_recorded
 from sim.world.rounding import WAYS
 
 from ..errors import UsageError
@@ -100,7 +100,7 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
         precision=args.precision or config.dtype,
         routing=args.routing,
         seed=seed,
-        layer=args.layer,
+        layer=_recorded_layer(args, config),
         round_to=_row_tile(asked, policy) if args.round_tokens else None,
         round_how=args.round_tokens or "nearest",
         replicas=replicas,
@@ -108,6 +108,14 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
     world = scenario.make(lambda part: blaming(FLAGS.get(part, f"argument --{part}")))
     with blaming(f"policy {policy}"):
         return sim.simulate(policy, world, asked.knobs[policy])
+
+
+def _recorded_layer(args: argparse.Namespace, config: MoEConfig) -> int | None:
+    """`--layer` of a recording; with `--model-config` the recording may be of that one layer."""
+    if not is_recorded(args.routing) or args.model_config is None:
+        return args.layer if is_recorded(args.routing) else None
+    with blaming("argument --routing"):
+        return args.layer if has_layers(args.routing, config) else None
 
 
 def _row_tile(asked: Asked, policy: str) -> int:

@@ -6,8 +6,8 @@ multiprocessors, so the tasks on them hold slots; where a schedule lets engines 
 other, more than S tasks hold S. Slot time is T R S.
 
 Idle by cause. Free slots idle until the next task starts on the GPU's multiprocessors. What made that one ready is the
-predecessor that was complete last; joins and the OS block's receiving are passed over to what they waited for. So all
-slot time is held by tasks, or has one of the `IDLE_CAUSES`:
+predecessor that was complete last; joins, gaps between kernels of a CUDA graph and the OS block's receiving are passed
+over to what they waited for. So all slot time is held by tasks, or has one of the `IDLE_CAUSES`:
 
     launch      the host's start of a kernel
     barrier     a meeting of ranks
@@ -114,7 +114,8 @@ def idle_cause(simulation: Simulation, nodes: Array) -> Array:
     cause, fields = simulation.timeline.cause, simulation.graph.nodes
     last = cause[nodes]
     while True:
-        passed = np.isin(fields["kind"][last], (JOIN, RECEIVE)) & (last != NONE) & (cause[last] != NONE)
+        gap = (fields["kind"][last] == LAUNCH) & (fields["server"][last] == NONE)
+        passed = (np.isin(fields["kind"][last], (JOIN, RECEIVE)) | gap) & (last != NONE) & (cause[last] != NONE)
         if not passed.any():
             break
         last = np.where(passed, cause[last], last)

@@ -6,8 +6,8 @@
                 Numbers or shares of any sum: as many tokens as are asked for are drawn to these shares, each with
                 num_topk distinct experts.
 
-Either may have a leading index of layers, which is looked at where `layer` is given: without it a leading index means
-ranks, and must be as long as there are ranks.
+Either may have a leading index of layers, of which `layer` is one. Without it a leading index means ranks, and must be
+as long as there are ranks.
 
 Files: .npz and .safetensors, whose array is called topk_idx, or is the only one, or the only one of integers, or is
 named: FILE:KEY. .npy. .csv: a line per token, rank or expert; or with a header, `[layer,][rank,]expert,tokens`, a line
@@ -47,24 +47,23 @@ def read_routing(name: str, config: MoEConfig, layer: int | None, random: np.ran
     Raises:
         TypeError, ValueError: naming the file, what it has and the rule; FileNotFoundError: no such file.
     """
-    parts = _parts(name)
-    arrays = _read(Path(parts["path"]), parts["kind"], config.num_choices)
-    key = parts["key"] or _key(name, arrays)
-    if key not in arrays:
-        raise ValueError(f"{parts['path']} must have {key}; it has {sorted(arrays)}")
-    array, weights = arrays[key], arrays.get("topk_weights") if key == "topk_idx" else None
-    if array.dtype.kind not in "iuf":
-        raise TypeError(f"{name} must have numbers, got dtype {array.dtype}")
-    if parts["kind"] == "csv" and array.ndim == 1 and config.num_topk == 1 and len(array) != config.num_choices:
-        array = array[:, None]  # a choice in each line
+    array, weights = _arrays(name, config)
     histogram = _is_histogram(name, array, config)
-    if layer is not None and array.ndim > 2 - histogram:
+    if layer is not None:
+        if array.ndim == 2 - histogram:
+            raise ValueError(f"{name} has no layers, so layer must not be given; got {layer}")
         name = f"{name}, layer {layer}"
         array, weights = _layer(name, array, layer), None if weights is None else _layer(name, weights, layer)
     by_rank = _is_by_rank(name, array, 2 - histogram, config)
     title = ", ".join([name, *(["histogram"] if histogram else []), *(["by rank"] if by_rank else [])])
     choices = _drawn(name, array, config, random) if histogram else _choices(name, array, weights, config)
     return title, choices
+
+
+def has_layers(name: str, config: MoEConfig) -> bool:
+    """Whether `layer` can be given: there is an index before that of tokens or experts."""
+    array, _ = _arrays(name, config)
+    return array.ndim > 2 - _is_histogram(name, array, config)
 
 
 def _parts(name: str) -> re.Match[str]:
@@ -74,6 +73,21 @@ def _parts(name: str) -> re.Match[str]:
 
 
 # ---- files
+
+
+def _arrays(name: str, config: MoEConfig) -> tuple[Array, Array | None]:
+    """The choices or the histogram, and the weights of choices."""
+    parts = _parts(name)
+    arrays = _read(Path(parts["path"]), parts["kind"], config.num_choices)
+    key = parts["key"] or _key(name, arrays)
+    if key not in arrays:
+        raise ValueError(f"{parts['path']} must have {key}; it has {sorted(arrays)}")
+    array = arrays[key]
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must have numbers, got dtype {array.dtype}")
+    if parts["kind"] == "csv" and array.ndim == 1 and config.num_topk == 1 and len(array) != config.num_choices:
+        array = array[:, None]  # a choice in each line
+    return array, arrays.get("topk_weights") if key == "topk_idx" else None
 
 
 def _read(path: Path, kind: str, num_experts: int) -> Mapping[str, Array]:

@@ -118,11 +118,11 @@ def make_routing(name: str, config: MoEConfig, seed: int = 0, layer: int | None 
         raise TypeError(f"name must be a string, one of: {', '.join(ROUTING_NAMES)}; got {name!r}")
     shape = (config.num_ranks, config.num_tokens, config.num_topk)
     random = stream(seed, streams.ROUTING)
-    title, choices = name, None
-    if is_recorded(name):
-        title, choices = read_routing(name, config, layer, random)
-    topk_idx = (_choices(name, config, random, seed) if choices is None else choices).reshape(shape)
-    topk_idx = topk_idx.astype(np.int32, copy=False)
+    if layer is not None and not is_recorded(name):
+        raise ValueError(f"layer must be None for a routing that is drawn, {name}; got {layer}")
+    made = read_routing(name, config, layer, random) if is_recorded(name) else None
+    title, choices = made or (name, _choices(name, config, random, seed))
+    topk_idx = choices.reshape(shape).astype(np.int32, copy=False)
     topk_idx[topk_idx >= config.num_experts] = ZERO
     beyond = np.zeros(shape, bool)
     if config.capacity is not None:

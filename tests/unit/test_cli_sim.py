@@ -382,6 +382,22 @@ def test_a_layer_of_a_recording(capsys, tmp_path):
     assert row["expert_imbalance"] == pytest.approx(busiest / 16)
 
 
+def test_with_a_model_a_recording_may_be_of_its_layer_alone(capsys, tmp_path):
+    model = {"model_type": "deepseek_v3", "hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 8}
+    model |= {"num_experts_per_tok": 2, "num_hidden_layers": 4, "first_k_dense_replace": 2, "intermediate_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    by_layer = np.random.default_rng(0).random((4, 256, 8)).argsort(axis=-1)[..., :2]
+    np.save(tmp_path / "one.npy", by_layer[3])
+    np.save(tmp_path / "all.npy", by_layer)
+    flags = ["sim", "--model-config", str(tmp_path / "config.json"), "--layer", "3", "--hardware", "4xH100"]
+    found = []
+    for name in ("one.npy", "all.npy"):
+        assert cli.main([*flags, "--tokens", "64", "--routing", str(tmp_path / name), "--json", "-"]) == 0
+        found += json.loads(capsys.readouterr().out)
+    assert found[0]["latency_us"] == found[1]["latency_us"]
+    assert [row["routing"].rpartition("/")[2] for row in found] == ["one.npy", "all.npy, layer 3"]
+
+
 def test_a_histogram(capsys, tmp_path):
     (tmp_path / "load.csv").write_text("expert,tokens\n3,500\n7,1\n")
     _, (row,) = run_json(capsys, "--routing", str(tmp_path / "load.csv"), "--topk", "1")

@@ -65,6 +65,11 @@ def test_layers_are_never_taken_for_ranks(tmp_path):
         read(tmp_path / "both.npy")
     with pytest.raises(ValueError, match=r"layer must be in \[0, 5\), got 5"):
         read(tmp_path / "layers.npz", layer=5)
+    np.save(tmp_path / "flat.npy", by_layer[0])
+    with pytest.raises(ValueError, match=r"flat.npy has no layers, so layer must not be given; got 1"):
+        read(tmp_path / "flat.npy", layer=1)
+    with pytest.raises(ValueError, match="layer must be None for a routing that is drawn, even; got 1"):
+        read("even", layer=1)
 
 
 def test_no_choice_in_a_recording_goes_nowhere(tmp_path):

@@ -38,7 +38,10 @@ def place_of(graph, node):
 def cause_by_hand(simulation, node):
     nodes, cause = simulation.graph.nodes, simulation.timeline.cause
     last = cause[node]
-    while last != NONE and nodes["kind"][last] in (kinds.JOIN, kinds.RECEIVE) and cause[last] != NONE:
+    while last != NONE and cause[last] != NONE:
+        gap = nodes["kind"][last] == kinds.LAUNCH and nodes["server"][last] == NONE
+        if nodes["kind"][last] not in (kinds.JOIN, kinds.RECEIVE) and not gap:
+            break
         last = cause[last]
     if last == NONE:
         return "dependency"
