@@ -11,7 +11,7 @@ from reference import MoEConfig, load_preset
 
 from .drafting.knobs import PolicyKnobs
 from .engine.timeline import DeadlockError, Timeline
-from .policies import POLICY_NAMES, make_knobs
+from .policies import POLICY_NAMES, make_knobs, policy_names
 from .reading.plots import plot_timeline
 from .reading.report import IDLE_CAUSES, Report, report
 from .reading.trace import write_chrome_trace
@@ -47,6 +47,7 @@ __all__ = [
     "make_knobs",
     "make_routing",
     "plot_timeline",
+    "policy_names",
     "precision",
     "report",
     "round_tokens",

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import sim
 from reference import MoEConfig
+from sim.policies.outside import SUFFIX, TEMPLATE, is_file
 
 from ..errors import UsageError
 from .simulated import catalogue, table
 from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked
-from .sizes import add_json_argument, blaming, check_outputs, config_from, give, layer_name
+from .sizes import add_json_argument, blaming, check_outputs, config_from, give, layer_name, make_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
     add("--trace", metavar="FILE", help="write the one simulation for https://ui.perfetto.dev")
     add("--plot", metavar="FILE", help="draw the one simulation; as PNG, or .pdf, .svg")
+    add("--new-policy", metavar="FILE.py", help="write a schedule to begin with, for --policy FILE.py; no simulation")
     add("--list", action="store_true", help="say what there is, with all knobs, and simulate nothing")
 
 
@@ -38,7 +40,9 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(catalogue()))
         return 0
-    policies = list(sim.POLICY_NAMES) if args.policy == "all" else args.policy.split(",")
+    if args.new_policy:
+        return _write_policy(Path(args.new_policy))
+    policies = list(sim.policy_names()) if args.policy == "all" else args.policy.split(",")
     asked = ask(args, policies)
     num_ranks = args.ranks or asked.hardware.num_gpus
     configs = [config_from(args, num_ranks=num_ranks, num_tokens=tokens) for tokens in args.tokens or [None]]
@@ -51,6 +55,20 @@ def main(args: argparse.Namespace) -> int:
         reports.append(_report(asked, simulation))
     _write(args, configs, reports)
     _write_pictures(args, simulation)
+    return 0
+
+
+def _write_policy(path: Path) -> int:
+    """A policy of one's own to begin with, where nothing is yet."""
+    if not is_file(str(path)):
+        raise UsageError(f"argument --new-policy: must end with {SUFFIX}, got {str(path)!r}")
+    make_folder("--new-policy", str(path), path.parent)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"argument --new-policy: cannot write {str(path)!r}: {error.strerror}") from None
+    print(f"{path} is a schedule that runs as it is: flashmoe sim --policy {path}")
     return 0
 
 

@@ -61,8 +61,8 @@ def table(preset: str, config: MoEConfig, seed: int, reports: Sequence[sim.Repor
 
 def catalogue() -> Iterator[str]:
     """Policies with their knobs, hardware, routings, precisions."""
-    yield "policies, with their knobs and the defaults"
-    for policy in sim.POLICY_NAMES:
+    yield "policies, with their knobs and the defaults; or the path of a .py file, which --new-policy begins"
+    for policy in sim.policy_names():
         yield f"  {policy:10} {describe(policy)}"
         yield from textwrap.wrap(", ".join(_knobs(policy)), WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
     yield "hardware: 8xKIND is one node, 2x8xKIND two; or the path of a .toml file"

@@ -25,11 +25,8 @@ FLAGS = {"rounding": "argument --round-tokens", "layer": "the layer"}  # of the 
 def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False) -> None:
     """All of them; with `many`, `--policy` and `--tokens` are lists."""
     add = parser.add_argument
-    names = ", ".join(sim.POLICY_NAMES)
-    if many:
-        add("--policy", default="flashmoe", metavar="NAME[,NAME]", help=f"{names} or all [flashmoe]")
-    else:
-        add("--policy", default="flashmoe", choices=sim.POLICY_NAMES, metavar="NAME", help=f"{names} [flashmoe]")
+    names = f"{', '.join(sim.policy_names())}{' or all' if many else ''}, or a .py file of your own [flashmoe]"
+    add("--policy", default="flashmoe", metavar="NAME[,NAME]" if many else "NAME", help=names)
     kinds = ", ".join(sim.hardware_names())
     machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file; by default all its GPUs are ranks"
     add("--hardware", default=DEFAULT_HARDWARE, metavar="NAME|FILE", help=f"{machine} [{DEFAULT_HARDWARE}]")
@@ -59,8 +56,10 @@ def ask(args: argparse.Namespace, policies: Sequence[str]) -> Asked:
         UsageError: naming the flag, its value and the rule.
     """
     for name in policies:
-        if name not in sim.POLICY_NAMES:
-            raise UsageError(f"argument --policy: must be of {', '.join(sim.POLICY_NAMES)}, or all; got {name!r}")
+        try:
+            sim.make_knobs(name, {})
+        except (OSError, ValueError) as error:
+            raise UsageError(f"argument --policy: {error}") from None
     with blaming("argument --hardware"):
         hardware = sim.load_hardware(args.hardware)
     return Asked(args=args, hardware=hardware, knobs=knobs_from(policies, args.set))
@@ -80,8 +79,11 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
         replicas=replicas,
     )
     world = scenario.make(lambda part: blaming(FLAGS.get(part, f"argument --{part}")))
-    with blaming(f"policy {policy}"):
-        return sim.simulate(policy, world, asked.knobs[policy])
+    try:
+        with blaming(f"policy {policy}"):
+            return sim.simulate(policy, world, asked.knobs[policy])
+    except sim.DeadlockError as error:
+        raise UsageError(f"policy {policy}: {error}") from None
 
 
 def _tile_m(asked: Asked, policy: str) -> int:

@@ -39,6 +39,7 @@ from ..world.world import World
 FIRST = -1  # rows go before tiles, which wait for nothing else
 MOST_ROUNDS = 8
 SHORTEST = 16  # of the ladder
+SHARED_EXPERT = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ def run_json(capsys, *flags):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--policy", "fastest"], "argument --policy: must be of flashmoe, "),
-    (["--policy", "flashmoe,"], "argument --policy: must be of flashmoe, "),
+    (["--policy", "fastest"], "argument --policy: policy must be one of flashmoe, "),
+    (["--policy", "flashmoe,"], "argument --policy: policy must be one of flashmoe, "),
     (["--hardware", "8xV100"], "argument --hardware: hardware must be a GPU kind (A100, B200,"),
     (["--hardware", "none.toml"], "argument --hardware: hardware file none.toml: no such file; good names"),
     (["--hardware", "16xH100"], "argument --hardware: hardware '16xH100': H100 has at least one node and 1 to 8 GPUs"),

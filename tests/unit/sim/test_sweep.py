@@ -228,7 +228,7 @@ def test_rows_of_an_mpirun_are_the_same(tmp_path, grid):
     (HEAD + "[knobs]\nflashmoe = [{lader = true}]", ": [knobs] flashmoe: policy flashmoe has the knobs rate, "),
     (HEAD + "[knobs]\nflashmoe = [{tile_m = true}]", ": [knobs] flashmoe: tile_m must be of type int, got True"),
     (HEAD + "[knobs]\nflashmoe = [{rate = 'high'}]", ": [knobs] flashmoe: rate must be of type float, got 'high'"),
-    (HEAD + "[knobs]\nflushmoe = [{}]", ": [knobs] must be for policies one of flashmoe"),
+    (HEAD + "[knobs]\nflushmoe = [{}]", ": [knobs] must be for policies of [grid], flashmoe; got flushmoe"),
 ])  # fmt: skip
 def test_a_bad_grid_is_one_line(tmp_path, capsys, text, message):
     path = write(tmp_path, text)
