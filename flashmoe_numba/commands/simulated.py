@@ -65,7 +65,7 @@ def catalogue() -> Iterator[str]:
     for policy in sim.policy_names():
         yield f"  {policy:10} {describe(policy)}"
         yield from textwrap.wrap(", ".join(_knobs(policy)), WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
-    yield "hardware: 8xKIND is one node, 2x8xKIND two; or the path of a .toml file"
+    yield "hardware: 8xKIND is one node, 2x8xKIND two; or the path of a .toml file, 2xFILE.toml two of its nodes"
     yield from (f"  {name}" for name in sim.hardware_names())
     yield "routings"
     yield from (f"  {name}" for name in sim.ROUTING_NAMES)

@@ -28,7 +28,7 @@ def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False
     names = f"{', '.join(sim.policy_names())}{' or all' if many else ''}, or a .py file of your own [flashmoe]"
     add("--policy", default="flashmoe", metavar="NAME[,NAME]" if many else "NAME", help=names)
     kinds = ", ".join(sim.hardware_names())
-    machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file; by default all its GPUs are ranks"
+    machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file, or 2xFILE.toml; its GPUs are the ranks"
     add("--hardware", default=DEFAULT_HARDWARE, metavar="NAME|FILE", help=f"{machine} [{DEFAULT_HARDWARE}]")
     add_size_arguments(parser, DEFAULT_PRESET, many_tokens=many)
     add("--precision", metavar="NAME", help=f"{', '.join(sim.PRECISIONS)} [the layer's dtype]")

@@ -63,7 +63,7 @@ def build(policy: str, world: World, knobs: PolicyKnobs | None = None) -> TaskGr
 
 def _build_outside(policy: str, world: World, knobs: PolicyKnobs) -> TaskGraph:
     """By the rate that reports say, whatever name its file gives to `Draft`: it may be a copy of another one's."""
-    rate = fitted_rate(policy, world.hardware.name) if knobs.rate is None else knobs.rate
+    rate = fitted_rate(policy, world.hardware.chip) if knobs.rate is None else knobs.rate
     with naming_the_line(policy):
         graph = _module(policy).build(world, replace(knobs, rate=rate))
     if not isinstance(graph, TaskGraph):

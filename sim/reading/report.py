@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ..drafting.machine import HOST, OS_BLOCK, SM_SLOTS
+from ..drafting.machine import HOST, OS_BLOCK, SM_SLOTS, link_names
 from ..drafting.rates import fitted_rate, is_fitted
 from ..engine.graph import NONE, Array, TaskGraph
 from ..engine.kinds import BARRIER, DENSE, DISPATCH, GEMM0, GEMM1, JOIN, LAUNCH, RECEIVE, SEND
@@ -57,7 +57,7 @@ class Report:
             while it is at either end of a transfer. A transfer begins when a DISPATCH or SEND starts, or another task
             that has a path ends, and ends when all its bytes and its signal are there.
         nvlink_bytes_max, nvlink_bytes_mean, nic_bytes_max, nic_bytes_mean: bytes carried by one link, over the links
-            of that kind of all ranks; each rank has one out and one in.
+            within nodes and those between them, whatever their names; each rank has one out and one in, or shares it.
         buffer_bytes: rows that the busiest rank holds, see `World.row_bytes`.
         queue_peak: most nodes (groups of equal tasks) that waited at a time at one server.
         num_tasks: tasks of all ranks.
@@ -124,8 +124,8 @@ def report(simulation: Simulation) -> Report:
         buffer_bytes=world.row_bytes,
         queue_peak=int(simulation.timeline.queue_peak.max(initial=0)),
         num_tasks=graph.num_tasks,
-        rate=fitted_rate(policy, hardware) if knobs.rate is None else knobs.rate,
-        rate_fitted=knobs.rate is None and is_fitted(policy, hardware),
+        rate=fitted_rate(policy, world.hardware.chip) if knobs.rate is None else knobs.rate,
+        rate_fitted=knobs.rate is None and is_fitted(policy, world.hardware.chip),
     )
 
 
@@ -148,11 +148,13 @@ def _tensor_share(simulation: Simulation, field: str) -> float:
 
 def _link_bytes(simulation: Simulation) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for kind in ("NVLink", "NIC"):
-        mine = [index for index, link in enumerate(simulation.graph.links) if link.name.startswith(kind)]
+    hardware = simulation.world.hardware
+    for kind, name in (("nvlink", hardware.node_link), ("nic", hardware.network_link)):
+        both = link_names(name)
+        mine = [index for index, link in enumerate(simulation.graph.links) if link.name in both]
         carried = simulation.timeline.link_bytes[mine]
-        result[f"{kind.lower()}_bytes_max"] = int(carried.max(initial=0))
-        result[f"{kind.lower()}_bytes_mean"] = float(carried.mean()) if mine else 0.0
+        result[f"{kind}_bytes_max"] = int(carried.max(initial=0))
+        result[f"{kind}_bytes_mean"] = float(carried.mean()) if mine else 0.0
     return result
 
 
@@ -231,12 +233,18 @@ def transfers(simulation: Simulation) -> tuple[Array, Array, Array]:
     nodes = {name: graph.nodes[name][time.run_node] for name in ("kind", "rank", "peer", "egress", "ingress")}
     sends = np.flatnonzero((nodes["egress"] != NONE) | (nodes["ingress"] != NONE))
     nodes = {name: values[sends] for name, values in nodes.items()}
-    link_rank = np.array([link.rank for link in graph.links], np.int64)
-    source = np.where(nodes["egress"] != NONE, link_rank[nodes["egress"]], nodes["rank"])
-    target = np.where(nodes["ingress"] != NONE, link_rank[nodes["ingress"]], nodes["peer"])
+    source = _end(graph, nodes["egress"], nodes["rank"])
+    target = _end(graph, nodes["ingress"], nodes["peer"])
     whole = np.isin(nodes["kind"], (DISPATCH, SEND))
     start = np.where(whole, time.run_start_ns[sends], time.run_end_ns[sends])
     return np.concatenate([source, target]), np.tile(start, 2), np.tile(time.run_arrive_ns[sends], 2)
+
+
+def _end(graph: TaskGraph, link: Array, rank: Array) -> Array:
+    """`[num_sends]`: this rank, if there is no link or the link is also its; else the link's first."""
+    first = np.array([*(of.rank for of in graph.links), NONE], np.int64)[link]  # the last is NONE
+    number = np.array([*(of.num_ranks for of in graph.links), NONE], np.int64)[link]
+    return np.where((link == NONE) | ((first <= rank) & (rank < first + number)), rank, first)
 
 
 def exposed_communication_us(simulation: Simulation) -> float:
