@@ -56,13 +56,18 @@ def ask(args: argparse.Namespace, policies: Sequence[str]) -> Asked:
         UsageError: naming the flag, its value and the rule.
     """
     for name in policies:
-        try:
-            sim.make_knobs(name, {})
-        except (OSError, ValueError) as error:
-            raise UsageError(f"argument --policy: {error}") from None
+        check_policy("--policy", name)
     with blaming("argument --hardware"):
         hardware = sim.load_hardware(args.hardware)
     return Asked(args=args, hardware=hardware, knobs=knobs_from(policies, args.set))
+
+
+def check_policy(flag: str, name: str) -> None:
+    """Raise a UsageError if there is no such policy, or its file is none."""
+    try:
+        sim.make_knobs(name, {})
+    except (OSError, ValueError) as error:
+        raise UsageError(f"argument {flag}: {error}") from None
 
 
 def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int | None) -> sim.Simulation:
