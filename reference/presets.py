@@ -1,7 +1,8 @@
 """Named layers: the shapes of real models, and small ones for a laptop. One TOML file each in presets/.
 
 A file has a `description`, a `source`, optionally `leaves_out` (what the model has and `MoEConfig` does not), and the
-fields of `MoEConfig` under `[layer]`. The ranks and tokens there are defaults of ours, not the model's.
+fields of `MoEConfig` under `[layer]`. The ranks and tokens there are defaults of ours, not the model's. Where there is
+`[model]`, it has sizes of the whole model under the names of its config.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def preset_names() -> list[str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The file of a preset as it is: `description`, `source`, maybe `leaves_out`, and `layer`.
+    """The file of a preset as it is: `description`, `source`, maybe `leaves_out`, `layer`, and maybe `model`.
 
     Raises:
         ValueError: no such preset; lists those there are.

@@ -16,6 +16,7 @@ from reference import MoEConfig
 from sim.policies.outside import SUFFIX, TEMPLATE, is_file
 
 from ..errors import UsageError
+from .beside import Beside, add_beside_arguments, beside, shape_from
 from .simulated import catalogue, table
 from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked
 from .sizes import add_json_argument, blaming, check_outputs, config_from, give, layer_name, make_folder
@@ -24,6 +25,7 @@ from .sizes import add_json_argument, blaming, check_outputs, config_from, give,
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `flashmoe sim`."""
     add_simulation_arguments(parser, many=True)
+    add_beside_arguments(parser)
     add = parser.add_argument
     add("--overlap", action="store_true", help="also simulate 2 ranks, for the overlap efficiency T(2) / T")
     add_json_argument(parser)
@@ -48,12 +50,14 @@ def main(args: argparse.Namespace) -> int:
     configs = [config_from(args, num_ranks=num_ranks, num_tokens=tokens) for tokens in args.tokens or [None]]
     points = list(itertools.product(configs, policies))
     _check_files(args, len(points))
+    shape = shape_from(args)
     load_engine()
-    reports = []
+    reports, further = [], []
     for config, policy in tqdm(points, desc="simulations", unit="run", leave=False, disable=len(points) == 1 or None):
         simulation = simulate_asked(asked, policy, config, args.replicas)
         reports.append(_report(asked, simulation))
-    _write(args, configs, reports)
+        further.append(beside(args, shape, simulation))
+    _write(args, configs, reports, further)
     _write_pictures(args, simulation)
     return 0
 
@@ -98,11 +102,13 @@ def _report(asked: Asked, simulation: sim.Simulation) -> sim.Report:
 # ---- outputs
 
 
-def _write(args: argparse.Namespace, configs: Sequence[MoEConfig], reports: Sequence[sim.Report]) -> None:
+def _write(
+    args: argparse.Namespace, configs: Sequence[MoEConfig], reports: Sequence[sim.Report], further: Sequence[Beside]
+) -> None:
     about = {"preset": layer_name(args), "seed": args.seed, "layer": asdict(configs[0])}
     del about["layer"]["num_tokens"]  # each report has its own
-    lines = table(layer_name(args), configs[0], args.seed, reports)
-    give(args.json, lines, [asdict(report) | about for report in reports])
+    lines = table(layer_name(args), configs[0], args.seed, reports, further)
+    give(args.json, lines, [asdict(report) | about | more for report, more in zip(reports, further, strict=True)])
 
 
 def _write_pictures(args: argparse.Namespace, simulation: sim.Simulation) -> None:

@@ -10,6 +10,9 @@ import sim
 from reference import MoEConfig
 from sim.policies import describe
 
+from .beside import Beside, notes
+from .beside import columns as further_columns
+
 WIDTH = 120
 INDENT = "      "
 Column = tuple[str, str, Callable[[sim.Report], str]]
@@ -40,8 +43,10 @@ COLUMNS: tuple[Column, ...] = (  # name, unit, text
 OVERLAP: Column = ("T(2)/T", "", lambda report: f"{report.overlap_efficiency:.3f}")
 
 
-def table(preset: str, config: MoEConfig, seed: int, reports: Sequence[sim.Report]) -> Iterator[str]:
-    """Lines for people; the reports differ in policy and tokens."""
+def table(
+    preset: str, config: MoEConfig, seed: int, reports: Sequence[sim.Report], beside: Sequence[Beside]
+) -> Iterator[str]:
+    """Lines for people; the reports differ in policy and tokens, and `beside` is what is said beside each."""
     first = reports[0]
     gated = " gated" if config.expert_kind.gated else ""
     sizes = f"hidden {config.hidden}, ffn {config.ffn}{gated}, {config.num_experts} experts, top-{config.num_topk}"
@@ -52,11 +57,14 @@ def table(preset: str, config: MoEConfig, seed: int, reports: Sequence[sim.Repor
     columns += [OVERLAP] if first.overlap_efficiency is not None else []
     cells = [[name for name, _, _ in columns], [unit for _, unit, _ in columns]]
     cells += [[text(report) for _, _, text in columns] for report in reports]
+    for column in further_columns(beside):
+        cells = [[*row, cell] for row, cell in zip(cells, column, strict=True)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         yield " ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
     if not all(report.rate_fitted for report in reports):
         yield "* not fitted to measurements of this policy on this GPU"
+    yield from notes(beside)
 
 
 def catalogue() -> Iterator[str]:

@@ -27,7 +27,7 @@ def test_shapes():
 @pytest.mark.parametrize("name", SHAPES)
 def test_each_file_is_complete_and_can_be_planned(name):
     text = read_preset(name)
-    assert set(text) <= {"description", "source", "leaves_out", "layer"} and {"description", "source"} <= set(text)
+    assert {"description", "source"} <= set(text) <= {"description", "source", "leaves_out", "layer", "model"}
     assert text["source"].startswith("https://") or name.startswith("laptop")
     plan, config = make_plan(load_preset(name)), load_preset(name)
     assert plan.num_dropped == 0 and plan.real_rows == config.num_ranks * config.num_tokens * config.num_topk
