@@ -14,6 +14,7 @@ from sim.world.rounding import WAYS
 
 from ..errors import UsageError
 from .knobs import knobs_from
+from .patience import shown_when_slow
 from .sizes import add_size_arguments, blaming, integer
 
 DEFAULT_PRESET = "llama-4-scout"
@@ -37,6 +38,7 @@ def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False
     copies = "place experts by load, with N copies of busy ones beside them"
     add("--replicas", type=integer(0), metavar="N", help=copies)
     add("--round-tokens", choices=WAYS, help="round each expert's rows to a multiple of the policy's tile_m")
+    add("--progress", action="store_true", help="show that of a long simulation though stderr is no terminal")
     add("--set", action="append", default=[], metavar="KNOB=VALUE", help="of all chosen policies; may be repeated")
 
 
@@ -85,7 +87,7 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
     )
     world = scenario.make(lambda part: blaming(FLAGS.get(part, f"argument --{part}")))
     try:
-        with blaming(f"policy {policy}"):
+        with blaming(f"policy {policy}"), shown_when_slow(policy, args.progress):
             return sim.simulate(policy, world, asked.knobs[policy])
     except sim.DeadlockError as error:
         raise UsageError(f"policy {policy}: {error}") from None
