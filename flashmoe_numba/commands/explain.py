@@ -16,6 +16,7 @@ from sim.reading.differences import causes_ns, difference_lines
 from sim.reading.explain import explain, lines
 from sim.studies.what_if import changes, gain_lines, gains
 
+from .patience import shown_when_slow
 from .simulation_flags import add_simulation_arguments, ask, check_policy, load_engine, simulate_asked
 from .sizes import config_from, layer_name
 
@@ -34,7 +35,10 @@ def main(args: argparse.Namespace) -> int:
     asked = ask(args, policies)
     config = config_from(args, num_ranks=args.ranks or asked.hardware.num_gpus)
     load_engine()
-    simulations = [simulate_asked(asked, policy, config, args.replicas) for policy in policies]
+    simulations = []
+    for policy in policies:
+        with shown_when_slow(policy, args.progress):
+            simulations.append(simulate_asked(asked, policy, config, args.replicas))
     if len(simulations) == 1:
         print("\n".join(_path(layer_name(args), simulations[0])), flush=True)
         _print_gains(simulations[0])

@@ -17,6 +17,7 @@ from sim.policies.outside import SUFFIX, TEMPLATE, is_file
 
 from ..errors import UsageError
 from .beside import Beside, add_beside_arguments, beside, shape_from
+from .patience import shown_when_slow
 from .simulated import catalogue, table
 from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked
 from .sizes import add_json_argument, blaming, check_outputs, config_from, give, layer_name, make_folder
@@ -54,8 +55,9 @@ def main(args: argparse.Namespace) -> int:
     load_engine()
     reports, further = [], []
     for config, policy in tqdm(points, desc="simulations", unit="run", leave=False, disable=len(points) == 1 or None):
-        simulation = simulate_asked(asked, policy, config, args.replicas)
-        reports.append(_report(asked, simulation))
+        with shown_when_slow(policy, args.progress):
+            simulation = simulate_asked(asked, policy, config, args.replicas)
+            reports.append(_report(asked, simulation))
         further.append(beside(args, shape, simulation))
     _write(args, configs, reports, further)
     _write_pictures(args, simulation)

@@ -14,7 +14,6 @@ from sim.world.rounding import WAYS
 
 from ..errors import UsageError
 from .knobs import knobs_from
-from .patience import shown_when_slow
 from .sizes import add_size_arguments, blaming, integer
 
 DEFAULT_PRESET = "llama-4-scout"
@@ -87,7 +86,7 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
     )
     world = scenario.make(lambda part: blaming(FLAGS.get(part, f"argument --{part}")))
     try:
-        with blaming(f"policy {policy}"), shown_when_slow(policy, args.progress):
+        with blaming(f"policy {policy}"):
             return sim.simulate(policy, world, asked.knobs[policy])
     except sim.DeadlockError as error:
         raise UsageError(f"policy {policy}: {error}") from None
