@@ -88,7 +88,7 @@ def columns(found: Sequence[Beside]) -> Iterator[list[str]]:
         ("dollars_per_million_tokens", "cost", "$/Mtok"),
     ):
         if key in found[0]:
-            yield [name, unit, *(f"{each[key]:,.4g}" for each in found)]
+            yield [name, unit, *(_four_digits(each[key]) for each in found)]
 
 
 def notes(found: Sequence[Beside]) -> Iterator[str]:
@@ -100,6 +100,10 @@ def notes(found: Sequence[Beside]) -> Iterator[str]:
             f"layer; attention over {step['context']:,} tokens,"
         )
         yield "dense layers and head by roofline, a lower bound; what it leaves out: docs/simulator.md"
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _layers(text: str) -> int | str:

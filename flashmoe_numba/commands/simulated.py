@@ -55,7 +55,8 @@ def table(
     yield ""
     columns = [column for column in COLUMNS if column[0] != "NIC" or any(report.nic_bytes_max for report in reports)]
     columns += [OVERLAP] if first.overlap_efficiency is not None else []
-    cells = [[name for name, _, _ in columns], [unit for _, unit, _ in columns]]
+    links = {"NVLink": first.node_link, "NIC": first.network_link}
+    cells = [[links.get(name, name) for name, _, _ in columns], [unit for _, unit, _ in columns]]
     cells += [[text(report) for _, _, text in columns] for report in reports]
     for column in further_columns(beside):
         cells = [[*row, cell] for row, cell in zip(cells, column, strict=True)]

@@ -58,6 +58,7 @@ class Report:
             that has a path ends, and ends when all its bytes and its signal are there.
         nvlink_bytes_max, nvlink_bytes_mean, nic_bytes_max, nic_bytes_mean: bytes carried by one link, over the links
             within nodes and those between them, whatever their names; each rank has one out and one in, or shares it.
+        node_link, network_link: what the machine calls these links.
         buffer_bytes: rows that the busiest rank holds, see `World.row_bytes`.
         queue_peak: most nodes (groups of equal tasks) that waited at a time at one server.
         num_tasks: tasks of all ranks.
@@ -92,6 +93,8 @@ class Report:
     rate: float
     rate_fitted: bool
     overlap_efficiency: float | None = None
+    node_link: str = "NVLink"
+    network_link: str = "NIC"
     simulated: bool = True
 
 
@@ -125,6 +128,8 @@ def report(simulation: Simulation) -> Report:
         queue_peak=int(simulation.timeline.queue_peak.max(initial=0)),
         num_tasks=graph.num_tasks,
         rate=fitted_rate(policy, world.hardware.chip) if knobs.rate is None else knobs.rate,
+        node_link=world.hardware.node_link,
+        network_link=world.hardware.network_link,
         rate_fitted=knobs.rate is None and is_fitted(policy, world.hardware.chip),
     )
 

@@ -7,6 +7,7 @@ import pytest
 from policy_worlds import run_both, run_policy, small_world
 
 import sim
+from flashmoe_numba import cli
 from sim.drafting.machine import add_machine
 from sim.drafting.rates import fitted_rates
 from sim.engine.graph import GraphBuilder
@@ -14,6 +15,7 @@ from sim.engine.kinds import SEND
 from sim.policies import POLICY_NAMES
 from sim.reading.report import transfers
 from sim.studies.what_if import changes
+from sim.world.hardware import to_toml
 
 NBYTES = 10**6
 
@@ -74,7 +76,7 @@ def test_reports_and_what_if_know_links_by_the_machines_names():
     world = small_world(hardware="2x2xH100")
     named = changed(world, node_link="XGMI", network_link="Slingshot")
     before, after = (sim.report(sim.simulate("bulk", of)) for of in (world, named))
-    assert after == before
+    assert after == replace(before, node_link="XGMI", network_link="Slingshot")
     names = [change.name for change in changes(sim.simulate("bulk", named))]
     assert {"XGMI twice as fast", "Slingshots twice as fast"} <= set(names)
 
@@ -82,11 +84,21 @@ def test_reports_and_what_if_know_links_by_the_machines_names():
 def test_a_machine_of_a_chip_has_its_fitted_rates():
     world = small_world()
     fitted = fitted_rates()["flashmoe"]["H100"]
-    for machine in (world.hardware, replace(world.hardware, name="mine", nvlink_gbps=20.0)):
+    for machine in (world.hardware, replace(world.hardware, name="mine")):
         told = sim.report(sim.simulate("flashmoe", replace(world, hardware=machine)))
         assert (told.rate, told.rate_fitted) == (fitted, True)
+        by_hand = sim.simulate("flashmoe", world, sim.make_knobs("flashmoe", {"rate": fitted}))
+        assert told.latency_us == by_hand.latency_us, "it is computed by the rate that is told"
     other = replace(world.hardware, name="mine", chip="H20")
     told = sim.report(sim.simulate("flashmoe", replace(world, hardware=other)))
     assert (told.rate, told.rate_fitted) == (fitted, False), "the mean of its relatives, of which H100 is the only one"
     unknown = sim.simulate("flashmoe", replace(world, hardware=replace(world.hardware, name="mine", chip="V100")))
     assert not sim.report(unknown).rate_fitted
+
+
+def test_the_table_calls_links_as_the_machine_does(tmp_path, capsys):
+    machine = replace(sim.load_hardware("2x2xH100"), node_link="XGMI", network_link="Slingshot")
+    (tmp_path / "mine.toml").write_text(to_toml(machine), encoding="utf-8")
+    flags = ["--preset", "laptop-text", "--tokens", "64", "--hardware", str(tmp_path / "mine.toml")]
+    assert cli.main(["sim", *flags]) == 0
+    assert capsys.readouterr().out.splitlines()[3].split()[-3:] == ["XGMI", "Slingshot", "rate"]

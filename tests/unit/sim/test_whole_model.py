@@ -180,6 +180,8 @@ def test_the_table_has_the_columns_and_says_what_they_are(capsys):
     assert lines[5].split()[-5:-3] == [
         f"{row['model']['tpot_ms']:.2f}", f"{row['model']['tokens_per_s_per_gpu']:,.0f}"
     ]  # fmt: skip
+    energy = row["joules_per_million_tokens"]
+    assert lines[5].split()[-2] == (f"{energy:,.0f}" if energy >= 1000 else f"{energy:.4g}")
     assert "roofline + simulation: 16 layers, 16 of them" in lines[-2] and "a lower bound" in lines[-1]
 
 
