@@ -22,7 +22,7 @@ import json
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from reference import MoEConfig, load_preset
 from reference.workloads import is_recording
 
 from ..policies import make_knobs
+from ..policies.outside import is_file
 from ..world.checks import check_keys, naming
-from ..world.hardware import load_hardware
+from ..world.hardware import hardware_file, load_hardware
 from ..world.precision import precision
 from ..world.routing import make_routing
 from ..world.scenario import Scenario
@@ -72,9 +73,16 @@ class Point:
 
     @cached_property
     def key(self) -> str:
-        """The same for the same parameters, on every machine."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """The same for the same parameters, on every machine; those that are files count by what they hold."""
+        text = json.dumps(asdict(self), sort_keys=True).encode()
+        return hashlib.sha256(text + b"".join(map(_digest, self._files()))).hexdigest()[:16]
+
+    def _files(self) -> list[Path]:
+        """The files that parameters name, where they are there."""
+        machine = hardware_file(self.hardware)
+        named = {Path(self.policy): is_file(self.policy), Path(self.routing): is_recording(self.routing)}
+        files = [path for path, given in named.items() if given] + ([machine] if machine else [])
+        return [path for path in files if path.is_file()]
 
     def row(self) -> dict[str, Any]:
         """What a line of a sweep's file begins with."""
@@ -96,6 +104,17 @@ class Point:
             config=config, hardware=hardware, precision=self.precision, routing=self.routing, seed=self.seed
         )
         return scenario.make()
+
+
+def _digest(path: Path) -> bytes:
+    """Of what a file holds, read again only if it was written since."""
+    state = path.stat()
+    return _digest_of(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: Path, *_: int) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 KINDS: dict[object, tuple[type, str]] = {  # of an axis, by its type in `Point`

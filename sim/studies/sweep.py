@@ -5,9 +5,9 @@ A row is one object: its `key`, every parameter (see `grid.Point`), and `report`
 order: the time left is honest then, and a sweep that was stopped has something of everything.
 
 Invariants: a line that was written stays; whoever is killed, or loses power, leaves at most one damaged line, the last,
-which the next one sets aside and computes again; nobody else writes to the file meanwhile. Leaves out: which version of
-the simulator made a row, and what a recording, a hardware file or a policy's file held. When one of them has changed,
-or an error was not the combination's fault, begin a new file.
+which the next one sets aside and computes again; nobody else writes to the file meanwhile. A recording, or the file of
+a machine or policy, that was changed makes new rows, in place of the old ones for whoever reads them. Leaves out: which
+version of the simulator made a row. When it has changed, or an error was not the combination's fault, begin a new file.
 """
 
 from __future__ import annotations
@@ -74,14 +74,15 @@ class RowFile:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; a damaged last line is left out.
+    """The rows of a file, of the same parameters the last one; a damaged last line is left out.
 
     Raises:
         FileNotFoundError: no such file; ValueError: another kind of file; names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return _parse(path, path.read_bytes())[0]
+    rows = _parse(path, path.read_bytes())[0]
+    return list({json.dumps([row[name] for name in sorted(PARAMETERS - {"key"})]): row for row in rows}.values())
 
 
 def missing(points: Iterable[Point], rows: Iterable[Row]) -> list[Point]:

@@ -175,7 +175,7 @@ def load_hardware(name_or_path: str) -> Hardware:
     """
     if not isinstance(name_or_path, str):
         raise TypeError(f"hardware must be a name or the path of a .toml file, got {name_or_path!r}")
-    if name_or_path.lower().endswith(".toml"):
+    if hardware_file(name_or_path) is not None:
         nodes, gpus, path = _parse_file_name(name_or_path)
     else:
         nodes, gpus, kind = _parse(name_or_path)
@@ -192,6 +192,11 @@ def load_hardware(name_or_path: str) -> Hardware:
         raise ValueError(f"hardware {name_or_path!r}: {rule}; good names: {good}")
     name = f"{gpus}x{kind}" if nodes == 1 else f"{nodes}x{gpus}x{kind}"
     return _build(path, file | {"name": name, "nodes": nodes}, gpus)
+
+
+def hardware_file(name: str) -> Path | None:
+    """The file that a machine's name means, "my.toml" of "2xmy.toml"; None for a preset's name."""
+    return _parse_file_name(name)[2] if name.lower().endswith(".toml") else None
 
 
 def to_toml(hardware: Hardware) -> str:

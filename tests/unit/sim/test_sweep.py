@@ -14,6 +14,7 @@ import pytest
 from flashmoe_numba import cli
 from flashmoe_numba.processes import launch
 from flashmoe_numba.processes.pools import process_pool
+from sim.policies.outside import TEMPLATE
 from sim.simulation import simulate
 from sim.studies.grid import load_grid
 from sim.studies.sweep import RowFile, missing, read_rows, run_point, run_points
@@ -339,3 +340,24 @@ def test_a_grid_of_machines_from_files_and_several_policies(tmp_path, monkeypatc
         assert slow > fast
     assert cli.main(["plot", str(file), "--out", "figures", "--where", "ranks=2"]) in (0, 1)
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_file_that_was_changed_makes_new_rows_which_readers_have_in_place_of_the_old(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    machine, policy = tmp_path / "box.toml", tmp_path / "my.py"
+    machine.write_text(to_toml(load_hardware("2xH100")))
+    policy.write_text(TEMPLATE.read_text(encoding="utf-8"))
+    grid = write(tmp_path, HEAD.replace('"2xH100"', '"2xbox.toml"').replace('"flashmoe"', '"my.py", "flashmoe"'))
+    new = []
+    for change in (None, machine, policy):
+        if change is not None:
+            text = change.read_text(encoding="utf-8")
+            change.write_text(
+                text.replace("nvlink_gbps = 370", "nvlink_gbps = 37").replace("tile_n: int = 128", "tile_n: int = 16")
+            )
+        assert cli.main(["sweep", str(grid), "--out", "rows.jsonl", "--jobs", "1"]) == 0
+        new.append(int(capsys.readouterr().out.partition("rows.jsonl, ")[2].split()[0]))
+        rows = {row["policy"]: row for row in read_rows(tmp_path / "rows.jsonl")}
+        assert by_key(rows.values()) == by_key(map(run_point, load_grid(grid)))
+    assert new == [2, 2, 1], "two with the machine, one with the policy"
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 5
