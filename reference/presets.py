@@ -2,7 +2,8 @@
 
 A file has a `description`, a `source`, optionally `leaves_out` (what the model has and `MoEConfig` does not) and
 `capacity_factor` (from which the capacity follows, whatever the sizes become), and the fields of `MoEConfig` under
-`[layer]`. The ranks and tokens there are defaults of ours, not the model's.
+`[layer]`. The ranks and tokens there are defaults of ours, not the model's. Where there is `[model]`, it has sizes of
+the whole model under the names of its config.json.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def preset_names() -> list[str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The file of a preset as it is: `description`, `source`, maybe `leaves_out` and `capacity_factor`, and `layer`.
+    """The file of a preset as it is.
+
+    It has `description`, `source`, `layer`, and maybe `leaves_out`, `capacity_factor` and `model`.
 
     Raises:
         ValueError: no such preset; lists those there are.

@@ -11,7 +11,7 @@ from reference import MoEConfig, load_preset
 
 from .drafting.knobs import PolicyKnobs
 from .engine.timeline import DeadlockError, Timeline
-from .policies import POLICY_NAMES, make_knobs
+from .policies import POLICY_NAMES, make_knobs, policy_names
 from .reading.measures import IDLE_CAUSES
 from .reading.plots import plot_timeline
 from .reading.report import Report, report
@@ -48,6 +48,7 @@ __all__ = [
     "make_knobs",
     "make_routing",
     "plot_timeline",
+    "policy_names",
     "precision",
     "report",
     "round_tokens",

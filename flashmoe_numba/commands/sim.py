@@ -10,27 +10,34 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import sim
 from reference import MoEConfig
+from sim.policies.outside import SUFFIX, TEMPLATE, is_file
 from sim.studies.seeds import over_seeds
 from sim.world.recorded import is_recorded
 
 from ..errors import UsageError
-from .simulated import catalogue, column_lines, tables
+from .beside import add_beside_arguments, beside, shape_from
+from .columns import column_lines
+from .patience import shown_when_slow
+from .simulated import catalogue, tables
 from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked, simulated_config
-from .sizes import add_json_argument, blaming, check_outputs, give, layer_name
+from .sizes import add_json_argument, blaming, check_outputs, give, layer_name, make_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `flashmoe sim`."""
     add_simulation_arguments(parser, many=True)
+    add_beside_arguments(parser)
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--overlap", action="store_true", help="also simulate 2 ranks, for the overlap efficiency T(2) / T")
     add_json_argument(group)
     add("--trace", metavar="FILE", help="write the one simulation for https://ui.perfetto.dev")
     add("--plot", metavar="FILE", help="draw the one simulation; as PNG, or .pdf, .svg")
+    add("--new-policy", metavar="FILE.py", help="write a schedule to begin with, for --policy FILE.py; no simulation")
     add("--list", action="store_true", help="say what there is, with all knobs, and simulate nothing")
     parser.epilog = "\n".join(["columns:", *column_lines()])
 
@@ -42,19 +49,37 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(catalogue()))
         return 0
-    policies = list(sim.POLICY_NAMES) if args.policy == "all" else args.policy.split(",")
+    if args.new_policy:
+        return _write_policy(Path(args.new_policy))
+    policies = list(sim.policy_names()) if args.policy == "all" else args.policy.split(",")
     asked = ask(args, policies)
     configs = [simulated_config(asked, tokens) for tokens in args.tokens or [None]]
     points = list(itertools.product(configs, policies))
     _check_overlap(args)
     _check_files(args, len(points))
+    shape = shape_from(args)
     load_engine()
-    reports = []
+    rows = []
     for config, policy in tqdm(points, desc="simulations", unit="run", leave=False, disable=len(points) == 1 or None):
-        simulation, report = _simulate(asked, policy, config)
-        reports.append(report)
-    _write(asked, configs, reports)
+        with shown_when_slow(policy, args.progress):
+            simulation, report = _simulate(asked, policy, config)
+        rows.append(asdict(report) | _about(asked, config, report) | beside(args, shape, simulation))
+    _write(asked, configs, rows)
     _write_pictures(args, simulation)
+    return 0
+
+
+def _write_policy(path: Path) -> int:
+    """A policy of one's own to begin with, where nothing is yet."""
+    if not is_file(str(path)):
+        raise UsageError(f"argument --new-policy: must end with {SUFFIX}, got {str(path)!r}")
+    make_folder("--new-policy", str(path), path.parent)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"argument --new-policy: cannot write {str(path)!r}: {error.strerror}") from None
+    print(f"{path} is a schedule that runs as it is: flashmoe sim --policy {path}")
     return 0
 
 
@@ -107,23 +132,27 @@ def _seed(args: argparse.Namespace, report: sim.Report) -> int:
 # ---- outputs
 
 
-def _write(asked: Asked, configs: Sequence[MoEConfig], reports: Sequence[sim.Report]) -> None:
+def _about(asked: Asked, config: MoEConfig, report: sim.Report) -> dict[str, Any]:
+    """What a row of the JSON says beside its report."""
     args = asked.args
-    about = {"preset": layer_name(args), "terms": args.terms}
-    layer = {name: value for name, value in asdict(configs[0]).items() if name not in ("num_tokens", "capacity")}
-    rows = [asdict(report) | about | {"seed": _seed(args, report), "layer": layer} for report in reports]
+    layer = {name: value for name, value in asdict(config).items() if name not in ("num_tokens", "capacity")}
+    return {"preset": layer_name(args), "terms": args.terms, "seed": _seed(args, report), "layer": layer}
+
+
+def _write(asked: Asked, configs: Sequence[MoEConfig], rows: list[dict[str, Any]]) -> None:
+    args = asked.args
     seeds = f"seed {args.seed}" if args.seeds == 1 else f"seeds {args.seed} to {args.seed + args.seeds - 1}"
-    lines = [*tables(about | {"seeds": seeds, "set": args.set}, configs[0], reports), *_chosen(asked, reports)]
-    give(args.json, lines, rows)
+    about = {"preset": layer_name(args), "terms": args.terms, "seeds": seeds, "set": args.set}
+    give(args.json, [*tables(about, configs[0], rows), *_chosen(asked, rows)], rows)
 
 
-def _chosen(asked: Asked, reports: Sequence[sim.Report]) -> Iterator[str]:
+def _chosen(asked: Asked, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Knobs that a policy chose by the layer, because they were not set."""
-    for report in reports:
-        given = asdict(asked.knobs[report.policy])
-        chosen = [f"{name}={value}" for name, value in report.knobs.items() if given[name] != value]
+    for row in rows:
+        given = asdict(asked.knobs[row["policy"]])
+        chosen = [f"{name}={value}" for name, value in row["knobs"].items() if given[name] != value]
         if chosen:
-            yield f"{report.policy} at {report.tokens:,} tokens: {', '.join(chosen)}"
+            yield f"{row['policy']} at {row['tokens']:,} tokens: {', '.join(chosen)}"
 
 
 def _write_pictures(args: argparse.Namespace, simulation: sim.Simulation) -> None:

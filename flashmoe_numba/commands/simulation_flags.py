@@ -33,18 +33,16 @@ one, or the only one of integers needs no name. A .csv has a line per token, ran
 def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False) -> None:
     """All of them; with `many`, `--policy` and `--tokens` are lists."""
     add = parser.add_argument
-    names = ", ".join(sim.POLICY_NAMES)
-    if many:
-        add("--policy", default="flashmoe", metavar="NAME[,NAME]", help=f"{names} or all [flashmoe]")
-    else:
-        add("--policy", default="flashmoe", choices=sim.POLICY_NAMES, metavar="NAME", help=f"{names} [flashmoe]")
+    names = f"{', '.join(sim.policy_names())}{' or all' if many else ''}, or a .py file of your own [flashmoe]"
+    add("--policy", default="flashmoe", metavar="NAME[,NAME]" if many else "NAME", help=names)
     add("--set", action="append", default=[], metavar="KNOB=VALUE", help="of all chosen policies; may be repeated")
     terms = "system: each policy's own tiles and fitted rate; schedule: the same tiles and rate for all [system]"
     add("--terms", choices=TERMS, default=TERMS[0], help=terms)
     kinds = ", ".join(sim.hardware_names())
-    machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file; by default all its GPUs are ranks"
+    machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file, or 2xFILE.toml; its GPUs are the ranks"
     add("--hardware", default=DEFAULT_HARDWARE, metavar="NAME|FILE", help=f"{machine} [{DEFAULT_HARDWARE}]")
     add("--precision", metavar="NAME", help=f"{', '.join(sim.PRECISIONS)} [the layer's dtype]")
+    add("--progress", action="store_true", help="show that of a long simulation though stderr is no terminal")
     add_size_arguments(parser, DEFAULT_PRESET, many_tokens=many, layer_of="the model, or of a routing from a file")
     _add_routing_arguments(parser, many)
 
@@ -76,8 +74,7 @@ def ask(args: argparse.Namespace, policies: Sequence[str]) -> Asked:
         UsageError: naming the flag, its value and the rule.
     """
     for name in policies:
-        if name not in sim.POLICY_NAMES:
-            raise UsageError(f"argument --policy: must be of {', '.join(sim.POLICY_NAMES)}, or all; got {name!r}")
+        check_policy("--policy", name)
     with blaming("argument --hardware"):
         hardware = sim.load_hardware(args.hardware)
     return Asked(args=args, hardware=hardware, knobs=knobs_from(policies, args.set, args.terms))
@@ -89,6 +86,14 @@ def simulated_config(asked: Asked, tokens: int | None) -> MoEConfig:
     if args.model_config is None and is_recorded(args.routing):
         args = argparse.Namespace(**vars(args) | {"layer": None})
     return config_from(args, num_ranks=args.ranks or asked.hardware.num_gpus, num_tokens=tokens)
+
+
+def check_policy(flag: str, name: str) -> None:
+    """Raise a UsageError if there is no such policy, or its file is none."""
+    try:
+        sim.make_knobs(name, {})
+    except (OSError, ValueError) as error:
+        raise UsageError(f"argument {flag}: {error}") from None
 
 
 def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int | None, seed: int) -> sim.Simulation:
@@ -106,8 +111,11 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
         replicas=replicas,
     )
     world = scenario.make(lambda part: blaming(FLAGS.get(part, f"argument --{part}")))
-    with blaming(f"policy {policy}"):
-        return sim.simulate(policy, world, asked.knobs[policy])
+    try:
+        with blaming(f"policy {policy}"):
+            return sim.simulate(policy, world, asked.knobs[policy])
+    except sim.DeadlockError as error:
+        raise UsageError(f"policy {policy}: {error}") from None
 
 
 def _recorded_layer(args: argparse.Namespace, config: MoEConfig) -> int | None:

@@ -37,7 +37,7 @@ class Draft:
         self.world = world
         self.builder = GraphBuilder()
         self.machine = add_machine(self.builder, world, sm_slots)
-        rate = fitted_rate(policy, world.hardware.name) if knobs.rate is None else knobs.rate
+        rate = fitted_rate(policy, world.hardware.chip) if knobs.rate is None else knobs.rate
         fields = {"rate": rate, "tile_latency_ns": knobs.tile_latency_ns} | cost
         self.cost = Cost(world=world, slots=sm_slots, **fields)
         self.token_block = knobs.token_block

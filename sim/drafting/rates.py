@@ -7,10 +7,11 @@ clocks, and without these that of all its GPUs; a policy without any `DEFAULT_RA
 
 from __future__ import annotations
 
-import re
 import tomllib
 from functools import cache
 from pathlib import Path
+
+from ..world.hardware import gpu_kind as gpu_kind
 
 DEFAULT_RATE = 0.6  # assumption: between FlashMoE's third of the peak and the four fifths of large matrix products
 CHIPS = (("H100", "H200", "H800", "H20"), ("B200", "GB200"))  # GH100 and GB100; the other presets are alone
@@ -21,11 +22,6 @@ FILE = Path(__file__).with_name("rates.toml")
 def fitted_rates() -> dict[str, dict[str, float]]:
     """All fitted rates, by policy and GPU kind."""
     return tomllib.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-
-
-def gpu_kind(hardware_name: str) -> str:
-    """ "H100" of "2x8xH100"; a machine of the user's own is a kind of its own."""
-    return re.sub(r"^(\d+x)+", "", hardware_name)
 
 
 def fitted_rate(policy: str, hardware_name: str) -> float:

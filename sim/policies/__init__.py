@@ -1,26 +1,34 @@
 """Schedules, one file each: `build(world, knobs)` makes the graph, `Knobs` says what can be changed.
 
-Each file opens with the schedule in a paragraph, its source, and what it leaves out. All run on the same world.
+Each file opens with the schedule in a paragraph, its source, and what it leaves out. All run on the same world. A
+policy's name is one of `policy_names()`, or the path of a .py file (`outside.py`). One whose graph has no tasks of the
+shared expert (`drafting/shared.py`) is refused for layers that have one.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from reference.scalars import check_one_of
 
 from ..drafting.knobs import PolicyKnobs
-from ..drafting.rates import DEFAULT_RATE
+from ..drafting.rates import DEFAULT_RATE, fitted_rate
 from ..engine.graph import TaskGraph
 from ..engine.kinds import SHARED0
 from ..world.world import World
+from .outside import GROUP, SUFFIX, find_outside, installed, is_file, naming_the_line
 
 POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
 TERMS = ("system", "schedule")
 SAME: Mapping[str, Any] = {"tile_m": 128, "tile_n": 256, "rate": DEFAULT_RATE, "cluster": 1}  # of those that have them
+
+
+def policy_names() -> tuple[str, ...]:
+    """Those of this package, then those that installed packages offer under other names."""
+    return (*POLICY_NAMES, *(name for name in installed() if name not in POLICY_NAMES))
 
 
 def make_knobs(policy: str, values: Mapping[str, Any], terms: str = "system") -> PolicyKnobs:
@@ -31,7 +39,8 @@ def make_knobs(policy: str, values: Mapping[str, Any], terms: str = "system") ->
             for all (`SAME`), so that what differs is the order of the work.
 
     Raises:
-        ValueError: no such policy or terms, no such knob (lists those there are), or a value out of its range.
+        TypeError: the policy's name is no text; FileNotFoundError: no such file; ValueError: no such policy or terms,
+            its file is none, no such knob (lists those there are), or a value out of its range.
     """
     check_one_of("terms", terms, TERMS)
     kind = _module(policy).Knobs
@@ -61,13 +70,30 @@ def build(policy: str, world: World, knobs: PolicyKnobs | None = None) -> TaskGr
 
     Raises:
         ValueError: no such policy, its knobs do not go with the world, or the layer has a shared expert and the graph
-            none; TypeError: knobs of another policy.
+            none; TypeError: knobs of another policy, or what it made is no graph.
     """
-    module = _module(policy)
-    graph: TaskGraph = module.build(world, knobs_in_world(policy, world, knobs))
+    knobs = knobs_in_world(policy, world, knobs)
+    graph = _build(policy, world, knobs) if policy in POLICY_NAMES else _build_outside(policy, world, knobs)
     if world.config.shared_ffn and not (graph.nodes["kind"] == SHARED0).any():
         rule = f"shared_ffn must be 0 with policy {policy} and these knobs, which leave the shared expert out"
         raise ValueError(f"{rule}; got {world.config.shared_ffn}")
+    return graph
+
+
+def _build(policy: str, world: World, knobs: PolicyKnobs) -> TaskGraph:
+    graph: TaskGraph = _module(policy).build(world, knobs)
+    return graph
+
+
+def _build_outside(policy: str, world: World, knobs: PolicyKnobs) -> TaskGraph:
+    """By the rate that reports say, whatever name its file gives to `Draft`: it may be a copy of another one's."""
+    rate = fitted_rate(policy, world.hardware.chip) if knobs.rate is None else knobs.rate
+    with naming_the_line(policy):
+        graph = _module(policy).build(world, replace(knobs, rate=rate))
+    if not isinstance(graph, TaskGraph):
+        raise TypeError(
+            f"build of policy {policy} must return a TaskGraph, as draft.builder.build() does; got {graph!r}"
+        )
     return graph
 
 
@@ -80,15 +106,22 @@ def knobs_in_world(policy: str, world: World, knobs: PolicyKnobs | None) -> Poli
     knobs = make_knobs(policy, {}) if knobs is None else knobs
     if not isinstance(knobs, _module(policy).Knobs):
         raise TypeError(f"knobs must be of policy {policy}, such as make_knobs({policy!r}, {{}}); got {knobs!r}")
-    chosen: PolicyKnobs = knobs.in_world(world)
+    with naming_the_line(policy):
+        chosen: PolicyKnobs = knobs.in_world(world)
     return chosen
 
 
 def describe(policy: str) -> str:
     """The first line of the policy's file."""
-    return str(_module(policy).__doc__).splitlines()[0]
+    return (_module(policy).__doc__ or "not described").strip().splitlines()[0]
 
 
 def _module(policy: str) -> Any:
-    check_one_of("policy", policy, POLICY_NAMES)
-    return importlib.import_module(f".{policy}", __name__)
+    if not isinstance(policy, str):
+        raise TypeError(f"policy must be a name or the path of a {SUFFIX} file, got {policy!r}")
+    if policy in POLICY_NAMES:
+        return importlib.import_module(f".{policy}", __name__)
+    if is_file(policy) or policy in installed():
+        return find_outside(policy)
+    other = f"the path of a {SUFFIX} file, or what a package offers in the group {GROUP}"
+    raise ValueError(f"policy must be one of {', '.join(policy_names())}, {other}; got {policy!r}")

@@ -136,12 +136,18 @@ def transfers(simulation: Simulation) -> tuple[Array, Array, Array]:
     nodes = {name: graph.nodes[name][time.run_node] for name in ("kind", "rank", "peer", "egress", "ingress")}
     sends = np.flatnonzero((nodes["egress"] != NONE) | (nodes["ingress"] != NONE))
     nodes = {name: values[sends] for name, values in nodes.items()}
-    link_rank = np.array([link.rank for link in graph.links], np.int64)
-    source = np.where(nodes["egress"] != NONE, link_rank[nodes["egress"]], nodes["rank"])
-    target = np.where(nodes["ingress"] != NONE, link_rank[nodes["ingress"]], nodes["peer"])
+    source = _end(graph, nodes["egress"], nodes["rank"])
+    target = _end(graph, nodes["ingress"], nodes["peer"])
     whole = np.isin(nodes["kind"], (DISPATCH, SEND))
     start = np.where(whole, time.run_start_ns[sends], time.run_end_ns[sends])
     return np.concatenate([source, target]), np.tile(start, 2), np.tile(time.run_arrive_ns[sends], 2)
+
+
+def _end(graph: TaskGraph, link: Array, rank: Array) -> Array:
+    """`[num_sends]`: this rank, if there is no link or the link is also its; else the link's first."""
+    first = np.array([*(of.rank for of in graph.links), NONE], np.int64)[link]  # the last is NONE
+    number = np.array([*(of.num_ranks for of in graph.links), NONE], np.int64)[link]
+    return np.where((link == NONE) | ((first <= rank) & (rank < first + number)), rank, first)
 
 
 def exposed_communication_us(simulation: Simulation) -> float:

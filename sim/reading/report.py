@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..drafting.machine import link_names
 from ..drafting.rates import fitted_rate, is_fitted
 from ..engine.graph import Array
 from ..simulation import Simulation
@@ -44,7 +45,8 @@ class Report:
         exposed_communication_us: mean over ranks of the time in which no product runs on the rank (GEMM0, GEMM1,
             SHARED0, SHARED1, DENSE) while it is at either end of a transfer, see `measures.exposed_communication_us`.
         nvlink_bytes_max, nvlink_bytes_mean, nic_bytes_max, nic_bytes_mean: bytes carried by one link, over the links
-            of that kind of all ranks; each rank has one out and one in.
+            within nodes and those between them, whatever their names; each rank has one out and one in, or shares it.
+        node_link, network_link: what the machine calls these links.
         buffer_bytes: rows that the busiest rank holds, see `World.row_bytes`.
         queue_peak: most nodes (groups of equal tasks) that waited at a time at one server.
         num_tasks: tasks of all ranks.
@@ -92,6 +94,8 @@ class Report:
     rate_fitted: bool
     overlap_efficiency: float | None = None
     spread: Mapping[str, Any] | None = None
+    node_link: str = "NVLink"
+    network_link: str = "NIC"
     simulated: bool = True
 
 
@@ -127,8 +131,10 @@ def report(simulation: Simulation) -> Report:
         buffer_bytes=world.row_bytes,
         queue_peak=int(simulation.timeline.queue_peak.max(initial=0)),
         num_tasks=graph.num_tasks,
-        rate=fitted_rate(policy, hardware) if knobs.rate is None else knobs.rate,
-        rate_fitted=knobs.rate is None and is_fitted(policy, hardware),
+        rate=fitted_rate(policy, world.hardware.chip) if knobs.rate is None else knobs.rate,
+        node_link=world.hardware.node_link,
+        network_link=world.hardware.network_link,
+        rate_fitted=knobs.rate is None and is_fitted(policy, world.hardware.chip),
     )
 
 
@@ -141,11 +147,13 @@ def _tensor_share(simulation: Simulation, field: str) -> float:
 
 def _link_bytes(simulation: Simulation) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for kind in ("NVLink", "NIC"):
-        mine = [index for index, link in enumerate(simulation.graph.links) if link.name.startswith(kind)]
+    hardware = simulation.world.hardware
+    for kind, name in (("nvlink", hardware.node_link), ("nic", hardware.network_link)):
+        both = link_names(name)
+        mine = [index for index, link in enumerate(simulation.graph.links) if link.name in both]
         carried = simulation.timeline.link_bytes[mine]
-        result[f"{kind.lower()}_bytes_max"] = int(carried.max(initial=0))
-        result[f"{kind.lower()}_bytes_mean"] = float(carried.mean()) if mine else 0.0
+        result[f"{kind}_bytes_max"] = int(carried.max(initial=0))
+        result[f"{kind}_bytes_mean"] = float(carried.mean()) if mine else 0.0
     return result
 
 

@@ -23,7 +23,7 @@ import json
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from reference.config import expert_capacity
 from reference.scalars import check_one_of
 
 from ..drafting.knobs import PolicyKnobs
-from ..policies import POLICY_NAMES, TERMS, make_knobs, row_tile
+from ..policies import TERMS, make_knobs, row_tile
+from ..policies.outside import is_file
 from ..world.checks import check_keys, naming
-from ..world.hardware import load_hardware
+from ..world.hardware import hardware_file, load_hardware
 from ..world.precision import precision
 from ..world.recorded import is_recorded, recorded_path
 from ..world.rounding import WAYS
@@ -91,10 +92,18 @@ class Point:
 
     @cached_property
     def key(self) -> str:
-        """The same for the same parameters, on every machine."""
+        """The same for the same parameters, on every machine; those that are files count by what they hold."""
         told = {name: value for name, value in asdict(self).items() if name not in LATER or value != LATER[name]}
-        text = json.dumps(told, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        text = json.dumps(told, sort_keys=True).encode()
+        return hashlib.sha256(text + b"".join(map(_digest, self._files()))).hexdigest()[:16]
+
+    def _files(self) -> list[Path]:
+        """The files that parameters name, where they are there."""
+        machine = hardware_file(self.hardware)
+        named = [Path(self.policy)] if is_file(self.policy) else []
+        named += [recorded_path(self.routing)] if is_recorded(self.routing) else []
+        named += [machine] if machine else []
+        return [path for path in named if path.is_file()]
 
     def row(self) -> dict[str, Any]:
         """What a line of a sweep's file begins with."""
@@ -127,6 +136,17 @@ class Point:
             replicas=self.replicas,
         )
         return scenario.make()
+
+
+def _digest(path: Path) -> bytes:
+    """Of what a file holds, read again only if it was written since."""
+    state = path.stat()
+    return _digest_of(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: Path, *_: int) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 KINDS: dict[object, tuple[type, str]] = {  # of an axis, by its type in `Point`
@@ -231,8 +251,7 @@ def _check_routing(name: str) -> None:
 def _check_knobs(knobs: dict[str, Any], policies: list[str]) -> None:
     for policy, sets in knobs.items():
         if policy not in policies:
-            known = "of [grid] policy" if policy in POLICY_NAMES else f"one of {', '.join(POLICY_NAMES)}"
-            raise ValueError(f"[knobs] must be for policies {known}; got {policy}")
+            raise ValueError(f"[knobs] must be for policies of [grid], {', '.join(policies)}; got {policy}")
         if not isinstance(sets, list) or not sets or not all(isinstance(values, dict) for values in sets):
             raise TypeError(f"[knobs] {policy} must be a list of tables, got {sets!r}")
         for values in sets:

@@ -15,7 +15,7 @@ from reference.formats import FORMATS
 from reference.scalars import check_one_of, make_plain
 
 from .checks import check_positive, check_text
-from .hardware import ARITHMETICS
+from .machine_schema import ARITHMETICS
 
 SIZES = ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes")
 

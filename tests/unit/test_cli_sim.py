@@ -1,5 +1,6 @@
 """`flashmoe sim` in this process: errors before anything is simulated, tables, JSON, files."""
 
+import itertools
 import json
 from dataclasses import asdict
 
@@ -10,8 +11,8 @@ from floors import ROOT
 
 import sim
 from flashmoe_numba import cli
+from flashmoe_numba.commands.columns import TABLES
 from flashmoe_numba.commands.knobs import knob_types, knobs_from, parse
-from flashmoe_numba.commands.simulated import RESULTS, TIMES
 from flashmoe_numba.errors import UsageError
 from reference import load_preset
 
@@ -30,8 +31,8 @@ def run_json(capsys, *flags):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--policy", "fastest"], "argument --policy: must be of flashmoe, "),
-    (["--policy", "flashmoe,"], "argument --policy: must be of flashmoe, "),
+    (["--policy", "fastest"], "argument --policy: policy must be one of flashmoe, "),
+    (["--policy", "flashmoe,"], "argument --policy: policy must be one of flashmoe, "),
     (["--hardware", "8xV100"], "argument --hardware: hardware must be a GPU kind (A100, B200,"),
     (["--hardware", "none.toml"], "argument --hardware: hardware file none.toml: no such file; good names"),
     (["--hardware", "16xH100"], "argument --hardware: hardware '16xH100': H100 has at least one node and 1 to 8 GPUs"),
@@ -276,7 +277,7 @@ def test_the_help_and_the_documentation_say_what_every_column_means(capsys):
         cli.main(["sim", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     documentation = (ROOT / "docs/simulator.md").read_text(encoding="utf-8")
-    for column in (*RESULTS, *TIMES):
+    for column in itertools.chain(*TABLES):
         head = f"{column.name} {column.unit}".strip()
         assert f"{head} {column.meaning}" in said
         assert f"| {head} | {column.meaning} |" in documentation

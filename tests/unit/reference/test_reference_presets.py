@@ -34,7 +34,7 @@ def test_shapes():
 def test_each_file_is_complete_and_can_be_planned(name):
     text = read_preset(name)
     assert {"description", "source", "layer"} <= set(text)
-    assert set(text) <= {"description", "source", "leaves_out", "capacity_factor", "layer"}
+    assert set(text) <= {"description", "source", "leaves_out", "capacity_factor", "layer", "model"}
     assert text["source"].startswith("https://") or name.startswith("laptop")
     plan, config = make_plan(load_preset(name)), load_preset(name)
     assert plan.num_dropped == 0 and plan.real_rows == config.num_ranks * config.num_tokens * config.num_topk

@@ -244,8 +244,8 @@ def test_the_command_explains_what_sim_simulates(capsys):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--policy", "all"], "argument --policy: invalid choice: 'all' (choose from "),
-    (["--policy", "flashmoe,bulk"], "argument --policy: invalid choice: 'flashmoe,bulk' (choose from "),
+    (["--policy", "all"], "argument --policy: policy must be one of flashmoe, "),
+    (["--policy", "flashmoe,bulk"], "argument --policy: policy must be one of flashmoe, "),
     (["--tokens", "64,128"], "argument --tokens: must be an integer >= 1, got '64,128'"),
     (["--hardware", "8xV100"], "argument --hardware: hardware must be a GPU kind"),
     (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 32"),

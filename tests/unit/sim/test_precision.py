@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from reference import DTYPES, element_dtype
-from sim.world.hardware import ARITHMETICS, load_hardware
+from sim.world.hardware import load_hardware
+from sim.world.machine_schema import ARITHMETICS
 from sim.world.precision import PRECISIONS, precision
 
 FIELDS = ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes")
