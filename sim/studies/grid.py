@@ -32,7 +32,8 @@ from reference.workloads import is_recording
 from ..policies import make_knobs
 from ..policies.outside import is_file
 from ..world.checks import check_keys, naming
-from ..world.hardware import hardware_file, load_hardware
+from ..world.hardware import load_hardware
+from ..world.machine_names import hardware_file
 from ..world.precision import precision
 from ..world.routing import make_routing
 from ..world.scenario import Scenario
