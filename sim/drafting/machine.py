@@ -1,7 +1,8 @@
 """The resources that schedules share out: SM slots, OS block, host and links of every rank, and the path between two.
 
 Links: within a node NVLink's way out of one GPU and into another, between nodes those of their NICs; GPUs beside each
-other may share them. The switches in between are taken as non-blocking. Leaves out: rails that cross nodes.
+other may share them, and both kinds may be one. The switches in between are taken as non-blocking. Leaves out: rails
+that cross nodes.
 """
 
 from __future__ import annotations
@@ -65,14 +66,17 @@ def add_machine(builder: GraphBuilder, world: World, sm_slots: int) -> Machine:
         made = [builder.add_link(name, rank, gbps, num_ranks=shared_by) for rank in ranks[::shared_by]]
         return np.repeat(made, shared_by)[: world.num_ranks]
 
-    near, far = link_names(hardware.node_link), link_names(hardware.network_link)
+    near = [links(name, hardware.nvlink_gbps, hardware.gpus_per_link) for name in link_names(hardware.node_link)]
+    far = near
+    if not hardware.is_one_link:
+        far = [links(name, hardware.nic_gbps, hardware.gpus_per_nic) for name in link_names(hardware.network_link)]
     return Machine(
         world,
         sm=servers(SM_SLOTS, sm_slots),
         os=servers(OS_BLOCK, 1),
         host=servers(HOST, 1),
-        nvlink_out=links(near[0], hardware.nvlink_gbps, hardware.gpus_per_link),
-        nvlink_in=links(near[1], hardware.nvlink_gbps, hardware.gpus_per_link),
-        nic_out=links(far[0], hardware.nic_gbps, hardware.gpus_per_nic),
-        nic_in=links(far[1], hardware.nic_gbps, hardware.gpus_per_nic),
+        nvlink_out=near[0],
+        nvlink_in=near[1],
+        nic_out=far[0],
+        nic_in=far[1],
     )

@@ -11,7 +11,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
-from ..world.hardware import gpu_kind as gpu_kind
+from ..world.machine_names import gpu_kind as gpu_kind
 
 DEFAULT_RATE = 0.6  # assumption: between FlashMoE's third of the peak and the four fifths of large matrix products
 CHIPS = (("H100", "H200", "H800", "H20"), ("B200", "GB200"))  # GH100 and GB100; the other presets are alone

@@ -46,6 +46,7 @@ class Report:
             SHARED0, SHARED1, DENSE) while it is at either end of a transfer, see `measures.exposed_communication_us`.
         nvlink_bytes_max, nvlink_bytes_mean, nic_bytes_max, nic_bytes_mean: bytes carried by one link, over the links
             within nodes and those between them, whatever their names; each rank has one out and one in, or shares it.
+            Where both are one link, it counts as one within nodes.
         node_link, network_link: what the machine calls these links.
         buffer_bytes: rows that the busiest rank holds, see `World.row_bytes`.
         queue_peak: most nodes (groups of equal tasks) that waited at a time at one server.
@@ -149,7 +150,7 @@ def _link_bytes(simulation: Simulation) -> dict[str, Any]:
     result: dict[str, Any] = {}
     hardware = simulation.world.hardware
     for kind, name in (("nvlink", hardware.node_link), ("nic", hardware.network_link)):
-        both = link_names(name)
+        both = () if kind == "nic" and hardware.is_one_link else link_names(name)
         mine = [index for index, link in enumerate(simulation.graph.links) if link.name in both]
         carried = simulation.timeline.link_bytes[mine]
         result[f"{kind}_bytes_max"] = int(carried.max(initial=0))

@@ -35,7 +35,8 @@ from ..drafting.knobs import PolicyKnobs
 from ..policies import TERMS, make_knobs, row_tile
 from ..policies.outside import is_file
 from ..world.checks import check_keys, naming
-from ..world.hardware import hardware_file, load_hardware
+from ..world.hardware import load_hardware
+from ..world.machine_names import hardware_file
 from ..world.precision import precision
 from ..world.recorded import is_recorded, recorded_path
 from ..world.rounding import WAYS

@@ -88,8 +88,9 @@ def _machines(hardware: Hardware) -> Iterator[tuple[str, Hardware]]:
         return replace(hardware, **{name: type(value)(value * factor) for name, value in values.items()})
 
     twice = {arithmetic: 2 * rate for arithmetic, rate in hardware.tflops.items()}
-    yield f"{hardware.node_link} twice as fast", times(2, "nvlink_gbps")
-    if hardware.num_nodes > 1:
+    both = ["nic_gbps"] if hardware.is_one_link else []
+    yield f"{hardware.node_link} twice as fast", times(2, "nvlink_gbps", *both)
+    if hardware.num_nodes > 1 and not both:
         yield f"{hardware.network_link}s twice as fast", times(2, "nic_gbps")
     yield "memory (HBM) twice as fast", times(2, "hbm_gbps")
     yield "tensor cores twice as fast", replace(hardware, tflops=twice)

@@ -16,7 +16,6 @@ Source: data/hardware.csv, data/nccl_nvshmem.csv and vendors' datasheets, as eac
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Mapping
 from copy import deepcopy
@@ -28,15 +27,12 @@ from typing import Any
 from reference.scalars import make_plain, plain
 
 from .checks import check_keys, check_positive, check_text, naming
+from .machine_names import FOLDER, GOOD_NAMES, gpu_kind, hardware_file, parse_file_name, parse_name
+from .machine_names import hardware_names as hardware_names
 from .machine_schema import ARITHMETICS, OPTIONAL, SCHEMA, TABLES, VALUES, check_file
 
 COUNTS = ("num_nodes", "gpus_per_node", "gpus_per_link", "gpus_per_nic")
 LEAST_RATE, MOST_WHOLE = 1e-6, 10**9  # so that times of whatever fits a GPU's memory fit 64 bits
-
-_FOLDER = Path(__file__).parent.parent / "presets"
-_NAME = re.compile(r"(?:(?:(\d{1,6})x)?(\d{1,6})x)?([a-z0-9]+)", re.IGNORECASE | re.ASCII)
-_NODES_OF_FILE = re.compile(r"(\d{1,6})x(?:(\d{1,6})x)?(.+)", re.IGNORECASE | re.ASCII)
-_GOOD_NAMES = '"8xH100", "2x8xH100"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +44,8 @@ class Hardware:
         num_nodes, gpus_per_node: the GPUs of a node form one NVLink domain; nodes are joined by NICs.
         chip: the GPU kind whose fitted rates count (`drafting/rates.py`), by default the name without its numbers:
             a machine whose name or values are changed keeps it.
-        node_link, network_link: what reports and traces call the links within a node and between nodes.
+        node_link, network_link: what reports and traces call the links within a node and between nodes. Of one name
+            they are one link, such as a root port with GPUs and a NIC behind it, and must be alike.
         gpus_per_link, gpus_per_nic: GPUs of a node that go through one link out and one in, such as a root port, and
             share its bandwidth; those beside each other share. Two of them that talk to each other use it as well.
         sms: streaming multiprocessors of a GPU.
@@ -115,8 +112,12 @@ class Hardware:
     def _check_links(self) -> None:
         for name in ("chip", "node_link", "network_link"):
             check_text(name, getattr(self, name))
-        if self.node_link == self.network_link:
-            raise ValueError(f"network_link must differ from node_link, got {self.network_link!r} for both")
+        pairs = {"nic_gbps": "nvlink_gbps", "gpus_per_nic": "gpus_per_link"} if self.is_one_link else {}
+        for name, other in pairs.items():
+            mine, its = getattr(self, name), getattr(self, other)
+            if mine != its:
+                why = f"as network_link and node_link are one, {self.node_link!r}"
+                raise ValueError(f"{name} must be {other}={its}, {why}; got {mine}")
         for name in ("gpus_per_link", "gpus_per_nic"):
             if self.gpus_per_node % getattr(self, name):
                 raise ValueError(f"{name} must divide gpus_per_node={self.gpus_per_node}, got {getattr(self, name)}")
@@ -143,6 +144,11 @@ class Hardware:
         return self.num_nodes * self.gpus_per_node
 
     @property
+    def is_one_link(self) -> bool:
+        """Whether what leaves a node goes through the same links as what stays in it."""
+        return self.node_link == self.network_link
+
+    @property
     def nvlink_share_gbps(self) -> float:
         """What a GPU has of its link within the node when all use theirs."""
         return self.nvlink_gbps / self.gpus_per_link
@@ -151,16 +157,6 @@ class Hardware:
     def nic_share_gbps(self) -> float:
         """What a GPU has of its NIC when all use theirs."""
         return self.nic_gbps / self.gpus_per_nic
-
-
-def gpu_kind(name: str) -> str:
-    """ "H100" of "2x8xH100"."""
-    return re.sub(r"^(\d+x)+", "", name) or name
-
-
-def hardware_names() -> list[str]:
-    """The GPU kinds that have a preset, sorted."""
-    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def load_hardware(name_or_path: str) -> Hardware:
@@ -176,10 +172,10 @@ def load_hardware(name_or_path: str) -> Hardware:
     if not isinstance(name_or_path, str):
         raise TypeError(f"hardware must be a name or the path of a .toml file, got {name_or_path!r}")
     if hardware_file(name_or_path) is not None:
-        nodes, gpus, path = _parse_file_name(name_or_path)
+        nodes, gpus, path = parse_file_name(name_or_path)
     else:
-        nodes, gpus, kind = _parse(name_or_path)
-        path = _FOLDER / f"{kind}.toml"
+        nodes, gpus, kind = parse_name(name_or_path)
+        path = FOLDER / f"{kind}.toml"
     file = _read(path)
     if nodes is None:
         return _build(path, file, file["node"]["gpus"])
@@ -188,15 +184,10 @@ def load_hardware(name_or_path: str) -> Hardware:
     kind = gpu_kind(file["name"])
     if not 1 <= gpus <= most or nodes < 1:
         rule = f"{kind} has at least one node and 1 to {most} GPUs in a node (one NVLink domain)"
-        good = f'"2x{path}", "2x{most}x{path}"' if path.parent != _FOLDER else f'"{most}x{kind}", "2x{most}x{kind}"'
+        good = f'"2x{path}", "2x{most}x{path}"' if path.parent != FOLDER else f'"{most}x{kind}", "2x{most}x{kind}"'
         raise ValueError(f"hardware {name_or_path!r}: {rule}; good names: {good}")
     name = f"{gpus}x{kind}" if nodes == 1 else f"{nodes}x{gpus}x{kind}"
     return _build(path, file | {"name": name, "nodes": nodes}, gpus)
-
-
-def hardware_file(name: str) -> Path | None:
-    """The file that a machine's name means, "my.toml" of "2xmy.toml"; None for a preset's name."""
-    return _parse_file_name(name)[2] if name.lower().endswith(".toml") else None
 
 
 def to_toml(hardware: Hardware) -> str:
@@ -218,34 +209,13 @@ def to_toml(hardware: Hardware) -> str:
     return "".join(lines)
 
 
-# ---- names ----
-
-
-def _parse(name: str) -> tuple[int, int | None, str]:
-    """Nodes, GPUs per node (None: the kind's usual node) and kind of a name."""
-    kinds = {kind.lower(): kind for kind in hardware_names()}
-    match = _NAME.fullmatch(name.strip())
-    if match is None or match[3].lower() not in kinds:
-        known = f"a GPU kind ({', '.join(kinds.values())}), NxKIND, MxNxKIND or the path of a .toml file"
-        raise ValueError(f"hardware must be {known}; got {name!r}; good names: {_GOOD_NAMES}")
-    return int(match[1] or 1), int(match[2]) if match[2] else None, kinds[match[3].lower()]
-
-
-def _parse_file_name(name: str) -> tuple[int | None, int | None, Path]:
-    """Nodes and GPUs per node (None: as the file says) and the path of "2x4xmy.toml"; a file of that name is itself."""
-    match = _NODES_OF_FILE.fullmatch(name)
-    if match is None or Path(name).is_file():
-        return None, None, Path(name)
-    return int(match[1]), int(match[2]) if match[2] else None, Path(match[3])
-
-
 # ---- files ----
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The tables of a file, with the right keys and counts; `Hardware` checks the values."""
     if not path.is_file():
-        raise FileNotFoundError(f"hardware file {path}: no such file; good names without a file: {_GOOD_NAMES}")
+        raise FileNotFoundError(f"hardware file {path}: no such file; good names without a file: {GOOD_NAMES}")
     try:
         file = deepcopy(_parse_toml(path.read_text(encoding="utf-8")))
     except ValueError as error:  # malformed TOML, or not UTF-8

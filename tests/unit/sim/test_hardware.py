@@ -342,7 +342,11 @@ def test_a_changed_machine_keeps_its_chip_and_a_file_may_name_one(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"node_link": "NIC"}, "network_link must differ from node_link, got 'NIC' for both"),
+    ({"node_link": "NIC"}, "nic_gbps must be nvlink_gbps=370, as network_link and node_link are one, 'NIC'; got 48.5"),
+    (
+        {"node_link": "NIC", "nic_gbps": 370, "gpus_per_link": 2},
+        "gpus_per_nic must be gpus_per_link=2, as network_link and node_link are one, 'NIC'; got 1",
+    ),
     ({"node_link": ""}, "node_link must be a text that is not empty"),
     ({"chip": " "}, "chip must be a text that is not empty"),
     ({"gpus_per_link": 3}, "gpus_per_link must divide gpus_per_node=8, got 3"),

@@ -102,3 +102,30 @@ def test_the_table_calls_links_as_the_machine_does(tmp_path, capsys):
     flags = ["--preset", "laptop-text", "--tokens", "64", "--hardware", str(tmp_path / "mine.toml")]
     assert cli.main(["sim", *flags]) == 0
     assert capsys.readouterr().out.splitlines()[4].split()[-2:] == ["XGMI", "Slingshot"]
+
+
+ROOT_PORT = {"node_link": "PCIe", "network_link": "PCIe", "nvlink_gbps": 10.0, "nic_gbps": 10.0}
+
+
+def test_a_root_port_is_one_link_for_what_stays_and_what_leaves():
+    world = changed(small_world(hardware="2x2xH100"), **ROOT_PORT)
+    alone = NBYTES // 10
+    assert together_ns(world, [(0, 1), (0, 2)]) == [2 * alone, 2 * alone], "out of GPU 0, whether it leaves or not"
+    shared = changed(world, gpus_per_link=2, gpus_per_nic=2)
+    assert together_ns(shared, [(0, 1), (1, 2)]) == [2 * alone, 2 * alone], "out of the port of both"
+    assert together_ns(changed(world, network_link="NIC"), [(0, 1), (0, 2)]) == [alone, alone]
+
+
+def test_bytes_of_a_root_port_are_counted_once():
+    apart = small_world(hardware="2x2xH100")
+    one = sim.simulate("bulk", changed(apart, **ROOT_PORT))
+    graph, timeline = run_policy("bulk", apart)
+    per_rank = np.zeros(4, np.int64)
+    for link, nbytes in zip(graph.links, timeline.link_bytes, strict=True):
+        per_rank[link.rank] += nbytes if link.name.endswith("out") else 0
+    told = sim.report(one)
+    assert (told.nic_bytes_max, len(one.graph.links)) == (0, 8)
+    assert told.nvlink_bytes_max >= per_rank.max()
+    assert told.nvlink_bytes_mean == per_rank.mean()
+    names = [change.name for change in changes(one)]
+    assert "PCIe twice as fast" in names and "PCIes twice as fast" not in names
