@@ -10,9 +10,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import sim
 from reference import MoEConfig
+from sim.reading.page.gather import gather
+from sim.reading.page.write import write_page
 
 from ..errors import UsageError
 from .simulated import catalogue, table
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
     add("--trace", metavar="FILE", help="write the one simulation for https://ui.perfetto.dev")
     add("--plot", metavar="FILE", help="draw the one simulation; as PNG, or .pdf, .svg")
+    add("--html", metavar="FILE", help="write all simulations as one page for a browser, with timelines")
     add("--list", action="store_true", help="say what there is, with all knobs, and simulate nothing")
 
 
@@ -45,11 +49,14 @@ def main(args: argparse.Namespace) -> int:
     points = list(itertools.product(configs, policies))
     _check_files(args, len(points))
     load_engine()
-    reports = []
+    reports, gathered = [], []
     for config, policy in tqdm(points, desc="simulations", unit="run", leave=False, disable=len(points) == 1 or None):
         simulation = simulate_asked(asked, policy, config, args.replicas)
         reports.append(_report(asked, simulation))
-    _write(args, configs, reports)
+        gathered += [gather(simulation, len(points))] if args.html else []
+    rows = _write(args, configs, reports)
+    if args.html:
+        write_page(args.html, rows, gathered)
     _write_pictures(args, simulation)
     return 0
 
@@ -58,7 +65,7 @@ def _check_files(args: argparse.Namespace, num_points: int) -> None:
     for flag in ("trace", "plot"):
         if getattr(args, flag) and num_points > 1:
             raise UsageError(f"argument --{flag}: needs one policy and one --tokens, got {num_points} combinations")
-    check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot")})
+    check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot", "html")})
 
 
 # ---- simulations
@@ -80,11 +87,16 @@ def _report(asked: Asked, simulation: sim.Simulation) -> sim.Report:
 # ---- outputs
 
 
-def _write(args: argparse.Namespace, configs: Sequence[MoEConfig], reports: Sequence[sim.Report]) -> None:
+def _write(
+    args: argparse.Namespace, configs: Sequence[MoEConfig], reports: Sequence[sim.Report]
+) -> list[dict[str, Any]]:
+    """The table, and the rows as JSON has them."""
     about = {"preset": layer_name(args), "seed": args.seed, "layer": asdict(configs[0])}
     del about["layer"]["num_tokens"]  # each report has its own
     lines = table(layer_name(args), configs[0], args.seed, reports)
-    give(args.json, lines, [asdict(report) | about for report in reports])
+    rows = [asdict(report) | about for report in reports]
+    give(args.json, lines, rows)
+    return rows
 
 
 def _write_pictures(args: argparse.Namespace, simulation: sim.Simulation) -> None:

@@ -73,7 +73,7 @@ def explain(graph: TaskGraph, timeline: Timeline) -> Explanation:
     totals = dict.fromkeys(CATEGORIES, 0)
     behind = np.zeros(len(KIND_NAMES))
     for step in steps:
-        totals[_running(graph, step.node)] += step.run_ns
+        totals[running(graph, step.node)] += step.run_ns
         totals[SLOT] += step.slot_ns
         totals[TRANSFER] += step.transfer_ns
         totals[LATENCY] += step.latency_ns
@@ -82,7 +82,7 @@ def explain(graph: TaskGraph, timeline: Timeline) -> Explanation:
     return Explanation(steps=steps, totals_ns=totals, behind=named)
 
 
-def _running(graph: TaskGraph, node: int) -> str:
+def running(graph: TaskGraph, node: int) -> str:
     kind = int(graph.nodes["kind"][node])
     if kind == SEND and graph.nodes["server"][node] == NONE:
         return LATENCY
