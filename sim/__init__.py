@@ -12,6 +12,7 @@ from reference import MoEConfig, load_preset
 from .drafting.knobs import PolicyKnobs
 from .engine.timeline import DeadlockError, Timeline
 from .policies import POLICY_NAMES, make_knobs
+from .reading.page.write import write_page
 from .reading.plots import plot_timeline
 from .reading.report import IDLE_CAUSES, Report, report
 from .reading.trace import write_chrome_trace
@@ -52,4 +53,5 @@ __all__ = [
     "round_tokens",
     "simulate",
     "write_chrome_trace",
+    "write_page",
 ]

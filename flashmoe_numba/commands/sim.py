@@ -15,7 +15,7 @@ from typing import Any
 import sim
 from reference import MoEConfig
 from sim.reading.page.gather import gather
-from sim.reading.page.write import write_page
+from sim.reading.page.write import join
 
 from ..errors import UsageError
 from .simulated import catalogue, table
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         gathered += [gather(simulation, len(points))] if args.html else []
     rows = _write(args, configs, reports)
     if args.html:
-        write_page(args.html, rows, gathered)
+        join(rows, gathered, args.html)
     _write_pictures(args, simulation)
     return 0
 

@@ -22,7 +22,7 @@ from ..simulation import Simulation
 from .report import OFF_SM, horizon_ns, num_slots, places
 from .steps import Steps, levels
 
-BESIDE = "meetings, copy engines"
+BESIDE = "meetings, copies"
 SERVER_BANDS = (*reversed(OFF_SM), SM_SLOTS, BESIDE)
 RATE_UNITS = 10**6  # of a byte per nanosecond: levels are summed as integers, exactly
 

@@ -66,6 +66,8 @@ def run_json(capsys, *flags):
     (["--trace", "/"], "argument --trace: cannot write '/'"),
     (["--plot", "-"], "argument --plot: must be a file, got '-'"),
     (["--plot", "a.png", "--tokens", "3,4"], "argument --plot: needs one policy and one --tokens, got 2 combinations"),
+    (["--html", "-"], "argument --html: must be a file, got '-'"),
+    (["--html", "a", "--json", "a"], "argument --json: must not be the file of --html, got 'a'"),
     (["--trace", "a", "--policy", "flashmoe,bulk"], "argument --trace: needs one policy and one --tokens, got 2 comb"),
     (["--engine", "pure"], "unrecognized arguments: --engine pure"),
 ])  # fmt: skip

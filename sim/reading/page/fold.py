@@ -1,8 +1,8 @@
 """Step functions as lists of bounded length, for a page.
 
 A series is exact, `{"at": [...], "level": [...]}`, where it has few steps: `level[i]` holds from nanosecond
-`sum(at[: i + 1])` on, the last to the end. With more steps than are allowed it is folded: `{"every": ns, "level": [...]}`
-has the means over equal parts of the time.
+`sum(at[: i + 1])` on, the last to the end. With more steps than are allowed it is folded: {"every": ns, ...}
+has the means over equal parts of the time instead.
 """
 
 from __future__ import annotations

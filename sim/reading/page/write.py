@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...simulation import Simulation
 from ..palette import COLOUR_OF_CATEGORY, COLOUR_OF_CAUSE, COLOUR_OF_KIND, RESIDENT
-from .gather import Gathered
+from ..report import report
+from .gather import Gathered, gather
 
 TEMPLATE = Path(__file__).parent / "page.html"
 PLACE = "@DATA@"
 
 
-def write_page(file: Path | str, rows: Sequence[Mapping[str, Any]], gathered: Sequence[Gathered]) -> None:
-    """Write the page of these simulations.
+def write_page(simulations: Sequence[Simulation], file: Path | str) -> None:
+    """Write the page of some simulations.
+
+    Raises:
+        ValueError: there are none, or their runs were not kept.
+    """
+    join([asdict(report(one)) for one in simulations], [gather(one, len(simulations)) for one in simulations], file)
+
+
+def join(rows: Sequence[Mapping[str, Any]], gathered: Sequence[Gathered], file: Path | str) -> None:
+    """Write the page of what was gathered.
 
     Args:
         rows: the report of each as JSON has it, with what is beside it: `preset`, `seed`, `layer`; and `trust`, if it
             has one, how far the latency is to be trusted: a share (0.1 is 10 %) or words.
-        gathered: the rest of each.
     """
+    if not rows:
+        raise ValueError("a page must have at least one simulation, got none")
     colours = {"kinds": COLOUR_OF_KIND, "idle": {"resident": RESIDENT} | COLOUR_OF_CAUSE, "path": COLOUR_OF_CATEGORY}
-    value = {
-        "simulated": True,
-        "colours": colours,
-        "simulations": [{"row": row} | more for row, more in zip(rows, gathered, strict=True)],
-    }
+    simulations = [{"row": row} | more for row, more in zip(rows, gathered, strict=True)]
+    value = {"simulated": True, "colours": colours, "simulations": simulations}
     Path(file).write_text(page(value), encoding="utf-8")
 
 
