@@ -103,4 +103,4 @@ def _write_pictures(args: argparse.Namespace, simulation: sim.Simulation) -> Non
     if args.trace:
         sim.write_chrome_trace(simulation, Path(args.trace))
     if args.plot:
-        sim.plot_timeline(simulation, Path(args.plot))
+        sim.plot_timeline(simulation, Path(args.plot), layer_name(args))

@@ -54,7 +54,7 @@ def curves(title: str, x_label: str, panels: Mapping[str, Mapping[tuple[Any, ...
         axes.set_axisbelow(True)
         _scale_x(axes, sorted({key[1] for key in values}))
         _scale_y(axes, list(values.values()))
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -72,7 +72,7 @@ def bars(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]]) ->
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel(y_label)
     axes.margins(y=0.08)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -91,7 +91,7 @@ def table(title: str, sides: Mapping[str, Sequence[Any]], cells: Mapping[tuple[A
     axes.spines[:].set_visible(False)
     for name in sorted({line for line, _ in cells.values()}, key=style.index.__getitem__):
         axes.bar(0, 0, color=style.colour(name), label=name)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -126,7 +126,8 @@ def _figure(width: float, height: float, title: str) -> Any:
     return figure
 
 
-def _legend(figure: Any, axes: Any) -> None:
+def legend(figure: Any, axes: Any) -> None:
+    """Below, in as many rows as are needed, for which the figure grows."""
     handles, names = axes.get_legend_handles_labels()
     longest = max(map(len, names))
     columns = max(1, min(len(names), int(figure.get_figwidth() * 11 / (longest + 5))))
