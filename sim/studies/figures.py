@@ -9,8 +9,9 @@
 
 A line is a policy with the knobs that were changed. What a figure does not vary is the same for all its rows and stands
 in its title; other choices of it are figures of their own. Of several seeds the median counts. Combinations that cannot
-be leave gaps; of equally fast policies a map shows the first by name. Leaves out: how far simulated and measured are
-apart (`flashmoe validate`).
+be leave gaps. Where errors of the simulator are given, a map shows as a tie what they do not tell apart: policies whose
+shortest time by their error is not beyond the longest of the fastest. Otherwise, of equally fast policies, a map shows
+the first by name.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 from ..drafting.rates import gpu_kind
 from ..reading.charts import Cell, Style, bars, curves, save, table
+from .index import write_index
 
 Row = dict[str, Any]
 FIXED: tuple[str, ...] = ("hardware", "preset", "hidden", "ffn", "gated", "experts", "topk", "capacity_factor")
@@ -34,7 +36,7 @@ WORDS = {
     "experts": "{} experts",
     "experts_per_gpu": "{:g} experts per GPU",
     "topk": "top-{}",
-    "tokens": "{} tokens per GPU",
+    "tokens": "{:,} tokens per GPU",
     "routing": "routing {}",
 }
 WORDS |= {"hidden": "hidden {}", "ffn": "ffn {}", "capacity_factor": "capacity factor {}"}
@@ -80,11 +82,15 @@ class Kind:
     instead: dict[str, str] = field(default_factory=dict)
 
 
-def draw_figures(rows: Iterable[Row], folder: Path, most: int = 12) -> tuple[list[Path], list[str]]:
-    """Write the figures that the rows are enough for, as PNG.
+def draw_figures(
+    rows: Iterable[Row], folder: Path, most: int = 12, error: Callable[[Row], float | None] | None = None
+) -> tuple[list[Path], list[str]]:
+    """Write the figures that the rows are enough for, as PNG, and a page with all of them, `index.html`.
 
     Args:
         most: figures of a kind; those with the most rows are drawn.
+        error: of a row's latency, a share in [0, 1), None where it is not known; by default what the row says itself
+            (`row_error`). Without any, maps have no ties.
 
     Returns:
         The files, and a sentence for each kind of which some or all are not drawn.
@@ -92,29 +98,48 @@ def draw_figures(rows: Iterable[Row], folder: Path, most: int = 12) -> tuple[lis
     Raises:
         ImportError: matplotlib is missing; names the extra.
     """
-    usable = [_prepared(row) for row in rows if "report" in row]
+    usable = _prepared([row for row in rows if "report" in row], error or row_error)
     style = Style(sorted({row["line"] for row in usable}))
-    files: list[Path] = []
+    titles: dict[Path, str] = {}
     notes: list[str] = []
     for kind in KINDS:
         figures = _figures(usable, kind)
         for figure in figures[:most]:
-            files.append(folder / f"{figure.name}.png")
-            save(kind.draw(kind, figure, style), files[-1])
+            file = folder / f"{figure.name}.png"
+            drawn = kind.draw(kind, figure, style)
+            save(drawn, file)
+            titles[file] = drawn.get_suptitle()
         if not figures:
             notes.append(f"no {kind.name}: {_reason(usable, kind)}")
         elif len(figures) > most:
             notes.append(
                 f"{kind.name}: {most} of {len(figures)}, those with the most rows; choose rows (--where) for others"
             )
-    return files, notes
+    if titles:
+        write_index(folder, titles, notes)
+    return [*titles], notes
 
 
-def _prepared(row: Row) -> Row:
-    knobs = ", ".join(f"{name}={_plain(value)}" for name, value in sorted(row["knobs"].items()))
-    line = f"{row['policy']}, {knobs}" if knobs else row["policy"]
-    gpu = gpu_kind(row["hardware"])
-    return row | {"line": line, "gpu": gpu, "gpus": row["ranks"], "experts_per_gpu": row["experts"] / row["ranks"]}
+def row_error(row: Row) -> float | None:
+    """What a row says of its latency's error: `trust`, a share, of the report or beside it."""
+    found = row["report"].get("trust", row.get("trust"))
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def _prepared(rows: Sequence[Row], error: Callable[[Row], float | None]) -> list[Row]:
+    """The rows, with what figures ask for beside their parameters. Knobs that all have are no part of a line's name."""
+    common = set.intersection(*(_knobs(row) for row in rows)) if rows else set()
+    return [_with_names(row, common) | {"error": error(row)} for row in rows]
+
+
+def _with_names(row: Row, common: set[str]) -> Row:
+    line = ", ".join([row["policy"], *sorted(_knobs(row) - common)])
+    names = {"line": line, "common_knobs": ", ".join(sorted(common)), "gpu": gpu_kind(row["hardware"])}
+    return row | names | {"gpus": row["ranks"], "experts_per_gpu": row["experts"] / row["ranks"]}
+
+
+def _knobs(row: Row) -> set[str]:
+    return {f"{name}={_plain(value)}" for name, value in row["knobs"].items()}
 
 
 def _plain(value: object) -> str:
@@ -180,6 +205,8 @@ def _title(what: str, figure: Figure, **more: object) -> str:
     parts = [str(common[name]) for name in ("preset", "precision") if name in common]
     parts += [word.format(common[name]) for name, word in WORDS.items() if common.get(name) is not None]
     parts += ["gated"] if common.get("gated") else []
+    knobs = figure.rows[0]["common_knobs"]
+    parts += [f"all with {knobs}"] if knobs else []
     seeds = len({row["seed"] for row in figure.rows})
     parts += [f"median of {seeds} seeds"] if seeds > 1 else []
     return f"{what}, simulated{f' on {where}' if where else ''}\n{', '.join(parts)}"
@@ -223,13 +250,27 @@ def _draw_bars(_: Kind, figure: Figure, style: Style) -> Any:
 def _draw_table(kind: Kind, figure: Figure, style: Style) -> Any:
     y, x = kind.varies
     latency = _values(figure.rows, (x, y), "latency_us")
-    cells: dict[tuple[Any, Any], Cell] = {}
+    error = {(row["line"], row[x], row[y]): row["error"] for row in figure.rows}
+    cells = {}
     for place in {key[1:] for key in latency}:
-        ranked = sorted((value, key[0]) for key, value in latency.items() if key[1:] == place)
-        cells[place] = (ranked[0][1], ranked[1][0] / ranked[0][0] if len(ranked) > 1 else None)
-    title = _title("Fastest policy, and the time of the next one over its time", figure)
+        found = {key[0]: (value, error[key]) for key, value in latency.items() if key[1:] == place}
+        cells[place] = _cell(found)
+    title = _title("Fastest policy, its time, and the time of the next one over it", figure)
+    title += TIE if any(len(cell.lines) > 1 for cell in cells.values()) else ""
+    title += DOUBT if not all(cell.known for cell in cells.values()) else ""
     sides = {UNITS.get(name, name): _ordered(figure.rows, name) for name in (x, y)}
     return table(title, sides, cells, style)
+
+
+def _cell(found: dict[str, tuple[float, float | None]]) -> Cell:
+    """Of latencies and their errors, by line. Nothing is a tie, or in doubt, where no error is known."""
+    ranked = sorted(found, key=lambda line: (found[line][0], line))
+    best, best_error = found[ranked[0]]
+    longest = best * (1 + (best_error or 0))
+    ties = [line for line in ranked[1:] if found[line][0] * (1 - (found[line][1] or 0)) < longest]
+    ratio = found[ranked[1]][0] / best if len(ranked) > 1 else None
+    missing = [found[line][1] is None for line in ranked[: 2 + len(ties)]]
+    return Cell((ranked[0], *ties), best, ratio, known=not any(missing) or all(missing))
 
 
 def _ordered(rows: Sequence[Row], name: str) -> list[Any]:
@@ -243,6 +284,7 @@ def _ordered(rows: Sequence[Row], name: str) -> list[Any]:
     return sorted(first)
 
 
+TIE, DOUBT = "; tie: not told apart within the simulator's errors", "; ?: its error is not known"
 PER_GPU = {"hardware": "gpu", "experts": "experts_per_gpu"}
 KINDS = (
     Kind(name="over_tokens", draw=_draw_curves, varies=("tokens",)),
