@@ -218,7 +218,7 @@ def test_nothing_is_cut_and_all_can_be_read(page, width, dark):
     assert (ink, back) == (("#e8eaee", "rgb(20, 22, 26)") if dark else ("#16181d", "rgb(255, 255, 255)"))
 
 
-@pytest.mark.parametrize(("trust", "text"), [(0.118, "± 12 %"), ("no measurement", "no measurement")])
+@pytest.mark.parametrize(("trust", "text"), [(0.118, "± 12 %"), (None, "no measurement"), ("poor", "poor")])
 def test_the_trust_of_a_row_has_a_column(browser, rows, tmp_path, trust, text):
     from sim.reading.page.write import page as written
 

@@ -31,7 +31,7 @@ def join(rows: Sequence[Mapping[str, Any]], gathered: Sequence[Gathered], file: 
 
     Args:
         rows: the report of each as JSON has it, with what is beside it: `preset`, `seed`, `layer`; and `trust`, if it
-            has one, how far the latency is to be trusted: a share (0.1 is 10 %) or words.
+            has one, how far the latency may be off: a share (0.1 is 10 %), None where nothing was measured, or words.
     """
     if not rows:
         raise ValueError("a page must have at least one simulation, got none")

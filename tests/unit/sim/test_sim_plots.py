@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from policy_worlds import small_world
+from policy_worlds import on_few_sms, small_world
 
 from sim.policies import POLICY_NAMES
 from sim.reading import plots
@@ -44,8 +44,8 @@ def test_steps_cover_all_time_of_every_group(intervals):
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_bands_are_as_full_as_the_report_says(policy):
-    """Also where engines of one multiprocessor run beside each other, as in sonic."""
-    simulation = simulate(policy, small_world())
+    """Also where engines of one multiprocessor run beside each other, as in sonic, and all of them are busy."""
+    simulation = simulate(policy, on_few_sms(small_world(num_tokens=400, ffn=800), 30))
     horizon = simulation.timeline.makespan_ns
     (band,) = [band for band in server_bands(simulation, each_rank(range(4), 4)) if band.name == "SM slots"]
     moments = {0, horizon}.union(*(steps.left.tolist() for steps in band.parts.values()))
