@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reference.pictures import named_as_picture
-from sim.studies.figures import draw_figures, row_error
+from sim.studies.figures import draw_figures
 from sim.studies.sweep import Row, read_rows
+from sim.studies.ties import row_error
 
 from ..errors import UsageError
 from .sizes import integer, make_folder

@@ -26,8 +26,9 @@ from statistics import median
 from typing import Any
 
 from ..drafting.rates import gpu_kind
-from ..reading.charts import Cell, Style, bars, curves, save, table
+from ..reading.charts import Style, bars, curves, save, table
 from .index import write_index
+from .ties import explanation, make_cell, row_error
 
 Row = dict[str, Any]
 FIXED: tuple[str, ...] = ("hardware", "preset", "hidden", "ffn", "gated", "experts", "topk", "capacity_factor")
@@ -118,12 +119,6 @@ def draw_figures(
     if titles:
         write_index(folder, titles, notes)
     return [*titles], notes
-
-
-def row_error(row: Row) -> float | None:
-    """What a row says of its latency's error: `trust`, a share, of the report or beside it."""
-    found = row["report"].get("trust", row.get("trust"))
-    return float(found) if isinstance(found, (int, float)) else None
 
 
 def _prepared(rows: Sequence[Row], error: Callable[[Row], float | None]) -> list[Row]:
@@ -254,23 +249,11 @@ def _draw_table(kind: Kind, figure: Figure, style: Style) -> Any:
     cells = {}
     for place in {key[1:] for key in latency}:
         found = {key[0]: (value, error[key]) for key, value in latency.items() if key[1:] == place}
-        cells[place] = _cell(found)
+        cells[place] = make_cell(found)
     title = _title("Fastest policy, its time, and the time of the next one over it", figure)
-    title += TIE if any(len(cell.lines) > 1 for cell in cells.values()) else ""
-    title += DOUBT if not all(cell.known for cell in cells.values()) else ""
+    title += explanation(cells.values())
     sides = {UNITS.get(name, name): _ordered(figure.rows, name) for name in (x, y)}
     return table(title, sides, cells, style)
-
-
-def _cell(found: dict[str, tuple[float, float | None]]) -> Cell:
-    """Of latencies and their errors, by line. Nothing is a tie, or in doubt, where no error is known."""
-    ranked = sorted(found, key=lambda line: (found[line][0], line))
-    best, best_error = found[ranked[0]]
-    longest = best * (1 + (best_error or 0))
-    ties = [line for line in ranked[1:] if found[line][0] * (1 - (found[line][1] or 0)) < longest]
-    ratio = found[ranked[1]][0] / best if len(ranked) > 1 else None
-    missing = [found[line][1] is None for line in ranked[: 2 + len(ties)]]
-    return Cell((ranked[0], *ties), best, ratio, known=not any(missing) or all(missing))
 
 
 def _ordered(rows: Sequence[Row], name: str) -> list[Any]:
@@ -284,7 +267,6 @@ def _ordered(rows: Sequence[Row], name: str) -> list[Any]:
     return sorted(first)
 
 
-TIE, DOUBT = "; tie: not told apart within the simulator's errors", "; ?: its error is not known"
 PER_GPU = {"hardware": "gpu", "experts": "experts_per_gpu"}
 KINDS = (
     Kind(name="over_tokens", draw=_draw_curves, varies=("tokens",)),

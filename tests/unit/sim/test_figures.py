@@ -5,6 +5,7 @@ import re
 from itertools import pairwise, product
 from math import prod
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
@@ -13,6 +14,7 @@ from flashmoe_numba import cli
 from sim.reading.charts import COLOURS
 from sim.studies import figures
 from sim.studies.index import write_index
+from sim.studies.ties import make_cell, row_error
 
 POLICIES = {"flashmoe": 10.0, "bulk": 30.0, "comet": 20.0}
 
@@ -140,13 +142,24 @@ def test_an_error_that_is_not_known_is_a_doubt(drawn):
     assert title.endswith("?: its error is not known")
 
 
+@pytest.mark.parametrize("errors", [(0.1, 0.1), (0.0, 0.19), (0.25, 0.0), (0.0, 0.0), (None, 0.3), (0.3, None)])
+def test_ties_are_symmetric_intervals(errors):
+    """Two latencies are a tie if the intervals of their errors overlap, by sampling them."""
+    times = (100.0, 122.0)
+    spans = [np.linspace(t * (1 - (e or 0)), t * (1 + (e or 0)), 2001) for t, e in zip(times, errors, strict=True)]
+    overlap = spans[0].max() > spans[1].min()
+    cell = make_cell({name: pair for name, *pair in zip("ab", times, errors, strict=True)})
+    assert cell.lines == (("a", "b") if overlap else ("a",))
+    assert cell.known == (None not in errors)
+
+
 def test_rows_say_their_errors_themselves():
     some = row()
-    assert figures.row_error(some) is None
-    assert figures.row_error(some | {"trust": 0.07}) == 0.07
-    assert figures.row_error(some | {"trust": "no measurement"}) is None
+    assert row_error(some) is None
+    assert row_error(some | {"trust": 0.07}) == 0.07
+    assert row_error(some | {"trust": "no measurement"}) is None
     some["report"]["trust"] = 0.2
-    assert figures.row_error(some) == 0.2
+    assert row_error(some) == 0.2
 
 
 def test_lines_of_one_policy_have_letters_in_maps(drawn):
