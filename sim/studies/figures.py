@@ -250,7 +250,7 @@ def _draw_table(kind: Kind, figure: Figure, style: Style) -> Any:
     for place in {key[1:] for key in latency}:
         found = {key[0]: (value, error[key]) for key, value in latency.items() if key[1:] == place}
         cells[place] = make_cell(found)
-    title = _title("Fastest policy, its time, and the time of the next one over it", figure)
+    title = _title("Fastest policy, its time, ratio of the next one", figure)
     title += explanation(cells.values())
     sides = {UNITS.get(name, name): _ordered(figure.rows, name) for name in (x, y)}
     return table(title, sides, cells, style)

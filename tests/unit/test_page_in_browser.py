@@ -137,6 +137,9 @@ def test_keys_zoom_pan_and_read(page, rows):
     assert texts(page, ".lane.chosen strong")[0].startswith("bulk")
     said = page.run("$('reading').textContent")
     assert said.startswith(f"{(0.6 - 0.005) * longest:,.1f} us, bulk, mean of 4 ranks · host: ")
+    cursor = "$('cursor').getBoundingClientRect().left - lanes[0].canvas.getBoundingClientRect().left"
+    width = page.run("lanes[0].canvas.clientWidth")
+    assert page.run(cursor) == pytest.approx((0.595 - 0.35) / 0.5 * width, abs=1)
     page.key("0")
     assert page.run("[view.from, view.to]") == [0, pytest.approx(longest * 1000)]
 

@@ -6,7 +6,7 @@ too few levels for each are left out, which `notes` says. The mean over all rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from ...engine.graph import Array
 from ...engine.kinds import KIND_NAMES
 from ...simulation import Simulation
 from ..bands import Band, bands, each_rank
-from ..explain import CATEGORIES, LATENCY, SLOT, TRANSFER, Step, explain, merged, running
-from ..report import check_runs, horizon_ns, num_slots
+from ..explain import CATEGORIES, LATENCY, SLOT, TRANSFER, Explanation, Step, explain, merged, running
+from ..report import check_runs, horizon_ns, num_slots, places
 from ..steps import levels
 from .fold import Series, is_folded, series
 from .roofline import roofline
@@ -24,6 +24,7 @@ from .roofline import roofline
 MOST_LEVELS = 400_000  # of a whole page: some 3 MB
 MOST_RANKS = 16
 LEAST, MOST = 120, 4_000  # levels of a series
+MOST_OF_PATH = 1_000  # levels of each category on each lane
 MOST_STEPS = 30
 Gathered = dict[str, Any]
 
@@ -39,14 +40,17 @@ def gather(simulation: Simulation, num_simulations: int = 1) -> Gathered:
     """
     check_runs(simulation)
     budget = MOST_LEVELS // num_simulations
+    found = explain(simulation.graph, simulation.timeline)
     lanes, notes = _lanes(simulation, budget)
+    for lane, parts in zip(lanes, _paths(simulation, found.steps, len(lanes)), strict=True):
+        lane["path"] = parts
     return {
         "policy": simulation.policy,
         "latency_us": simulation.latency_us,
         "horizon_ns": horizon_ns(simulation),
         "slots": num_slots(simulation),
         "lanes": lanes,
-        "path": _path(simulation, budget),
+        "path": _path(simulation, found),
         "links": list(_links(simulation)),
         "roofline": roofline(simulation),
         "notes": notes,
@@ -97,16 +101,13 @@ def _notes(lanes: list[dict[str, Any]], shown: int, num_ranks: int, most: int) -
 # ---- critical path
 
 
-def _path(simulation: Simulation, budget: int) -> dict[str, Any]:
-    """Totals by category, the path over time, and its longest steps in their order."""
-    graph = simulation.graph
-    found = explain(graph, simulation.timeline)
-    steps = merged(graph, found.steps)
+def _path(simulation: Simulation, found: Explanation) -> dict[str, Any]:
+    """Totals by category, and the longest steps in their order."""
+    steps = merged(simulation.graph, found.steps)
     longest = sorted(sorted(steps, key=lambda step: step.ready_ns - step.done_ns)[:MOST_STEPS], key=_began)
     return {
         "totals_us": {name: time / 1000 for name, time in found.totals_ns.items()},
         "behind_us": {kind: time / 1000 for kind, time in found.behind.items()},
-        "parts": _over_time(simulation, found.steps, max(LEAST, min(MOST, budget // 20))),
         "num_steps": len(steps),
         "longest": [_step(simulation, step) for step in longest],
     }
@@ -116,13 +117,15 @@ def _began(step: Step) -> int:
     return step.ready_ns
 
 
-def _over_time(simulation: Simulation, steps: tuple[Step, ...], most: int) -> dict[str, Series]:
-    """1 while the path is in a category, else 0."""
-    spans = [span for step in steps for span in _spans(simulation, step)]
-    of, start, end = np.array(spans, np.int64).reshape(-1, 3).T
-    one = np.ones(len(of), np.int64)
-    found = levels(of, start, end, one, len(CATEGORIES), horizon_ns(simulation))
-    return {CATEGORIES[index]: series(found, index, 1, most) for index in np.unique(of).tolist()}
+def _paths(simulation: Simulation, steps: Sequence[Step], num_lanes: int) -> Iterator[dict[str, Series]]:
+    """For each lane, that of all ranks first, 1 while the path is in a category on its rank, else 0."""
+    place = places(simulation.graph)
+    for lane in range(num_lanes):
+        mine = [step for step in steps if lane == 0 or place[step.node] == lane - 1]
+        spans = [span for step in mine for span in _spans(simulation, step)]
+        of, start, end = np.array(spans, np.int64).reshape(-1, 3).T
+        found = levels(of, start, end, np.ones(len(of), np.int64), len(CATEGORIES), horizon_ns(simulation))
+        yield {CATEGORIES[index]: series(found, index, 1, MOST_OF_PATH) for index in np.unique(of).tolist()}
 
 
 def _spans(simulation: Simulation, step: Step) -> Iterator[tuple[int, int, int]]:
