@@ -70,4 +70,5 @@ def _label(figure: Any, axes: Any, lanes: Sequence[tuple[int, int]], num_process
     axes.set_xlabel("ms since the first task began")
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=9)
+    if lanes:  # without any there is nothing to name
+        figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=9)
