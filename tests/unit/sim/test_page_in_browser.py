@@ -2,12 +2,18 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from browser import NAMES, Browser, find
+from policy_worlds import odd_worlds, small_world
 
+import sim
 from flashmoe_numba import cli
+from sim.reading.page.gather import gather
+from sim.reading.page.write import join
+from sim.reading.page.write import page as written
 
 pytestmark = pytest.mark.skipif(find() is None, reason=f"needs a Chromium in PATH, one of {', '.join(NAMES)}")
 
@@ -221,10 +227,32 @@ def test_nothing_is_cut_and_all_can_be_read(page, width, dark):
     assert (ink, back) == (("#e8eaee", "rgb(20, 22, 26)") if dark else ("#16181d", "rgb(255, 255, 255)"))
 
 
+@pytest.mark.parametrize("name", ["nothing at all", "one rank", "one token", "too many simulations"])
+def test_odd_simulations_have_a_page(browser, tmp_path, name):
+    many = name.startswith("too")
+    world = odd_worlds().get(name) or small_world()
+    simulations = [sim.simulate(policy, world) for policy in POLICIES]
+    rows = [asdict(sim.report(one)) for one in simulations]
+    join(rows, [gather(one, 10**6 if many else 1) for one in simulations], tmp_path / "a.html")
+    browser.errors.clear()
+    browser.open(tmp_path / "a.html")
+    assert texts(browser, "#path .soft") == [f"{row['latency_us']:,.1f} us" for row in rows]
+    assert browser.run("lanes.length") == (0 if many else 3)
+    browser.run("$('lanes').focus()")
+    for key in ("+", "ArrowRight", "ArrowDown", "-", "0"):
+        browser.key(key)
+    browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=600, y=500)
+    browser.run("document.querySelectorAll('button').forEach((button) => button.click())")
+    assert browser.errors == []
+    for notes, said in zip(
+        [one["notes"] for one in map(gather, simulations)], texts(browser, "#about dd")[-3:], strict=True
+    ):
+        assert all(note in said for note in notes)
+        assert ("no timeline" in said) == many
+
+
 @pytest.mark.parametrize(("trust", "text"), [(0.118, "± 12 %"), (None, "no measurement"), ("poor", "poor")])
 def test_the_trust_of_a_row_has_a_column(browser, rows, tmp_path, trust, text):
-    from sim.reading.page.write import page as written
-
     source = (rows[0] / "a.html").read_text()
     value = json.loads(re.search(r'id="data">(.*?)</script>', source, re.DOTALL)[1])
     value["simulations"][0]["row"]["trust"] = trust
