@@ -7,7 +7,6 @@ has the means over equal parts of the time instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,6 @@ def series(steps: Steps, group: int, scale: float, most: int) -> Series:
     mine = Steps(np.zeros(high - low, np.int64), left, steps.right[low:high], level)
     folded = means(mine, 1, np.linspace(0, horizon, most + 1))[0]
     return {"every": horizon / most, "level": _short(folded * scale)}
-
-
-def is_folded(found: Iterable[Series]) -> bool:
-    return any("every" in one for one in found)
 
 
 def _short(values: Array) -> list[float]:

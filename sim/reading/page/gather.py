@@ -11,20 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from ...engine.graph import Array
+from ...engine.graph import NONE, Array
 from ...engine.kinds import KIND_NAMES
 from ...simulation import Simulation
 from ..bands import Band, bands, each_rank
 from ..explain import CATEGORIES, LATENCY, SLOT, TRANSFER, Explanation, Step, explain, merged, running
 from ..report import check_runs, horizon_ns, num_slots, places
 from ..steps import levels
-from .fold import Series, is_folded, series
+from .fold import Series, series
 from .roofline import roofline
 
 MOST_LEVELS = 400_000  # of a whole page: some 3 MB
 MOST_RANKS = 16
 LEAST, MOST = 120, 4_000  # levels of a series
-MOST_OF_PATH = 1_000  # levels of each category on each lane
 MOST_STEPS = 30
 Gathered = dict[str, Any]
 
@@ -39,11 +38,8 @@ def gather(simulation: Simulation, num_simulations: int = 1) -> Gathered:
         ValueError: the runs were not kept.
     """
     check_runs(simulation)
-    budget = MOST_LEVELS // num_simulations
     found = explain(simulation.graph, simulation.timeline)
-    lanes, notes = _lanes(simulation, budget)
-    for lane, parts in zip(lanes, _paths(simulation, found.steps, len(lanes)), strict=True):
-        lane["path"] = parts
+    lanes, notes = _lanes(simulation, found.steps, MOST_LEVELS // num_simulations)
     return {
         "policy": simulation.policy,
         "latency_us": simulation.latency_us,
@@ -60,19 +56,33 @@ def gather(simulation: Simulation, num_simulations: int = 1) -> Gathered:
 # ---- lanes
 
 
-def _lanes(simulation: Simulation, budget: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """The mean of all ranks and the first ranks that the budget allows, and what is not shown."""
+def _lanes(simulation: Simulation, path: Sequence[Step], budget: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The mean of all ranks and the first ranks that the budget allows, and what is not shown.
+
+    A lane's series get equal parts of what is left for the lanes to come, as long as all of them may have `LEAST`.
+    """
     num_ranks = simulation.world.num_ranks
+    alone = range(min(num_ranks, MOST_RANKS) if num_ranks > 1 else 0)
     mean = bands(simulation, np.zeros(num_ranks, np.int64))
-    each = max(1, sum(len(band.parts) for band in mean))  # series of a rank, too
-    if budget < each * LEAST:
-        return [], ["no timeline: too many simulations on one page"]
-    shown = min(num_ranks, MOST_RANKS, budget // (each * LEAST) - 1) if num_ranks > 1 else 0
-    most = min(MOST, budget // (each * (shown + 1)))
-    lanes = [_lane(f"mean of {num_ranks} ranks" if num_ranks > 1 else "rank 0", mean, 0, 1 / num_ranks, most)]
-    alone = bands(simulation, each_rank(range(shown), num_ranks)) if shown else []
-    lanes += [_lane(f"rank {rank}", alone, rank, 1, most) for rank in range(shown)]
-    return lanes, list(_notes(lanes, shown, num_ranks, most))
+    each = bands(simulation, each_rank(alone, num_ranks)) if alone else []
+    drawn = [(f"mean of {num_ranks} ranks" if alone else "rank 0", NONE, mean, 0, 1 / num_ranks)]
+    drawn += [(f"rank {rank}", rank, each, rank, 1) for rank in alone]
+    num_series = sum(len(band.parts) for band in mean) + len(CATEGORIES)
+    lanes: list[dict[str, Any]] = []
+    for name, rank, found, group, scale in drawn:
+        most = max(LEAST, budget // (num_series * (len(drawn) - len(lanes))))
+        if num_series * most > budget:
+            break
+        most = min(MOST, most)
+        lane = _lane(name, found, group, scale, most)
+        lanes.append(lane | {"path": _path_over_time(simulation, path, rank, most)})
+        budget -= sum(len(one["level"]) for one in all_series(lanes[-1:]))
+    return lanes, list(_notes(lanes, num_ranks))
+
+
+def all_series(lanes: Sequence[dict[str, Any]]) -> list[Series]:
+    found = [part for lane in lanes for band in lane["bands"] for part in band["parts"].values()]
+    return found + [part for lane in lanes for part in lane["path"].values()]
 
 
 def _lane(name: str, found: list[Band], group: int, scale: float, most: int) -> dict[str, Any]:
@@ -89,13 +99,16 @@ def _lane(name: str, found: list[Band], group: int, scale: float, most: int) -> 
     }
 
 
-def _notes(lanes: list[dict[str, Any]], shown: int, num_ranks: int, most: int) -> Iterator[str]:
-    if num_ranks > 1 and shown < num_ranks:
-        yield f"{shown} of {num_ranks} ranks have lanes of their own; the mean is of all"
-    every: list[Series] = [part for lane in lanes for band in lane["bands"] for part in band["parts"].values()]
-    if is_folded(every):
-        folded = sum("every" in one for one in every)
-        yield f"{folded} of {len(every)} curves are means over {most:,} equal parts of the time; the others are exact"
+def _notes(lanes: list[dict[str, Any]], num_ranks: int) -> Iterator[str]:
+    if not lanes:
+        yield "no timeline: too many simulations on one page"
+        return
+    if num_ranks > 1 and len(lanes) - 1 < num_ranks:
+        yield f"{len(lanes) - 1} of {num_ranks} ranks have lanes of their own; the mean is of all"
+    every = all_series(lanes)
+    folded = ["every" in one for one in every]
+    if any(folded):
+        yield f"{sum(folded)} of {len(every)} curves are means over equal parts of the time; the others are exact"
 
 
 # ---- critical path
@@ -117,15 +130,14 @@ def _began(step: Step) -> int:
     return step.ready_ns
 
 
-def _paths(simulation: Simulation, steps: Sequence[Step], num_lanes: int) -> Iterator[dict[str, Series]]:
-    """For each lane, that of all ranks first, 1 while the path is in a category on its rank, else 0."""
+def _path_over_time(simulation: Simulation, steps: Sequence[Step], rank: int, most: int) -> dict[str, Series]:
+    """1 while the path is in a category on this rank, or with `NONE` on any, else 0."""
     place = places(simulation.graph)
-    for lane in range(num_lanes):
-        mine = [step for step in steps if lane == 0 or place[step.node] == lane - 1]
-        spans = [span for step in mine for span in _spans(simulation, step)]
-        of, start, end = np.array(spans, np.int64).reshape(-1, 3).T
-        found = levels(of, start, end, np.ones(len(of), np.int64), len(CATEGORIES), horizon_ns(simulation))
-        yield {CATEGORIES[index]: series(found, index, 1, MOST_OF_PATH) for index in np.unique(of).tolist()}
+    mine = [step for step in steps if rank in (NONE, place[step.node])]
+    spans = [span for step in mine for span in _spans(simulation, step)]
+    of, start, end = np.array(spans, np.int64).reshape(-1, 3).T
+    found = levels(of, start, end, np.ones(len(of), np.int64), len(CATEGORIES), horizon_ns(simulation))
+    return {CATEGORIES[index]: series(found, index, 1, most) for index in np.unique(of).tolist()}
 
 
 def _spans(simulation: Simulation, step: Step) -> Iterator[tuple[int, int, int]]:
