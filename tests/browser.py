@@ -8,13 +8,16 @@ takes a picture of a page, 1280 by 2200 pixels.
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe")
+PATIENCE_S = 120
 
 
 def find():
@@ -73,6 +76,8 @@ class Browser:
 
     def _receive(self):
         while b"\0" not in self.rest:
+            if not select.select([self.reader], [], [], PATIENCE_S)[0]:
+                raise RuntimeError(f"the browser said nothing for {PATIENCE_S} s")
             more = os.read(self.reader.fileno(), 1 << 20)
             if not more:
                 raise RuntimeError("the browser ended")
@@ -121,8 +126,6 @@ class Browser:
 
 if __name__ == "__main__":
     page, picture, width, height = sys.argv[1:5]
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder, Browser(folder, int(width), int(height)) as browser:
         browser.open(page)
         browser.frame()
