@@ -13,6 +13,7 @@ from .drafting.knobs import PolicyKnobs
 from .engine.timeline import DeadlockError, Timeline
 from .policies import POLICY_NAMES, make_knobs, policy_names
 from .reading.measures import IDLE_CAUSES
+from .reading.page.write import write_page
 from .reading.plots import plot_timeline
 from .reading.report import Report, report
 from .reading.trace import write_chrome_trace
@@ -54,4 +55,5 @@ __all__ = [
     "round_tokens",
     "simulate",
     "write_chrome_trace",
+    "write_page",
 ]

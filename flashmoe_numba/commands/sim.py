@@ -15,6 +15,8 @@ from typing import Any
 import sim
 from reference import MoEConfig
 from sim.policies.outside import SUFFIX, TEMPLATE, is_file
+from sim.reading.page.gather import gather
+from sim.reading.page.write import join
 from sim.studies.seeds import over_seeds
 from sim.world.recorded import is_recorded
 
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(group)
     add("--trace", metavar="FILE", help="write the one simulation for https://ui.perfetto.dev")
     add("--plot", metavar="FILE", help="draw the one simulation; as PNG, or .pdf, .svg")
+    add("--html", metavar="FILE", help="write all simulations as one page for a browser, with timelines")
     add("--new-policy", metavar="FILE.py", help="write a schedule to begin with, for --policy FILE.py; no simulation")
     add("--list", action="store_true", help="say what there is, with all knobs, and simulate nothing")
     parser.epilog = "\n".join(["columns:", *column_lines()])
@@ -59,12 +62,15 @@ def main(args: argparse.Namespace) -> int:
     _check_files(args, len(points))
     shape = shape_from(args)
     load_engine()
-    rows = []
+    rows, gathered = [], []
     for config, policy in tqdm(points, desc="simulations", unit="run", leave=False, disable=len(points) == 1 or None):
         with shown_when_slow(policy, args.progress):
             simulation, report = _simulate(asked, policy, config)
         rows.append(asdict(report) | _about(asked, config, report) | beside(args, shape, simulation))
+        gathered += [gather(simulation, len(points))] if args.html else []
     _write(asked, configs, rows)
+    if args.html:
+        join(rows, gathered, args.html)
     _write_pictures(args, simulation)
     return 0
 
@@ -87,7 +93,7 @@ def _check_files(args: argparse.Namespace, num_points: int) -> None:
     for flag in ("trace", "plot"):
         if getattr(args, flag) and num_points > 1:
             raise UsageError(f"argument --{flag}: needs one policy and one --tokens, got {num_points} combinations")
-    check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot")})
+    check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot", "html")})
 
 
 def _check_overlap(args: argparse.Namespace) -> None:
@@ -159,4 +165,4 @@ def _write_pictures(args: argparse.Namespace, simulation: sim.Simulation) -> Non
     if args.trace:
         sim.write_chrome_trace(simulation, Path(args.trace))
     if args.plot:
-        sim.plot_timeline(simulation, Path(args.plot))
+        sim.plot_timeline(simulation, Path(args.plot), layer_name(args))

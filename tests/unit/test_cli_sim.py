@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -77,6 +78,8 @@ def run_json(capsys, *flags):
     (["--trace", "/"], "argument --trace: cannot write '/'"),
     (["--plot", "-"], "argument --plot: must be a file, got '-'"),
     (["--plot", "a.png", "--tokens", "3,4"], "argument --plot: needs one policy and one --tokens, got 2 combinations"),
+    (["--html", "-"], "argument --html: must be a file, got '-'"),
+    (["--html", "a", "--json", "a"], "argument --json: must not be the file of --html, got 'a'"),
     (["--trace", "a", "--policy", "flashmoe,bulk"], "argument --trace: needs one policy and one --tokens, got 2 comb"),
     (["--engine", "pure"], "unrecognized arguments: --engine pure"),
 ])  # fmt: skip
@@ -101,6 +104,17 @@ def test_json_is_a_list_in_the_given_order(capsys):
         assert row["simulated"] is True
         assert (row["hardware"], row["ranks"], row["preset"], row["seed"]) == ("4xH100", 4, "laptop-text", 5)
         assert row["resident"] + sum(row["idle"].values()) == pytest.approx(1)
+
+
+def test_the_page_has_the_rows_of_the_json(capsys, tmp_path):
+    code, rows = run_json(capsys, "--policy", "sonic,flashmoe", "--tokens", "32,16", "--html", str(tmp_path / "a.html"))
+    text = (tmp_path / "a.html").read_text()
+    found = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["simulations"]
+    assert code == 0
+    assert [one["row"] for one in found] == rows
+    assert [(one["policy"], one["latency_us"]) for one in found] == [
+        (row["policy"], row["latency_us"]) for row in rows
+    ]  # fmt: skip
 
 
 def test_json_is_the_report_of_the_library(capsys):

@@ -10,9 +10,10 @@ import sim
 from flashmoe_numba import cli
 from sim.drafting.machine import add_machine
 from sim.drafting.rates import fitted_rates
-from sim.engine.graph import GraphBuilder
+from sim.engine.graph import NONE, GraphBuilder
 from sim.engine.kinds import SEND
 from sim.policies import POLICY_NAMES
+from sim.reading.bands import link_bands
 from sim.reading.measures import transfers
 from sim.studies.what_if import changes
 from sim.world.hardware import to_toml
@@ -94,6 +95,19 @@ def test_a_machine_of_a_chip_has_its_fitted_rates():
     assert (told.rate, told.rate_fitted) == (fitted, False), "the mean of its relatives, of which H100 is the only one"
     unknown = sim.simulate("flashmoe", replace(world, hardware=replace(world.hardware, name="mine", chip="V100")))
     assert not sim.report(unknown).rate_fitted
+
+
+def test_a_shared_link_is_in_the_bands_of_all_that_share_it():
+    world = changed(small_world(hardware="4xH100"), gpus_per_link=2)
+    simulation = sim.simulate("bulk", world)
+    total = simulation.timeline.makespan_ns
+    carried = {(link.name, link.rank): float(simulation.timeline.link_bytes[index]) / link.gbps / total
+               for index, link in enumerate(simulation.graph.links)}  # fmt: skip
+    for group, owners in (([0, 1, 2, 3], [0, 0, 2, 2]), ([NONE, 0, NONE, 1], [0, 2])):
+        for band in link_bands(simulation, np.array(group)):
+            steps = band.parts[band.name]
+            share = np.bincount(steps.group, (steps.right - steps.left) * steps.level) / total
+            assert share == pytest.approx([carried[band.name, owner] for owner in owners], abs=1e-4)
 
 
 def test_the_table_calls_links_as_the_machine_does(tmp_path, capsys):
