@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 
 import sim
 from reference import MoEConfig
+from sim.drafting.trust import trust
 from sim.policies import describe
 
 WIDTH = 120
@@ -23,6 +24,11 @@ def _idle(cause: str) -> Callable[[sim.Report], str]:
     return lambda report: f"{100 * report.idle[cause]:.1f}"
 
 
+def _error(report: sim.Report) -> str:
+    found = trust(report.policy, report.hardware, report.tokens)
+    return "-" if found is None else f"{100 * found:.0f}"
+
+
 COLUMNS: tuple[Column, ...] = (  # name, unit, text
     ("policy", "", lambda report: report.policy),
     ("tokens", "/rank", lambda report: f"{report.tokens:,}"),
@@ -36,6 +42,7 @@ COLUMNS: tuple[Column, ...] = (  # name, unit, text
     ("NVLink", "MB", lambda report: f"{report.nvlink_bytes_max / 1e6:,.1f}"),
     ("NIC", "MB", lambda report: f"{report.nic_bytes_max / 1e6:,.1f}"),
     ("rate", "", lambda report: f"{report.rate:.3f}{'' if report.rate_fitted else '*'}"),
+    ("error", "+-%", lambda report: _error(report)),
 )
 OVERLAP: Column = ("T(2)/T", "", lambda report: f"{report.overlap_efficiency:.3f}")
 
@@ -57,6 +64,8 @@ def table(preset: str, config: MoEConfig, seed: int, reports: Sequence[sim.Repor
         yield " ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
     if not all(report.rate_fitted for report in reports):
         yield "* not fitted to measurements of this policy on this GPU"
+    yield "error: mean of published measurements of the policy on the GPU, with about as many tokens, that no fit saw;"
+    yield "- no measurement"
 
 
 def catalogue() -> Iterator[str]:

@@ -35,6 +35,7 @@ TABLES: dict[str, tuple[str, ...]] = {  # the tables of a file and their values;
     "host": ("launch_ns", "graph_launch_ns", "host_sync_ns"),
 }
 VALUES = tuple(name for names in TABLES.values() for name in names)
+OPTIONAL = ("clock_ghz",)  # of [gpu]
 LEAST_RATE, MOST_WHOLE = 1e-6, 10**9  # so that times of whatever fits a GPU's memory fit 64 bits
 
 _FOLDER = Path(__file__).parent.parent / "presets"
@@ -53,6 +54,8 @@ class Hardware:
         hbm_gbps, hbm_achieved: the datasheet's bandwidth, and the share in (0, 1] of it that streaming reaches.
         hbm_gb, l2_mb, l2_gbps: memory, second-level cache, and what all SMs together read from that cache.
         tflops: dense peak by arithmetic, keys from `ARITHMETICS`; what the GPU cannot do is left out.
+        clock_ghz: of its multiprocessors while they multiply; None if unknown. What is known of one GPU is taken for
+            another by it (`drafting/rates.py`).
         nvlink_gbps, nvlink_latency_ns: achieved to all peers together; a small one-sided put.
         sm_write_gbps, sm_read_gbps: the most that one SM stores to peers and loads from them.
         nic_gbps, nic_latency_ns: achieved between nodes; a small put.
@@ -88,6 +91,7 @@ class Hardware:
     host_sync_ns: int
     barrier_ns: int
     sources: Mapping[str, str] = field(hash=False)
+    clock_ghz: float | None = None
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -99,6 +103,8 @@ class Hardware:
             _check_value(name, getattr(self, name), whole)
         if self.hbm_achieved > 1:
             raise ValueError(f"hbm_achieved must be a share in (0, 1], got {self.hbm_achieved}")
+        if self.clock_ghz is not None:
+            _check_value("clock_ghz", self.clock_ghz)
         self._check_tflops()
         self._check_sources()
 
@@ -115,7 +121,8 @@ class Hardware:
     def _check_sources(self) -> None:
         if not isinstance(self.sources, Mapping):
             raise TypeError(f"sources must be a mapping from value to text, got {self.sources!r}")
-        check_keys("sources", self.sources, (*VALUES, *(f"tflops.{arithmetic}" for arithmetic in self.tflops)))
+        known = [name for name in OPTIONAL if getattr(self, name) is not None]
+        check_keys("sources", self.sources, (*VALUES, *known, *(f"tflops.{arithmetic}" for arithmetic in self.tflops)))
         for name, text in self.sources.items():
             check_text(f"sources of {name}", text)
 
@@ -164,7 +171,8 @@ def to_toml(hardware: Hardware) -> str:
     for table, names in TABLES.items():
         lines.append(f"[{table}]\n")
         lines.extend([f"gpus = {hardware.gpus_per_node}\n"] if table == "node" else [])
-        lines.extend(f"{name} = {_number(getattr(hardware, name))}\n" for name in names)
+        there = [name for name in OPTIONAL if table == "gpu" and getattr(hardware, name) is not None]
+        lines.extend(f"{name} = {_number(getattr(hardware, name))}\n" for name in (*names, *there))
     lines.append("\n[gpu.tflops]\n")
     lines.extend(f"{arithmetic} = {_number(value)}\n" for arithmetic, value in hardware.tflops.items())
     lines.append("\n[sources]\n")
@@ -216,7 +224,7 @@ def _check_file(file: dict[str, Any]) -> None:
     check_keys("the file", file, ("schema", "name", "description", *TABLES, "sources"), ("nodes",))
     check_text("description", file["description"])
     for table, names in TABLES.items():
-        extra, optional = {"gpu": (("tflops",), ()), "node": (("gpus",), ("max_gpus",))}.get(table, ((), ()))
+        extra, optional = {"gpu": (("tflops",), OPTIONAL), "node": (("gpus",), ("max_gpus",))}.get(table, ((), ()))
         check_keys(f"[{table}]", file[table], (*names, *extra), optional)
     node = file["node"]
     counts = {"nodes": file.get("nodes", 1), "gpus": node["gpus"], "max_gpus": node.get("max_gpus", node["gpus"])}
@@ -228,6 +236,7 @@ def _check_file(file: dict[str, Any]) -> None:
 
 def _build(path: Path, file: dict[str, Any], gpus: int) -> Hardware:
     values = {name: file[table][name] for table, names in TABLES.items() for name in names}
+    values |= {name: file["gpu"][name] for name in OPTIONAL if name in file["gpu"]}
     about = {"name": file["name"], "num_nodes": file.get("nodes", 1), "gpus_per_node": gpus}
     with naming(f"hardware file {path}"):
         return Hardware(**about, **values, tflops=file["gpu"]["tflops"], sources=file["sources"])

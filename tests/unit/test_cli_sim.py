@@ -182,7 +182,7 @@ def test_the_defaults_are_a_model_on_a_node(capsys):
 def test_a_rate_that_was_not_fitted_is_marked(capsys, monkeypatch):
     from sim.drafting import rates
 
-    monkeypatch.setattr(rates, "fitted_rates", lambda: {"flashmoe": {"H100": 0.5}})
+    monkeypatch.setattr(rates, "fitted_rates", lambda: {"flashmoe": {"H100": {"rate": 0.5, "schedule_ns": 300}}})
     assert cli.main([*SMALL, "--policy", "flashmoe"]) == 0
     fitted = capsys.readouterr().out
     assert "0.500" in fitted and "*" not in fitted

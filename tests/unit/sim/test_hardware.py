@@ -13,12 +13,13 @@ import pytest
 from sim.world import hardware as module
 from sim.world.hardware import ARITHMETICS, VALUES, hardware_names, load_hardware, to_toml
 
-NVLINK_PEAK = {"A100": 300, "B200": 900, "GB200": 900, "H100": 450, "H20": 450, "H200": 450, "H800": 200}
-NIC_PEAK = {"A100": 25}  # HDR 200; the others have NDR 400
+NVLINK_PEAK = {"A100": 300, "B200": 900, "GB200": 900, "GB300": 900, "H100": 450, "H20": 450, "H200": 450, "H800": 200}
+NIC_PEAK = {"A100": 25, "GB300": 100}  # HDR 200, XDR 800; the others have NDR 400
 PUBLISHED = {  # sms, HBM GB/s, bfloat16 TFLOPS, achieved NVLink GB/s, GPUs of the usual node
     "A100": (108, 2039, 312, 246, 8),
     "B200": (148, 8000, 2250, 669, 8),
     "GB200": (152, 8000, 2500, 669, 72),
+    "GB300": (152, 8000, 2500, 669, 72),
     "H100": (132, 3350, 989.4, 370, 8),
     "H20": (78, 4000, 148, 370, 8),
     "H200": (132, 4800, 989.4, 370, 8),
@@ -68,13 +69,13 @@ def test_narrow_arithmetic_is_faster(kind):
     assert tflops["float16"] == tflops["bfloat16"]
     assert tflops["bfloat16"] / tflops["float32"] == pytest.approx(2, rel=0.01)
     assert tflops.get("fp8", 2 * tflops["bfloat16"]) == pytest.approx(2 * tflops["bfloat16"], rel=0.01)
-    assert ("fp4" in tflops) == (kind in ("B200", "GB200"))
+    assert ("fp4" in tflops) == (kind in ("B200", "GB200", "GB300"))
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_every_value_has_a_source_and_guesses_say_so(kind):
     machine = load_hardware(kind)
-    assert set(machine.sources) == {*VALUES, *(f"tflops.{name}" for name in machine.tflops)}
+    assert set(machine.sources) == {*VALUES, "clock_ghz", *(f"tflops.{name}" for name in machine.tflops)}
     assert machine.sources["hbm_achieved"].startswith("assumption: ")
     assert all(text.startswith("assumption: ") or "assum" not in text for text in machine.sources.values())
     assert all(len(text) > 10 for text in machine.sources.values())
@@ -224,6 +225,17 @@ def test_round_trip_of_odd_texts_and_numbers(tmp_path):
 def test_the_file_of_a_preset_is_a_file_like_any_other():
     path = Path(module.__file__).parents[1] / "presets" / "H100.toml"
     assert load_hardware(str(path)) == replace(load_hardware("8xH100"), name="H100")
+
+
+def test_a_clock_may_be_left_out(tmp_path):
+    machine = load_hardware("H20")
+    without = {name: text for name, text in machine.sources.items() if name != "clock_ghz"}
+    unknown = replace(machine, clock_ghz=None, sources=without)
+    assert load_hardware(write(tmp_path, text=to_toml(unknown))) == unknown
+    with pytest.raises(ValueError, match="clock_ghz must be positive and finite, got 0"):
+        replace(machine, clock_ghz=0)
+    with pytest.raises(ValueError, match="sources must have .*; missing: clock_ghz"):
+        replace(machine, sources=without)
 
 
 def test_nodes_may_be_left_out(tmp_path):
