@@ -32,7 +32,8 @@ def _fold_lines(fold: Fold) -> Iterator[str]:
     yield f"  {fold.policy} on {fold.gpu}: {fold.source}, {fold.model}"
     worst = max(fold.results, key=lambda result: abs(result.error))
     errors = f"in sample {mean_error(fold.in_sample):.1%}, left out {mean_error(fold.results):.1%}"
-    yield f"    {count} row{'s' * (count > 1)}: {errors}, worst {worst.error:+.1%}; {table(fold.values)} {_origin(fold)}"
+    rows = f"{count} row{'s' * (count > 1)}"
+    yield f"    {rows}: {errors}, worst {worst.error:+.1%}; {table(fold.values)} {_origin(fold)}"
 
 
 def _origin(fold: Fold) -> str:

@@ -135,9 +135,7 @@ def _rest_lines(rest: NotCompared) -> Iterator[str]:
 # ---- what programs read ----
 
 
-def as_json(
-    groups: Sequence[Group], rest: NotCompared, fits: Sequence[Fit], folds: Sequence[Fold]
-) -> dict[str, Any]:
+def as_json(groups: Sequence[Group], rest: NotCompared, fits: Sequence[Fit], folds: Sequence[Fold]) -> dict[str, Any]:
     return {
         "groups": [_group_json(group) for group in groups],
         "not_compared": [{**asdict(row), "reason": reason.why, "what": reason.what} for row, reason in rest],

@@ -90,8 +90,8 @@ class Cost:
 
     def _sharing(self, tasks: ArrayLike) -> tuple[Array, Array]:
         """How many of a stage's tasks share the memory, and how many the multiprocessors: a lone one has one."""
-        sms, tasks = self.world.hardware.sms, np.maximum(1, np.asarray(tasks))
-        return tasks / -(-tasks // self.slots), np.clip(tasks, sms, max(sms, self.slots))
+        sms, number = self.world.hardware.sms, np.maximum(1, np.asarray(tasks, np.int64))
+        return number / -(-number // self.slots), np.clip(number, sms, max(sms, self.slots))
 
     def stream(self, nbytes: ArrayLike, tasks: ArrayLike | None = None) -> Array:
         """Moving bytes within the GPU, read and written: each byte crosses the memory twice.

@@ -1,14 +1,16 @@
 """The fitted numbers of each (policy, GPU): at most two knobs that a policy leaves to measurements.
 
-`rate`, of every policy, is the share of the tensor peak that its tiles reach. Policies with a serial part have one more:
-the time per tile of FlashMoE's scheduler, and the host's time per kernel of Megatron-LM.
+`rate`, of every policy, is the share of the tensor peak that its tiles reach. FlashMoE has a second, the time per tile
+of its scheduler, which is a serial part. (Megatron-LM's host time is another; fitted as well, it made rows that the fit
+had not seen worse, because two models of one table ask for numbers that are a factor of two apart.)
 `flashmoe validate --fit` fits them to the published tables and writes rates.toml beside this file; nobody does by hand.
 
 A GPU for which nothing is published gets the mean of what the policy has on GPUs of the same chip, and without these on
-all its GPUs. On another GPU of a chip a multiprocessor loads, promotes and stores as much per clock, whatever its tensor
-cores were cut to: what carries over is the operations per clock and multiprocessor that tiles reach, and no tile
+all its GPUs. On another GPU of a chip a multiprocessor loads, promotes and stores as much per clock, whatever its
+tensor cores were cut to: what carries over is the operations per clock and multiprocessor that tiles reach, and no tile
 reaches more than `MOST_RATE` of the GPU's own peak. Between chips the share of the peak carries over, unless a system
-multiplies by the same instructions on all (`ONE_PRODUCT`). A scheduler's time is taken in clocks, the host's as it is. A policy without any number gets `DEFAULTS`.
+multiplies by the same instructions on all (`ONE_PRODUCT`). A scheduler's time is taken in clocks. A policy without any
+number gets `DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -22,12 +24,11 @@ from pathlib import Path
 from ..world.hardware import Hardware, hardware_names, load_hardware
 
 RATE = "rate"
-SCHEDULE, FRAMEWORK = "schedule_ns", "framework_ns"
-FITTED = {"flashmoe": (RATE, SCHEDULE), "bulk": (RATE, FRAMEWORK)}  # knobs; of the other policies only the rate
+SCHEDULE = "schedule_ns"
+FITTED = {"flashmoe": (RATE, SCHEDULE)}  # knobs; of the other policies only the rate
 DEFAULTS = {  # assumptions, until somebody measures the policy
     RATE: 0.6,  # between FlashMoE's third of the peak and the four fifths of large matrix products
     SCHEDULE: 400,  # a few round trips to the L2, of some 250 clocks each
-    FRAMEWORK: 5000,  # with the launch about 10 us, what Triton-distributed says of reading one value on H800
 }
 MOST_RATE = 0.9  # assumption: clocks fall under load, and a tile fills and drains; MegaMoE reaches 0.85 on H20
 CHIPS = (("H100", "H200", "H800", "H20"), ("B200", "GB200", "GB300"))  # GH100 and GB100; the other presets are alone
@@ -87,11 +88,11 @@ def _carried(policy: str, knob: str, value: float, donor: str, kind: str) -> flo
     here, there = load_hardware(kind), load_hardware(donor)
     if knob == RATE and (_same_chip(donor, kind) or policy in ONE_PRODUCT):
         return min(MOST_RATE, value * _per_clock(there) / _per_clock(here))
-    return value * _clock(there) / _clock(here) if knob == SCHEDULE else value
+    return value if knob == RATE else value * _clock(there) / _clock(here)
 
 
 def _per_clock(hardware: Hardware) -> float:
-    """Operations of a multiprocessor and clock at the peak, in thousands; the kind of chip has one ratio for formats."""
+    """Operations of a multiprocessor and clock at the peak, in thousands; narrower formats have the same multiple."""
     return hardware.tflops["bfloat16"] / (hardware.sms * _clock(hardware))
 
 

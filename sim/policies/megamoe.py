@@ -71,8 +71,15 @@ class Knobs(PolicyKnobs):
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     cluster = knobs.cluster or (1 if knobs.split else 2)
-    how = {"cluster": cluster, "cuda_graph": knobs.cuda_graph, "one_kernel": not knobs.split}
-    draft = Draft(world, knobs, "megamoe", world.hardware.sms, **how)
+    draft = Draft(
+        world,
+        knobs,
+        "megamoe",
+        world.hardware.sms,
+        cuda_graph=knobs.cuda_graph,
+        one_kernel=not knobs.split,
+        cluster=cluster,
+    )
     height = tile_height(world, knobs)
     routing = world.routing
     order = (routing.owner + draft.ranks[:, None]) % world.num_ranks  # the own rows first

@@ -11,21 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 
 import numpy as np
 
-from ..drafting.rates import FRAMEWORK, MOST_RATE, RATE, SCHEDULE, Values, fitted_knobs, fitted_values
+from ..drafting.rates import MOST_RATE, RATE, SCHEDULE, Values, fitted_knobs, fitted_values
 from ..engine.graph import Array
 from .cases import Case
 from .compare import Result, mean_error
 
-PULL = 0.03
+PULL = 0.1
 NODES = {
-    RATE: (0.1, 0.13, 0.17, 0.22, 0.29, 0.38, 0.5, 0.67, MOST_RATE),
-    SCHEDULE: (10, 100, 200, 300, 400, 550, 750),
-    FRAMEWORK: (1000, 3000, 6000, 12_000),
+    RATE: (0.12, 0.17, 0.24, 0.33, 0.45, 0.63, MOST_RATE),
+    SCHEDULE: (100, 200, 300, 400, 550, 750),
 }
 POINTS = 121  # of the fine grid, for each knob
 
@@ -113,9 +112,12 @@ def _curve(case: Case, knobs: tuple[str, ...]) -> Array:
     at_nodes = [case.simulated(dict(zip(knobs, values, strict=True))) for values in product(*nodes)]
     result = np.log(at_nodes).reshape([len(values) for values in nodes])
     for axis, knob in enumerate(knobs):
-        fine, coarse = np.log(_fine(knob)), np.log(NODES[knob])
-        result = np.apply_along_axis(lambda line, x=fine, known=coarse: np.interp(x, known, line), axis, result)
+        result = np.apply_along_axis(partial(_interpolated, knob), axis, result)
     return np.exp(result)
+
+
+def _interpolated(knob: str, at_nodes: Array) -> Array:
+    return np.interp(np.log(_fine(knob)), np.log(NODES[knob]), at_nodes)
 
 
 def _fine(knob: str) -> Array:

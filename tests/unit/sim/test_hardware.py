@@ -234,7 +234,7 @@ def test_a_clock_may_be_left_out(tmp_path):
     assert load_hardware(write(tmp_path, text=to_toml(unknown))) == unknown
     with pytest.raises(ValueError, match="clock_ghz must be positive and finite, got 0"):
         replace(machine, clock_ghz=0)
-    with pytest.raises(ValueError, match="sources must have .*; missing: clock_ghz"):
+    with pytest.raises(ValueError, match=r"sources must have .*; missing: clock_ghz"):
         replace(machine, sources=without)
 
 

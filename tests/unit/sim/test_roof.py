@@ -1,6 +1,7 @@
 """The roof that no schedule is below, by hand; and that what a layer costs grows as the layer does."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -30,9 +31,12 @@ def test_a_token_crosses_once_for_all_experts_of_a_rank():
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
-@pytest.mark.parametrize(("tokens", "hidden", "hardware"), [(1, 4096, "8xH100"), (5, 1088, "8xA100"), (33, 2048, "8xH20")])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "hardware"), [(1, 4096, "8xH100"), (5, 1088, "8xA100"), (33, 2048, "8xH20")]
+)
 def test_no_schedule_is_below_the_roof(policy, tokens, hidden, hardware):
-    world = small_world(num_ranks=8, num_tokens=tokens, hidden=hidden, ffn=1536, num_experts=64, num_topk=3, hardware=hardware)
+    sizes = {"num_ranks": 8, "num_tokens": tokens, "hidden": hidden, "ffn": 1536, "num_experts": 64, "num_topk": 3}
+    world = small_world(**sizes, hardware=hardware)
     assert 1000 * simulate(policy, world, keep_runs=False).latency_us >= max(roof_ns(world).values())
 
 
@@ -44,7 +48,7 @@ def test_one_percent_more_columns_cost_at_most_three(policy):
         world = small_world(num_ranks=8, num_tokens=4, hidden=4096, ffn=ffn, num_experts=64, num_topk=4)
         latency[ffn] = simulate(policy, world, keep_runs=False).latency_us
     values = list(latency.values())
-    assert all(after <= 1.03 * before for before, after in zip(values, values[1:], strict=False)), latency
+    assert all(after <= 1.03 * before for before, after in pairwise(values)), latency
 
 
 def test_a_tile_more_than_slots_streams_a_tile_more():

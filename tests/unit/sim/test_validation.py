@@ -290,7 +290,8 @@ def test_a_gpu_without_numbers_gets_the_mean_of_the_others_and_says_so(rates_fil
 def test_a_gpu_without_numbers_is_as_those_of_its_chip(rates_file):
     """Or a DGX of H100s would be slower because A100s are."""
     rates_file.write_text(
-        "[comet]\nH800 = { rate = 0.5 }\nA100 = { rate = 0.1 }\n[megamoe]\nB200 = { rate = 0.6 }\nH200 = { rate = 0.4 }\n"
+        "[comet]\nH800 = { rate = 0.5 }\nA100 = { rate = 0.1 }\n"
+        "[megamoe]\nB200 = { rate = 0.6 }\nH200 = { rate = 0.4 }\n"
     )
     assert rates.fitted_rate("comet", "8xH200") == pytest.approx(0.5, rel=1e-3)
     assert rates.fitted_rate("megamoe", "8xH100") == pytest.approx(0.4)
