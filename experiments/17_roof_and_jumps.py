@@ -1,6 +1,6 @@
 """Question: is any simulation faster than its machine can be, and does any jump where a layer hardly grows?
 
-Command:  python experiments/17_roof_and_jumps.py [--json FILE]
+Command:  python experiments/17_roof_and_jumps.py [--model NAME] [--json FILE]
 Expected: over all cells (models, machines, tokens, routings, policies) no latency is below `sim.drafting.roof`: weights
           of experts with rows once over the memory, products of real rows over the tensor peak, rows over the links.
           With up to 16 tokens per GPU, 1 % more columns of the experts cost at most 3 %. That is checked.
@@ -32,8 +32,10 @@ FORMATS = {"policy": "", "cells": "", "lowest": ".2f", "median": ".2f", "decode 
 
 
 def main() -> int:
-    args = parser_of(__doc__).parse_args()
-    cells = itertools.product(MODELS, MACHINES, TOKENS, ROUTINGS)
+    parser = parser_of(__doc__)
+    parser.add_argument("--model", choices=MODELS, action="append", help="this one only, may be given again [all]")
+    args = parser.parse_args()
+    cells = itertools.product(args.model or MODELS, MACHINES, TOKENS, ROUTINGS)
     if args.smoke:
         cells = itertools.product(MODELS[1:2], MACHINES[:1], TOKENS[:1], ROUTINGS[:1])
     rows = [row for cell in cells for row in measured(*cell)]
