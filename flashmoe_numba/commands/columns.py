@@ -61,6 +61,17 @@ def _four_digits(name: str) -> Callable[[Row], str]:
     return lambda row: f"{row[name]:,.0f}" if row[name] >= 1000 else f"{row[name]:.4g}"
 
 
+def _error(row: Row) -> str:
+    if row["knobs"]["rate"] is not None:
+        return "-"
+    return "no measurement" if row["left_out_error"] is None else f"{100 * row['left_out_error']:.1f}"
+
+
+def _fitted(rows: Rows) -> bool:
+    """Some have no set rate, for which measurements say something."""
+    return any(row["knobs"]["rate"] is None for row in rows)
+
+
 def unfitted(row: Row) -> bool:
     """Neither fitted to its policy on its GPU nor set."""
     return not row["rate_fitted"] and row["knobs"]["rate"] is None
@@ -76,6 +87,13 @@ RESULTS: tuple[Column, ...] = (
         "least", "us", _of_seeds("min"), "the shortest latency of all --seeds; latency is their median", _any("spread")
     ),
     Column("most", "us", _of_seeds("max"), "the longest", _any("spread")),
+    Column(
+        "error",
+        "+-%",
+        _error,
+        "mean error at measurements that no fit saw: the policy's system, this GPU, about as many tokens",
+        _fitted,
+    ),
     Column(
         "tokens",
         "M/s",

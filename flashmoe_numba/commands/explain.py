@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import sim
 from sim.reading.differences import causes_ns, difference_lines
 from sim.reading.explain import explain, lines
+from sim.reading.report import left_out_error
 from sim.studies.what_if import changes, gain_lines, gains
 
 from .patience import shown_when_slow
@@ -82,6 +83,13 @@ def _heading(preset: str, simulation: sim.Simulation) -> str:
     tokens = f"{world.config.num_tokens:,} tokens on each of {world.num_ranks} ranks"
     layer = f"{preset}, {world.config.num_experts} experts, top-{world.config.num_topk}, {tokens}"
     about = f"routing {world.routing.name}, {world.precision.name}"
-    return (
-        f"{simulation.policy}, simulated on {world.hardware.name}: {layer}, {about}: {simulation.latency_us:,.1f} us\n"
-    )
+    what = f"{simulation.policy}, simulated on {world.hardware.name}: {layer}, {about}"
+    return f"{what}: {simulation.latency_us:,.1f} us{_error(simulation)}\n"
+
+
+def _error(simulation: sim.Simulation) -> str:
+    """What measurements say of it, if its rate is not just set."""
+    error = left_out_error(simulation)
+    if error is not None:
+        return f" (measurements that no fit saw: {100 * error:.1f} % off)"
+    return " (no measurement)" if simulation.knobs.rate is None else ""

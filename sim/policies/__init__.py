@@ -15,7 +15,7 @@ from typing import Any
 from reference.scalars import check_one_of
 
 from ..drafting.knobs import PolicyKnobs
-from ..drafting.rates import DEFAULT_RATE, fitted_rate
+from ..drafting.rates import DEFAULTS, RATE, fitted_rate
 from ..engine.graph import TaskGraph
 from ..engine.kinds import SHARED0
 from ..world.world import World
@@ -23,7 +23,7 @@ from .outside import GROUP, SUFFIX, find_outside, installed, is_file, naming_the
 
 POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
 TERMS = ("system", "schedule")
-SAME: Mapping[str, Any] = {"tile_m": 128, "tile_n": 256, "rate": DEFAULT_RATE, "cluster": 1}  # of those that have them
+SAME: Mapping[str, Any] = {"tile_m": 128, "tile_n": 256, RATE: DEFAULTS[RATE], "cluster": 1}  # of those that have them
 
 
 def policy_names() -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..drafting.machine import link_names
 from ..drafting.rates import fitted_rate, is_fitted
+from ..drafting.trust import trust
 from ..engine.graph import Array
 from ..simulation import Simulation
 from ..world.world import World
@@ -54,6 +55,9 @@ class Report:
         rate: share of the tensor peak that tiles reach, the one fitted number.
         rate_fitted: it was fitted to measurements of this policy on this GPU; otherwise it is given by a knob, the mean
             over other GPUs, or a guess.
+        left_out_error: mean relative error, without its sign, of published measurements of this policy's system on this
+            GPU with about as many tokens, by fits that had not seen them (`drafting.trust`); None: there are none, or
+            the rate is given by a knob.
         overlap_efficiency: T on 2 ranks / T, with the same tokens and experts per rank and the same share of their rows
             in a capacity; None if it was not asked for.
         spread: over several seeds of the routing, see `studies.seeds`: these, and median, min and max of some numbers;
@@ -93,6 +97,7 @@ class Report:
     num_tasks: int
     rate: float
     rate_fitted: bool
+    left_out_error: float | None
     overlap_efficiency: float | None = None
     spread: Mapping[str, Any] | None = None
     node_link: str = "NVLink"
@@ -136,7 +141,16 @@ def report(simulation: Simulation) -> Report:
         node_link=world.hardware.node_link,
         network_link=world.hardware.network_link,
         rate_fitted=knobs.rate is None and is_fitted(policy, world.hardware.chip),
+        left_out_error=left_out_error(simulation),
     )
+
+
+def left_out_error(simulation: Simulation) -> float | None:
+    """See `Report`."""
+    if simulation.knobs.rate is not None:
+        return None
+    world = simulation.world
+    return trust(simulation.policy, world.hardware.chip, world.routing.num_tokens)
 
 
 def _tensor_share(simulation: Simulation, field: str) -> float:

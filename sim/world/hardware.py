@@ -29,7 +29,7 @@ from reference.scalars import make_plain, plain
 from .checks import check_keys, check_positive, check_text, naming
 from .machine_names import FOLDER, GOOD_NAMES, gpu_kind, hardware_file, parse_file_name, parse_name
 from .machine_names import hardware_names as hardware_names
-from .machine_schema import ARITHMETICS, OPTIONAL, SCHEMA, TABLES, VALUES, check_file
+from .machine_schema import ARITHMETICS, OPTIONAL, SCHEMA, SOURCED, TABLES, VALUES, check_file
 
 COUNTS = ("num_nodes", "gpus_per_node", "gpus_per_link", "gpus_per_nic")
 LEAST_RATE, MOST_WHOLE = 1e-6, 10**9  # so that times of whatever fits a GPU's memory fit 64 bits
@@ -52,6 +52,8 @@ class Hardware:
         hbm_gbps, hbm_achieved: the datasheet's bandwidth, and the share in (0, 1] of it that streaming reaches.
         hbm_gb, l2_mb, l2_gbps: memory, second-level cache, and what all SMs together read from that cache.
         tflops: dense peak by arithmetic, keys from `ARITHMETICS`; what the GPU cannot do is left out.
+        clock_ghz: of its multiprocessors while they multiply; None if unknown. What is known of one GPU is taken for
+            another by it (`drafting/rates.py`).
         nvlink_gbps, nvlink_latency_ns: of one link, achieved to all peers together; a small one-sided put.
         sm_write_gbps, sm_read_gbps: the most that one SM stores to peers and loads from them.
         nic_gbps, nic_latency_ns: of one NIC, achieved between nodes; a small put.
@@ -92,6 +94,7 @@ class Hardware:
     network_link: str = "NIC"
     gpus_per_link: int = 1
     gpus_per_nic: int = 1
+    clock_ghz: float | None = None
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -105,6 +108,8 @@ class Hardware:
             _check_value(name, getattr(self, name), whole)
         if self.hbm_achieved > 1:
             raise ValueError(f"hbm_achieved must be a share in (0, 1], got {self.hbm_achieved}")
+        if self.clock_ghz is not None:
+            _check_value("clock_ghz", self.clock_ghz)
         self._check_links()
         self._check_tflops()
         self._check_sources()
@@ -135,7 +140,8 @@ class Hardware:
     def _check_sources(self) -> None:
         if not isinstance(self.sources, Mapping):
             raise TypeError(f"sources must be a mapping from value to text, got {self.sources!r}")
-        check_keys("sources", self.sources, (*VALUES, *(f"tflops.{arithmetic}" for arithmetic in self.tflops)))
+        known = [name for name in SOURCED if getattr(self, name) is not None]
+        check_keys("sources", self.sources, (*VALUES, *known, *(f"tflops.{arithmetic}" for arithmetic in self.tflops)))
         for name, text in self.sources.items():
             check_text(f"sources of {name}", text)
 
@@ -201,7 +207,8 @@ def to_toml(hardware: Hardware) -> str:
         lines.extend([f"gpus = {hardware.gpus_per_node}\n"] if table == "node" else [])
         lines.extend(f"{name} = {_number(getattr(hardware, name))}\n" for name in names)
         optional = {key: getattr(hardware, field) for (of, key), field in OPTIONAL.items() if of == table}
-        lines.extend(f"{key} = {_quote(value) if key == 'link' else value}\n" for key, value in optional.items())
+        given = {key: value for key, value in optional.items() if value is not None}
+        lines.extend(f"{key} = {_quote(value) if key == 'link' else value}\n" for key, value in given.items())
     lines.append("\n[gpu.tflops]\n")
     lines.extend(f"{arithmetic} = {_number(value)}\n" for arithmetic, value in hardware.tflops.items())
     lines.append("\n[sources]\n")

@@ -16,11 +16,13 @@ TABLES: dict[str, tuple[str, ...]] = {  # the tables of a file and their values;
     "host": ("launch_ns", "graph_launch_ns", "host_sync_ns"),
 }
 OPTIONAL = {  # (table, key) of a file: the field of `Hardware`, whose default counts where it is not given
+    ("gpu", "clock_ghz"): "clock_ghz",
     ("node", "link"): "node_link",
     ("node", "gpus_per_link"): "gpus_per_link",
     ("network", "link"): "network_link",
     ("network", "gpus_per_nic"): "gpus_per_nic",
 }
+SOURCED = ("clock_ghz",)  # of these, those whose source a file must have if it has them
 VALUES = tuple(name for names in TABLES.values() for name in names)
 
 
@@ -75,5 +77,6 @@ def _schema(file: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], tuple[str,
     optional["node"] += ("max_gpus",)
     tables = {table: ((*names, *beside.get(table, ())), optional[table]) for table, names in TABLES.items()}
     whole = {"": (("schema", "name", "description"), ("nodes", "chip", *TABLES, "sources"))}
-    rates = tuple(f"tflops.{name}" for name in _table(file, "gpu.tflops") if name in ARITHMETICS)
-    return whole | tables | {"gpu.tflops": ((), ARITHMETICS), "sources": ((*VALUES, *rates), ())}
+    more = tuple(f"tflops.{name}" for name in _table(file, "gpu.tflops") if name in ARITHMETICS)
+    more += tuple(key for table, key in OPTIONAL if key in SOURCED and key in _table(file, table))
+    return whole | tables | {"gpu.tflops": ((), ARITHMETICS), "sources": ((*VALUES, *more), ())}

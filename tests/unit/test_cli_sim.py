@@ -255,9 +255,26 @@ def test_what_is_not_the_layers_has_columns_of_its_own(capsys):
     assert layer["dense_us"] == bulk["dense_us"] == 0 < dense["dense_us"] < dense["latency_us"]
     assert layer["host_us"] < 10 < 1000 < bulk["host_us"] < bulk["latency_us"]
     assert cli.main([*SMALL, "--policy", "scmoe"]) == 0
-    assert capsys.readouterr().out.splitlines()[4].split()[7:9] == ["host", "dense"]
+    assert capsys.readouterr().out.splitlines()[4].split()[8:10] == ["host", "dense"]
     assert cli.main([*SMALL, "--policy", "bulk"]) == 0
     assert "dense" not in capsys.readouterr().out
+
+
+def test_measurements_that_no_fit_saw_are_beside_each_latency(capsys, monkeypatch):
+    monkeypatch.setattr("sim.drafting.trust.left_out_errors", lambda: {"bulk": {"H100": {"up to 128": 0.165}}})
+    _, rows = run_json(capsys, "--policy", "bulk,t3")
+    assert [row["left_out_error"] for row in rows] == [0.165, None]
+    assert cli.main([*SMALL, "--policy", "bulk,t3"]) == 0
+    bulk, other = capsys.readouterr().out.splitlines()[6:8]
+    assert bulk.split()[3] == "16.5" and "no measurement" in other
+    assert cli.main([*SMALL, "--policy", "bulk", "--terms", "schedule"]) == 0
+    assert "error" not in capsys.readouterr().out
+    flags = ["explain", *SMALL[1:]]
+    for policy, said in (("bulk", " us (measurements that no fit saw: 16.5 % off)"), ("t3", " us (no measurement)")):
+        assert cli.main([*flags, "--policy", policy]) == 0
+        assert capsys.readouterr().out.splitlines()[0].endswith(said)
+    assert cli.main([*flags, "--policy", "t3", "--set", "rate=0.5"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(" us")
 
 
 def test_seeds_give_the_median_and_the_spread(capsys):
@@ -302,8 +319,8 @@ def test_the_table_says_simulated_and_has_units(capsys):
     out, err = capsys.readouterr()
     assert out.startswith("simulated on 4xH100: laptop-text on 4 ranks, hidden ")
     names, units, first, second = out.splitlines()[4:8]
-    assert names.split()[:5] == ["policy", "tokens", "latency", "tokens", "tensor"]
-    assert units.split()[:4] == ["/rank", "us", "M/s", "%"]
+    assert names.split()[:5] == ["policy", "tokens", "latency", "error", "tokens"]
+    assert units.split()[:5] == ["/rank", "us", "+-%", "M/s", "%"]
     assert first.split()[:2] == ["flashmoe", "64"]
     assert second.split()[:2] == ["bulk", "64"]
     assert len({line.rindex(line.split()[-1]) for line in (first, second)}) == 1
@@ -328,7 +345,7 @@ def test_the_defaults_are_a_model_on_a_node(capsys):
 def test_a_rate_that_was_not_fitted_is_marked(capsys, monkeypatch):
     from sim.drafting import rates
 
-    monkeypatch.setattr(rates, "fitted_rates", lambda: {"flashmoe": {"H100": 0.5}})
+    monkeypatch.setattr(rates, "fitted_rates", lambda: {"flashmoe": {"H100": {"rate": 0.5, "schedule_ns": 300}}})
     assert cli.main([*SMALL, "--policy", "flashmoe"]) == 0
     fitted = capsys.readouterr().out
     assert "0.500" in fitted and "*" not in fitted

@@ -30,9 +30,8 @@ def join(rows: Sequence[Mapping[str, Any]], gathered: Sequence[Gathered], file: 
     """Write the page of what was gathered.
 
     Args:
-        rows: the report of each as JSON has it, with what is beside it: `preset`, `seed`, `layer`; and
-            `left_out_error`, if it has one, how far the latency may be off: a share (0.1 is 10 %), None where nothing
-            was measured, or words.
+        rows: the report of each as JSON has it, with what is beside it: `preset`, `seed`, `layer`. Its
+            `left_out_error` may be words, too.
     """
     if not rows:
         raise ValueError("a page must have at least one simulation, got none")

@@ -14,12 +14,13 @@ from sim.world import hardware as module
 from sim.world.hardware import hardware_names, load_hardware, to_toml
 from sim.world.machine_schema import ARITHMETICS, VALUES
 
-NVLINK_PEAK = {"A100": 300, "B200": 900, "GB200": 900, "H100": 450, "H20": 450, "H200": 450, "H800": 200}
-NIC_PEAK = {"A100": 25}  # HDR 200; the others have NDR 400
+NVLINK_PEAK = {"A100": 300, "B200": 900, "GB200": 900, "GB300": 900, "H100": 450, "H20": 450, "H200": 450, "H800": 200}
+NIC_PEAK = {"A100": 25, "GB300": 100}  # HDR 200, XDR 800; the others have NDR 400
 PUBLISHED = {  # sms, HBM GB/s, bfloat16 TFLOPS, achieved NVLink GB/s, GPUs of the usual node
     "A100": (108, 2039, 312, 246, 8),
     "B200": (148, 8000, 2250, 669, 8),
     "GB200": (152, 8000, 2500, 669, 72),
+    "GB300": (152, 8000, 2500, 669, 72),
     "H100": (132, 3350, 989.4, 370, 8),
     "H20": (78, 4000, 148, 370, 8),
     "H200": (132, 4800, 989.4, 370, 8),
@@ -69,13 +70,13 @@ def test_narrow_arithmetic_is_faster(kind):
     assert tflops["float16"] == tflops["bfloat16"]
     assert tflops["bfloat16"] / tflops["float32"] == pytest.approx(2, rel=0.01)
     assert tflops.get("fp8", 2 * tflops["bfloat16"]) == pytest.approx(2 * tflops["bfloat16"], rel=0.01)
-    assert ("fp4" in tflops) == (kind in ("B200", "GB200"))
+    assert ("fp4" in tflops) == (kind in ("B200", "GB200", "GB300"))
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_every_value_has_a_source_and_guesses_say_so(kind):
     machine = load_hardware(kind)
-    assert set(machine.sources) == {*VALUES, *(f"tflops.{name}" for name in machine.tflops)}
+    assert set(machine.sources) == {*VALUES, "clock_ghz", *(f"tflops.{name}" for name in machine.tflops)}
     assert machine.sources["hbm_achieved"].startswith("assumption: ")
     assert all(text.startswith("assumption: ") or "assum" not in text for text in machine.sources.values())
     assert all(len(text) > 10 for text in machine.sources.values())
@@ -227,6 +228,17 @@ def test_the_file_of_a_preset_is_a_file_like_any_other():
     assert load_hardware(str(path)) == replace(load_hardware("8xH100"), name="H100")
 
 
+def test_a_clock_may_be_left_out(tmp_path):
+    machine = load_hardware("H20")
+    without = {name: text for name, text in machine.sources.items() if name != "clock_ghz"}
+    unknown = replace(machine, clock_ghz=None, sources=without)
+    assert load_hardware(write(tmp_path, text=to_toml(unknown))) == unknown
+    with pytest.raises(ValueError, match="clock_ghz must be positive and finite, got 0"):
+        replace(machine, clock_ghz=0)
+    with pytest.raises(ValueError, match=r"sources must have .*; missing: clock_ghz"):
+        replace(machine, sources=without)
+
+
 def test_nodes_may_be_left_out(tmp_path):
     assert load_hardware(write(tmp_path, "nodes = 2\n", "")).num_nodes == 1
 
@@ -244,12 +256,12 @@ def test_nodes_may_be_left_out(tmp_path):
         ("gpus = 8", "gpus = 8\nmax_gpus = 4", r"gpus must be in \[1, max_gpus=4\], got 8"),
         ("gpus = 8\n", "", r"missing: \[node\] gpus$"),
         ("sms = 132\n", "", r"missing: \[gpu\] sms$"),
-        ("sms = 132", "sms = 132\nsmx = 3", r"unknown: \[gpu\] smx$"),
+        ("sms = 132", "sms = 132\nsmx = 3", r"unknown: \[gpu\] smx \(it may have clock_ghz\)$"),
         ("sms = 132", 'sms = "132"', "sms must be an integer, got '132'"),
         ("nic_gbps = 48.5", "nic_gbps = -1", "nic_gbps must be positive and finite, got -1"),
         ("nic_gbps = 48.5", "nic_gbps = nan", "nic_gbps must be positive and finite, got nan"),
         ("launch_ns = 5000", "launch_ns = 5.0", "launch_ns must be an integer, got 5.0"),
-        ("[gpu.tflops]", "[gpu.tflop]", r"missing: \[gpu\] tflops; unknown: \[gpu\] tflop, "),
+        ("[gpu.tflops]", "[gpu.tflop]", r"missing: \[gpu\] tflops; unknown: \[gpu\] tflop \(it"),
         ("fp8 = 1978.9", "fp9 = 1978.9", r"unknown: \[gpu.tflops\] fp9 \(it may have float64, "),
         ("[host]", "[hosts]", r"missing: \[host\] launch_ns, \[host\] graph_launch_ns, .*; unknown: hosts "),
         ('"sms" = ', '"smx" = ', r"missing: \[sources\] sms; unknown: \[sources\] smx$"),
@@ -292,8 +304,8 @@ def test_all_that_is_missing_is_told_at_once(tmp_path):
         load_hardware(write(tmp_path, text="schema = 1\n[gpu.tflops]\nfp8 = 3\n"))
     told = set(str(caught.value).partition("missing: ")[2].split(", "))
     tables = {f"[{table}] {key}" for table in ("gpu", "node", "network", "host") for key in preset[table]}
-    sources = {f"[sources] {key}" for key in preset["sources"] if not key.startswith("tflops")}
-    assert told == (tables - {"[gpu] tflops", "[node] max_gpus"}) | sources | {
+    sources = {f"[sources] {key}" for key in preset["sources"] if not key.startswith(("tflops", "clock"))}
+    assert told == (tables - {"[gpu] tflops", "[gpu] clock_ghz", "[node] max_gpus"}) | sources | {
         "name", "description", "[sources] tflops.fp8"
     }  # fmt: skip
 

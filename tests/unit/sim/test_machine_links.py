@@ -9,7 +9,7 @@ from policy_worlds import run_both, run_policy, small_world
 import sim
 from flashmoe_numba import cli
 from sim.drafting.machine import add_machine
-from sim.drafting.rates import fitted_rates
+from sim.drafting.rates import fitted_rate, fitted_rates
 from sim.engine.graph import NONE, GraphBuilder
 from sim.engine.kinds import SEND
 from sim.policies import POLICY_NAMES
@@ -84,7 +84,7 @@ def test_reports_and_what_if_know_links_by_the_machines_names():
 
 def test_a_machine_of_a_chip_has_its_fitted_rates():
     world = small_world()
-    fitted = fitted_rates()["flashmoe"]["H100"]
+    fitted = fitted_rates()["flashmoe"]["H100"]["rate"]
     for machine in (world.hardware, replace(world.hardware, name="mine")):
         told = sim.report(sim.simulate("flashmoe", replace(world, hardware=machine)))
         assert (told.rate, told.rate_fitted) == (fitted, True)
@@ -92,7 +92,8 @@ def test_a_machine_of_a_chip_has_its_fitted_rates():
         assert told.latency_us == by_hand.latency_us, "it is computed by the rate that is told"
     other = replace(world.hardware, name="mine", chip="H20")
     told = sim.report(sim.simulate("flashmoe", replace(world, hardware=other)))
-    assert (told.rate, told.rate_fitted) == (fitted, False), "the mean of its relatives, of which H100 is the only one"
+    carried = fitted_rate("flashmoe", "H20")
+    assert (told.rate, told.rate_fitted) == (carried, False) and carried != fitted, "what H100's is on that chip"
     unknown = sim.simulate("flashmoe", replace(world, hardware=replace(world.hardware, name="mine", chip="V100")))
     assert not sim.report(unknown).rate_fitted
 

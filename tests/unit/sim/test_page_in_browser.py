@@ -74,7 +74,7 @@ def test_the_table_is_that_of_the_rows(page, rows):
     head = [re.sub(r"\s+", " ", text) for text in texts(page, "#table th button, #table th:first-child")]
     cells = texts(page, "#table tbody td")
     table = [cells[at : at + len(head)] for at in range(0, len(cells), len(head))]
-    assert head[:4] == ["policy", "tokens", "latency", "tokens"]
+    assert head[:5] == ["policy", "tokens", "latency", "error", "tokens"]
     assert len(table) == len(rows[1]) == 6
     for shown, row in zip(table, rows[1], strict=True):
         idle = [f"{100 * row['idle'][cause]:.1f}" for cause in ("launch", "barrier", "waiting", "dependency", "tail")]
@@ -82,6 +82,7 @@ def test_the_table_is_that_of_the_rows(page, rows):
             row["policy"],
             f"{row['tokens']:,}",
             f"{row['latency_us']:,.1f}",
+            "no measurement" if row["left_out_error"] is None else f"± {100 * row['left_out_error']:.1f} %",
             f"{row['tokens_per_s'] / 1e6:,.2f}",
             *(f"{100 * row[name]:.1f}" for name in ("tensor_busy", "useful", "resident")),
             *idle,
@@ -254,7 +255,7 @@ def test_odd_simulations_have_a_page(browser, tmp_path, name):
         assert ("no timeline" in said) == many
 
 
-@pytest.mark.parametrize(("error", "text"), [(0.118, "± 12 %"), (None, "no measurement"), ("poor", "poor")])
+@pytest.mark.parametrize(("error", "text"), [(0.118, "± 11.8 %"), (None, "no measurement"), ("poor", "poor")])
 def test_the_error_of_a_row_has_a_column(browser, rows, tmp_path, error, text):
     source = (rows[0] / "a.html").read_text()
     value = json.loads(re.search(r'id="data">(.*?)</script>', source, re.DOTALL)[1])
@@ -262,4 +263,9 @@ def test_the_error_of_a_row_has_a_column(browser, rows, tmp_path, error, text):
     (tmp_path / "b.html").write_text(written(value))
     browser.open(tmp_path / "b.html")
     assert texts(browser, "#table th:nth-child(4) button") == ["error"]
-    assert texts(browser, "#table tbody td:nth-child(4)") == [text, *[""] * 5]
+    assert texts(browser, "#table tbody td:nth-child(4)")[0] == text
+    for simulation in value["simulations"]:
+        simulation["row"]["knobs"]["rate"] = 0.6
+    (tmp_path / "b.html").write_text(written(value))
+    browser.open(tmp_path / "b.html")
+    assert "error" not in texts(browser, "#table th button")

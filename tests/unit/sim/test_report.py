@@ -255,6 +255,21 @@ def test_a_rate_that_is_given_is_not_fitted():
     assert (said.rate, said.rate_fitted) == (0.25, False)
 
 
+def test_the_error_is_that_of_the_policy_the_chip_and_the_tokens(monkeypatch):
+    errors = {"bulk": {"H100": {"up to 128": 0.2, "up to 1024": 0.3}}, "t3": {"H100": {"more": 0.4}}}
+    monkeypatch.setattr("sim.drafting.trust.left_out_errors", lambda: errors)
+
+    def said(policy, knobs=(), chip="H100", **sizes):
+        world = small_world(**sizes)
+        world = replace(world, hardware=replace(world.hardware, name="mine", chip=chip))
+        return report(simulate(policy, world, make_knobs(policy, dict(knobs)))).left_out_error
+
+    assert [said("bulk", num_tokens=tokens) for tokens in (1, 128, 129)] == [0.2, 0.2, 0.3]
+    assert said("t3", num_tokens=128) is None, "none with so few tokens"
+    assert said("bulk", chip="H20") is said("comet") is None
+    assert said("bulk", {"rate": 0.5}) is None, "measurements say nothing of a rate that is set"
+
+
 def test_engines_beside_each_other_hold_no_more_slots_than_there_are():
     builder = GraphBuilder()
     for name in ("SM slots", "pull engines"):
