@@ -257,10 +257,10 @@ def _draw_table(kind: Kind, figure: Figure, style: Style) -> Any:
     y, x = kind.varies
     latency = _values(figure.rows, (x, y), "latency_us")
     error = {(row["line"], row[x], row[y]): row["error"] for row in figure.rows}
-    cells = {}
+    cells, judged = {}, any(value is not None for value in error.values())
     for place in {key[1:] for key in latency}:
         found = {key[0]: (value, error[key]) for key, value in latency.items() if key[1:] == place}
-        cells[place] = make_cell(found)
+        cells[place] = make_cell(found, judged)
     title = _title("Fastest policy, its time, ratio of the next one", figure)
     title += explanation(cells.values())
     sides = {UNITS.get(name, name): _ordered(figure.rows, name) for name in (x, y)}

@@ -16,13 +16,14 @@ def row_error(row: dict[str, Any]) -> float | None:
     return float(found) if isinstance(found, (int, float)) else None
 
 
-def make_cell(found: dict[str, tuple[float, float | None]]) -> Cell:
+def make_cell(found: dict[str, tuple[float, float | None]], judged: bool = True) -> Cell:
     """A cell of a map: a tie of the fastest and of all whose shortest time is not beyond the longest of the fastest.
 
-    Nothing is a tie, or in doubt, where no error is known.
+    It is in doubt where the error of one of these, or of the next one, is not known.
 
     Args:
         found: latency in microseconds and its error, a share or None, by line.
+        judged: some error of the map is known; otherwise nothing is in doubt, as nobody asked.
     """
     ranked = sorted(found, key=lambda line: (found[line][0], line))
     best, best_error = found[ranked[0]]
@@ -30,7 +31,7 @@ def make_cell(found: dict[str, tuple[float, float | None]]) -> Cell:
     ties = [line for line in ranked[1:] if found[line][0] * (1 - (found[line][1] or 0)) < longest]
     ratio = found[ranked[1]][0] / best if len(ranked) > 1 else None
     missing = [found[line][1] is None for line in ranked[: 2 + len(ties)]]
-    return Cell((ranked[0], *ties), best, ratio, known=not any(missing) or all(missing))
+    return Cell((ranked[0], *ties), best, ratio, known=not (judged and any(missing)))
 
 
 def explanation(cells: Iterable[Cell]) -> str:

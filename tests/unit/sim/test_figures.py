@@ -152,6 +152,9 @@ def test_an_error_that_is_not_known_is_a_doubt(drawn):
     texts, _, title = map_of(drawn, latencies, error=lambda row: known[row["policy"]])
     assert texts == {1: "bulk\n100 us\n1.50x ?", 2: "tie\n100 us\n1.04x"}
     assert title.endswith("?: its error is not known")
+    latencies = {("bulk", 1): 100, ("comet", 1): 150, ("t3", 2): 100, ("comet", 2): 104}
+    texts, _, _ = map_of(drawn, latencies, error=lambda row: 0.05 if row["policy"] == "bulk" else None)
+    assert texts[2] == "t3\n100 us\n1.04x ?", "one of which nothing at all is known, beside one of which it is"
 
 
 @pytest.mark.parametrize("errors", [(0.1, 0.1), (0.0, 0.19), (0.25, 0.0), (0.0, 0.0), (None, 0.3), (0.3, None)])
@@ -163,6 +166,7 @@ def test_ties_are_symmetric_intervals(errors):
     cell = make_cell({name: pair for name, *pair in zip("ab", times, errors, strict=True)})
     assert cell.lines == (("a", "b") if overlap else ("a",))
     assert cell.known == (None not in errors)
+    assert make_cell({"a": (1.0, None), "b": (2.0, None)}, judged=False).known
 
 
 def test_rows_say_their_errors_themselves():
