@@ -50,7 +50,7 @@ import json, sim
 found = {}
 for preset, machine, tokens in (("olmoe-1b-7b", "8xH100", 256), ("llama-4-scout", "2x8xH100", 1024)):
     hardware = sim.load_hardware(machine)
-    config = sim.load_preset(preset, num_ranks=hardware.num_gpus, num_tokens=tokens)
+    config = sim.load_preset(preset, num_ranks=hardware.num_gpus, num_tokens=tokens, shared_ffn=0)
     for routing in ("even", "zipf:1"):
         parts = dict(routing=sim.make_routing(routing, config, 3), precision=sim.precision("bfloat16"))
         world = sim.World(config=config, hardware=hardware, **parts)
@@ -62,7 +62,7 @@ print(json.dumps(found))
 
 SIMULATOR_SPEED = """
 import time, sim
-config = sim.load_preset("deepseek-v3", num_ranks=32, num_tokens=1024)
+config = sim.load_preset("deepseek-v3", num_ranks=32, num_tokens=1024, shared_ffn=0)
 parts = dict(routing=sim.make_routing("uniform", config), precision=sim.precision("bfloat16"))
 world = sim.World(config=config, hardware=sim.load_hardware("4x8xH100"), **parts)
 sim.simulate("flashmoe", world)
