@@ -53,7 +53,7 @@ class Profile(NamedTuple):
     banks: Any  # int64 [BANKS]
 
 
-@njit(entry=True)
+@njit
 def run_in_step(S, P):
     """`schedule.run`, a warp at a time."""
     warp = S.s[state.CURRENT]

@@ -15,7 +15,7 @@ NOBODY = -1
 TURNS = 10_000  # of threads, before Python may look for signals: some tenths of a second
 
 
-@njit(entry=True)
+@njit
 def run(S):
     """Run threads for some turns. False if all have ended, or something is wrong; else there is more to do."""
     for _ in range(TURNS):
