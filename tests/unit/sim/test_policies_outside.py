@@ -69,14 +69,11 @@ def test_what_if_changes_its_knobs(mine):
 def test_a_shared_expert_must_be_in_the_graph(mine):
     world = small_world()
     world = replace(world, config=replace(world.config, shared_ffn=64))
-    with pytest.raises(ValueError, match=r"shared_ffn must be 0 with policy .*mine.py and these knobs, which leave"):
-        sim.simulate(str(mine), world)
-    gate = "draft.gate(draft.begin())"
-    imported = "from sim.drafting.shared import shared_kernels\nfrom sim.engine.graph import TaskGraph"
-    source = mine.read_text().replace(gate, "draft.gate(draft.begin(shared_kernels(draft, None, (64, 64))))")
-    mine.write_text(source.replace("from sim.engine.graph import TaskGraph", imported))
     graph = sim.simulate(str(mine), world).graph
     assert {SHARED0, SHARED1} <= set(graph.nodes["kind"])
+    mine.write_text(mine.read_text().replace("draft.begin(shared)", "draft.begin()").replace("shared = ", "if 0: "))
+    with pytest.raises(ValueError, match=r"shared_ffn must be 0 with policy .*mine.py and these knobs, which leave"):
+        sim.simulate(str(mine), world)
 
 
 BAD = [  # what a file holds, and what is said of it
@@ -160,6 +157,8 @@ def test_a_new_policy_runs_as_it_is_in_every_command(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     assert cli.main(["sim", "--new-policy", "my.py"]) == 0
     assert capsys.readouterr().out == "my.py is a schedule that runs as it is: flashmoe sim --policy my.py\n"
+    assert cli.main(["sim", "--policy", "my.py"]) == 0
+    assert "shared ffn 8192" in capsys.readouterr().out, "the default layer has a shared expert"
     assert cli.main(["sim", *SMALL, "--policy", "my.py,bulk", "--set", "tile_m=64", "--json", "-"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["policy"], row["knobs"]["tile_m"]) for row in rows] == [("my.py", 64), ("bulk", 64)]
