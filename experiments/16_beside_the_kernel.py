@@ -263,12 +263,13 @@ def kinds_of_simulation(simulation: sim.Simulation) -> dict[str, float]:
 
 
 def by_kind(rows: Sequence[Row]) -> list[Row]:
-    """Sums over all rows, one row per kind of the kernel."""
+    """Sums over all rows, one row per kind of the kernel that ran."""
     result: list[dict[str, Any]] = []
     for kind in TRACE_KIND_NAMES:
         measured = sum(row["measured_kinds_ms"][kind] for row in rows)
         simulated = sum(row["simulated_kinds_ms"][kind] for row in rows)
-        result.append({"kind": kind, "measured": measured, "simulated": simulated, "ratio": simulated / measured})
+        if measured:
+            result.append({"kind": kind, "measured": measured, "simulated": simulated, "ratio": simulated / measured})
     return result
 
 

@@ -76,7 +76,7 @@ def study_configs(args: argparse.Namespace, num_tokens: int, num_ranks: int = 1)
     unknown = [name for name in args.shapes.split(",") if name not in SHAPES]
     if unknown:
         sys.exit(f"--shapes must be out of {', '.join(SHAPES)}; got {', '.join(unknown)}")
-    return {name: load_preset(SHAPES[name], capacity=None, **own) for name in args.shapes.split(",")}
+    return {name: load_preset(SHAPES[name], capacity=None, shared_ffn=0, **own) for name in args.shapes.split(",")}
 
 
 def facts(args: argparse.Namespace) -> Row:

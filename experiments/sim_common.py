@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sim import PolicyKnobs, Scenario, SimRouting, World, load_hardware, load_preset, make_knobs
-from sim.policies import megamoe
+from sim.policies import SAME, megamoe
 
-TILE_M, TILE_N, RATE, CLUSTER = 128, 256, 0.6, 1
+TILE_M, RATE = SAME["tile_m"], SAME["rate"]
 PRECISION = "bfloat16"
 PUBLISHED = {"packing": "per_source"}  # what the studies call FlashMoE
 PACKED = {"packing": "per_expert", "ladder": True}  # and FlashMoE packed, had all counts been known before
@@ -21,28 +21,25 @@ PRESETS = {"scout": "llama-4-scout", "olmoe": "olmoe-1b-7b", "deepseek-v3-like":
 
 
 def world_of(preset: str, hardware: str, tokens: int, routing: str | SimRouting = "even") -> World:
-    """A model's layer with so many tokens on each GPU; all GPUs of the hardware are ranks.
+    """A model's layer with so many tokens on each GPU, without its shared expert; all GPUs of the hardware are ranks.
 
     Raises:
         ValueError: the machine cannot hold it, or the experts cannot be divided among its GPUs.
     """
     machine = load_hardware(hardware)
-    config = load_preset(PRESETS.get(preset, preset), num_ranks=machine.num_gpus, num_tokens=tokens)
+    config = load_preset(PRESETS.get(preset, preset), num_ranks=machine.num_gpus, num_tokens=tokens, shared_ffn=0)
     return Scenario(config=config, hardware=machine, routing=routing, precision=PRECISION).make()
 
 
 def equal_terms(policy: str, world: World, changes: Mapping[str, Any] | None = None) -> PolicyKnobs:
     """The policy's knobs with the tiles and the rate that all get, and then `changes`."""
-    known = vars(make_knobs(policy, {}))
-    terms: dict[str, Any] = {"tile_m": TILE_M, "tile_n": TILE_N, "rate": RATE, "cluster": CLUSTER}
-    if policy == "megamoe":
-        terms["tile_m"] = min(TILE_M, megamoe.tile_height(world, megamoe.Knobs()))
-    return make_knobs(policy, {name: value for name, value in terms.items() if name in known} | dict(changes or {}))
+    lower = {"tile_m": min(TILE_M, megamoe.tile_height(world, megamoe.Knobs()))} if policy == "megamoe" else {}
+    return make_knobs(policy, lower | dict(changes or {}), "schedule")
 
 
 def terms_text() -> str:
     """The equal terms, for titles."""
-    return f"equal terms for all: tiles {TILE_M} x {TILE_N}, {RATE:.0%} of the tensor peak"
+    return "equal terms for all: tiles {tile_m} x {tile_n}, {rate:.0%} of the tensor peak".format_map(SAME)
 
 
 def heading(text: str) -> None:

@@ -201,6 +201,23 @@ class MoEConfig:
         return expert // self.num_experts_per_rank
 
 
+def expert_capacity(config: MoEConfig, factor: float) -> int:
+    """Rows from one rank to one expert at a capacity factor: `ceil(num_tokens / num_experts) * num_topk` times that.
+
+    At most all tokens of the rank. Source: FlashMoE (arXiv 2506.04667), whose layer has it at factor 1.
+
+    Raises:
+        ValueError: the factor is not positive and finite, or leaves less than one row.
+    """
+    if not 0 < factor < float("inf"):
+        raise ValueError(f"capacity_factor must be positive and finite, got {factor}")
+    even = -(-config.num_tokens // config.num_experts) * config.num_topk
+    rows = int(min(config.num_tokens, factor * even))
+    if rows < 1:
+        raise ValueError(f"capacity_factor must leave a row: {factor:g} times {even} rows is {rows}")
+    return rows
+
+
 def _as_kind(name: str, value: Any, kind: type[RouterKind] | type[ExpertKind]) -> Any:
     """A kind, from the dictionary that `dataclasses.asdict` makes of it as well."""
     if isinstance(value, Mapping):

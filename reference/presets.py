@@ -1,7 +1,9 @@
 """Named layers: the shapes of real models, and small ones for a laptop. One TOML file each in presets/.
 
-A file has a `description`, a `source`, optionally `leaves_out` (what the model has and `MoEConfig` does not), and the
-fields of `MoEConfig` under `[layer]`. The ranks and tokens there are defaults of ours, not the model's.
+A file has a `description`, a `source`, optionally `leaves_out` (what the model has and `MoEConfig` does not) and
+`capacity_factor` (from which the capacity follows, whatever the sizes become), and the fields of `MoEConfig` under
+`[layer]`. The ranks and tokens there are defaults of ours, not the model's. Where there is `[model]`, it has sizes of
+the whole model under the names of its config.json.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import MoEConfig
+from .config import MoEConfig, expert_capacity
 from .scalars import check_one_of
 
 _FOLDER = Path(__file__).parent / "presets"
@@ -23,7 +25,9 @@ def preset_names() -> list[str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The file of a preset as it is: `description`, `source`, maybe `leaves_out`, and `layer`.
+    """The file of a preset as it is.
+
+    It has `description`, `source`, `layer`, and maybe `leaves_out`, `capacity_factor` and `model`.
 
     Raises:
         ValueError: no such preset; lists those there are.
@@ -33,7 +37,7 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def load_preset(name: str, **overrides: Any) -> MoEConfig:
-    """The config of a preset, with the fields in `overrides` changed.
+    """The config of a preset, with the fields in `overrides` changed; a capacity by factor follows the changed sizes.
 
     Raises:
         TypeError: an override is not a field of `MoEConfig`; ValueError: no such preset, or the sizes do not fit.
@@ -42,4 +46,8 @@ def load_preset(name: str, **overrides: Any) -> MoEConfig:
     unknown = sorted(set(overrides) - set(names))
     if unknown:
         raise TypeError(f"overrides must be fields of MoEConfig ({', '.join(names)}), got {', '.join(unknown)}")
-    return MoEConfig(**(read_preset(name)["layer"] | overrides))
+    preset = read_preset(name)
+    layer = preset["layer"] | overrides
+    if "capacity_factor" in preset and "capacity" not in overrides:
+        layer["capacity"] = expert_capacity(MoEConfig(**layer), preset["capacity_factor"])
+    return MoEConfig(**layer)

@@ -11,9 +11,11 @@ from reference import MoEConfig, load_preset
 
 from .drafting.knobs import PolicyKnobs
 from .engine.timeline import DeadlockError, Timeline
-from .policies import POLICY_NAMES, make_knobs
+from .policies import POLICY_NAMES, make_knobs, policy_names
+from .reading.measures import IDLE_CAUSES
+from .reading.page.write import write_page
 from .reading.plots import plot_timeline
-from .reading.report import IDLE_CAUSES, Report, report
+from .reading.report import Report, report
 from .reading.trace import write_chrome_trace
 from .simulation import Simulation, simulate
 from .world.hardware import Hardware, hardware_names, load_hardware
@@ -47,9 +49,11 @@ __all__ = [
     "make_knobs",
     "make_routing",
     "plot_timeline",
+    "policy_names",
     "precision",
     "report",
     "round_tokens",
     "simulate",
     "write_chrome_trace",
+    "write_page",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .drafting.knobs import PolicyKnobs
 from .engine.graph import TaskGraph
 from .engine.timeline import Timeline
-from .policies import build, make_knobs
+from .policies import build, knobs_in_world
 from .world.scenario import Scenario
 from .world.world import World
 
@@ -43,6 +43,6 @@ def simulate(policy: str, world: World, knobs: PolicyKnobs | None = None, *, kee
         hint = "; scenario.make() makes one" if isinstance(world, Scenario) else ""
         raise TypeError(f"world must be a World, got {type(world).__name__}{hint}")
 
-    knobs = make_knobs(policy, {}) if knobs is None else knobs
+    knobs = knobs_in_world(policy, world, knobs)
     graph = build(policy, world, knobs)
     return Simulation(policy=policy, knobs=knobs, world=world, graph=graph, timeline=run(graph, keep_runs=keep_runs))

@@ -5,7 +5,7 @@
 checks both out side by side and compares what they compute: every atomic access of some runs of every small world of
 the explorer, with its results; the latencies of all policies on some worlds; all that `flashmoe validate` says. Then it
 counts lines of code of the three packages, and with --speed N times both in turn, N times: the layer beside BLAS, the
-explorer, the simulator. Exit status 1 if a number differs.
+explorer, the compiler, the simulator. Exit status 1 if a number differs.
 """
 
 import argparse
@@ -50,7 +50,7 @@ import json, sim
 found = {}
 for preset, machine, tokens in (("olmoe-1b-7b", "8xH100", 256), ("llama-4-scout", "2x8xH100", 1024)):
     hardware = sim.load_hardware(machine)
-    config = sim.load_preset(preset, num_ranks=hardware.num_gpus, num_tokens=tokens)
+    config = sim.load_preset(preset, num_ranks=hardware.num_gpus, num_tokens=tokens, shared_ffn=0)
     for routing in ("even", "zipf:1"):
         parts = dict(routing=sim.make_routing(routing, config, 3), precision=sim.precision("bfloat16"))
         world = sim.World(config=config, hardware=hardware, **parts)
@@ -62,13 +62,25 @@ print(json.dumps(found))
 
 SIMULATOR_SPEED = """
 import time, sim
-config = sim.load_preset("deepseek-v3", num_ranks=32, num_tokens=1024)
+config = sim.load_preset("deepseek-v3", num_ranks=32, num_tokens=1024, shared_ffn=0)
 parts = dict(routing=sim.make_routing("uniform", config), precision=sim.precision("bfloat16"))
 world = sim.World(config=config, hardware=sim.load_hardware("4x8xH100"), **parts)
 sim.simulate("flashmoe", world)
 start = time.perf_counter()
 made = sim.simulate("flashmoe", world)
 print(made.graph.num_tasks / (time.perf_counter() - start))
+"""
+
+COMPILER_SPEED = """
+import os, tempfile, time
+from flashmoe_numba import FlashMoE
+from reference import MoEConfig, Weights
+config = MoEConfig(num_ranks=1, num_tokens=8, hidden=16, ffn=16, num_experts=2, num_topk=1)
+with tempfile.TemporaryDirectory() as folder:
+    os.environ["FLASHMOE_CACHE_DIR"] = folder
+    start = time.process_time()
+    FlashMoE(config, Weights.random(config, seed=0)).close()
+    print(60 / (time.process_time() - start))
 """
 
 
@@ -156,6 +168,7 @@ def speeds():
     return {
         "blas_share": lambda tree: json.loads(flashmoe(tree, *gemm))["blas_share"],
         "explorer, runs/s": lambda tree: json.loads(flashmoe(tree, *explored))["runs_per_process_s"],
+        "kernels compiled in a minute of one core": lambda tree: float(python(tree, "-c", COMPILER_SPEED)),
         "simulator, tasks/s": lambda tree: float(python(tree, "-c", SIMULATOR_SPEED)),
     }
 

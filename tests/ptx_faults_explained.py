@@ -7,7 +7,7 @@ from ptx_faults_text import BY_TEXT
 from ptx_faults_words import word_of
 
 COUNTS_ONLY = {"HEAD", "TAIL", "HIDDEN_ROWS", "PROGRESS", "trace"}
-OF_ONE_BLOCK = {"GEMM_TASKS", "PACKETS_SEEN", "HIDDEN_ROWS", "tiles_left", "trace"}
+OF_ONE_BLOCK = {"GEMM_TASKS", "PACKETS_SEEN", "HIDDEN_ROWS", "needs_left", "trace"}
 OF_ONE_RANK = {"stamp", "HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "TOTAL", "up_done", "down_done", "left", "RECORD"}
 RECORDS = (
     "Only hosts read records, those of this process after the launch. Other processes' hosts rely on it "

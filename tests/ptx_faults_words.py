@@ -33,7 +33,7 @@ CONTROL = {
 # Fields of a rank's record of arguments that hold, or lead to, arrays of words.
 ARRAYS = {
     "segments.dispatch_flag": "dispatch_flag", "segments.result_flag": "result_flag", "segments.control": "control",
-    "tokens.tiles_left": "tiles_left", "received.up_done": "up_done", "received.down_done": "down_done",
+    "tokens.needs_left": "needs_left", "received.up_done": "up_done", "received.down_done": "down_done",
     "queue.tasks": "stamp", "queue.counters": "counters", "left": "left", "traces": "trace",
     "problem.dispatch_flag_at": "dispatch_flag of a peer", "problem.result_flag_at": "result_flag of a peer",
     "problem.control_at": "control of a peer",

@@ -189,7 +189,7 @@ def nothing_is_left_over(run):
         assert not rank.tokens.results_left.any(), f"{case}: results left {rank.tokens.results_left}"
         counters = rank.queue.counters.reshape(2, -1)
         assert not counters[1 - (run.spec.epochs & 1)].any(), f"{case}: counters of the next call"
-    left = {key: value for key, value in run.story.last.items() if key[2] == "tokens.tiles_left" and value != 0}
+    left = {key: value for key, value in run.story.last.items() if key[2] == "tokens.needs_left" and value != 0}
     assert not left, f"result tiles that a token block did not get: {left}"
 
 

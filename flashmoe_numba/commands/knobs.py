@@ -15,8 +15,8 @@ from ..errors import UsageError
 RULES = {int: "an integer", float: "a number", bool: "true or false", str: "a word"}
 
 
-def knobs_from(policies: Sequence[str], pairs: Sequence[str]) -> dict[str, PolicyKnobs]:
-    """The knobs of each policy, with all of `pairs` ("KNOB=VALUE") set in each.
+def knobs_from(policies: Sequence[str], pairs: Sequence[str], terms: str = "system") -> dict[str, PolicyKnobs]:
+    """The knobs of each policy on these terms, with all of `pairs` ("KNOB=VALUE") set in each.
 
     Raises:
         UsageError: a policy has no such knob, or the value breaks its rule.
@@ -27,7 +27,7 @@ def knobs_from(policies: Sequence[str], pairs: Sequence[str]) -> dict[str, Polic
         if lacking:
             there = ", ".join(knob_types(lacking[0]))
             raise UsageError(f"argument --set: no knob {name!r} in {', '.join(lacking)}; {lacking[0]} has {there}")
-    return {policy: _make(policy, given) for policy in policies}
+    return {policy: _make(policy, given, terms) for policy in policies}
 
 
 def knob_types(policy: str) -> dict[str, Any]:
@@ -44,10 +44,10 @@ def _split(pair: str) -> tuple[str, str]:
     return name, text
 
 
-def _make(policy: str, given: dict[str, str]) -> PolicyKnobs:
+def _make(policy: str, given: dict[str, str], terms: str) -> PolicyKnobs:
     types = knob_types(policy)
     try:
-        return make_knobs(policy, {name: parse(name, text, types[name]) for name, text in given.items()})
+        return make_knobs(policy, {name: parse(name, text, types[name]) for name, text in given.items()}, terms)
     except (TypeError, ValueError) as error:
         raise UsageError(f"argument --set: {error}") from None
 

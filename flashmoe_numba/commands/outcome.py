@@ -50,4 +50,5 @@ def _write_pictures(settings: Settings, parts: Sequence[Measurement], trace: str
     if plot:
         from ..seeing.plots import plot_timeline
 
-        plot_timeline(records, parts[0].processors, Path(plot))
+        config = settings.config
+        plot_timeline(records, parts[0].processors, Path(plot), f"{config.num_ranks} ranks, {describe(config)}")

@@ -1,4 +1,4 @@
-"""Figures of the rows of a `flashmoe sweep`: those for which the rows vary in what they need, as PNG.
+"""Figures of the rows of a `flashmoe sweep`: those for which the rows vary in what they need, as PNG, with an index.
 
 Nothing is simulated again, and nothing is measured: every figure says "simulated". sim/studies/figures.py lists the
 kinds.
@@ -14,6 +14,7 @@ from pathlib import Path
 from reference.pictures import named_as_picture
 from sim.studies.figures import draw_figures
 from sim.studies.sweep import Row, read_rows
+from sim.studies.ties import row_error
 
 from ..errors import UsageError
 from .sizes import integer, make_folder
@@ -24,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("rows", type=Path, metavar="FILE.jsonl", help="rows of a sweep")
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the figures go")
     add("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="these rows only; may be repeated")
+    text = (
+        "of the simulator, in percent, for rows that do not say their own: what it does not tell apart is a tie in maps"
+    )
+    add("--error", type=_percent, metavar="PERCENT", help=f"error {text}")
     add("--most", type=integer(1), default=12, metavar="N", help="most figures of one kind [12]")
 
 
@@ -40,9 +45,26 @@ def main(args: argparse.Namespace) -> int:
     if named_as_picture(args.out) and not args.out.is_dir():
         raise UsageError(f"argument --out: is a folder, where several figures go as PNG, got {str(args.out)!r}")
     make_folder("--out", str(args.out), args.out)
-    files, notes = draw_figures(rows, args.out, args.most)
-    print("\n".join([*map(str, files), *notes]))
+    files, notes = draw_figures(rows, args.out, args.most, lambda row: _error(row, args.error))
+    index = [args.out / "index.html"] if files else []
+    print("\n".join([*map(str, files + index), *notes]))
     return 0 if files else 1
+
+
+def _percent(text: str) -> float:
+    """A share of 1."""
+    try:
+        share = float(text) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"must be a number in [0, 100), got {text!r}")
+    return share
+
+
+def _error(row: Row, otherwise: float | None) -> float | None:
+    own = row_error(row)
+    return otherwise if own is None else own
 
 
 def _chosen(rows: Sequence[Row], condition: str) -> list[Row]:

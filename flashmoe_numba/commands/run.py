@@ -24,6 +24,7 @@ from .sizes import (
     MODEL_TOKENS,
     add_json_argument,
     add_size_arguments,
+    at_capacity_factor,
     blaming,
     check_backend_flag,
     check_memory,
@@ -161,7 +162,7 @@ def _config(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
     family = family_from(args)
     with blaming("argument --checkpoint"), Checkpoint(args.checkpoint, family) as checkpoint:
         fields = {"num_tokens": MODEL_TOKENS, **given_fields(args, num_ranks=num_ranks)}
-        return checkpoint.config(args.layer or 0, **fields)
+        return at_capacity_factor(args, checkpoint.config(args.layer or 0, **fields))
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

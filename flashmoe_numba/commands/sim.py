@@ -7,28 +7,42 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import sim
 from reference import MoEConfig
+from sim.policies.outside import SUFFIX, TEMPLATE, is_file
+from sim.reading.page.gather import gather
+from sim.reading.page.write import join
+from sim.studies.seeds import over_seeds
+from sim.world.recorded import is_recorded
 
 from ..errors import UsageError
-from .simulated import catalogue, table
-from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked
-from .sizes import add_json_argument, blaming, check_outputs, config_from, give, layer_name
+from .beside import add_beside_arguments, beside, shape_from
+from .columns import column_lines
+from .patience import shown_when_slow
+from .simulated import catalogue, tables
+from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked, simulated_config
+from .sizes import add_json_argument, blaming, check_outputs, give, layer_name, make_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `flashmoe sim`."""
     add_simulation_arguments(parser, many=True)
-    add = parser.add_argument
+    add_beside_arguments(parser)
+    group = parser.add_argument_group("output")
+    add = group.add_argument
     add("--overlap", action="store_true", help="also simulate 2 ranks, for the overlap efficiency T(2) / T")
-    add_json_argument(parser)
+    add_json_argument(group)
     add("--trace", metavar="FILE", help="write the one simulation for https://ui.perfetto.dev")
     add("--plot", metavar="FILE", help="draw the one simulation; as PNG, or .pdf, .svg")
+    add("--html", metavar="FILE", help="write all simulations as one page for a browser, with timelines")
+    add("--new-policy", metavar="FILE.py", help="write a schedule to begin with, for --policy FILE.py; no simulation")
     add("--list", action="store_true", help="say what there is, with all knobs, and simulate nothing")
+    parser.epilog = "\n".join(["columns:", *column_lines()])
 
 
 def main(args: argparse.Namespace) -> int:
@@ -38,19 +52,40 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(catalogue()))
         return 0
-    policies = list(sim.POLICY_NAMES) if args.policy == "all" else args.policy.split(",")
+    if args.new_policy:
+        return _write_policy(Path(args.new_policy))
+    policies = list(sim.policy_names()) if args.policy == "all" else args.policy.split(",")
     asked = ask(args, policies)
-    num_ranks = args.ranks or asked.hardware.num_gpus
-    configs = [config_from(args, num_ranks=num_ranks, num_tokens=tokens) for tokens in args.tokens or [None]]
+    configs = [simulated_config(asked, tokens) for tokens in args.tokens or [None]]
     points = list(itertools.product(configs, policies))
+    _check_overlap(args)
     _check_files(args, len(points))
+    shape = shape_from(args)
     load_engine()
-    reports = []
+    rows, gathered = [], []
     for config, policy in tqdm(points, desc="simulations", unit="run", leave=False, disable=len(points) == 1 or None):
-        simulation = simulate_asked(asked, policy, config, args.replicas)
-        reports.append(_report(asked, simulation))
-    _write(args, configs, reports)
+        with shown_when_slow(policy, args.progress):
+            simulation, report = _simulate(asked, policy, config)
+        rows.append(asdict(report) | _about(asked, config, report) | beside(args, shape, simulation))
+        gathered += [gather(simulation, len(points))] if args.html else []
+    _write(asked, configs, rows)
+    if args.html:
+        join(rows, gathered, args.html)
     _write_pictures(args, simulation)
+    return 0
+
+
+def _write_policy(path: Path) -> int:
+    """A policy of one's own to begin with, where nothing is yet."""
+    if not is_file(str(path)):
+        raise UsageError(f"argument --new-policy: must end with {SUFFIX}, got {str(path)!r}")
+    make_folder("--new-policy", str(path), path.parent)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"argument --new-policy: cannot write {str(path)!r}: {error.strerror}") from None
+    print(f"{path} is a schedule that runs as it is: flashmoe sim --policy {path}")
     return 0
 
 
@@ -58,37 +93,76 @@ def _check_files(args: argparse.Namespace, num_points: int) -> None:
     for flag in ("trace", "plot"):
         if getattr(args, flag) and num_points > 1:
             raise UsageError(f"argument --{flag}: needs one policy and one --tokens, got {num_points} combinations")
-    check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot")})
+    check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot", "html")})
+
+
+def _check_overlap(args: argparse.Namespace) -> None:
+    if args.overlap and is_recorded(args.routing):
+        rule = "needs a routing that is drawn, because 2 ranks have fewer experts"
+        raise UsageError(f"argument --overlap: {rule}; got --routing {args.routing}")
 
 
 # ---- simulations
 
 
-def _report(asked: Asked, simulation: sim.Simulation) -> sim.Report:
-    """The report, with the overlap efficiency if it is asked for."""
-    report = sim.report(simulation)
-    if not asked.args.overlap:
-        return report
-    config, replicas = simulation.world.config, asked.args.replicas
+def _simulate(asked: Asked, policy: str, config: MoEConfig) -> tuple[sim.Simulation, sim.Report]:
+    """The one simulation, or that of the median seed; its report, with the overlap efficiency if it is asked for."""
+    args = asked.args
+
+    def run(seed: int) -> sim.Simulation:
+        return simulate_asked(asked, policy, config, args.replicas, seed)
+
+    simulation, report = over_seeds(run, args.seed, args.seeds)
+    if not args.overlap:
+        return simulation, report
     with blaming("argument --overlap: of 2 ranks"):
-        pair = replace(config, num_ranks=2, num_experts=2 * config.num_experts_per_rank)
-    replicas = None if replicas is None else 2 * replicas // config.num_ranks  # as many copies on a rank
-    two = simulate_asked(asked, simulation.policy, pair, replicas)
-    return replace(report, overlap_efficiency=two.latency_us / simulation.latency_us)
+        pair = _of_two_ranks(config)
+    replicas = None if args.replicas is None else 2 * args.replicas // config.num_ranks  # as many copies on a rank
+    two = simulate_asked(asked, policy, pair, replicas, _seed(args, report))
+    return simulation, replace(report, overlap_efficiency=two.latency_us / simulation.latency_us)
+
+
+def _of_two_ranks(config: MoEConfig) -> MoEConfig:
+    """As many tokens and experts on each; an expert gets more rows of each rank, and has room for as many more."""
+    num_experts, capacity = 2 * config.num_experts_per_rank, config.capacity
+    if capacity is not None:
+        capacity = min(config.num_tokens, -(-capacity * config.num_experts // num_experts))
+    return replace(config, num_ranks=2, num_experts=num_experts, capacity=capacity)
+
+
+def _seed(args: argparse.Namespace, report: sim.Report) -> int:
+    """Of the simulation that is reported."""
+    return int(report.spread["median_seed"]) if report.spread else int(args.seed)
 
 
 # ---- outputs
 
 
-def _write(args: argparse.Namespace, configs: Sequence[MoEConfig], reports: Sequence[sim.Report]) -> None:
-    about = {"preset": layer_name(args), "seed": args.seed, "layer": asdict(configs[0])}
-    del about["layer"]["num_tokens"]  # each report has its own
-    lines = table(layer_name(args), configs[0], args.seed, reports)
-    give(args.json, lines, [asdict(report) | about for report in reports])
+def _about(asked: Asked, config: MoEConfig, report: sim.Report) -> dict[str, Any]:
+    """What a row of the JSON says beside its report."""
+    args = asked.args
+    layer = {name: value for name, value in asdict(config).items() if name not in ("num_tokens", "capacity")}
+    return {"preset": layer_name(args), "terms": args.terms, "seed": _seed(args, report), "layer": layer}
+
+
+def _write(asked: Asked, configs: Sequence[MoEConfig], rows: list[dict[str, Any]]) -> None:
+    args = asked.args
+    seeds = f"seed {args.seed}" if args.seeds == 1 else f"seeds {args.seed} to {args.seed + args.seeds - 1}"
+    about = {"preset": layer_name(args), "terms": args.terms, "seeds": seeds, "set": args.set}
+    give(args.json, [*tables(about, configs[0], rows), *_chosen(asked, rows)], rows)
+
+
+def _chosen(asked: Asked, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Knobs that a policy chose by the layer, because they were not set."""
+    for row in rows:
+        given = asdict(asked.knobs[row["policy"]])
+        chosen = [f"{name}={value}" for name, value in row["knobs"].items() if given[name] != value]
+        if chosen:
+            yield f"{row['policy']} at {row['tokens']:,} tokens: {', '.join(chosen)}"
 
 
 def _write_pictures(args: argparse.Namespace, simulation: sim.Simulation) -> None:
     if args.trace:
         sim.write_chrome_trace(simulation, Path(args.trace))
     if args.plot:
-        sim.plot_timeline(simulation, Path(args.plot))
+        sim.plot_timeline(simulation, Path(args.plot), layer_name(args))

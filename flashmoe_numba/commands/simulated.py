@@ -1,71 +1,60 @@
-"""What `flashmoe sim` prints: the table of reports, and the list of what there is to choose from."""
+"""What `flashmoe sim` prints: the tables of reports, and the list of what there is."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from typing import Any
 
 import sim
 from reference import MoEConfig
-from sim.policies import describe
+from sim.policies import SAME, describe
 
-WIDTH = 120
+from .beside import notes
+from .columns import TABLES, WIDTH, Rows, table_lines, unfitted
+
 INDENT = "      "
-Column = tuple[str, str, Callable[[sim.Report], str]]
+TERMS = {
+    "system": "terms system: each policy's own tiles, and the rate fitted to its system",
+    "schedule": "terms schedule: tiles of {tile_m} x {tile_n} and a rate of {rate:.3f} for all".format_map(SAME),
+}
 
 
-def _share(name: str) -> Callable[[sim.Report], str]:
-    return lambda report: f"{100 * getattr(report, name):.1f}"
+def tables(about: Mapping[str, Any], config: MoEConfig, rows: Rows) -> Iterator[str]:
+    """Lines for people; the rows, those of the JSON, differ in policy and tokens.
 
-
-def _idle(cause: str) -> Callable[[sim.Report], str]:
-    return lambda report: f"{100 * report.idle[cause]:.1f}"
-
-
-COLUMNS: tuple[Column, ...] = (  # name, unit, text
-    ("policy", "", lambda report: report.policy),
-    ("tokens", "/rank", lambda report: f"{report.tokens:,}"),
-    ("latency", "us", lambda report: f"{report.latency_us:,.1f}"),
-    ("tokens", "M/s", lambda report: f"{report.tokens_per_s / 1e6:,.2f}"),
-    ("tensor", "%", _share("tensor_busy")),
-    ("useful", "%", _share("useful")),
-    ("resident", "%", _share("resident")),
-    *((cause.replace("dependency", "depend."), "% idle", _idle(cause)) for cause in sim.IDLE_CAUSES),
-    ("exposed", "us", lambda report: f"{report.exposed_communication_us:,.1f}"),
-    ("NVLink", "MB", lambda report: f"{report.nvlink_bytes_max / 1e6:,.1f}"),
-    ("NIC", "MB", lambda report: f"{report.nic_bytes_max / 1e6:,.1f}"),
-    ("rate", "", lambda report: f"{report.rate:.3f}{'' if report.rate_fitted else '*'}"),
-)
-OVERLAP: Column = ("T(2)/T", "", lambda report: f"{report.overlap_efficiency:.3f}")
-
-
-def table(preset: str, config: MoEConfig, seed: int, reports: Sequence[sim.Report]) -> Iterator[str]:
-    """Lines for people; the reports differ in policy and tokens."""
-    first = reports[0]
-    gated = " gated" if config.expert_kind.gated else ""
-    sizes = f"hidden {config.hidden}, ffn {config.ffn}{gated}, {config.num_experts} experts, top-{config.num_topk}"
-    yield f"simulated on {first.hardware}: {preset} on {first.ranks} ranks, {sizes}"
-    yield f"{first.precision}, routing {first.routing}, seed {seed}"
-    yield ""
-    columns = [column for column in COLUMNS if column[0] != "NIC" or any(report.nic_bytes_max for report in reports)]
-    columns += [OVERLAP] if first.overlap_efficiency is not None else []
-    cells = [[name for name, _, _ in columns], [unit for _, unit, _ in columns]]
-    cells += [[text(report) for _, _, text in columns] for report in reports]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        yield " ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-    if not all(report.rate_fitted for report in reports):
+    `about` has what they share: "preset", "seeds" in words, "terms", "set".
+    """
+    first = rows[0]
+    yield f"simulated on {first['hardware']}: {about['preset']} on {first['ranks']} ranks, {_sizes(config)}"
+    limit = "" if config.capacity is not None else ", no capacity"
+    yield f"{first['precision']}, routing {first['routing']}, {about['seeds']}{limit}"
+    yield TERMS[about["terms"]] + (f"; set {', '.join(about['set'])}" if about["set"] else "")
+    links = {"NVLink": first["node_link"], "NIC": first["network_link"]}
+    for columns in TABLES:
+        lines = [*table_lines(columns, rows, links)]
+        yield from ["", *lines] if lines else []
+    if any(map(unfitted, rows)):
         yield "* not fitted to measurements of this policy on this GPU"
+    yield from notes(rows)
+
+
+def _sizes(config: MoEConfig) -> str:
+    gated = " gated" if config.expert_kind.gated else ""
+    parts = [f"hidden {config.hidden}", f"ffn {config.ffn}{gated}", f"{config.num_experts} experts"]
+    parts += [f"{config.num_zero} zero experts"] if config.num_zero else []
+    parts += [f"shared ffn {config.shared_ffn}"] if config.shared_ffn else []
+    return ", ".join([*parts, f"top-{config.num_topk}"])
 
 
 def catalogue() -> Iterator[str]:
     """Policies with their knobs, hardware, routings, precisions."""
-    yield "policies, with their knobs and the defaults"
-    for policy in sim.POLICY_NAMES:
+    yield "policies, with their knobs and the defaults; or the path of a .py file, which --new-policy begins"
+    for policy in sim.policy_names():
         yield f"  {policy:10} {describe(policy)}"
         yield from textwrap.wrap(", ".join(_knobs(policy)), WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
-    yield "hardware: 8xKIND is one node, 2x8xKIND two; or the path of a .toml file"
+    yield "hardware: 8xKIND is one node, 2x8xKIND two; or the path of a .toml file, 2xFILE.toml two of its nodes"
     yield from (f"  {name}" for name in sim.hardware_names())
     yield "routings"
     yield from (f"  {name}" for name in sim.ROUTING_NAMES)

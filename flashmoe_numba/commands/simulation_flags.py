@@ -10,37 +10,52 @@ from dataclasses import dataclass
 
 import sim
 from reference import MoEConfig
+from sim.policies import TERMS, row_tile
+from sim.world.recorded import has_layers, is_recorded
 from sim.world.rounding import WAYS
 
 from ..errors import UsageError
 from .knobs import knobs_from
-from .sizes import add_size_arguments, blaming, integer
+from .sizes import add_size_arguments, blaming, config_from, integer
 
 DEFAULT_PRESET = "llama-4-scout"
 DEFAULT_HARDWARE = "8xH100"
 PATIENCE_S = 3.0
 FLAGS = {"rounding": "argument --round-tokens", "layer": "the layer"}  # of the other parts of a scenario: their names
+RECORDED = """\
+A file has choices, [tokens, topk], or by rank [ranks, tokens, topk], where -1 and the number of experts are none; or a
+histogram of tokens or of shares, [experts], or by rank [ranks, experts]. One index more in front is of layers: --layer
+says which. Without --layer a leading index is of ranks. FILE.npz:KEY names one of several arrays; topk_idx, the only
+one, or the only one of integers needs no name. A .csv has a line per token, rank or expert, or a header,
+[layer,][rank,]expert,tokens, and a line for each number."""
 
 
 def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False) -> None:
     """All of them; with `many`, `--policy` and `--tokens` are lists."""
     add = parser.add_argument
-    names = ", ".join(sim.POLICY_NAMES)
-    if many:
-        add("--policy", default="flashmoe", metavar="NAME[,NAME]", help=f"{names} or all [flashmoe]")
-    else:
-        add("--policy", default="flashmoe", choices=sim.POLICY_NAMES, metavar="NAME", help=f"{names} [flashmoe]")
+    names = f"{', '.join(sim.policy_names())}{' or all' if many else ''}, or a .py file of your own [flashmoe]"
+    add("--policy", default="flashmoe", metavar="NAME[,NAME]" if many else "NAME", help=names)
+    add("--set", action="append", default=[], metavar="KNOB=VALUE", help="of all chosen policies; may be repeated")
+    terms = "system: each policy's own tiles and fitted rate; schedule: the same tiles and rate for all [system]"
+    add("--terms", choices=TERMS, default=TERMS[0], help=terms)
     kinds = ", ".join(sim.hardware_names())
-    machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file; by default all its GPUs are ranks"
+    machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file, or 2xFILE.toml; its GPUs are the ranks"
     add("--hardware", default=DEFAULT_HARDWARE, metavar="NAME|FILE", help=f"{machine} [{DEFAULT_HARDWARE}]")
-    add_size_arguments(parser, DEFAULT_PRESET, many_tokens=many)
     add("--precision", metavar="NAME", help=f"{', '.join(sim.PRECISIONS)} [the layer's dtype]")
-    add("--routing", default="uniform", metavar="NAME", help=f"{', '.join(sim.ROUTING_NAMES)} [uniform]")
-    add("--seed", type=integer(0), default=0, metavar="N", help="of the routing [0]")
+    add("--progress", action="store_true", help="show that of a long simulation though stderr is no terminal")
+    add_size_arguments(parser, DEFAULT_PRESET, many_tokens=many, layer_of="the model, or of a routing from a file")
+    _add_routing_arguments(parser, many)
+
+
+def _add_routing_arguments(parser: argparse.ArgumentParser, many: bool) -> None:
+    add = parser.add_argument_group("routing", RECORDED).add_argument
+    add("--routing", default="uniform", metavar="NAME|FILE", help=f"{', '.join(sim.ROUTING_NAMES)} [uniform]")
+    add("--seed", type=integer(0), default=0, metavar="N", help="of what is drawn [0]")
+    if many:
+        add("--seeds", type=integer(1), default=1, metavar="N", help="N seeds from --seed on: median, min and max [1]")
     copies = "place experts by load, with N copies of busy ones beside them"
     add("--replicas", type=integer(0), metavar="N", help=copies)
     add("--round-tokens", choices=WAYS, help="round each expert's rows to a multiple of the policy's tile_m")
-    add("--set", action="append", default=[], metavar="KNOB=VALUE", help="of all chosen policies; may be repeated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +74,29 @@ def ask(args: argparse.Namespace, policies: Sequence[str]) -> Asked:
         UsageError: naming the flag, its value and the rule.
     """
     for name in policies:
-        if name not in sim.POLICY_NAMES:
-            raise UsageError(f"argument --policy: must be of {', '.join(sim.POLICY_NAMES)}, or all; got {name!r}")
+        check_policy("--policy", name)
     with blaming("argument --hardware"):
         hardware = sim.load_hardware(args.hardware)
-    return Asked(args=args, hardware=hardware, knobs=knobs_from(policies, args.set))
+    return Asked(args=args, hardware=hardware, knobs=knobs_from(policies, args.set, args.terms))
 
 
-def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int | None) -> sim.Simulation:
+def simulated_config(asked: Asked, tokens: int | None) -> MoEConfig:
+    """The layer; by default all GPUs are ranks. `--layer` is the model's, or that of a recording, or of both."""
+    args = asked.args
+    if args.model_config is None and is_recorded(args.routing):
+        args = argparse.Namespace(**vars(args) | {"layer": None})
+    return config_from(args, num_ranks=args.ranks or asked.hardware.num_gpus, num_tokens=tokens)
+
+
+def check_policy(flag: str, name: str) -> None:
+    """Raise a UsageError if there is no such policy, or its file is none."""
+    try:
+        sim.make_knobs(name, {})
+    except (OSError, ValueError) as error:
+        raise UsageError(f"argument {flag}: {error}") from None
+
+
+def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int | None, seed: int) -> sim.Simulation:
     """One policy on one layer."""
     args = asked.args
     scenario = sim.Scenario(
@@ -74,21 +104,31 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
         hardware=asked.hardware,
         precision=args.precision or config.dtype,
         routing=args.routing,
-        seed=args.seed,
-        round_to=_tile_m(asked, policy) if args.round_tokens else None,
+        seed=seed,
+        layer=_recorded_layer(args, config),
+        round_to=_row_tile(asked, policy) if args.round_tokens else None,
         round_how=args.round_tokens or "nearest",
         replicas=replicas,
     )
     world = scenario.make(lambda part: blaming(FLAGS.get(part, f"argument --{part}")))
-    with blaming(f"policy {policy}"):
-        return sim.simulate(policy, world, asked.knobs[policy])
+    try:
+        with blaming(f"policy {policy}"):
+            return sim.simulate(policy, world, asked.knobs[policy])
+    except sim.DeadlockError as error:
+        raise UsageError(f"policy {policy}: {error}") from None
 
 
-def _tile_m(asked: Asked, policy: str) -> int:
-    tile_m = getattr(asked.knobs[policy], "tile_m", None)
-    if tile_m is None:
-        raise UsageError(f"argument --round-tokens: policy {policy} chooses its row tile: give it with --set tile_m=N")
-    return int(tile_m)
+def _recorded_layer(args: argparse.Namespace, config: MoEConfig) -> int | None:
+    """`--layer` of a recording; with `--model-config` the recording may be of that one layer."""
+    if not is_recorded(args.routing) or args.model_config is None:
+        return args.layer if is_recorded(args.routing) else None
+    with blaming("argument --routing"):
+        return args.layer if has_layers(args.routing, config) else None
+
+
+def _row_tile(asked: Asked, policy: str) -> int:
+    with blaming("argument --round-tokens"):
+        return row_tile(policy, asked.knobs[policy])
 
 
 def load_engine() -> None:

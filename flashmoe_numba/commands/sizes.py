@@ -10,10 +10,12 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from reference import ACTIVATIONS, DTYPES, MoEConfig, load_preset, preset_names
+from reference.config import expert_capacity
 from reference.families import read_family
 from reference.pictures import picture_format
 from reference.plan import weight_bytes
@@ -23,6 +25,7 @@ from ..checkpoints import read_config
 from ..errors import UsageError
 
 DEFAULT_PRESET = "laptop-text"
+NO_LIMIT = "none"  # of a capacity
 MODEL_TOKENS = 128  # of each rank; a model's config does not say
 
 # The flag of each field, where it is not the field's own name.
@@ -61,12 +64,20 @@ def integers(minimum: int) -> Callable[[str], list[int]]:
     return lambda text: [one(part) for part in text.split(",")]
 
 
+def _capacity(text: str) -> int | str:
+    return text if text == NO_LIMIT else integer(1)(text)
+
+
 def add_size_arguments(
-    parser: argparse.ArgumentParser, preset: str = DEFAULT_PRESET, many_tokens: bool = False
+    parser: argparse.ArgumentParser,
+    preset: str = DEFAULT_PRESET,
+    many_tokens: bool = False,
+    layer_of: str = "the model",
 ) -> Callable[..., argparse.Action]:
     """`--preset`, by default this one, or a published model's config; and one flag per size.
 
-    With `many_tokens`, `--tokens` is a list. Returns what adds flags that exclude `--preset`.
+    With `many_tokens`, `--tokens` is a list; `layer_of` says of what `--layer` is one. Returns what adds flags that
+    exclude `--preset`.
     """
     group = parser.add_argument_group("sizes", "the preset's or the model's where not given")
     add_source = add = group.add_mutually_exclusive_group().add_argument
@@ -74,7 +85,7 @@ def add_size_arguments(
     published = f"the config.json of a model: its layers' shapes [{MODEL_TOKENS} tokens, 1 rank]"
     add("--model-config", metavar="FILE", help=published)
     add = group.add_argument
-    add("--layer", type=integer(0), metavar="N", help="of the model [0]")
+    add("--layer", type=integer(0), metavar="N", help=f"of {layer_of} [0]")
     add(
         "--family", metavar="NAME", help="of the model's blocks, or a TOML file that describes them [by its model_type]"
     )
@@ -90,7 +101,10 @@ def add_size_arguments(
     add("--gated", action=argparse.BooleanOptionalAction, default=None, help="act(gate) * up instead of act(up)")
     add("--activation", metavar="NAME", help=", ".join(ACTIVATIONS))
     add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; sums are float32, for float64 float64")
-    add("--capacity", type=integer(1), metavar="N", help="most rows from one rank to one expert [no limit]")
+    limit = group.add_mutually_exclusive_group().add_argument
+    rows = "most rows from one rank to one expert, or none: no limit [the preset's, by its factor if it has one; none]"
+    limit("--capacity", type=_capacity, metavar="N", help=rows)
+    limit("--capacity-factor", type=float, metavar="F", help="capacity = F * ceil(tokens / experts) * topk")
     add("--shared-ffn", type=integer(0), metavar="N", help="row length inside the shared expert [0: there is none]")
     add("--shared-gate", action=argparse.BooleanOptionalAction, default=None, help="its results times a sigmoid")
     add("--num-zero", type=integer(0), metavar="N", help="zero-computation experts, which add the token itself [0]")
@@ -103,7 +117,18 @@ def config_from(args: argparse.Namespace, **instead: int | None) -> MoEConfig:
     Raises:
         UsageError: naming the flag, its value and the rule.
     """
-    given = given_fields(args, **instead)
+    return at_capacity_factor(args, _config_without_factor(args, given_fields(args, **instead)))
+
+
+def at_capacity_factor(args: argparse.Namespace, config: MoEConfig) -> MoEConfig:
+    """The config with the capacity of --capacity-factor, if that is given."""
+    if args.capacity_factor is None:
+        return config
+    with blaming("argument --capacity-factor"):
+        return replace(config, capacity=expert_capacity(config, args.capacity_factor))
+
+
+def _config_without_factor(args: argparse.Namespace, given: dict[str, Any]) -> MoEConfig:
     if args.model_config:
         family = family_from(args)
         with blaming("argument --model-config"):
@@ -122,7 +147,8 @@ def config_from(args: argparse.Namespace, **instead: int | None) -> MoEConfig:
 def given_fields(args: argparse.Namespace, **instead: int | None) -> dict[str, Any]:
     """Fields of a config that have a flag, or are given here."""
     fields = {field: getattr(args, flag) for field, flag in FLAGS.items() if field != "preset"} | instead
-    return {field: value for field, value in fields.items() if value is not None}
+    given = {field: value for field, value in fields.items() if value is not None}
+    return given | ({"capacity": None} if given.get("capacity") == NO_LIMIT else {})
 
 
 def family_from(args: argparse.Namespace) -> str | None:
@@ -157,7 +183,7 @@ def blaming(flag: str) -> Iterator[None]:
         raise UsageError(f"{flag}: {in_flags(str(error))}") from None
 
 
-def add_json_argument(parser: argparse.ArgumentParser) -> None:
+def add_json_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; with - to stdout, alone")
 
 

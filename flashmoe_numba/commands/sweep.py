@@ -46,6 +46,10 @@ def _run(out: Path, points: Sequence[Point], pool: Pool | None) -> int:
         file = RowFile(out)
     except (OSError, ValueError) as error:
         raise UsageError(f"argument --out: {error}") from None
+    if file.aside is not None:
+        what = "was damaged, maybe because it was being written when a sweep was killed"
+        print(f"flashmoe sweep: the last line of {out} {what}: it is in {file.aside} now, and is computed again",
+              file=sys.stderr)  # fmt: skip
     with file:
         left = missing(points, file.rows)
         keys = {point.key for point in points}

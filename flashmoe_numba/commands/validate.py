@@ -1,7 +1,8 @@
 """Published measurements beside what the simulator says of the same layers, row by row, with the errors by group.
 
-With --fit, first finds the one rate per policy and GPU that brings its rows closest, and writes them to
-sim/drafting/rates.toml; with --data too, the rates of policies and GPUs that its tables say nothing of stay.
+With --fit, first finds the numbers of each policy and GPU, two at most, that bring its rows closest, and writes them to
+sim/drafting/rates.toml; with --data too, those of policies and GPUs that its tables say nothing of stay.
+With --folds, says how far off fits are on rows that they never saw: one (source, model) after the other is left out.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from typing import Any
 
 from sim.validation.cases import Reason, sort_rows
 from sim.validation.compare import Group, Result, compare
-from sim.validation.fit import Fit, fit_all, write_rates
+from sim.validation.fit import Fit, fit_all
+from sim.validation.folds import Fold, leave_out, write_trust
 from sim.validation.tables import FOLDER, Row, read_folder
+from sim.validation.written import table, write_rates
 
 from ..errors import UsageError
+from .left_out import fold_json, fold_lines
 from .sizes import add_json_argument, check_outputs, give
 
 WIDTH = 120
@@ -29,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     folder = "folder with .csv files of the columns of sim/data/README.md, instead of those there"
     parser.add_argument("--data", metavar="DIR", type=Path, default=FOLDER, help=folder)
     parser.add_argument(
-        "--fit", action="store_true", help="fit the rates to these tables and write sim/drafting/rates.toml"
+        "--fit", action="store_true", help="fit the numbers to these tables and write sim/drafting/rates.toml"
+    )
+    parser.add_argument(
+        "--folds",
+        action="store_true",
+        help="leave out one (source, model) at a time; without --data the errors go to sim/drafting/trust.toml, too",
     )
     add_json_argument(parser)
 
@@ -49,32 +58,39 @@ def main(args: argparse.Namespace) -> int:
         write_rates(fits, keep=args.data != FOLDER)
         groups, refused = compare(cases)
     rest += refused
-    give(args.json, lines(len(rows), groups, rest, fits), as_json(groups, rest, fits))
+    folds = leave_out(result.case for group in groups for result in group.results) if args.folds else []
+    if folds and args.data == FOLDER:
+        write_trust(folds)
+    give(args.json, lines(len(rows), groups, rest, fits, folds), as_json(groups, rest, fits, folds))
     return 0
 
 
 # ---- what people read ----
 
 
-def lines(num_rows: int, groups: Sequence[Group], rest: NotCompared, fits: Sequence[Fit]) -> Iterator[str]:
+def lines(
+    num_rows: int, groups: Sequence[Group], rest: NotCompared, fits: Sequence[Fit], folds: Sequence[Fold]
+) -> Iterator[str]:
     """The whole report."""
     yield f"simulated beside measured: {num_rows - len(rest)} of {num_rows} published rows"
-    yield "one rate per policy and GPU, everything else from the hardware presets; routing even where none is stated"
+    yield "at most two fitted numbers per policy and GPU, all else from the presets; routing even where none is stated"
     if fits:
         yield from _fit_lines(fits)
     for group in groups:
         yield from _group_lines(group)
     yield from _summary_lines(groups)
     yield from _rest_lines(rest)
+    if folds:
+        yield from fold_lines(folds)
 
 
 def _fit_lines(fits: Sequence[Fit]) -> Iterator[str]:
     yield ""
-    yield "fitted rates, written to sim/drafting/rates.toml"
-    yield f"  {'policy':12}{'GPU':8}{'rows':>5}{'old rate':>10}{'error':>9}{'new rate':>10}{'error':>9}"
+    yield "fitted numbers, written to sim/drafting/rates.toml"
+    yield f"  {'policy':10}{'GPU':6}{'rows':>4}{'error':>8}  {'before':40}{'error':>8}  now"
     for fit in fits:
-        old, new = f"{fit.old_rate:10.3g}{fit.old_error:9.1%}", f"{fit.rate:10.3g}{fit.error:9.1%}"
-        yield f"  {fit.policy:12}{fit.gpu:8}{fit.num_rows:5}{old}{new}"
+        old, new = f"{fit.old_error:8.1%}  {table(fit.old_values):40}", f"{fit.error:8.1%}  {table(fit.values)}"
+        yield f"  {fit.policy:10}{fit.gpu:6}{fit.num_rows:4}{old}{new}"
 
 
 def _group_lines(group: Group) -> Iterator[str]:
@@ -119,11 +135,12 @@ def _rest_lines(rest: NotCompared) -> Iterator[str]:
 # ---- what programs read ----
 
 
-def as_json(groups: Sequence[Group], rest: NotCompared, fits: Sequence[Fit]) -> dict[str, Any]:
+def as_json(groups: Sequence[Group], rest: NotCompared, fits: Sequence[Fit], folds: Sequence[Fold]) -> dict[str, Any]:
     return {
         "groups": [_group_json(group) for group in groups],
         "not_compared": [{**asdict(row), "reason": reason.why, "what": reason.what} for row, reason in rest],
         "fits": [asdict(fit) for fit in fits],
+        "folds": [fold_json(fold) for fold in folds],
     }
 
 

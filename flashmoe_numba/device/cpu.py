@@ -15,9 +15,13 @@ from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
 from . import vocabulary as verbs
+from .parts import PartCompiler
 
 # Kernel code allocates nothing, so it needs no reference counts: without them it compiles in a third of the time.
 JIT_OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
+# Of functions that only kernels call. What is not said here Numba takes from the caller's options.
+NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+PART_OPTIONS = JIT_OPTIONS | NO_WRAPPERS | {"forceinline": False, "pipeline_class": PartCompiler}
 
 SPINS, YIELDS = 64, 128
 # Only who sleeps gives its core to all that wait for one: a yield passes it on within the process, or less (on Linux,
@@ -210,7 +214,7 @@ def _to_bfloat(typing, value):
 
 
 def _meaning(stub, **options):
-    return overload(stub, target="cpu", jit_options=JIT_OPTIONS | options)
+    return overload(stub, target="cpu", jit_options=PART_OPTIONS | options)
 
 
 _meaning(verbs.lane)(lambda: lambda: 0)

@@ -10,12 +10,11 @@ import numpy as np
 from reference import MoEConfig
 from reference.runs import RowRun, RowTile, packet_tile_height
 
-from ..kernel.row_tiles import TILE_WORDS
-from ..kernel.row_tiles import RowTile as CutTile
+from ..kernel.row_tiles import TILE_WORDS, CutTile
 from ..kernel.state import Received
 
 
-def cut_tiles(
+def read_tiles(
     received: Received, epoch: int, config: MoEConfig, to_host: Callable[[Any], np.ndarray]
 ) -> list[list[RowTile]]:
     """The tiles of each of the rank's experts, ordered by their names.

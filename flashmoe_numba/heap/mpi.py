@@ -27,7 +27,7 @@ CURE = "use a smaller config.num_tokens, a config.capacity, close other layers, 
 class MpiHeap(Meeting):
     """Segments of all ranks of `comm`, an mpi4py communicator whose ranks share one machine."""
 
-    def allocate(self, num_bytes: int, memory: Memory) -> None:
+    def allocate(self, num_bytes: int, memory: Memory | None = None) -> None:
         """Take zeroed segments of `num_bytes` each. The system gives memory as it is touched.
 
         Raises:

@@ -22,10 +22,10 @@ from ..kernel.row_tiles import STREAM_WORDS, TILE_WORDS
 from ..kernel.state import Experts, Problem, Queue, Received, Segments, Tokens
 from ..kernel.trace import EVENT_WORDS
 from ..processes.ownership import Owned
-from ..tile_gemm import PLACE_WORDS, linear_form, make_form
-from .cut import cut_tiles
+from ..tile_gemm import PLACE_WORDS
+from .cut import read_tiles
 from .protocols import Memory
-from .rules import num_factors, num_values, result_norm, router_rule
+from .rules import fill_kinds, make_kinds, num_factors, num_values
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Rank(Owned):
         self.segments = self._segments(segments)
         self.received = self._received()
         self.tokens = self._token_arrays()
+        self._kinds = make_kinds(config)
         self.experts = self.pack(weights)
         self.queue = Queue(
             memory.zeros(max_tasks(config) * TASK_WORDS, np.int64),
@@ -187,7 +188,7 @@ class Rank(Owned):
 
     def row_tiles(self, epoch: int) -> list[list[RowTile]]:
         """Of each of this rank's experts in the last call."""
-        return cut_tiles(self.received, epoch, self.config, self._memory.to_host)
+        return read_tiles(self.received, epoch, self.config, self._memory.to_host)
 
     def _results(self, expert: int, num_rows: int) -> np.ndarray:
         """`[num_rows, hidden]`: a copy of what came back for the rows sent to this expert, whose slots come first."""
@@ -223,7 +224,7 @@ class Rank(Owned):
             weights: the experts of this rank only.
             into: what this returned for other weights, to be filled anew; None: take memory.
         """
-        c, dispatch, tokens = self.config, self.segments.dispatch, self.tokens
+        dispatch, tokens = self.segments.dispatch, self.tokens
         router = self._factors(weights.router, into and into.router)
         up, down = self._pack(weights, dispatch, self.received.hidden, into and (into.up, into.down))
         shared_up, shared_down, shared_gate = up, down, router
@@ -239,11 +240,7 @@ class Rank(Owned):
             shared_up=shared_up,
             shared_down=shared_down,
             shared_gate=shared_gate,
-            rule=router_rule(c, weights, self._memory, into and into.rule),
-            form=make_form(c.expert_kind, c.accumulator),
-            shared_form=make_form(c.shared_kind, c.accumulator),
-            linear=linear_form(c.accumulator),
-            norm=result_norm(c, weights, self._memory, into and into.norm),
+            **fill_kinds(self._kinds, weights, self._memory, into)._asdict(),
         )
 
     def _pack(self, weights: Weights, rows: Any, hidden: Any, into: tuple[Any, Any] | None) -> tuple[Any, Any]:
@@ -317,7 +314,7 @@ class Rank(Owned):
             bases=integers(blocks * c.num_experts),
             sent=integers(c.num_experts),
             results_left=integers(c.num_experts),
-            tiles_left=memory.zeros(blocks, np.int64),
+            needs_left=memory.zeros(blocks, np.int64),
             result_seen=memory.zeros(c.num_experts * self.layout.row_blocks, np.int64),
             shared_hidden=memory.empty(shared_rows * c.shared_ffn, c.format.storage),
             shared_results=memory.empty(shared_rows * c.hidden, c.format.storage),

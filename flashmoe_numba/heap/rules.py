@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from reference import MoEConfig, Weights
@@ -9,11 +11,34 @@ from reference.arrays import Array
 from reference.layer_kinds import CHOICES, GROUP_FILLS, GROUP_SCORES, SCORES
 
 from ..kernel.rules import ResultNorm, RouterRule
+from ..kernel.state import Experts
+from ..tile_gemm import Form, linear_form, make_form
 from .protocols import Memory
 
 
-def router_rule(config: MoEConfig, weights: Weights, memory: Memory, into: RouterRule | None = None) -> RouterRule:
-    """Args: into: a rule of other weights, whose arrays are filled anew; None: take memory."""
+class Kinds(NamedTuple):
+    """The fields of `Experts` that say what kinds a layer has."""
+
+    rule: RouterRule
+    form: Form
+    shared_form: Form
+    linear: Form
+    norm: ResultNorm
+
+
+def make_kinds(config: MoEConfig) -> Kinds:
+    """Of any weights: arrays that these bring are empty."""
+    number, none = config.accumulator.type, np.array([], config.accumulator)
+    return Kinds(
+        rule=_router_rule(config, none),
+        form=make_form(config.expert_kind, config.accumulator),
+        shared_form=make_form(config.shared_kind, config.accumulator),
+        linear=linear_form(config.accumulator),
+        norm=ResultNorm(number(config.expert_kind.norm_eps or 0), number(config.hidden), none),
+    )
+
+
+def _router_rule(config: MoEConfig, none: Array) -> RouterRule:
     kind, number = config.router_kind, config.accumulator.type
     return RouterRule(
         score=SCORES.index(kind.score),
@@ -33,17 +58,26 @@ def router_rule(config: MoEConfig, weights: Weights, memory: Memory, into: Route
         norm_eps=number(kind.norm_eps),
         norm_min=number(kind.norm_min),
         scale=number(kind.scale),
-        logit_bias=_array(weights.router_bias, config, memory, into and into.logit_bias),
-        selection_bias=_array(weights.selection_bias, config, memory, into and into.selection_bias),
-        expert_scale=_array(weights.expert_scale, config, memory, into and into.expert_scale),
+        logit_bias=none,
+        selection_bias=none,
+        expert_scale=none,
     )
 
 
-def result_norm(config: MoEConfig, weights: Weights, memory: Memory, into: ResultNorm | None = None) -> ResultNorm:
-    """Args: into: as of `router_rule`."""
-    number = config.accumulator.type
-    scale = _array(weights.result_scale, config, memory, into and into.scale)
-    return ResultNorm(number(config.expert_kind.norm_eps or 0), number(config.hidden), scale)
+def fill_kinds(kinds: Kinds, weights: Weights, memory: Memory, into: Experts | None = None) -> Kinds:
+    """With the arrays of these weights.
+
+    Args:
+        into: what has those of other weights, to be filled anew; None: take memory.
+    """
+    dtype, rule = kinds.norm.scale.dtype, into and into.rule
+    filled = kinds.rule._replace(
+        logit_bias=_array(weights.router_bias, dtype, memory, rule and rule.logit_bias),
+        selection_bias=_array(weights.selection_bias, dtype, memory, rule and rule.selection_bias),
+        expert_scale=_array(weights.expert_scale, dtype, memory, rule and rule.expert_scale),
+    )
+    scale = _array(weights.result_scale, dtype, memory, into and into.norm.scale)
+    return kinds._replace(rule=filled, norm=kinds.norm._replace(scale=scale))
 
 
 def num_values(config: MoEConfig) -> int:
@@ -63,8 +97,8 @@ def num_factors(config: MoEConfig) -> int:
     return config.num_tokens * config.num_topk if has_own else 0
 
 
-def _array(values: Array | None, config: MoEConfig, memory: Memory, into: Array | None) -> Array:
-    array = np.array([] if values is None else values, config.accumulator, order="C")
+def _array(values: Array | None, dtype: np.dtype[Any], memory: Memory, into: Array | None) -> Array:
+    array = np.array([] if values is None else values, dtype, order="C")
     if into is None:
         return memory.array(array)
     memory.store(into, array)

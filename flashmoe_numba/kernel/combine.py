@@ -28,7 +28,7 @@ def need(p, tokens, queue, token_block, more):
 
     Counts come in any order: it is below zero while shared row tiles are done and the gate has not said what there is.
     """
-    if fetch_add(tokens.tiles_left, token_block, more) + more == 0:
+    if fetch_add(tokens.needs_left, token_block, more) + more == 0:
         push(p, queue, QueueTask(COMBINE, 0, 0, token_block, 0))
 
 

@@ -81,21 +81,21 @@ def open_gate(p, tokens, queue):
         queue_late_shared(p, queue)
     block_sync()
     for b in range(lane(), num_token_blocks(p), lanes()):  # with nothing to wait for: no pair is sent
-        need(p, tokens, queue, b, count_result_tiles(p, tokens, b) + count_shared_tiles(p, b))
+        need(p, tokens, queue, b, count_result_chunks(p, tokens, b) + count_shared_tiles(p, b))
     block_sync()
     if lane() == 0:
         st_release(queue.counters, counter(p, GATE_OPEN), 1)
 
 
 @jit
-def count_result_tiles(p, tokens, token_block):
-    """Result tiles that hold a row of this token block."""
-    tiles = 0
+def count_result_chunks(p, tokens, token_block):
+    """Result chunks that hold a row of this token block."""
+    chunks = 0
     for e in range(p.num_experts):
         i = token_block * p.num_experts + e
         first = tokens.bases[i]
         end = min(first + tokens.counts[i], p.slots)
         if first < end:
             height = tile_height(tokens.sent[e], p.tile_m_min, p.tile_m)
-            tiles += (end - 1) // height - first // height + 1
-    return tiles
+            chunks += (end - 1) // height - first // height + 1
+    return chunks

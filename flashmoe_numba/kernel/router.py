@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 
 from flashmoe_numba.device import block_sync, jit, lane, lanes
-from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, Rows, tile_gemm
+from flashmoe_numba.tile_gemm import tile_gemm
 
 from .choice import best_of, make_values, values_place
+from .in_order import rooms_in_order, rows_in_order
 from .rules import GIVEN, SOFTMAX, SPARSEMIXER
 from .scores import adjust_logits, largest, score_of, sparsemixer_score, sum_exponentials
 
@@ -30,11 +31,10 @@ def route(p, tokens, experts, scratch, first, rows):
 @jit
 def compute_logits(p, tokens, experts, scratch, first, rows):
     """logits[first:first + rows] = x @ router.T"""
-    words = tokens.tiles_left  # some words: nothing has a place of its own here
-    rows_in = Rows(tokens.x, first, words, IN_ORDER)
-    rows_out = Rooms(tokens.logits, first, words, IN_ORDER, words, 0)
+    words = tokens.needs_left
+    a, out = rows_in_order(tokens.x, first, words), rooms_in_order(tokens.logits, first, words)
     for n in range((p.num_choices + p.tile_experts - 1) // p.tile_experts):
-        tile_gemm(rows_out, rows_in, rows, experts.router, 0, n, experts.linear, scratch)
+        tile_gemm(out, a, rows, experts.router, 0, n, experts.linear, scratch)
 
 
 @jit

@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashmoe_numba.device import fetch_add, jit
-from flashmoe_numba.tile_gemm import IN_ORDER, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rooms, Rows
+from flashmoe_numba.tile_gemm import IN_ORDER, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rows
 
+from .in_order import rooms_in_order, rows_in_order
 from .queue import HIDDEN_ROWS, counter
 
 # words of a stream
@@ -27,7 +28,7 @@ STREAM_WORDS = 8
 TILE_WORDS = 4
 
 
-class RowTile(NamedTuple):
+class CutTile(NamedTuple):
     """A row tile as it lies in `received.tiles`."""
 
     rows: int
@@ -94,7 +95,7 @@ def cut_tiles(p, received, queue, expert, least):
 def cut_tile(p, received, queue, expert, rows):
     """The next `rows` rows of the stream become a tile."""
     at = expert * STREAM_WORDS
-    tile = RowTile(
+    tile = CutTile(
         rows, fetch_add(queue.counters, counter(p, HIDDEN_ROWS), rows),
         received.streams[at + CUT_PACKET], received.streams[at + CUT_SLOT],
     )  # fmt: skip
@@ -129,7 +130,7 @@ def write_tile(received, index, tile):
 @jit
 def read_tile(received, index):
     at = index * TILE_WORDS
-    return RowTile(received.tiles[at], received.tiles[at + 1], received.tiles[at + 2], received.tiles[at + 3])
+    return CutTile(received.tiles[at], received.tiles[at + 1], received.tiles[at + 2], received.tiles[at + 3])
 
 
 @jit
@@ -166,10 +167,10 @@ def rows_in(p, segments, received, packet, tile):
 @jit
 def hidden_rows(received, tile):
     """Its rows between the two products."""
-    return Rows(received.hidden, tile.hidden, received.places, IN_ORDER)
+    return rows_in_order(received.hidden, tile.hidden, received.places)
 
 
 @jit
 def hidden_rooms(received, tile):
-    """The same, to be filled; no address is looked up."""
-    return Rooms(received.hidden, tile.hidden, received.places, IN_ORDER, received.places, 0)
+    """The same, to be filled."""
+    return rooms_in_order(received.hidden, tile.hidden, received.places)

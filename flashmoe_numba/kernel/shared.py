@@ -11,11 +11,12 @@ as there are processors without one, and all others behind the dispatches: proce
 from __future__ import annotations
 
 from flashmoe_numba.device import block_sync, formulas, jit, lane, lanes
-from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, Rows, tile_gemm
+from flashmoe_numba.tile_gemm import tile_gemm
 from reference.task_kinds import SHARED0, SHARED1
 
 from .combine import need
 from .gemms import finished_last
+from .in_order import rooms_in_order, rows_in_order
 from .queue import QueueTask, fill, reserve
 from .sizes import down_tiles, num_gate_tasks, shared_row_tiles, shared_up_tiles
 
@@ -54,11 +55,11 @@ def shared0(p, tokens, experts, queue, scratch, task):
     """One column tile of the up projections; the last one of a row tile lets the down projection begin."""
     first = task.m * p.tile_m
     rows = min(p.tile_m, p.num_tokens - first)
-    a = rows_from(tokens, tokens.x, first)
-    out = rooms_from(tokens, tokens.shared_hidden, first)
+    words = tokens.needs_left
+    a, out = rows_in_order(tokens.x, first, words), rooms_in_order(tokens.shared_hidden, first, words)
     tile_gemm(out, a, rows, experts.shared_up, 0, task.n, experts.shared_form, scratch)
     if p.shared_gate and task.n == 0:
-        out = rooms_from(tokens, tokens.shared_factors, first)
+        out = rooms_in_order(tokens.shared_factors, first, words)
         tile_gemm(out, a, rows, experts.shared_gate, 0, 0, experts.linear, scratch)
         block_sync()
         for token in range(first + lane(), first + rows, lanes()):
@@ -75,10 +76,9 @@ def shared1(p, tokens, experts, queue, scratch, task):
     """One column tile of the down projection; the last one of a row tile tells the token blocks."""
     first = task.m * p.tile_m
     rows = min(p.tile_m, p.num_tokens - first)
-    tile_gemm(
-        rooms_from(tokens, tokens.shared_results, first), rows_from(tokens, tokens.shared_hidden, first), rows,
-        experts.shared_down, 0, task.n, experts.linear, scratch,
-    )  # fmt: skip
+    words = tokens.needs_left
+    a, out = rows_in_order(tokens.shared_hidden, first, words), rooms_in_order(tokens.shared_results, first, words)
+    tile_gemm(out, a, rows, experts.shared_down, 0, task.n, experts.linear, scratch)
     block_sync()
     if lane() == 0 and finished_last(tokens.shared_down_done, task.m, down_tiles(p)):
         for b in range(first // p.token_block, (first + rows - 1) // p.token_block + 1):
@@ -91,15 +91,3 @@ def count_shared_tiles(p, token_block):
     first = token_block * p.token_block
     end = min(first + p.token_block, p.num_tokens)
     return (end - 1) // p.tile_m - first // p.tile_m + 1 if p.shared_ffn > 0 else 0
-
-
-@jit
-def rows_from(tokens, array, first):
-    """Rows one after the other: nothing has a place of its own here, so any words do for places."""
-    return Rows(array, first, tokens.tiles_left, IN_ORDER)
-
-
-@jit
-def rooms_from(tokens, array, first):
-    """The same for results."""
-    return Rooms(array, first, tokens.tiles_left, IN_ORDER, tokens.tiles_left, 0)

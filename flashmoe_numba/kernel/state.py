@@ -103,7 +103,7 @@ class Tokens(NamedTuple):
     bases: np.ndarray  # int32 [blocks, num_experts]: first slot of the block's pairs
     sent: np.ndarray  # int32 [num_experts]: rows sent, at most `slots`
     results_left: np.ndarray  # int32 [num_experts]: result chunks not seen yet
-    tiles_left: np.ndarray  # int64 [blocks]: result chunks and shared row tiles that the block's combine still needs
+    needs_left: np.ndarray  # int64 [blocks]: result chunks and shared row tiles that the block's combine still needs
     result_seen: np.ndarray  # int64 [num_experts, row_blocks]: epoch in which the flag was seen
     shared_hidden: np.ndarray  # elements [num_tokens, shared_ffn], between the shared expert's products
     shared_results: np.ndarray  # elements [num_tokens, hidden]: what it makes of the tokens

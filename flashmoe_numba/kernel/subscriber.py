@@ -170,10 +170,10 @@ def queue_tiles(p, received, queue, expert):
 @jit
 def count_results(p, tokens):
     """Result chunks that this lane waits for."""
-    tiles = 0
+    chunks = 0
     for e in range(lane(), p.num_experts, lanes()):
-        tiles += tokens.results_left[e]
-    return tiles
+        chunks += tokens.results_left[e]
+    return chunks
 
 
 @jit

@@ -12,7 +12,7 @@ from reference.scalars import check_name, make_plain, number, plain, whole
 
 from ..backends import check_backend
 from ..heap.protocols import Heap
-from ..processes.meeting import SETUP_DEADLINE_S
+from ..processes.meeting import SETUP_DEADLINE_S, argument_of
 from ..processes.mpi_environment import why_alone
 from ..tile_gemm.arithmetic import AUTO, choose
 
@@ -81,10 +81,11 @@ class LayerSettings:
         if self.comm is None:
             return
         if self.backend == "fibers":
-            raise ValueError("backend 'fibers' runs all ranks in this process: leave comm out")
+            raise ValueError(f"backend 'fibers' runs all ranks in this process: leave {argument_of(self.comm)} out")
         if self.comm.size != self.config.num_ranks:
-            hint = why_alone(self.config.num_ranks) if self.comm.size == 1 else ""
-            rule = f"comm must have config.num_ranks={self.config.num_ranks} ranks"
+            name = argument_of(self.comm)
+            hint = why_alone(self.config.num_ranks) if self.comm.size == 1 and name == "comm" else ""
+            rule = f"{name} must have config.num_ranks={self.config.num_ranks} ranks"
             raise ValueError(f"{rule}, got {self.comm.size}{hint}")
 
     def patience_s(self) -> float:
@@ -106,6 +107,23 @@ class LayerSettings:
         if self.backend != "cpu":
             return None
         return choose(self.backend_settings.get("arithmetic", AUTO), self.config.dtype)
+
+
+def communicator(comm: Any, process_group: Any) -> Any:
+    """What a layer's ranks meet by, whichever of the two was given; None: neither.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+    """
+    if process_group is not None:
+        if comm is not None:
+            raise ValueError(f"comm must be None where process_group is given, got {type(comm).__name__}")
+        from ..processes.process_group import GroupCommunicator
+
+        return GroupCommunicator(process_group)
+    if comm is not None and not hasattr(comm, "Idup"):
+        raise TypeError(f"comm must be an mpi4py communicator or None, got {type(comm).__name__}")
+    return comm
 
 
 def _check_processors(wanted: int) -> None:

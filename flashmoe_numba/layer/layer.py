@@ -27,7 +27,7 @@ from ..kernel.signals import EPOCH_SHIFT
 from ..kernel.state import Experts
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
-from .arguments import DEADLINE_S, LayerSettings
+from .arguments import DEADLINE_S, LayerSettings, communicator
 from .failures import explain
 from .given import Given, check_given, check_what_is_given
 from .packed import PackedWeights
@@ -52,6 +52,8 @@ class FlashMoE(Owned):
         weights: router and experts. With `comm` a rank may bring just its own experts (`weights.shard`). They are
             copied into the kernel's order; the layer does not keep the originals.
         comm: an mpi4py communicator of `config.num_ranks` ranks on one machine.
+        process_group: in its place, such a group of torch.distributed, of any backend that has a store. What is said of
+            `comm` holds for it. (`torch.distributed.group.WORLD` is None before `init_process_group`.)
         backend: "cpu" or "cuda" (compiled), or "fibers" (interpreted, ranks of this process only).
         num_processors: blocks per rank beside the OS block; default: the cores, or the blocks that a GPU holds at a
             time, shared out among the ranks.
@@ -76,6 +78,7 @@ class FlashMoE(Owned):
         weights: Weights,
         *,
         comm: Any = None,
+        process_group: Any = None,
         backend: str = "cpu",
         num_processors: int | None = None,
         deadline_s: float = DEADLINE_S,
@@ -84,8 +87,7 @@ class FlashMoE(Owned):
         packing: str = PACKINGS[0],
         **backend_settings: Any,
     ) -> None:
-        if comm is not None and not hasattr(comm, "Split_type"):
-            raise TypeError(f"comm must be an mpi4py communicator or None, got {type(comm).__name__}")
+        comm = communicator(comm, process_group)
         settings = LayerSettings(
             config=config,
             weights=weights,
@@ -186,7 +188,7 @@ class FlashMoE(Owned):
             own = settings.weights.shard(rank_idx, config.num_ranks)
             memory = heap.segments, self.num_processors, self._backend
             self._ranks.append(Rank(config, rank_idx, own, *memory, events, settings.packing == "sources"))
-        self.packed = PackedWeights(config, self._ranks)
+        self.packed = PackedWeights(config, self._ranks, [rank.experts for rank in self._ranks])
 
     def pack(self, weights: Weights) -> PackedWeights:
         """Other weights for this layer's calls: so the layers of a model share threads, segments and scratch.

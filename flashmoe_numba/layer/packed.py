@@ -12,22 +12,19 @@ from ..processes.ownership import Owned
 
 
 class PackedWeights(Owned):
-    """Router and experts of a layer's ranks in this process: at first those that the ranks were made with."""
+    """Router and experts of a layer's ranks in this process."""
 
-    def __init__(self, config: MoEConfig, ranks: Sequence[Rank]) -> None:
-        self._config, self._ranks = config, ranks
-        self.of_ranks = [rank.experts for rank in ranks]
+    def __init__(self, config: MoEConfig, ranks: Sequence[Rank], of_ranks: Sequence[Experts]) -> None:
+        self._config, self._ranks, self.of_ranks = config, ranks, of_ranks
 
     @classmethod
     def pack(cls, config: MoEConfig, ranks: Sequence[Rank], weights: Weights) -> PackedWeights:
-        """Others, as `FlashMoE.pack` returns them.
+        """Weights of all ranks, as `FlashMoE.pack` returns them.
 
         Raises:
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
-        packed = cls(config, ranks)
-        packed.of_ranks = [rank.pack(of_rank) for rank, of_rank in packed._shards(weights)]
-        return packed
+        return cls(config, ranks, [rank.pack(of_rank) for rank, of_rank in _shards(config, ranks, weights)])
 
     def load(self, weights: Weights) -> None:
         """Fill this with other weights, where it is. No call may be under way.
@@ -35,7 +32,7 @@ class PackedWeights(Owned):
         Raises:
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
-        for (rank, of_rank), experts in zip(self._shards(weights), self.of_ranks, strict=True):
+        for (rank, of_rank), experts in zip(_shards(self._config, self._ranks, weights), self.of_ranks, strict=True):
             rank.pack(of_rank, experts)
 
     def unpack(self, weights: Weights) -> None:
@@ -44,15 +41,16 @@ class PackedWeights(Owned):
         Raises:
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
-        for (rank, of_rank), experts in zip(self._shards(weights), self.of_ranks, strict=True):
+        for (rank, of_rank), experts in zip(_shards(self._config, self._ranks, weights), self.of_ranks, strict=True):
             rank.unpack(experts, of_rank)
 
     def fits(self, ranks: Sequence[Rank]) -> Sequence[Experts] | None:
         """What each of these ranks is given in a call; None if they are another layer's."""
         return self.of_ranks if ranks is self._ranks else None
 
-    def _shards(self, weights: Weights) -> list[tuple[Rank, Weights]]:
-        if not isinstance(weights, Weights):
-            raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
-        weights.check(self._config)
-        return [(rank, weights.shard(rank.rank_idx, self._config.num_ranks)) for rank in self._ranks]
+
+def _shards(config: MoEConfig, ranks: Sequence[Rank], weights: Weights) -> list[tuple[Rank, Weights]]:
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
+    weights.check(config)
+    return [(rank, weights.shard(rank.rank_idx, config.num_ranks)) for rank in ranks]

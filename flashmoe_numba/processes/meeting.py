@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ CLOSE_DEADLINE_S = 3600.0  # a rank may do much between its last call and its cl
 
 
 class Meeting(Owned):
-    """The ranks of `comm`, an mpi4py communicator.
+    """The ranks of `comm`, an mpi4py communicator or a `GroupCommunicator`.
 
     Args:
         setup_deadline_s: a rank that waits for the others longer than that raises a TimeoutError.
@@ -82,12 +83,9 @@ class Meeting(Owned):
 
     def require_one_machine(self) -> None:
         """Raise a ValueError on every rank, if the ranks do not share a machine."""
-        from mpi4py import MPI
-
-        local = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        num_local = local.size
-        local.Free()
-        rule = f"comm must lie on one machine, but {num_local} of {self.num_ranks} ranks share this one"
+        num_local = self._gather(machine := machine_name()).count(machine)
+        where = f"{argument_of(self._comm)} must lie on one machine"
+        rule = f"{where}, but {num_local} of {self.num_ranks} ranks share this one, {platform.node()}"
         self.agree(ValueError(rule) if num_local != self.num_ranks else None)
 
     def _gather(self, text: str) -> list[str]:
@@ -119,7 +117,7 @@ class Meeting(Owned):
         except TimeoutError as error:
             raise TimeoutError(
                 f"{error} (setup_deadline_s): a rank failed before it made its layer, or does not make this one; "
-                "`mpirun -n N python -m mpi4py SCRIPT` ends all ranks when one fails"
+                "`mpirun -n N python -m mpi4py SCRIPT` and torchrun end all ranks when one fails"
             ) from None
 
     def close(self, check: Callable[[], None] | None) -> None:
@@ -136,6 +134,17 @@ class Meeting(Owned):
     def _free(self) -> None:
         """Give back what this rank holds, as all ranks do now."""
         self._comm.Free()
+
+
+def argument_of(comm: Any) -> str:
+    """What the user gave this communicator as, for messages."""
+    return str(getattr(comm, "argument", "comm"))
+
+
+def machine_name() -> str:
+    """The same in all processes of this machine since it was started, and in no other's: containers are machines."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def wait_for(request: Any, deadline_s: float, check: Callable[[], None] = lambda: None) -> None:

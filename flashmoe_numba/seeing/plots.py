@@ -15,8 +15,11 @@ LANE_HEIGHT = 0.42  # half of it, in lanes; the rest is the gap
 MOST_NAMED_LANES = 64
 
 
-def plot_timeline(slices: Sequence[Slice], num_processors: int, file: Path) -> None:
+def plot_timeline(slices: Sequence[Slice], num_processors: int, file: Path, title: str = "") -> None:
     """Write a PNG, PDF or SVG, by the file's suffix: a lane per block, rank 0 on top, a colour per kind, milliseconds.
+
+    Args:
+        title: what ran.
 
     Raises:
         ImportError: matplotlib is missing; names the extra. ValueError: another suffix.
@@ -30,6 +33,7 @@ def plot_timeline(slices: Sequence[Slice], num_processors: int, file: Path) -> N
     axes = figure.add_subplot()
     _draw_slices(axes, from_zero(slices), lanes)
     _label(figure, axes, lanes, num_processors)
+    axes.set_title(title, fontsize=10)
     figure.savefig(file, format=picture_format(file))
 
 
@@ -37,7 +41,10 @@ def _draw_slices(axes: Any, slices: Sequence[Slice], lanes: Sequence[tuple[int, 
     from matplotlib.collections import PolyCollection
 
     row = {lane: number for number, lane in enumerate(lanes)}
+    used = {task.kind for task in slices}
     for kind, colour in COLOURS.items():
+        if kind not in used:
+            continue
         boxes = [_box(task, row[task.rank, task.lane]) for task in slices if task.kind == kind]
         label = TRACE_KIND_NAMES[kind].lower()
         # the edge keeps a slice of a microsecond visible
@@ -63,4 +70,5 @@ def _label(figure: Any, axes: Any, lanes: Sequence[tuple[int, int]], num_process
     axes.set_xlabel("ms since the first task began")
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(COLOURS), frameon=False, fontsize=9)
+    if lanes:  # without any there is nothing to name
+        figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=9)

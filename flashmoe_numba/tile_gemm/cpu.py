@@ -22,7 +22,7 @@ from numba.core.cgutils import memset, raw_memcpy
 from numba.extending import intrinsic, overload
 
 from ..device.compilation import jit
-from ..device.cpu import element_pointer, flush_denormals, keep_denormals
+from ..device.cpu import PART_OPTIONS, element_pointer, flush_denormals, keep_denormals
 from ..device.vocabulary import array_at, load, store
 from . import amx, stub
 from . import rows as of_rows
@@ -187,7 +187,7 @@ def _store_result(out, r, stride, first, sums, at, part_columns, columns, parts)
         _store_row(room, out_at, sums, at, columns)
 
 
-@overload(stub.tile_gemm, target="cpu")
+@overload(stub.tile_gemm, target="cpu", jit_options=PART_OPTIONS)
 def _tile_gemm(out, a, rows, matrices, expert, n, form, scratch):
     accumulator = np.float64 if scratch.types[0].dtype == types.float64 else np.float32
     width, multiply = panel_width(np.dtype(accumulator)), _MULTIPLY[matrices.instance_class]

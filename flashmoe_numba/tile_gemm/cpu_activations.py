@@ -11,13 +11,13 @@ from reference.activations import FILES
 from reference.activations.exponential import make_exp
 
 from ..device.compilation import jit
-from ..device.cpu import JIT_OPTIONS
+from ..device.cpu import PART_OPTIONS
 from ..device.vocabulary import load, store
 from .activations import BY_INDEX, VERBS
 
 # A formula is more than LLVM inlines by itself, and no loop around a call is vectorised.
-_INLINED = JIT_OPTIONS | {"forceinline": True}
-_inlined = njit(**_INLINED, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_INLINED = PART_OPTIONS | {"forceinline": True}
+_inlined = njit(**_INLINED)
 
 
 def _bitcast(source, target, llvm_type):

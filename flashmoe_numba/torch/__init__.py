@@ -7,8 +7,9 @@ is imported by `register` and `replace_moe_blocks` only.
 from __future__ import annotations
 
 from .blocks import replace_moe_blocks
-from .experts import register
+from .joining import join
 from .module import MoE
+from .registration import register
 from .session import release
 
-__all__ = ["MoE", "register", "release", "replace_moe_blocks"]
+__all__ = ["MoE", "join", "register", "release", "replace_moe_blocks"]

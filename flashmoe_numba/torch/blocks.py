@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,8 @@ from .description import describe_config, describe_entry, is_matrix
 from .families import Outside, families_of_block, outside_of, plan_block
 from .operator import moe_layer
 from .ownership import OWNERS, Owner, give_to_kernel, operands
+from .ranks import Ranks
+from .session import SESSION
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,19 @@ class Adapter:
         names: what these are, in the description's words.
         description: of the layer.
         outside: what the block does around the layer.
+        ranks: the name of those that compute it together; None: this process alone.
     """
 
     paths: tuple[str, ...]
     names: tuple[str, ...]
     description: str
     outside: Outside
+    ranks: str | None
 
 
-def replace_moe_blocks(model: nn.Module, *, own: str = OWNERS[0]) -> list[str]:
+def replace_moe_blocks(
+    model: nn.Module, *, own: str = OWNERS[0], comm: Any = None, process_group: Any = None
+) -> list[str]:
     """Swap the MoE blocks of a model that the families' table knows, in place.
 
     Routing, shared experts and zero-computation experts are in the layer then, tokens are routed in float32, ties go to
@@ -51,6 +57,7 @@ def replace_moe_blocks(model: nn.Module, *, own: str = OWNERS[0]) -> list[str]:
     Args:
         model: from transformers, with its `config`, in evaluation: there is no backward.
         own: "parameters" or "packed": see `MoE`.
+        comm, process_group: the ranks that compute the blocks together, each for its own tokens: see `MoE`.
 
     Returns:
         Names of the blocks that were swapped, seen from the model.
@@ -69,7 +76,8 @@ def replace_moe_blocks(model: nn.Module, *, own: str = OWNERS[0]) -> list[str]:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         raise ValueError(f"model must have a config of transformers, got {type(model).__name__} with config={config!r}")
-    known = [(block, adapter_for(block, config.to_dict(), _layer_of(name))) for name, block in blocks]
+    ranks = SESSION.ranks(comm, process_group)
+    known = [(block, adapter_for(block, config.to_dict(), _layer_of(name), ranks)) for name, block in blocks]
     for block, adapter in known:
         if own == "packed":
             _check_packable(block, adapter)
@@ -78,15 +86,17 @@ def replace_moe_blocks(model: nn.Module, *, own: str = OWNERS[0]) -> list[str]:
     return [name for name, _ in blocks]
 
 
-def adapter_for(block: nn.Module, model: Mapping[str, Any], layer: int) -> Adapter:
+def adapter_for(block: nn.Module, model: Mapping[str, Any], layer: int, ranks: Ranks | None = None) -> Adapter:
     """How this block is computed by the layer.
 
     Args:
         model: the model's config.
         layer: the block's index, where the config has a value for each.
+        ranks: those that compute it together.
 
     Raises:
         NotImplementedError: naming what it computes that the layer does not.
+        ValueError: the experts cannot be shared out evenly among the ranks.
     """
     family, plan = plan_block(block, model, layer)
     entries = tuple(plan.tensors)
@@ -95,7 +105,10 @@ def adapter_for(block: nn.Module, model: Mapping[str, Any], layer: int) -> Adapt
         raise NotImplementedError(f"{type(block).__name__} {rule}")
     names = tuple(describe_entry(entry) for entry in entries)
     description = describe_config(names, plan.config)
-    return Adapter(tuple(entry.name for entry in entries), names, description, outside_of(family))
+    if ranks is not None:
+        replace(plan.config, num_ranks=ranks.num_ranks)  # raises if they cannot be shared out
+    paths = tuple(entry.name for entry in entries)
+    return Adapter(paths, names, description, outside_of(family), None if ranks is None else ranks.name)
 
 
 class Swapped(Owner):
@@ -106,7 +119,7 @@ class Swapped(Owner):
     def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> Any:
         adapter = self._flashmoe_adapter
         given = adapter.outside.given(self, **inputs)
-        tensors, description = operands(self, adapter.paths, adapter.description)
+        tensors, description = operands(self, adapter.paths, adapter.description, adapter.ranks)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         y = moe_layer(x, given.get("topk_idx"), None, None, tensors, description)
         return adapter.outside.finish(self, y.reshape(hidden_states.shape))
@@ -133,7 +146,8 @@ def _swapped(kind: Any) -> Any:
 
 def _swap(block: Any, adapter: Adapter, own: str) -> None:
     if own == "packed":
-        give_to_kernel(block, adapter.paths, adapter.names, adapter.description)
+        give_to_kernel(block, adapter.paths, adapter.names, adapter.description, adapter.ranks)
     block._flashmoe_adapter = adapter
     kind: Any = type(block)
     block.__class__ = _swapped(kind)
+    operands(block, adapter.paths, adapter.description, adapter.ranks)  # it has its number now, before any call

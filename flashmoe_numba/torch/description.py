@@ -24,6 +24,7 @@ FOLLOWS = ("num_ranks", "dtype")  # one, and that of the experts
 NUM_TOKENS = 1024  # of a call of the layer; more are cut into several, which changes no bit
 TILES = dict(tile_m=192, tile_m_min=3)  # whole groups of 12 rows, for the CPU's micro-kernels
 KINDS: dict[str, type[Any]] = {"router": RouterKind, "expert": ExpertKind, "shared_expert": ExpertKind}
+OF_RANKS = ("ranks", "module", "num_present")  # fields that are not the config's
 TICKET = "ticket"  # in place of the matrices, where the kernel's order is the only one that is kept
 
 
@@ -32,9 +33,13 @@ def describe(tensors: Sequence[str], **fields: Any) -> str:
     return ";".join([f"tensors={tuple(tensors)!r}", *[f"{name}={value!r}" for name, value in fields.items()]])
 
 
-def describe_config(tensors: Sequence[str], config: MoEConfig) -> str:
-    """The text of a config's layer; what has its default is left out."""
-    fields = {}
+def describe_config(tensors: Sequence[str], config: MoEConfig, num_present: int | None = None) -> str:
+    """The text of a config's layer; what has its default is left out.
+
+    Args:
+        num_present: experts in the tensors; None: all.
+    """
+    fields = {} if num_present in (None, config.num_experts) else {"num_present": num_present}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in FOLLOWS and value != field.default:
@@ -67,7 +72,14 @@ def read(text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     return fields.pop("tensors"), fields
 
 
-def config_of(fields: Mapping[str, Any], weights: Mapping[str, torch.Tensor], num_topk: int | None) -> MoEConfig:
+def among(description: str, ranks: str, module: int) -> str:
+    """The same layer's text for the module with that number among these ranks."""
+    return f"{description};ranks={ranks!r};module={module}"
+
+
+def config_of(
+    fields: Mapping[str, Any], weights: Mapping[str, torch.Tensor], num_topk: int | None, num_ranks: int
+) -> MoEConfig:
     """The layer of these fields and of weights under the names of `Weights`.
 
     Args:
@@ -75,7 +87,8 @@ def config_of(fields: Mapping[str, Any], weights: Mapping[str, torch.Tensor], nu
     """
     kinds = {name: KINDS[name](**fields[name]) for name in KINDS if name in fields}
     given = {"num_tokens": NUM_TOKENS, "num_topk": num_topk, **TILES, **fields, **kinds}
-    return MoEConfig(num_ranks=1, dtype=str(weights["up_proj"].dtype).removeprefix("torch."), **given)
+    own = {name: value for name, value in given.items() if name not in OF_RANKS}
+    return MoEConfig(num_ranks=num_ranks, dtype=str(weights["up_proj"].dtype).removeprefix("torch."), **own)
 
 
 def views(texts: Sequence[str], tensors: Sequence[torch.Tensor], fields: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -97,8 +110,9 @@ def _entry(text: str) -> Entry:
 
 def _arrange(entry: Entry, tensor: torch.Tensor, fields: Mapping[str, Any]) -> torch.Tensor:
     """Axes in the order of STORED, those of length 1 left out, and only the rows of experts."""
-    sizes = {"expert": fields["num_experts"], "hidden": fields["hidden"], "ffn": fields["ffn"], "2": 2, "1": 1}
-    sizes |= {"choice": sizes["expert"] + fields.get("num_zero", 0), "shared": fields.get("shared_ffn", 0)}
+    num_experts, num_present = fields["num_experts"], fields.get("num_present", fields["num_experts"])
+    sizes = {"expert": num_present, "hidden": fields["hidden"], "ffn": fields["ffn"], "2": 2, "1": 1}
+    sizes |= {"choice": num_experts + fields.get("num_zero", 0), "shared": fields.get("shared_ffn", 0)}
     if entry.field == "selection_bias":  # none is of experts that every token chooses
         sizes["choice"] -= fields.get("router", {}).get("num_always", 0)
     stored, wanted = ([name for axis in axes for name in axis if name != "1"] for axes in _axes(entry))

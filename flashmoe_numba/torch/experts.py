@@ -1,4 +1,4 @@
-"""`register`: experts_implementation="flashmoe" of transformers.
+"""Experts of transformers that are decorated: what experts_implementation="flashmoe" calls.
 
 Families whose experts are decorated with transformers' `use_experts_implementation` ask it for a function by name; the
 model's own router stays. The other families ignore the name without a word: see blocks.py.
@@ -16,7 +16,6 @@ from .families import expert_kind_of
 from .operator import moe_layer
 from .ownership import operands
 
-NAME = "flashmoe"
 ACTIVATIONS = {
     "silu": "silu",
     "relu": "relu",
@@ -32,45 +31,38 @@ ACTIVATIONS = {
 }
 
 
-def register(name: str = NAME) -> None:
-    """Let transformers find the layer: `from_pretrained(..., experts_implementation="flashmoe")`, or later
-    `model.set_experts_implementation("flashmoe")`.
-
-    Only families with decorated experts ask for it; `replace_moe_blocks` is for the others, which do not say that they
-    ignore the name. What experts of a decorated family compute beyond `ExpertKind` is refused at the first call.
-
-    Raises:
-        ImportError: transformers is not installed.
-        TypeError: name is no text.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a text, got {name!r}")
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(name, flashmoe_experts)
-
-
 def flashmoe_experts(
-    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    experts: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    ranks: str | None = None,
 ) -> torch.Tensor:
     """`[num_tokens, hidden]` of a decorated experts module, as transformers calls it.
+
+    Args:
+        ranks: the name of those that compute it together; None: this process alone.
 
     Raises:
         NotImplementedError: naming what these experts compute that the layer does not.
         RuntimeError: gradients are asked for.
     """
     paths, description = describe_experts(experts)
-    tensors, description = operands(experts, paths, description)
+    tensors, description = operands(experts, paths, description, ranks)
     return moe_layer(hidden_states, top_k_index, top_k_weights, None, tensors, description)
 
 
-def describe_experts(experts: Any) -> tuple[list[str], str]:
+def describe_experts(experts: Any, num_parts: int | None = None) -> tuple[list[str], str]:
     """(names of the parameters, description of the layer) of a decorated experts module.
+
+    Args:
+        num_parts: ranks over which transformers has spread the experts, of which the parameters are one rank's; None:
+            it has not.
 
     Raises:
         NotImplementedError: naming what these experts compute that the layer does not.
     """
-    refuse(experts)
+    refuse(experts, num_parts)
     ups = "gate_up" if experts.has_gate else "up"
     up_axes = ("2 ffn" if experts.is_concatenated else "ffn 2") if experts.has_gate else "ffn"
     down_axes = "ffn hidden" if experts.is_transposed else "hidden ffn"
@@ -78,13 +70,13 @@ def describe_experts(experts: Any) -> tuple[list[str], str]:
     tensors = {f"{ups}_proj": f"{ups}_proj: expert {matrix_axes}", "down_proj": f"down_proj: expert {down_axes}"}
     if experts.has_bias:
         tensors |= {f"{ups}_proj_bias": f"{ups}_bias: expert ({up_axes})", "down_proj_bias": "down_bias: expert hidden"}
-    num_experts, *lengths = experts.down_proj.shape
+    num_present, *lengths = experts.down_proj.shape
     ffn, hidden = lengths if experts.is_transposed else reversed(lengths)
-    sizes = dict(num_experts=num_experts, hidden=hidden, ffn=ffn)
+    sizes = dict(num_experts=num_present * (num_parts or 1), num_present=num_present, hidden=hidden, ffn=ffn)
     return list(tensors), describe(list(tensors.values()), **sizes, expert=expert_kind(experts))
 
 
-def refuse(experts: Any) -> None:
+def refuse(experts: Any, num_parts: int | None) -> None:
     """The one place that says what the layer's experts cannot.
 
     Raises:
@@ -93,8 +85,8 @@ def refuse(experts: Any) -> None:
     name = type(experts).__name__
     if experts.has_post_expert_norm:
         _refuse(name, "normalises each expert's result (has_post_expert_norm)")
-    if experts._is_expert_parallel:
-        _refuse(name, "has its experts spread over processes by transformers (_is_expert_parallel)")
+    if experts._is_expert_parallel and num_parts is None:
+        _refuse(name, 'has its experts spread over ranks by transformers (without ep_implementation="flashmoe")')
 
 
 def expert_kind(experts: Any) -> dict[str, Any]:

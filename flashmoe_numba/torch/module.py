@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from ..heap.tensors import as_tensor
 from .description import describe_config
 from .operator import moe_layer
 from .ownership import OWNERS, Owner, give_to_kernel, operands
-from .session import as_weights
+from .ranks import Ranks
+from .session import SESSION, as_weights
 
 ARRAYS = tuple(name for name in STORED if arrays_of(name) == (name,))
 
@@ -28,35 +30,50 @@ class MoE(Owner):
     share threads and segments.
 
     Args:
-        config: sizes of the layer, of one rank.
+        config: sizes of the layer, of one rank, or of as many as there are in `comm` or `process_group`.
         weights: `Weights`, whose memory becomes the parameters', or tensors by the names of its arrays. Tensors made
             under `torch.inference_mode()` are copied, because a change in place of them could not be noticed.
         own: "parameters": they stay, beside a packed copy that follows their changes; "packed": the matrices of the
             experts are kept in the kernel's order only, and `state_dict` and `load_state_dict` convert.
+        comm, process_group: the ranks that compute the layer together, as `FlashMoE` takes them. All ranks make the
+            same modules in the same order and call them equally often (but see `join`), each with its own tokens, as
+            many as it has. A rank packs its own experts only; `weights` are those of all experts or of its own.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
     """
 
     def __init__(
-        self, config: MoEConfig, weights: Weights | Mapping[str, torch.Tensor], *, own: str = OWNERS[0]
+        self,
+        config: MoEConfig,
+        weights: Weights | Mapping[str, torch.Tensor],
+        *,
+        own: str = OWNERS[0],
+        comm: Any = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         check_name("own", own, OWNERS)
         if not isinstance(config, MoEConfig):
             raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
-        if config.num_ranks != 1:
-            raise ValueError(f"config.num_ranks must be 1, a module is one rank, got {config.num_ranks}")
-        self.config = config
+        ranks = SESSION.ranks(comm, process_group)
+        _check_ranks(config, ranks)
+        self.config, self._ranks = config, None if ranks is None else ranks.name
         with torch.inference_mode(False):  # tensors made under it count no versions
+            if ranks is not None and isinstance(weights, Weights):
+                weights.shard(ranks.rank_idx, ranks.num_ranks)  # raises if its own experts are not there
             tensors = _tensors(weights, config)
-            as_weights(tensors, config).check_all(config)
+            num_present = _check_present(as_weights(tensors, config, ranks), config, ranks)
             for name, tensor in tensors.items():
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._names = tuple(tensors)
-        self._description = describe_config(self._names, config)
+        self._description = describe_config(self._names, config, num_present)
         if own == "packed":
-            give_to_kernel(self, self._names, self._names, self._description)
+            give_to_kernel(self, self._names, self._names, self._description, self._ranks)
+        self._operands()  # it has its number among the ranks' modules now, before any call
+
+    def _operands(self) -> tuple[list[torch.Tensor], str]:
+        return operands(self, self._names, self._description, self._ranks)
 
     def forward(
         self,
@@ -78,9 +95,25 @@ class MoE(Owner):
         c = self.config
         x = _rows("hidden_states", hidden_states, c.hidden)
         idx, factors = _rows("topk_idx", topk_idx, c.num_topk), _rows("topk_weights", topk_weights, c.num_topk)
-        tensors, description = operands(self, self._names, self._description)
+        tensors, description = self._operands()
         y = moe_layer(x, idx, factors, _rows("logits", logits, c.num_choices), tensors, description)
         return y.reshape(hidden_states.shape)
+
+
+def _check_ranks(config: MoEConfig, ranks: Ranks | None) -> None:
+    if ranks is None and config.num_ranks != 1:
+        rule = "config.num_ranks must be 1 without comm and process_group"
+        raise ValueError(f"{rule}, because a module is one rank, got {config.num_ranks}")
+    if ranks is not None and config.num_ranks != ranks.num_ranks:
+        raise ValueError(f"config.num_ranks must be {ranks.num_ranks}, that of the ranks, got {config.num_ranks}")
+
+
+def _check_present(weights: Weights, config: MoEConfig, ranks: Ranks | None) -> int:
+    """The number of experts that are there: all, or the rank's own."""
+    if ranks is None or weights.num_experts != config.num_experts_per_rank:
+        weights.check_all(config)
+    weights.check(config)
+    return weights.num_experts
 
 
 def _rows(name: str, tensor: torch.Tensor | None, width: int) -> torch.Tensor | None:
@@ -100,7 +133,7 @@ def _tensors(weights: Weights | Mapping[str, torch.Tensor], config: MoEConfig) -
         return {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in there.items()}
     if not isinstance(weights, Weights):
         raise TypeError(f"weights must be Weights or tensors by name, got {type(weights).__name__}")
-    weights.check_all(config)
+    weights.check(config)
     arrays = {name: getattr(weights, name) for name in ARRAYS}
     return {
         name: as_tensor(array if array.flags.writeable else array.copy())

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from ..heap.tensors import NO_GRADIENT
+from .description import NUM_TOKENS, read
+from .ownership import operands
+from .ranks import Ranks
 from .session import SESSION, Entry
 
 
@@ -43,23 +46,58 @@ def moe_layer(
     for name, tensor in given.items():
         if tensor.dim() != 2 or len(tensor) != len(x):
             raise ValueError(f"{name} must have a row for each of {len(x)} tokens, got shape {list(tensor.shape)}")
-    entry = SESSION.entry(description, tensors, None if topk_idx is None else topk_idx.shape[1])
+    num_topk = None if topk_idx is None else topk_idx.shape[1]
+    _, fields = read(description)
+    ranks = SESSION.ranks_of(fields)
+    num_calls = max(1, -(-len(x) // fields.get("num_tokens", NUM_TOKENS)))
+    if ranks is None:
+        return _in_calls(SESSION.entry(description, tensors, num_topk), x, given, num_calls)
+    ranks.num_topk[fields["module"]] = num_topk
+    try:
+        with ranks.call(fields["module"], num_calls) as num_calls:
+            return _in_calls(SESSION.entry(description, tensors, num_topk), x, given, num_calls)
+    except BaseException as error:
+        SESSION.end(ranks, error)
+        raise
+
+
+def serve(ranks: Ranks, number: int, num_calls: int) -> None:
+    """Take part in the others' call of a module, without tokens.
+
+    Raises:
+        FlashMoEError: this rank does not have the module.
+    """
+    tensors, description = operands(*ranks.member(number), ranks.name)
+    entry = SESSION.entry(description, tensors, ranks.num_topk.get(number))
     config = entry.shared.layer.config
-    limit = config.num_tokens
-    if len(x) <= limit:
+    x = torch.empty((0, config.hidden), dtype=getattr(torch, config.dtype), device=tensors[0].device)
+    given = {"topk_idx": torch.empty((0, config.num_topk), dtype=torch.int64)}
+    _in_calls(entry, x, given if config.router_kind.choice == "given" else {}, num_calls)
+
+
+def _in_calls(entry: Entry, x: torch.Tensor, given: dict[str, torch.Tensor], num_calls: int) -> torch.Tensor:
+    """In so many calls of the layer, of which the last may have no tokens."""
+    config = entry.shared.layer.config
+    if num_calls == 1:
         return _call(entry, x, given)
     if config.capacity is not None:
-        rule = f"capacity must be None for more than num_tokens={limit} tokens, because it is that of one call"
+        limit = f"num_tokens={config.num_tokens} tokens"
+        rule = f"capacity must be None for more than {limit}, because it is that of one call"
         raise ValueError(f"{rule}; got {config.capacity} and {len(x)} tokens")
-    parts = [slice(start, start + limit) for start in range(0, len(x), limit)]
+    parts = [slice(call * config.num_tokens, (call + 1) * config.num_tokens) for call in range(num_calls)]
     return torch.cat([_call(entry, x[part], {name: tensor[part] for name, tensor in given.items()}) for part in parts])
 
 
 def _call(entry: Entry, x: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """Of tokens that fit in one call; the layer judges which arguments can stand together."""
-    arguments: dict[str, Any] = {name: [tensor.cpu()] for name, tensor in given.items()}
+    layer = entry.shared.layer
+    arguments: dict[str, Any] = {name: tensor.cpu() for name, tensor in given.items()}
     with torch.no_grad():
-        y: torch.Tensor = entry.shared.layer([x], **arguments, weights=entry.packed)[0]
+        y: torch.Tensor
+        if entry.shared.ranks is not None:
+            y = layer(x, **arguments, weights=entry.packed)
+        else:
+            y = layer([x], **{name: [tensor] for name, tensor in arguments.items()}, weights=entry.packed)[0]
     return y
 
 

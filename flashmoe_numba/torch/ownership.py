@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .description import TICKET, is_matrix, read, rename, views
+from ..errors import FlashMoEError
+from .description import TICKET, among, is_matrix, read, rename, views
 from .session import SESSION, as_weights
 
 OWNERS = ("parameters", "packed")
+PART = (
+    'has own="packed" on several ranks, each of which keeps its own experts only, so that no state_dict of it is '
+    'whole: take it before the blocks are replaced, or keep the parameters by own="parameters"'
+)
 
 
 class Kept:
@@ -47,19 +52,25 @@ class Kept:
             _set_parameter(module, path, torch.empty_like(tensor_at(module, path), device="meta"))
         module.register_buffer("flashmoe_ticket", ticket, persistent=False)
 
+    @property
+    def is_part(self) -> bool:
+        """Are some of the experts in its parameters' shapes other ranks', so that they are kept there only?"""
+        _, fields = read(self.description)
+        return self._entry.shared.layer.config.num_ranks > 1 and "num_present" not in fields
+
     def operands(self, module: nn.Module) -> list[torch.Tensor]:
         ticket = module.flashmoe_ticket
         assert isinstance(ticket, torch.Tensor)
         return [ticket, *[tensor_at(module, path) for path in self.others]]
 
     def unpacked(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """The matrices by path, in memory of their own."""
+        """The matrices by path, in memory of their own; those of other ranks' experts are zeros."""
         found = {path: tensor_at(module, path).detach() for path in self.paths}
         for path in self.matrices:
-            found[path] = torch.empty_like(found[path], device="cpu")
+            found[path] = torch.zeros_like(found[path], device="cpu")
         _, fields = read(self.description)
-        weights = views(self.names, list(found.values()), fields)
-        self._entry.packed.unpack(as_weights(weights, self._entry.shared.layer.config))
+        weights, shared = views(self.names, list(found.values()), fields), self._entry.shared
+        self._entry.packed.unpack(as_weights(weights, shared.layer.config, shared.ranks))
         return {path: found[path] for path in self.matrices}
 
 
@@ -78,9 +89,11 @@ class Owner(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def give_to_kernel(module: nn.Module, paths: Sequence[str], names: Sequence[str], description: str) -> None:
-    """Pack the matrices among these parameters, and keep nothing else of them."""
-    kept = Kept(paths, names, description)
+def give_to_kernel(
+    module: nn.Module, paths: Sequence[str], names: Sequence[str], description: str, ranks: str | None
+) -> None:
+    """Pack the matrices among these parameters, and keep nothing else of them: see `operands` for `ranks`."""
+    kept = Kept(paths, names, _numbered(module, paths, description, ranks))
     kept.pack(module)
     module._flashmoe_kept = kept
     module.register_state_dict_post_hook(_unpack_into)
@@ -88,12 +101,27 @@ def give_to_kernel(module: nn.Module, paths: Sequence[str], names: Sequence[str]
     module.register_load_state_dict_post_hook(_after_loading)
 
 
-def operands(module: nn.Module, paths: Sequence[str], description: str) -> tuple[list[torch.Tensor], str]:
-    """(tensors, description) that the operator is given for a module with these parameters."""
+def operands(
+    module: nn.Module, paths: Sequence[str], description: str, ranks: str | None
+) -> tuple[list[torch.Tensor], str]:
+    """(tensors, description) that the operator is given for a module with these parameters.
+
+    Args:
+        ranks: the name of those that compute it together; None: this process alone.
+    """
     kept: Kept | None = getattr(module, "_flashmoe_kept", None)
-    if kept is None:
-        return [tensor_at(module, path) for path in paths], description
-    return kept.operands(module), kept.told
+    if kept is not None:
+        return kept.operands(module), kept.told
+    tensors = [tensor_at(module, path) for path in paths]
+    return tensors, description if ranks is None else _numbered(module, paths, description, ranks)
+
+
+@torch.compiler.assume_constant_result
+def _numbered(module: nn.Module, paths: Sequence[str], description: str, ranks: str | None) -> str:
+    """The description, which among several ranks says which of their modules it is."""
+    if ranks is None:
+        return description
+    return among(description, ranks, SESSION.ranks_named(ranks).number_of(module, paths, description))
 
 
 def tensor_at(module: Any, path: str) -> torch.Tensor:
@@ -103,6 +131,12 @@ def tensor_at(module: Any, path: str) -> torch.Tensor:
 
 
 def _unpack_into(module: Any, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """
+    Raises:
+        FlashMoEError: some of its experts are other ranks'.
+    """
+    if module._flashmoe_kept.is_part:
+        raise FlashMoEError(f"{type(module).__name__} {PART}")
     state.update({prefix + path: tensor for path, tensor in module._flashmoe_kept.unpacked(module).items()})
 
 

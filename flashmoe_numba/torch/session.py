@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +22,17 @@ from ..heap.tensors import as_array
 from ..layer.layer import FlashMoE
 from ..layer.packed import PackedWeights
 from .description import TICKET, config_of, read, views
+from .ranks import Ranks
 
 Place = tuple[str, int | None, tuple[int, ...]]  # description, num_topk, addresses
 
 
 @dataclass
 class Shared:
-    """A layer, and those of its packed weights that nobody uses at the moment."""
+    """A layer, the ranks that it has (None: this process alone), and packed weights that nobody uses at the moment."""
 
     layer: FlashMoE
+    ranks: Ranks | None
     spare: list[PackedWeights] = field(default_factory=list)
 
 
@@ -51,8 +54,37 @@ class Session:
 
     def __init__(self) -> None:
         self._entries: dict[Place, Entry] = {}
-        self._shared: dict[tuple[MoEConfig, str], Shared] = {}
+        self._shared: dict[tuple[MoEConfig, str, str | None], Shared] = {}
+        self._ranks: dict[str, Ranks] = {}
         self._lock = threading.RLock()
+
+    def ranks(self, comm: Any, process_group: Any) -> Ranks | None:
+        """Those of a communicator or a process group, made where there are none or where a call failed.
+
+        Raises:
+            TypeError, ValueError, TimeoutError: as `Ranks` does.
+        """
+        if comm is None and process_group is None:
+            return None
+        for ranks in self._ranks.values():
+            if ranks.is_of(comm, process_group) and ranks.over is None:
+                return ranks
+        made = Ranks(f"ranks {len(self._ranks)}", comm, process_group)
+        return self._ranks.setdefault(made.name, made)
+
+    def ranks_of(self, fields: Mapping[str, Any]) -> Ranks | None:
+        """Those of a description's fields."""
+        return self.ranks_named(fields["ranks"]) if "ranks" in fields else None
+
+    def ranks_named(self, name: str) -> Ranks:
+        """Those of a name.
+
+        Raises:
+            FlashMoEError: this process has no such.
+        """
+        if name not in self._ranks:
+            raise FlashMoEError(ELSEWHERE)
+        return self._ranks[name]
 
     def entry(self, description: str, tensors: Sequence[torch.Tensor], num_topk: int | None = None) -> Entry:
         """The packed weights of these tensors, made or made anew where there are none or where they have changed."""
@@ -70,18 +102,19 @@ class Session:
                 raise FlashMoEError(NOT_HERE if found is None else CLOSED if found.shared.layer.closed else CHANGED)
             weights = views(names, tensors, fields)
             if found is not None and not found.shared.layer.closed:
-                found.shared.layer.load(as_weights(weights, found.shared.layer.config), found.packed)
+                shared = found.shared
+                shared.layer.load(as_weights(weights, shared.layer.config, shared.ranks), found.packed)
                 found.stamp = stamp
                 return found
-            return self._keep(place, tensors, self._make(config_of(fields, weights, num_topk), weights))
+            return self._keep(place, tensors, self._make(fields, weights, num_topk))
 
     def hand_over(self, plain: tuple[str, Sequence[torch.Tensor]], told: tuple[str, Sequence[torch.Tensor]]) -> Entry:
         """The packed weights of the first (description, tensors), found by the second: see ownership.py."""
         description, tensors = plain
         names, fields = read(description)
-        with self._lock:
-            weights = views(names, tensors, fields)
-            entry = self._make(config_of(fields, weights, None), weights)
+        ranks = self.ranks_of(fields)
+        with nullcontext() if ranks is None else ranks.calling, self._lock:
+            entry = self._make(fields, views(names, tensors, fields), None)
             return self._keep(_place(*told, None), told[1], entry)
 
     def _keep(self, place: Place, tensors: Sequence[torch.Tensor], entry: Entry) -> Entry:
@@ -92,13 +125,16 @@ class Session:
             weakref.finalize(tensor.untyped_storage(), self._drop, place).atexit = False
         return entry
 
-    def _make(self, config: MoEConfig, tensors: dict[str, torch.Tensor]) -> Entry:
-        self.release()
+    def _make(self, fields: Mapping[str, Any], tensors: dict[str, torch.Tensor], num_topk: int | None) -> Entry:
+        ranks = self.ranks_of(fields)
+        config = config_of(fields, tensors, num_topk, 1 if ranks is None else ranks.num_ranks)
         device = tensors["up_proj"].device
-        weights, key = as_weights(tensors, config), (config, str(device))
+        weights, key = as_weights(tensors, config, ranks), (config, str(device), fields.get("ranks"))
+        self.release()
         shared = self._shared.get(key)
         if shared is None:
-            shared = self._shared[key] = Shared(_make_layer(config, weights, device))
+            self.release(ranks)  # all ranks are here
+            shared = self._shared[key] = Shared(_make_layer(config, weights, device, ranks), ranks)
             return Entry(shared, shared.layer.packed, ())
         if not shared.spare:
             return Entry(shared, shared.layer.pack(weights), ())
@@ -112,20 +148,36 @@ class Session:
         if entry is not None and entry.packed is own:  # the layer keeps these in any case
             entry.shared.spare.append(entry.packed)
 
-    def release(self) -> None:
-        """Close the layers whose weights are all gone, and let go of those that an error has closed."""
-        with self._lock:
-            used = {id(entry.shared) for entry in list(self._entries.values())}
+    def release(self, ranks: Ranks | None = None) -> None:
+        """Close the layers of these ranks whose weights are all gone, on all ranks; and let go of any that an error has
+        closed.
+        """
+        with nullcontext() if ranks is None else ranks.calling, self._lock:
             for key, shared in list(self._shared.items()):
-                if shared.layer.closed or id(shared) not in used:
+                if shared.layer.closed or (shared.ranks is ranks and self._can_close(shared)):
                     del self._shared[key]
                     shared.layer.close()
+
+    def _can_close(self, shared: Shared) -> bool:
+        unused = all(entry.shared is not shared for entry in list(self._entries.values()))
+        return unused if shared.ranks is None else shared.ranks.all_can_release(unused)
+
+    def end(self, ranks: Ranks, error: BaseException) -> None:
+        """A call failed: nothing more is computed with these ranks, and the others need not wait for this one."""
+        ranks.end(error)
+        for shared in list(self._shared.values()):
+            if shared.ranks is ranks:
+                shared.layer.__exit__(type(error), error, None)
 
 
 NOT_HERE = (
     'the weights of a module with own="packed" are not here: it was copied or moved. Make the copy before its weights '
     'are handed over, or load its state_dict into a module of its own'
 )  # fmt: skip
+ELSEWHERE = (
+    "a module of several ranks belongs to the process that made it, and this one was pickled or exported: make it in "
+    "each process, with comm or process_group"
+)
 CLOSED = (
     'the layer of a module with own="packed" was closed, because a call was interrupted or given up. Its weights are '
     "whole: module.load_state_dict({}, strict=False) packs them for another layer, also those of modules inside it"
@@ -145,25 +197,35 @@ def _stamp(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
-def as_weights(tensors: dict[str, torch.Tensor], config: MoEConfig) -> Weights:
-    """`Weights` of tensors under its names, on the host the same memory; a router that is missing is zeros."""
+def as_weights(tensors: dict[str, torch.Tensor], config: MoEConfig, ranks: Ranks | None = None) -> Weights:
+    """`Weights` of tensors under its names, on the host the same memory; a router that is missing is zeros.
+
+    Tensors of fewer than all experts are of those of this process's rank.
+    """
     arrays: dict[str, Any] = {name: as_array(name, tensor.cpu()) for name, tensor in tensors.items()}
     if "router" not in arrays:
         arrays["router"] = as_array("router", torch.zeros(config.num_choices, config.hidden))
-    return Weights(num_zero=config.num_zero, **arrays)
+    all_here = ranks is None or len(arrays["up_proj"]) == config.num_experts
+    first = 0 if all_here or ranks is None else ranks.rank_idx * config.num_experts_per_rank
+    return Weights(num_zero=config.num_zero, first_expert=first, **arrays)
 
 
-def _make_layer(config: MoEConfig, weights: Weights, device: torch.device) -> FlashMoE:
+def _make_layer(config: MoEConfig, weights: Weights, device: torch.device, ranks: Ranks | None) -> FlashMoE:
+    given = {} if ranks is None else ranks.given
     if device.type == "cpu":
-        return FlashMoE(config, weights)
+        return FlashMoE(config, weights, **given)
     if device.type == "cuda":
-        return FlashMoE(config, weights, backend="cuda", device=device.index)
+        return FlashMoE(config, weights, backend="cuda", device=device.index, **given)
     raise ValueError(f"tensors must be on the host (cpu) or a CUDA GPU, got device {str(device)!r}")
 
 
 SESSION = Session()  # operators are functions: what they share has no other place
 
 
-def release() -> None:
-    """Close the layers that no module uses any more: their threads and segments go. It also happens as others begin."""
-    SESSION.release()
+def release(*, comm: Any = None, process_group: Any = None) -> None:
+    """Close the layers that no module uses any more: their threads and segments go. It also happens as others begin.
+
+    Args:
+        comm, process_group: those of modules with the same, which takes all ranks; neither: those of this process.
+    """
+    SESSION.release(SESSION.ranks(comm, process_group))

@@ -22,14 +22,14 @@ def analytic_comm_sms(world: World) -> int:
     ranks, nodes, hardware = world.num_ranks, world.num_nodes, world.hardware
     near = min(ranks, hardware.gpus_per_node)
     per_token = _expected_groups(world, ranks)
-    read, written, gbps = 1 / per_token, 1.0, hardware.nvlink_gbps
+    read, written, gbps = 1 / per_token, 1.0, hardware.nvlink_share_gbps
     nvlink, rdma = 1 - 1 / near, 0.0
     if nodes > 1:
         visits = _expected_groups(world, nodes) / per_token
         read, written, rdma = read + visits, 1 / per_token + visits / nodes + 1, visits * (1 - 1 / nodes)
     traffic = nvlink
-    if rdma / hardware.nic_gbps > nvlink / gbps:
-        traffic, gbps = rdma, hardware.nic_gbps
+    if rdma / hardware.nic_share_gbps > nvlink / gbps:
+        traffic, gbps = rdma, hardware.nic_share_gbps
     speed = max(read / hardware.sm_read_gbps, written / hardware.sm_write_gbps)
     needed = ceil(HEADROOM * gbps * speed / traffic) if traffic else 0
     return min(max(4, needed + needed % 2), hardware.sms - 1)

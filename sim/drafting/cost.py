@@ -2,11 +2,16 @@
 
 A tile of a matrix product takes the longest of three: its padded operations over the slot's share of the tensor cores,
 the weights that it must bring from memory over the slot's share of that bandwidth, and all that it reads over its share
-of the L2's; and a fixed latency beside, for filling and draining its pipeline. A GPU is shared by as many tiles as its
-stage has, at most `slots`: few tiles have more of the memory each, as far as one multiprocessor's part of the L2's
-bandwidth goes. Fewer slots than multiprocessors are that many of them, the others being somebody else's.
+of the L2's; and a fixed latency beside, for filling and draining its pipeline. Few tiles have more of the memory each,
+as far as one multiprocessor's part of the L2's bandwidth goes. Fewer slots than multiprocessors are that many of them,
+the others being somebody else's.
 A processor that cannot load operands while it multiplies takes the sum of products and reading instead of the longest.
-Leaves out: that a tile's share changes while it runs.
+
+A tile's share of the memory is fixed before it runs: the memory is shared by as many tiles as run at a time on average,
+which are `tiles` over the waves that they take. So a stage streams its weights in the time that the memory needs,
+whatever is left for its last wave, and one tile more costs one tile. The error: where stages overlap that are no
+multiple of a wave, the memory gives up to that much more at a time than it has; a schedule in one kernel counts the
+tiles of both products together, which leaves less than a wave in all of them.
 
 Weights come from memory once per wave: row blocks of one expert that run at the same time read them from the L2. If an
 expert's matrix fits into half of the L2, all its row blocks are one wave.
@@ -47,10 +52,19 @@ class Cost:
     cluster: int = 1
     async_loads: bool = True
 
-    def tile(self, rows: ArrayLike, columns: int, depth: int, tiles: ArrayLike, reuse: ArrayLike = 1) -> Array:
+    def tile(
+        self,
+        rows: ArrayLike,
+        columns: float,
+        depth: float,
+        tiles: ArrayLike,
+        reuse: ArrayLike = 1,
+        read: float | None = None,
+    ) -> Array:
         """A tile of `[rows, depth] @ [depth, columns]`.
 
         Args:
+            read: columns of weights that there are to read, if the tile has others for padding.
             tiles: of this stage on the GPU, over the whole call.
             reuse: row blocks that share one reading of the tile's weights from memory.
         """
@@ -58,7 +72,7 @@ class Cost:
         active, per_sm = self._sharing(tiles)
         rows = np.asarray(rows, np.float64)
         tensor = 2 * rows * columns * depth / (hardware.tflops[precision.arithmetic] * 1e3 * self.rate)
-        weights = columns * depth * precision.weight_bytes
+        weights = (columns if read is None else read) * depth * precision.weight_bytes
         memory = weights / np.asarray(reuse) / (hardware.hbm_gbps * hardware.hbm_achieved)
         cache = (weights + rows * depth * precision.token_bytes / self.cluster) / hardware.l2_gbps
         reading = np.maximum(cache * per_sm, memory * active)
@@ -76,8 +90,8 @@ class Cost:
 
     def _sharing(self, tasks: ArrayLike) -> tuple[Array, Array]:
         """How many of a stage's tasks share the memory, and how many the multiprocessors: a lone one has one."""
-        sms = self.world.hardware.sms
-        return np.clip(tasks, 1, self.slots), np.clip(tasks, sms, max(sms, self.slots))
+        sms, number = self.world.hardware.sms, np.maximum(1, np.asarray(tasks, np.int64))
+        return number / -(-number // self.slots), np.clip(number, sms, max(sms, self.slots))
 
     def stream(self, nbytes: ArrayLike, tasks: ArrayLike | None = None) -> Array:
         """Moving bytes within the GPU, read and written: each byte crosses the memory twice.

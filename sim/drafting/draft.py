@@ -24,6 +24,7 @@ from .knobs import PolicyKnobs
 from .machine import add_machine
 from .rates import fitted_rate
 
+SPLIT_DEPTH = 128  # of a router's product that is split, at least; assumption
 COUNT_BYTES = 8  # of one expert's count on its way
 
 
@@ -31,17 +32,32 @@ class Draft:
     """A graph in the making, on a world's machine whose GPUs run `sm_slots` tasks at a time."""
 
     def __init__(
-        self, world: World, knobs: PolicyKnobs, policy: str, sm_slots: int, *, cuda_graph: bool = False, **cost: Any
+        self,
+        world: World,
+        knobs: PolicyKnobs,
+        policy: str,
+        sm_slots: int,
+        *,
+        cuda_graph: bool = False,
+        one_kernel: bool = False,
+        **cost: Any,
     ) -> None:
-        """`cuda_graph`: kernels are nodes of one. `cost`: fields of `Cost` beside the usual ones, or in their place."""
+        """The usual parts of a world's machine.
+
+        Args:
+            cuda_graph: kernels are nodes of one.
+            one_kernel: both products are in it, so that tiles of one expert's second run beside another's first.
+            cost: fields of `Cost` beside the usual ones, or in their place.
+        """
         self.world = world
         self.builder = GraphBuilder()
         self.machine = add_machine(self.builder, world, sm_slots)
-        rate = fitted_rate(policy, world.hardware.name) if knobs.rate is None else knobs.rate
+        rate = fitted_rate(policy, world.hardware.chip) if knobs.rate is None else knobs.rate
         fields = {"rate": rate, "tile_latency_ns": knobs.tile_latency_ns} | cost
         self.cost = Cost(world=world, slots=sm_slots, **fields)
         self.token_block = knobs.token_block
         self.cuda_graph = cuda_graph
+        self.one_kernel = one_kernel and world.experts_per_rank > 1
         self.launched: list[Array] = []  # [num_ranks] each, what the hosts do, in order; parts share it
         self.ranks = np.arange(world.num_ranks)
         owner = world.routing.owner
@@ -115,19 +131,25 @@ class Draft:
         self.builder.edge(begun[rank], nodes)
         return self.after(begun, self.gather(nodes, rank))
 
-    def gate(self, after: ArrayLike | None) -> Array:
-        """`[num_ranks]`: logits and top-k of all tokens of a rank."""
+    def gate(self, after: ArrayLike | None, split: bool = True) -> Array:
+        """`[num_ranks]`: logits and top-k of all tokens of a rank.
+
+        Args:
+            split: few blocks of tokens are cut by depth, too, as libraries do, so that all slots read the router.
+        """
         config, tokens = self.world.config, self.world.routing.num_tokens
         per_token = 2 * config.num_choices * config.hidden
-        count = -(-tokens // self.token_block)
-        time = self.cost.tile(self.token_block, config.num_choices, config.hidden, tiles=count, reuse=count)
+        blocks = -(-tokens // self.token_block)
+        parts = min(max(1, self.cost.slots // blocks), -(-config.hidden // SPLIT_DEPTH)) if split else 1
+        depth, count = config.hidden / parts, blocks * parts
+        time = self.cost.tile(self.token_block, config.num_choices, depth, tiles=count, reuse=blocks)
         gates = self.builder.add(
             GATE,
             self.ranks,
             server=self.machine.sm,
             count=count,
             duration_ns=time,
-            flops=self.token_block * per_token,
+            flops=self.token_block * per_token / parts,
             useful_flops=tokens / count * per_token,
         )
         return self.after(after, gates)
@@ -250,12 +272,14 @@ class Draft:
     def tile_ns(self, kind: int, expert: Array, height: Array, blocks: Blocks, tile_n: int) -> Array:
         """How long a tile of this expert and height takes where `blocks` are all that there are; both are broadcast."""
         columns, depth = self.product_shape(kind)
-        tile_n = min(tile_n, columns)
         owner = self.world.routing.owner
         row_blocks = np.bincount(blocks.expert, minlength=len(owner))
-        on_gpu = np.bincount(owner[blocks.expert], minlength=self.world.num_ranks) * self.column_tiles(kind, tile_n)
-        reuse = self.cost.reuse(row_blocks[expert], columns, depth, tile_n)
-        return self.cost.tile(height, tile_n, depth, on_gpu[owner[expert]], reuse)
+        together = (GEMM0, GEMM1) if self.one_kernel else (kind,)
+        of_row_block = sum(self.column_tiles(product, tile_n) for product in together)
+        on_gpu = np.bincount(owner[blocks.expert], minlength=self.world.num_ranks) * of_row_block
+        reuse = self.cost.reuse(row_blocks[expert], columns, depth, min(tile_n, columns))
+        read = columns / self.column_tiles(kind, tile_n)
+        return self.cost.tile(height, min(tile_n, columns), depth, on_gpu[owner[expert]], reuse, read)
 
     def gemm(self, kind: int, blocks: Blocks, tile_n: int, source: Array | None = None, **fields: ArrayLike) -> Array:
         """`[num_blocks]`: the first or second product of each row block; who waits for what is the caller's to say.

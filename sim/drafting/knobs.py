@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from reference.scalars import check_one_of, make_plain
+
+from ..world.world import World
 
 MOST = 2**31 - 1  # of a whole number: what a graph's counts hold, and 2 s as a time
 
@@ -38,7 +40,7 @@ class PolicyKnobs:
         make_plain(self)
         for name, value in vars(self).items():
             self._check_type(name, value)
-            if name in self.choices:
+            if name in self.choices and value is not None:
                 check_one_of(name, value, self.choices[name])
             least = 0 if name.endswith("_ns") else 1
             if type(value) is int and value < least:
@@ -47,6 +49,10 @@ class PolicyKnobs:
                 raise ValueError(f"{name} must be at most {MOST}, got {value}")
         if self.rate is not None and not 0 < self.rate <= 1:
             raise ValueError(f"rate must be in (0, 1], got {self.rate}")
+
+    def in_world(self, world: World) -> Self:
+        """The same, with what a policy chooses by the layer chosen, so that results can say it; most leave nothing."""
+        return self
 
     def _check_type(self, name: str, value: object) -> None:
         kind = _hints(type(self))[name]

@@ -1,7 +1,8 @@
 """The resources that schedules share out: SM slots, OS block, host and links of every rank, and the path between two.
 
-Links: within a node NVLink's way out of one GPU and into another, between nodes those of their NICs. The switches in
-between are taken as non-blocking. Leaves out: NICs shared by GPUs, rails that cross nodes.
+Links: within a node NVLink's way out of one GPU and into another, between nodes those of their NICs; GPUs beside each
+other may share them, and both kinds may be one. The switches in between are taken as non-blocking. Leaves out: rails
+that cross nodes.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class Machine:
         return path | {"nbytes": np.where(path["egress"] == NONE, 0, np.ceil(np.asarray(nbytes)).astype(np.int64))}
 
 
+def link_names(name: str) -> tuple[str, str]:
+    """What links of this kind are called: those out of a GPU, and those into it."""
+    return f"{name} out", f"{name} in"
+
+
 def add_machine(builder: GraphBuilder, world: World, sm_slots: int) -> Machine:
     """All resources of a world; `sm_slots` tasks run on a GPU's multiprocessors at a time."""
     hardware, ranks = world.hardware, range(world.num_ranks)
@@ -56,16 +62,21 @@ def add_machine(builder: GraphBuilder, world: World, sm_slots: int) -> Machine:
     def servers(name: str, slots: int) -> Array:
         return np.array([builder.add_server(name, rank, slots) for rank in ranks])
 
-    def links(name: str, gbps: float) -> Array:
-        return np.array([builder.add_link(name, rank, gbps) for rank in ranks])
+    def links(name: str, gbps: float, shared_by: int) -> Array:
+        made = [builder.add_link(name, rank, gbps, num_ranks=shared_by) for rank in ranks[::shared_by]]
+        return np.repeat(made, shared_by)[: world.num_ranks]
 
+    near = [links(name, hardware.nvlink_gbps, hardware.gpus_per_link) for name in link_names(hardware.node_link)]
+    far = near
+    if not hardware.is_one_link:
+        far = [links(name, hardware.nic_gbps, hardware.gpus_per_nic) for name in link_names(hardware.network_link)]
     return Machine(
         world,
         sm=servers(SM_SLOTS, sm_slots),
         os=servers(OS_BLOCK, 1),
         host=servers(HOST, 1),
-        nvlink_out=links("NVLink out", hardware.nvlink_gbps),
-        nvlink_in=links("NVLink in", hardware.nvlink_gbps),
-        nic_out=links("NIC out", hardware.nic_gbps),
-        nic_in=links("NIC in", hardware.nic_gbps),
+        nvlink_out=near[0],
+        nvlink_in=near[1],
+        nic_out=far[0],
+        nic_in=far[1],
     )

@@ -49,7 +49,7 @@ def predicted_ns(world: World, shadows: Array, rate: float) -> float:
 
 def link_gbps(world: World) -> float:
     """Of the slowest link between the ranks."""
-    return world.hardware.nvlink_gbps if world.num_nodes == 1 else world.hardware.nic_gbps
+    return world.hardware.nvlink_share_gbps if world.num_nodes == 1 else world.hardware.nic_share_gbps
 
 
 def shadowed(world: World, shadows: Array) -> World:

@@ -1,22 +1,61 @@
-"""The shared expert of a persistent kernel: tiles of each rank's own tokens, in the queue in which all its tiles are.
+"""The shared expert: products of each rank's own tokens, of which nothing is sent.
 
-Nothing is sent. Packets for other ranks are to leave first: as many of the first product's tiles as there are slots
-without a gate tile are queued at the start, and all others behind the dispatches of the rank.
+As kernels, one after the other, where a schedule is made of kernels; each policy says where they stand.
 
-Source: flashmoe_numba/kernel/shared.py. Leaves out: the product with the one column of the shared expert's gate.
+In a persistent kernel, as tiles in the queue in which all its tiles are. Packets for other ranks are to leave first: as
+many of the first product's tiles as there are slots without a gate tile are queued at the start, and all others behind
+the dispatches of the rank. Source: flashmoe_numba/kernel/shared.py.
+
+Leaves out: the product with the one column of the shared expert's gate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..engine.graph import Array
-from ..engine.kinds import SHARED0, SHARED1
+from ..engine.kinds import ELEMENTWISE, SHARED0, SHARED1
 from .draft import Draft
 
+Begin = Callable[[ArrayLike | None], Array]
+After = TypeVar("After", bound=Array | None)
 
-def shared_expert(draft: Draft, launched: Array, gated: Array, combined: Array, tile: tuple[int, int]) -> None:
-    """Adds the tiles of all ranks.
+
+def shared_kernels(
+    draft: Draft, after: After, tile: tuple[int, int], begin: Begin | None = None, priority: int = 0
+) -> Array | After:
+    """`[num_ranks]`: both products, and the activation between them, are complete; `after`, if there is no such expert.
+
+    Args:
+        tile: rows and columns.
+        begin: what begins a kernel after another, by default `draft.begin`.
+        priority: of the products' tiles.
+    """
+    config, tokens, precision = draft.world.config, draft.world.routing.num_tokens, draft.world.precision
+    if not config.shared_ffn:
+        return after
+    begun = begin or draft.begin
+    tile = min(tile[0], tokens), tile[1]
+    row_tiles = -(-tokens // tile[0])
+    up = config.shared_ffn * config.expert_kind.num_ups
+
+    def product(kind: int, columns: int, depth: int, before: Array | None) -> Array:
+        count = np.full(row_tiles, -(-columns // tile[1]))
+        nodes = _product(draft, kind, (columns, depth), count, tile, priority=priority)
+        return draft.kernel(begun(before), nodes.ravel(), np.repeat(draft.ranks, row_tiles))
+
+    hidden = product(SHARED0, up, config.hidden, after)
+    nbytes = tokens * (up * precision.result_bytes + config.shared_ffn * precision.hidden_bytes) / 2
+    active = draft.stream(begun(hidden), np.full(draft.world.num_ranks, nbytes), ELEMENTWISE)
+    return product(SHARED1, config.hidden, config.shared_ffn, active)
+
+
+def shared_tiles(draft: Draft, launched: Array, gated: Array, combined: Array, tile: tuple[int, int]) -> None:
+    """Adds the tiles of all ranks to a persistent kernel.
 
     Args:
         launched, gated: `[num_ranks]`, what the tiles that are queued first and the others wait for.
@@ -43,7 +82,13 @@ def shared_expert(draft: Draft, launched: Array, gated: Array, combined: Array, 
 
 
 def _product(
-    draft: Draft, kind: int, shape: tuple[int, int], count: Array, tile: tuple[int, int], some: Array | None = None
+    draft: Draft,
+    kind: int,
+    shape: tuple[int, int],
+    count: Array,
+    tile: tuple[int, int],
+    some: Array | None = None,
+    priority: int = 0,
 ) -> Array:
     """`[num_ranks, row tiles]`: so many column tiles of each row tile, or of some, of a product of this shape."""
     tokens, (columns, depth) = draft.world.routing.num_tokens, shape
@@ -61,4 +106,5 @@ def _product(
         duration_ns=draft.cost.tile(tile_m, tile_n, depth, of_all, reuse),
         flops=flops * tile_m,
         useful_flops=flops * rows,
+        priority=priority,
     )

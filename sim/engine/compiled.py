@@ -19,6 +19,7 @@ from .graph import NONE, Array, TaskGraph
 from .heaps import COMPILES, EMPTY, EVENT
 from .loop import State
 from .plain import check_tie_seed
+from .progress import watched
 from .timeline import Timeline, check_complete
 
 RUN_ARRAYS = ("run_node", "run_count", "run_start_ns", "run_end_ns", "run_arrive_ns")
@@ -44,9 +45,10 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, keep_runs: bool = True
     state.counters[loop.SEED] = NONE if tie_seed is None else tie_seed
     state.counters[loop.KEEP_RUNS] = keep_runs
     state.counters[loop.FREE_RUN] = NONE
-    loop.start(state)
-    while loop.loop(state, margin) == loop.FULL:
-        state = state.longer()
+    with watched(graph.num_tasks, state.nodes["undone"]):
+        loop.start(state)
+        while loop.loop(state, margin) == loop.FULL:
+            state = state.longer()
     check_complete(graph, state.nodes["preds_left"])
     return _timeline(state)
 

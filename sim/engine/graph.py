@@ -59,12 +59,16 @@ class Server(NamedTuple):
 
 
 class Link(NamedTuple):
-    """`gbps` GB/s (bytes per ns) shared evenly by the transfers on it, each of which gets at most `flow_gbps`."""
+    """`gbps` GB/s (bytes per ns) shared evenly by the transfers on it, each of which gets at most `flow_gbps`.
+
+    It belongs to `num_ranks` ranks from `rank` on; engines know it by the first.
+    """
 
     name: str
     rank: int
     gbps: float
     flow_gbps: float
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +130,12 @@ class GraphBuilder:
         self.servers.append(Server(name, rank, slots))
         return len(self.servers) - 1
 
-    def add_link(self, name: str, rank: int, gbps: float, flow_gbps: float | None = None) -> int:
+    def add_link(self, name: str, rank: int, gbps: float, flow_gbps: float | None = None, num_ranks: int = 1) -> int:
         """A link of `gbps` GB/s, of which one transfer gets at most `flow_gbps` (default: all); returns its index."""
         cap = gbps if flow_gbps is None else flow_gbps
         if not (0 < gbps < float("inf") and cap > 0):
             raise ValueError(f"gbps and flow_gbps of link {name} of rank {rank} must be positive, got {gbps} and {cap}")
-        self.links.append(Link(name, rank, float(gbps), float(min(cap, gbps))))
+        self.links.append(Link(name, rank, float(gbps), float(min(cap, gbps)), num_ranks))
         return len(self.links) - 1
 
     def add(self, kind: int, rank: ArrayLike, **values: ArrayLike) -> Array:

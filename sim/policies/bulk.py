@@ -6,6 +6,9 @@ local expert, grouped products with the activation between them, and the same wa
 are summed. Every collective begins when the last rank has come to it and ends for all ranks at once, so the slowest
 rank of each phase holds up all; nothing overlaps but the host's launches with what the GPU still does.
 
+A shared expert is three kernels before the gate, as without Megatron's `moe_shared_expert_overlap`; `num_ops` does not
+count them.
+
 Source: Megatron-LM's all-to-all token dispatcher; kernels per layer as FlashMoE's authors counted them with 32 experts
 per GPU: 261 for Megatron-LM with Transformer Engine, 85 with CUTLASS, 550 for DeepSpeed-MoE (arXiv 2506.04667, table
 1); the floor of a collective from data/nccl_nvshmem.csv: 30 to 41 us for few tokens on 8 H100.
@@ -17,11 +20,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from reference import arrays
 
 from ..drafting.blocks import blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.shared import shared_kernels
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import PERMUTE
 from ..world import streams
@@ -64,6 +71,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     draft = Draft(world, knobs, "bulk", world.hardware.sms)
     stream = _Stream(draft, knobs)
+    stream.last = shared_kernels(draft, stream.last, (knobs.tile_m, knobs.tile_n), stream.begin_after)
     stream.last = draft.gate(stream.begin())
     extra = knobs.num_ops - NUM_STAGES
     stream.small(extra // 2)
@@ -88,6 +96,11 @@ class _Stream:
         delay = self.random.exponential(self.knobs.straggler_ns, self.draft.world.num_ranks)
         usual = self.draft.world.hardware.launch_ns + self.knobs.framework_ns
         return self.draft.begin(self.last, usual + delay)
+
+    def begin_after(self, last: ArrayLike | None) -> Array:
+        """The same after another end of the stream."""
+        self.last = np.asarray(last)
+        return self.begin()
 
     def small(self, number: int) -> None:
         """Kernels too small to fill the GPU."""

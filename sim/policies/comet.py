@@ -7,6 +7,8 @@ and waits for the counts before it can launch the kernel. A barrier and an activ
 column block by column block; `num_comm_blocks` of the kernel's blocks sum the results of a finished column block over
 the experts of their rank, one row per token, and store them at the token's rank, which adds up what the ranks sent.
 
+A shared expert is three kernels before the gate, as in Megatron-LM, of which COMET replaces the routed experts.
+
 With `tensor_parallel`, a group of that many ranks owns together what its ranks own by blocked placement: each computes
 ffn / tensor_parallel columns of all rows of the group's experts.
 
@@ -27,6 +29,7 @@ from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.hops import relay, token_copies
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.shared import shared_kernels
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import COMBINE, ELEMENTWISE, GEMM0, GEMM1, JOIN, SEND
 from ..world.routing import SimRouting
@@ -107,7 +110,8 @@ def routed_tokens(routing: SimRouting) -> Array:
 def _layer0(draft: Draft, blocks: Blocks, knobs: Knobs) -> Array:
     """`[num_ranks]`: all ranks are through with layer 0."""
     world = draft.world
-    gated = draft.gate(draft.begin()) if knobs.gate and knobs.stages == "layer" else None
+    shared = shared_kernels(draft, None, (knobs.tile_m, knobs.tile_n)) if knobs.stages == "layer" else None
+    gated = draft.gate(draft.begin(shared)) if knobs.gate and knobs.stages == "layer" else shared
     own_bytes = np.full(world.num_ranks, world.routing.num_tokens * world.config.hidden * world.precision.token_bytes)
     ready = draft.barrier(draft.stream(draft.begin(gated), own_bytes))  # the own rows are where peers fetch them
     arrived = _gather(draft, ready, knobs)
@@ -207,7 +211,8 @@ def _reduce(draft: Draft, complete: Array, share: Array) -> None:
     source, owner = np.nonzero(tokens)
     sends = _send_sums(draft, tokens, source, owner, row_bytes)
     draft.builder.edge(complete[:, owner], sends)
-    added = (tokens.sum(axis=1) + world.routing.num_tokens) * row_bytes  # read and written
+    own = world.routing.num_tokens * (2 if world.config.shared_ffn else 1)  # written; of the shared expert, read
+    added = (tokens.sum(axis=1) + own) * row_bytes
     column = np.arange(len(share))[:, None]
     sums = draft.stream(None, added / 2, COMBINE, m=column, priority=column)
     draft.builder.edge(complete, sums)

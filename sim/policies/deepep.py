@@ -7,6 +7,8 @@ sources, with the activation between the products; the results of a token on one
 by a combine kernel, summed at the relay and at the source. With two micro-batches, communication of one runs beside the
 experts of the other, which then have `comm_sms` multiprocessors less.
 
+A shared expert is three kernels beside the dispatch, where SGLang has them when it decodes (beside the combine else).
+
 Low-latency mode: a row goes straight to each of its experts, and each result straight back; kernels are nodes of a CUDA
 graph, no host waits, and no multiprocessor is needed while rows are on their way (DeepEP's receiving hook), so that
 two micro-batches take nothing from each other. Results go back when all are there, or row block by row block.
@@ -20,8 +22,8 @@ multiprocessors that communicate and are free again while the other micro-batch 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,15 +33,18 @@ from ..drafting.comm_sms import analytic_comm_sms
 from ..drafting.draft import Draft
 from ..drafting.hops import make_hops
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.shared import shared_kernels
 from ..engine.graph import NONE, Array, TaskGraph
 from ..engine.kinds import COMBINE, DISPATCH, SEND
 from ..world.world import World
+
+FEW_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    mode: "normal" or "low_latency".
+    mode: "normal" or "low_latency"; None: low_latency below 256 tokens of a rank, the batches that DeepEP means it for.
     stages: what is simulated: the whole "layer", or "dispatch" or "combine" alone, as DeepEP's tests time them, with
         a layout that is known and kernels that are launched already.
     comm_sms: multiprocessors of normal mode's kernels; None: DeepEP V2's count, see `analytic_comm_sms`.
@@ -52,7 +57,7 @@ class Knobs(PolicyKnobs):
     gate: simulate the gate; published figures of layers leave it out.
     """
 
-    mode: str = "normal"
+    mode: str | None = None
     stages: str = "layer"
     comm_sms: int | None = None
     micro_batches: int = 1
@@ -78,6 +83,10 @@ class Knobs(PolicyKnobs):
             raise ValueError(f"window_rows must be at least chunk_rows={self.chunk_rows}, got {self.window_rows}")
         if self.combine == "row_block" and self.mode == "normal":
             raise ValueError("combine must be kernel in mode normal, which sums results before it sends; got row_block")
+
+    def in_world(self, world: World) -> Self:
+        few = world.routing.num_tokens < FEW_TOKENS
+        return replace(self, mode=self.mode or ("low_latency" if few else "normal"))
 
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
@@ -110,7 +119,8 @@ def _layer(batches: Sequence[_Normal | _LowLatency], knobs: Knobs) -> None:
     computed, sent = gated[-1:], gated[0]
     for batch, ready in zip(batches, gated[1:], strict=True):
         sent = batch.dispatch(batch.notify([ready, sent]))
-        computed.append(batch.experts([computed[-1], sent]))
+        shared = shared_kernels(batch.draft, computed[-1], (knobs.tile_m, knobs.tile_n))
+        computed.append(batch.experts([shared, sent]))
     for batch, ready in zip(batches, computed[1:], strict=True):
         sent = batch.combine(batch.draft.begin([sent, batch.results(ready)]))
 
@@ -197,7 +207,8 @@ class _Normal:
         rows = hops.copies if self.one_node else hops.visits
         block = np.arange(rows.shape[1])
         tokens = np.minimum(draft.token_block, self.world.routing.num_tokens - block * draft.token_block)
-        time = self._time(rows * size, tokens * size)
+        read = rows + tokens if self.world.config.shared_ffn else rows
+        time = self._time(read * size, tokens * size)
         sums = draft.builder.add(COMBINE, draft.ranks[:, None], m=block, server=self.comm[:, None], duration_ns=time)
         draft.builder.edge(arrived[hops.block_chunk], sums[hops.block_source, hops.block])
         return draft.kernel(met, sums.ravel(), np.repeat(draft.ranks, len(block)))

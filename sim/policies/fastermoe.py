@@ -6,6 +6,7 @@ and R_j (their results go back) for C_j. A send needs both sides to have come to
 group of ranks and the j-th group after it, each local expert by kernels of its own; Tutel's is an equal part of every
 packet between all ranks, all local experts in one. FasterMoE may shadow busy experts: after the last S their weights
 go to all ranks, which compute their own rows of them after the last C.
+A shared expert, which neither has, is three kernels before the gate.
 
 Source: FasterMoE (PPoPP 2022) sections 4 and 5 and laekov/fastmoe; Tutel (arXiv 2206.03382) section 4.2; the floor of a
 send from data/nccl_nvshmem.csv: 4.7 to 8.9 us for small NCCL calls within a node.
@@ -24,6 +25,7 @@ from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.shadow import choose_shadows, shadowed
+from ..drafting.shared import shared_kernels
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import SEND
 from ..world.world import World
@@ -114,7 +116,7 @@ def _steps(world: World, counts: Array, knobs: Knobs) -> list[Array]:
 def _pack(draft: Draft, knobs: Knobs) -> Array:
     """`[num_ranks]`: counts are known, and the rows lie in the order of their experts."""
     world = draft.world
-    gated = draft.gate(draft.begin())
+    gated = draft.gate(draft.begin(shared_kernels(draft, None, (knobs.tile_m, knobs.tile_n))))
     counted = draft.exchange_counts(draft.begin(gated), knobs.collective_ns)
     rows = world.routing.counts.sum(axis=1)
     return draft.stream(draft.begin(counted), rows * world.config.hidden * world.precision.token_bytes)

@@ -31,7 +31,8 @@ from ..drafting.cuts import CutBlocks, as_if_at_once, chunk_pieces, cut_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.owner import Rules, cuts_of_all
-from ..drafting.shared import shared_expert
+from ..drafting.rates import SCHEDULE, fitted_values
+from ..drafting.shared import shared_tiles
 from ..engine.graph import NONE, Array, TaskGraph
 from ..engine.kinds import GEMM0, GEMM1, JOIN, RECEIVE
 from ..world.world import World
@@ -39,6 +40,7 @@ from ..world.world import World
 FIRST = -1  # rows go before tiles, which wait for nothing else
 MOST_ROUNDS = 8
 SHORTEST = 16  # of the ladder
+TICKET_NS = 10  # assumption: warps of the OS block write the tiles of a row block into the queue side by side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,11 @@ class Knobs(PolicyKnobs):
     row_unit: rows that are multiplied together: a tile computes its real rows, rounded up to whole units; None: all of
         its height, padding included.
     async_loads: a tile's operands are read while products run; False: before them, as on CPUs.
-    poll_ns, schedule_ns: the OS block's time per packet, and per tile that it hands out; assumptions.
+    poll_ns: the OS block's time per packet; assumption.
+    scheduler: "tickets": processors take the next tile themselves, as in this project's kernel; "os_block": the OS
+        block hands tiles out one after the other, as in the published kernels.
+    schedule_ns: the OS block's time per tile; None: with tickets `TICKET_NS`, for which it has only to write the tile
+        down, else the fitted one of the published kernel.
     """
 
     blocks_per_sm: int = 1
@@ -74,9 +80,13 @@ class Knobs(PolicyKnobs):
     row_unit: int | None = None
     async_loads: bool = True
     poll_ns: int = 300
-    schedule_ns: int = 10
+    scheduler: str = "tickets"
+    schedule_ns: int | None = None
 
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"packing": ("arrived", "per_source", "per_expert")}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "packing": ("arrived", "per_source", "per_expert"),
+        "scheduler": ("tickets", "os_block"),
+    }
 
 
 class _Schedule(NamedTuple):
@@ -93,9 +103,9 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
 
 
 def _draw(world: World, knobs: Knobs, blocks: Blocks) -> _Schedule:
-    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), async_loads=knobs.async_loads)
+    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), one_kernel=True, async_loads=knobs.async_loads)
     launched = draft.launch()
-    gated = draft.gate(launched) if knobs.gate else launched
+    gated = draft.gate(launched, split=False) if knobs.gate else launched
     named = {"peer": blocks.first_source} if isinstance(blocks, CutBlocks) else {}
     hidden = draft.gemm(GEMM0, blocks, knobs.tile_n, **named)
     told, results = _results(draft, blocks, hidden, knobs)
@@ -108,7 +118,7 @@ def _draw(world: World, knobs: Knobs, blocks: Blocks) -> _Schedule:
         _hold_back(draft, received, blocks, hidden)
     combined = draft.combine(told, results, gated)
     if world.config.shared_ffn:
-        shared_expert(draft, launched, gated, combined, (min(knobs.tile_m, world.config.num_tokens), knobs.tile_n))
+        shared_tiles(draft, launched, gated, combined, (min(knobs.tile_m, world.config.num_tokens), knobs.tile_n))
     return _Schedule(draft, draft.builder.build(), received)
 
 
@@ -166,7 +176,14 @@ def _row_blocks(blocks: Blocks) -> Array:
 
 def _hand_ns(draft: Draft, knobs: Knobs) -> int:
     """The OS block's time for the tiles of a row block."""
-    return sum(draft.column_tiles(kind, knobs.tile_n) for kind in (GEMM0, GEMM1)) * knobs.schedule_ns
+    tiles = sum(draft.column_tiles(kind, knobs.tile_n) for kind in (GEMM0, GEMM1))
+    return tiles * _schedule_ns(draft.world, knobs)
+
+
+def _schedule_ns(world: World, knobs: Knobs) -> int:
+    if knobs.schedule_ns is not None:
+        return knobs.schedule_ns
+    return TICKET_NS if knobs.scheduler == "tickets" else int(fitted_values("flashmoe", world.hardware.chip)[SCHEDULE])
 
 
 def _results(draft: Draft, blocks: Blocks, hidden: Array, knobs: Knobs) -> tuple[Blocks, Array]:

@@ -6,6 +6,8 @@ multiplies, in waves of experts: the first products of a wave, then its second o
 rank, into a slot of their own for each choice. A second barrier, and each rank adds up its slots in fixed order.
 Row tiles hold rows of all sources of an expert, and are as high as the expected rows per expert ask for.
 
+A shared expert is three kernels before: the fused one takes all multiprocessors.
+
 Split in two kernels (Hopper): the second products begin when the first are all done; tiles have 64 rows always.
 Fused: two multiprocessors work on neighbouring tiles and share the reading of their rows. Hopper's tiles are fewer and
 larger, as it has no tensor memory for results and no fp4 weights.
@@ -13,25 +15,28 @@ larger, as it has no tensor memory for results and no fp4 weights.
 Source: DeepGEMM, the public code deepseek-ai/DeepGEMM: MegaMoE's kernels, its heuristics for tile heights and experts
 per wave (pull requests 304 and 316, and 383 for Hopper).
 Knobs: see `Knobs`. Leaves out: the pool's size (a ring whose slots are used again), results that leave tile by tile
-instead of row block by row block, a third barrier beside the reduction, that tiles wait in their slot for rows, and the
-exceptions in Hopper's table of tile shapes. The launch is part of the time, which the published ones leave out.
+instead of row block by row block, that tiles wait in their slot for rows, and the
+exceptions in Hopper's table of tile shapes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.shared import shared_kernels
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import DISPATCH, GEMM0, GEMM1
 from ..world.world import World
 
 TILE_HEIGHTS = ((8.5, 16), (16.5, 32), (32.5, 64), (64.5, 96), (96.5, 128), (float("inf"), 192))  # up to so many rows
 SPLIT_TILE_HEIGHT = 64
+SHARED_TILE_HEIGHT = 128  # the shared expert has all tokens of a rank
 WIDE_FFN = 2560  # from here on, Hopper's first products are 512 columns wide
 
 
@@ -44,6 +49,11 @@ class Knobs(PolicyKnobs):
     cluster: multiprocessors side by side that share the reading of a row tile; None: 1 split, else 2.
     experts_per_wave: None: the fewest local experts whose first products fill the GPU twice.
     pull_rows: rows that one multiprocessor pulls at a time, one per pulling warp.
+    reduce: "slots": results are summed when all are there; "add": they are added to their token where they arrive.
+    exchange_ns, tail_ns: until all ranks know what comes, beside the way of the counts; and from a rank's last result
+        until all are published (8 us) and drained (15 to 18). Of FlashInfer's kernel on eight B200, by its markers
+        (data/moe_ep_2026.csv); an assumption for DeepGEMM's and on other GPUs.
+    cuda_graph: the host's launches are hidden, as where kernels are timed back to back.
     gate: simulate the gate; the published figures leave it out.
     """
 
@@ -53,21 +63,38 @@ class Knobs(PolicyKnobs):
     cluster: int | None = None
     experts_per_wave: int | None = None
     pull_rows: int = 4
+    reduce: str = "slots"
+    exchange_ns: int = 14_000
+    tail_ns: int = 24_500
+    cuda_graph: bool = False
     gate: bool = True
+
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"reduce": ("slots", "add")}
 
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     cluster = knobs.cluster or (1 if knobs.split else 2)
-    draft = Draft(world, knobs, "megamoe", world.hardware.sms, cluster=cluster)
+    draft = Draft(
+        world,
+        knobs,
+        "megamoe",
+        world.hardware.sms,
+        cuda_graph=knobs.cuda_graph,
+        one_kernel=not knobs.split,
+        cluster=cluster,
+    )
     height = tile_height(world, knobs)
     routing = world.routing
     order = (routing.owner + draft.ranks[:, None]) % world.num_ranks  # the own rows first
     blocks = blocks_per_expert(routing.counts, height, order)
     gated = draft.gate(draft.begin()) if knobs.gate else None
-    met = draft.barrier(draft.exchange(draft.begin(gated), draft.count_bytes()))
+    shared = shared_kernels(draft, gated, (SHARED_TILE_HEIGHT, tile_columns(world, knobs)[1]))
+    met = draft.barrier(draft.exchange(draft.begin(shared), draft.count_bytes(), 0), knobs.exchange_ns)
     results = _experts(draft, blocks, met, height, knobs)
-    draft.combine_kernel(draft.barrier(np.concatenate([results, met])))
+    arrived = draft.barrier(np.concatenate([results, met]), knobs.tail_ns)
+    if knobs.reduce == "slots":
+        draft.combine_kernel(arrived)
     return draft.builder.build()
 
 

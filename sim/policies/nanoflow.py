@@ -4,6 +4,7 @@ Each nano-batch has a chain of kernels of its own: gate, all-to-all, first produ
 The multiprocessors are divided for the whole call: a share computes, a share transfers, so that kernels of both kinds
 run at once. What a share is worth follows from the hardware: products slow down as they lose multiprocessors, while a
 few fill the links. The cost of it: every nano-batch reads the expert weights again, and its tiles are emptier.
+A shared expert's three kernels run beside the transfers of its nano-batch's rows.
 
 Source: NanoFlow (arXiv 2408.12757) sections 4 and 5, for dense models; the chain is that of an MoE layer.
 Knobs: see `Knobs`. Rows of an expert are packed over all sources. Collectives are barriers over ranks. Leaves out: the
@@ -21,6 +22,7 @@ import numpy as np
 from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.shared import shared_kernels
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import GEMM0, GEMM1, SEND
 from ..world.world import World
@@ -103,8 +105,10 @@ def _gate(batch: _Batch, after: Array | None, knobs: Knobs) -> Array:
 
 
 def _dispatch(batch: _Batch, after: Array | None, knobs: Knobs) -> Array:
-    world = batch.transfer.world
-    return _all_to_all(batch, after, world.traffic, world.precision.token_bytes, knobs)
+    world, tile = batch.transfer.world, (knobs.tile_m, knobs.tile_n)
+    shared = shared_kernels(batch.compute, after, tile, priority=batch.index)
+    sent = _all_to_all(batch, after, world.traffic, world.precision.token_bytes, knobs)
+    return sent if shared is after else batch.compute.after(shared, batch.compute.all_of(sent))
 
 
 def _return(batch: _Batch, after: Array | None, knobs: Knobs) -> Array:

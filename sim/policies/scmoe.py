@@ -4,7 +4,8 @@ A block is attention, dense FFN, attention, dense FFN; by a shortcut, the MoE la
 and its result is added at the end. So the dispatch of the rows runs beside the first dense FFN and the projection to
 queries, keys and values, the expert products run alone, and the return of the results runs beside the rest of the
 second attention and its FFN. Some experts are zero-computation: a choice of them adds weight times the token where it
-is, without dispatch or product, so tokens have different numbers of rows. What is simulated starts after the first
+is, without dispatch or product, so tokens have different numbers of rows. A shared expert, which LongCat-Flash has
+none of, is three kernels beside the dispatch, before the products. What is simulated starts after the first
 attention; its makespan is the latency of the rest of the block.
 
 Source: LongCat-Flash technical report (arXiv 2509.01322), and "LongCat-Flash: Deploying Meituan's Agentic Model with
@@ -16,15 +17,18 @@ over the sequence (its projections are those of plain attention), tensor paralle
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from reference.arrays import stream
 
 from ..drafting.blocks import blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.shared import shared_kernels
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import DENSE, GEMM0, GEMM1
 from ..world import streams
@@ -81,14 +85,14 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     draft = Draft(replace(world, routing=routing), knobs, "scmoe", world.hardware.sms)
     copies = (routing.topk_idx != world.routing.topk_idx).any(axis=2).sum(axis=1)  # tokens with a zero expert
     if not knobs.overlap:
-        experts = _experts(draft, _dispatch(draft, draft.gate(_begin(draft))), knobs)
+        experts = _experts(draft, _dispatch(draft, draft.gate(_begin(draft)), knobs), knobs)
         _dense(draft, _combine(draft, experts, copies), DENSE_STAGES, knobs)
         return draft.builder.build()
     staged = knobs.order == "staged"
     beside, later = DENSE_STAGES[: knobs.stages_beside_dispatch], DENSE_STAGES[knobs.stages_beside_dispatch :]
     begun = _begin(draft)
     gated = draft.gate(begun)
-    sent = _dispatch(draft, gated)
+    sent = _dispatch(draft, gated, knobs)
     dense = _dense(draft, gated if staged else begun, beside, knobs)
     experts = _experts(draft, draft.all_of(sent, dense) if staged else sent, knobs)
     _dense(draft, draft.all_of(dense, experts) if staged else dense, later, knobs)
@@ -96,13 +100,16 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     return draft.builder.build()
 
 
-def _begin(draft: Draft, after: Array | None = None) -> Array:
+def _begin(draft: Draft, after: ArrayLike | None = None) -> Array:
     """A kernel of a CUDA graph begins."""
     return draft.begin(after, draft.world.hardware.graph_launch_ns)
 
 
-def _dispatch(draft: Draft, gated: Array) -> Array:
-    return draft.collective(_begin(draft, gated), draft.world.dispatch_bytes)
+def _dispatch(draft: Draft, gated: Array, knobs: Knobs) -> Array:
+    """`[num_ranks]`: the rows are there, and the shared expert is done."""
+    sent = draft.collective(_begin(draft, gated), draft.world.dispatch_bytes)
+    shared = shared_kernels(draft, gated, (knobs.tile_m, knobs.tile_n), partial(_begin, draft))
+    return sent if shared is gated else draft.all_of(sent, shared)
 
 
 def _experts(draft: Draft, after: Array, knobs: Knobs) -> Array:

@@ -4,6 +4,7 @@ Gate, up projection with activation, down projection, and a kernel in which each
 The rows of an expert are packed over all sources; they are gathered while a tile loads, so no kernel permutes them.
 Two tiles share a multiprocessor and alternate ("ping-pong"): while one multiplies, the other writes its results, and a
 third loads. A stage of many tiles takes as long as the longest of LOAD, product and EPILOGUE, not as long as their sum.
+A shared expert is three plain kernels before the gate, as in Megatron-LM.
 On more than one GPU an all-to-all brings the rows before the up projection, and another the results back.
 
 Source: SonicMoE (arXiv 2512.14080) section 4 and its public code; token rounding is `sim.world.rounding`, for any
@@ -21,6 +22,7 @@ from numpy.typing import ArrayLike
 from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.shared import shared_kernels
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import EPILOGUE, GEMM0, GEMM1, LOAD
 from ..world.world import World
@@ -54,7 +56,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     draft = Draft(world, knobs, "sonic", world.hardware.sms, tile_latency_ns=0)  # it is the time of LOAD
     stages = _stages(draft, knobs)
     blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
-    gated = draft.gate(draft.begin())
+    gated = draft.gate(draft.begin(shared_kernels(draft, None, (knobs.tile_m, knobs.tile_n))))
     arrived = _exchange(draft, gated, world.dispatch_bytes)
     saved_bytes = world.up_columns * world.precision.result_bytes if knobs.save_up else 0
     hidden_bytes = world.config.ffn * world.precision.hidden_bytes + saved_bytes

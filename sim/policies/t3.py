@@ -5,6 +5,8 @@ stores into every part of a row block, and the last one triggers a copy that was
 the product goes on meanwhile. The memory at the destination adds what arrives ("op and store"), so there is no COMBINE.
 So that ranks do not all send to the same one, rank r begins with the row blocks whose rows came from rank r + 1.
 
+A shared expert is three kernels before the gate; its results are what the others are added to.
+
 Source: T3 (arXiv 2401.16677) sections 4 and 5, which has it for the reduce-scatter of tensor parallelism; here what is
 sent goes straight to the source of its rows. Rows of an expert are packed over all sources.
 Knobs: see `Knobs`. Leaves out: the memory's arbitration between products and copies (here copies cost products
@@ -20,6 +22,7 @@ import numpy as np
 from ..drafting.blocks import Blocks, blocks_per_expert
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.shared import shared_kernels
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import GEMM0, GEMM1
 from ..world.world import World
@@ -48,7 +51,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     draft = Draft(world, knobs, "t3", world.hardware.sms)
     blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
     owner = world.routing.owner[blocks.expert]
-    gated = draft.gate(draft.begin())
+    gated = draft.gate(draft.begin(shared_kernels(draft, None, (knobs.tile_m, knobs.tile_n))))
     arrived = draft.collective(draft.begin(gated), world.dispatch_bytes)
     hidden = draft.kernel(draft.begin(arrived), draft.gemm(GEMM0, blocks, knobs.tile_n), owner)
     tiles, columns = _parts(world.config.hidden, knobs)

@@ -5,10 +5,11 @@ Numbers come keyed by (line, x); a `Style` gives each line the same colour and m
 
 from __future__ import annotations
 
+import string
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,14 +25,37 @@ TICKS = ((20, (1, 1.5, 2, 3, 5, 7)), (500, (1, 2, 5)), (float("inf"), (1,)))  # 
 MOST_TICKS = 9
 LEGEND_ROW = 0.19  # inches
 
-Cell = tuple[str, float | None]  # the first line, and how much longer the next one takes; None if there is no other
+
+class Cell(NamedTuple):
+    """Args:
+    lines: the fastest, and those that are as fast within the errors.
+    latency_us: of the fastest.
+    ratio: how much longer the next one takes; None if there is no other.
+    known: whether the errors of both are.
+    """
+
+    lines: tuple[str, ...]
+    latency_us: float
+    ratio: float | None
+    known: bool = True
 
 
 class Style:
-    """Colour and marker of each line."""
+    """Colour, marker and short name of each line: its policy, with a letter if lines differ in knobs alone."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         self.index = {line: number for number, line in enumerate(lines)}
+        self.short: dict[str, str] = {}
+        for line in lines:
+            policy = line.partition(",")[0]
+            same = [other for other in lines if other.partition(",")[0] == policy]
+            letter = f" {string.ascii_uppercase[same.index(line) % 26]}" if len(same) > 1 else ""
+            self.short[line] = policy + letter
+
+    def name(self, line: str) -> str:
+        """For legends of figures that have the short names."""
+        _, comma, knobs = line.partition(", ")
+        return f"{self.short[line]}: {knobs}" if comma else self.short[line]
 
     def colour(self, line: str) -> str:
         return COLOURS[self.index[line] % len(COLOURS)]
@@ -54,7 +78,7 @@ def curves(title: str, x_label: str, panels: Mapping[str, Mapping[tuple[Any, ...
         axes.set_axisbelow(True)
         _scale_x(axes, sorted({key[1] for key in values}))
         _scale_y(axes, list(values.values()))
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -72,14 +96,14 @@ def bars(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]]) ->
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel(y_label)
     axes.margins(y=0.08)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def table(title: str, sides: Mapping[str, Sequence[Any]], cells: Mapping[tuple[Any, Any], Cell], style: Style) -> Any:
     """Cells by (x, y); `sides` are the labels of x and of y, each with its values in order."""
     (x_label, xs), (y_label, ys) = sides.items()
-    figure = _figure(max(7.0, 2.4 + 0.95 * len(xs)), 2.2 + 0.55 * len(ys), title)
+    figure = _figure(max(7.0, 2.4 + 1.05 * len(xs)), 2.2 + 0.72 * len(ys), title)
     axes = figure.add_subplot()
     for row, y in enumerate(ys):
         for column, x in enumerate(xs):
@@ -89,9 +113,9 @@ def table(title: str, sides: Mapping[str, Sequence[Any]], cells: Mapping[tuple[A
     axes.set_yticks(range(len(ys)), [_number(y) for y in ys])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    for name in sorted({line for line, _ in cells.values()}, key=style.index.__getitem__):
-        axes.bar(0, 0, color=style.colour(name), label=name)
-    _legend(figure, axes)
+    for line in sorted({line for cell in cells.values() for line in cell.lines}, key=style.index.__getitem__):
+        axes.bar(0, 0, color=style.colour(line), label=style.name(line))
+    legend(figure, axes)
     return figure
 
 
@@ -121,12 +145,13 @@ def blank(width: float, height: float) -> Any:
 
 def _figure(width: float, height: float, title: str) -> Any:
     figure = blank(width, height)
-    heading, _, rest = title.partition("\n")
-    figure.suptitle("\n".join([heading, *textwrap.wrap(rest, int(11 * width))]), fontsize=11)
+    wrapped = [part for line in title.split("\n") for part in textwrap.wrap(line, int(11 * width))]
+    figure.suptitle("\n".join(wrapped), fontsize=11)
     return figure
 
 
-def _legend(figure: Any, axes: Any) -> None:
+def legend(figure: Any, axes: Any) -> None:
+    """Below, in as many rows as are needed, for which the figure grows."""
     handles, names = axes.get_legend_handles_labels()
     longest = max(map(len, names))
     columns = max(1, min(len(names), int(figure.get_figwidth() * 11 / (longest + 5))))
@@ -157,18 +182,29 @@ def _scale_y(axes: Any, values: Sequence[float]) -> None:
 
 
 def _draw_cell(axes: Any, column: int, row: int, cell: Cell | None, style: Style) -> None:
+    """Who is fastest, its time, and how much longer the next one takes; stripes of all colours if several are."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
-    colour = style.colour(cell[0]) if cell else EMPTY
-    axes.add_patch(Rectangle((column - 0.48, row - 0.47), 0.96, 0.94, facecolor=colour, linewidth=0))
+    colours = [style.colour(line) for line in cell.lines] if cell else [EMPTY]
+    width = 0.96 / len(colours)
+    for number, colour in enumerate(colours):
+        left = column - 0.48 + number * width
+        axes.add_patch(Rectangle((left, row - 0.47), width, 0.94, facecolor=colour, linewidth=0))
     if cell is None:
         return
-    line, ratio = cell
-    policy, comma, _ = line.partition(",")
-    text = f"{policy}{' ...' if comma else ''}\n{'alone' if ratio is None else f'{ratio:.2f}x'}"
-    dark = np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) < 0.55  # brightness as the eye sees it
-    axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color="white" if dark else "black")
+    tie = len(colours) > 1
+    dark = not tie and np.dot(to_rgb(colours[0]), (0.299, 0.587, 0.114)) < 0.55  # brightness as the eye sees it
+    box = {"bbox": {"facecolor": "white", "edgecolor": "none", "boxstyle": "round", "alpha": 0.9}} if tie else {}
+    look = {"ha": "center", "va": "center", "fontsize": 8.5, "color": "white" if dark else "black"}
+    axes.text(column, row, cell_text(cell, style), **look, **box)
+
+
+def cell_text(cell: Cell, style: Style) -> str:
+    """Three lines."""
+    name = "tie" if len(cell.lines) > 1 else style.short[cell.lines[0]]
+    ratio = "alone" if cell.ratio is None else f"{cell.ratio:.2f}x{'' if cell.known else ' ?'}"
+    return f"{name}\n{cell.latency_us:,.0f} us\n{ratio}"
 
 
 def _number(value: object) -> str:

@@ -25,6 +25,7 @@ from ..engine.timeline import Timeline
 
 CATEGORIES = ("compute", "waiting for a slot", "transfer", "latency", "launch", "barrier")
 COMPUTE, SLOT, TRANSFER, LATENCY, LAUNCHING, MEETING = CATEGORIES
+LONGEST_CYCLE = 8  # rows of a path that are looked for again right behind them
 HEADINGS = "     ready   complete  nodes for a slot    running      bytes    latency  what"
 RUNNING = {LAUNCH: LAUNCHING, BARRIER: MEETING, DISPATCH: TRANSFER, RECEIVE: LATENCY, SEND: TRANSFER, JOIN: LATENCY}
 
@@ -73,7 +74,7 @@ def explain(graph: TaskGraph, timeline: Timeline) -> Explanation:
     totals = dict.fromkeys(CATEGORIES, 0)
     behind = np.zeros(len(KIND_NAMES))
     for step in steps:
-        totals[_running(graph, step.node)] += step.run_ns
+        totals[running(graph, step.node)] += step.run_ns
         totals[SLOT] += step.slot_ns
         totals[TRANSFER] += step.transfer_ns
         totals[LATENCY] += step.latency_ns
@@ -82,7 +83,8 @@ def explain(graph: TaskGraph, timeline: Timeline) -> Explanation:
     return Explanation(steps=steps, totals_ns=totals, behind=named)
 
 
-def _running(graph: TaskGraph, node: int) -> str:
+def running(graph: TaskGraph, node: int) -> str:
+    """The category of a node's running time."""
     kind = int(graph.nodes["kind"][node])
     if kind == SEND and graph.nodes["server"][node] == NONE:
         return LATENCY
@@ -110,7 +112,31 @@ def merged(graph: TaskGraph, steps: Sequence[Step]) -> list[Step]:
     return [_sum(list(group)) for _, group in groupby(spent, key=lambda step: (rank[step.node], kind[step.node]))]
 
 
-def _sum(steps: list[Step]) -> Step:
+def folded(graph: TaskGraph, steps: Sequence[Step]) -> Iterator[tuple[Step, int]]:
+    """The rows of a path, and how often each of them is there: of those that repeat in the same order, the sums."""
+    rows = merged(graph, steps)
+    names = [_what(graph, row) for row in rows]
+    first = 0
+    while first < len(rows):
+        period, times = _cycle(names[first:])
+        for place in range(first, first + period):
+            yield _sum(rows[place : first + period * times : period]), times
+        first += period * times
+
+
+def _cycle(names: Sequence[str]) -> tuple[int, int]:
+    """How many of the first names come again right behind, and how often all in all; (1, 1) if none do."""
+    best = (1, 1)
+    for period in range(1, min(LONGEST_CYCLE, len(names) // 2) + 1):
+        times = 1
+        while names[times * period : (times + 1) * period] == names[:period]:
+            times += 1
+        if times > 1 and times * period > best[0] * best[1]:
+            best = (period, times)
+    return best
+
+
+def _sum(steps: Sequence[Step]) -> Step:
     times = ("count", "slot_ns", "run_ns", "transfer_ns", "latency_ns")
     totals = {name: sum(getattr(step, name) for step in steps) for name in times}
     return replace(steps[-1], ready_ns=steps[0].ready_ns, **totals)
@@ -160,13 +186,14 @@ def _freed_by(graph: TaskGraph, timeline: Timeline, node: int, start: int, by_en
 
 def lines(graph: TaskGraph, explanation: Explanation) -> Iterator[str]:
     """The path and the totals, for people; times in microseconds."""
-    yield "critical path, first to last, simulated, in us: when ready, when complete, and the time in between"
+    yield "critical path, first to last, simulated, in us: when ready, when complete, and the time in between;"
+    yield "x N: rows that come N times in this order, from the first to the last of them"
     yield HEADINGS
-    for step in merged(graph, explanation.steps):
+    for step, times in folded(graph, explanation.steps):
         spent = (step.slot_ns, step.run_ns, step.transfer_ns, step.latency_ns)
         cells = "".join(f"{_us(time):>11}" for time in spent)
         begins, ends = f"{step.ready_ns / 1000:>10.1f}", f"{step.done_ns / 1000:>11.1f}"
-        yield f"{begins}{ends}{step.count:>7}{cells}  {_what(graph, step)}"
+        yield f"{begins}{ends}{step.count:>7}{cells}  {_what(graph, step)}{f' x {times}' if times > 1 else ''}"
     makespan = sum(explanation.totals_ns.values())
     yield f"totals of the path, which are the simulated {makespan / 1000:.1f} us"
     for category, time in explanation.totals_ns.items():

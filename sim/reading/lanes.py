@@ -22,7 +22,7 @@ from reference.traces import Slice
 from ..engine.graph import NONE, Array
 from ..engine.kinds import JOIN
 from ..simulation import Simulation
-from .report import check_runs, places
+from .measures import check_runs, places
 
 MAX_SLICES = 200_000  # viewers get slow with more
 

@@ -20,7 +20,7 @@ from ..engine.graph import NONE, Array
 from ..engine.kinds import DISPATCH, GEMM0, JOIN, KIND_NAMES, RECEIVE
 from ..simulation import Simulation
 from .lanes import Trace, make_trace
-from .report import horizon_ns
+from .measures import horizon_ns
 from .steps import levels
 
 

@@ -9,8 +9,9 @@
 
 A line is a policy with the knobs that were changed. What a figure does not vary is the same for all its rows and stands
 in its title; other choices of it are figures of their own. Of several seeds the median counts. Combinations that cannot
-be leave gaps; of equally fast policies a map shows the first by name. Leaves out: how far simulated and measured are
-apart (`flashmoe validate`).
+be leave gaps. Where errors of the simulator are given, a map shows as a tie what they do not tell apart: policies whose
+shortest time by their error is not beyond the longest of the fastest. Otherwise, of equally fast policies, a map shows
+the first by name.
 """
 
 from __future__ import annotations
@@ -25,19 +26,29 @@ from statistics import median
 from typing import Any
 
 from ..drafting.rates import gpu_kind
-from ..reading.charts import Cell, Style, bars, curves, save, table
+from ..reading.charts import Style, bars, curves, save, table
+from .grid import LATER
+from .index import write_index
+from .ties import explanation, make_cell, row_error
 
 Row = dict[str, Any]
 FIXED: tuple[str, ...] = ("hardware", "preset", "hidden", "ffn", "gated", "experts", "topk", "capacity_factor")
-FIXED += ("tokens", "routing", "precision")
+FIXED += ("tokens", "routing", "precision", *LATER)
 WORDS = {
     "experts": "{} experts",
     "experts_per_gpu": "{:g} experts per GPU",
     "topk": "top-{}",
-    "tokens": "{} tokens per GPU",
+    "tokens": "{:,} tokens per GPU",
     "routing": "routing {}",
 }
 WORDS |= {"hidden": "hidden {}", "ffn": "ffn {}", "capacity_factor": "capacity factor {}"}
+WORDS |= {
+    "layer": "layer {}",
+    "replicas": "{} replicas",
+    "rounding": "rows rounded ({})",
+    "terms": "terms {}",
+    "seeds": "median of {} seeds",
+}
 UNITS = {"tokens": "tokens per GPU", "experts": "experts over all GPUs", "gpus": "GPUs"}
 SKEW = ("even", "uniform", "zipf", "text", "hot-rank", "hot")
 SHARES = {
@@ -80,11 +91,15 @@ class Kind:
     instead: dict[str, str] = field(default_factory=dict)
 
 
-def draw_figures(rows: Iterable[Row], folder: Path, most: int = 12) -> tuple[list[Path], list[str]]:
-    """Write the figures that the rows are enough for, as PNG.
+def draw_figures(
+    rows: Iterable[Row], folder: Path, most: int = 12, error: Callable[[Row], float | None] | None = None
+) -> tuple[list[Path], list[str]]:
+    """Write the figures that the rows are enough for, as PNG, and a page with all of them, `index.html`.
 
     Args:
         most: figures of a kind; those with the most rows are drawn.
+        error: of a row's latency, a share in [0, 1), None where it is not known; by default what the row says itself
+            (`row_error`). Without any, maps have no ties.
 
     Returns:
         The files, and a sentence for each kind of which some or all are not drawn.
@@ -92,29 +107,42 @@ def draw_figures(rows: Iterable[Row], folder: Path, most: int = 12) -> tuple[lis
     Raises:
         ImportError: matplotlib is missing; names the extra.
     """
-    usable = [_prepared(row) for row in rows if "report" in row]
+    usable = _prepared([row for row in rows if "report" in row], error or row_error)
     style = Style(sorted({row["line"] for row in usable}))
-    files: list[Path] = []
+    titles: dict[Path, str] = {}
     notes: list[str] = []
     for kind in KINDS:
         figures = _figures(usable, kind)
         for figure in figures[:most]:
-            files.append(folder / f"{figure.name}.png")
-            save(kind.draw(kind, figure, style), files[-1])
+            file = folder / f"{figure.name}.png"
+            drawn = kind.draw(kind, figure, style)
+            save(drawn, file)
+            titles[file] = drawn.get_suptitle()
         if not figures:
             notes.append(f"no {kind.name}: {_reason(usable, kind)}")
         elif len(figures) > most:
             notes.append(
                 f"{kind.name}: {most} of {len(figures)}, those with the most rows; choose rows (--where) for others"
             )
-    return files, notes
+    if titles:
+        write_index(folder, titles, notes)
+    return [*titles], notes
 
 
-def _prepared(row: Row) -> Row:
-    knobs = ", ".join(f"{name}={_plain(value)}" for name, value in sorted(row["knobs"].items()))
-    line = f"{row['policy']}, {knobs}" if knobs else row["policy"]
-    gpu = gpu_kind(row["hardware"])
-    return row | {"line": line, "gpu": gpu, "gpus": row["ranks"], "experts_per_gpu": row["experts"] / row["ranks"]}
+def _prepared(rows: Sequence[Row], error: Callable[[Row], float | None]) -> list[Row]:
+    """The rows, with what figures ask for beside their parameters. Knobs that all have are no part of a line's name."""
+    common = set.intersection(*(_knobs(row) for row in rows)) if rows else set()
+    return [LATER | _with_names(row, common) | {"error": error(row)} for row in rows]
+
+
+def _with_names(row: Row, common: set[str]) -> Row:
+    line = ", ".join([row["policy"], *sorted(_knobs(row) - common)])
+    names = {"line": line, "common_knobs": ", ".join(sorted(common)), "gpu": gpu_kind(row["hardware"])}
+    return row | names | {"gpus": row["ranks"], "experts_per_gpu": row["experts"] / row["ranks"]}
+
+
+def _knobs(row: Row) -> set[str]:
+    return {f"{name}={_plain(value)}" for name, value in row["knobs"].items()}
 
 
 def _plain(value: object) -> str:
@@ -159,6 +187,8 @@ def _reason(rows: Sequence[Row], kind: Kind) -> str:
 
 
 def _in_file_name(name: str, value: object) -> str:
+    if value is None and name in LATER:
+        return f"no-{name}"
     prefix = {
         "experts": "E",
         "topk": "top",
@@ -178,8 +208,11 @@ def _title(what: str, figure: Figure, **more: object) -> str:
     common = figure.common | more
     where = common.get("hardware", f"{common['gpu']} GPUs" if "gpu" in common else None)
     parts = [str(common[name]) for name in ("preset", "precision") if name in common]
-    parts += [word.format(common[name]) for name, word in WORDS.items() if common.get(name) is not None]
+    said = {name: word for name, word in WORDS.items() if common.get(name) not in (None, LATER.get(name))}
+    parts += [word.format(common[name]) for name, word in said.items()]
     parts += ["gated"] if common.get("gated") else []
+    knobs = figure.rows[0]["common_knobs"]
+    parts += [f"all with {knobs}"] if knobs else []
     seeds = len({row["seed"] for row in figure.rows})
     parts += [f"median of {seeds} seeds"] if seeds > 1 else []
     return f"{what}, simulated{f' on {where}' if where else ''}\n{', '.join(parts)}"
@@ -223,11 +256,13 @@ def _draw_bars(_: Kind, figure: Figure, style: Style) -> Any:
 def _draw_table(kind: Kind, figure: Figure, style: Style) -> Any:
     y, x = kind.varies
     latency = _values(figure.rows, (x, y), "latency_us")
-    cells: dict[tuple[Any, Any], Cell] = {}
+    error = {(row["line"], row[x], row[y]): row["error"] for row in figure.rows}
+    cells, judged = {}, any(value is not None for value in error.values())
     for place in {key[1:] for key in latency}:
-        ranked = sorted((value, key[0]) for key, value in latency.items() if key[1:] == place)
-        cells[place] = (ranked[0][1], ranked[1][0] / ranked[0][0] if len(ranked) > 1 else None)
-    title = _title("Fastest policy, and the time of the next one over its time", figure)
+        found = {key[0]: (value, error[key]) for key, value in latency.items() if key[1:] == place}
+        cells[place] = make_cell(found, judged)
+    title = _title("Fastest policy, its time, ratio of the next one", figure)
+    title += explanation(cells.values())
     sides = {UNITS.get(name, name): _ordered(figure.rows, name) for name in (x, y)}
     return table(title, sides, cells, style)
 

@@ -4,10 +4,10 @@ A row is one object: its `key`, every parameter (see `grid.Point`), and `report`
 `error` for a combination that cannot be. Rows come in the order in which they finish, and the points go in a shuffled
 order: the time left is honest then, and a sweep that was stopped has something of everything.
 
-Invariants: a line that was written stays; whoever is killed leaves at most one torn line, the last, which the next one
-cuts off; nobody else writes to the file meanwhile. Leaves out: which version of the simulator made a row, and what a
-recording or a hardware file held. When one of them has changed, or an error was not the combination's fault, begin a
-new file.
+Invariants: a line that was written stays; whoever is killed, or loses power, leaves at most one damaged line, the last,
+which the next one sets aside and computes again; nobody else writes to the file meanwhile. A recording, or the file of
+a machine or policy, that was changed makes new rows, in place of the old ones for whoever reads them. Leaves out: which
+version of the simulator made a row. When it has changed, or an error was not the combination's fault, begin a new file.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..policies import make_knobs
-from ..reading.report import report
 from ..simulation import simulate
-from .grid import Point
+from .grid import LATER, Point
+from .seeds import over_seeds
 
 Row = dict[str, Any]
-PARAMETERS = {"key", "ranks", *(field.name for field in fields(Point))}  # that every row has
+PARAMETERS = {"key", "ranks", *(field.name for field in fields(Point))} - {*LATER}  # that every row has
 BEGINNING = b'{"key": "'  # of every row; a last line that begins otherwise belongs to somebody else's file
 
 
 class RowFile:
     """A sweep's file, open for appending; `rows` are those that it had when it was opened.
+
+    A damaged last line is moved to `aside`, a file beside it, which is None if there was none.
 
     Raises:
         ValueError: it is another kind of file, or another sweep is writing to it.
@@ -47,12 +48,14 @@ class RowFile:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.seek(0)
-            self.rows, good_bytes = _parse(path, self._file.read())
+            data = self._file.read()
+            self.rows, good_bytes = _parse(path, data)
+            self.aside = _set_aside(path, data[good_bytes:]) if data[good_bytes:] else None
             self._file.truncate(good_bytes)
         except BlockingIOError:
             self._file.close()
             raise ValueError(f"{path}: another sweep is writing to this file") from None
-        except ValueError:
+        except (OSError, ValueError):
             self._file.close()
             raise
 
@@ -70,14 +73,16 @@ class RowFile:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; a torn last line is left out.
+    """The rows of a file, of the same parameters the last one; a damaged last line is left out.
 
     Raises:
         FileNotFoundError: no such file; ValueError: another kind of file; names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return _parse(path, path.read_bytes())[0]
+    rows = _parse(path, path.read_bytes())[0]
+    names = sorted((PARAMETERS | {*LATER}) - {"key"})
+    return list({json.dumps([row[name] for name in names]): row for row in rows}.values())
 
 
 def missing(points: Iterable[Point], rows: Iterable[Row]) -> list[Point]:
@@ -100,8 +105,9 @@ def run_points(points: Iterable[Point], pool: Executor | None = None) -> Iterato
 def run_point(point: Point) -> Row:
     """The row of a point: its report, or why it cannot be."""
     try:
-        simulation = simulate(point.policy, point.world(), make_knobs(point.policy, point.knobs))
-        return point.row() | {"report": asdict(report(simulation))}
+        knobs = point.policy_knobs()
+        _, said = over_seeds(lambda seed: simulate(point.policy, point.world(seed), knobs), point.seed, point.seeds)
+        return point.row() | {"report": asdict(said)}
     except ValueError as error:
         return point.row() | {"error": str(error)}
     except Exception as error:
@@ -109,28 +115,45 @@ def run_point(point: Point) -> Row:
         raise
 
 
+def _set_aside(path: Path, damaged: bytes) -> Path:
+    """Where the damaged end of a file is kept, behind what was kept there before."""
+    aside = path.with_name(f"{path.name}.damaged")
+    with aside.open("ab") as file:
+        file.write(damaged if damaged.endswith(b"\n") else damaged + b"\n")
+    return aside
+
+
 def _parse(path: Path, data: bytes) -> tuple[list[Row], int]:
-    """The rows, and the number of bytes that they take; a last line that is torn counts as not there."""
+    """The rows, and the number of bytes that they take; a last line that is damaged counts as not there.
+
+    Damaged is what is no JSON or has no end. If there is no row before it, it must begin as a row does, or the file is
+    somebody else's.
+    """
     rows: list[Row] = []
     lines = data.splitlines(keepends=True)
     good_bytes = 0
     for number, line in enumerate(lines, start=1):
-        row = _row(line)
-        torn = number == len(lines) and not line.endswith(b"\n")
-        if row is None and torn and line[: len(BEGINNING)] == BEGINNING[: len(line)]:
+        value = _value(line)
+        ours = bool(rows) or line[: len(BEGINNING)] == BEGINNING[: len(line)]
+        if value is None and number == len(lines) and ours:
             break
-        if row is None:
-            raise ValueError(f"{path}: line {number} is no row of a sweep")
-        rows.append(row)
+        if not _is_row(value):
+            remedy = f"delete it (sed -i {number}d {path}) and give the command again, which computes it anew"
+            raise ValueError(f"{path}: line {number} is no row of a sweep; if others are, {remedy}")
+        rows.append(LATER | value)
         good_bytes += len(line)
     return rows, good_bytes
 
 
-def _row(line: bytes) -> Row | None:
+def _value(line: bytes) -> Any:
+    """What a line says; None if it is damaged."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
+        return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-    if not isinstance(row, dict) or not row.keys() >= PARAMETERS or not isinstance(row["key"], str):
-        return None
-    return row if isinstance(row.get("report", {}), dict) else None
+
+
+def _is_row(value: Any) -> bool:
+    if not isinstance(value, dict) or not value.keys() >= PARAMETERS or not isinstance(value["key"], str):
+        return False
+    return isinstance(value.get("report", {}), dict)

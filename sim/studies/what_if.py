@@ -88,9 +88,10 @@ def _machines(hardware: Hardware) -> Iterator[tuple[str, Hardware]]:
         return replace(hardware, **{name: type(value)(value * factor) for name, value in values.items()})
 
     twice = {arithmetic: 2 * rate for arithmetic, rate in hardware.tflops.items()}
-    yield "NVLink twice as fast", times(2, "nvlink_gbps")
-    if hardware.num_nodes > 1:
-        yield "NICs twice as fast", times(2, "nic_gbps")
+    both = ["nic_gbps"] if hardware.is_one_link else []
+    yield f"{hardware.node_link} twice as fast", times(2, "nvlink_gbps", *both)
+    if hardware.num_nodes > 1 and not both:
+        yield f"{hardware.network_link}s twice as fast", times(2, "nic_gbps")
     yield "memory (HBM) twice as fast", times(2, "hbm_gbps")
     yield "tensor cores twice as fast", replace(hardware, tflops=twice)
     yield "launches in half the time", times(0.5, "launch_ns", "graph_launch_ns", "host_sync_ns")
@@ -116,7 +117,9 @@ def _others(value: Any, choices: tuple[str, ...]) -> list[Any]:
 
 def _routings(world: World) -> Iterator[tuple[str, SimRouting]]:
     if world.routing.name != "even":
-        yield "even routing", make_routing("even", world.config)
+        even = make_routing("even", world.config)
+        more = int(even.counts.sum() - world.routing.counts.sum())
+        yield "even routing" + (f", with {more:+,} rows" if more else ""), even
     for replicas in (0, world.num_ranks) if world.num_ranks > 1 else ():
         name = f"experts placed by load, {replicas} copies of busy ones" if replicas else "experts placed by load"
         try:

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from reference import MoEConfig
 
 from ..drafting.knobs import PolicyKnobs
-from ..drafting.rates import fitted_rate, gpu_kind
+from ..drafting.rates import Values, fitted_values, gpu_kind
 from ..policies import make_knobs
 from ..simulation import simulate
 from ..world.hardware import Hardware, hardware_names, load_hardware
+from ..world.precision import precision, with_results
 from ..world.scenario import Scenario
 from ..world.world import World
-from .rules import RULES, Rule
+from .rules import NORMAL, RULES, Rule
 from .tables import Row
 
 IMPOSSIBLE = "it cannot be simulated"
@@ -32,7 +33,11 @@ DTYPES = {  # of tables: ours
     "tf32": "float32",
     "fp8": "fp8",
     "fp8 act x fp4 weight": "fp8xfp4",
+    "fp8xfp4": "fp8xfp4",
+    "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4",
 }
+RESULTS = re.compile(r"\b(\w+) combine\b", re.IGNORECASE)  # in notes: the format in which results travel
 GPU_COUNT = re.compile(r"(\d+)\s*x\s*(\d+)?", re.IGNORECASE)  # "8x H100", "8x4 A100"
 GATED = {"swiglu": True, "vanilla ffn": False}  # in notes
 
@@ -62,24 +67,33 @@ class Case:
         """(policy, GPU kind): what the fitted rate belongs to."""
         return self.rule.policy, gpu_kind(self.world.hardware.name)
 
-    def simulated(self, rate: float | None = None) -> float:
-        """The quantity with this rate, by default the fitted one of the policy on the GPU.
+    @property
+    def fold(self) -> tuple[str, str]:
+        """(source, model): rows that were measured together."""
+        config = self.world.config
+        gated = "gated" if config.gated else "plain"
+        shape = f"{config.hidden} x {config.ffn} {gated}, {config.num_experts} experts, top-{config.num_topk}"
+        return self.row.source, shape
+
+    def simulated(self, values: Values | None = None) -> float:
+        """The quantity with these values of the fitted knobs, by default those of the policy on the GPU.
 
         Raises:
             ValueError: the world breaks a rule of the policy.
         """
 
         def run(policy: str, world: World) -> int:
-            given, knobs = (rate, self.knobs) if policy == self.rule.policy else (None, {})
-            knobs = knobs | {"rate": given or fitted_rate(policy, world.hardware.name)}
-            return _time_ns(policy, world, make_knobs(policy, knobs))
+            own = policy == self.rule.policy
+            given, knobs = (values, self.knobs) if own else (None, NORMAL)  # DeepEP's, for speedups
+            fitted = fitted_values(policy, world.hardware.name) if given is None else given
+            return _time_ns(policy, world, make_knobs(policy, {**fitted, **knobs}))
 
         return self.rule.measure.of(run, self.rule.policy, self.world)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=2**16)
 def _time_ns(policy: str, world: World, knobs: PolicyKnobs) -> int:
-    """Kept, because tables have several figures of one run."""
+    """Kept, because tables have several figures of one run, and fits ask for the same again and again."""
     return simulate(policy, world, knobs).timeline.makespan_ns
 
 
@@ -119,12 +133,16 @@ def _world(row: Row, rule: Rule) -> World | Reason:
     numbers = row.dtype.lower() or rule.dtype
     if numbers not in DTYPES:
         return Reason("its number format is not known", numbers or "not stated")
+    formats = precision(DTYPES[numbers])
+    results = RESULTS.search(row.notes)
+    if results is not None and results[1].lower() in DTYPES:
+        formats = with_results(formats, DTYPES[results[1].lower()])
     sizes = _sizes(row, rule, hardware.num_gpus)
     if isinstance(sizes, Reason):
         return sizes
     try:
         return _make_world(
-            Scenario(config=MoEConfig(**sizes), hardware=hardware.name, precision=DTYPES[numbers], routing=rule.routing)
+            Scenario(config=MoEConfig(**sizes), hardware=hardware.name, precision=formats, routing=rule.routing)
         )
     except ValueError as error:
         return Reason(IMPOSSIBLE, str(error))

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..drafting.rates import Values
 from .cases import IMPOSSIBLE, Case, Reason
 from .tables import Row
 
-Rates = Mapping[tuple[str, str], float]  # by policy and GPU kind
+ValuesOf = Mapping[tuple[str, str], Values]  # the fitted knobs, by policy and GPU kind
 
 
 class GroupKey(NamedTuple):
@@ -51,8 +52,8 @@ class Group:
         return max(self.results, key=lambda result: abs(result.error))
 
 
-def compare(cases: Iterable[Case], rates: Rates | None = None) -> tuple[list[Group], list[tuple[Row, Reason]]]:
-    """Run all cases, with these rates where given and the fitted ones elsewhere, and group them.
+def compare(cases: Iterable[Case], values: ValuesOf | None = None) -> tuple[list[Group], list[tuple[Row, Reason]]]:
+    """Run all cases, with these values where given and the fitted ones elsewhere, and group them.
 
     Comes with the rows whose worlds break a rule of their policy.
     """
@@ -60,7 +61,7 @@ def compare(cases: Iterable[Case], rates: Rates | None = None) -> tuple[list[Gro
     refused = []
     for case in cases:
         try:
-            result = Result(case=case, simulated=case.simulated((rates or {}).get(case.rate_key)))
+            result = Result(case=case, simulated=case.simulated((values or {}).get(case.rate_key)))
         except ValueError as error:
             refused.append((case.row, Reason(IMPOSSIBLE, str(error))))
             continue

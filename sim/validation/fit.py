@@ -1,103 +1,128 @@
-"""The rate of each (policy, GPU): the one with the smallest mean relative error over all rows marked as fitted.
+"""The fitted knobs of each (policy, GPU): those with the smallest relative error over its rows.
 
-The error is neither smooth in the rate nor has it always one valley, so the search is a logarithmic grid, then ever
-finer ones between the neighbours of the best. A rate is kept with three digits: the tables have no more.
+Tables of few rows count as much as long ones: the error is the mean over (source, model) of the means over their rows.
+Every row is simulated at the `NODES`, and its time between them taken as a straight line in the logarithm over each
+knob's; of a fine grid the best point counts. So no valley is missed, and leaving rows out costs nothing more. What a
+fit is told to reach is simulated again. Some tables say nothing of a knob, such as the rate where a scheduler is the
+bound: so each costs `PULL` per factor of e away from what the policy's other GPUs say.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import product
 
 import numpy as np
 
-from ..drafting.rates import FILE, fitted_rate, fitted_rates
+from ..drafting.rates import MOST_RATE, RATE, SCHEDULE, Values, fitted_knobs, fitted_values
+from ..engine.graph import Array
 from .cases import Case
 from .compare import Result, mean_error
 
-LOWEST = 0.05
-POINTS = 8
-ROUNDS = 3
-HEADER = """\
-# Share of the tensor peak that the tiles of each policy reach on each GPU, see rates.py.
-# Written by `flashmoe validate --fit`; beside each: the rows it was fitted to, and their mean relative error.
-"""
+PULL = 0.1
+NODES = {
+    RATE: (0.12, 0.17, 0.24, 0.33, 0.45, 0.63, MOST_RATE),
+    SCHEDULE: (100, 200, 300, 400, 550, 750),
+}
+POINTS = 121  # of the fine grid, for each knob
+
+Key = tuple[str, str]  # policy and GPU kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One fitted rate; errors are means over `num_rows` rows, with the rate before and the new one."""
+    """The fitted knobs of one policy on one GPU; errors are means over `num_rows` rows, before and after."""
 
     policy: str
     gpu: str
     num_rows: int
-    old_rate: float
+    old_values: Values
     old_error: float
-    rate: float
+    values: Values
     error: float
 
 
 def fit_all(cases: Iterable[Case]) -> list[Fit]:
     """A fit for every policy and GPU that has rows marked as fitted."""
-    by_key: dict[tuple[str, str], list[Case]] = {}
+    groups = fitted_cases(cases)
+    values = fit_values(groups)
+    return [_fit(key, group, values[key]) for key, group in sorted(groups.items())]
+
+
+def fitted_cases(cases: Iterable[Case]) -> dict[Key, list[Case]]:
+    """The cases to which numbers are fitted, by what these belong to."""
+    groups: dict[Key, list[Case]] = {}
     for case in cases:
         if case.rule.fitted:
-            by_key.setdefault(case.rate_key, []).append(case)
-    return [_fit(policy, gpu, group) for (policy, gpu), group in sorted(by_key.items())]
+            groups.setdefault(case.rate_key, []).append(case)
+    return groups
 
 
-def _fit(policy: str, gpu: str, cases: Sequence[Case]) -> Fit:
-    old = fitted_rate(policy, gpu)
-    error, rate = _search(cases)
+def fit_values(groups: Mapping[Key, Sequence[Case]]) -> dict[Key, Values]:
+    """The fitted knobs of each group: alone first, and then with what that gave for the policy's other GPUs."""
+    alone = {key: _best(key, group, fitted_values(*key, table={})) for key, group in groups.items()}
+    return {key: _best(key, group, fitted_values(*key, table=others(alone, key))) for key, group in groups.items()}
+
+
+def others(values: Mapping[Key, Values], key: Key) -> dict[str, dict[str, Values]]:
+    """A table of what the policy's other GPUs have."""
+    policy, gpu = key
+    return {policy: {kind: found for (of, kind), found in values.items() if of == policy and kind != gpu}}
+
+
+def error_of(cases: Iterable[Case], values: Values) -> float:
+    """The mean error of rows with these values."""
+    return mean_error(Result(case=case, simulated=case.simulated(values)) for case in cases)
+
+
+def _fit(key: Key, cases: Sequence[Case], values: Values) -> Fit:
+    policy, gpu = key
+    old = fitted_values(policy, gpu)
     return Fit(
         policy=policy,
         gpu=gpu,
         num_rows=len(cases),
-        old_rate=old,
-        old_error=_error(cases, old),
-        rate=rate,
-        error=error,
+        old_values=old,
+        old_error=error_of(cases, old),
+        values=values,
+        error=error_of(cases, values),
     )
 
 
-def _search(cases: Sequence[Case]) -> tuple[float, float]:
-    """(error, rate) of the best."""
-    tried: dict[float, float] = {}
-    low, high = LOWEST, 1.0
-    for _ in range(ROUNDS):
-        grid = [float(f"{rate:.3g}") for rate in np.geomspace(low, high, POINTS)]
-        tried |= {rate: _error(cases, rate) for rate in grid if rate not in tried}
-        best = min(tried, key=lambda rate: tried[rate])
-        known = sorted(tried)
-        at = known.index(best)
-        low, high = known[max(0, at - 1)], known[min(len(known) - 1, at + 1)]
-    return tried[best], best
+def _best(key: Key, cases: Sequence[Case], prior: Values) -> Values:
+    """The best point of the fine grid."""
+    knobs = fitted_knobs(key[0])
+    folds: dict[tuple[str, str], list[Array]] = {}
+    for case in cases:
+        folds.setdefault(case.fold, []).append(np.abs(_curve(case, knobs) / case.measured - 1))
+    cost = np.mean([np.mean(errors, axis=0) for errors in folds.values()], axis=0)
+    for axis, knob in enumerate(knobs):
+        away = np.abs(np.log(_fine(knob) / prior[knob]))
+        cost = cost + PULL * np.expand_dims(away, tuple(other for other in range(len(knobs)) if other != axis))
+    place = np.unravel_index(np.argmin(cost), cost.shape)
+    return {knob: _value(knob, _fine(knob)[index]) for knob, index in zip(knobs, place, strict=True)}
 
 
-def _error(cases: Sequence[Case], rate: float) -> float:
-    return mean_error(Result(case=case, simulated=case.simulated(rate)) for case in cases)
+@lru_cache(maxsize=4096)
+def _curve(case: Case, knobs: tuple[str, ...]) -> Array:
+    """What the case gives, at every point of the fine grid, an axis for each knob."""
+    nodes = [NODES[knob] for knob in knobs]
+    at_nodes = [case.simulated(dict(zip(knobs, values, strict=True))) for values in product(*nodes)]
+    result = np.log(at_nodes).reshape([len(values) for values in nodes])
+    for axis, knob in enumerate(knobs):
+        result = np.apply_along_axis(partial(_interpolated, knob), axis, result)
+    return np.exp(result)
 
 
-def write_rates(fits: Iterable[Fit], *, keep: bool = False) -> None:
-    """The rates into the file that `sim.drafting.rates` reads; with `keep`, beside those of others that are there."""
-    lines = _lines_there() if keep and FILE.exists() else {}
-    for fit in fits:
-        rows = "1 row" if fit.num_rows == 1 else f"{fit.num_rows} rows"
-        lines[fit.policy, fit.gpu] = f"{fit.gpu} = {fit.rate} # {rows}, {fit.error:.1%}\n"
-    text = HEADER
-    for policy, group in itertools.groupby(sorted(lines), key=lambda key: key[0]):
-        text += f"\n[{policy}]\n" + "".join(lines[key] for key in group)
-    FILE.write_text(text, encoding="utf-8")
-    fitted_rates.cache_clear()
+def _interpolated(knob: str, at_nodes: Array) -> Array:
+    return np.interp(np.log(_fine(knob)), np.log(NODES[knob]), at_nodes)
 
 
-def _lines_there() -> dict[tuple[str, str], str]:
-    """Each rate's line with what is said beside it, by policy and GPU."""
-    lines, policy = {}, ""
-    for line in FILE.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.startswith("["):
-            policy = line.strip().strip("[]")
-        elif not line.startswith("#") and "=" in line:
-            lines[policy, line.partition("=")[0].strip()] = line
-    return lines
+def _fine(knob: str) -> Array:
+    return np.geomspace(NODES[knob][0], NODES[knob][-1], POINTS)
+
+
+def _value(knob: str, value: float) -> float:
+    return float(f"{value:.3g}") if knob == RATE else round(value)

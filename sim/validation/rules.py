@@ -46,6 +46,7 @@ class Rule:
     measure: Measure
     knobs: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
+    formats: str = ".*"
     routing: str = "even"
     gated: bool = False
     dtype: str = ""
@@ -57,7 +58,7 @@ class Rule:
         return not self.why_not
 
     def matches(self, row: Row) -> bool:
-        pairs = ((self.system, row.system), (self.metric, row.metric))
+        pairs = ((self.system, row.system), (self.metric, row.metric), (self.formats, row.dtype))
         return all(re.fullmatch(pattern, text, re.IGNORECASE) for pattern, text in pairs)
 
     def knobs_for(self, row: Row) -> dict[str, Any]:
@@ -114,13 +115,17 @@ OFF = "10 to 25 times off any model"
 NO_PRODUCT = "there is no product in it"
 SAME_TIME = "it follows from the latency"
 
-PER_SOURCE = {"packing": "per_source"}  # as in all published versions
+PER_SOURCE = {"packing": "per_source", "scheduler": "os_block"}  # as in all published versions
 V012 = PER_SOURCE | {"gate": False}  # its benchmark leaves the gate out
 PAPER = PER_SOURCE | {"tile_n": 64, "blocks_per_sm": 2}
 CUTLASS = {"num_ops": 85}  # as the paper counted them
 
+MEGA = {"gate": False, "cuda_graph": True}  # a routing is there, and kernels are timed back to back
+CUTEDSL = "FlashInfer CuTeDSL MegaMoE"
+PAIRED = {"tile_m": 256, "tile_n": 128, "cluster": 2}  # by its public configurations: two SMs multiply 256 x 256
 MEGATRON = r"Megatron(-LM|-TE|-CUTLASS)?"
 COMET = r"COMET|flux\(COMET\)"
+NORMAL = {"mode": "normal"}
 LOW_LATENCY = {"mode": "low_latency", "token_block": 1}  # its combine gives a token to a multiprocessor
 
 # What several rules have in common.
@@ -129,7 +134,8 @@ layer = partial(Rule, metric="layer_fwd_latency", measure=LATENCY)
 overlap = partial(Rule, metric="overlap_efficiency_T2_over_TN", measure=SCALING)
 # The tests of DeepEP and DeepGEMM, which measure, take the top k of random numbers.
 deepgemm = partial(Rule, metric="layer_latency", measure=LATENCY, routing="uniform", gated=True)
-megamoe = partial(deepgemm, system="MegaMoE", policy="megamoe", knobs={"gate": False})  # a routing is there
+megamoe = partial(deepgemm, system="MegaMoE", policy="megamoe", knobs=MEGA)
+flashinfer = partial(megamoe, metric=r"(layer|kernel)_latency")
 deepep = partial(Rule, policy="deepep", routing="uniform", sizes={"ffn": 2048}, why_not=NO_PRODUCT)  # rows only move
 
 RULES = (
@@ -152,21 +158,25 @@ RULES = (
         knobs={"stages": "layer0"},
         columns={"tensor_parallel": "tp"},
     ),
-    megamoe(system=r"MegaMoE.*split.*", knobs={"gate": False, "split": True}),
+    megamoe(system=r"MegaMoE.*split.*", knobs=MEGA | {"split": True}),
     megamoe(system=r"MegaMoE.*"),
+    flashinfer(system=rf"{CUTEDSL} \+in-kernel fc2 reduce", formats="nvfp4", knobs=MEGA | {"reduce": "add"}),
+    flashinfer(system=CUTEDSL, formats="nvfp4"),  # rows and columns swapped, tiles tuned for each number of tokens
+    flashinfer(system=CUTEDSL, formats="bf16|mxfp8", knobs=MEGA | PAIRED),
+    flashinfer(system=r"DeepGEMM MegaMoE \(via FlashInfer moe_ep\)"),
     *(
         megamoe(metric=name, measure=_rate(name, unit, partial(_column, name)), why_not=SAME_TIME)
         for name, unit in (("compute_throughput", "TFLOPS"), ("hbm_bw", "GB/s"), ("nvlink_bw", "GB/s"))
     ),
     megamoe(metric=r"speedup_vs_DeepEP\+DeepGEMM", measure=SPEEDUP, why_not=SAME_TIME),
-    deepgemm(system=r"DeepEP high-throughput \+ DeepGEMM", policy="deepep"),
+    deepgemm(system=r"DeepEP( high-throughput)? \+ DeepGEMM( \(baseline.*\))?", policy="deepep", knobs=NORMAL),
     deepgemm(system=r"DeepEP low-latency \+ DeepGEMM", policy="deepep", knobs=LOW_LATENCY),
     *(
         deepep(
             system=r"DeepEP V1 normal.*",
             metric=f"{stage}_bottleneck_bw_(NVLink|RDMA)",
             measure=measure,
-            knobs={"stages": stage},
+            knobs=NORMAL | {"stages": stage},
             dtype="fp8",
         )
         for stage, measure in (("dispatch", DISPATCH), ("combine", COMBINE))

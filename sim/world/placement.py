@@ -11,6 +11,7 @@ Leaves out: groups of experts and nodes, the cost of moving weights, loads that 
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,7 +34,8 @@ def balance(routing: SimRouting, replicas: int = 0) -> SimRouting:
         TypeError, ValueError: naming the argument, its value and the rule.
     """
     logical = place_copies(routing.counts.sum(axis=0), routing.num_ranks, replicas)
-    return SimRouting(
+    return replace(
+        routing,
         name=f"{routing.name}, {replicas} replicas" if replicas else f"{routing.name}, placed",
         num_experts=logical.size,
         topk_idx=_renumber(routing, logical),

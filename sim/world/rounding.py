@@ -47,7 +47,13 @@ def round_tokens(routing: SimRouting, tile_m: int, how: str = "nearest", seed: i
     change = _change(routing.counts.sum(axis=0), tile_m, how, int(present.sum()))
     added = _change_choices(choices, present, change, random)
     wider = _append(choices, *added).reshape(routing.num_ranks, routing.num_tokens, -1)
-    return replace(routing, name=f"{routing.name}, rounded ({how}) to {tile_m}", topk_idx=wider)
+    return replace(
+        routing,
+        name=f"{routing.name}, rounded ({how}) to {tile_m}",
+        topk_idx=wider,
+        dropped=routing.dropped - int(change[change < 0].sum()),
+        added=routing.added + len(added[0]),
+    )
 
 
 def _change(total: Array, tile_m: int, how: str, num_present: int) -> Array:

@@ -6,8 +6,7 @@
     hot        every first choice is expert 0, the others uniform and distinct
     hot-rank   every first choice is one of rank 0's experts, the others uniform and distinct
     text       words of real text (`reference.make_workload`), routed by a random router over a short hidden row
-    *.npz, *.safetensors   recorded: topk_idx `[tokens, num_topk]`, possibly with a leading index of ranks; an index of
-                           -1 or num_choices is no choice
+    *.npz, *.npy, *.safetensors, *.csv   recorded choices, or a histogram of each expert's tokens: see `recorded`
 
 Zero-computation experts are chosen as others are (behind them in `hot-rank`, which has one of rank 0's experts first).
 
@@ -21,7 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
-from pathlib import Path
 
 import numpy as np
 
@@ -29,12 +27,14 @@ from reference.arrays import Array, check_array, stream
 from reference.config import MoEConfig
 from reference.routers import route
 from reference.scalars import make_plain
-from reference.workloads import flat_rows, is_recording, make_workload, read_recording, recorded_routing, zipf_exponent
+from reference.workloads import make_workload, zipf_exponent
 
 from . import streams
+from .recorded import is_recorded, read_routing
 
 ROUTING_NAMES = (
-    "even", "uniform", "zipf:s (s a number >= 0)", "hot", "hot-rank", "text", "a path ending in .npz or .safetensors",
+    "even", "uniform", "zipf:s (s a number >= 0)", "hot", "hot-rank", "text",
+    "a path ending in .npz, .npy, .safetensors or .csv",
 )  # fmt: skip
 TEXT_HIDDEN = 64
 STEEPEST = 1e30  # exponent of zipf: fits float32, and has left the second expert nothing for long
@@ -52,6 +52,7 @@ class SimRouting:
         topk_idx: `[num_ranks, num_tokens, num_topk]` int32. -1: this choice goes nowhere, because it was none or was
             dropped; `ZERO`: it names a zero-computation expert, goes nowhere either, and may add the token.
         owner: `[num_experts]` int32, the rank on which an expert lives.
+        dropped, added: choices that a capacity or rounding took away, and that rounding added, over all ranks.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
@@ -61,6 +62,8 @@ class SimRouting:
     num_experts: int
     topk_idx: Array
     owner: Array
+    dropped: int = 0
+    added: int = 0
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -103,10 +106,10 @@ def _check_range(name: str, values: Array, low: int, high: int) -> None:
         raise ValueError(f"{name} must have values in [{low}, {high}), got {values.min()} to {values.max()}")
 
 
-def make_routing(name: str, config: MoEConfig, seed: int = 0) -> SimRouting:
+def make_routing(name: str, config: MoEConfig, seed: int = 0, layer: int | None = None) -> SimRouting:
     """The routing `name` (see the module's table) of `config.num_tokens` tokens on each rank, experts blocked.
 
-    A recording gives its first `num_ranks * num_tokens` rows, rank after rank. Choices beyond `config.capacity` are -1.
+    Choices beyond `config.capacity` are -1, and counted as dropped. `layer` is that of a recording which has several.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule; FileNotFoundError: no such recording.
@@ -114,12 +117,20 @@ def make_routing(name: str, config: MoEConfig, seed: int = 0) -> SimRouting:
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, one of: {', '.join(ROUTING_NAMES)}; got {name!r}")
     shape = (config.num_ranks, config.num_tokens, config.num_topk)
-    topk_idx = _choices(name, config, seed).reshape(shape).astype(np.int32, copy=False)
+    random = stream(seed, streams.ROUTING)
+    if layer is not None and not is_recorded(name):
+        raise ValueError(f"layer must be None for a routing that is drawn, {name}; got {layer}")
+    made = read_routing(name, config, layer, random) if is_recorded(name) else None
+    title, choices = made or (name, _choices(name, config, random, seed))
+    topk_idx = choices.reshape(shape).astype(np.int32, copy=False)
     topk_idx[topk_idx >= config.num_experts] = ZERO
+    beyond = np.zeros(shape, bool)
     if config.capacity is not None:
-        topk_idx[packet_slots(topk_idx, config.num_experts) >= config.capacity] = -1
+        beyond = packet_slots(topk_idx, config.num_experts) >= config.capacity
+        topk_idx[beyond] = -1
     owner = blocked_owner(config.num_experts, config.num_ranks)
-    return SimRouting(name=name, num_experts=config.num_experts, topk_idx=topk_idx, owner=owner)
+    dropped = int(beyond.sum())
+    return SimRouting(name=title, num_experts=config.num_experts, topk_idx=topk_idx, owner=owner, dropped=dropped)
 
 
 def blocked_owner(num_experts: int, num_ranks: int) -> Array:
@@ -127,11 +138,8 @@ def blocked_owner(num_experts: int, num_ranks: int) -> Array:
     return (np.arange(num_experts) // (num_experts // num_ranks)).astype(np.int32)
 
 
-def _choices(name: str, config: MoEConfig, seed: int) -> Array:
+def _choices(name: str, config: MoEConfig, random: np.random.Generator, seed: int) -> Array:
     """The choices of all tokens, rank after rank, nothing dropped."""
-    random = stream(seed, streams.ROUTING)
-    if is_recording(name):
-        return _recorded(Path(name), config)
     exponent = zipf_exponent(name)
     if exponent is not None:
         return _zipf(config, random, exponent)
@@ -255,19 +263,6 @@ def _text(config: MoEConfig, random: np.random.Generator, seed: int) -> Array:
     router /= np.linalg.norm(router, axis=1, keepdims=True)
     choices: Array = route(x[first], router, short).topk_idx[word]
     return choices
-
-
-def _recorded(path: Path, config: MoEConfig) -> Array:
-    arrays = read_recording(path)
-    if "topk_idx" not in arrays:
-        raise ValueError(f"{path} must have topk_idx; it has {sorted(arrays)}")
-    rows = flat_rows(f"{path}: topk_idx", arrays["topk_idx"], config.num_topk)
-    wanted = config.num_ranks * config.num_tokens
-    if len(rows) < wanted:
-        need = f"num_ranks={config.num_ranks} times num_tokens={config.num_tokens}"
-        raise ValueError(f"{path} must have at least {need} rows, got {len(rows)}")
-    weights = flat_rows(f"{path}: topk_weights", arrays.get("topk_weights", np.zeros(rows.shape)), config.num_topk)
-    return recorded_routing(str(path), rows[:wanted], weights[:wanted], config).topk_idx
 
 
 def packet_slots(topk_idx: Array, num_experts: int) -> Array:

@@ -28,6 +28,7 @@ class Scenario:
 
     Args:
         seed: of the routing, where it is drawn, and of its rounding.
+        layer: of a recorded routing that has several.
         round_to: round each expert's rows to a multiple of it, `round_how` (one of `rounding.WAYS`); None: do not.
         replicas: copies of busy experts, which are placed by load (`placement.balance`); None: experts stay in blocks.
 
@@ -40,6 +41,7 @@ class Scenario:
     precision: str | Precision
     routing: str | SimRouting = "uniform"
     seed: int = 0
+    layer: int | None = None
     round_to: int | None = None
     round_how: str = "nearest"
     replicas: int | None = None
@@ -75,7 +77,7 @@ class Scenario:
     def _make_routing(self, blame: Blame) -> SimRouting:
         with blame("routing"):
             routing = self.routing
-            made = make_routing(routing, self.config, self.seed) if isinstance(routing, str) else routing
+            made = make_routing(routing, self.config, self.seed, self.layer) if isinstance(routing, str) else routing
         if self.round_to is not None:
             with blame("rounding"):
                 made = round_tokens(made, self.round_to, self.round_how, self.seed)

@@ -30,3 +30,20 @@ def nothing_stays():
 
     gc.collect()
     release()
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A group of this process alone."""
+    import gc
+
+    import torch.distributed as dist
+
+    from flashmoe_numba.torch import release
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    if dist.is_initialized():
+        gc.collect()
+        release(process_group=dist.group.WORLD)
+        dist.destroy_process_group()

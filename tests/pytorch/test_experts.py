@@ -151,7 +151,7 @@ def test_gates_of_their_own(module):
 def test_refuses_what_experts_cannot_say():
     for change, words in (
         (dict(has_post_expert_norm=True), "normalises each expert's result"),
-        (dict(_is_expert_parallel=True), "spread over processes by transformers"),
+        (dict(_is_expert_parallel=True), "spread over ranks by transformers .without ep_implementation"),
         (dict(act_fn=nn.Tanh()), "has the activation Tanh"),
     ):
         experts = make_experts()

@@ -51,12 +51,15 @@ OWN = {  # family: what its config has besides; a name of another value than in 
 }  # fmt: skip
 
 
-def make_model(family, seed=0):
-    """A model in evaluation, whose experts matter: matrices have standard deviation 1 / sqrt(fan_in)."""
+def make_model(family, seed=0, **changes):
+    """A model in evaluation, whose experts matter: matrices have standard deviation 1 / sqrt(fan_in).
+
+    `changes` are the config's.
+    """
     kind = CONFIG_MAPPING[family]
     there, mapped = kind().to_dict(), getattr(kind, "attribute_map", {})
     words = {name: value for name, value in WORDS.items() if name in there and name not in mapped}
-    config = kind(**words | OWN[family])
+    config = kind(**words | OWN[family] | changes)
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -73,5 +76,5 @@ def make_ids(rows=2, length=17, seed=1):
     return torch.randint(1, 199, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def generated(model, ids, new=6):
-    return model.generate(ids, max_new_tokens=new, do_sample=False, attention_mask=torch.ones_like(ids))
+def generated(model, ids, new=6, **how):
+    return model.generate(ids, max_new_tokens=new, do_sample=False, attention_mask=torch.ones_like(ids), **how)

@@ -13,7 +13,7 @@ from flashmoe_numba.commands import calibrate as command
 from reference import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, MoEConfig
 from reference.task_kinds import RECEIVE
 from reference.traces import Slice
-from sim.world.hardware import VALUES
+from sim.world.machine_schema import VALUES
 
 UNIT = 6
 GFLOPS, LATENCY_NS, READ_GBPS, PUT_GBPS, MOVE_GBPS, COMBINE_GBPS = 80.0, 1500.0, 20.0, 7.0, 9.0, 13.0

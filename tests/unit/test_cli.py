@@ -287,6 +287,8 @@ def test_files_are_written_into_new_folders(capsys, tmp_path):
 @pytest.mark.parametrize(("flags", "config"), [
     (["--preset", "mixtral-8x7b", "--ranks", "4"], load_preset("mixtral-8x7b", num_ranks=4)),
     (["--capacity", "64", "--tokens", "80"], load_preset("laptop-text", capacity=64, num_tokens=80)),
+    (["--capacity-factor", "2", "--tokens", "80"], load_preset("laptop-text", capacity=12, num_tokens=80)),
+    (["--capacity", "none", "--preset", "flashmoe-paper"], load_preset("flashmoe-paper", capacity=None)),
 ])  # fmt: skip
 def test_plan_is_that_of_the_reference(capsys, flags, config):
     assert cli.main(["plan", "--json", "-", *flags]) == 0

@@ -1,14 +1,18 @@
 """`flashmoe sim` in this process: errors before anything is simulated, tables, JSON, files."""
 
+import itertools
 import json
+import re
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 from children import printed
+from floors import ROOT
 
 import sim
 from flashmoe_numba import cli
+from flashmoe_numba.commands.columns import TABLES
 from flashmoe_numba.commands.knobs import knob_types, knobs_from, parse
 from flashmoe_numba.errors import UsageError
 from reference import load_preset
@@ -28,8 +32,8 @@ def run_json(capsys, *flags):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--policy", "fastest"], "argument --policy: must be of flashmoe, "),
-    (["--policy", "flashmoe,"], "argument --policy: must be of flashmoe, "),
+    (["--policy", "fastest"], "argument --policy: policy must be one of flashmoe, "),
+    (["--policy", "flashmoe,"], "argument --policy: policy must be one of flashmoe, "),
     (["--hardware", "8xV100"], "argument --hardware: hardware must be a GPU kind (A100, B200,"),
     (["--hardware", "none.toml"], "argument --hardware: hardware file none.toml: no such file; good names"),
     (["--hardware", "16xH100"], "argument --hardware: hardware '16xH100': H100 has at least one node and 1 to 8 GPUs"),
@@ -44,6 +48,13 @@ def run_json(capsys, *flags):
     (["--hidden", "200000", "--ffn", "200000"], "the layer: the busiest rank needs 3840.5 GB"),
     (["--routing", "cold"], "argument --routing: name must be one of: even, uniform, zipf:s"),
     (["--routing", "none.npz"], "argument --routing: name is a recorded workload, but there is no file none.npz"),
+    (["--layer", "1"], "argument --layer: goes with --model-config, got 1 without"),
+    (["--terms", "equal"], "argument --terms: invalid choice: 'equal'"),
+    (["--seeds", "0"], "argument --seeds: must be an integer >= 1, got '0'"),
+    (["--capacity", "0"], "argument --capacity: must be an integer >= 1, got '0'"),
+    (["--capacity-factor", "-1"], "argument --capacity-factor: capacity_factor must be positive and finite, got -1.0"),
+    (["--capacity-factor", "0.1"], "argument --capacity-factor: capacity_factor must leave a row: 0.1 times 4"),
+    (["--capacity-factor", "1", "--capacity", "2"], "argument --capacity: not allowed with argument --capacity-factor"),
     (["--precision", "int8"], "argument --precision: precision must be one of bfloat16, "),
     (["--precision", "fp8", "--hardware", "4xA100"], "the layer: precision fp8 computes in fp8, which 4xA100 has no"),
     (["--replicas", "3"], "argument --replicas: --experts=32 + replicas must be a multiple of --ranks=4, got"),
@@ -62,10 +73,13 @@ def run_json(capsys, *flags):
     (["--set", "packing=per_expert", "--policy", "flashmoe,bulk,comet"], "argument --set: no knob 'packing' in bulk, "),
     (["--seed", "-1"], "argument --seed: must be an integer >= 0, got '-1'"),
     (["--overlap", "--topk", "17"], "argument --overlap: of 2 ranks: --topk must be in [1, --experts=16], got 17"),
+    (["--overlap", "--routing", "x.npz"], "argument --overlap: needs a routing that is drawn, because 2 "),
     (["--json", "/proc/none/x.json"], "argument --json: cannot write '/proc/none/x.json'"),
     (["--trace", "/"], "argument --trace: cannot write '/'"),
     (["--plot", "-"], "argument --plot: must be a file, got '-'"),
     (["--plot", "a.png", "--tokens", "3,4"], "argument --plot: needs one policy and one --tokens, got 2 combinations"),
+    (["--html", "-"], "argument --html: must be a file, got '-'"),
+    (["--html", "a", "--json", "a"], "argument --json: must not be the file of --html, got 'a'"),
     (["--trace", "a", "--policy", "flashmoe,bulk"], "argument --trace: needs one policy and one --tokens, got 2 comb"),
     (["--engine", "pure"], "unrecognized arguments: --engine pure"),
 ])  # fmt: skip
@@ -92,6 +106,17 @@ def test_json_is_a_list_in_the_given_order(capsys):
         assert row["resident"] + sum(row["idle"].values()) == pytest.approx(1)
 
 
+def test_the_page_has_the_rows_of_the_json(capsys, tmp_path):
+    code, rows = run_json(capsys, "--policy", "sonic,flashmoe", "--tokens", "32,16", "--html", str(tmp_path / "a.html"))
+    text = (tmp_path / "a.html").read_text()
+    found = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["simulations"]
+    assert code == 0
+    assert [one["row"] for one in found] == rows
+    assert [(one["policy"], one["latency_us"]) for one in found] == [
+        (row["policy"], row["latency_us"]) for row in rows
+    ]  # fmt: skip
+
+
 def test_json_is_the_report_of_the_library(capsys):
     flags = ["--routing", "zipf:1", "--seed", "3", "--precision", "fp8", "--set", "ladder=true", "--set", "rate=0.25"]
     _, (row,) = run_json(capsys, *flags, "--hidden", "256", "--ranks", "2", "--capacity", "9")
@@ -105,7 +130,8 @@ def test_json_is_the_report_of_the_library(capsys):
     knobs = sim.make_knobs("flashmoe", {"ladder": True, "rate": 0.25})
     expected = asdict(sim.report(sim.simulate("flashmoe", world, knobs)))
     assert {name: row[name] for name in expected} == expected
-    assert row["layer"] == {name: value for name, value in asdict(config).items() if name != "num_tokens"}
+    about = {name: value for name, value in asdict(config).items() if name not in ("num_tokens", "capacity")}
+    assert (row["layer"], row["capacity"]) == (about, 9)
 
 
 def test_a_default_precision_is_the_layers_type(capsys):
@@ -151,13 +177,150 @@ def test_overlap_with_replicas(capsys):
     assert four["overlap_efficiency"] == pytest.approx(two["latency_us"] / four["latency_us"])
 
 
+@pytest.mark.parametrize("limit", [["--capacity-factor", "1"], ["--capacity", "64"]])
+def test_overlap_leaves_as_much_room_in_the_capacity(capsys, limit):
+    """An even routing has what it takes, on 4 ranks and on 2: so a limit that drops nothing changes nothing."""
+    flags = ["--tokens", "1024", "--routing", "even", "--overlap", "--set", "packing=per_source"]
+    _, (without,) = run_json(capsys, *flags)
+    _, (limited,) = run_json(capsys, *flags, *limit)
+    assert (limited["capacity"], limited["dropped"]) == (64, 0)
+    assert limited["overlap_efficiency"] == without["overlap_efficiency"]
+
+
+# ---- capacities
+
+
+def test_a_presets_capacity_follows_the_tokens_and_can_be_lifted(capsys):
+    flags = ["--preset", "flashmoe-paper", "--tokens", "64,640"]
+    _, rows = run_json(capsys, *flags)
+    assert [row["capacity"] for row in rows] == [4, 40], "2 choices, 32 experts"
+    assert all(row["dropped"] > 0 and row["rows"] + row["dropped"] == 8 * row["tokens"] for row in rows)
+    _, rows = run_json(capsys, *flags, "--capacity-factor", "1.5")
+    assert [row["capacity"] for row in rows] == [6, 60]
+    _, rows = run_json(capsys, *flags, "--capacity", "none")
+    assert [(row["capacity"], row["dropped"]) for row in rows] == [(None, 0), (None, 0)]
+
+
+def test_dropped_rows_stand_in_the_table(capsys):
+    assert cli.main([*SMALL, "--routing", "hot", "--topk", "1", "--capacity", "16"]) == 0
+    out = capsys.readouterr().out
+    names, units, row = out.splitlines()[4:7]
+    cells = dict(zip(zip(names.split(), units.split()[:0] or names.split(), strict=True), row.split(), strict=False))
+    assert cells["capacity", "capacity"] == "16" and cells["dropped", "dropped"] == "75.0"
+    assert "no capacity" not in out
+    assert cli.main(SMALL) == 0
+    out = capsys.readouterr().out
+    assert "no capacity" in out.splitlines()[1] and "dropped" not in out
+
+
+def test_tokens_that_lost_all_their_experts_are_not_counted(capsys):
+    flags = ["--routing", "hot", "--topk", "1", "--capacity", "16"]
+    _, (row,) = run_json(capsys, *flags)
+    assert (row["tokens"], row["computed_tokens"]) == (64, 4 * 16)
+    assert row["tokens_per_s"] == pytest.approx(4 * 16 / row["latency_us"] * 1e6)
+
+
+def test_rounding_says_what_it_added(capsys):
+    flags = ["--tokens", "100", "--set", "packing=per_expert", "--set", "tile_m=16", "--round-tokens", "up"]
+    _, (row,) = run_json(capsys, *flags)
+    assert row["added"] > 0 and row["rows"] == 4 * 100 * 2 + row["added"] - row["dropped"]
+    assert cli.main([*SMALL, *flags]) == 0
+    assert " added " in capsys.readouterr().out.splitlines()[4]
+
+
+# ---- terms, seeds, imbalance
+
+
+def test_terms_of_schedules_are_the_same_for_all(capsys):
+    _, rows = run_json(capsys, "--policy", "all", "--terms", "schedule")
+    for row in rows:
+        tiles = {name: value for name, value in row["knobs"].items() if name in ("tile_m", "tile_n", "cluster")}
+        assert (row["rate"], row["terms"]) == (0.6, "schedule")
+        assert tiles.items() <= {"tile_m": 128, "tile_n": 256, "cluster": 1}.items()
+    _, rows = run_json(capsys, "--policy", "all")
+    assert {row["terms"] for row in rows} == {"system"} and len({row["rate"] for row in rows}) > 3
+
+
+def test_the_header_says_the_terms_and_what_was_set(capsys):
+    assert cli.main([*SMALL, "--policy", "all"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].startswith("terms system: each policy's own tiles, and the rate")
+    assert cli.main([*SMALL, "--terms", "schedule", "--set", "tile_n=64", "--set", "rate=0.5"]) == 0
+    line = "terms schedule: tiles of 128 x 256 and a rate of 0.600 for all; set tile_n=64, rate=0.5"
+    assert capsys.readouterr().out.splitlines()[2] == line
+
+
+def test_what_is_not_the_layers_has_columns_of_its_own(capsys):
+    _, rows = run_json(capsys, "--policy", "flashmoe,scmoe,bulk")
+    layer, dense, bulk = rows
+    assert layer["dense_us"] == bulk["dense_us"] == 0 < dense["dense_us"] < dense["latency_us"]
+    assert layer["host_us"] < 10 < 1000 < bulk["host_us"] < bulk["latency_us"]
+    assert cli.main([*SMALL, "--policy", "scmoe"]) == 0
+    assert capsys.readouterr().out.splitlines()[4].split()[8:10] == ["host", "dense"]
+    assert cli.main([*SMALL, "--policy", "bulk"]) == 0
+    assert "dense" not in capsys.readouterr().out
+
+
+def test_measurements_that_no_fit_saw_are_beside_each_latency(capsys, monkeypatch):
+    monkeypatch.setattr("sim.drafting.trust.left_out_errors", lambda: {"bulk": {"H100": {"up to 128": 0.165}}})
+    _, rows = run_json(capsys, "--policy", "bulk,t3")
+    assert [row["left_out_error"] for row in rows] == [0.165, None]
+    assert cli.main([*SMALL, "--policy", "bulk,t3"]) == 0
+    bulk, other = capsys.readouterr().out.splitlines()[6:8]
+    assert bulk.split()[3] == "16.5" and "no measurement" in other
+    assert cli.main([*SMALL, "--policy", "bulk", "--terms", "schedule"]) == 0
+    assert "error" not in capsys.readouterr().out
+    flags = ["explain", *SMALL[1:]]
+    for policy, said in (("bulk", " us (measurements that no fit saw: 16.5 % off)"), ("t3", " us (no measurement)")):
+        assert cli.main([*flags, "--policy", policy]) == 0
+        assert capsys.readouterr().out.splitlines()[0].endswith(said)
+    assert cli.main([*flags, "--policy", "t3", "--set", "rate=0.5"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(" us")
+
+
+def test_seeds_give_the_median_and_the_spread(capsys):
+    flags = ["--routing", "zipf:1", "--seed", "4"]
+    alone = [run_json(capsys, "--routing", "zipf:1", "--seed", str(seed))[1][0] for seed in range(4, 8)]
+    _, (row,) = run_json(capsys, *flags, "--seeds", "4")
+    latencies = sorted(one["latency_us"] for one in alone)
+    assert row["spread"]["seeds"] == [4, 5, 6, 7]
+    assert row["spread"]["latency_us"] == {"median": latencies[1], "min": latencies[0], "max": latencies[3]}
+    assert row["latency_us"] == latencies[1] < latencies[3], "the lower one of two"
+    (median,) = [one for one in alone if one["latency_us"] == latencies[1]]
+    assert {name: value for name, value in row.items() if name != "spread"} == {
+        name: value for name, value in median.items() if name != "spread"
+    }
+    assert cli.main([*SMALL, *flags, "--seeds", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "seeds 4 to 7" in lines[1]
+    assert lines[6].split()[2:5] == [f"{latencies[place]:,.1f}" for place in (1, 0, 3)]
+
+
+def test_imbalance_stands_beside_every_result(capsys):
+    _, (row,) = run_json(capsys, "--routing", "hot", "--topk", "1")
+    assert (row["rank_imbalance"], row["expert_imbalance"]) == (4, 32)
+    assert cli.main([*SMALL, "--routing", "hot", "--topk", "1"]) == 0
+    names, _, cells = capsys.readouterr().out.splitlines()[4:7]
+    assert "by rank by expert" in names and cells.split()[-3:-1] == ["4.00", "32.00"]
+
+
+def test_the_help_and_the_documentation_say_what_every_column_means(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sim", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    documentation = (ROOT / "docs/simulator.md").read_text(encoding="utf-8")
+    for column in itertools.chain(*TABLES):
+        head = f"{column.name} {column.unit}".strip()
+        assert f"{head} {column.meaning}" in said
+        assert f"| {head} | {column.meaning} |" in documentation
+
+
 def test_the_table_says_simulated_and_has_units(capsys):
     assert cli.main([*SMALL, "--policy", "flashmoe,bulk"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("simulated on 4xH100: laptop-text on 4 ranks, hidden ")
-    names, units, first, second = out.splitlines()[3:7]
-    assert names.split()[:5] == ["policy", "tokens", "latency", "tokens", "tensor"]
-    assert units.split()[:4] == ["/rank", "us", "M/s", "%"]
+    names, units, first, second = out.splitlines()[4:8]
+    assert names.split()[:5] == ["policy", "tokens", "latency", "error", "tokens"]
+    assert units.split()[:5] == ["/rank", "us", "+-%", "M/s", "%"]
     assert first.split()[:2] == ["flashmoe", "64"]
     assert second.split()[:2] == ["bulk", "64"]
     assert len({line.rindex(line.split()[-1]) for line in (first, second)}) == 1
@@ -168,7 +331,7 @@ def test_the_table_says_simulated_and_has_units(capsys):
 
 def test_the_table_shows_what_goes_between_nodes(capsys):
     assert cli.main([*SMALL, "--hardware", "2x2xH100"]) == 0
-    names, units = capsys.readouterr().out.splitlines()[3:5]
+    names, units = capsys.readouterr().out.splitlines()[4:6]
     assert names.index("NIC") + 1 == units.rindex("MB")
 
 
@@ -182,7 +345,7 @@ def test_the_defaults_are_a_model_on_a_node(capsys):
 def test_a_rate_that_was_not_fitted_is_marked(capsys, monkeypatch):
     from sim.drafting import rates
 
-    monkeypatch.setattr(rates, "fitted_rates", lambda: {"flashmoe": {"H100": 0.5}})
+    monkeypatch.setattr(rates, "fitted_rates", lambda: {"flashmoe": {"H100": {"rate": 0.5, "schedule_ns": 300}}})
     assert cli.main([*SMALL, "--policy", "flashmoe"]) == 0
     fitted = capsys.readouterr().out
     assert "0.500" in fitted and "*" not in fitted
@@ -228,6 +391,49 @@ def test_a_recorded_routing(capsys, tmp_path):
     _, (row,) = run_json(capsys, "--routing", str(tmp_path / "recorded.npz"), "--topk", "1", "--set", "gate=false")
     assert row["routing"].endswith("recorded.npz")
     assert row["nvlink_bytes_max"] > 0
+
+
+def test_a_recording_of_ranks_that_keep_to_themselves_sends_nothing_with_fewer_tokens(capsys, tmp_path):
+    own = np.arange(4)[:, None, None] * 8 + np.random.default_rng(0).random((4, 100, 8)).argsort(axis=-1)[..., :2]
+    np.savez(tmp_path / "ranks.npz", topk_idx=own)
+    _, (row,) = run_json(capsys, "--routing", str(tmp_path / "ranks.npz"))
+    assert (row["tokens"], row["nvlink_bytes_max"]) == (64, 0)
+    assert row["routing"].endswith("ranks.npz, by rank")
+
+
+def test_a_layer_of_a_recording(capsys, tmp_path):
+    by_layer = np.random.default_rng(0).random((3, 256, 32)).argsort(axis=-1)[..., :2]
+    np.savez(tmp_path / "layers.npz", topk_idx=by_layer)
+    flags = ["--routing", str(tmp_path / "layers.npz")]
+    assert cli.main([*SMALL, *flags]) == 2
+    error = capsys.readouterr().err
+    assert "must have a leading index of --ranks=4" in error and "(--layer)" in error
+    _, (row,) = run_json(capsys, *flags, "--layer", "2")
+    assert row["routing"].endswith("layers.npz, layer 2")
+    busiest = np.bincount(by_layer[2].ravel(), minlength=32).max()
+    assert row["expert_imbalance"] == pytest.approx(busiest / 16)
+
+
+def test_with_a_model_a_recording_may_be_of_its_layer_alone(capsys, tmp_path):
+    model = {"model_type": "deepseek_v3", "hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 8}
+    model |= {"num_experts_per_tok": 2, "num_hidden_layers": 4, "first_k_dense_replace": 2, "intermediate_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    by_layer = np.random.default_rng(0).random((4, 256, 8)).argsort(axis=-1)[..., :2]
+    np.save(tmp_path / "one.npy", by_layer[3])
+    np.save(tmp_path / "all.npy", by_layer)
+    flags = ["sim", "--model-config", str(tmp_path / "config.json"), "--layer", "3", "--hardware", "4xH100"]
+    found = []
+    for name in ("one.npy", "all.npy"):
+        assert cli.main([*flags, "--tokens", "64", "--routing", str(tmp_path / name), "--json", "-"]) == 0
+        found += json.loads(capsys.readouterr().out)
+    assert found[0]["latency_us"] == found[1]["latency_us"]
+    assert [row["routing"].rpartition("/")[2] for row in found] == ["one.npy", "all.npy, layer 3"]
+
+
+def test_a_histogram(capsys, tmp_path):
+    (tmp_path / "load.csv").write_text("expert,tokens\n3,500\n7,1\n")
+    _, (row,) = run_json(capsys, "--routing", str(tmp_path / "load.csv"), "--topk", "1")
+    assert row["expert_imbalance"] > 25 and row["routing"].endswith("load.csv, histogram")
 
 
 @pytest.mark.parametrize(("text", "kind", "value"), [

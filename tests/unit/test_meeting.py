@@ -1,6 +1,7 @@
 """What ranks tell each other while a layer is set up and taken down; with threads as ranks."""
 
-import sys
+import platform
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cases import tiny_config
+from children import printed
 from fake_comm import Comm
 
-from flashmoe_numba.processes.meeting import Meeting
+from flashmoe_numba.processes.meeting import Meeting, machine_name
 
 
 def errors_of(steps):
@@ -68,13 +70,26 @@ def test_errors_of_any_length_are_told_whole():
     assert first is problem and str(second) == f"another rank could not start: rank 0: {long}"
 
 
-@pytest.mark.parametrize(("num_local", "said"), [(3, None), (2, "one machine, but 2 of 3 ranks share this one")])
-def test_ranks_on_several_machines_are_told_so(monkeypatch, num_local, said):
-    local = SimpleNamespace(size=num_local, Free=lambda: None)
-    monkeypatch.setattr(Comm, "Split_type", lambda self, kind: local, raising=False)
-    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_TYPE_SHARED=0)))
-    errors = errors_of([Meeting.require_one_machine] * 3)
-    assert [error and str(error) for error in errors] == [said and f"comm must lie on {said}"] * 3
+@pytest.mark.parametrize(("elsewhere", "said"), [([], None), ([1], ["2 of 3", "1 of 3", "2 of 3"])])
+@pytest.mark.parametrize("argument", ["comm", "process_group"])
+def test_ranks_on_several_machines_are_told_so(monkeypatch, elsewhere, said, argument):
+    monkeypatch.setattr(Comm, "argument", argument, raising=False)
+    here = threading.local()
+    monkeypatch.setattr("flashmoe_numba.processes.meeting.machine_name", lambda: f"machine {here.rank in elsewhere}")
+
+    def step(meeting):
+        here.rank = meeting.rank_indices[0]
+        meeting.require_one_machine()
+
+    errors = errors_of([step] * 3)
+    begin = f"{argument} must lie on one machine, but"
+    parts = [f"{begin} {many} ranks share this one, {platform.node()}" for many in said or []]
+    assert [error and str(error) for error in errors] == (parts or [None] * 3)
+
+
+def test_a_machine_has_one_name():
+    elsewhere = printed("-c", "from flashmoe_numba.processes.meeting import *; print(machine_name())")
+    assert elsewhere.strip() == machine_name().strip() and machine_name().startswith(platform.node())
 
 
 def test_a_text_that_rank_0_cannot_make_is_an_error_of_all():

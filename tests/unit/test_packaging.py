@@ -70,6 +70,8 @@ def test_a_wheel_has_the_packages_with_their_data_and_no_tests(built):
     assert {
         "reference/presets/laptop-tiny.toml",
         "sim/drafting/rates.toml",
+        "sim/drafting/trust.toml",
+        "sim/reading/page/page.html",
         "flashmoe_numba/explore/plants.toml",
     } <= sources
 

@@ -11,7 +11,7 @@ from flashmoe_numba.seeing.plots import plot_timeline
 from flashmoe_numba.seeing.trace import chrome_trace, decode, write_chrome_trace
 from reference import DISPATCH, GATE, GEMM0, Task, Weights, load_preset, make_packets, make_workload, task_graph, traces
 from reference.task_kinds import RECEIVE
-from reference.traces import Slice
+from reference.traces import TRACE_KIND_NAMES, Slice
 
 NUM_PROCESSORS = 2
 
@@ -150,7 +150,10 @@ def test_a_call_without_tasks_has_a_file_and_a_picture(tmp_path):
 
 
 def test_the_picture_has_a_box_for_every_record(traced, tmp_path, figures):
-    plot_timeline(traced[0], NUM_PROCESSORS, tmp_path / "timeline.png")
+    plot_timeline(traced[0], NUM_PROCESSORS, tmp_path / "timeline.png", "2 ranks")
     (axes,) = figures[0].axes
+    assert axes.get_title() == "2 ranks"
+    labels = [text.get_text().upper() for text in figures[0].legends[0].get_texts()]
+    assert set(labels) == {TRACE_KIND_NAMES[task.kind] for task in traced[0]}
     assert sum(len(collection.get_paths()) for collection in axes.collections) == len(traced[0])
     assert axes.get_yticklabels()[0].get_text() == "rank 0  processor 0"

@@ -21,7 +21,7 @@ from ...tile_gemm import PLACE_WORDS
 COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TASKS", "HIDDEN_ROWS", "TOTAL")
 WORDS = {  # as kernel/row_tiles.py and tile_gemm/rows.py number them
     "streams": ("SEEN", "ARRIVED", "CUT_PACKET", "CUT_SLOT", "WAITING", "TILES", "QUEUED", "spare"),
-    "tiles": row_tiles.RowTile._fields,
+    "tiles": row_tiles.CutTile._fields,
     "places": ("ROW_IN", "ROW_OUT", "RANK"),
 }
 CONTROL = {
@@ -79,7 +79,7 @@ class Cells:
             "up_done": (("source", "expert", "m"), (*rows[:2], layout.row_blocks)),
             "down_done": (("source", "expert", "m"), (*rows[:2], layout.row_blocks)),
             "chunk_done": (("source", "expert", "m"), (*rows[:2], layout.row_blocks)),
-            "tiles_left": (("token block",), (-1,)),
+            "needs_left": (("token block",), (-1,)),
             "shared_hidden": (("token", "column"), (-1, max(c.shared_ffn, 1))),
             "shared_results": (("token", "column"), (-1, c.hidden)),
             "shared_factors": (("token",), (-1,)),

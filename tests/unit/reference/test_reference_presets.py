@@ -3,6 +3,7 @@
 import pytest
 
 from reference import load_preset, make_plan, preset_names, read_preset
+from reference.config import expert_capacity
 
 SHAPES = {  # hidden, ffn, num_experts, num_topk
     "mixtral-8x7b": (4096, 14336, 8, 2),
@@ -19,6 +20,11 @@ SHAPES = {  # hidden, ffn, num_experts, num_topk
 }
 
 
+def test_models_with_a_shared_expert_have_it():
+    widths = {name: load_preset(name).shared_ffn for name in preset_names()}
+    assert {name: ffn for name, ffn in widths.items() if ffn} == {"deepseek-v3": 2048, "llama-4-scout": 8192}
+
+
 def test_shapes():
     found = {name: load_preset(name) for name in preset_names()}
     assert {n: (c.hidden, c.ffn, c.num_experts, c.num_topk) for n, c in found.items()} == SHAPES
@@ -27,15 +33,28 @@ def test_shapes():
 @pytest.mark.parametrize("name", SHAPES)
 def test_each_file_is_complete_and_can_be_planned(name):
     text = read_preset(name)
-    assert set(text) <= {"description", "source", "leaves_out", "layer"} and {"description", "source"} <= set(text)
+    assert {"description", "source", "layer"} <= set(text)
+    assert set(text) <= {"description", "source", "leaves_out", "capacity_factor", "layer", "model"}
     assert text["source"].startswith("https://") or name.startswith("laptop")
     plan, config = make_plan(load_preset(name)), load_preset(name)
     assert plan.num_dropped == 0 and plan.real_rows == config.num_ranks * config.num_tokens * config.num_topk
 
 
-def test_the_paper_has_the_capacity_of_factor_one():
-    config = load_preset("flashmoe-paper")
+@pytest.mark.parametrize("sizes", [{}, {"num_tokens": 100}, {"num_experts": 64, "num_topk": 1}])
+def test_the_paper_has_the_capacity_of_factor_one(sizes):
+    config = load_preset("flashmoe-paper", **sizes)
     assert config.capacity == -(-config.num_tokens // config.num_experts) * config.num_topk
+    assert load_preset("flashmoe-paper", capacity=None, **sizes).capacity is None
+
+
+def test_a_capacity_factor_leaves_at_least_a_row_and_at_most_all():
+    config = load_preset("laptop-text", num_tokens=100)  # 2 of 32 experts: 4 tokens each, 8 rows
+    assert [expert_capacity(config, factor) for factor in (0.125, 0.5, 1, 1.3, 1e308)] == [1, 4, 8, 10, 100]
+    with pytest.raises(ValueError, match=r"capacity_factor must leave a row: 0.1 times 8 rows is 0"):
+        expert_capacity(config, 0.1)
+    for factor in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="capacity_factor must be positive and finite, got"):
+            expert_capacity(config, factor)
 
 
 def test_overrides():

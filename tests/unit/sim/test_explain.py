@@ -186,6 +186,13 @@ def test_work_that_is_left_out_is_no_suggestion():
     assert "rate" not in names
 
 
+def test_a_routing_that_drops_fewer_rows_says_how_many_more_it_computes():
+    simulation = simulate("flashmoe", world("hot", capacity=64))
+    more = simulation.world.routing.dropped
+    assert more > 0
+    assert f"even routing, with +{more:,} rows" in [change.name for change in what_if.changes(simulation)]
+
+
 def test_what_does_not_fit_is_left_out():
     simulation = simulate("flashmoe", world(num_experts=4, num_topk=4))
     tight = simulation.world.memory_bytes / 1e9
@@ -237,8 +244,8 @@ def test_the_command_explains_what_sim_simulates(capsys):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--policy", "all"], "argument --policy: invalid choice: 'all' (choose from "),
-    (["--policy", "flashmoe,bulk"], "argument --policy: invalid choice: 'flashmoe,bulk' (choose from "),
+    (["--policy", "all"], "argument --policy: policy must be one of flashmoe, "),
+    (["--policy", "flashmoe,bulk"], "argument --policy: policy must be one of flashmoe, "),
     (["--tokens", "64,128"], "argument --tokens: must be an integer >= 1, got '64,128'"),
     (["--hardware", "8xV100"], "argument --hardware: hardware must be a GPU kind"),
     (["--ranks", "3"], "--experts must be a multiple of --ranks=3, got 32"),

@@ -1,14 +1,20 @@
 """Figures of a sweep: which are drawn from which rows, and that what is drawn is what the rows say."""
 
 import json
+import re
 from itertools import pairwise, product
 from math import prod
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 
 from flashmoe_numba import cli
+from sim.reading.charts import COLOURS
 from sim.studies import figures
+from sim.studies.index import write_index
+from sim.studies.ties import make_cell, row_error
 
 POLICIES = {"flashmoe": 10.0, "bulk": 30.0, "comet": 20.0}
 
@@ -29,10 +35,10 @@ def row(policy="flashmoe", hardware="2xH100", tokens=128, experts=8, routing="un
 def drawn(monkeypatch, tmp_path):
     """`draw(rows)` gives the figures by name and the notes; nothing is written."""
 
-    def draw(rows, most=12):
+    def draw(rows, most=12, **more):
         made = {}
         monkeypatch.setattr(figures, "save", lambda figure, file: made.setdefault(file.name, figure))
-        files, notes = figures.draw_figures(rows, tmp_path, most)
+        files, notes = figures.draw_figures(rows, tmp_path, most, **more)
         assert [file.name for file in files] == list(made)
         return made, notes
 
@@ -72,6 +78,18 @@ def test_what_differs_is_another_figure_and_names_its_file(drawn):
     assert "over_tokens: 1 of 4, those with the most rows; choose rows (--where) for others" in notes
 
 
+def test_what_came_later_is_never_mixed(drawn):
+    """Rows of old files have none of it."""
+    changes = ({}, {"replicas": 8}, {"rounding": "up"}, {"terms": "schedule"}, {"seeds": 5}, {"layer": 3})
+    made, _ = drawn([row(tokens=tokens, **change) for tokens in (1, 2) for change in changes])
+    lines = [name for name in made if name.startswith("over_tokens")]
+    assert len(lines) == len(changes) and all(len(curves_of(made[name].axes[0])["flashmoe"]) == 2 for name in lines)
+    titles = " ".join(made[name].get_suptitle() for name in lines)
+    for words in ("8 replicas", "rows rounded (up)", "terms schedule", "median of 5 seeds", "layer 3"):
+        assert titles.count(words) == 1
+    assert "terms system" not in titles
+
+
 def test_rows_that_differ_in_everything_at_once_are_no_figure(drawn):
     made, notes = drawn([row(tokens=1, experts=8), row(tokens=2, experts=16)])
     assert "over_tokens.png" not in made
@@ -89,10 +107,91 @@ def test_a_map_has_the_fastest_and_the_ratio_to_the_next(drawn):
     texts = {tuple(map(round, text.get_position())): text.get_text() for text in axes.texts}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["even", "zipf:1.0"]
     assert texts == {
-        (0, 0): "flashmoe\n1.50x", (0, 1): "flashmoe\n1.50x", (1, 0): "bulk\n1.50x", (1, 1): "bulk\n1.50x",
-        (2, 0): "comet\nalone",
+        (0, 0): "flashmoe\n10 us\n1.50x", (0, 1): "flashmoe\n10 us\n1.50x",
+        (1, 0): "bulk\n20 us\n1.50x", (1, 1): "bulk\n20 us\n1.50x", (2, 0): "comet\n1 us\nalone",
     }  # fmt: skip
+    title = made["fastest_over_routing.png"].get_suptitle()
+    assert "tie" not in title
+    assert "?" not in title
     assert len(axes.patches) >= 6, "the cell without a row is drawn too"
+
+
+def title_of(figure):
+    """In one line."""
+    return " ".join(figure.get_suptitle().split())
+
+
+def map_of(drawn, latencies, **more):
+    """Texts of the cells of a map by tokens, the colours in them, and its title; `latencies` by (policy, tokens)."""
+    rows = [row(p, tokens=t, experts=e, latency=v) for (p, t), v in latencies.items() for e in (8, 16)]
+    made, _ = drawn(rows, **more)
+    (axes,) = made["fastest_over_experts.png"].axes
+    tokens = sorted({tokens for _, tokens in latencies})
+    texts = {tokens[round(text.get_position()[0])]: text.get_text() for text in axes.texts}
+    colours = {t: [] for t in tokens}
+    for patch in axes.patches:
+        if patch.get_height() > 0.5 and patch.get_y() < 0.5:
+            colours[tokens[round(patch.get_x() + patch.get_width() / 2)]].append(to_hex(patch.get_facecolor()).upper())
+    return texts, colours, title_of(made["fastest_over_experts.png"])
+
+
+def test_a_win_within_the_errors_is_a_tie(drawn):
+    latencies = {("bulk", 1): 100, ("comet", 1): 119, ("flashmoe", 1): 125, ("bulk", 2): 100, ("comet", 2): 123}
+    texts, colours, title = map_of(drawn, latencies, error=lambda _: 0.1)  # 110 us; 107.1 and 112.5; 110.7 us
+    assert texts == {1: "tie\n100 us\n1.19x", 2: "bulk\n100 us\n1.23x"}
+    assert colours == {1: [COLOURS[0], COLOURS[1]], 2: [COLOURS[0]]}
+    assert title.endswith("tie: not told apart within the simulator's errors")
+    texts, _, title = map_of(drawn, latencies)
+    assert texts == {1: "bulk\n100 us\n1.19x", 2: "bulk\n100 us\n1.23x"}
+    assert "tie" not in title
+
+
+def test_an_error_that_is_not_known_is_a_doubt(drawn):
+    latencies = {("bulk", 1): 100, ("comet", 1): 150, ("bulk", 2): 100, ("flashmoe", 2): 104}
+    known = {"bulk": 0.05, "comet": None, "flashmoe": 0.0}
+    texts, _, title = map_of(drawn, latencies, error=lambda row: known[row["policy"]])
+    assert texts == {1: "bulk\n100 us\n1.50x ?", 2: "tie\n100 us\n1.04x"}
+    assert title.endswith("?: its error is not known")
+    latencies = {("bulk", 1): 100, ("comet", 1): 150, ("t3", 2): 100, ("comet", 2): 104}
+    texts, _, _ = map_of(drawn, latencies, error=lambda row: 0.05 if row["policy"] == "bulk" else None)
+    assert texts[2] == "t3\n100 us\n1.04x ?", "one of which nothing at all is known, beside one of which it is"
+
+
+@pytest.mark.parametrize("errors", [(0.1, 0.1), (0.0, 0.19), (0.25, 0.0), (0.0, 0.0), (None, 0.3), (0.3, None)])
+def test_ties_are_symmetric_intervals(errors):
+    """Two latencies are a tie if the intervals of their errors overlap, by sampling them."""
+    times = (100.0, 122.0)
+    spans = [np.linspace(t * (1 - (e or 0)), t * (1 + (e or 0)), 2001) for t, e in zip(times, errors, strict=True)]
+    overlap = spans[0].max() > spans[1].min()
+    cell = make_cell({name: pair for name, *pair in zip("ab", times, errors, strict=True)})
+    assert cell.lines == (("a", "b") if overlap else ("a",))
+    assert cell.known == (None not in errors)
+    assert make_cell({"a": (1.0, None), "b": (2.0, None)}, judged=False).known
+
+
+def test_rows_say_their_errors_themselves():
+    some = row()
+    assert row_error(some) is None
+    assert row_error(some | {"left_out_error": 0.07}) == 0.07
+    assert row_error(some | {"left_out_error": "no measurement"}) is None
+    some["report"]["left_out_error"] = 0.2
+    assert row_error(some) == 0.2
+
+
+def test_lines_of_one_policy_have_letters_in_maps(drawn):
+    rows = [
+        row(tokens=t, experts=e, knobs={"rate": 0.6, "packing": p}, latency=v)
+        for t, e in product((1, 2), (8, 16))
+        for p, v in (("arrived", 10), ("per_source", 20))
+    ]
+    rows += [row("bulk", tokens=t, experts=e, knobs={"rate": 0.6}, latency=30) for t, e in product((1, 2), (8, 16))]
+    made, _ = drawn(rows)
+    figure = made["fastest_over_experts.png"]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"flashmoe A\n10 us\n2.00x"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["flashmoe A: packing=arrived"]
+    assert title_of(figure).endswith("all with rate=0.6")
+    names = [text.get_text() for text in made["over_tokens_E8.png"].legends[0].get_texts()]
+    assert names == ["bulk", "flashmoe, packing=arrived", "flashmoe, packing=per_source"]
 
 
 def test_overlap_efficiency_is_that_of_two_gpus(drawn):
@@ -182,10 +281,21 @@ def test_the_command_says_what_it_drew(tmp_path, capsys):
     file, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "new" / "figures"
     assert cli.main(["plot", str(file), "--out", str(out), "--where", "experts=8"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == [str(out / "over_tokens.png"), str(out / "utilisation.png")]
+    assert said[:3] == [str(out / name) for name in ("over_tokens.png", "utilisation.png", "index.html")]
     assert "no over_experts: it needs several values of experts, and all rows have 8" in said
     for name in ("over_tokens.png", "utilisation.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_index_has_all_figures_and_what_is_not_drawn(tmp_path):
+    titles = {tmp_path / "a_E8.png": "Latency\nolmoe, <b>", tmp_path / 'b"c.png': "Fastest"}
+    text = write_index(tmp_path / "new", titles, ["no d: it needs <two>"]).read_text()
+    assert re.findall(r'<img src="([^"]*)" alt="([^"]*)"', text) == [
+        ("a_E8.png", "Latency olmoe, &lt;b&gt;"), ("b&quot;c.png", "Fastest"),
+    ]  # fmt: skip
+    assert re.findall(r'href="#([^"]*)"', text) == re.findall(r'<figure id="([^"]*)"', text) == ["a_E8", "b&quot;c"]
+    assert "<li>no d: it needs &lt;two&gt;</li>" in text
+    assert "http" not in text
 
 
 def test_no_rows_no_figures(tmp_path, capsys):
@@ -197,13 +307,17 @@ def test_no_rows_no_figures(tmp_path, capsys):
 def test_a_line_that_is_no_row_is_named(tmp_path, capsys, change):
     rows = [stored(row()), {name: value for name, value in (stored(row()) | change).items() if value is not None}]
     assert cli.main(["plot", str(write(tmp_path / "rows.jsonl", rows)), "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"flashmoe plot: error: {tmp_path}/rows.jsonl: line 2 is no row of a sweep\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"flashmoe plot: error: {tmp_path}/rows.jsonl: line 2 is no row of a sweep; if others are, ")
+    assert f"delete it (sed -i 2d {tmp_path}/rows.jsonl)" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["none.jsonl", "--out", "x"], "none.jsonl: no such file"),
     (["ROWS"], "the following arguments are required: --out"),
     (["ROWS", "--out", "x", "--most", "0"], "argument --most: must be an integer >= 1, got '0'"),
+    (["ROWS", "--out", "x", "--error", "100"], "argument --error: must be a number in [0, 100), got '100'"),
+    (["ROWS", "--out", "x", "--error", "few"], "argument --error: must be a number in [0, 100), got 'few'"),
     (["ROWS", "--out", "x", "--where", "token=1"], "argument --where: must be KEY=VALUE with a KEY of capacity_factor"),
     (["ROWS", "--out", "x", "--where", "tokens"], "argument --where: must be KEY=VALUE with a KEY of capacity_factor"),
     (["ROWS", "--out", "x", "--where", "tokens=7"], "argument --where: no row has tokens=7; tokens is one of 1, 2"),

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from sim.world import hardware as module
-from sim.world.hardware import ARITHMETICS, VALUES, hardware_names, load_hardware, to_toml
+from sim.world.hardware import hardware_names, load_hardware, to_toml
+from sim.world.machine_schema import ARITHMETICS, VALUES
 
-NVLINK_PEAK = {"A100": 300, "B200": 900, "GB200": 900, "H100": 450, "H20": 450, "H200": 450, "H800": 200}
-NIC_PEAK = {"A100": 25}  # HDR 200; the others have NDR 400
+NVLINK_PEAK = {"A100": 300, "B200": 900, "GB200": 900, "GB300": 900, "H100": 450, "H20": 450, "H200": 450, "H800": 200}
+NIC_PEAK = {"A100": 25, "GB300": 100}  # HDR 200, XDR 800; the others have NDR 400
 PUBLISHED = {  # sms, HBM GB/s, bfloat16 TFLOPS, achieved NVLink GB/s, GPUs of the usual node
     "A100": (108, 2039, 312, 246, 8),
     "B200": (148, 8000, 2250, 669, 8),
     "GB200": (152, 8000, 2500, 669, 72),
+    "GB300": (152, 8000, 2500, 669, 72),
     "H100": (132, 3350, 989.4, 370, 8),
     "H20": (78, 4000, 148, 370, 8),
     "H200": (132, 4800, 989.4, 370, 8),
@@ -68,13 +70,13 @@ def test_narrow_arithmetic_is_faster(kind):
     assert tflops["float16"] == tflops["bfloat16"]
     assert tflops["bfloat16"] / tflops["float32"] == pytest.approx(2, rel=0.01)
     assert tflops.get("fp8", 2 * tflops["bfloat16"]) == pytest.approx(2 * tflops["bfloat16"], rel=0.01)
-    assert ("fp4" in tflops) == (kind in ("B200", "GB200"))
+    assert ("fp4" in tflops) == (kind in ("B200", "GB200", "GB300"))
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_every_value_has_a_source_and_guesses_say_so(kind):
     machine = load_hardware(kind)
-    assert set(machine.sources) == {*VALUES, *(f"tflops.{name}" for name in machine.tflops)}
+    assert set(machine.sources) == {*VALUES, "clock_ghz", *(f"tflops.{name}" for name in machine.tflops)}
     assert machine.sources["hbm_achieved"].startswith("assumption: ")
     assert all(text.startswith("assumption: ") or "assum" not in text for text in machine.sources.values())
     assert all(len(text) > 10 for text in machine.sources.values())
@@ -226,6 +228,17 @@ def test_the_file_of_a_preset_is_a_file_like_any_other():
     assert load_hardware(str(path)) == replace(load_hardware("8xH100"), name="H100")
 
 
+def test_a_clock_may_be_left_out(tmp_path):
+    machine = load_hardware("H20")
+    without = {name: text for name, text in machine.sources.items() if name != "clock_ghz"}
+    unknown = replace(machine, clock_ghz=None, sources=without)
+    assert load_hardware(write(tmp_path, text=to_toml(unknown))) == unknown
+    with pytest.raises(ValueError, match="clock_ghz must be positive and finite, got 0"):
+        replace(machine, clock_ghz=0)
+    with pytest.raises(ValueError, match=r"sources must have .*; missing: clock_ghz"):
+        replace(machine, sources=without)
+
+
 def test_nodes_may_be_left_out(tmp_path):
     assert load_hardware(write(tmp_path, "nodes = 2\n", "")).num_nodes == 1
 
@@ -238,21 +251,21 @@ def test_nodes_may_be_left_out(tmp_path):
         ("schema = 1\n", "", "schema must be 1, got 'none'"),
         ("nodes = 2", "nodes = 0", "nodes must be positive and finite, got 0"),
         ("nodes = 2", "nodes = 2.0", "nodes must be an integer, got 2.0"),
-        ("nodes = 2", "noodles = 2", "the file must have only .*; unknown: noodles"),
+        ("nodes = 2", "noodles = 2", r"unknown: noodles \(it may have nodes, chip, "),
         ("gpus = 8", "gpus = 0", "gpus must be positive and finite, got 0"),
         ("gpus = 8", "gpus = 8\nmax_gpus = 4", r"gpus must be in \[1, max_gpus=4\], got 8"),
-        ("gpus = 8\n", "", r"\[node\] must have .*; missing: gpus"),
-        ("sms = 132\n", "", r"\[gpu\] must have .*; missing: sms"),
-        ("sms = 132", "sms = 132\nsmx = 3", r"\[gpu\] must have only .*; unknown: smx"),
+        ("gpus = 8\n", "", r"missing: \[node\] gpus$"),
+        ("sms = 132\n", "", r"missing: \[gpu\] sms$"),
+        ("sms = 132", "sms = 132\nsmx = 3", r"unknown: \[gpu\] smx \(it may have clock_ghz\)$"),
         ("sms = 132", 'sms = "132"', "sms must be an integer, got '132'"),
         ("nic_gbps = 48.5", "nic_gbps = -1", "nic_gbps must be positive and finite, got -1"),
         ("nic_gbps = 48.5", "nic_gbps = nan", "nic_gbps must be positive and finite, got nan"),
         ("launch_ns = 5000", "launch_ns = 5.0", "launch_ns must be an integer, got 5.0"),
-        ("[gpu.tflops]", "[gpu.tflop]", r"\[gpu\] must have .*; missing: tflops"),
-        ("fp8 = 1978.9", "fp9 = 1978.9", "tflops must have keys from .*; got 'fp9'"),
-        ("[host]", "[hosts]", "the file must have .*; missing: host"),
-        ('"sms" = ', '"smx" = ', "sources must have .*; missing: sms"),
-        ('"tflops.fp8" = ', '"tflops.fp4" = ', "sources must have .*; missing: tflops.fp8"),
+        ("[gpu.tflops]", "[gpu.tflop]", r"missing: \[gpu\] tflops; unknown: \[gpu\] tflop \(it"),
+        ("fp8 = 1978.9", "fp9 = 1978.9", r"unknown: \[gpu.tflops\] fp9 \(it may have float64, "),
+        ("[host]", "[hosts]", r"missing: \[host\] launch_ns, \[host\] graph_launch_ns, .*; unknown: hosts "),
+        ('"sms" = ', '"smx" = ', r"missing: \[sources\] sms; unknown: \[sources\] smx$"),
+        ('"tflops.fp8" = ', '"tflops.fp4" = ', r"missing: \[sources\] tflops.fp8; unknown: \[sources\] tflops.fp4$"),
         ('"sms" = "', '"sms" = 3 # "', "sources of sms must be a text, got 3"),
         ('name = "2x8xH100"', 'name = ""', "name must be a text that is not empty, got ''"),
         ("description = ", "description = 3 # ", "description must be a text, got 3"),
@@ -269,9 +282,6 @@ def test_an_error_names_file_key_and_rule_in_one_line(tmp_path, change, to, rule
 
 def test_a_value_in_place_of_a_table(tmp_path):
     path = write(tmp_path, text='schema = 1\nname = "a"\ndescription = "b"\ngpu = 3\nnode = 3\nnetwork = 3\n')
-    with pytest.raises(ValueError, match=r"the file must have .*; missing: host, sources"):
-        load_hardware(path)
-    path = write(tmp_path, text=Path(path).read_text(encoding="utf-8") + "host = 3\nsources = 3\n")
     with pytest.raises(ValueError, match=r"mine.toml: \[gpu\] must be a table, got 3"):
         load_hardware(path)
 
@@ -285,3 +295,83 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "bytes.toml").write_bytes(b"name = '\xff'")
     with pytest.raises(ValueError, match=r"bytes.toml: not a TOML file: "):
         load_hardware(str(tmp_path / "bytes.toml"))
+
+
+def test_all_that_is_missing_is_told_at_once(tmp_path):
+    """A file that has nothing but its schema is told every key that a preset has."""
+    preset = tomllib.loads((Path(module.__file__).parents[1] / "presets" / "H100.toml").read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match="missing: ") as caught:
+        load_hardware(write(tmp_path, text="schema = 1\n[gpu.tflops]\nfp8 = 3\n"))
+    told = set(str(caught.value).partition("missing: ")[2].split(", "))
+    tables = {f"[{table}] {key}" for table in ("gpu", "node", "network", "host") for key in preset[table]}
+    sources = {f"[sources] {key}" for key in preset["sources"] if not key.startswith(("tflops", "clock"))}
+    assert told == (tables - {"[gpu] tflops", "[gpu] clock_ghz", "[node] max_gpus"}) | sources | {
+        "name", "description", "[sources] tflops.fp8"
+    }  # fmt: skip
+
+
+# ---- nodes, chips and links of the user's own ----
+
+
+@pytest.mark.parametrize(("prefix", "name", "nodes", "gpus"), [
+    ("", "box", 1, 8), ("1x", "8xbox", 1, 8), ("2x", "2x8xbox", 2, 8), ("3X4X", "3x4xbox", 3, 4),
+    ("1x4x", "4xbox", 1, 4),
+])  # fmt: skip
+def test_nodes_of_a_file(tmp_path, monkeypatch, prefix, name, nodes, gpus):
+    write(tmp_path, text=to_toml(replace(load_hardware("8xH100"), name="box")))
+    monkeypatch.chdir(tmp_path)
+    for path in ("mine.toml", str(tmp_path / "mine.toml")):
+        machine = load_hardware(prefix + path)
+        assert (machine.name, machine.num_nodes, machine.gpus_per_node) == (name, nodes, gpus)
+        assert machine.chip == "H100"
+
+
+def test_a_file_whose_name_begins_with_a_number_is_itself(tmp_path, monkeypatch):
+    write(tmp_path)
+    (tmp_path / "2xmine.toml").write_text(to_toml(replace(load_hardware("4xA100"), name="other")), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_hardware("2xmine.toml").name == "other"
+    assert load_hardware("3xmine.toml").name == "3x8xH100"
+
+
+def test_nodes_of_a_file_that_is_not_there_or_has_fewer_gpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"hardware file none\.toml: no such file"):
+        load_hardware("2xnone.toml")
+    write(tmp_path)
+    for name in ("2x9xmine.toml", "0xmine.toml"):
+        with pytest.raises(ValueError, match=rf"{name}': H100 has .* 1 to 8 GPUs .*; good names: \"2xmine.toml\", "):
+            load_hardware(name)
+
+
+def test_a_changed_machine_keeps_its_chip_and_a_file_may_name_one(tmp_path):
+    machine = replace(load_hardware("2x8xH800"), name="renamed", nvlink_gbps=50.0)
+    assert machine.chip == "H800"
+    assert load_hardware(write(tmp_path, text=to_toml(machine))).chip == "H800"
+    path = write(tmp_path, 'chip = "H100"', 'chip = "H20"')
+    assert load_hardware(path).chip == "H20"
+    assert load_hardware(write(tmp_path, 'chip = "H100"\n', "")).chip == "H100", "by its name, 2x8xH100"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"node_link": "NIC"}, "nic_gbps must be nvlink_gbps=370, as network_link and node_link are one, 'NIC'; got 48.5"),
+    (
+        {"node_link": "NIC", "nic_gbps": 370, "gpus_per_link": 2},
+        "gpus_per_nic must be gpus_per_link=2, as network_link and node_link are one, 'NIC'; got 1",
+    ),
+    ({"node_link": ""}, "node_link must be a text that is not empty"),
+    ({"chip": " "}, "chip must be a text that is not empty"),
+    ({"gpus_per_link": 3}, "gpus_per_link must divide gpus_per_node=8, got 3"),
+    ({"gpus_per_nic": 16}, "gpus_per_nic must divide gpus_per_node=8, got 16"),
+    ({"gpus_per_nic": 0}, "gpus_per_nic must be positive and finite, got 0"),
+])  # fmt: skip
+def test_rules_of_links(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(load_hardware("2x8xH100"), **change)
+
+
+def test_links_of_a_file(tmp_path):
+    machine = replace(
+        load_hardware("2x8xH100"), node_link='PCIe "5"', network_link="RoCE", gpus_per_link=4, gpus_per_nic=2
+    )
+    assert load_hardware(write(tmp_path, text=to_toml(machine))) == machine

@@ -18,7 +18,7 @@ from policy_worlds import (
 
 from sim import PolicyKnobs
 from sim.engine import plain
-from sim.engine.kinds import COMBINE, GATE
+from sim.engine.kinds import COMBINE, GATE, SEND, SHARED0, SHARED1
 from sim.policies import POLICY_NAMES, make_knobs
 from sim.policies.scmoe import with_zero_experts
 from sim.studies.what_if import NOT_CHOICES
@@ -103,6 +103,53 @@ def test_ties_in_time_change_no_count(policy):
         tasks = np.bincount(shuffled.run_node, shuffled.run_count, graph.num_nodes)
         np.testing.assert_array_equal(tasks, graph.nodes["count"])
         assert shuffled.makespan_ns == pytest.approx(usual.makespan_ns, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["uniform", "silent rank", "one token", "one rank", "two nodes"])
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_every_token_goes_through_the_shared_expert_once(policy, name):
+    plain = WORLDS[name]
+    world = replace(plain, config=replace(plain.config, shared_ffn=130))
+    graph, c = make_graph(policy, world), world.config
+    assert_computed_once(graph, world)
+    nodes = graph.nodes
+    for kind, columns, depth in ((SHARED0, 2 * 130, c.hidden), (SHARED1, c.hidden, 130)):
+        for rank in range(c.num_ranks):
+            mine = kind_nodes(graph, kind, rank)
+            useful = (nodes["useful_flops"] * nodes["count"])[mine].sum()
+            assert useful == pytest.approx(2 * c.num_tokens * columns * depth)
+            assert (nodes["flops"] >= nodes["useful_flops"])[mine].all()
+    without, timeline = run_both(make_graph(policy, plain)), run_both(graph)
+    np.testing.assert_array_equal(timeline.link_bytes, without.link_bytes)
+    assert timeline.makespan_ns >= without.makespan_ns
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_results_are_whole_when_the_shared_expert_is_done(policy):
+    """A COMBINE reads its rows, one more for each token; where memory adds up what arrives, it adds to them."""
+    plain = small_world()
+    world = replace(plain, config=replace(plain.config, shared_ffn=130))
+    graph = make_graph(policy, world)
+    for rank in range(4):
+        shared = kind_nodes(graph, SHARED1, rank)
+        assert {*shared.tolist()} <= descendants(graph, kind_nodes(graph, SHARED0, rank))
+        last = kind_nodes(graph, COMBINE if policy != "t3" else SEND, rank)
+        assert {*last.tolist()} <= descendants(graph, shared), f"rank {rank}"
+    times = [combine_time(make_graph(policy, one)) for one in (plain, world)]
+    assert times[0] < times[1] or policy == "t3"
+
+
+@pytest.mark.parametrize(("policy", "stages"), [("comet", "layer0"), ("deepep", "dispatch")])
+def test_a_shared_expert_is_not_left_out_silently(policy, stages):
+    world = small_world()
+    world = replace(world, config=replace(world.config, shared_ffn=130))
+    with pytest.raises(ValueError, match=f"shared_ffn must be 0 with policy {policy} and these knobs, .*; got 130"):
+        make_graph(policy, world, stages=stages)
+
+
+def combine_time(graph):
+    nodes, mine = graph.nodes, kind_nodes(graph, COMBINE)
+    return (nodes["duration_ns"] * nodes["count"])[mine].sum()
 
 
 def descendants(graph, nodes):

@@ -1,5 +1,6 @@
 """DeepEP: rows that cross each link once, kernels that wait for their own rank, and knobs that do what they say."""
 
+from dataclasses import replace
 from functools import partial
 from math import ceil
 
@@ -9,7 +10,9 @@ from policy_worlds import assert_computed_once, assert_link_bytes, kind_nodes, o
 
 from sim.drafting.comm_sms import analytic_comm_sms
 from sim.drafting.hops import make_hops
-from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND
+from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, LAUNCH, SEND, SHARED0
+from sim.policies import make_knobs
+from sim.simulation import simulate
 from sim.validation.published import bottleneck_gbps
 
 WORLDS = odd_worlds() | {
@@ -17,7 +20,7 @@ WORLDS = odd_worlds() | {
     "fp8": small_world(precision_name="fp8", hidden=256, hardware="2x2xH100"),
 }
 
-deepep = partial(run_policy, "deepep")
+deepep = partial(run_policy, "deepep", mode="normal")
 
 
 def carried(graph, timeline, name):
@@ -265,6 +268,17 @@ def test_gate_and_cluster():
     assert deepep(world, cluster=1, rate=1.0)[1].makespan_ns > deepep(world, cluster=4, rate=1.0)[1].makespan_ns
 
 
+@pytest.mark.parametrize(("tokens", "mode"), [(1, "low_latency"), (255, "low_latency"), (256, "normal")])
+def test_the_mode_follows_the_tokens_unless_it_is_set(tokens, mode):
+    world = small_world(num_tokens=tokens)
+    chosen = simulate("deepep", world)
+    assert chosen.knobs.mode == mode
+    np.testing.assert_equal(chosen.graph.nodes, deepep(world, mode=mode)[0].nodes)
+    for given in ("normal", "low_latency"):
+        assert simulate("deepep", world, make_knobs("deepep", {"mode": given})).knobs.mode == given
+    np.testing.assert_equal(run_policy("deepep", world)[0].nodes, chosen.graph.nodes)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -285,6 +299,27 @@ def test_wrong_knobs(values, message):
 def test_one_token_has_no_two_halves():
     with pytest.raises(ValueError, match="micro_batches must be at most num_tokens=1, got 2"):
         deepep(WORLDS["one token"], micro_batches=2)
+
+
+@pytest.mark.parametrize(("mode", "batches"), [("normal", 1), ("normal", 2), ("low_latency", 1), ("low_latency", 2)])
+def test_a_shared_expert_runs_beside_the_dispatch_and_is_summed(mode, batches):
+    plain = small_world(
+        "even", num_tokens=2000, hidden=1024, num_topk=8
+    )  # reading 5 rows takes longer than writing one
+    world = replace(plain, config=replace(plain.config, shared_ffn=256))
+    graph, timeline = deepep(world, mode=mode, micro_batches=batches)
+    shared = kind_nodes(graph, SHARED0)
+    sent = kind_nodes(graph, DISPATCH)
+    assert timeline.start_ns[shared].min() < timeline.done_ns[sent].max()
+    useful = (graph.nodes["useful_flops"] * graph.nodes["count"])[shared].sum()
+    assert useful == pytest.approx(4 * 2000 * 2 * 1024 * 512)
+    summed = [combine_bytes_time(deepep(one, mode=mode, micro_batches=batches)[0]) for one in (plain, world)]
+    assert summed[1] > summed[0]
+
+
+def combine_bytes_time(graph):
+    sums = kind_nodes(graph, COMBINE)
+    return (graph.nodes["duration_ns"] * graph.nodes["count"])[sums].sum()
 
 
 # ---- figures of DeepEP's own

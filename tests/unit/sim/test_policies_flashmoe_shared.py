@@ -1,4 +1,4 @@
-"""Shared and zero-computation experts in FlashMoE's schedule, and what other policies say of them."""
+"""Shared and zero-computation experts in FlashMoE's schedule."""
 
 from dataclasses import replace
 
@@ -7,7 +7,6 @@ import pytest
 from policy_worlds import kind_nodes, make_graph, run_both, small_world
 
 from sim.engine.kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, SHARED0, SHARED1
-from sim.policies import build
 from sim.world.routing import ZERO, make_routing
 
 
@@ -74,9 +73,3 @@ def test_zero_choices_send_nothing_and_cost_a_row_where_they_add():
         times[zero] = graph.nodes["duration_ns"][kind_nodes(graph, COMBINE)].sum()
         assert len(kind_nodes(graph, GEMM1)) > 0
     assert times["identity"] > times["none"]
-
-
-def test_other_policies_refuse_a_shared_expert():
-    world = with_shared(small_world("even"), shared_ffn=64)
-    with pytest.raises(ValueError, match=r"shared_ffn must be 0 with policy bulk: only flashmoe has .*, got 64"):
-        build("bulk", world)

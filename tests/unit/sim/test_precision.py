@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from reference import DTYPES, element_dtype
-from sim.world.hardware import ARITHMETICS, load_hardware
-from sim.world.precision import PRECISIONS, precision
+from sim.world.hardware import load_hardware
+from sim.world.machine_schema import ARITHMETICS
+from sim.world.precision import PRECISIONS, precision, with_results
 
 FIELDS = ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes")
 
@@ -39,14 +40,21 @@ def test_fp4_weights_halve_the_stream_and_not_the_time():
 
 def test_every_precision_runs_on_some_gpu():
     assert set(DTYPES) < set(PRECISIONS)
-    assert {precision(name).arithmetic for name in PRECISIONS} == set(ARITHMETICS) & set(
-        load_hardware("B200").tflops
-    ) - {"fp4"}
+    known = set(load_hardware("B200").tflops)
+    assert {precision(name).arithmetic for name in PRECISIONS} == set(ARITHMETICS) & known
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"precision must be one of bfloat16, .*, fp8, fp8xfp4; got 'int8'"):
+    with pytest.raises(
+        ValueError, match=r"precision must be one of bfloat16, .*, fp8, fp8xfp4, mxfp8, nvfp4; got 'int8'"
+    ):
         precision("int8")
+
+
+def test_results_may_travel_in_another_format():
+    narrow = with_results(precision("nvfp4"), "mxfp8")
+    assert (narrow.name, narrow.result_bytes, narrow.token_bytes) == ("nvfp4, mxfp8 results", 1 + 1 / 32, 0.5 + 1 / 16)
+    assert with_results(precision("nvfp4"), "bfloat16") is precision("nvfp4"), "as they do anyway"
 
 
 @pytest.mark.parametrize("field", FIELDS)

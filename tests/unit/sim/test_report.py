@@ -1,7 +1,8 @@
 """Reports: shares add up, and all numbers that come from sweeps are recounted nanosecond by nanosecond."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -9,14 +10,17 @@ from graphs import simulation_of, simulations
 from hypothesis import given
 from policy_worlds import odd_worlds, small_world
 
+from reference import MoEConfig
 from sim.engine import kinds
 from sim.engine.graph import NONE, GraphBuilder
 from sim.policies import POLICY_NAMES, make_knobs
-from sim.reading.report import IDLE_CAUSES, exposed_communication_us, num_slots, report, slot_shares
+from sim.reading.measures import IDLE_CAUSES, dense_us, exposed_communication_us, host_us, num_slots, slot_shares
+from sim.reading.report import report
 from sim.simulation import simulate
+from sim.world.scenario import Scenario
 
 ODD_WORLDS = odd_worlds()
-COMPUTES = (kinds.GEMM0, kinds.GEMM1, kinds.DENSE)
+COMPUTES = (kinds.GEMM0, kinds.GEMM1, kinds.SHARED0, kinds.SHARED1, kinds.DENSE)
 
 
 def runs_of(simulation):
@@ -34,7 +38,10 @@ def place_of(graph, node):
 def cause_by_hand(simulation, node):
     nodes, cause = simulation.graph.nodes, simulation.timeline.cause
     last = cause[node]
-    while last != NONE and nodes["kind"][last] in (kinds.JOIN, kinds.RECEIVE) and cause[last] != NONE:
+    while last != NONE and cause[last] != NONE:
+        gap = nodes["kind"][last] == kinds.LAUNCH and nodes["server"][last] == NONE
+        if nodes["kind"][last] not in (kinds.JOIN, kinds.RECEIVE) and not gap:
+            break
         last = cause[last]
     if last == NONE:
         return "dependency"
@@ -90,6 +97,38 @@ def exposed_by_hand(simulation):
     return total / simulation.world.num_ranks / 1000
 
 
+def alone_by_hand(simulation, of_interest, beside):
+    """Microseconds of a rank in which something of interest is going on, and nothing beside, as a mean."""
+    graph = simulation.graph
+    nodes, names = graph.nodes, [*(server.name for server in graph.servers), "none"]
+    total = 0
+    for rank in range(simulation.world.num_ranks):
+        for now in range(simulation.timeline.makespan_ns):
+            on = set()
+            for node, _, start, end, arrive in runs_of(simulation):
+                kind, egress, ingress = nodes["kind"][node], nodes["egress"][node], nodes["ingress"][node]
+                name = names[nodes["server"][node]]
+                if start <= now < end and (kind == kinds.BARRIER):
+                    on.add("meeting")
+                if start <= now < end and place_of(graph, node) == rank:
+                    on.add("host" if name == "host" else "off" if name in ("none", "OS block") else
+                           "dense" if kind == kinds.DENSE else "task")  # fmt: skip
+                source = graph.links[egress].rank if egress != NONE else nodes["rank"][node]
+                target = graph.links[ingress].rank if ingress != NONE else nodes["peer"][node]
+                begin = start if kind in (kinds.DISPATCH, kinds.SEND) else end
+                if (egress != NONE or ingress != NONE) and rank in (source, target) and begin <= now < arrive:
+                    on.add("transfer")
+            total += of_interest in on and not on & beside
+    return total / simulation.world.num_ranks / 1000
+
+
+@given(simulation=simulations())
+def test_time_of_the_host_alone_and_of_dense_work_are_those_counted_by_hand(simulation):
+    beside_host = {"task", "dense", "transfer", "meeting"}
+    assert host_us(simulation) == pytest.approx(alone_by_hand(simulation, "host", beside_host), abs=1e-12)
+    assert dense_us(simulation) == pytest.approx(alone_by_hand(simulation, "dense", {"task"}), abs=1e-12)
+
+
 @given(simulation=simulations())
 def test_shares_are_those_counted_by_hand_and_add_up(simulation):
     shares = slot_shares(simulation)
@@ -111,6 +150,8 @@ def test_shares_of_every_policy_add_up(policy, world):
     assert all(0 <= share <= 1 + 1e-12 for share in (said.resident, *said.idle.values()))
     assert 0 <= said.useful <= said.tensor_busy * (1 + 1e-9)
     assert 0 <= said.exposed_communication_us <= said.latency_us
+    assert 0 <= said.host_us + said.dense_us <= said.latency_us
+    assert (said.dense_us > 0) == (policy == "scmoe")
     assert tuple(said.idle) == IDLE_CAUSES
 
 
@@ -158,6 +199,28 @@ def test_operations_and_tokens_over_time():
     assert (said.ranks, said.tokens) == (4, 64)
 
 
+def test_what_was_dropped_and_added_is_said():
+    """Of 8 tokens on each of 2 ranks, 3 go nowhere: two lost their only choice, and one was never there."""
+    config = MoEConfig(num_ranks=2, num_tokens=8, hidden=64, ffn=64, num_experts=4, num_topk=1, capacity=4)
+    choices = np.array([[0, 0, 0, 0, 0, 0, 1, 2], [3, 3, 3, 1, 1, 2, 2, 4]])  # 4: no choice
+    with TemporaryDirectory() as folder:
+        np.savez(f"{folder}/x.npz", topk_idx=choices[..., None])
+        scenario = Scenario(config=config, hardware="2xH100", precision="bfloat16", routing=f"{folder}/x.npz")
+        said = report(simulate("flashmoe", scenario.make()))
+        rounded = report(simulate("flashmoe", replace(scenario, round_to=4, round_how="up").make()))
+    assert (said.capacity, said.rows, said.dropped, said.added, said.computed_tokens) == (4, 13, 2, 0, 13)
+    assert said.tokens_per_s == pytest.approx(13 / (said.latency_us / 1e6))
+    assert said.rank_imbalance == pytest.approx(7 / 6.5), "4 + 3 rows on rank 0, 3 + 3 on rank 1"
+    assert said.expert_imbalance == pytest.approx(4 / (13 / 4))
+    assert (rounded.rows, rounded.dropped, rounded.added) == (16, 2, 3)
+
+
+def test_nothing_is_even():
+    said = report(simulate("flashmoe", small_world(silent_ranks=(0, 1, 2, 3))))
+    assert (said.rows, said.computed_tokens, said.tokens_per_s) == (0, 0, 0)
+    assert (said.rank_imbalance, said.expert_imbalance) == (1, 1)
+
+
 @pytest.mark.parametrize("hardware", ["4xH100", "2x2xH100"])
 def test_bytes_of_links_are_those_of_the_rows(hardware):
     world = small_world(hardware=hardware)
@@ -190,6 +253,21 @@ def test_a_rate_that_is_given_is_not_fitted():
     simulation = simulate("flashmoe", small_world(), make_knobs("flashmoe", {"rate": 0.25}))
     said = report(simulation)
     assert (said.rate, said.rate_fitted) == (0.25, False)
+
+
+def test_the_error_is_that_of_the_policy_the_chip_and_the_tokens(monkeypatch):
+    errors = {"bulk": {"H100": {"up to 128": 0.2, "up to 1024": 0.3}}, "t3": {"H100": {"more": 0.4}}}
+    monkeypatch.setattr("sim.drafting.trust.left_out_errors", lambda: errors)
+
+    def said(policy, knobs=(), chip="H100", **sizes):
+        world = small_world(**sizes)
+        world = replace(world, hardware=replace(world.hardware, name="mine", chip=chip))
+        return report(simulate(policy, world, make_knobs(policy, dict(knobs)))).left_out_error
+
+    assert [said("bulk", num_tokens=tokens) for tokens in (1, 128, 129)] == [0.2, 0.2, 0.3]
+    assert said("t3", num_tokens=128) is None, "none with so few tokens"
+    assert said("bulk", chip="H20") is said("comet") is None
+    assert said("bulk", {"rate": 0.5}) is None, "measurements say nothing of a rate that is set"
 
 
 def test_engines_beside_each_other_hold_no_more_slots_than_there_are():

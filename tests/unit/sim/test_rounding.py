@@ -54,6 +54,8 @@ def test_every_expert_has_whole_tiles_and_nothing_else_changes(routing, tile_m, 
         old, new = tokens_of(routing, expert), tokens_of(rounded, expert)
         assert old <= new or new <= old
     np.testing.assert_array_equal(rounded.owner, routing.owner)
+    assert rounded.dropped == np.maximum(before - after, 0).sum()
+    assert rounded.added == np.maximum(after - before, 0).sum()
 
 
 @given(routing=routings(), tile_m=st.integers(2, 5))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import pytest
 from flashmoe_numba import cli
 from flashmoe_numba.processes import launch
 from flashmoe_numba.processes.pools import process_pool
+from sim.policies.outside import TEMPLATE
 from sim.simulation import simulate
-from sim.studies.grid import load_grid
-from sim.studies.sweep import RowFile, missing, read_rows, run_point, run_points
+from sim.studies.grid import LATER, load_grid
+from sim.studies.sweep import PARAMETERS, RowFile, missing, read_rows, run_point, run_points
+from sim.world.hardware import load_hardware, to_toml
 
 ROOT = Path(__file__).resolve().parents[3]
 HEAD = 'schema = 1\n[grid]\npolicy = ["flashmoe"]\nhardware = ["2xH100"]\npreset = ["laptop-tiny"]\n'
@@ -58,7 +61,15 @@ def test_keys_are_of_the_parameters_alone(tmp_path, grid):
     assert one.key == "2b018feacf79e987", (
         "the same on every machine and in every version, or files could not be gone on with"
     )
-    for change in ("seed = [1]", "topk = [1]", "gated = [false]", "capacity_factor = [1]", 'precision = ["fp8"]'):
+    changes = ("replicas = [0]", 'rounding = ["up"]', 'terms = ["schedule"]', "layer = [0]", "seeds = [2]")
+    for change in (
+        *changes,
+        "seed = [1]",
+        "topk = [1]",
+        "gated = [false]",
+        "capacity_factor = [1]",
+        'precision = ["fp8"]',
+    ):
         (other,) = load_grid(write(tmp_path, HEAD + change))
         assert other.key != one.key
     assert len(set(before)) == len(before)
@@ -89,6 +100,52 @@ def test_capacity_is_that_of_the_factor(tmp_path):
     worlds = [point.world() for point in load_grid(write(tmp_path, HEAD + sizes))]
     assert [world.config.capacity for world in worlds] == [3, 6, 10, 10]
     assert worlds[0].routing.counts.max() <= 3
+
+
+def test_what_sim_can_ask_for_a_grid_can(tmp_path):
+    axes = (
+        'replicas = ["none", 0, 4]\nrounding = ["none", "up"]\nterms = ["system", "schedule"]\nrouting = ["zipf:1"]\n'
+    )
+    sets = "tokens = [40]\n[knobs]\nflashmoe = [{tile_m = 16}]\n"
+    points = {(p.replicas, p.rounding, p.terms): p for p in load_grid(write(tmp_path, HEAD + axes + sets))}
+    assert len(points) == 12
+    copied = points[4, "up", "schedule"].world().routing
+    assert copied.num_experts == 12 and copied.name == "zipf:1, rounded (up) to 16, 4 replicas"
+    placed, blocked = (points[replicas, None, "system"].world().routing.name for replicas in (0, None))
+    assert (placed, blocked) == ("zipf:1, placed", "zipf:1")
+    row = run_point(points[None, None, "schedule"])
+    assert (row["report"]["rate"], row["report"]["knobs"]["tile_m"], row["report"]["knobs"]["tile_n"]) == (0.6, 16, 256)
+    (bad,) = load_grid(write(tmp_path, HEAD.replace("flashmoe", "megamoe") + 'rounding = ["up"]\n'))
+    assert run_point(bad)["error"] == "policy megamoe chooses its row tile: set its knob tile_m"
+
+
+def test_seeds_of_a_point_are_a_row_with_their_spread(tmp_path):
+    text = HEAD + 'routing = ["zipf:1"]\ntokens = [300]\n'
+    alone = sorted(
+        run_point(p)["report"]["latency_us"] for p in load_grid(write(tmp_path, text + "seed = [3, 4, 5]\n"))
+    )
+    (point,) = load_grid(write(tmp_path, text + "seed = [3]\nseeds = [3]\n"))
+    said = run_point(point)["report"]
+    spread = {"median": alone[1], "min": alone[0], "max": alone[2]}
+    assert said["spread"]["latency_us"] == spread and said["latency_us"] == alone[1]
+    assert alone[0] < alone[2]
+
+
+def test_rows_from_before_an_axis_came_are_gone_on_with(tmp_path):
+    (point,) = load_grid(write(tmp_path, HEAD))
+    row = run_point(point)
+    old = {name: value for name, value in row.items() if name not in LATER}
+    (tmp_path / "old.jsonl").write_text(json.dumps(old) + "\n")
+    assert read_rows(tmp_path / "old.jsonl") == [row]
+    assert missing([point], read_rows(tmp_path / "old.jsonl")) == []
+
+
+@pytest.mark.parametrize("axis", sorted(LATER))
+def test_rows_that_differ_in_a_later_axis_are_all_read(tmp_path, axis):
+    file = tmp_path / "rows.jsonl"
+    lines = [dict.fromkeys(PARAMETERS, 1) | {"key": key, axis: key} for key in ("a", "b", "a")]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [row[axis] for row in read_rows(file)] == ["a", "b"]
 
 
 def test_an_impossible_combination_is_a_row_that_says_why(grid):
@@ -125,7 +182,11 @@ def test_half_a_sweep_with_a_torn_line_is_gone_on_with(tmp_path, grid):
     for torn in (1, 5, last - 1):
         file.write_bytes(whole[: len(whole) - last - 1 + torn])
         assert len(read_rows(file)) == 19
+        aside = tmp_path / "rows.jsonl.damaged"
+        aside.unlink(missing_ok=True)
         with RowFile(file) as rows:
+            assert rows.aside == aside
+            assert aside.read_bytes() == whole.splitlines()[-1][:torn] + b"\n"
             left = missing(points, rows.rows)
             assert len(left) == len(points) - 19
             for row in run_points(left):
@@ -213,6 +274,12 @@ def test_rows_of_an_mpirun_are_the_same(tmp_path, grid):
     ("schema = 1\ngrid = 3", ": [grid] must be a table, got 3"),
     ('schema = 1\n[grid]\npolicy = ["flashmoe"]', ": [grid] must have policy, hardware, preset; missing: hardware"),
     (HEAD + "tokens = 5", ": [grid] tokens must be a list of integers, got 5"),
+    (HEAD + 'rounding = ["away"]', ": [grid] rounding: rounding must be one of nearest, up, down; got 'away'"),
+    (HEAD + 'terms = ["own"]', ": [grid] terms: terms must be one of system, schedule; got 'own'"),
+    (HEAD + 'replicas = ["some"]', """: [grid] replicas must be a list of integers, or "none", got 'some' in it"""),
+    (HEAD + "replicas = [-1]", ": [grid] replicas must be at least 0, got -1"),
+    (HEAD + "seeds = [0]", ": [grid] seeds must be at least 1, got 0"),
+    (HEAD + 'seeds = ["none"]', ": [grid] seeds must be a list of integers, got 'none' in it"),
     (HEAD + "tokens = []", ": [grid] tokens must be a list of integers, got []"),
     (HEAD + "tokens = [true]", ": [grid] tokens must be a list of integers, got True in it"),
     (HEAD + "tokens = [0]", ": [grid] tokens must be at least 1, got 0"),
@@ -228,7 +295,7 @@ def test_rows_of_an_mpirun_are_the_same(tmp_path, grid):
     (HEAD + "[knobs]\nflashmoe = [{lader = true}]", ": [knobs] flashmoe: policy flashmoe has the knobs rate, "),
     (HEAD + "[knobs]\nflashmoe = [{tile_m = true}]", ": [knobs] flashmoe: tile_m must be of type int, got True"),
     (HEAD + "[knobs]\nflashmoe = [{rate = 'high'}]", ": [knobs] flashmoe: rate must be of type float, got 'high'"),
-    (HEAD + "[knobs]\nflushmoe = [{}]", ": [knobs] must be for policies one of flashmoe"),
+    (HEAD + "[knobs]\nflushmoe = [{}]", ": [knobs] must be for policies of [grid], flashmoe; got flushmoe"),
 ])  # fmt: skip
 def test_a_bad_grid_is_one_line(tmp_path, capsys, text, message):
     path = write(tmp_path, text)
@@ -274,3 +341,83 @@ def test_bad_flags_are_one_line(capsys, flags, message):
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments/grids").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_example_grids_are_grids(path):
     assert len(load_grid(path)) >= 12
+
+
+TINY = HEAD + "tokens = [5, 6, 7]"
+
+
+@pytest.mark.parametrize("damage", [
+    lambda line: line[:30], lambda line: b"\0" * 4096, lambda line: line[:9] + b"\0\0" + line[11:], lambda line: b"x\n"
+])  # fmt: skip
+def test_a_damaged_last_line_is_set_aside_and_computed_again(tmp_path, capsys, damage):
+    """Cut off, a page of zeros after a loss of power, a hole, or something else that was written."""
+    grid, file = write(tmp_path, TINY), tmp_path / "rows.jsonl"
+    assert cli.main(["sweep", str(grid), "--out", str(file), "--jobs", "1"]) == 0
+    *rows, last = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(rows) + damage(last))
+    capsys.readouterr()
+    assert cli.main(["sweep", str(grid), "--out", str(file), "--jobs", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"3 simulated rows of the grid are in {file}, 1 of them new")
+    assert err.startswith(f"flashmoe sweep: the last line of {file} was damaged, ")
+    assert err.endswith(f": it is in {file}.damaged now, and is computed again\n")
+    assert file.read_bytes() == b"".join(rows) + last
+    assert Path(f"{file}.damaged").read_bytes() == damage(last).removesuffix(b"\n") + b"\n"
+    assert cli.main(["sweep", str(grid), "--out", str(file), "--jobs", "1"]) == 0
+    assert capsys.readouterr().err == "", "it is whole again"
+
+
+@pytest.mark.parametrize("damage", [lambda lines: lines[0][:50] + b"\n", lambda lines: b'{"key": "a"}\n'])
+def test_other_damage_names_the_line_and_the_remedy(tmp_path, capsys, damage):
+    grid, file = write(tmp_path, TINY), tmp_path / "rows.jsonl"
+    assert cli.main(["sweep", str(grid), "--out", str(file), "--jobs", "1"]) == 0
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0], damage(lines), lines[2]]))
+    before = file.read_bytes()
+    capsys.readouterr()
+    assert cli.main(["sweep", str(grid), "--out", str(file), "--jobs", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"argument --out: {file}: line 2 is no row of a sweep; if others are, delete it (sed -i 2d {file})" in said
+    assert file.read_bytes() == before
+    subprocess.run(said.partition("(")[2].partition(")")[0], shell=True, check=True)
+    assert cli.main(["sweep", str(grid), "--out", str(file), "--jobs", "1"]) == 0
+    assert by_key(map(json.loads, lines)) == by_key(read_rows(file))
+
+
+def test_a_grid_of_machines_from_files_and_several_policies(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "box.toml").write_text(to_toml(replace(load_hardware("2xH100"), name="box", nvlink_gbps=20.0)))
+    text = HEAD.replace('"2xH100"', '"2xH100", "box.toml", "2xbox.toml"').replace('"flashmoe"', '"flashmoe", "bulk"')
+    grid, file = write(tmp_path, text + "tokens = [512]"), tmp_path / "rows.jsonl"
+    assert cli.main(["sweep", str(grid), "--out", str(file), "--jobs", "2"]) == 0
+    found = {(row["policy"], row["hardware"]): row for row in read_rows(file)}
+    assert len(found) == 6
+    for (_, hardware), row in found.items():
+        assert row["ranks"] == (4 if hardware == "2xbox.toml" else 2)
+        assert row["report"]["rate_fitted"], "the box has the H100's chip"
+    for policy in ("flashmoe", "bulk"):
+        fast, slow = (found[policy, name]["report"]["latency_us"] for name in ("2xH100", "box.toml"))
+        assert slow > fast
+    assert cli.main(["plot", str(file), "--out", "figures", "--where", "ranks=2"]) in (0, 1)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_file_that_was_changed_makes_new_rows_which_readers_have_in_place_of_the_old(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    machine, policy = tmp_path / "box.toml", tmp_path / "my.py"
+    machine.write_text(to_toml(load_hardware("2xH100")))
+    policy.write_text(TEMPLATE.read_text(encoding="utf-8"))
+    grid = write(tmp_path, HEAD.replace('"2xH100"', '"2xbox.toml"').replace('"flashmoe"', '"my.py", "flashmoe"'))
+    new = []
+    for change in (None, machine, policy):
+        if change is not None:
+            text = change.read_text(encoding="utf-8")
+            change.write_text(
+                text.replace("nvlink_gbps = 370", "nvlink_gbps = 37").replace("tile_n: int = 128", "tile_n: int = 16")
+            )
+        assert cli.main(["sweep", str(grid), "--out", "rows.jsonl", "--jobs", "1"]) == 0
+        new.append(int(capsys.readouterr().out.partition("rows.jsonl, ")[2].split()[0]))
+        rows = {row["policy"]: row for row in read_rows(tmp_path / "rows.jsonl")}
+        assert by_key(rows.values()) == by_key(map(run_point, load_grid(grid)))
+    assert new == [2, 2, 1], "two with the machine, one with the policy"
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 5

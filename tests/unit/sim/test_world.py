@@ -28,7 +28,7 @@ def test_more_ranks_than_gpus_are_refused():
 
 
 def test_what_does_not_fit_says_how_much_is_missing():
-    config = load_preset("deepseek-v3", num_ranks=8, num_tokens=128)
+    config = load_preset("deepseek-v3", num_ranks=8, num_tokens=128, shared_ffn=0)
     parts = dict(hardware=load_hardware("8xH100"), routing=make_routing("even", config), precision=precision("float32"))
     # 32 experts of 3 matrices of 7168 x 2048 in 4 bytes: 5.6 GB would fit; 58 layers are not one.
     assert World(config=config, **parts).weight_bytes == 32 * 3 * 7168 * 2048 * 4
@@ -81,11 +81,11 @@ def cost(slots, rate=0.5, **sizes):
 def test_a_tile_takes_the_longest_of_products_memory_and_cache():
     made = cost(slots=264, rate=0.25)
     hardware = made.world.hardware
-    tall = made.tile(128, 128, 4096, tiles=10_000, reuse=8)
+    tall = made.tile(128, 128, 4096, tiles=10 * 264, reuse=8)
     assert tall == np.ceil(2 * 128 * 128 * 4096 / (989.4e3 * 0.25 / 264)) + 100
-    short = made.tile(1, 128, 4096, tiles=10_000)
+    short = made.tile(1, 128, 4096, tiles=10 * 264)
     assert short == np.ceil(128 * 4096 * 2 / (hardware.hbm_gbps * hardware.hbm_achieved / 264)) + 100
-    cached = made.tile(1, 128, 4096, tiles=10_000, reuse=1000)
+    cached = made.tile(1, 128, 4096, tiles=10 * 264, reuse=1000)
     assert cached == np.ceil((128 + 1) * 4096 * 2 / (hardware.l2_gbps / 264)) + 100
 
 
@@ -109,9 +109,9 @@ def test_few_streams_share_the_memory_among_fewer():
     hardware = made.world.hardware
     crossing = 3 * 4096 * made.world.config.hidden * 2  # 4,096 tokens, and two rows of each
     memory = hardware.hbm_gbps * hardware.hbm_achieved
-    for tasks, gbps in ((1, hardware.l2_gbps / 132), (132, memory / 132), (150, memory / 150), (1000, memory / 264)):
+    for tasks, gbps in ((1, hardware.l2_gbps / 132), (132, memory / 132), (150, memory / 150), (1000, memory / 250)):
         assert made.combine(4096, 8192, tasks) == np.ceil(crossing / gbps) + 100
-    assert made.stream(1e6) == made.stream(1e6, tasks=264) == made.stream(1e6, tasks=1000)
+    assert made.stream(1e6) == made.stream(1e6, tasks=264) == made.stream(1e6, tasks=528)
 
 
 def test_weights_are_read_once_per_wave_unless_they_stay_in_the_cache():

@@ -1,0 +1,38 @@
+"""What no schedule of a layer can be faster than, whatever it overlaps.
+
+The longest of three, each on its busiest rank: the weights of the experts that have rows, once over the memory's
+bandwidth; the products of the real rows, over the tensor peak; and the rows over the links, each token once to each
+rank that it goes to and a result once from each.
+Leaves out: latencies, activations in memory, and that a relay sends a token once to a node.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..world.world import World
+from .hops import token_copies
+
+
+def roof_ns(world: World) -> dict[str, float]:
+    """Nanoseconds by "weights", "products" and "links"."""
+    hardware, precision, config, routing = world.hardware, world.precision, world.config, world.routing
+    matrices = config.hidden * (world.up_columns + config.ffn)
+    active = np.bincount(routing.owner[routing.counts.sum(axis=0) > 0], minlength=world.num_ranks)
+    weights = active.max(initial=0) * matrices * precision.weight_bytes
+    return {
+        "weights": float(weights / (hardware.hbm_gbps * hardware.hbm_achieved)),
+        "products": float(2 * world.rows.max(initial=0) * matrices / (hardware.tflops[precision.arithmetic] * 1e3)),
+        "links": _links_ns(world),
+    }
+
+
+def _links_ns(world: World) -> float:
+    """Of one node."""
+    hardware, precision = world.hardware, world.precision
+    source, _, target = token_copies(world.routing)
+    away = source != target
+    sent, received = (np.bincount(rank[away], minlength=world.num_ranks) for rank in (source, target))
+    token, result = (world.config.hidden * size for size in (precision.token_bytes, precision.result_bytes))
+    busiest = max((sent * token + received * result).max(), (received * token + sent * result).max())
+    return float(busiest / hardware.nvlink_gbps) if world.num_nodes == 1 else 0.0

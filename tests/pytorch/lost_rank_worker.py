@@ -1,0 +1,72 @@
+"""One rank of the tests in test_lost_rank.py: `lost_rank_worker.py SCENARIO FOLDER RANK`; rank 1 is killed.
+
+The others leave `rank0.txt` in the folder: the error that they were given. Nobody starts or ends them together, so that
+none is ended because another one is.
+"""
+
+import functools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from cases import random_tokens, tiny_config
+from losing import VICTIM, lose, write
+
+from flashmoe_numba import FlashMoE
+from flashmoe_numba.heap.tensors import as_tensor
+from flashmoe_numba.torch import MoE, ranks, session
+from reference import Weights
+
+NUM_RANKS, DEADLINE_S = 3, 3
+CONFIG = tiny_config(num_ranks=NUM_RANKS, num_experts=2 * NUM_RANKS)
+
+
+def in_setup(group, folder):
+    if group.rank() == VICTIM:
+        os.kill(os.getpid(), signal.SIGKILL)
+    FlashMoE(CONFIG, Weights.random(CONFIG), process_group=group, setup_deadline_s=DEADLINE_S)
+
+
+def make_module(group):
+    ranks.DEADLINE_S = DEADLINE_S
+    session.FlashMoE = functools.partial(FlashMoE, deadline_s=DEADLINE_S)
+    return MoE(CONFIG, Weights.random(CONFIG), process_group=group), as_tensor(random_tokens(CONFIG)[group.rank()])
+
+
+def between_calls(group, folder):
+    module, x = make_module(group)
+    module(x)
+    if group.rank() == VICTIM:
+        os.kill(os.getpid(), signal.SIGKILL)
+    module(x)
+
+
+def in_a_call(group, folder):
+    lose("after its dispatch", folder, signal.SIGKILL)
+    module, x = make_module(group)
+    try:
+        while True:
+            module(x)
+    except Exception as error:
+        try:
+            module(x)
+        except Exception as later:
+            raise RuntimeError(f"{error}\nand later: {later}") from None
+
+
+def main(scenario, folder, rank):
+    store = dist.FileStore(f"{folder}/store", NUM_RANKS)
+    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=NUM_RANKS)
+    try:
+        with torch.no_grad():
+            globals()[scenario](dist.group.WORLD, Path(folder))
+    except Exception as error:
+        write(Path(folder, f"rank{rank}.txt"), f"{type(error).__name__}: {error}")
+    os._exit(0)  # without taking leave of a rank that is gone
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

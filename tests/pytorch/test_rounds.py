@@ -1,0 +1,142 @@
+"""What ranks tell each other before each call of a module; with threads as ranks."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+from torch import nn
+
+from flashmoe_numba import FlashMoEError
+from flashmoe_numba.processes.process_group import Duplicate
+from flashmoe_numba.torch import ranks as words
+from flashmoe_numba.torch.ranks import MISSING, Ranks
+
+STEPS = 300
+
+
+class Comm(Duplicate):
+    def Idup(self):
+        return self, self.Ibarrier()
+
+
+def found(*steps):
+    """What `step(ranks)` returns or raises on each rank, all at once."""
+    store = dist.HashStore()
+
+    def one(rank):
+        ranks = Ranks("of a test", Comm(store, "test", rank, len(steps)), None)
+        try:
+            return steps[rank](ranks)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(steps)) as pool:
+        return list(pool.map(one, range(len(steps))))
+
+
+def calls(ranks, needs):
+    """How many calls of the layer this rank is told to make, for what it needs itself."""
+    taken = []
+    for module, num_calls in enumerate(needs):
+        if (module + ranks.rank_idx) % 7 == 0:
+            time.sleep(0.001)
+        with ranks.call(module % 3, num_calls) as most:
+            taken.append(most)
+    return taken
+
+
+def test_every_rank_makes_as_many_calls_as_the_one_that_needs_most():
+    needs = [[1 + (step * (rank + 1)) % 5 for step in range(STEPS)] for rank in range(3)]
+    most = [max(of_ranks) for of_ranks in zip(*needs, strict=True)]
+    assert found(*(lambda ranks, own=own: calls(ranks, own) for own in needs)) == [most] * 3
+
+
+def test_a_rank_that_is_done_is_told_what_the_others_call():
+    def serve(ranks):
+        served = [ranks.next_of_others() for _ in range(STEPS)]
+        return served, ranks.next_of_others()
+
+    def work(ranks):
+        taken = calls(ranks, range(1, 1 + STEPS))
+        return taken, ranks.next_of_others()
+
+    first, last = found(work, serve)
+    assert first == (list(range(1, 1 + STEPS)), None)
+    assert last == ([(step % 3, 1 + step) for step in range(STEPS)], None)
+
+
+def test_ranks_that_call_different_modules_are_told_so_at_once():
+    def call(module):
+        def step(ranks):
+            with pytest.raises(FlashMoEError) as caught, ranks.call(module, 1):
+                raise AssertionError("it must not come here")
+            with pytest.raises(FlashMoEError, match="nothing is computed with these ranks any more"):
+                ranks.next_of_others()
+            return str(caught.value)
+
+        return step
+
+    said = "rank {} calls module {} of these ranks, rank {} calls module {} of these ranks: " + MISSING
+    assert found(call(4), call(5), call(4)) == [said.format(*who) for who in [(0, 4, 1, 5), (1, 5, 0, 4), (2, 4, 1, 5)]]
+
+
+def test_a_rank_that_does_not_come_is_named_within_the_deadline(monkeypatch):
+    monkeypatch.setattr(words, "DEADLINE_S", 0.2)
+    first, _, third = found(*(lambda ranks, own=own: calls(ranks, [1] * own) for own in (2, 1, 2)))
+    assert "rank 1 did not come within 0.2 s" in str(third)
+    assert str(first) == (
+        "rank 0 gave up before call 2 of a module of these ranks: rank 1 did not come within 0.2 s: "
+        f"{MISSING}, or it was late, or is gone"
+    )
+
+
+def test_a_rank_that_left_is_not_waited_for():
+    came = threading.Barrier(2)
+
+    def leave(ranks):
+        calls(ranks, [1])
+        came.wait()
+        ranks.end(ZeroDivisionError("planted"))
+
+    def wait(ranks):
+        calls(ranks, [1])
+        came.wait()
+        return calls(ranks, [1])
+
+    error, _ = found(wait, leave)
+    assert str(error) == (
+        "rank 0 gave up before call 2 of a module of these ranks: rank 1 left because of an error of its own"
+    )
+
+
+@pytest.mark.parametrize(("unused", "can"), [((True, True), True), ((True, False), False), ((False, True), False)])
+def test_a_layer_goes_when_no_rank_uses_it(unused, can):
+    assert found(*(lambda ranks, own=own: ranks.all_can_release(own) for own in unused)) == [can, can]
+
+
+def test_releasing_and_calling_at_once_is_an_error_on_both():
+    errors = found(lambda ranks: ranks.all_can_release(True), lambda ranks: calls(ranks, [1]))
+    assert "rank 0 releases layers, and another rank does not" in str(errors[0])
+    assert "rank 1 calls module 0 of these ranks, rank 0 releases layers" in str(errors[1])
+
+
+def test_modules_have_numbers_in_the_order_in_which_they_come():
+    def step(ranks):
+        modules = [nn.Identity() for _ in range(4)]
+        numbers = [ranks.number_of(module, ["a path"], "text") for module in modules]
+        assert ranks.member(2) == (modules[2], ["a path"], "text")
+        del modules[1]
+        with pytest.raises(FlashMoEError, match="rank 0 has no module 1 of these ranks, which others call"):
+            ranks.member(1)
+        with pytest.raises(FlashMoEError, match="rank 0 has no module 4 of these ranks, which others call"):
+            ranks.member(4)
+        return [*numbers, ranks.number_of(modules[1], [], ""), ranks.number_of(nn.Identity(), [], "")]
+
+    assert found(step) == [[0, 1, 2, 3, 2, 4]]
+
+
+def test_more_calls_than_words_can_tell_are_an_error():
+    (error,) = found(lambda ranks: calls(ranks, [1 << 16]))
+    assert str(error).startswith("at most 65535 calls for one of a module")
