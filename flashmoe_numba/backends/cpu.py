@@ -39,6 +39,7 @@ class CpuBackend(HostBackend):
         self._form = ARITHMETICS[choose(arithmetic, PAIRED_DTYPE)].form
         self._enter: Callable[..., None] = persistent  # `compile` knows better
         self._threads = Threads()
+        self._packers = count_cores()
 
     def pack(
         self,
@@ -51,7 +52,7 @@ class CpuBackend(HostBackend):
     ) -> Panels:
         form = self._form if matrices[0].dtype.name == PAIRED_DTYPE else Panels  # a router has float32 weights
         width = panel_width(accumulator)
-        return pack_matrices(matrices, biases, tile_n, width, accumulator, form, into, fill_compiled, count_cores())
+        return pack_matrices(matrices, biases, tile_n, width, accumulator, form, into, fill_compiled, self._packers)
 
     def unpack(self, packed: Panels, out: Sequence[Array]) -> None:
         unpack_matrices(packed, out, panel_width(packed.bias.dtype))

@@ -16,8 +16,8 @@ tiles of both products together, which leaves less than a wave in all of them.
 Weights come from memory once per wave: row blocks of one expert that run at the same time read them from the L2. If an
 expert's matrix fits into half of the L2, all its row blocks are one wave.
 
-The share of the tensor peak that a system's tiles reach (`rate`) is the one fitted number: one per (policy, GPU), see
-`rates.py`. Everything else is the hardware's.
+The share of the tensor peak that a system's tiles reach (`rate`) is fitted to measurements, see `rates.py`. Everything
+else here is the hardware's.
 """
 
 from __future__ import annotations

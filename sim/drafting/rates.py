@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from ..world.hardware import Hardware, hardware_names, load_hardware
-from ..world.machine_names import gpu_kind as gpu_kind
+from ..world.machine_names import gpu_kind
 
 RATE = "rate"
 SCHEDULE = "schedule_ns"

@@ -16,10 +16,9 @@ from .hops import token_copies
 
 def roof_ns(world: World) -> dict[str, float]:
     """Nanoseconds by "weights", "products" and "links"."""
-    hardware, precision, config, routing = world.hardware, world.precision, world.config, world.routing
+    hardware, precision, config = world.hardware, world.precision, world.config
     matrices = config.hidden * (world.up_columns + config.ffn)
-    active = np.bincount(routing.owner[routing.counts.sum(axis=0) > 0], minlength=world.num_ranks)
-    weights = active.max(initial=0) * matrices * precision.weight_bytes
+    weights = world.active_experts.max(initial=0) * matrices * precision.weight_bytes
     return {
         "weights": float(weights / (hardware.hbm_gbps * hardware.hbm_achieved)),
         "products": float(2 * world.rows.max(initial=0) * matrices / (hardware.tflops[precision.arithmetic] * 1e3)),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from .rates import gpu_kind
+from ..world.machine_names import gpu_kind
 
 RANGES = ("up to 128", "up to 1024", "more")  # of tokens per rank
 _ENDS = (128, 1024)

@@ -25,8 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..drafting.rates import gpu_kind
 from ..reading.charts import Style, bars, curves, save, table
+from ..world.machine_names import gpu_kind
 from .grid import LATER
 from .index import write_index
 from .ties import explanation, make_cell, row_error

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from reference import MoEConfig
 
 from ..drafting.knobs import PolicyKnobs
-from ..drafting.rates import Values, fitted_values, gpu_kind
+from ..drafting.rates import Values, fitted_values
 from ..policies import make_knobs
 from ..simulation import simulate
 from ..world.hardware import Hardware, hardware_names, load_hardware
+from ..world.machine_names import gpu_kind
 from ..world.precision import precision, with_results
 from ..world.scenario import Scenario
 from ..world.world import World

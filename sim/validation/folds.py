@@ -66,17 +66,18 @@ def _fold(
         for of, group in groups.items()
         if of[0] == policy and any(case.fold != name for case in group)
     }
-    values = fit_values(rest)
-    known = others(values, key)
+    fitted = fit_values(rest)
+    known = others(fitted, key)
+    values = fitted.get(key) or fitted_values(policy, gpu, known)
     return Fold(
         policy=policy,
         gpu=gpu,
         source=name[0],
         model=name[1],
-        values=values.get(key) or fitted_values(policy, gpu, known),
-        donors=() if key in values else tuple(donors_of(gpu, known[policy])),
+        values=values,
+        donors=() if key in fitted else tuple(donors_of(gpu, known[policy])),
         seen=len(rest.get(key, ())),
-        results=_results(left_out, values.get(key) or fitted_values(policy, gpu, known)),
+        results=_results(left_out, values),
         in_sample=_results(left_out, whole),
     )
 

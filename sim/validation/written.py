@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..drafting import rates
-from .fit import Fit
+from .fit import Fit, Key
 
-Key = tuple[str, str]
 HEADER = """\
 # The fitted knobs of each policy on each GPU, see rates.py.
 # Written by `flashmoe validate --fit`; beside each: the rows it was fitted to, and their mean relative error.

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from reference import MoEConfig
 from reference.arrays import Array
 
@@ -84,6 +86,12 @@ class World:
         """`[num_ranks]`, rows that each rank's experts get."""
         rows: Array = self.traffic.sum(axis=0)
         return rows
+
+    @property
+    def active_experts(self) -> Array:
+        """`[num_ranks]`: experts of each rank that have rows, whose weights must be read."""
+        with_rows = self.routing.counts.sum(axis=0) > 0
+        return np.bincount(self.routing.owner[with_rows], minlength=self.num_ranks)
 
     @property
     def weight_bytes(self) -> int:

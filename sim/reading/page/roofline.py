@@ -43,9 +43,8 @@ def roofline(simulation: Simulation) -> dict[str, Any]:
 
 def memory_bytes(world: World) -> Array:
     """`[num_ranks]`: of each rank: weights of experts with rows and of the shared one, rows read, results written."""
-    config, precision, routing = world.config, world.precision, world.routing
-    used = np.bincount(routing.owner[routing.counts.sum(axis=0) > 0], minlength=world.num_ranks)
-    columns = config.ffn * used + config.shared_ffn
+    config, precision = world.config, world.precision
+    columns = config.ffn * world.active_experts + config.shared_ffn
     weights = config.hidden * columns * config.expert_kind.num_matrices * precision.weight_bytes
     per_row = config.hidden * (precision.token_bytes + precision.result_bytes)
     result: Array = weights + world.rows * per_row
