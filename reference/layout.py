@@ -8,6 +8,12 @@ A segment has the same shape on every rank (FlashMoE, section 3):
     result_flag   [num_experts, row_blocks]                          as dispatch_flag, of a result chunk (runs.py)
     control       [CONTROL_WORDS]                                    8-byte words: abort word, error record, progress
 
+and, where calls are kept for a backward, between result and the flags:
+
+    again         [num_ranks, num_experts_per_rank, slots, hidden]   as dispatch: the forward's rows, sent once more
+    factors       [num_ranks, num_experts_per_rank, slots]           accumulators, as dispatch: of the rows' results
+    dots          [num_ranks, num_experts_per_rank, slots]           accumulators, as result: gradients of the factors
+
 Peers store straight into the region where the reader wants the rows, so there is no outgoing staging: the original's
 stage index is always 1 and is left out. A transport that needs staging would add a region, not an index.
 """
@@ -24,6 +30,7 @@ ALIGNMENT = 128
 FLAG_BYTES = 8
 CONTROL_WORDS = 32
 DISPATCH, RESULT = 0, 1
+SAVES = ("rows+up", "rows", "nothing")  # what a rank keeps of a call: rows and their products with the up matrices
 
 
 class Write(NamedTuple):
@@ -65,9 +72,14 @@ def num_row_blocks(num_rows: int, shortest: int, tallest: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Offsets in bytes of the regions of one rank's segment, and their element counts."""
+    """Offsets in bytes of the regions of one rank's segment, and their element counts.
+
+    Args:
+        save: one of SAVES, if the layer's calls can have a backward.
+    """
 
     config: MoEConfig
+    save: str | None = None
 
     @property
     def row_blocks(self) -> int:
@@ -94,8 +106,34 @@ class Layout:
         return self.region_bytes
 
     @property
+    def again(self) -> int:
+        return self.result + self.region_bytes
+
+    @property
+    def again_elements(self) -> int:
+        """Elements of the region for rows that are sent once more."""
+        return self.region_elements if self.save == "nothing" else 0
+
+    @property
+    def factor_elements(self) -> int:
+        """Accumulators of the regions for factors and for their gradients."""
+        return self.region_elements // self.config.hidden if self.save is not None else 0
+
+    @property
+    def factors(self) -> int:
+        return self.again + _aligned(self.again_elements * self.config.format.num_bytes)
+
+    @property
+    def dots(self) -> int:
+        return self.factors + self._factor_bytes
+
+    @property
+    def _factor_bytes(self) -> int:
+        return _aligned(self.factor_elements * self.config.format.sums.num_bytes)
+
+    @property
     def dispatch_flag(self) -> int:
-        return 2 * self.region_bytes
+        return self.dots + self._factor_bytes
 
     @property
     def result_flag(self) -> int:

@@ -8,7 +8,7 @@ from reference.task_kinds import GEMM1
 
 from .peers import result_rooms, tell_results
 from .queue import QueueTask, fill, reserve
-from .row_tiles import hidden_rooms, hidden_rows, read_tile, rows_in
+from .row_tiles import copy_rows, hidden_rooms, hidden_rows, kept_rooms, kept_rows, read_tile, rows_in
 from .sizes import down_tiles, tile_height, up_tiles
 
 
@@ -18,10 +18,13 @@ def gemm0(p, segments, experts, received, queue, scratch, task):
     packet = task.peer * p.experts_per_rank + task.expert
     index = packet * p.row_blocks + task.m
     tile = read_tile(received, index)
+    a = rows_in(p, segments, received, packet, tile)
     tile_gemm(
-        hidden_rooms(received, tile), rows_in(p, segments, received, packet, tile), tile.rows,
+        hidden_rooms(received, tile), kept_rooms(received, packet, tile), a, tile.rows,
         experts.up, task.expert, task.n, experts.form, scratch,
     )  # fmt: skip
+    if p.keeps and task.n == 0 and received.kept_rows.size > 0:
+        copy_rows(kept_rows(received, packet, tile, received.kept_rows), a, tile.rows, p.hidden)
     block_sync()
     if lane() == 0 and finished_last(received.up_done, index, up_tiles(p)):
         place = reserve(p, queue, down_tiles(p))

@@ -24,6 +24,10 @@ def route(p, tokens, experts, scratch, first, rows):
     if not p.has_logits:
         compute_logits(p, tokens, experts, scratch, first, rows)
     block_sync()
+    if tokens.kept_logits.size > 0:
+        for i in range(first * p.num_choices + lane(), (first + rows) * p.num_choices, lanes()):
+            tokens.kept_logits[i] = tokens.logits[i]
+        block_sync()
     for token in range(first + lane(), first + rows, lanes()):
         route_token(p, tokens, experts.rule, token)
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmoe_numba.device import fetch_add, jit
-from flashmoe_numba.tile_gemm import IN_ORDER, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rows
+from flashmoe_numba.device import copy_row, fetch_add, jit
+from flashmoe_numba.tile_gemm import IN_ORDER, KEPT, LOCAL, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rooms, Rows
+from flashmoe_numba.tile_gemm import rows as of_rows
 
 from .in_order import rooms_in_order, rows_in_order
 from .queue import HIDDEN_ROWS, counter
+
+row_of, room_row, word_of = jit(of_rows.row_of), jit(of_rows.room_row), jit(of_rows.word_of)
 
 # words of a stream
 SEEN = 0  # packets of this epoch, also the empty ones
@@ -141,7 +144,7 @@ def is_one_run(received, packet, tile):
 
 @jit
 def write_places(p, received, expert, tile):
-    """Say of each row where it lies here and where its result goes."""
+    """Say of each row where it lies here, where its result goes, and where it is kept."""
     e = p.rank_idx * p.experts_per_rank + expert
     at, end, arrival, slot = tile.hidden, tile.hidden + tile.rows, tile.arrival, tile.slot
     while at < end:
@@ -151,6 +154,7 @@ def write_places(p, received, expert, tile):
             received.places[at * PLACE_WORDS + ROW_IN] = packet * p.slots + slot
             received.places[at * PLACE_WORDS + ROW_OUT] = e * p.slots + slot
             received.places[at * PLACE_WORDS + RANK] = source
+            received.places[at * PLACE_WORDS + KEPT] = received.first[packet] + slot
             at += 1
             slot += 1
         arrival += 1
@@ -160,8 +164,30 @@ def write_places(p, received, expert, tile):
 @jit
 def rows_in(p, segments, received, packet, tile):
     """The rows of a tile that begins in this packet, where they came in."""
-    at = IN_ORDER if is_one_run(received, packet, tile) else tile.hidden
+    at = IN_ORDER if is_one_run(received, packet, tile) else word_of(tile.hidden, ROW_IN)
     return Rows(segments.dispatch, packet * p.slots + tile.slot, received.places, at)
+
+
+@jit
+def kept_rows(received, packet, tile, array):
+    """The same rows in an array of kept rows."""
+    first = received.first[packet] + tile.slot
+    at = IN_ORDER if is_one_run(received, packet, tile) else word_of(tile.hidden, KEPT)
+    return Rows(array, first, received.places, at)
+
+
+@jit
+def kept_rooms(received, packet, tile):
+    """Where the products with the up matrices are kept."""
+    rows = kept_rows(received, packet, tile, received.kept_ups)
+    return Rooms(rows.array, rows.first, rows.places, rows.at, received.places, LOCAL)
+
+
+@jit
+def copy_rows(target, source, num_rows, columns):
+    """Copy some `Rows` into others, with all lanes."""
+    for r in range(num_rows):
+        copy_row(target.array, row_of(target, r) * columns, source.array, row_of(source, r) * columns, columns)
 
 
 @jit

@@ -57,7 +57,8 @@ def shared0(p, tokens, experts, queue, scratch, task):
     rows = min(p.tile_m, p.num_tokens - first)
     words = tokens.needs_left
     a, out = rows_in_order(tokens.x, first, words), rooms_in_order(tokens.shared_hidden, first, words)
-    tile_gemm(out, a, rows, experts.shared_up, 0, task.n, experts.shared_form, scratch)
+    kept = rooms_in_order(tokens.shared_ups, first, words)
+    tile_gemm(out, kept, a, rows, experts.shared_up, 0, task.n, experts.shared_form, scratch)
     if p.shared_gate and task.n == 0:
         out = rooms_in_order(tokens.shared_factors, first, words)
         tile_gemm(out, a, rows, experts.shared_gate, 0, 0, experts.linear, scratch)

@@ -1,7 +1,8 @@
 """Signal words.
 
-A signal is one 8-byte word on its reader: `(epoch << 32) | number of rows`. Nothing is cleared between calls: a word of
-the current epoch means "arrived in this call".
+A signal is one 8-byte word on its reader: `(epoch << 32) | (call << 24) | number of rows`. Nothing is cleared between
+calls: a word of the current epoch means "arrived in this call". `call` says of a packet what kind of call sent it, so
+that ranks whose calls differ notice: 0 for a forward, else the backward of the forward that it names.
 """
 
 from __future__ import annotations
@@ -9,17 +10,29 @@ from __future__ import annotations
 from flashmoe_numba.device import jit
 
 EPOCH_SHIFT = 32
-ROWS_MASK = (1 << EPOCH_SHIFT) - 1
+CALL_SHIFT = 24
+ROWS_MASK = (1 << CALL_SHIFT) - 1
+LAST_CALL = (1 << EPOCH_SHIFT - CALL_SHIFT) - 1
+
+
+def backward_of(epoch: int) -> int:
+    """`call` of the backward of the forward that was this epoch: forwards that follow each other have other ones."""
+    return 1 + epoch % LAST_CALL
 
 
 @jit
-def signal_word(epoch, num_rows):
-    return (epoch << EPOCH_SHIFT) | int(num_rows)
+def signal_word(epoch, call, num_rows):
+    return (epoch << EPOCH_SHIFT) | (call << CALL_SHIFT) | int(num_rows)
 
 
 @jit
 def word_epoch(word):
     return word >> EPOCH_SHIFT
+
+
+@jit
+def word_call(word):
+    return (word >> CALL_SHIFT) & LAST_CALL
 
 
 @jit
