@@ -38,8 +38,38 @@ def activation(name: str, x: Array) -> Array:
     return value
 
 
+def activation_slope(name: str, x: Array) -> Array:
+    """The derivative of one of `ACTIVATIONS`, elementwise, computed in float64 and rounded to the dtype of `x`.
+
+    At 0, where relu has none, it is 0. At infinities it is NaN, but that of relu and relu2, which are 0 or 1, or 0 or
+    infinite.
+
+    Raises:
+        ValueError: no such activation.
+    """
+    x = np.asarray(x)
+    if name == "identity":
+        return np.ones_like(x)
+    check_one_of("activation", name, ACTIVATIONS)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        value: Array = FILES[name].exact_slope(x.astype(np.float64)).astype(x.dtype)
+    return value
+
+
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)), elementwise, in the dtype of `x`."""
     with np.errstate(over="ignore"):
         value: Array = 1 / (1 + np.exp(-x))
     return value
+
+
+def sigmoid_slope(x: Array) -> Array:
+    """The derivative of sigmoid, elementwise, in the dtype of `x`: without a difference that cancels."""
+    power = np.exp(-np.abs(x))
+    value: Array = power / (1 + power) ** 2
+    return value
+
+
+def capped_slope(x: Array, cap: float) -> Array:
+    """The derivative of `cap * tanh(x / cap)`, elementwise, in the dtype of `x`."""
+    return 4 * sigmoid_slope(2 * (x / cap))

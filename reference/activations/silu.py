@@ -18,6 +18,16 @@ def exact(x: Array) -> Array:
     return np.where(x < 0, value * root * root, value)
 
 
+def exact_slope(x: Array) -> Array:
+    """As silu(x) is x + silu(-x), the slope at x is 1 less that at -x, which for negative x is p / (1 + p) - |x| p /
+    (1 + p)^2, p = exp(x). NaN at infinities, where a part is inf * 0."""
+    t = np.abs(x)
+    root = np.exp(-0.5 * t)
+    part = root / (1 + root * root)
+    below: Array = (root - t * part) * part
+    return np.where(x > 0, 1 - below, below)
+
+
 def make(real: Any, compiled: Compile, exp: Formula) -> Formula:
     """x / (1 + exp(-x)). For negative x it is x exp(x) / (1 + exp(x)), and exp(x) in two steps, as it may not be normal
     where the result is."""
