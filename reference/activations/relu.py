@@ -22,3 +22,8 @@ def exact_slope(x: Array) -> Array:
 def make(real: Any, compiled: Compile, exp: Formula) -> Formula:
     zero = real(0)
     return compiled(lambda x: x if not x < zero else zero)
+
+
+def make_slope(real: Any, compiled: Compile, exp: Formula) -> Formula:
+    zero, one = real(0), real(1)
+    return compiled(lambda x: one if x > zero else x if not x <= zero else zero)
