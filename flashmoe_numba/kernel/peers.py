@@ -7,10 +7,10 @@ block stored before. In both directions the room's first index is the rank that 
 from __future__ import annotations
 
 from flashmoe_numba.device import array_at, cas, jit, ld_relaxed, st_release
-from flashmoe_numba.tile_gemm import IN_ORDER, Rooms
+from flashmoe_numba.tile_gemm import IN_ORDER, ROW_OUT, Rooms
 
 from .control import ABORT, PROGRESS, SILENT
-from .row_tiles import is_one_run
+from .row_tiles import is_one_run, word_of
 from .signals import signal_word
 
 
@@ -38,7 +38,7 @@ def result_rooms(p, segments, received, packet, tile):
     """Where the results of a tile that begins in this packet are written: in its source's room, or in several."""
     source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
     first = (p.rank_idx * p.experts_per_rank + expert) * p.slots + tile.slot
-    at = IN_ORDER if is_one_run(received, packet, tile) else tile.hidden
+    at = IN_ORDER if is_one_run(received, packet, tile) else word_of(tile.hidden, ROW_OUT)
     room = of_peer(segments, source, p.result_at, segments.result)
     return Rooms(room, first, received.places, at, segments.address, p.result_at)
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashmoe_numba.device import fetch_add, jit
-from flashmoe_numba.tile_gemm import IN_ORDER, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rows
+from flashmoe_numba.tile_gemm import IN_ORDER, RANK, ROW_IN, ROW_OUT, Rows
+from flashmoe_numba.tile_gemm import rows as of_rows
 
 from .in_order import rooms_in_order, rows_in_order
 from .queue import HIDDEN_ROWS, counter
@@ -26,6 +27,8 @@ TILES, QUEUED = 5, 6  # tiles cut, and how many of these are queued
 STREAM_WORDS = 8
 
 TILE_WORDS = 4
+
+word_of = jit(of_rows.word_of)
 
 
 class CutTile(NamedTuple):
@@ -148,9 +151,9 @@ def write_places(p, received, expert, tile):
         source = received.arrived[expert * p.num_ranks + arrival]
         packet = source * p.experts_per_rank + expert
         while at < end and slot < received.rows[packet]:
-            received.places[at * PLACE_WORDS + ROW_IN] = packet * p.slots + slot
-            received.places[at * PLACE_WORDS + ROW_OUT] = e * p.slots + slot
-            received.places[at * PLACE_WORDS + RANK] = source
+            received.places[word_of(at, ROW_IN)] = packet * p.slots + slot
+            received.places[word_of(at, ROW_OUT)] = e * p.slots + slot
+            received.places[word_of(at, RANK)] = source
             at += 1
             slot += 1
         arrival += 1
@@ -160,7 +163,7 @@ def write_places(p, received, expert, tile):
 @jit
 def rows_in(p, segments, received, packet, tile):
     """The rows of a tile that begins in this packet, where they came in."""
-    at = IN_ORDER if is_one_run(received, packet, tile) else tile.hidden
+    at = IN_ORDER if is_one_run(received, packet, tile) else word_of(tile.hidden, ROW_IN)
     return Rows(segments.dispatch, packet * p.slots + tile.slot, received.places, at)
 
 
