@@ -13,7 +13,7 @@ from flashmoe_numba.device import block_sync, jit, lane, lanes
 from flashmoe_numba.tile_gemm import tile_gemm
 
 from .choice import best_of, make_values, values_place
-from .in_order import rooms_in_order, rows_in_order
+from .in_order import nothing_kept, rooms_in_order, rows_in_order
 from .rules import GIVEN, SOFTMAX, SPARSEMIXER
 from .scores import adjust_logits, largest, score_of, sparsemixer_score, sum_exponentials
 
@@ -38,7 +38,7 @@ def compute_logits(p, tokens, experts, scratch, first, rows):
     words = tokens.needs_left
     a, out = rows_in_order(tokens.x, first, words), rooms_in_order(tokens.logits, first, words)
     for n in range((p.num_choices + p.tile_experts - 1) // p.tile_experts):
-        tile_gemm(out, a, rows, experts.router, 0, n, experts.linear, scratch)
+        tile_gemm(out, nothing_kept(out), a, rows, experts.router, 0, n, experts.linear, scratch)
 
 
 @jit

@@ -3,11 +3,13 @@
 from .forms import Form, linear_form, make_form
 from .matrices import Matrices, as_matrices
 from .panels import Panels, pack_matrices, unpack_matrices
-from .rows import IN_ORDER, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rooms, Rows
+from .rows import IN_ORDER, KEPT, LOCAL, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rooms, Rows, Runs, nothing_kept, word_of
 from .stub import Scratch, tile_gemm
 
 __all__ = [
     "IN_ORDER",
+    "KEPT",
+    "LOCAL",
     "PLACE_WORDS",
     "RANK",
     "ROW_IN",
@@ -17,11 +19,14 @@ __all__ = [
     "Panels",
     "Rooms",
     "Rows",
+    "Runs",
     "Scratch",
     "as_matrices",
     "linear_form",
     "make_form",
+    "nothing_kept",
     "pack_matrices",
     "tile_gemm",
     "unpack_matrices",
+    "word_of",
 ]

@@ -22,9 +22,9 @@ from .stub import tile_gemm, tile_sums
 
 
 @overload(tile_gemm)
-def _tile_gemm(out, a, rows, matrices, expert, n, form, scratch):
-    def meaning(out, a, rows, matrices, expert, n, form, scratch):
-        multiply_tile(out, a, rows, matrices, expert, n, form, scratch)
+def _tile_gemm(out, kept, a, rows, matrices, expert, n, form, scratch):
+    def meaning(out, kept, a, rows, matrices, expert, n, form, scratch):
+        multiply_tile(out, kept, a, rows, matrices, expert, n, form, scratch)
 
     return meaning
 

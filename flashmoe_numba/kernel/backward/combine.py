@@ -17,11 +17,11 @@ from flashmoe_numba.device import (
     store_part,
     zero_sums,
 )
-from flashmoe_numba.tile_gemm import nothing_kept, tile_gemm
+from flashmoe_numba.tile_gemm import tile_gemm
 from reference.task_kinds import ROUTER_WEIGHTS
 
 from ..gemms import finished_last
-from ..in_order import rooms_in_order, rows_in_order
+from ..in_order import nothing_kept, rooms_in_order, rows_in_order
 from ..queue import QueueTask, reserve
 from ..router_gradient import route_token_back
 from ..sizes import down_tiles, num_token_blocks
