@@ -14,7 +14,7 @@ from reference.arrays import Array
 
 from ..device.compilation import compile_for
 from ..device.cpu import reset_float_control
-from ..kernel import leave, persistent
+from ..kernel import leave, persistent, persistent_backward
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
 from ..processes.cores import count_cores
@@ -23,7 +23,7 @@ from ..tile_gemm.arithmetic import ARITHMETICS, AUTO, PAIRED_DTYPE, choose
 from ..tile_gemm.cpu import ROW_STEP, panel_width
 from ..tile_gemm.micro_kernel import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE
 from ..tile_gemm.packing import fill_compiled
-from .host import Block, HostBackend
+from .host import BACKWARD, FORWARD, Block, HostBackend
 from .threads import Threads
 
 
@@ -37,7 +37,7 @@ class CpuBackend(HostBackend):
     def __init__(self, arithmetic: str = AUTO) -> None:
         super().__init__()
         self._form = ARITHMETICS[choose(arithmetic, PAIRED_DTYPE)].form
-        self._enter: Callable[..., None] = persistent  # `compile` knows better
+        self._entries: dict[str, Callable[..., None]] = {FORWARD: persistent, BACKWARD: persistent_backward}  # see `compile`
         self._threads = Threads()
         self._packers = count_cores()
 
@@ -72,17 +72,17 @@ class CpuBackend(HostBackend):
         sums = max(rows * columns, config.hidden)
         return Scratch(np.empty(copied, config.accumulator), np.empty(sums, config.accumulator))
 
-    def compile(self, arguments: tuple[Any, ...], folder: Path) -> None:
+    def compile(self, block: Block, folder: Path) -> None:
         compile_for(reset_float_control, (), folder)
-        self._enter = compile_for(persistent, arguments, folder)
-        compile_for(leave, (*arguments[1:3], FAILED), folder)
+        self._entries[block.entry] = compile_for(self._entries[block.entry], block.arguments, folder)
+        compile_for(leave, (*block.arguments[1:3], FAILED), folder)
 
     def leave(self, problem: Problem, segments: Segments, why: int = FAILED) -> None:
         leave(problem, segments, why)
 
     def run_blocks(self, blocks: Sequence[Block], stop: Callable[[], None]) -> None:
         of_blocks = reversed(blocks)  # a rank's OS block first: its processors wait for it
-        self._threads.run([partial(_run_block, self._enter, arguments) for _, arguments in of_blocks], stop)
+        self._threads.run([partial(_run_block, self._entries[b.entry], b.arguments) for b in of_blocks], stop)
 
     def deadline_ns(self, deadline_s: float) -> int:
         return int(deadline_s * 1e9)

@@ -16,14 +16,16 @@ from .protocols import Memory
 from .rules import num_factors, num_values
 
 
-def make_segments(config: MoEConfig, rank_idx: int, segments: list[np.ndarray], memory: Memory) -> Segments:
+def make_segments(
+    config: MoEConfig, rank_idx: int, segments: list[np.ndarray], memory: Memory, save: str | None = None
+) -> Segments:
     """Views of this rank's segment, whose flags are cleared.
 
     Args:
         segments: every rank's, as bytes.
     """
-    own, layout = segments[rank_idx], Layout(config)
-    element = config.format.storage
+    own, layout = segments[rank_idx], Layout(config, save)
+    element, sums = config.format.storage, config.accumulator
 
     def view(offset: int, num_elements: int, dtype: np.dtype) -> np.ndarray:
         return own[offset : offset + num_elements * dtype.itemsize].view(dtype)
@@ -37,6 +39,9 @@ def make_segments(config: MoEConfig, rank_idx: int, segments: list[np.ndarray], 
         dispatch_flag=view(layout.dispatch_flag, layout.num_dispatch_flags, word),
         result_flag=view(layout.result_flag, layout.num_result_flags, word),
         control=view(layout.control, (layout.num_bytes - layout.control) // 8, word),
+        again=view(layout.again, layout.again_elements, element),
+        factors=view(layout.factors, layout.factor_elements, sums),
+        dots=view(layout.dots, layout.factor_elements, sums),
     )
 
 
@@ -54,6 +59,7 @@ def make_tokens(config: MoEConfig, memory: Memory) -> Tokens:
         x=empty,
         y=empty,
         logits=memory.empty(c.num_tokens * c.num_choices, c.accumulator),
+        kept_logits=memory.empty(0, c.accumulator),
         values=memory.empty(num_values(c), c.accumulator),
         topk_idx=integers(pairs),
         topk_weights=memory.zeros(pairs, c.accumulator),
@@ -67,6 +73,7 @@ def make_tokens(config: MoEConfig, memory: Memory) -> Tokens:
         results_left=integers(c.num_experts),
         needs_left=memory.zeros(blocks, np.int64),
         result_seen=memory.zeros(c.num_experts * Layout(c).row_blocks, np.int64),
+        shared_ups=empty,
         shared_hidden=memory.empty(shared_rows * c.shared_ffn, c.format.storage),
         shared_results=memory.empty(shared_rows * c.hidden, c.format.storage),
         shared_factors=memory.array(np.ones(shared_rows, c.accumulator)),
@@ -86,6 +93,7 @@ def make_received(config: MoEConfig, memory: Memory) -> Received:
     return Received(
         seen=words(c.num_experts),
         rows=words(c.num_experts),
+        first=words(c.num_experts),
         begun=words(c.num_experts),
         streams=words(c.num_experts_per_rank * STREAM_WORDS),
         arrived=words(c.num_experts),
@@ -96,12 +104,16 @@ def make_received(config: MoEConfig, memory: Memory) -> Received:
         down_done=words(c.num_experts * row_blocks),
         chunk_done=words(c.num_experts * row_blocks),
         hidden=memory.empty(hidden_rows(c) * c.ffn, element),
+        kept_rows=memory.empty(0, element),
+        kept_ups=memory.empty(0, element),
+        weights_left=words(c.num_experts_per_rank),
     )
 
 
-def make_queue(config: MoEConfig, memory: Memory) -> Queue:
+def make_queue(config: MoEConfig, memory: Memory, more_tasks: int = 0) -> Queue:
+    """A rank's queue, with room for so many tasks more than a forward has."""
     return Queue(
-        memory.zeros(max_tasks(config) * TASK_WORDS, np.int64),
+        memory.zeros((max_tasks(config) + more_tasks) * TASK_WORDS, np.int64),
         memory.zeros(2 * NUM_COUNTERS * COUNTER_STRIDE, np.int64),
     )
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from reference import Layout, MoEConfig, Weights
+from reference import MoEConfig, Weights
 from reference.arrays import Array
 from reference.plan import hidden_rows
 from reference.tiles import shared_tiles_n0, tiles_n0
 
 from ..kernel.backward.state import Back, WeightGradients
 from ..tile_gemm import GRADIENT_COLUMNS, GRADIENT_ROWS
+from .kept import Kept
 from .protocols import Memory
 
 
@@ -77,7 +77,7 @@ class Working(NamedTuple):
     """Arrays that all backwards of a rank use in turn; on a CPU only what was used takes memory."""
 
     weight_gradients: Array
-    logits_gradients: Array
+    logits_gradient: Array
     bias_rows: Array
     router_rows: Array
     dy_rows: Array
@@ -105,7 +105,7 @@ def make_working(config: MoEConfig, save: str, memory: Memory) -> Working:
     shared = tokens * c.shared_ffn
     return Working(
         weight_gradients=memory.empty(tokens * c.num_topk, sums),
-        logits_gradients=memory.empty(logits, sums),
+        logits_gradient=memory.empty(logits, sums),
         bias_rows=memory.empty(logits if c.router_kind.logit_bias else 0, sums),
         router_rows=memory.empty(tokens * c.hidden, sums),
         dy_rows=memory.empty(rows * c.hidden, element),
@@ -165,6 +165,35 @@ def zero_gradients(config: MoEConfig, weights: Weights, memory: Memory, experts:
     return WeightGradients(**{name: memory.zeros(size, c.accumulator) for name, size in sizes.items()})
 
 
-def num_weight_tasks(rows: int, columns: int) -> int:
-    """Tiles of the gradient of a matrix."""
+def num_weight_tasks(config: MoEConfig, gradients: WeightGradients, kept: Kept) -> dict[str, int]:
+    """How many tasks make the gradients that are wanted, as `Problem` has it."""
+    c, has_tokens = config, kept.num_tokens > 0
+    sizes = _sizes(c)
+    wanted = {
+        "weight_tasks": gradients.up.size > 0,
+        "router_weight_tasks": gradients.router.size > 0 and has_tokens and not (kept.routed or kept.has_logits),
+        "shared_weight_tasks": gradients.shared_up.size > 0 and has_tokens,
+    }
+    return {name: sum(_tiles(*size) for size in sizes[name]) if want else 0 for name, want in wanted.items()}
+
+
+def max_weight_tasks(config: MoEConfig) -> int:
+    """Most tasks of one backward of a rank, beside those that a forward has, too."""
+    sizes = _sizes(config)
+    experts = config.num_experts_per_rank * sum(_tiles(*size) for size in sizes["weight_tasks"])
+    return experts + sum(_tiles(*size) for name in list(sizes)[1:] for size in sizes[name])
+
+
+def _sizes(c: MoEConfig) -> dict[str, list[tuple[int, int]]]:
+    """Of the matrices whose gradients the tasks of each name make."""
+    ups, shared_ups = c.expert_kind.num_ups * c.ffn, c.shared_kind.num_ups * c.shared_ffn
+    shared = [(shared_ups, c.hidden), (c.hidden, c.shared_ffn), *[(1, c.hidden)] * c.shared_gate]
+    return {
+        "weight_tasks": [(ups, c.hidden), (c.hidden, c.ffn)],
+        "router_weight_tasks": [(c.num_choices, c.hidden)],
+        "shared_weight_tasks": shared if c.shared_ffn else [],
+    }
+
+
+def _tiles(rows: int, columns: int) -> int:
     return -(-rows // GRADIENT_ROWS) * -(-columns // GRADIENT_COLUMNS)

@@ -9,6 +9,7 @@ import numpy as np
 from reference import MoEConfig, Weights
 
 from ..kernel.state import Experts, Received, Segments, Tokens
+from .back import Transposed, pack_transposed
 from .protocols import Memory
 from .rules import fill_kinds, make_kinds
 
@@ -59,6 +60,10 @@ class Packing:
         """A matrix whose products stay in the accumulator's type."""
         c = self._config
         return self._memory.pack([matrix.astype(c.accumulator)[None]], [None], c.tile_n, c.accumulator, None, into)
+
+    def transpose(self, weights: Weights, into: Transposed | None = None) -> Transposed:
+        """The same as a backward multiplies by them."""
+        return pack_transposed(self._config, self._memory, weights, self._dispatch, into)
 
     def unpack(self, experts: Experts, weights: Weights) -> None:
         """The matrices of what `pack` returned, but for the router, written into those of `weights`."""

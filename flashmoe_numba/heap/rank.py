@@ -13,11 +13,16 @@ from reference import MoEConfig, Routing, Weights
 from reference.arrays import Array
 from reference.runs import RowTile
 
+from ..kernel.backward.arguments import BackwardArguments
+from ..kernel.backward.state import WeightGradients
 from ..kernel.grid import RankArguments
-from ..kernel.state import Experts, Problem, Segments, Tokens
+from ..kernel.signals import backward_of
+from ..kernel.state import Experts, Problem, Received, Segments, Tokens
 from ..processes.ownership import Owned
 from .arrays import make_queue, make_received, make_segments, make_tokens, make_traces
+from .back import Transposed, back_of, make_working, max_weight_tasks, num_weight_tasks, zero_gradients
 from .cut import read_tiles
+from .kept import Kept, make_kept
 from .packing import Packing
 from .problem import fixed_problem
 from .protocols import Memory
@@ -32,6 +37,7 @@ class Rank(Owned):
         segments: every rank's segment as bytes, as seen from this process.
         trace_events: events to keep per block and call, 0 for none.
         packed: may a row tile hold rows of several sources?
+        save: one of SAVES, if calls can have a backward.
     """
 
     def __init__(
@@ -44,17 +50,21 @@ class Rank(Owned):
         memory: Memory,
         trace_events: int,
         packed: bool = True,
+        save: str | None = None,
     ) -> None:
+        self.save = save
         self.config, self.rank_idx, self.num_processors, self._memory = config, rank_idx, num_processors, memory
-        self.segments = make_segments(config, rank_idx, segments, memory)
+        self.segments = make_segments(config, rank_idx, segments, memory, save)
         self.received = make_received(config, memory)
         self.tokens = make_tokens(config, memory)
         self.packing = Packing(config, memory, self.segments, self.tokens, self.received)
         self.experts = self.packing.pack(weights)
-        self.queue = make_queue(config, memory)
+        self.queue = make_queue(config, memory, max_weight_tasks(config) if save else 0)
         self.traces = make_traces(num_processors + 1, trace_events, memory)
         self.left = memory.zeros(1, np.int64)
-        self.problem = fixed_problem(config, rank_idx, num_processors, packed)
+        self.problem = fixed_problem(config, rank_idx, num_processors, packed, save)
+        self.last_tokens = self.tokens  # of the last call
+        self.working = None if save is None else make_working(config, save, memory)
 
     @property
     def control(self) -> np.ndarray:
@@ -69,6 +79,7 @@ class Rank(Owned):
         topk_idx: Array | None = None,
         logits: Array | None = None,
         experts: Experts | None = None,
+        keep: bool = False,
     ) -> tuple[Any, RankArguments]:
         """(y, what the blocks of this call are given): y is filled once all have run.
 
@@ -78,9 +89,16 @@ class Rank(Owned):
             topk_idx: `[num_tokens, num_topk]` from outside, -1 for no choice: for a router with choice "given".
             logits: `[num_tokens, num_choices]` from outside, for the router.
             experts: weights that `packing` returned, or None for the rank's own.
+            keep: for a backward: what is kept is `self.kept` then.
         """
         x_storage, y_storage, y = self._memory.adopt(x)
-        tokens = self.tokens._replace(x=x_storage, y=y_storage)
+        tokens, received = self.tokens._replace(x=x_storage, y=y_storage), self.received
+        if keep:
+            assert self.save is not None, "the layer was made for it"
+            how = routing is not None, logits is not None
+            self.kept = make_kept(self.config, self.save, self._memory, x_storage, tokens, *how)
+            tokens, received = self.kept.in_tokens(tokens), self.kept.in_received(received)
+        self.last_tokens = tokens
         if routing is not None:
             self._store(tokens.topk_idx, routing.topk_idx)
             self._store(tokens.topk_weights, routing.topk_weights)
@@ -89,20 +107,80 @@ class Rank(Owned):
         if logits is not None:
             self._store(tokens.logits, logits)
         if self.config.shared_ffn:
-            self._memory.aim((experts or self.experts).shared_up, x_storage)
+            self._memory.aim((experts or self.experts).shared_up, tokens.x)
         given = dict(routed=routing is not None, has_logits=logits is not None)
-        problem = self.problem._replace(epoch=epoch, num_tokens=len(x), deadline_ns=deadline_ns, **given)
-        return y, self._arguments(problem, tokens, experts)
+        problem = self.problem._replace(epoch=epoch, num_tokens=len(x), deadline_ns=deadline_ns, keeps=keep, **given)
+        return y, self._arguments(problem, tokens, received, experts)
+
+    def call_back(
+        self,
+        dy: Any,
+        said: Array | None,
+        kept: Kept,
+        forward: int,
+        epoch: int,
+        deadline_ns: int,
+        experts: Experts,
+        transposed: Transposed,
+        gradients: WeightGradients,
+    ) -> tuple[tuple[Any, Array, Array | None], BackwardArguments]:
+        """((dx, gradients of the pairs' weights, of logits), what the blocks are given): filled once all have run.
+
+        Args:
+            dy: `[num_tokens, hidden]`, as `check_tokens` of the memory returns it.
+            said: gradients of logits by way of other losses, or None.
+            kept: of the forward, which had epoch `forward`.
+            experts, transposed: the weights that it had.
+            gradients: to be added to; empty: not wanted.
+        """
+        c, memory, working = self.config, self._memory, self.working
+        assert self.save is not None and working is not None, "the layer was made for it"
+        tokens, received = kept.in_tokens(self.tokens), kept.in_received(self.received)
+        if self.save != "rows+up":
+            tokens = tokens._replace(shared_ups=working.shared_ups)
+            received = received._replace(kept_ups=working.kept_ups)
+        if self.save == "nothing":
+            received = received._replace(kept_rows=working.kept_rows)
+        self.last_tokens = tokens
+        dy_storage, dx_storage, dx = memory.adopt(dy)
+        others = memory.empty(0, c.accumulator) if said is None else memory.array(said.reshape(-1))
+        self._store(working.num_rows, np.array([kept.num_tokens]))
+        back = back_of(working, transposed, dy_storage, dx_storage, others, tokens.kept_logits)
+        problem = self.problem._replace(
+            epoch=epoch,
+            call=backward_of(forward),
+            num_tokens=kept.num_tokens,
+            deadline_ns=deadline_ns,
+            routed=kept.routed,
+            has_logits=kept.has_logits,
+            recomputes=self.save != "rows+up",
+            resends=self.save == "nothing",
+            **num_weight_tasks(c, gradients, kept),
+        )
+        sizes = (kept.num_tokens, c.num_topk), (kept.num_tokens, c.num_choices)
+        found = working.weight_gradients, working.logits_gradient
+        pairs, logits = (array[: rows * columns].reshape(rows, columns) for array, (rows, columns) in zip(found, sizes, strict=True))
+        forward_arguments = self._arguments(problem, tokens, received, experts)
+        return (dx, pairs, None if kept.routed else logits), BackwardArguments(forward_arguments, back, gradients)
 
     def _store(self, target: Array, values: Array) -> None:
         self._memory.store(target[: values.size], values.reshape(-1))
 
     def first_arguments(self) -> RankArguments:
         """What blocks are given before any call, with tokens of size 0."""
-        return self._arguments(self.problem, self.tokens)
+        return self._arguments(self.problem, self.last_tokens, self.received)
 
-    def _arguments(self, problem: Problem, tokens: Tokens, experts: Experts | None = None) -> RankArguments:
-        groups = problem, self.segments, experts or self.experts, tokens, self.received, self.queue
+    def first_backward(self, weights: Weights, transposed: Transposed) -> BackwardArguments:
+        """What blocks are given in a backward before any call: arguments of the types that all have."""
+        none = np.empty((0, self.config.hidden), self.config.numpy_dtype)
+        self.call(none, None, 0, 0, keep=True)
+        gradients = zero_gradients(self.config, weights, self._memory)
+        return self.call_back(none, None, self.kept, 0, 0, 0, self.experts, transposed, gradients)[1]
+
+    def _arguments(
+        self, problem: Problem, tokens: Tokens, received: Received, experts: Experts | None = None
+    ) -> RankArguments:
+        groups = problem, self.segments, experts or self.experts, tokens, received, self.queue
         return RankArguments(*groups, traces=self.traces, left=self.left)
 
     def leaving(self, epoch: int) -> tuple[Problem, Segments]:
@@ -111,7 +189,7 @@ class Rank(Owned):
 
     def routing(self, num_tokens: int) -> Routing:
         """A copy of the last call's routing."""
-        return read_routing(self.tokens, num_tokens, self.config, self._memory)
+        return read_routing(self.last_tokens, num_tokens, self.config, self._memory)
 
     def stats(self, epoch: int, num_tokens: int) -> Stats:
         return read_stats(self.first_arguments(), epoch, num_tokens, self.config, self._memory)

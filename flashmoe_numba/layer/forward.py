@@ -22,25 +22,28 @@ class Forward:
 
     Args:
         tokens, given, experts: of each rank here.
+        keep: for a backward.
     """
 
     tokens: Sequence[Any]
     given: Sequence[Given]
     experts: Sequence[Experts]
+    keep: bool = False
 
     def begin(self, position: int, rank: Rank, epoch: int, deadline_ns: int) -> tuple[Any, RankArguments]:
         routing, topk_idx, logits = self.given[position]
-        return rank.call(self.tokens[position], routing, epoch, deadline_ns, topk_idx, logits, self.experts[position])
+        own = self.experts[position]
+        return rank.call(self.tokens[position], routing, epoch, deadline_ns, topk_idx, logits, own, self.keep)
 
 
-def check_tokens(parts: Parts, x: Any) -> list[Any]:
+def check_tokens(parts: Parts, x: Any, name: str = "x") -> list[Any]:
     """Those of each rank here.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
     """
-    of_ranks = _per_rank(parts, "x", x)
-    names = [f"x[{i}]" for i in range(len(of_ranks))] if parts.all_here else ["x"]
+    of_ranks = per_rank(parts, name, x)
+    names = [f"{name}[{i}]" for i in range(len(of_ranks))] if parts.all_here else [name]
     check = parts.backend.check_tokens
     return [check(name, of_rank, parts.config) for name, of_rank in zip(names, of_ranks, strict=True)]
 
@@ -56,7 +59,7 @@ def check_beside(parts: Parts, tokens: Sequence[Any], **arguments: Any) -> list[
     """
     check_what_is_given(parts.config, **arguments)
     none = [None] * len(tokens)
-    of_ranks = {name: none if value is None else _per_rank(parts, name, value) for name, value in arguments.items()}
+    of_ranks = {name: none if value is None else per_rank(parts, name, value) for name, value in arguments.items()}
     given = []
     for i, (rank, x) in enumerate(zip(parts.ranks, tokens, strict=True)):
         try:
@@ -67,7 +70,7 @@ def check_beside(parts: Parts, tokens: Sequence[Any], **arguments: Any) -> list[
     return given
 
 
-def _per_rank(parts: Parts, name: str, value: Any) -> list[Any]:
+def per_rank(parts: Parts, name: str, value: Any) -> list[Any]:
     """One entry per rank of this process."""
     if not parts.all_here:
         return [value]

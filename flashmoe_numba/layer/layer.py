@@ -19,11 +19,14 @@ from ..heap.tensors import like_given
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
 from .arguments import DEADLINE_S, LayerSettings, communicator
+from .backward import Backward, check_gradients
 from .calls import Calls
 from .forward import Forward, check_beside, check_tokens
+from .gradients import Gradients, gradient_arrays, make_gradients
 from .life import Life
 from .packed import PackedWeights
 from .parts import set_up
+from .saved import SavedCall
 
 
 class FlashMoE(Owned):
@@ -51,6 +54,9 @@ class FlashMoE(Owned):
         deadline_s: a call fails when no rank has finished any task for this long.
         setup_deadline_s: with `comm`, how long a rank waits for the others while they make their layers.
         trace: keep a record of every task of the last call (`layer.traces`).
+        save: what `forward` keeps for `backward`. "rows+up": the rows that experts got, and their products with the up
+            matrices; "rows": the rows, and the products are made again; "nothing": no rows, they are sent again. None:
+            there is no backward. With a backward there are two copies of the matrices, one of them transposed.
         packing: "sources": a row tile holds rows of any source, so that few rows of many ranks share an expert's
             weights; "none": every source's rows have tiles of their own. Results are the same, bit for bit.
         backend_settings: of the fibers: seed, lanes, preempt. Of cuda: device (index of the GPU; default: the current
@@ -76,6 +82,7 @@ class FlashMoE(Owned):
         setup_deadline_s: float = SETUP_DEADLINE_S,
         trace: bool = False,
         packing: str = PACKINGS[0],
+        save: str | None = None,
         **backend_settings: Any,
     ) -> None:
         comm = communicator(comm, process_group)
@@ -90,6 +97,7 @@ class FlashMoE(Owned):
             setup_deadline_s=setup_deadline_s,
             trace=trace,
             packing=packing,
+            save=save,
         )
         if comm is None:
             settings.check()
@@ -107,6 +115,7 @@ class FlashMoE(Owned):
         deadline_s: float = DEADLINE_S,
         trace: bool = False,
         packing: str = PACKINGS[0],
+        save: str | None = None,
     ) -> FlashMoE:
         """A layer on objects (backends/protocols.py, heap/protocols.py) in place of names.
 
@@ -122,7 +131,7 @@ class FlashMoE(Owned):
         for name, part, verb in (("heap", heap, "allocate"), ("backend", backend, "run")):
             if not hasattr(part, verb):
                 raise TypeError(f"{name} must be an object with the methods of its protocol, got {part!r}")
-        how: dict[str, Any] = dict(num_processors=num_processors, deadline_s=deadline_s, trace=trace, packing=packing)
+        how: dict[str, Any] = dict(num_processors=num_processors, deadline_s=deadline_s, trace=trace, packing=packing, save=save)
         layer = cls.__new__(cls)
         layer._begin(LayerSettings(config=config, weights=weights, **how), heap, backend)
         return layer
@@ -157,7 +166,7 @@ class FlashMoE(Owned):
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
         self._require_open()
-        return PackedWeights.pack(self.config, self._ranks, weights)
+        return PackedWeights(self.config, self._ranks, weights)
 
     def load(self, weights: Weights, into: PackedWeights | None = None) -> None:
         """Repack weights that have changed, in the memory that the old ones had; calls of other threads wait.
@@ -211,13 +220,77 @@ class FlashMoE(Owned):
             TypeError, ValueError: before any rank starts.
             FlashMoEError: the call was given up (see the message); the layer is closed.
         """
+        y, _ = self._forward(x, weights, False, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
+        return y
+
+    def _forward(self, x: Any, weights: PackedWeights | None, keep: bool, **beside: Any) -> tuple[Any, SavedCall | None]:
         self._require_open()
         tokens = check_tokens(self._parts, x)
-        given = check_beside(self._parts, tokens, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
+        given = check_beside(self._parts, tokens, **beside)
         with self._calls.turn():
-            call = Forward(tokens, given, self._parts.own("weights", weights).of_ranks)
-            ys = self._calls.run(call, self.deadline_s)
-        return like_given(x, self._backend.join(x, ys) if self._parts.all_here else ys[0])
+            packed = self._parts.own("weights", weights)
+            ys = self._calls.run(Forward(tokens, given, packed.of_ranks, keep), self.deadline_s)
+            saved = SavedCall(self._ranks, packed, self._life.epoch, [r.kept for r in self._ranks]) if keep else None
+        return like_given(x, self._backend.join(x, ys) if self._parts.all_here else ys[0]), saved
+
+    def forward(
+        self,
+        x: Any,
+        *,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        logits: Any = None,
+        weights: PackedWeights | None = None,
+    ) -> tuple[Any, SavedCall]:
+        """(y, what is kept for the backward): the same call, of a layer with `save`, whose y has the same bits.
+
+        Several calls may wait for their backwards, which come in any order, the same on all ranks.
+
+        Args, Raises: as `__call__` has them.
+        """
+        self._require_backward()
+        y, saved = self._forward(x, weights, True, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
+        assert saved is not None
+        return y, saved
+
+    def backward(
+        self, saved: SavedCall, dy: Any, *, logits_gradient: Any = None, into: Gradients | None = None, experts: bool = True
+    ) -> Gradients:
+        """The gradients of a loss whose gradient by y is `dy`; `saved` is used up.
+
+        They have the same bits for any number of processors, any packing and in every run. On other numbers of ranks,
+        too, where the tokens of all ranks follow each other in the same order and none are dropped, but for those of
+        router and shared expert, which each rank makes of its own tokens: `sum_replicated` adds them up.
+
+        Args:
+            saved: what `forward` returned with y.
+            dy: like y.
+            logits_gradient: `[..., num_choices]` for each token: added to the gradient of the logits as the product
+                with the router makes them, for losses that read these.
+            into: gradients of an earlier backward, whose sums for weights this one goes on with, call after call.
+            experts: are the gradients of the experts' weights wanted, the shared one's among them? Without, they are
+                frozen, and no task is made for them.
+
+        Raises:
+            TypeError, ValueError: before any rank starts.
+            FlashMoEError: the call was given up, say because another rank made another call; the layer is closed.
+        """
+        self._require_backward()
+        if not isinstance(saved, SavedCall):
+            raise TypeError(f"saved must be what forward() returned with y, got {type(saved).__name__}")
+        parts = self._parts
+        kept = saved.peek(parts.ranks)
+        tokens, said = check_gradients(parts, kept, dy, logits_gradient)
+        arrays = gradient_arrays(parts, saved.packed, into, experts)
+        with self._calls.turn():
+            saved.close()
+            found = self._calls.run(Backward(tokens, said, kept, saved.epoch, saved.packed, arrays), self.deadline_s)
+        return make_gradients(parts, dy, saved.packed, arrays, found)
+
+    def _require_backward(self) -> None:
+        self._require_open()
+        if self._parts.ranks[0].save is None:
+            raise ValueError("save must be given where a layer is made, for calls to have a backward: FlashMoE(save=...)")
 
     def synchronize(self) -> None:
         """Wait for the last call; only on a GPU do calls return before they are done.

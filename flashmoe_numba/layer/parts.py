@@ -12,6 +12,7 @@ from reference.plan import max_tasks
 
 from ..backends import make_backend
 from ..backends.protocols import Backend
+from ..heap.back import max_weight_tasks
 from ..heap.protocols import Heap
 from ..heap.rank import Rank
 from .arguments import LayerSettings
@@ -37,12 +38,17 @@ class Parts:
         folder = Path(heap.from_first(lambda: str(usable_cache_folder())))
         _one_first(heap, lambda: backend.load(folder))
         self.num_processors = heap.together(lambda: self._processors(settings.num_processors, heap))
-        heap.allocate(Layout(self.config).num_bytes, backend)
+        heap.allocate(Layout(self.config, settings.save).num_bytes, backend)
         self.ranks = heap.together(lambda: self._make_ranks(settings, heap))
         of_ranks = [rank.first_arguments() for rank in self.ranks]
         _one_first(heap, lambda: backend.prepare(self.config, of_ranks, folder))
         experts = [rank.experts for rank in self.ranks]
-        self.packed: PackedWeights | None = PackedWeights(self.config, self.ranks, experts)
+        self.packed: PackedWeights | None = heap.together(
+            lambda: PackedWeights(self.config, self.ranks, settings.weights, experts)
+        )
+        if settings.save is not None:
+            first = self.ranks[0].first_backward(self.packed.outlines[0], self.packed.transposed[0])
+            _one_first(heap, lambda: backend.prepare_backward(first, folder))
 
     def _processors(self, wanted: int | None, heap: Heap) -> int:
         here = len(heap.rank_indices)
@@ -53,8 +59,10 @@ class Parts:
     def _make_ranks(self, settings: LayerSettings, heap: Heap) -> list[Rank]:
         config, memory = self.config, (heap.segments, self.num_processors, self.backend)
         events = max_tasks(config) + config.num_experts if settings.trace else 0
+        events += max_weight_tasks(config) if events and settings.save else 0
         packed, shard = settings.packing == "sources", settings.weights.shard
-        return [Rank(config, i, shard(i, config.num_ranks), *memory, events, packed) for i in heap.rank_indices]
+        more = events, packed, settings.save
+        return [Rank(config, i, shard(i, config.num_ranks), *memory, *more) for i in heap.rank_indices]
 
     def own(self, name: str, packed: PackedWeights | None) -> PackedWeights:
         """`packed`, or the weights that the layer was made with.
