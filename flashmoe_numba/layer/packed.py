@@ -24,7 +24,7 @@ class PackedWeights(Owned):
         Raises:
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
-        return cls(config, ranks, [rank.pack(of_rank) for rank, of_rank in _shards(config, ranks, weights)])
+        return cls(config, ranks, [rank.packing.pack(of_rank) for rank, of_rank in _shards(config, ranks, weights)])
 
     def load(self, weights: Weights) -> None:
         """Fill this with other weights, where it is. No call may be under way.
@@ -33,7 +33,7 @@ class PackedWeights(Owned):
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
         for (rank, of_rank), experts in zip(_shards(self._config, self._ranks, weights), self.of_ranks, strict=True):
-            rank.pack(of_rank, experts)
+            rank.packing.pack(of_rank, experts)
 
     def unpack(self, weights: Weights) -> None:
         """Fill the matrices of `weights`, views of any strides, with those that were packed; biases are left alone.
@@ -42,11 +42,11 @@ class PackedWeights(Owned):
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
         for (rank, of_rank), experts in zip(_shards(self._config, self._ranks, weights), self.of_ranks, strict=True):
-            rank.unpack(experts, of_rank)
+            rank.packing.unpack(experts, of_rank)
 
-    def fits(self, ranks: Sequence[Rank]) -> Sequence[Experts] | None:
-        """What each of these ranks is given in a call; None if they are another layer's."""
-        return self.of_ranks if ranks is self._ranks else None
+    def fits(self, ranks: Sequence[Rank]) -> bool:
+        """Are they of the layer that has these ranks?"""
+        return ranks is self._ranks
 
 
 def _shards(config: MoEConfig, ranks: Sequence[Rank], weights: Weights) -> list[tuple[Rank, Weights]]:
