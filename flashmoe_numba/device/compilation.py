@@ -87,7 +87,7 @@ def source_hash() -> str:
     folders = [PACKAGE / "device", PACKAGE / "kernel", PACKAGE / "tile_gemm", reference / "activations"]
     files = [
         reference / name
-        for name in ("experts.py", "formats.py", "layer_kinds.py", "layout.py", "scalars.py", "task_kinds.py")
+        for name in ("expert_gradients.py", "experts.py", "formats.py", "layer_kinds.py", "layout.py", "scalars.py", "task_kinds.py")
     ]
     for file in sorted(file for folder in folders for file in folder.rglob("*.py")) + files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

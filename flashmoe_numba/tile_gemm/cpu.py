@@ -158,7 +158,7 @@ def _make_ways():
     return {Panels: fma, PairPanels: pairs, TilePanels: tiles}
 
 
-_MULTIPLY = {form: _make_multiply(way) for form, way in _make_ways().items()}
+MULTIPLY = {form: _make_multiply(way) for form, way in _make_ways().items()}
 
 
 @jit
@@ -199,7 +199,7 @@ def _store_result(out, r, stride, first, sums, at, part_columns, columns, parts)
 @overload(stub.tile_gemm, target="cpu", jit_options=PART_OPTIONS)
 def _tile_gemm(out, kept, a, rows, matrices, expert, n, form, scratch):
     accumulator = np.float64 if scratch.types[0].dtype == types.float64 else np.float32
-    width, multiply = panel_width(np.dtype(accumulator)), _MULTIPLY[matrices.instance_class]
+    width, multiply = panel_width(np.dtype(accumulator)), MULTIPLY[matrices.instance_class]
 
     def meaning(out, kept, a, rows, matrices, expert, n, form, scratch):
         parts, tile_n, sums = matrices.parts, matrices.tile_n, scratch.sums

@@ -96,7 +96,14 @@ class Product:
         return MoEConfig(**sizes, dtype=self.dtype, gated=len(self.w) == 2)
 
     def run(
-        self, tile_n=128, tile_m=1000, targets=("cpu", 1), scratch=None, place=lambda array: array, scatter=None, kept=None
+        self,
+        tile_n=128,
+        tile_m=1000,
+        targets=("cpu", 1),
+        scratch=None,
+        place=lambda array: array,
+        scatter=None,
+        kept=None,
     ):
         """`[rows, columns]`, made of tiles as the kernel makes it, by the second of two experts, in a larger array.
 
