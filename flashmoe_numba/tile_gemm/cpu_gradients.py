@@ -60,7 +60,7 @@ def _hidden_gradient(kept, out, active, dots, factors, parts, a, rows, matrices,
             _derive(sums, hidden_at, stride, columns, form)
             dots[i * tiles + n] = _dot(sums, r * stride, hidden_at, columns)
             _store_row(
-                out, at, active, i * matrices.columns + first, parts, matrices.columns, factors[i],
+                out, at, active, i * matrices.columns + first, parts, matrices.columns, factors[_row_of(a, r)],
                 sums, r * stride, hidden_at, stride, columns,
             )  # fmt: skip
 

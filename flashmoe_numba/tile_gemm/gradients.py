@@ -59,7 +59,7 @@ def hidden_gradient(kept, out, active, dots, factors, parts, a, rows, matrices, 
             row = as_floats(a.array[at : at + depth], accumulator)
             gradient = np.einsum("k,kc->c", row, tile[0])
             products = [as_floats(kept.array[start : start + width], accumulator) for start in starts]
-            hidden, factor = activate(products, kind), factors[i]
+            hidden, factor = activate(products, kind), factors[row_of(a, r)]
             of_products = [factor * gradient * slope for slope in slopes(products, kind)]
             dots[i * num_tiles(columns, matrices.tile_n) + n] = (gradient * hidden).sum(dtype=accumulator)
             rows_out = [(out, start, values) for start, values in zip(starts, of_products, strict=True)]

@@ -32,7 +32,7 @@ def derive_tile(kept, out, active, dots, factors, parts, a, rows, matrices, expe
             r, c = turn // columns, turn % columns
             i = row_of(kept, group + r)
             derive_one(
-                kept.array, out, active, factors[i], parts, i, first + c, matrices.columns, form, scratch.sums, r, c
+                kept.array, out, active, factors[row_of(a, group + r)], parts, i, first + c, matrices.columns, form, scratch.sums, r, c
             )
         block_sync()
         for r in range(lane(), here, lanes()):
