@@ -21,6 +21,7 @@ from ..processes.cores import count_cores
 from ..tile_gemm import Panels, Scratch, pack_matrices, unpack_matrices
 from ..tile_gemm.arithmetic import ARITHMETICS, AUTO, PAIRED_DTYPE, choose
 from ..tile_gemm.cpu import ROW_STEP, panel_width
+from ..tile_gemm.cpu_gradients import ROW_BUFFERS, scratch_elements
 from ..tile_gemm.micro_kernel import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE
 from ..tile_gemm.packing import fill_compiled
 from .host import Block, HostBackend
@@ -60,7 +61,7 @@ class CpuBackend(HostBackend):
     def make_scratch(self, config: MoEConfig) -> Scratch:
         """Room for the tallest tile and the widest panels, for few rows as deep as they are, and one row of a combine.
 
-        See `multiply` of tile_gemm/cpu.py.
+        See `multiply` of tile_gemm/cpu.py, and cpu_gradients.py for what a backward needs.
         """
         rows = max(config.tile_m, min(config.token_block, config.num_tokens))
         rows = -(-rows // ROW_STEP) * ROW_STEP
@@ -68,8 +69,9 @@ class CpuBackend(HostBackend):
         width = panel_width(config.accumulator)
         padded = [-(-columns // width) * width for columns in (config.tile_ffn, config.tile_n)]
         columns = max(config.expert_kind.num_ups * padded[0], padded[1])
-        copied = max(rows, min(rows, max(MICRO_ROWS, ROW_STEP)) * blocks) * ROW_STRIDE
-        sums = max(rows * columns, config.hidden)
+        copied, sums = scratch_elements(config.accumulator)
+        copied = max(copied, max(rows, min(rows, max(MICRO_ROWS, ROW_STEP)) * blocks) * ROW_STRIDE)
+        sums = max(sums, rows * columns + ROW_BUFFERS * max(padded), config.hidden)
         return Scratch(np.empty(copied, config.accumulator), np.empty(sums, config.accumulator))
 
     def compile(self, arguments: tuple[Any, ...], folder: Path) -> None:

@@ -15,16 +15,16 @@ at_most, within = jit(forms.at_most), jit(forms.within)
 soft_capped, sigmoid = jit(formulas.soft_capped), jit(formulas.sigmoid)
 
 
-def _choices(kinds):
+def choices(kinds):
     """activate(x, activation): by the one of these kinds that it is, or x itself."""
     if not kinds:
         return jit(lambda x, activation: x)
     (index, verb), *others = kinds
-    rest = _choices(others)
+    rest = choices(others)
     return jit(lambda x, activation: verb(x) if activation == index else rest(x, activation))
 
 
-activate = _choices(BY_INDEX)
+activate = choices(BY_INDEX)
 
 
 @jit
