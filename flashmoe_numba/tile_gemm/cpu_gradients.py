@@ -200,7 +200,7 @@ def _copy_across(copy, filled, source, source_at, stride, rows, columns):
 
 @jit
 def _copy_panels(copy, filled, width, source, source_at, stride, rows, columns):
-    """Rows become rows `filled` and on of panels of `width` columns; those of a panel that is not full stay as they are."""
+    """Rows become rows `filled` and on of panels of `width` columns; what is left of the last one stays."""
     for panel in range((columns + width - 1) // width):
         here = min(width, columns - panel * width)
         for r in range(rows):
