@@ -4,6 +4,7 @@ Importing it needs NumPy only; bfloat16 needs ml_dtypes, and .safetensors files 
 """
 
 from .activations import ACTIVATIONS, activation
+from .backward import Gradients, moe_layer_backward
 from .config import MoEConfig
 from .experts import expert_ffn
 from .formats import DTYPES, element_dtype
@@ -36,6 +37,7 @@ __all__ = [
     "SHARED1",
     "WORKLOAD_NAMES",
     "ExpertKind",
+    "Gradients",
     "Layout",
     "MoEConfig",
     "Packets",
@@ -63,6 +65,7 @@ __all__ = [
     "max_row_blocks",
     "max_tasks",
     "moe_layer",
+    "moe_layer_backward",
     "num_row_blocks",
     "preset_names",
     "read_preset",
