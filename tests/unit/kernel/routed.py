@@ -77,10 +77,15 @@ def route_back_by_lanes(p, tokens, rule, back, scales):
 
 
 class Router:
-    """A router of 12 experts that are chosen from, with its arrays, in the type of sums `real`."""
+    """A router with its arrays, in the type of sums `real`.
 
-    def __init__(self, kind, real=np.float64, num_topk=3, num_zero=0):
-        num_experts, num_topk = 12 + kind.num_always - num_zero, num_topk + kind.num_always
+    Args:
+        num_topk: choices beside those of all tokens.
+        chosen_from: choices that these are made from, the last `num_zero` of them zero-computation experts.
+    """
+
+    def __init__(self, kind, real=np.float64, num_topk=3, num_zero=0, chosen_from=12):
+        num_experts, num_topk = chosen_from + kind.num_always - num_zero, num_topk + kind.num_always
         sizes = dict(num_tokens=7, hidden=4, ffn=4, num_experts=num_experts, num_topk=num_topk, num_zero=num_zero)
         config = MoEConfig(**sizes, num_ranks=1, router=kind, dtype=np.dtype(real).name)
         weights = Weights.random(config, seed=4)

@@ -4,8 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kinds import router_kinds
 from routed import KINDS, TARGETS, Router, make_case
 
+from reference.router_gradients import router_backward
 from reference.routers import prepared_logits, scores_of
 
 STEP = 1e-4  # of differences of fourth order: off by 1e-16 f''''' / 30 and, by roundings, some 1e-16 f / 1e-4
@@ -56,14 +60,6 @@ def test_gradients_are_differences_of_the_router(name, sizes, target):
         np.testing.assert_allclose(got_scales - scales, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 
 
-def in_float64(router):
-    """The same router, with the numbers that it has, in float64."""
-    exact = Router(router.kind, num_topk=router.config.num_topk - router.kind.num_always)
-    arrays = {name: np.float64(value) for name, value in router.rule._asdict().items() if hasattr(value, "dtype")}
-    exact.rule, exact.weights = router.rule._replace(**arrays), router.weights
-    return exact
-
-
 def terms(router, logits, topk_idx, gradients):
     """`[num_tokens, num_choices]`: sums of the sizes of all that is added up to a gradient, or more."""
     kind, rule, chosen = router.kind, router.rule, topk_idx >= 0
@@ -103,20 +99,44 @@ def most_ulps(router, logits):
     return 6 * score + slope + 20 + 4 * router.config.num_topk
 
 
+def assert_equals_oracle(router, case, target):
+    """Gradients are within their roundings of those of the reference."""
+    logits, topk_idx, topk_weights, gradients = case
+    got, got_scales = router.back(*case, target)
+    logits, gradients = logits.astype(np.float64), gradients.astype(np.float64)
+    expected, arrays = router_backward(logits, topk_idx, gradients, router.weights, router.config)
+    unit, sizes = np.finfo(router.real).eps / 2, terms(router, logits, topk_idx, gradients)
+    bound = unit * most_ulps(router, logits) * sizes
+    off = np.abs(got - expected)
+    assert (off <= bound).all(), f"{router.kind}: off by {off.max()}, {(off / bound).max()} of the bound"
+    if router.kind.expert_scale:
+        bound = unit * (len(logits) + 2 + most_ulps(router, logits).max()) * scale_terms(router, case)
+        assert (np.abs(got_scales - arrays["expert_scale"]) <= bound).all(), router.kind
+
+
+def scale_terms(router, case):
+    """`[num_choices]`: the same of the gradient of expert_scale."""
+    _, topk_idx, topk_weights, gradients = case
+    sizes = np.zeros(router.config.num_choices)
+    np.add.at(sizes, topk_idx, np.abs(gradients * topk_weights / router.rule.expert_scale[topk_idx]))
+    return sizes
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("num_topk", [1, 3, 12])
 @pytest.mark.parametrize("name", KINDS)
 def test_sums_in_float32_are_as_far_off_as_their_roundings(name, num_topk, target):
     kind = KINDS[name] if num_topk < 12 else replace(KINDS[name], num_topk_groups=KINDS[name].num_groups)
     router = Router(kind, np.float32, num_topk)
-    logits, topk_idx, topk_weights, gradients = make_case(router, 40)
-    got, got_scales = router.back(logits, topk_idx, topk_weights, gradients, target)
-    exact = in_float64(router)
-    expected, expected_scales = exact.back(logits, topk_idx, topk_weights, gradients, "compiled")
-    unit = np.finfo(np.float32).eps / 2
-    bound = unit * most_ulps(router, logits) * terms(exact, logits.astype(np.float64), topk_idx, gradients)
-    off = np.abs(got - expected)
-    assert (off <= bound).all(), f"off by {off.max()}, {(off / bound).max()} of the bound"
-    if kind.expert_scale:
-        sizes = np.abs(exact.back(logits, topk_idx, topk_weights, np.abs(gradients), "compiled")[1])
-        assert (np.abs(got_scales - expected_scales) <= unit * (len(logits) + 2) * sizes).all()
+    assert_equals_oracle(router, make_case(router, 40), target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@given(st.data())
+def test_any_kind_has_the_gradients_of_the_reference(target, data):
+    num_topk, num_zero = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([0, 4]))
+    kind = data.draw(router_kinds(12 - num_zero, num_topk, ("logits", "score", "given"), num_zero))
+    is_mixer = kind.score == "sparsemixer"  # whose roundings decide who is near
+    real = np.float64 if is_mixer else data.draw(st.sampled_from([np.float32, np.float64]))
+    router = Router(kind, real, num_topk - kind.num_always, num_zero, 12 - kind.num_always)
+    assert_equals_oracle(router, make_case(router, seed=data.draw(st.integers(0, 2**32))), target)

@@ -8,6 +8,26 @@ from cases import assert_same_bits
 from routed import KINDS, TARGETS, Router, make_case
 
 from reference import RouterKind
+from reference.router_gradients import router_backward
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", KINDS)
+def test_ties_and_bad_rows_are_those_of_the_reference(name, target):
+    """With logits that are exact, of which some are infinite or NaN."""
+    kind = replace(KINDS[name], selection_bias=False, logit_bias=False, num_topk_groups=KINDS[name].num_groups)
+    router = Router(kind, num_topk=7)
+    logits, topk_idx, _, gradients = make_case(router, 9)
+    logits = np.random.default_rng(0).integers(-2, 3, logits.shape) / 2.0
+    logits[1], logits[2, 3], logits[3, 5], logits[4], logits[5, ::2] = 0, np.nan, np.inf, -np.inf, -np.inf
+    logits[6], logits[7] = -300, 300 * (np.arange(logits.shape[1]) % 2)
+    topk_idx, topk_weights = router.route(logits, topk_idx if kind.choice == "given" else None)
+    gradients[(topk_idx < 0) | (topk_weights == 0)] = 0
+    got, scales = router.back(logits, topk_idx, topk_weights, gradients, target)
+    expected, arrays = router_backward(logits, topk_idx, gradients.astype(float), router.weights, router.config)
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-13 * abs(kind.scale))
+    if kind.expert_scale:
+        np.testing.assert_allclose(scales, arrays["expert_scale"], rtol=1e-12)
 
 
 @pytest.mark.parametrize("target", TARGETS)
