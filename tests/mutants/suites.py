@@ -38,7 +38,7 @@ PRODUCTS = Stage(
     180,
     f"{UNIT}/test_tile_gemm.py {UNIT}/test_micro_kernels.py {UNIT}/test_guard_pages.py {UNIT}/test_arithmetics.py",
 )
-ROUTERS_BACK = Stage(30, f"{UNIT}/test_router_gradient_limits.py {UNIT}/test_router_gradient.py")
+ROUTERS_BACK = Stage(30, f"{UNIT}/test_router_gradient.py {UNIT}/test_router_gradient_limits.py")
 VERBS = Stage(30, f"{UNIT}/test_device_verbs.py {UNIT}/test_float_control.py")
 LAYERS = Stage(
     0,
