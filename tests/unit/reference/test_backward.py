@@ -118,9 +118,12 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("name", [*PLAIN, *EXPERTS, "normed"])
+STEEP = {"steep": replace(EXPERTS["inkling2"], slope=1.702, up_offset=-0.25)}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *EXPERTS, *STEEP, "normed"])
 def test_experts(name):
-    kind = (PLAIN | EXPERTS | {"normed": NORMED})[name]
+    kind = (PLAIN | EXPERTS | STEEP | {"normed": NORMED})[name]
     case = Case(make_config(expert=kind, **(SHARED if name != "normed" else {})), [7, 3])
     seen = case.check()
     assert seen >= {"x[0]", "x[1]", "router", "up_proj", "down_proj", "up_bias", "down_bias"}
