@@ -48,7 +48,7 @@ class Kept:
     has_logits: bool
 
     def in_tokens(self, tokens: Tokens) -> Tokens:
-        return tokens._replace(**self.arrays.tokens, x=self.x)
+        return tokens._replace(**self.arrays.tokens | {"x": self.x})
 
     def in_received(self, received: Received) -> Received:
         return received._replace(**self.arrays.received)
