@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import numba
 import numpy as np
 import pytest
 from cases import assert_same_bits
-from routed import KINDS, TARGETS, Router, make_case
+from routed import KINDS, TARGETS, Router, make_case, route_all_back
 
 from reference import RouterKind
 from reference.router_gradients import router_backward
@@ -114,6 +115,14 @@ def test_a_norm_has_a_gradient_from_its_least_value_on(least, target):
     got, _ = router.back(logits, *router.route(logits), np.array([[3.0, 0, 0]]), target)
     expected = [1 / 3, -1 / 6, -1 / 6] if least <= 1.5 else [3 / 4 / least, 0, 0]
     np.testing.assert_allclose(got[0, :3], expected, rtol=1e-15)
+
+
+def test_no_float32_is_widened():
+    router = Router(KINDS["everything"], np.float32)
+    router.back(*make_case(router), "compiled")
+    for types, made in route_all_back.overloads.items():
+        if types[-1].dtype == numba.float32:
+            assert "fpext" not in made.library.get_llvm_str()
 
 
 @pytest.mark.parametrize("num_lanes", [1, 2, 5])
