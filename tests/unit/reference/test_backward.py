@@ -246,6 +246,12 @@ def test_pairs_that_add_nothing_have_no_gradient():
     assert not zero.x[0][3].any() and not zero.topk_weights[0][3].any() and not zero.weights.up_proj[2].any()
 
 
+def test_an_identity_of_weight_0_has_no_gradient():
+    case = Case(make_config(num_ranks=1, num_experts=1, num_topk=2, num_zero=1), [2])
+    case.routing = dict(topk_idx=[np.array([[0, 1], [0, 1]])], topk_weights=[np.array([[1.0, 0.0], [1.0, 2.0]])])
+    assert (case.gradients().topk_weights[0] != 0).tolist() == [[True, False], [True, True]]
+
+
 @pytest.mark.parametrize("where", ["x", "dy"])
 def test_what_is_not_finite_spoils_its_own_token_and_what_sums_over_it(where):
     case = Case(make_config(num_experts=12, num_ranks=1, **SHARED, router=RouterKind(logit_bias=True)), [6])
