@@ -8,6 +8,7 @@ from .backward import Gradients, moe_layer_backward
 from .config import MoEConfig
 from .experts import expert_ffn
 from .formats import DTYPES, element_dtype
+from .gradient_bounds import gradient_tolerance
 from .layer import moe_layer
 from .layer_kinds import ExpertKind, RouterKind
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
@@ -56,6 +57,7 @@ __all__ = [
     "element_dtype",
     "expert_ffn",
     "external_routing",
+    "gradient_tolerance",
     "hidden_rows",
     "load_preset",
     "make_packets",

@@ -55,11 +55,10 @@ def _preparation_slope(logits: Array, weights: Weights, config: MoEConfig) -> Ar
 
 
 def _weigh_backward(
-    z: Array, topk_idx: Array, d_weights: Array, kind: RouterKind, weights: Weights
+    z: Array, topk_idx: Array, d_factors: Array, kind: RouterKind, weights: Weights
 ) -> tuple[Array, Array]:
     """Through `weigh`: the gradient of z, and `[num_choices]` of expert_scale."""
     chosen, idx = topk_idx >= 0, np.maximum(topk_idx, 0)
-    d_factors = np.where(chosen, d_weights, 0.0)
     scores = scores_of(z, kind)
     terms = list(sparsemixer_terms(z, idx, kind.jitter)) if kind.score == "sparsemixer" else []
     picked = np.stack([w for _, w in terms], axis=1) if terms else np.take_along_axis(scores, idx, axis=1)
@@ -72,7 +71,8 @@ def _weigh_backward(
         d_factors = d_factors * weights.expert_scale.astype(np.float64)[idx]
     d_factors = d_factors * kind.scale
     if kind.renormalize:
-        d_factors = np.where(chosen, _normalize_backward(picked, d_factors, kind), 0.0)
+        d_factors = _normalize_backward(picked, d_factors, kind)
+    d_factors = np.where(chosen, d_factors, 0.0)
     if terms:
         return _sparsemixer_backward(terms, idx, d_factors), d_scale
     d_scores = np.zeros(z.shape)

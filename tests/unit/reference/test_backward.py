@@ -8,8 +8,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kinds import EXPERTS, NORMED, ROUTERS, expert_kinds, router_kinds
 
-from reference import ACTIVATIONS, ExpertKind, MoEConfig, RouterKind, Weights, make_packets, moe_layer
-from reference.backward import moe_layer_backward
+from reference import (
+    ACTIVATIONS,
+    ExpertKind,
+    MoEConfig,
+    RouterKind,
+    Weights,
+    make_packets,
+    moe_layer,
+    moe_layer_backward,
+)
 from reference.layer import source_routings
 
 STEP, CLOSE = 1e-5, 1e-6
@@ -30,16 +38,17 @@ class Case:
         self.weights = Weights.random(c, seed=self.seed, bias=self.bias)
         self.x, self.dy = ([rng.standard_normal((n, c.hidden)) for n in self.counts] for _ in range(2))
         if c.router_kind.choice == "given":
-            self.routing["topk_idx"] = self.some_idx(rng)
+            self.routing["topk_idx"] = self.with_gaps(rng)
 
-    def some_idx(self, rng):
+    def with_gaps(self, rng):
+        """Any experts, and here and there none."""
         orders = [np.argsort(rng.random((n, self.config.num_choices)), axis=1) for n in self.counts]
-        return [order[:, : self.config.num_topk] for order in orders]
+        return [np.where(rng.random(o.shape) < 0.1, -1, o)[:, : self.config.num_topk] for o in orders]
 
     def give_routing(self):
         """Experts and weights, of both signs, instead of the router's own; some pairs are no choice."""
         rng = np.random.default_rng(self.seed + 1)
-        idx = [np.where(rng.random(i.shape) < 0.1, -1, i) for i in self.some_idx(rng)]
+        idx = self.with_gaps(rng)
         self.routing = dict(topk_idx=idx, topk_weights=[rng.uniform(0.2, 1, i.shape) * (1 - 2 * (i % 2)) for i in idx])
 
     def give_logits(self):
@@ -237,6 +246,12 @@ def test_pairs_that_add_nothing_have_no_gradient():
     assert not zero.x[0][3].any() and not zero.topk_weights[0][3].any() and not zero.weights.up_proj[2].any()
 
 
+def test_an_identity_of_weight_0_has_no_gradient():
+    case = Case(make_config(num_ranks=1, num_experts=1, num_topk=2, num_zero=1), [2])
+    case.routing = dict(topk_idx=[np.array([[0, 1], [0, 1]])], topk_weights=[np.array([[1.0, 0.0], [1.0, 2.0]])])
+    assert (case.gradients().topk_weights[0] != 0).tolist() == [[True, False], [True, True]]
+
+
 @pytest.mark.parametrize("where", ["x", "dy"])
 def test_what_is_not_finite_spoils_its_own_token_and_what_sums_over_it(where):
     case = Case(make_config(num_experts=12, num_ranks=1, **SHARED, router=RouterKind(logit_bias=True)), [6])
@@ -256,7 +271,8 @@ def test_what_is_not_finite_spoils_its_own_token_and_what_sums_over_it(where):
 
 def test_logits_that_are_not_finite():
     """Of a masked expert, -inf, the gradient is 0; a row without a largest finite logit has none that is finite."""
-    for kind in (RouterKind(), RouterKind(score="sigmoid", logit_cap=2.0), RouterKind(score="sqrt_softplus")):
+    scaled = RouterKind(score="sigmoid", logit_cap=2.0, expert_scale=True)
+    for kind in (RouterKind(), scaled, RouterKind(score="sqrt_softplus")):
         case = Case(router_config(kind), [4])
         case.give_logits()
         case.routing["logits"][0][0, 5], case.routing["logits"][0][1, 3] = -np.inf, np.inf
@@ -264,6 +280,8 @@ def test_logits_that_are_not_finite():
         assert found.logits[0][0, 5] == 0 and np.isfinite(found.logits[0][[0, 2, 3]]).all(), kind
         assert np.isnan(found.logits[0][1]).all() and np.isnan(found.x[0][1]).all()
         assert np.isfinite(found.x[0][[0, 2, 3]]).all()
+        if kind.expert_scale:  # a row that cannot be routed goes to the first experts
+            assert np.isnan(found.weights.expert_scale).tolist() == [True] * 3 + [False] * 9
 
 
 @pytest.mark.parametrize(("kind", "gate", "expected"), [
@@ -294,6 +312,16 @@ def test_rows_beyond_the_element_type_become_infinite():
         found = moe_layer_backward(one, one, those, config, idx, np.array([[factor]], np.float32))
         assert found.x[0, 0] == dx and found.topk_weights[0][0, 0] == those.up_proj[0, 0, 0]
         assert np.isinf(found.weights.up_proj).all() == np.isinf(dx)
+
+
+def test_infinite_rows_of_a_token_are_added_as_they_are():
+    """Rows of 80,000 and -80,000, whose sum would be 0: there is no number between the infinities that they become."""
+    kind = ExpertKind(activation="identity", gated=False)
+    config = make_config(num_ranks=1, num_experts=2, num_topk=2, hidden=1, ffn=1, expert=kind, dtype="float16")
+    up, down = np.full((2, 1, 1), 8, np.float16), np.ones((2, 1, 1), np.float16)
+    weights = Weights(router=np.zeros((2, 1), np.float16), up_proj=up, down_proj=down)
+    one, factors = np.ones((1, 1), np.float16), np.array([[1e4, -1e4]], np.float32)
+    assert np.isnan(moe_layer_backward(one, one, weights, config, np.array([[0, 1]]), factors).x).all()
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
