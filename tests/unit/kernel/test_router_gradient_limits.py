@@ -117,6 +117,16 @@ def test_a_norm_has_a_gradient_from_its_least_value_on(least, target):
     np.testing.assert_allclose(got[0, :3], expected, rtol=1e-15)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_layer_of_one_expert(target):
+    router = Router(RouterKind(score="sigmoid", logit_bias=True, expert_scale=True), num_topk=1, chosen_from=1)
+    logits, topk_idx, topk_weights, gradients = make_case(router)
+    got, scales = router.back(logits, topk_idx, topk_weights, gradients, target)
+    expected, arrays = router_backward(logits, topk_idx, gradients.astype(float), router.weights, router.config)
+    np.testing.assert_allclose(got, expected, rtol=1e-13)
+    np.testing.assert_allclose(scales, arrays["expert_scale"], rtol=1e-13)
+
+
 def test_no_float32_is_widened():
     router = Router(KINDS["everything"], np.float32)
     router.back(*make_case(router), "compiled")
