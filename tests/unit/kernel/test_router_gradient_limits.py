@@ -127,6 +127,18 @@ def test_a_layer_of_one_expert(target):
     np.testing.assert_allclose(scales, arrays["expert_scale"], rtol=1e-13)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_scale_of_zero_has_no_gradient(target):
+    """Its weight is 0, which has none; that of another token is 1."""
+    router = Router(KINDS["gemma4"], num_topk=1, chosen_from=2)
+    router.rule = router.rule._replace(expert_scale=np.array([0.0, 1.0]))
+    logits = np.array([[2.0, 1.0], [1.0, 2.0]])
+    topk_idx, topk_weights = router.route(logits)
+    np.testing.assert_array_equal(topk_weights, [[0], [1]])
+    _, scales = router.back(logits, topk_idx, topk_weights, np.array([[0], [0.7]]), target)
+    np.testing.assert_array_equal(scales, [0, 0.7])
+
+
 def test_no_float32_is_widened():
     router = Router(KINDS["everything"], np.float32)
     router.back(*make_case(router), "compiled")
