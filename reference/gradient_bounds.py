@@ -121,6 +121,7 @@ def _add_shared(part: Source, weights: Weights, config: MoEConfig, squares: dict
         logits, sizes = _sized(part.x, gate[None, None], None, 0)
         both = lambda z: [sigmoid(*z), sigmoid_slope(*z)]  # noqa: E731
         factors, rise = _sizes_of(both, [logits], [sizes], walk(config, config.hidden, 0))
+        rise = np.hypot(rise, factors)  # of the factor, less its square
     found = expert_squares(part.x, part.dy, factors, weights.shared, 0, config, config.shared_kind)
     part.dx += found.x
     arrays = found.arrays
@@ -136,7 +137,7 @@ def expert_squares(
 ) -> ExpertGradients:
     """The squares of the sizes of all that `expert_backward` adds up or returns, of the same arguments."""
     least, step = _least(config.numpy_dtype), walk(config, config.hidden, 1 + config.router_kind.weight_input)
-    place, square = expert_position, x.astype(np.float64) ** 2
+    place, square, weighed = expert_position, x.astype(np.float64) ** 2, np.abs(factors)
     ups, sizes = zip(*(_sized(x, *up, place) for up in weights.ups), strict=True)
     sizes = tuple(size + least for size in sizes)
     (hidden,) = _sizes_of(lambda z: [activate(z, kind)], ups, sizes, step)
@@ -146,11 +147,11 @@ def expert_squares(
     if weights.down_bias is not None:
         d_factors += dy**2 @ weights.down_bias[place].astype(np.float64) ** 2
     d_factors += (d_hidden * activate(ups, kind)).sum(axis=1) ** 2
-    arrays = {"down_proj": (dy**2).T @ (factors * hidden + least) ** 2, "down_bias": (factors**2 * dy**2).sum(axis=0)}
+    arrays = {"down_proj": (dy**2).T @ (weighed * hidden + least) ** 2, "down_bias": (factors**2 * dy**2).sum(axis=0)}
     dx, squares = np.zeros(x.shape), np.full(x.shape, least**2)
     names, rises = ("gate", "up") if kind.gated else ("up",), _sizes_of(lambda z: slopes(z, kind), ups, sizes, step)
     for name, (matrices, _), slope, rise in zip(names, weights.ups, slopes(ups, kind), rises, strict=True):
-        matrix, d_up = matrices[place].astype(np.float64), (np.abs(factors) * d_sizes * rise + least) ** 2
+        matrix, d_up = matrices[place].astype(np.float64), (weighed * d_sizes * rise + least) ** 2
         dx += (factors * d_hidden * slope) @ matrix
         squares += d_up @ matrix**2
         arrays |= {f"{name}_proj": d_up.T @ square, f"{name}_bias": d_up.sum(axis=0)}
