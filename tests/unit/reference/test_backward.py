@@ -246,6 +246,12 @@ def test_pairs_that_add_nothing_have_no_gradient():
     assert not zero.x[0][3].any() and not zero.topk_weights[0][3].any() and not zero.weights.up_proj[2].any()
 
 
+def test_an_identity_of_weight_0_has_no_gradient():
+    case = Case(make_config(num_ranks=1, num_experts=1, num_topk=2, num_zero=1), [2])
+    case.routing = dict(topk_idx=[np.array([[0, 1], [0, 1]])], topk_weights=[np.array([[1.0, 0.0], [1.0, 2.0]])])
+    assert (case.gradients().topk_weights[0] != 0).tolist() == [[True, False], [True, True]]
+
+
 @pytest.mark.parametrize("where", ["x", "dy"])
 def test_what_is_not_finite_spoils_its_own_token_and_what_sums_over_it(where):
     case = Case(make_config(num_experts=12, num_ranks=1, **SHARED, router=RouterKind(logit_bias=True)), [6])
@@ -314,8 +320,10 @@ def test_infinite_rows_of_a_token_are_added_as_they_are():
     config = make_config(num_ranks=1, num_experts=2, num_topk=2, hidden=1, ffn=1, expert=kind, dtype="float16")
     up, down = np.full((2, 1, 1), 8, np.float16), np.ones((2, 1, 1), np.float16)
     weights = Weights(router=np.zeros((2, 1), np.float16), up_proj=up, down_proj=down)
-    one, factors = np.ones((1, 1), np.float16), np.array([[1e4, -1e4]], np.float32)
-    assert np.isnan(moe_layer_backward(one, one, weights, config, np.array([[0, 1]]), factors).x).all()
+    one, idx = np.ones((1, 1), np.float16), np.array([[0, 1]])
+    for factors, dx in (([1e4, -1e4], np.nan), ([5e3, 5e3], np.inf), ([5e3, 2e3], 56000.0)):
+        found = moe_layer_backward(one, one, weights, config, idx, np.array([factors], np.float32))
+        np.testing.assert_array_equal(found.x, [[dx]])
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
