@@ -40,7 +40,7 @@ from common import Row, cpu_has, leave, machine, parser_of, program, show, store
 from memory_probe import MemoryProbe
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.commands.sizes import integer, integers
+from flashmoe_numba.commands.flags import integer, integers
 from flashmoe_numba.processes.cores import default_processors
 from reference import MoEConfig, Weights, check_routing, load_preset, make_workload, max_rel_error
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from common import Row, leave, machine, parser_of, program, show, store
 
-from flashmoe_numba.commands.sizes import integer
+from flashmoe_numba.commands.flags import integer
 
 SIZES = dict(vocab_size=1009, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

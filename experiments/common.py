@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flashmoe_numba.commands.sizes import check_outputs
+from flashmoe_numba.commands.outputs import check_outputs
 from flashmoe_numba.errors import UsageError
 from flashmoe_numba.processes.cores import count_cores
 

@@ -4,9 +4,11 @@ Importing it needs NumPy only; bfloat16 needs ml_dtypes, and .safetensors files 
 """
 
 from .activations import ACTIVATIONS, activation
+from .backward import Gradients, moe_layer_backward
 from .config import MoEConfig
 from .experts import expert_ffn
 from .formats import DTYPES, element_dtype
+from .gradient_bounds import gradient_tolerance
 from .layer import moe_layer
 from .layer_kinds import ExpertKind, RouterKind
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
@@ -36,6 +38,7 @@ __all__ = [
     "SHARED1",
     "WORKLOAD_NAMES",
     "ExpertKind",
+    "Gradients",
     "Layout",
     "MoEConfig",
     "Packets",
@@ -54,6 +57,7 @@ __all__ = [
     "element_dtype",
     "expert_ffn",
     "external_routing",
+    "gradient_tolerance",
     "hidden_rows",
     "load_preset",
     "make_packets",
@@ -63,6 +67,7 @@ __all__ = [
     "max_row_blocks",
     "max_tasks",
     "moe_layer",
+    "moe_layer_backward",
     "num_row_blocks",
     "preset_names",
     "read_preset",

@@ -18,7 +18,7 @@ from threadpoolctl import ThreadpoolController
 from reference import MoEConfig, Routing, Weights, Workload, make_workload
 
 from ..checkpoints import load
-from ..heap.rank import Stats
+from ..heap.stats import Stats
 from ..layer.layer import FlashMoE
 from ..processes.cores import default_processors
 from ..seeing.trace import filled

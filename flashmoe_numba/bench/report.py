@@ -14,7 +14,7 @@ import numpy as np
 from reference.plan import row_flops
 from reference.runs import PACKINGS
 
-from ..heap.rank import Stats
+from ..heap.stats import Stats
 from .check import Verdict
 from .measure import Measurement, Settings
 

@@ -19,7 +19,7 @@ from ..checkpoints.folder import read_json
 from ..checkpoints.models import find_families
 from ..errors import UsageError
 from .columns import Rows
-from .sizes import blaming, integer
+from .flags import blaming, integer
 
 CONTEXT = 4096
 ALL = "all"

@@ -30,7 +30,8 @@ from ..processes import launch
 from ..processes.pools import Pool
 from .explored import as_json, count, describe, lines, replay_command
 from .failures import add_failure_arguments, describe_world, replay, shrink, tell
-from .sizes import add_json_argument, blaming, check_outputs, give, in_flags, integer, write_json
+from .flags import blaming, in_flags, integer
+from .outputs import add_json_argument, check_outputs, give, write_json
 from .spread import add_jobs_argument, num_processes, open_pool, progress, stopped_status, why_stopped
 
 SEEDS = 100

@@ -22,7 +22,8 @@ from ..explore.tell.cases import Case, load, save
 from ..explore.tell.history import turns_until
 from ..explore.tell.shrink import MOST_RUNS, Shrinker
 from ..explore.tell.telling import Line, Teller, as_text
-from .sizes import give, integer
+from .flags import integer
+from .outputs import give
 
 MOST_LINES = 40
 BESIDE_REPLAY = ("--replay", "--history", "--json")

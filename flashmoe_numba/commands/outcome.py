@@ -12,8 +12,8 @@ from ..bench.check import check_layer
 from ..bench.measure import Measurement, Settings, make_weights
 from ..bench.report import make_report, table
 from ..seeing.trace import decode, write_chrome_trace
+from .outputs import give
 from .plan import describe
-from .sizes import give
 
 
 def conclude(

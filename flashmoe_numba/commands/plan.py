@@ -13,7 +13,8 @@ from reference import MoEConfig, Plan, make_plan
 
 from ..errors import UsageError
 from ..processes import launch, shared_memory
-from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, give, layer_name
+from .outputs import add_json_argument, check_outputs, give
+from .sizes import add_size_arguments, config_from, layer_name
 
 MOST_PACKETS = 2**24  # a minute to count, and each takes some ten bytes
 

@@ -20,20 +20,16 @@ from ..processes import launch
 from ..processes.mpi_environment import unless_left_over
 from ..processes.shared_memory import Shortage
 from ..tile_gemm.arithmetic import AUTO, NAMES, choose
+from .flags import blaming, check_backend_flag, in_flags, integer
+from .outputs import add_json_argument, check_outputs
 from .sizes import (
     MODEL_TOKENS,
-    add_json_argument,
     add_size_arguments,
     at_capacity_factor,
-    blaming,
-    check_backend_flag,
     check_memory,
-    check_outputs,
     config_from,
     family_from,
     given_fields,
-    in_flags,
-    integer,
 )
 
 if TYPE_CHECKING:

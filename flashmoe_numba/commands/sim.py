@@ -24,10 +24,12 @@ from sim.world.recorded import is_recorded
 from ..errors import UsageError
 from .beside import add_beside_arguments, beside, shape_from
 from .columns import column_lines
+from .flags import blaming
+from .outputs import add_json_argument, check_outputs, give, make_folder
 from .patience import shown_when_slow
 from .simulated import catalogue, tables
 from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked, simulated_config
-from .sizes import add_json_argument, blaming, check_outputs, give, layer_name, make_folder
+from .sizes import layer_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

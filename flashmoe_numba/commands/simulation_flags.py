@@ -16,8 +16,9 @@ from sim.world.rounding import WAYS
 from sim.world.world import FORWARD, PASSES
 
 from ..errors import UsageError
+from .flags import blaming, integer
 from .knobs import knobs_from
-from .sizes import add_size_arguments, blaming, config_from, integer
+from .sizes import add_size_arguments, config_from
 
 DEFAULT_PRESET = "llama-4-scout"
 DEFAULT_HARDWARE = "8xH100"

@@ -6,6 +6,7 @@ from flashmoe_numba.device import block_sync, fetch_add, jit, lane
 from flashmoe_numba.tile_gemm import tile_gemm
 from reference.task_kinds import GEMM1
 
+from .in_order import nothing_kept
 from .peers import result_rooms, tell_results
 from .queue import QueueTask, fill, reserve
 from .row_tiles import copy_rows, hidden_rooms, hidden_rows, kept_rooms, kept_rows, read_tile, rows_in
@@ -38,8 +39,9 @@ def gemm1(p, segments, experts, received, scratch, task):
     packet = task.peer * p.experts_per_rank + task.expert
     index = packet * p.row_blocks + task.m
     tile = read_tile(received, index)
+    out = result_rooms(p, segments, received, packet, tile)
     tile_gemm(
-        result_rooms(p, segments, received, packet, tile), hidden_rows(received, tile), tile.rows,
+        out, nothing_kept(out), hidden_rows(received, tile), tile.rows,
         experts.down, task.expert, task.n, experts.linear, scratch,
     )  # fmt: skip
     block_sync()

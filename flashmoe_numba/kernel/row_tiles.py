@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashmoe_numba.device import copy_row, fetch_add, jit
-from flashmoe_numba.tile_gemm import IN_ORDER, KEPT, LOCAL, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rooms, Rows
+from flashmoe_numba.tile_gemm import IN_ORDER, KEPT, LOCAL, RANK, ROW_IN, ROW_OUT, Rooms, Rows
 from flashmoe_numba.tile_gemm import rows as of_rows
 
 from .in_order import rooms_in_order, rows_in_order
 from .queue import HIDDEN_ROWS, counter
 
-row_of, room_row, word_of = jit(of_rows.row_of), jit(of_rows.room_row), jit(of_rows.word_of)
+row_of, room_row, word_of = map(jit, (of_rows.row_of, of_rows.room_row, of_rows.word_of))
 
 # words of a stream
 SEEN = 0  # packets of this epoch, also the empty ones
@@ -29,6 +29,7 @@ TILES, QUEUED = 5, 6  # tiles cut, and how many of these are queued
 STREAM_WORDS = 8
 
 TILE_WORDS = 4
+
 
 
 class CutTile(NamedTuple):
@@ -151,10 +152,10 @@ def write_places(p, received, expert, tile):
         source = received.arrived[expert * p.num_ranks + arrival]
         packet = source * p.experts_per_rank + expert
         while at < end and slot < received.rows[packet]:
-            received.places[at * PLACE_WORDS + ROW_IN] = packet * p.slots + slot
-            received.places[at * PLACE_WORDS + ROW_OUT] = e * p.slots + slot
-            received.places[at * PLACE_WORDS + RANK] = source
-            received.places[at * PLACE_WORDS + KEPT] = received.first[packet] + slot
+            received.places[word_of(at, ROW_IN)] = packet * p.slots + slot
+            received.places[word_of(at, ROW_OUT)] = e * p.slots + slot
+            received.places[word_of(at, RANK)] = source
+            received.places[word_of(at, KEPT)] = received.first[packet] + slot
             at += 1
             slot += 1
         arrival += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,9 +144,9 @@ class Session:
     def _drop(self, place: Place) -> None:
         """Called wherever the last tensor goes, maybe inside a call: so it takes no lock and closes nothing."""
         entry = self._entries.pop(place, None)
-        own = None if entry is None else getattr(entry.shared.layer, "packed", None)  # None: it is closed
-        if entry is not None and entry.packed is own:  # the layer keeps these in any case
-            entry.shared.spare.append(entry.packed)
+        with suppress(FlashMoEError):  # the layer is closed
+            if entry is not None and entry.packed is entry.shared.layer.packed:  # it keeps these in any case
+                entry.shared.spare.append(entry.packed)
 
     def release(self, ranks: Ranks | None = None) -> None:
         """Close the layers of these ranks whose weights are all gone, on all ranks; and let go of any that an error has

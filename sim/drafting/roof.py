@@ -25,7 +25,7 @@ def roof_ns(world: World) -> dict[str, float]:
     operations = 2 * times * world.rows.max(initial=0) * matrices
     return {
         "weights": float(weights / (hardware.hbm_gbps * hardware.hbm_achieved)),
-        "products": float(operations / (hardware.tflops[precision.arithmetic] * 1e3)),
+        "products": float(operations / (hardware.tflops[precision.mma_type] * 1e3)),
         "links": len(world.directions) * _links_ns(world),
     }
 

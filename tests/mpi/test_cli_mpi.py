@@ -239,18 +239,18 @@ def test_nobody_outlives_the_others(start, victim):
 
 RAISING = """
 import sys, time
-from flashmoe_numba.layer import layer
 from flashmoe_numba.cli import main
+from flashmoe_numba.layer.calls import Calls
 
-honest = layer.FlashMoE._run
+honest = Calls.run
 
 def fail(self, *arguments):
-    if self._epoch == 3 and self._heap.rank_indices[0] == 1:
+    if self._life.epoch == 3 and self._parts.heap.rank_indices[0] == 1:
         time.sleep(1)  # the others are in the kernel by now
         raise ZeroDivisionError("planted")
     return honest(self, *arguments)
 
-layer.FlashMoE._run = fail
+Calls.run = fail
 sys.exit(main(sys.argv[1:]))
 """
 

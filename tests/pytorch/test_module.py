@@ -200,7 +200,7 @@ def test_layers_go_with_the_last_module():
     module(tokens())
     del module
     SESSION.release()
-    assert not SESSION._shared and layer._closed
+    assert not SESSION._shared and layer.closed
 
 
 # own="packed"

@@ -78,7 +78,7 @@ def overtake():
         rank.segments.dispatch_flag[:2] = [2 << 32 | 3, 2 << 32 | 0]
         for epoch, rows in ((1, 0), (2, 3)):
             _, record = rank.call(none, None, epoch, 1 << 62)
-            layer._backend.run([record], layer._leave)
+            layer._backend.run([record], layer._life.leave)
             assert rank.stats(epoch, 0).rows_per_expert == (rows, 0), f"epoch {epoch}"
 
 
@@ -88,8 +88,8 @@ def leave_in_a_call():
     with FlashMoE(config, Weights.random(config), num_processors=2, backend="fibers") as layer:
         _, record = layer._ranks[0].call(random_tokens(config)[0], None, 1, 1 << 62)
         layer._backend.leave(*layer._ranks[1].leaving(1))
-        layer._backend.run([record], layer._leave)
-        message = explain(0, layer._controls())
+        layer._backend.run([record], layer._life.leave)
+        message = explain(0, layer._life.controls())
         assert message == "rank 0 stopped: rank 1 left in epoch 1 because of an error of its own"
 
 

@@ -22,7 +22,7 @@ COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TAS
 WORDS = {  # as kernel/row_tiles.py and tile_gemm/rows.py number them
     "streams": ("SEEN", "ARRIVED", "CUT_PACKET", "CUT_SLOT", "WAITING", "TILES", "QUEUED", "spare"),
     "tiles": row_tiles.CutTile._fields,
-    "places": ("ROW_IN", "ROW_OUT", "RANK"),
+    "places": ("ROW_IN", "ROW_OUT", "RANK", "KEPT"),
 }
 CONTROL = {
     control.ABORT: "the abort word",

@@ -106,7 +106,7 @@ class Host:
         world, lanes, rank_idx = self.world, self.world.spec.lanes, rank.rank_idx
         y, of_rank = rank.call(x[rank_idx], routings[rank_idx], epoch, world.spec.deadline or NO_DEADLINE)
         self._y.append(y)
-        for block, (name, arguments) in enumerate(world.backend.blocks(of_rank)):
+        for block, (name, _, arguments) in enumerate(world.backend.blocks(of_rank)):
             entry, given = self._entry(of_rank, block, arguments)
             self.fibers += self.scheduler.add_block(name, self._lane, (rank_idx, block, entry, given), lanes)
         if rank_idx in world.spec.leavers and epoch == len(world.data):

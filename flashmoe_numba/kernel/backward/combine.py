@@ -17,11 +17,11 @@ from flashmoe_numba.device import (
     store_part,
     zero_sums,
 )
-from flashmoe_numba.tile_gemm import nothing_kept, tile_gemm
+from flashmoe_numba.tile_gemm import tile_gemm
 from reference.task_kinds import ROUTER_WEIGHTS
 
 from ..gemms import finished_last
-from ..in_order import rooms_in_order, rows_in_order
+from ..in_order import nothing_kept, rooms_in_order, rows_in_order
 from ..queue import QueueTask, reserve
 from ..router_gradient import route_token_back
 from ..sizes import down_tiles, num_token_blocks
@@ -38,7 +38,7 @@ def combine(p, tokens, segments, experts, back, gradients, queue, scratch, token
     block_sync()
     if not p.routed:
         for token in range(first + lane(), first + rows, lanes()):
-            make_logits_gradients(p, tokens, experts.rule, back, token)
+            make_logits_gradient(p, tokens, experts.rule, back, token)
         block_sync()
         if not p.has_logits:
             multiply_by_router(p, tokens, experts, back, scratch, first, rows)
@@ -52,18 +52,18 @@ def combine(p, tokens, segments, experts, back, gradients, queue, scratch, token
 
 
 @jit
-def make_logits_gradients(p, tokens, rule, back, token):
+def make_logits_gradient(p, tokens, rule, back, token):
     """By way of the token's weights, which is all that a bias of logits gets, and what others say of the logits."""
     first, end = token * p.num_choices, (token + 1) * p.num_choices
     for i in range(first, end):
-        back.logits_gradients[i] = rule.one - rule.one
+        back.logits_gradient[i] = rule.one - rule.one
     route_token_back(p, tokens, rule, back, token)
     if back.bias_rows.size > 0:
         for i in range(first, end):
-            back.bias_rows[i] = back.logits_gradients[i]
+            back.bias_rows[i] = back.logits_gradient[i]
     if back.said.size > 0:
         for i in range(first, end):
-            back.logits_gradients[i] += back.said[i]
+            back.logits_gradient[i] += back.said[i]
 
 
 @jit
@@ -100,7 +100,7 @@ def product(p, a, a_at, b, b_at, zero):
 @jit
 def multiply_by_router(p, tokens, experts, back, scratch, first, rows):
     words = tokens.needs_left
-    a, out = rows_in_order(back.logits_gradients, first, words), rooms_in_order(back.router_rows, first, words)
+    a, out = rows_in_order(back.logits_gradient, first, words), rooms_in_order(back.router_rows, first, words)
     for n in range(down_tiles(p)):
         tile_gemm(out, nothing_kept(out), a, rows, back.router, 0, n, experts.linear, scratch)
 

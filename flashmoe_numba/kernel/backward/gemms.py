@@ -6,10 +6,11 @@ GEMM0 needs the products with the up matrices. They were kept, or are made again
 from __future__ import annotations
 
 from flashmoe_numba.device import block_sync, jit, lane, lanes, load
-from flashmoe_numba.tile_gemm import Rows, hidden_gradient, nothing_kept, tile_gemm
+from flashmoe_numba.tile_gemm import Rows, hidden_gradient, tile_gemm
 from reference.task_kinds import GEMM1
 
 from ..gemms import finish_tile, finished_last
+from ..in_order import nothing_kept
 from ..peers import put_dot, result_rooms
 from ..queue import QueueTask, fill, reserve
 from ..row_tiles import copy_rows, hidden_rooms, kept_rooms, kept_rows, read_tile, row_of, rows_in

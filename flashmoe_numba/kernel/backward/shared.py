@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from flashmoe_numba.device import block_sync, jit, lane, lanes, load
-from flashmoe_numba.tile_gemm import hidden_gradient, nothing_kept, tile_gemm
+from flashmoe_numba.tile_gemm import hidden_gradient, tile_gemm
 from reference.task_kinds import SHARED1, SHARED_WEIGHTS
 
 from ..combine import need
 from ..gemms import finished_last
-from ..in_order import rooms_in_order, rows_in_order
+from ..in_order import nothing_kept, rooms_in_order, rows_in_order
 from ..queue import QueueTask, fill, reserve
 from ..sizes import down_tiles, shared_row_tiles, shared_up_tiles
 from ..state import IS_LAST

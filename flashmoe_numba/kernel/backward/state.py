@@ -17,7 +17,7 @@ class Back(NamedTuple):
     dy: np.ndarray  # elements [num_tokens, hidden]
     dx: np.ndarray  # elements, likewise
     said: np.ndarray  # accumulator [num_tokens, num_choices]: gradients of logits by way of other losses
-    logits_gradients: np.ndarray  # accumulator, likewise: all of them
+    logits_gradient: np.ndarray  # accumulator, likewise: all of them
     bias_rows: np.ndarray  # accumulator, likewise: those by way of weights, where logits have a bias
     kept_logits: np.ndarray  # accumulator, likewise: the logits, before routing spent them
     weight_gradients: np.ndarray  # accumulator [pairs]: of topk_weights

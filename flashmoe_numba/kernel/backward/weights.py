@@ -44,7 +44,7 @@ def shared_weights(p, tokens, back, gradients, scratch, task):
 def router_weights(p, tokens, experts, back, gradients, scratch, task):
     """Of the router: gradients of logits times tokens."""
     runs, choices = all_tokens(back), p.num_choices
-    add_tile(gradients.router, 0, back.logits_gradients, choices, tokens.x, p.hidden, task, runs, scratch)
+    add_tile(gradients.router, 0, back.logits_gradient, choices, tokens.x, p.hidden, task, runs, scratch)
     add_biases(gradients.logit_bias, 0, back.bias_rows, choices, back.no_factors, task, runs)
     if gradients.expert_scale.size > 0 and task.m == 0 and task.n == 0:
         scale_gradient(p, tokens, experts.rule, back, gradients.expert_scale)

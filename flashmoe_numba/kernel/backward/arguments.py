@@ -1,0 +1,16 @@
+"""What all blocks of a rank are given in a backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..grid import RankArguments
+from .state import Back, WeightGradients
+
+
+class BackwardArguments(NamedTuple):
+    """What `persistent_backward` has in common with `persistent`, and what it has besides."""
+
+    forward: RankArguments
+    back: Back
+    gradients: WeightGradients

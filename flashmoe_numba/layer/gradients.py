@@ -1,0 +1,107 @@
+"""Gradients as users get them, and the arrays that a kernel adds them up in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reference import ExpertKind, MoEConfig, Weights
+from reference.arrays import Array
+
+from ..heap.back import zero_gradients
+from ..heap.tensors import like_given
+from ..kernel.backward.state import WeightGradients
+from .packed import PackedWeights
+from .parts import Parts
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What `FlashMoE.backward` returns.
+
+    Without `comm` every field has one entry per rank (x: in the form of dy); with it, this rank's.
+
+    Args:
+        x: of the tokens, in their element type.
+        topk_weights: `[num_tokens, num_topk]`, in the type of sums: of every pair's weight as the forward used it, 0 of
+            a pair that added nothing.
+        logits: `[num_tokens, num_choices]`, likewise, of the logits as the product with the router makes them, or as
+            they were given; None where topk_weights were given.
+        weights: of this rank's experts, and of the router and the shared expert by way of this rank's tokens: `Weights`
+            whose arrays are in the type of sums; without experts, where these are frozen. `FlashMoE.backward(..., into=gradients)` goes on with these sums.
+        arrays: the sums as the kernel has them.
+    """
+
+    x: Any
+    topk_weights: Any
+    logits: Any
+    weights: Any
+    arrays: Sequence[WeightGradients]
+
+
+def gradient_arrays(
+    parts: Parts, packed: PackedWeights, into: Gradients | None, experts: bool
+) -> Sequence[WeightGradients]:
+    """Where each rank here adds up the gradients of these weights: in those of an earlier call, or from zero.
+
+    Raises:
+        TypeError, ValueError: `into` is no gradients, or of other arrays than these are.
+    """
+    zeros = [zero_gradients(parts.config, outline, parts.backend, experts) for outline in packed.outlines]
+    if into is None:
+        return zeros
+    if not isinstance(into, Gradients):
+        raise TypeError(f"into must be what backward() returned, got {type(into).__name__}")
+    sizes, wanted = ([[a.size for a in arrays] for arrays in of_ranks] for of_ranks in (into.arrays, zeros))
+    if sizes != wanted:
+        raise ValueError("into must be gradients of the same arrays as this call's weights have, got those of others")
+    return into.arrays
+
+
+def make_gradients(
+    parts: Parts, dy: Any, packed: PackedWeights, arrays: Sequence[WeightGradients], found: Sequence[Any]
+) -> Gradients:
+    """Of what each rank here returned: (dx, gradients of weights of pairs, of logits)."""
+    host = parts.backend.to_host
+    dxs, pairs, logits = zip(*found, strict=True)
+    weights = [as_weights(of_rank, outline, parts.config) for of_rank, outline in zip(arrays, packed.outlines, strict=True)]
+    fields = [host(part) for part in pairs], [None if part is None else host(part) for part in logits], weights
+    if parts.all_here:
+        return Gradients(like_given(dy, parts.backend.join(dy, list(dxs))), *fields, arrays)
+    return Gradients(like_given(dy, dxs[0]), *(field[0] for field in fields), arrays)
+
+
+def as_weights(arrays: WeightGradients, weights: Weights, config: MoEConfig) -> Weights:
+    """Gradients as views in the shapes that `Weights` has.
+
+    Args:
+        weights: what they are gradients of, for which arrays there are and where the experts begin.
+    """
+    c, a = config, arrays
+    found = {"router": a.router.reshape(c.num_choices, c.hidden)}
+    num_experts = weights.num_experts if a.up.size else 0
+    found |= _matrices(weights, "", (a.up, a.up_bias, a.down, a.down_bias), c.expert_kind, (num_experts,))
+    if a.shared_up.size:
+        shared = a.shared_up, a.shared_up_bias, a.shared_down, a.shared_down_bias
+        found |= _matrices(weights, "shared_", shared, c.shared_kind, ())
+    others = {"router_bias": a.logit_bias, "expert_scale": a.expert_scale, "shared_gate_weight": a.shared_gate}
+    found |= {name: array for name, array in others.items() if getattr(weights, name) is not None and array.size}
+    return Weights(**found, first_expert=weights.first_expert, num_zero=c.num_zero)
+
+
+def _matrices(
+    weights: Weights, prefix: str, arrays: Sequence[Array], kind: ExpertKind, lead: tuple[int, ...]
+) -> dict[str, Array]:
+    """Of experts, or of the shared one: (up, up biases, down, down biases), by their names; those of the gate first."""
+    up, up_bias, down, down_bias = arrays
+    hidden, ffn = getattr(weights, f"{prefix}down_proj").shape[-2:]
+    ups = up.reshape(*lead, kind.num_ups, ffn, hidden)
+    found = {f"{prefix}down_proj": down.reshape(*lead, hidden, ffn)}
+    if down_bias.size:
+        found[f"{prefix}down_bias"] = down_bias.reshape(*lead, hidden)
+    for part, name in enumerate(("gate", "up") if kind.gated else ("up",)):
+        found[f"{prefix}{name}_proj"] = ups[..., part, :, :]
+        if getattr(weights, f"{prefix}{name}_bias") is not None:
+            found[f"{prefix}{name}_bias"] = up_bias.reshape(*lead, kind.num_ups, ffn)[..., part, :]
+    return found

@@ -1,0 +1,49 @@
+"""What a forward kept for its backward, as users hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..heap.kept import Kept
+from ..heap.rank import Rank
+from ..processes.ownership import Owned
+from .packed import PackedWeights
+
+
+class SavedCall(Owned):
+    """What a forward kept for its backward, in this process: `FlashMoE.forward` returns it, `backward` takes it once.
+
+    Attributes:
+        epoch: number of the call.
+        num_tokens: of each rank here.
+    """
+
+    def __init__(self, ranks: Sequence[Rank], packed: PackedWeights, epoch: int, kept: list[Kept]) -> None:
+        self._ranks, self.packed, self.epoch = ranks, packed, epoch
+        self._version = packed.version
+        self._kept: list[Kept] | None = kept
+        self.num_tokens = [of_rank.num_tokens for of_rank in kept]
+
+    @property
+    def closed(self) -> bool:
+        """Was it used, or closed?"""
+        return self._kept is None
+
+    def close(self) -> None:
+        """Give the memory back without a backward. All ranks of a layer must make the same backwards, or none."""
+        self._kept = None
+
+    def peek(self, ranks: Sequence[Rank]) -> list[Kept]:
+        """What each of these ranks kept.
+
+        Raises:
+            ValueError: it is another layer's, was used or closed, or its weights have changed since.
+        """
+        if ranks is not self._ranks:
+            raise ValueError("saved must be what forward() of this layer returned, got that of another layer")
+        if self._kept is None:
+            raise ValueError(f"saved must not have been used before: call {self.epoch} had its backward, or was closed")
+        if self.packed.version != self._version:
+            rule = "saved must be of the weights that there are"
+            raise ValueError(f"{rule}: those of call {self.epoch} were loaded anew since, so gradients would be of both")
+        return self._kept
