@@ -51,8 +51,8 @@ class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product; rows are packed over sources.
     num_ops: kernels of the whole layer, and of its backward; 261 are those of Megatron's forward with Transformer
-        Engine, counted with 32 experts per GPU. Those beyond the 11 stages are small: half make indices before the counts are exchanged, half after the rows
-        are back.
+        Engine, counted with 32 experts per GPU. Those beyond the 11 stages are small: half make indices before the
+        counts are exchanged, half after the rows are back.
     op_ns: time of a small one on the GPU; assumption: less than its launch takes, so that it does not matter.
     framework_ns: host time per kernel beside its launch, in Python and a framework's dispatcher; assumption: with the
         launch about 10 us, what Triton-distributed says of slicing or reading one value on H800.

@@ -224,4 +224,4 @@ def test_rounds_end(heights, rounds, monkeypatch):
     monkeypatch.setattr(flashmoe, "cuts_of_all", lambda *_: (order, as_if_at_once(counts, next(heights))))
     graph = flashmoe.build(world, make_knobs("flashmoe", KNOBS))
     assert len(drawn) == rounds
-    assert len(kind_nodes(graph, GEMM0)) == len(drawn[-1].expert)
+    assert len(kind_nodes(graph, GEMM0)) == len(drawn[-1][0].expert)
