@@ -89,7 +89,8 @@ def _dense_weights(
     combines, hidden = (
         [task for task in graph if (task.kind, task.rank) == (kind, rank)] for kind in (COMBINE, SHARED0)
     )
-    shapes, found = {}, {}
+    found: dict[Task, list[Task]] = {}
+    shapes: dict[int, Tile] = {}
     if not routed:
         tasks = _gradient_tiles(Task(ROUTER_WEIGHTS, rank), (config.num_choices, config.hidden), tile)
         found = dict.fromkeys(tasks, combines)

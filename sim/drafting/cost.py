@@ -85,7 +85,7 @@ class Cost:
         matrix_bytes = columns * np.asarray(depth) * self.world.precision.weight_bytes
         wave = max(1, self.slots // -(-columns // tile_columns))
         in_cache = matrix_bytes <= self.world.hardware.l2_mb * 1e6 * L2_SHARE
-        return np.where(in_cache, blocks, blocks / -(-blocks // wave))
+        return np.asarray(np.where(in_cache, blocks, blocks / -(-blocks // wave)))
 
     def _sharing(self, tasks: ArrayLike) -> tuple[Array, Array]:
         """How many of a stage's tasks share the memory, and how many the multiprocessors: a lone one has one."""

@@ -12,7 +12,6 @@ from reference import Task, Weights, make_packets
 from reference.backward_tiles import backward_task_graph
 from reference.task_kinds import RECEIVE
 
-
 CALLS = [("rows+up", "sources", (7, 7)), ("rows", "none", (0, 5)), ("nothing", "sources", (0, 5))]
 
 
