@@ -38,6 +38,7 @@ PRODUCTS = Stage(
     180,
     f"{UNIT}/test_tile_gemm.py {UNIT}/test_micro_kernels.py {UNIT}/test_guard_pages.py {UNIT}/test_arithmetics.py",
 )
+GRADIENTS = Stage(120, f"{UNIT}/test_weight_gradient.py {UNIT}/test_hidden_gradient.py")
 VERBS = Stage(30, f"{UNIT}/test_device_verbs.py {UNIT}/test_float_control.py")
 LAYERS = Stage(
     0,
@@ -65,6 +66,7 @@ SUITES = {
     "flashmoe_numba/backends/host.py": [LAYERS, PROCESSES],
     "flashmoe_numba/processes/meeting.py": [LAYERS, PROCESSES],
     "flashmoe_numba/tile_gemm/cpu.py": [PRODUCTS, COMPILED],
+    "flashmoe_numba/tile_gemm/cpu_gradients.py": [GRADIENTS],
     "flashmoe_numba/tile_gemm/micro_kernel.py": [PRODUCTS],
     "flashmoe_numba/tile_gemm/rows.py": [PRODUCTS, COMPILED],
     "flashmoe_numba/tile_gemm/cpu_activations.py": [PRODUCTS],
