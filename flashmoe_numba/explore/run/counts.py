@@ -25,8 +25,8 @@ STEPS = GRADIENT_ROWS, GRADIENT_COLUMNS  # of a matrix whose gradient is made: w
 class Counts:
     """Remembers the tasks that tiles have: runs have the same ones again and again."""
 
-    def __init__(self, config: MoEConfig, packing: str) -> None:
-        self._config, self._packing = config, packing
+    def __init__(self, config: MoEConfig) -> None:
+        self._config = config
         self._tasks: dict[tuple[Any, ...], list[Counter[Task]]] = {}  # by call and tiles: of all ranks
 
     def wrong(
@@ -35,6 +35,7 @@ class Counts:
         calls: Sequence[Call],
         packets: Sequence[Packets],
         routed: Sequence[bool],
+        packing: str,
         is_backward: bool,
     ) -> Iterator[Report]:
         """Row tiles that may not be, or tasks that are not those of these tiles.
@@ -45,7 +46,7 @@ class Counts:
         tiles = [of_expert for call in calls for of_expert in call.tiles]
         key = epoch, *map(tuple, tiles)
         if key not in self._tasks:
-            wrong = list(_wrong_tiles(epoch, tiles, packets, self._config, self._packing))
+            wrong = list(_wrong_tiles(epoch, tiles, packets, self._config, packing))
             if wrong:
                 yield from wrong
                 return
