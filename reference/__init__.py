@@ -8,12 +8,14 @@ from .backward import Gradients, moe_layer_backward
 from .config import MoEConfig
 from .experts import expert_ffn
 from .formats import DTYPES, element_dtype
+from .gradient_bounds import gradient_tolerance
 from .layer import moe_layer
 from .layer_kinds import ExpertKind, RouterKind
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
 from .packets import Packets, make_packets
 from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
 from .presets import load_preset, preset_names, read_preset
+from .router_bounds import RouterBounds, router_tolerance
 from .routers import Routing, external_routing, route, softmax_topk
 from .routing_check import check_routing
 from .runs import RowRun, RowTile
@@ -42,6 +44,7 @@ __all__ = [
     "MoEConfig",
     "Packets",
     "Plan",
+    "RouterBounds",
     "RouterKind",
     "Routing",
     "RowRun",
@@ -56,6 +59,7 @@ __all__ = [
     "element_dtype",
     "expert_ffn",
     "external_routing",
+    "gradient_tolerance",
     "hidden_rows",
     "load_preset",
     "make_packets",
@@ -70,6 +74,7 @@ __all__ = [
     "preset_names",
     "read_preset",
     "route",
+    "router_tolerance",
     "softmax_topk",
     "task_graph",
     "tile_height",

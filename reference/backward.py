@@ -10,6 +10,7 @@ arrays that sum over that token; no other token's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from .arrays import Array, overflowed
 from .config import MoEConfig
 from .expert_gradients import expert_backward, shared_backward
 from .layer import PerRank, checked_rows, expert_input, like, source_logits, source_routings, sources
-from .packets import Packets, make_packets
+from .packets import make_packets
 from .router_gradients import router_backward
 from .routers import Routing
 from .weights import EXPERT_ARRAYS, Weights
@@ -73,8 +74,8 @@ def moe_layer_backward(
     if topk_weights is not None and logits_gradient is not None:
         raise ValueError("logits_gradient must be None if topk_weights is given: there are no logits")
     dys = checked_rows("dy", dy, tokens, config.hidden)
-    parts = [_Source(*given, config) for given in zip(tokens, dys, routings, strict=True)]
-    total = _zeros(weights)
+    parts = [Source(*given, config) for given in zip(tokens, dys, routings, strict=True)]
+    total = zeros(weights)
     for part in parts:
         _experts_backward(part, weights, config, total)
         _identities_backward(part, config)
@@ -94,75 +95,84 @@ def moe_layer_backward(
     return Gradients(like(x, d_x), [part.d_factors for part in parts], d_logits, replace(weights, **total))
 
 
-class _Source:
+class Source:
     """The tokens of one source rank, their routing, and the gradients that are summed up."""
 
     def __init__(self, x: Array, dy: Array, routing: Routing, config: MoEConfig) -> None:
         self.x, self.dy, self.routing = x, dy.astype(np.float64), routing
         self.factors = routing.topk_weights.astype(np.float64)
-        self.packets: Packets = make_packets(routing.topk_idx, config)
+        self.packets = make_packets(routing.topk_idx, config)
         self.dx = np.zeros(x.shape)
         self.d_factors = np.zeros(self.factors.shape)
 
+    def experts(self, config: MoEConfig) -> Iterator[tuple[int, Array, Array, Array]]:
+        """Of each expert the pairs that add something, their tokens, and their weights `[rows, 1]`."""
+        for expert in range(config.num_experts):
+            pairs = self.packets.pairs(expert)
+            pairs = pairs[self.factors.ravel()[pairs] != 0]
+            yield expert, pairs, pairs // config.num_topk, self.factors.ravel()[pairs, None]
 
-def _zeros(weights: Weights) -> dict[str, Any]:
+    def identities(self, config: MoEConfig) -> tuple[Array, Array]:
+        """Tokens and places of the pairs of zero-computation experts that add something."""
+        if config.zero != "identity":
+            return np.empty(0, int), np.empty(0, int)
+        rows, places = np.nonzero((self.routing.topk_idx >= config.num_experts) & (self.factors != 0))
+        return rows, places
+
+
+def zeros(weights: Weights) -> dict[str, Any]:
     """Zeros for each array of the weights, by name."""
     arrays = {field.name: getattr(weights, field.name) for field in fields(weights)}
     return {name: np.zeros(array.shape) for name, array in arrays.items() if isinstance(array, np.ndarray)}
 
 
-def _add(total: dict[str, Any], arrays: dict[str, Array], expert: int | None = None) -> None:
+def add_arrays(total: dict[str, Any], arrays: dict[str, Array], expert: int | None = None) -> None:
     """Add to those that there are; an expert's to its place."""
     for name in arrays.keys() & total.keys():
         with np.errstate(invalid="ignore"):  # infinities of both signs
             total[name][expert if name in EXPERT_ARRAYS else ...] += arrays[name]
 
 
-def _experts_backward(part: _Source, weights: Weights, config: MoEConfig, total: dict[str, Any]) -> None:
-    for expert in range(config.num_experts):
-        pairs = part.packets.pairs(expert)
-        pairs = pairs[part.factors.ravel()[pairs] != 0]
-        rows, factors = pairs // config.num_topk, part.factors.ravel()[pairs, None]
-        on_input = config.router_kind.weight_input
+def _experts_backward(part: Source, weights: Weights, config: MoEConfig, total: dict[str, Any]) -> None:
+    on_input = config.router_kind.weight_input
+    for expert, pairs, rows, factors in part.experts(config):
         given, outside = expert_input(part.x[rows], factors, config), np.ones_like(factors) if on_input else factors
         found = expert_backward(given, part.dy[rows], outside, weights, expert, config)
-        _add(total, found.arrays, expert)
+        add_arrays(total, found.arrays, expert)
         with np.errstate(invalid="ignore", over="ignore"):
             d_factors = (found.x * part.x[rows].astype(np.float64)).sum(axis=1) if on_input else found.factors
             part.d_factors.ravel()[pairs] = d_factors
             part.dx[rows] += factors * found.x if on_input else found.x
 
 
-def _identities_backward(part: _Source, config: MoEConfig) -> None:
+def _identities_backward(part: Source, config: MoEConfig) -> None:
     """Through what the choices of zero-computation experts add."""
-    if config.zero != "identity":
-        return
-    rows, places = np.nonzero((part.routing.topk_idx >= config.num_experts) & (part.factors != 0))
+    rows, places = part.identities(config)
     with np.errstate(invalid="ignore", over="ignore"):
         part.d_factors[rows, places] = (part.dy[rows] * part.x[rows].astype(np.float64)).sum(axis=1)
         np.add.at(part.dx, rows, part.factors[rows, places][:, None] * part.dy[rows])
 
 
-def _shared_backward(part: _Source, weights: Weights, config: MoEConfig, total: dict[str, Any]) -> None:
+def _shared_backward(part: Source, weights: Weights, config: MoEConfig, total: dict[str, Any]) -> None:
     dx, arrays = shared_backward(part.x, part.dy, weights, config)
     with np.errstate(invalid="ignore"):
         part.dx += dx
-    _add(total, arrays)
+    add_arrays(total, arrays)
 
 
 def _logits_backward(
-    parts: list[_Source], logits: list[Array], weights: Weights, config: MoEConfig, total: dict[str, Any]
+    parts: list[Source], logits: list[Array], weights: Weights, config: MoEConfig, total: dict[str, Any]
 ) -> list[Array]:
     """`[num_tokens_of_rank, num_choices]` of each source."""
     gradients = []
     for part, scores in zip(parts, logits, strict=True):
         gradient, arrays = router_backward(scores, part.routing.topk_idx, part.d_factors, weights, config)
-        _add(total, arrays)
+        add_arrays(total, arrays)
         gradients.append(gradient)
     return gradients
 
 
-def _router_backward(parts: list[_Source], d_logits: list[Array], weights: Weights, total: dict[str, Any]) -> None:
+def _router_backward(parts: list[Source], d_logits: list[Array], weights: Weights, total: dict[str, Any]) -> None:
     """Through the product of the tokens with the router."""
     router = weights.router.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):

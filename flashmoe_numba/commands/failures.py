@@ -179,10 +179,7 @@ def describe_world(spec: WorldSpec) -> str:
     told += [f"rank {lost.rank} is lost in call {lost.call} after {lost.tasks} tasks" for lost in spec.lost]
     told += [f"deadline {spec.deadline}"] if spec.deadline is not None else []
     told += [f"{in_words(spec.program)} (save {spec.save})"] if spec.save else []
-    told += [
-        f"rank {own.rank} makes {'a backward of ' + str(own.call) if own.call else 'a forward'} last"
-        for own in spec.astray
-    ]
+    told += [f"rank {own.rank} makes a {in_words((own.call,))} last" for own in spec.astray]
     told += [f"packing {spec.packing}"] if spec.packing != PACKINGS[0] else []
     told += [word for word, is_so in (("ties", spec.ties), ("in one grid", spec.grid)) if is_so]
     return ", ".join([f"{blocks}, {spec.epochs} calls: {sizes}", *told])

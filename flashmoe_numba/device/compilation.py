@@ -85,10 +85,8 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     reference = PACKAGE.parent / "reference"
     folders = [PACKAGE / "device", PACKAGE / "kernel", PACKAGE / "tile_gemm", reference / "activations"]
-    files = [
-        reference / name
-        for name in ("expert_gradients.py", "experts.py", "formats.py", "layer_kinds.py", "layout.py", "scalars.py", "task_kinds.py")
-    ]
+    names = "expert_gradients", "experts", "formats", "layer_kinds", "layout", "scalars", "task_kinds"
+    files = [reference / f"{name}.py" for name in names]
     for file in sorted(file for folder in folders for file in folder.rglob("*.py")) + files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -20,6 +20,11 @@ def backward_of(epoch: int) -> int:
     return 1 + epoch % LAST_CALL
 
 
+def forward_of(call: int, epoch: int) -> int:
+    """The last epoch before this one whose backward `call` can be."""
+    return epoch - 1 - (epoch - 1 - (call - 1)) % LAST_CALL
+
+
 @jit
 def signal_word(epoch, call, num_rows):
     return (epoch << EPOCH_SHIFT) | (call << CALL_SHIFT) | int(num_rows)

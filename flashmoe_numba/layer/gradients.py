@@ -29,7 +29,7 @@ class Gradients:
         logits: `[num_tokens, num_choices]`, likewise, of the logits as the product with the router makes them, or as
             they were given; None where topk_weights were given.
         weights: of this rank's experts, and of the router and the shared expert by way of this rank's tokens: `Weights`
-            whose arrays are in the type of sums. `FlashMoE.backward(..., into=gradients)` goes on with these sums.
+            whose arrays are in the type of sums; without experts, where these are frozen. `FlashMoE.backward(..., into=gradients)` goes on with these sums.
         arrays: the sums as the kernel has them.
     """
 
@@ -80,8 +80,9 @@ def as_weights(arrays: WeightGradients, weights: Weights, config: MoEConfig) -> 
     """
     c, a = config, arrays
     found = {"router": a.router.reshape(c.num_choices, c.hidden)}
-    found |= _matrices(weights, "", (a.up, a.up_bias, a.down, a.down_bias), c.expert_kind, (weights.num_experts,))
-    if c.shared_ffn:
+    num_experts = weights.num_experts if a.up.size else 0
+    found |= _matrices(weights, "", (a.up, a.up_bias, a.down, a.down_bias), c.expert_kind, (num_experts,))
+    if a.shared_up.size:
         shared = a.shared_up, a.shared_up_bias, a.shared_down, a.shared_down_bias
         found |= _matrices(weights, "shared_", shared, c.shared_kind, ())
     others = {"router_bias": a.logit_bias, "expert_scale": a.expert_scale, "shared_gate_weight": a.shared_gate}
@@ -94,14 +95,13 @@ def _matrices(
 ) -> dict[str, Array]:
     """Of experts, or of the shared one: (up, up biases, down, down biases), by their names; those of the gate first."""
     up, up_bias, down, down_bias = arrays
-    shape = getattr(weights, f"{prefix}down_proj").shape
-    hidden, ffn = shape[-2:]
-    ups, biases = up.reshape(*lead, -1, ffn, hidden), up_bias.reshape(*lead, -1, ffn)
-    found = {f"{prefix}down_proj": down.reshape(shape)}
+    hidden, ffn = getattr(weights, f"{prefix}down_proj").shape[-2:]
+    ups = up.reshape(*lead, kind.num_ups, ffn, hidden)
+    found = {f"{prefix}down_proj": down.reshape(*lead, hidden, ffn)}
     if down_bias.size:
         found[f"{prefix}down_bias"] = down_bias.reshape(*lead, hidden)
     for part, name in enumerate(("gate", "up") if kind.gated else ("up",)):
         found[f"{prefix}{name}_proj"] = ups[..., part, :, :]
         if getattr(weights, f"{prefix}{name}_bias") is not None:
-            found[f"{prefix}{name}_bias"] = biases[..., part, :]
+            found[f"{prefix}{name}_bias"] = up_bias.reshape(*lead, kind.num_ups, ffn)[..., part, :]
     return found

@@ -230,7 +230,7 @@ class FlashMoE(Owned):
         with self._calls.turn():
             packed = self._parts.own("weights", weights)
             ys = self._calls.run(Forward(tokens, given, packed.of_ranks, keep), self.deadline_s)
-            saved = SavedCall(self._ranks, packed, self._life.epoch, [r.kept for r in self._ranks]) if keep else None
+            saved = SavedCall(self._ranks, packed, self._life.epoch) if keep else None
         return like_given(x, self._backend.join(x, ys) if self._parts.all_here else ys[0]), saved
 
     def forward(
@@ -283,8 +283,11 @@ class FlashMoE(Owned):
         tokens, said = check_gradients(parts, kept, dy, logits_gradient)
         arrays = gradient_arrays(parts, saved.packed, into, experts)
         with self._calls.turn():
-            saved.close()
-            found = self._calls.run(Backward(tokens, said, kept, saved.epoch, saved.packed, arrays), self.deadline_s)
+            try:
+                call = Backward(tokens, said, kept, saved.epoch, saved.packed, arrays)
+                found = self._calls.run(call, self.deadline_s)
+            finally:
+                saved.close()
         return make_gradients(parts, dy, saved.packed, arrays, found)
 
     def _require_backward(self) -> None:

@@ -16,10 +16,14 @@ class SavedCall(Owned):
     Attributes:
         epoch: number of the call.
         num_tokens: of each rank here.
+        num_bytes: kept by all ranks here.
     """
 
-    def __init__(self, ranks: Sequence[Rank], packed: PackedWeights, epoch: int, kept: list[Kept]) -> None:
+    def __init__(self, ranks: Sequence[Rank], packed: PackedWeights, epoch: int) -> None:
+        """What these ranks kept of the call that they just made."""
+        kept = [rank.kept for rank in ranks]
         self._ranks, self.packed, self.epoch = ranks, packed, epoch
+        self.num_bytes = sum(rank.kept_bytes() for rank in ranks)
         self._version = packed.version
         self._kept: list[Kept] | None = kept
         self.num_tokens = [of_rank.num_tokens for of_rank in kept]
@@ -30,8 +34,14 @@ class SavedCall(Owned):
         return self._kept is None
 
     def close(self) -> None:
-        """Give the memory back without a backward. All ranks of a layer must make the same backwards, or none."""
-        self._kept = None
+        """Keep it no longer, without a backward: its memory is for the layer's next calls.
+
+        All ranks must make the same backwards.
+        """
+        kept, self._kept = self._kept, None
+        for rank, of_rank in zip(self._ranks, kept or [], strict=False):
+            assert rank.keeping is not None
+            rank.keeping.give_back(of_rank)
 
     def peek(self, ranks: Sequence[Rank]) -> list[Kept]:
         """What each of these ranks kept.

@@ -115,7 +115,7 @@ def _make_multiply(way):
         begin()
         depth, parts = words(matrices.depth), matrices.parts
         part_elements = matrices.tile_elements // parts
-        block_elements = (rows + row_step - 1) // row_step * row_step * ROW_STRIDE
+        block_elements = (max(rows, 1) + row_step - 1) // row_step * row_step * ROW_STRIDE
         chunk = scratch.rows.size // block_elements * DEPTH_BLOCK
         for chunk_at in range(0, depth, chunk):
             end = min(chunk_at + chunk, depth)
@@ -180,7 +180,7 @@ def _store_gated_row(out, out_at, sums, gate_at, up_at, columns):
 
 
 @jit
-def _keep(kept, r, matrices, first, sums, at, part_columns, columns):
+def _keep_row(kept, r, matrices, first, sums, at, part_columns, columns):
     kept_at = _room_row(kept, r) * matrices.parts * matrices.columns + first
     for part in range(matrices.parts):
         _store_row(kept.array, kept_at + part * matrices.columns, sums, at + part * part_columns, columns)
@@ -216,7 +216,7 @@ def _tile_gemm(out, kept, a, rows, matrices, expert, n, form, scratch):
                 bias_at = (tile_index * parts + part) * tile_n
                 _add_bias(sums, at + part * part_columns, matrices.bias, bias_at, columns)
             if kept.array.size > 0:
-                _keep(kept, r, matrices, first, sums, at, part_columns, columns)
+                _keep_row(kept, r, matrices, first, sums, at, part_columns, columns)
             if form.shape == PLAIN:
                 activate(sums, at, columns, form.activation)
             else:

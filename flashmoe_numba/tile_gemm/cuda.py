@@ -14,8 +14,8 @@ from ..device.compilation import jit
 from ..device.cuda_api import element_pointer, intrinsic, ir, overload, types
 from . import rows as of_rows
 from .activations import FORMULAS
-from .hopper import DEPTH_BYTES, HALF_COLUMNS, INSTRUCTIONS, MAP_WORDS, ROWS, TmaMatrices, main_loop
 from .gradients import hidden_gradient, weight_gradient
+from .hopper import DEPTH_BYTES, HALF_COLUMNS, INSTRUCTIONS, MAP_WORDS, ROWS, TmaMatrices, main_loop
 from .lanes import add_outer_products, derive_tile, multiply_tile, sum_products
 from .matrices import Matrices
 from .stub import tile_gemm, tile_sums

@@ -38,7 +38,7 @@ def hidden_gradient(kept, out, active, dots, factors, parts, a, rows, matrices, 
 
     Args:
         kept: the `Rows` of these products: elements `[rows, parts * columns]`, as `tile_gemm` kept them.
-        factors: accumulator `[rows]`.
+        factors: accumulator, of the rows where they lie in `a.array`.
         parts: 2 of a gated expert, else 1.
         a, rows: the `Rows` to multiply, and how many: gradients of the expert's results.
         matrices, expert, n: the down projections, transposed, of which the bias is not added; see `tile_gemm`.

@@ -71,7 +71,7 @@ class Cost:
         precision, hardware = self.world.precision, self.world.hardware
         active, per_sm = self._sharing(tiles)
         rows = np.asarray(rows, np.float64)
-        tensor = 2 * rows * columns * depth / (hardware.tflops[precision.arithmetic] * 1e3 * self.rate)
+        tensor = 2 * rows * columns * depth / (hardware.tflops[precision.mma_type] * 1e3 * self.rate)
         weights = (columns if read is None else read) * depth * precision.weight_bytes
         memory = weights / np.asarray(reuse) / (hardware.hbm_gbps * hardware.hbm_achieved)
         cache = (weights + rows * depth * precision.token_bytes / self.cluster) / hardware.l2_gbps

@@ -21,7 +21,7 @@ def roof_ns(world: World) -> dict[str, float]:
     weights = world.active_experts.max(initial=0) * matrices * precision.weight_bytes
     return {
         "weights": float(weights / (hardware.hbm_gbps * hardware.hbm_achieved)),
-        "products": float(2 * world.rows.max(initial=0) * matrices / (hardware.tflops[precision.arithmetic] * 1e3)),
+        "products": float(2 * world.rows.max(initial=0) * matrices / (hardware.tflops[precision.mma_type] * 1e3)),
         "links": _links_ns(world),
     }
 

@@ -1,6 +1,6 @@
 """What the times of a simulation add up to: slots held and idle by cause, communication and other work that is exposed.
 
-T is the makespan, R the number of ranks, P the GPU's tensor peak for the precision's arithmetic. A GPU has S slots:
+T is the makespan, R the number of ranks, P the GPU's tensor peak for the precision's MMA type. A GPU has S slots:
 those of its "SM slots", at least one per multiprocessor. All its servers but the OS block and the host are parts of the
 multiprocessors, so the tasks on them hold slots; where a schedule lets engines of a multiprocessor run beside each
 other, more than S tasks hold S. Slot time is T R S.

@@ -1,6 +1,6 @@
 """What a simulation says: how long, how busy, what was waited for, what was computed, and how much was carried.
 
-T is the makespan, R the number of ranks, P the GPU's tensor peak for the precision's arithmetic; `measures` says what
+T is the makespan, R the number of ranks, P the GPU's tensor peak for the precision's MMA type; `measures` says what
 slots are, and what idles why.
 """
 
@@ -156,7 +156,7 @@ def left_out_error(simulation: Simulation) -> float | None:
 def _tensor_share(simulation: Simulation, field: str) -> float:
     nodes, world = simulation.graph.nodes, simulation.world
     operations = float((nodes["count"] * nodes[field]).sum())
-    peak = world.hardware.tflops[world.precision.arithmetic] * 1e3  # per ns
+    peak = world.hardware.tflops[world.precision.mma_type] * 1e3  # per ns
     return operations / (peak * world.num_ranks * horizon_ns(simulation))
 
 

@@ -113,5 +113,5 @@ def _dense_us(world: World, weights: int) -> float:
 
 def _roof_us(world: World, operations: float, nbytes: float) -> float:
     hardware = world.hardware
-    peak = hardware.tflops[world.precision.arithmetic] * 1e6  # per microsecond
+    peak = hardware.tflops[world.precision.mma_type] * 1e6  # per microsecond
     return max(operations / peak, nbytes / (hardware.hbm_gbps * hardware.hbm_achieved * 1e3))

@@ -51,9 +51,9 @@ class World:
             fits = got >= asked if name == "num_experts" else got == asked
             if not fits:
                 raise ValueError(f"routing must be for {name}={asked}, got one for {got}")
-        if self.precision.arithmetic not in self.hardware.tflops:
+        if self.precision.mma_type not in self.hardware.tflops:
             known = ", ".join(self.hardware.tflops)
-            raise ValueError(f"precision {self.precision.name} computes in {self.precision.arithmetic}, "
+            raise ValueError(f"precision {self.precision.name} computes in {self.precision.mma_type}, "
                              f"which {self.hardware.name} has no rate for; it has {known}")  # fmt: skip
         missing = self.memory_bytes - self.hardware.hbm_gb * 1e9
         if missing > 0:

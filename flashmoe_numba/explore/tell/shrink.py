@@ -218,6 +218,7 @@ def _resized(spec: WorldSpec, name: str, value: int) -> WorldSpec:
         return replace(spec, **{name: value})  # type: ignore[arg-type]
     most = value if name == "num_ranks" else spec.config.num_ranks
     leavers = tuple(rank for rank in spec.leavers if rank < most)
-    lost, astray = (tuple(own for own in ranks if own.rank < most) for ranks in (spec.lost, spec.astray))
+    lost = tuple(each for each in spec.lost if each.rank < most)
+    astray = tuple(each for each in spec.astray if each.rank < most)
     config = replace(spec.config, **{name: value})  # type: ignore[arg-type]
     return replace(spec, config=config, leavers=leavers, lost=lost, astray=astray)

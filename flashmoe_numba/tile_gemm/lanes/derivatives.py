@@ -71,7 +71,7 @@ def hidden_slopes(gate, up, form, one):
 
 @jit
 def bounded_slopes(gate, up, active, slope, form, one):
-    """The same from the activation, and its slope, of the gate times the form's slope. At a limit itself slopes are 1."""
+    """The same from the activation and its slope, of the gate times the form's. At a limit itself slopes are 1."""
     active = active / form.slope
     bounded = gate if form.shape == CLAMP else active
     if form.shape >= CLAMP and bounded > form.gate_limit:

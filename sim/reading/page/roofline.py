@@ -22,7 +22,7 @@ def roofline(simulation: Simulation) -> dict[str, Any]:
     """Rates of a GPU, work of the mean rank, and the floors in microseconds by their names; JSON."""
     world, graph = simulation.world, simulation.graph
     hardware = world.hardware
-    peak, memory = hardware.tflops[world.precision.arithmetic], hardware.hbm_gbps * hardware.hbm_achieved
+    peak, memory = hardware.tflops[world.precision.mma_type], hardware.hbm_gbps * hardware.hbm_achieved
     work = graph.nodes["count"] * graph.nodes["useful_flops"]
     operations = np.bincount(places(graph), work, minlength=world.num_ranks)
     nbytes = memory_bytes(world)

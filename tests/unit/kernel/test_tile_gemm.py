@@ -329,7 +329,7 @@ def test_where_rows_lie_and_go_does_not_matter(dtype, targets):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 def test_what_is_kept_are_the_products_of_each_part(gated, dtype, targets):
-    """Bit for bit those of the part alone, without an activation; and the results are those of a tile that keeps none."""
+    """Bit for bit those of the part alone, without an activation; results are those of a tile that keeps nothing."""
     for arithmetic in usable_arithmetics() if dtype == PAIRED_DTYPE and targets[0] == "cpu" else ["fma"]:
         for rows, tile_m, scatter in ((1, 1, None), (13, 5, None), (29, 29, 7)):
             product = make_product(dtype, rows, 37, 21, gated, "silu", arithmetic=arithmetic)
