@@ -217,7 +217,7 @@ def _specs(args: argparse.Namespace) -> dict[str, WorldSpec]:
 def _in_flags(message: str) -> str:
     """A message of WorldSpec in the words of the command line."""
     for name in ("lost", "grid", "deadline", "save", "program", "astray"):
-        message = re.sub(rf"^{name}\b|(?<=needs a ){name}", f"--{name}", message)
+        message = re.sub(rf"^{name}\b|(?<=needs a ){name}|(?<=needs ){name}\b", f"--{name}", message)
     return in_flags(re.sub(r"^leavers", "--leaver", message)).replace("num_processors", "--processors")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 from reference.layout import SAVES
 
@@ -183,8 +184,9 @@ def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:
             yield replace(spec, **{name: False})  # type: ignore[arg-type]
     if spec.packing != "none":
         yield replace(spec, packing="none")
-    with contextlib.suppress(ValueError):  # such a world there is not, here and below
-        yield from _other_programs(spec)
+    for changes in _other_programs(spec):
+        with contextlib.suppress(ValueError):  # such a world there is not, here and below
+            yield replace(spec, **changes)
     if config.capacity is not None:
         yield replace(spec, config=replace(config, capacity=None))
     for name in SIZES:
@@ -194,21 +196,21 @@ def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:
                 yield _resized(spec, name, value)
 
 
-def _other_programs(spec: WorldSpec) -> Iterator[WorldSpec]:
-    """With nobody astray, without a call, with a forward in place of a backward, with as little code as can be."""
+def _other_programs(spec: WorldSpec) -> Iterator[dict[str, Any]]:
+    """What changes: nobody is astray, the simplest saving, a call less, a forward in place of a backward."""
     if spec.astray:
-        yield replace(spec, astray=())
+        yield dict(astray=())
     if spec.save is not None and not any(spec.program):
-        yield replace(spec, save=None, program=())
+        yield dict(save=None, program=())
     if spec.save not in (None, SAVES[0]):
-        yield replace(spec, save=SAVES[0])
+        yield dict(save=SAVES[0])
     simple = not (spec.lost or spec.given or spec.astray)  # which name calls by their numbers
     for call, forward in enumerate(spec.program, start=1):
         fewer = without(spec.program, call)
         if simple and fewer:
-            yield replace(spec, program=fewer, epochs=len(fewer))
+            yield dict(program=fewer, epochs=len(fewer))
         if forward and not spec.astray:
-            yield replace(spec, program=(*spec.program[: call - 1], FORWARD, *spec.program[call:]))
+            yield dict(program=(*spec.program[: call - 1], FORWARD, *spec.program[call:]))
 
 
 def _resized(spec: WorldSpec, name: str, value: int) -> WorldSpec:
