@@ -29,15 +29,15 @@ from .config import MoEConfig
 ALIGNMENT = 128
 FLAG_BYTES = 8
 CONTROL_WORDS = 32
-DISPATCH, RESULT = 0, 1
+DISPATCH, RESULT, AGAIN, FACTORS, DOTS = range(5)  # regions, and the rounds in which they are written
 SAVES = ("rows+up", "rows", "nothing")  # what a rank keeps of a call: rows and their products with the up matrices
 
 
 class Write(NamedTuple):
     """One row stored into a peer's segment: `writer` stores slot `slot` of `segment`'s region `round`.
 
-    `peer` and `expert` are the region's first two indices: the source and its expert here (round DISPATCH), or the
-    owner and its expert there (round RESULT).
+    `peer` and `expert` are the region's first two indices: the source and its expert here (rounds DISPATCH, AGAIN and
+    FACTORS), or the owner and its expert there (rounds RESULT and DOTS).
     """
 
     writer: int
@@ -163,10 +163,19 @@ class Layout:
 
     def offset(self, write: Write) -> tuple[int, int]:
         """Where a write lands: (segment, byte offset of its row)."""
+        region = (self.dispatch, self.result, self.again, self.factors, self.dots)[write.round]
+        return write.segment, region + self.row(write.peer, write.expert, write.slot) * self.row_bytes(write.round)
+
+    def row_bytes(self, round: int) -> int:
+        """Of a row of a region; factors and their gradients are rows of one number."""
         c = self.config
-        region = self.dispatch if write.round == DISPATCH else self.result
-        row_bytes = c.hidden * c.format.num_bytes
-        return write.segment, region + self.row(write.peer, write.expert, write.slot) * row_bytes
+        return c.format.sums.num_bytes if round in (FACTORS, DOTS) else c.hidden * c.format.num_bytes
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """Those whose regions there are."""
+        kept = () if self.save is None else (FACTORS, DOTS)
+        return (DISPATCH, RESULT, *kept, *((AGAIN,) if self.save == "nothing" else ()))
 
     def is_valid(self, write: Write) -> bool:
         """The theorem's premises for one write: indices in range, and the region's peer index is the writer."""
@@ -175,7 +184,7 @@ class Layout:
             0 <= write.segment < c.num_ranks
             and 0 <= write.expert < c.num_experts_per_rank
             and 0 <= write.slot < c.slots
-            and write.round in (DISPATCH, RESULT)
+            and write.round in self.rounds
         )
         return in_range and write.peer == write.writer
 

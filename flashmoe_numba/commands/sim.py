@@ -14,6 +14,7 @@ from typing import Any
 
 import sim
 from reference import MoEConfig
+from sim.policies import passes_of
 from sim.policies.outside import SUFFIX, TEMPLATE, is_file
 from sim.reading.page.gather import gather
 from sim.reading.page.write import join
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if args.new_policy:
         return _write_policy(Path(args.new_policy))
-    policies = list(sim.policy_names()) if args.policy == "all" else args.policy.split(",")
+    policies = _able(args.passes) if args.policy == "all" else args.policy.split(",")
     asked = ask(args, policies)
     configs = [simulated_config(asked, tokens) for tokens in args.tokens or [None]]
     points = list(itertools.product(configs, policies))
@@ -75,6 +76,11 @@ def main(args: argparse.Namespace) -> int:
         join(rows, gathered, args.html)
     _write_pictures(args, simulation)
     return 0
+
+
+def _able(passes: str) -> list[str]:
+    """All policies that can be asked for these passes."""
+    return [name for name in sim.policy_names() if passes in passes_of(name)]
 
 
 def _write_policy(path: Path) -> int:

@@ -56,7 +56,7 @@ class Cost:
         self,
         rows: ArrayLike,
         columns: float,
-        depth: float,
+        depth: float | Array,
         tiles: ArrayLike,
         reuse: ArrayLike = 1,
         read: float | None = None,
@@ -79,14 +79,13 @@ class Cost:
         time = np.maximum(tensor * per_sm, reading) if self.async_loads else tensor * per_sm + reading
         return _whole(time) + self.tile_latency_ns
 
-    def reuse(self, row_blocks: ArrayLike, columns: int, depth: int, tile_columns: int) -> Array:
+    def reuse(self, row_blocks: ArrayLike, columns: int, depth: ArrayLike, tile_columns: int) -> Array:
         """Row blocks that share one reading of a `[depth, columns]` matrix; `row_blocks` are those of its expert."""
         blocks = np.maximum(1, np.asarray(row_blocks))
-        matrix_bytes = columns * depth * self.world.precision.weight_bytes
-        if matrix_bytes <= self.world.hardware.l2_mb * 1e6 * L2_SHARE:
-            return np.asarray(blocks)
+        matrix_bytes = columns * np.asarray(depth) * self.world.precision.weight_bytes
         wave = max(1, self.slots // -(-columns // tile_columns))
-        return np.asarray(blocks / -(-blocks // wave))
+        in_cache = matrix_bytes <= self.world.hardware.l2_mb * 1e6 * L2_SHARE
+        return np.asarray(np.where(in_cache, blocks, blocks / -(-blocks // wave)))
 
     def _sharing(self, tasks: ArrayLike) -> tuple[Array, Array]:
         """How many of a stage's tasks share the memory, and how many the multiprocessors: a lone one has one."""

@@ -22,6 +22,7 @@ from .blocks import Blocks
 from .cost import Cost
 from .knobs import PolicyKnobs
 from .machine import add_machine
+from .passes import Pass, forward_pass
 from .rates import fitted_rate
 
 SPLIT_DEPTH = 128  # of a router's product that is split, at least; assumption
@@ -55,6 +56,7 @@ class Draft:
         rate = fitted_rate(policy, world.hardware.chip) if knobs.rate is None else knobs.rate
         fields = {"rate": rate, "tile_latency_ns": knobs.tile_latency_ns} | cost
         self.cost = Cost(world=world, slots=sm_slots, **fields)
+        self.now = forward_pass(world)
         self.token_block = knobs.token_block
         self.cuda_graph = cuda_graph
         self.one_kernel = one_kernel and world.experts_per_rank > 1
@@ -87,6 +89,12 @@ class Draft:
             routing=replace(world.routing, topk_idx=topk_idx),
         )
         draft.cost = replace(self.cost, world=draft.world)
+        return draft
+
+    def turned(self, to: Pass) -> Draft:
+        """A draft of the same graph, on the same resources, whose products are those of another pass."""
+        draft = copy(self)
+        draft.now = to
         return draft
 
     def on(self, sm: Array, slots: int) -> Draft:
@@ -253,7 +261,7 @@ class Draft:
         """`[packets]`: slots store the rows of the packets (source, expert) to their owners and signal each task."""
         source, expert = packets
         owner = self.world.routing.owner[expert]
-        rows = self.world.routing.counts[source, expert]
+        rows = self.world.routing.counts[source, expert] * self.now.copies
         tasks = np.maximum(1, -(-rows // rows_per_task))
         nbytes = rows / tasks * self.world.config.hidden * self.world.precision.token_bytes
         local = self.local[expert]
@@ -261,9 +269,8 @@ class Draft:
         return self.after(after[source], nodes)
 
     def product_shape(self, kind: int) -> tuple[int, int]:
-        """Columns and depth of the first product, GEMM0, or the second, GEMM1."""
-        config = self.world.config
-        return (self.world.up_columns, config.hidden) if kind == GEMM0 else (config.hidden, config.ffn)
+        """Columns and depth of a product of this pass: GEMM0 or GEMM1, or of the shared expert, SHARED0 or SHARED1."""
+        return self.now.shapes[kind]
 
     def column_tiles(self, kind: int, tile_n: int) -> int:
         """Tiles of a row block."""
@@ -279,7 +286,13 @@ class Draft:
         on_gpu = np.bincount(owner[blocks.expert], minlength=self.world.num_ranks) * of_row_block
         reuse = self.cost.reuse(row_blocks[expert], columns, depth, min(tile_n, columns))
         read = columns / self.column_tiles(kind, tile_n)
-        return self.cost.tile(height, min(tile_n, columns), depth, on_gpu[owner[expert]], reuse, read)
+        time = self.cost.tile(height, min(tile_n, columns), depth, on_gpu[owner[expert]], reuse, read)
+        moved = self.now.moved.get(kind, 0.0) / self.column_tiles(kind, tile_n)
+        if not moved:
+            return time
+        moving = self.cost.stream(height * moved / 2, on_gpu[owner[expert]])
+        longest: Array = np.maximum(time, moving + self.cost.tile_latency_ns)
+        return longest
 
     def gemm(self, kind: int, blocks: Blocks, tile_n: int, source: Array | None = None, **fields: ArrayLike) -> Array:
         """`[num_blocks]`: the first or second product of each row block; who waits for what is the caller's to say.
@@ -318,8 +331,7 @@ class Draft:
         owner = self.world.routing.owner[blocks.expert]
         hidden = self.kernel(self.begin(after), self.gemm(GEMM0, blocks, tile_n), owner)
         rows = np.bincount(owner, blocks.rows, self.world.num_ranks)
-        columns = self.world.up_columns * self.world.precision.result_bytes
-        nbytes = rows * (columns + self.world.config.ffn * self.world.precision.hidden_bytes) / 2
+        nbytes = rows * self.world.config.ffn * self.now.activation / 2
         active = self.stream(self.begin(hidden), nbytes, ELEMENTWISE)
         results = self.gemm(GEMM1, blocks, tile_n)
         return results, self.kernel(self.begin(active), results, owner)
@@ -335,10 +347,13 @@ class Draft:
         sends = self.send(SEND, owner, blocks.piece_source, nbytes, m=blocks.m[blocks.piece_block])
         return self.after(after[..., blocks.piece_block], sends)
 
-    def combine(self, blocks: Blocks, results: Array, gated: Array) -> Array:
+    def combine(
+        self, blocks: Blocks, results: Array, gated: Array, beside_ns: ArrayLike = 0, **fields: ArrayLike
+    ) -> Array:
         """`[num_ranks, num_token_blocks]`: a block of tokens is summed when `results` `[num_pieces]` has its rows.
 
-        Zero-computation experts that add the token are rows that are here, as that of the shared expert is.
+        Zero-computation experts that add the token are rows that are here, as that of the shared expert is. A task does
+        something else for `beside_ns`, of which `fields` say more.
         """
         routing, block = self.world.routing, self.token_block
         number = -(-routing.num_tokens // block)
@@ -350,7 +365,8 @@ class Draft:
             self.ranks[:, None],
             m=np.arange(number),
             server=self.machine.sm[:, None],
-            duration_ns=self.cost.combine(tokens, rows, number),
+            duration_ns=self.cost.combine(tokens, rows, number) + beside_ns,
+            **fields,
         )
         found, pieces = blocks.combine_pieces(routing, block)
         self.builder.edge(results[pieces], nodes[found.rank, found.block])

@@ -36,9 +36,12 @@ from ..engine.kinds import (
     JOIN,
     LAUNCH,
     RECEIVE,
+    ROUTER_WEIGHTS,
     SEND,
     SHARED0,
     SHARED1,
+    SHARED_WEIGHTS,
+    WEIGHTS,
 )  # fmt: skip
 from ..simulation import Simulation
 from .steps import Steps, levels
@@ -47,7 +50,8 @@ OFF_SM = (OS_BLOCK, HOST)  # servers that are no part of the multiprocessors
 LAUNCHED, MET, WAITING, DEPENDENCY, TAIL = range(5)
 IDLE_CAUSES = ("launch", "barrier", "waiting", "dependency", "tail")
 MANY = np.int64(2**32)  # more than runs at a time: one number counts two kinds of them
-COMPUTES = (GEMM0, GEMM1, SHARED0, SHARED1, DENSE)  # products, beside which a transfer costs nothing
+WEIGHT_GRADIENTS = (WEIGHTS, ROUTER_WEIGHTS, SHARED_WEIGHTS)
+COMPUTES = (GEMM0, GEMM1, SHARED0, SHARED1, *WEIGHT_GRADIENTS, DENSE)  # products, beside which a transfer costs nothing
 
 
 def horizon_ns(simulation: Simulation) -> int:

@@ -23,6 +23,7 @@ WORTH = 0.01  # a gain below it is noise of the model
 NOT_CHOICES = {
     "rate",  # fitted to measurements
     *("gate", "stages", "save_up", "zero_share", "dense_ffn"),  # what is computed, and not how
+    "save",  # what memory allows
     *("zero_seed", "straggler_seed"),
 }
 
