@@ -129,10 +129,9 @@ class Checker:
 
     def _miscounts(self, epoch: int, calls: Sequence[Call], packets: Sequence[Packets]) -> Iterator[Report]:
         """Row tiles that may not be, or tasks that are not those of these tiles."""
-        forward = self._forward_of(epoch)
-        routed = [given is not None for given in self.world.data[(forward or epoch) - 1][1]]
-        packing = self.world.spec.packing
-        yield from self._counts.wrong(epoch, calls, packets, routed, packing, is_backward=forward > 0)
+        forward, packing = self._forward_of(epoch), self.world.spec.packing
+        routed = None not in self.world.data[forward - 1][1] if forward else None
+        yield from self._counts.wrong(epoch, calls, packets, packing, routed)
 
     def _illegal_experts(self, case: str, call: Call, given: Routing | None) -> Iterator[Report]:
         """The first token whose experts are not distinct ones of the layer; no choice (-1) may be given only."""

@@ -190,11 +190,11 @@ def test_a_routing_of_another_forward_is_told(kernel):
 
 def test_what_another_call_kept_is_noticed(kernel):
     """A host that takes the other handle on both ranks: no packet differs, all else does."""
-    explorer = Explorer(Search(spec=world(BASE, (0, 0, 2))), kernel)
+    explorer = Explorer(Search(spec=replace(TWO, given=(GivenCall((2, 2)),) * 4)), kernel)
     whole = explorer.world.begin_call
 
     def other(rank, call, deadline, kept):
-        return whole(rank, call, deadline, kept if call < 3 else {2: kept[1]})
+        return whole(rank, call, deadline, kept if call < 3 else {1: kept[2], 2: kept[1]})
 
     explorer.world.begin_call = other
     kinds = {report.kind for report in explorer.run(0).reports}
@@ -205,7 +205,7 @@ def test_a_task_too_many_is_told(kernel):
     explorer, run = one_run(kernel, TWO)
     run.calls[0][2].tasks[Task(WEIGHTS, 0, 1, 0, 0, 0)] += 1
     (report,) = explorer.checker.check(run)
-    assert report.kind == "count" and "WEIGHTS(1, 0, 0, 0) ran 2 times, wanted 1" in report.text
+    assert report.kind == "count" and "WEIGHTS(rank=0, peer=1, expert=0, m=0, n=0) ran 2 times, wanted 1" in report.text
 
 
 # ---- calls that differ
