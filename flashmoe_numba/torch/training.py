@@ -145,9 +145,10 @@ def moe_layer_backward(
     calls = nullcontext() if ranks is None else ranks.call(fields["module"], len(kept.saved), BACKWARD)
     try:
         with calls, torch.no_grad():
-            sums = layer.no_gradients(kept.entry.packed, **groups(asked))
+            which = groups(asked)
+            sums = layer.no_gradients(kept.entry.packed, **which)
             begin_from(sums, asked, begin, fields)
-            found = [_back(kept, i, dy, logits_gradient, sums) for i in range(len(kept.saved))]
+            found = [_back(kept, i, dy, logits_gradient, sums, which) for i in range(len(kept.saved))]
             fill(outs, sums, asked, fields)
     except BaseException as error:
         if ranks is not None:
@@ -158,14 +159,19 @@ def moe_layer_backward(
 
 
 def _back(
-    kept: KeptCalls, call: int, dy: torch.Tensor, logits_gradient: torch.Tensor | None, sums: Any
+    kept: KeptCalls,
+    call: int,
+    dy: torch.Tensor,
+    logits_gradient: torch.Tensor | None,
+    sums: Any,
+    which: dict[str, bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradients of x, of topk_weights, of logits) of one call, whose sums go on with those before."""
     layer, alone = kept.entry.shared.layer, kept.entry.shared.ranks is None
     part = parts_of(len(kept.saved), layer.config.num_tokens)[call]
     given: list[Any] = [None if tensor is None else tensor[part] for tensor in (dy, logits_gradient)]
     given = [[tensor] if alone and tensor is not None else tensor for tensor in given]
-    found = layer.backward(kept.saved[call], given[0], logits_gradient=given[1], into=sums, retain=True)
+    found = layer.backward(kept.saved[call], given[0], logits_gradient=given[1], into=sums, retain=True, **which)
     x, pairs, logits = (of[0] if alone else of for of in (found.x, found.topk_weights, found.logits))
     pairs = as_tensor(pairs)
     # other calls write where these are
@@ -214,7 +220,7 @@ def _type_of_sums(x: torch.Tensor) -> torch.dtype:
 
 
 def _set_up(ctx: Any, inputs: Any, output: Any) -> None:
-    x, _, topk_weights, logits, tensors, ctx.description = inputs
+    _, _, topk_weights, logits, tensors, ctx.description = inputs
     y, made, idx, ticket = output
     ctx.save_for_backward(ticket, *tensors)  # PyTorch finds out whether they have changed
     ctx.shape, ctx.num_topk, ctx.num_choices = y.shape, idx.shape[1], made.shape[1]
