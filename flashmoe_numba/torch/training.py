@@ -21,7 +21,7 @@ from .description import FUSED, read
 from .operator import moe_layer, parts_of, run
 from .ranks import BACKWARD
 from .session import SESSION, Entry
-from .weight_gradients import begin_from, fill, groups
+from .weight_gradients import begin_from, fill, groups, is_of_experts
 
 Tensors = Sequence[torch.Tensor]
 LOST = (
@@ -244,27 +244,34 @@ def _backward(ctx: Any, dy: torch.Tensor | None, d_logits: torch.Tensor | None, 
     left = iter(found)
     gradients = [next(left) if want else None for want in wanted]
     if begin:
-        gradients = _into_grad(tensors, gradients)
+        gradients = _into_grad(read(ctx.description)[0], tensors, gradients)
     weights_type, logits_type = ctx.types
     d_weights = pairs.to(weights_type) if for_weights else None
     return dx if for_x else None, None, d_weights, logits.to(logits_type) if for_logits else None, gradients, None
 
 
 def _begin(description: str, tensors: Tensors, wanted: Sequence[bool]) -> list[torch.Tensor]:
-    """What `.grad` holds of each wanted tensor, if sums go on from there."""
-    if not read(description)[1].get(FUSED, False):
+    """What the sums of each wanted tensor begin with, if those of experts go on from their `.grad`."""
+    names, fields = read(description)
+    if not fields.get(FUSED, False):
         return []
     if torch.compiler.is_compiling() or any(type(tensor) not in PLAIN for tensor in tensors):
         raise RuntimeError(COMPILED)
-    asked = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]
-    return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in asked]
+    asked = [(name, tensor) for name, tensor, want in zip(names, tensors, wanted, strict=True) if want]
+    return [tensor.grad if _goes_on(name, tensor) else torch.zeros_like(tensor) for name, tensor in asked]
 
 
-def _into_grad(tensors: Tensors, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """PyTorch gets those of tensors without a `.grad` only; the others go where theirs is."""
+def _goes_on(name: str, tensor: torch.Tensor) -> bool:
+    return is_of_experts(name) and tensor.grad is not None
+
+
+def _into_grad(
+    names: Sequence[str], tensors: Tensors, gradients: list[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """Those that PyTorch gets; sums that went on from a `.grad` go where that is."""
     left: list[torch.Tensor | None] = []
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        if gradient is not None and tensor.grad is not None:
+    for name, tensor, gradient in zip(names, tensors, gradients, strict=True):
+        if gradient is not None and _goes_on(name, tensor):
             tensor.grad.copy_(gradient)
             gradient = None
         left.append(gradient)
