@@ -199,14 +199,14 @@ def test_fused_accumulation_gives_the_bits_of_one_batch():
     assert not equal(of_experts(plain), whole)
     assert torch.equal(module.router.grad, plain.router.grad)  # which is added up by PyTorch
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="fused_accumulation=True adds to .grad where it is"):
+    with pytest.raises(Exception, match=r"fused_accumulation=True adds to \.grad where it is"):
         torch.compile(module, backend="aot_eager")(x).sum().backward()
 
 
 def test_second_derivatives_are_refused():
     module, x = make_module(train=True), tokens().requires_grad_()
     (gradient,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="backward through flashmoe.moe_layer_backward"):
+    with pytest.raises(RuntimeError, match=r"backward through flashmoe\.moe_layer_backward"):
         gradient.sum().backward()
 
 
@@ -281,7 +281,7 @@ def test_says_what_is_wrong():
     with pytest.raises(TypeError, match="train must be True or False, got 1"):
         make_module(train=1)
     half = tiny_config(num_ranks=1, dtype="bfloat16")
-    with pytest.raises(ValueError, match="fused_accumulation must be False .*gate_proj has bfloat16"):
+    with pytest.raises(ValueError, match=r"fused_accumulation must be False .*gate_proj has bfloat16"):
         make_module(half, train=True, fused_accumulation=True)
     kind = replace(CONFIG.expert_kind, norm_eps=1e-6)
     with pytest.raises(ValueError, match="norm_eps"):
