@@ -1,47 +1,28 @@
 """The layer with gradients, as two operators: a forward that keeps what its backward needs, and the backward.
 
-What was kept is no tensor. A ticket, a tensor of one number, stands for it in graphs: it is known by where it is, and
-what was kept goes when its memory does. So graphs may be retained, and activation checkpointing lets go of it.
+What was kept is no tensor: a ticket stands for it in graphs (kept_calls.py).
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import FlashMoEError
 from ..heap.tensors import as_tensor
-from ..layer.saved import SavedCall
 from .description import FUSED, read
+from .kept_calls import KeptCalls, kept_for, ticket_for
 from .operator import moe_layer, parts_of, run
 from .ranks import BACKWARD
-from .session import SESSION, Entry
+from .session import SESSION
 from .weight_gradients import begin_from, fill, groups, is_of_experts
 
 Tensors = Sequence[torch.Tensor]
-LOST = (
-    "what a forward kept for its backward is not here: its ticket was copied, by hooks on saved tensors say, or its "
-    "graph was moved to another process"
-)
 COMPILED = (
     "fused_accumulation=True adds to .grad where it is, which no graph of torch.compile can hold: call it in eager mode"
 )
-
-
-@dataclass(eq=False)
-class KeptCalls:
-    """Of the calls of one operator's call, in their order."""
-
-    entry: Entry
-    saved: list[SavedCall]
-
-
-_KEPT: dict[int, KeptCalls] = {}  # by where the ticket is
 
 
 def layer_of(
@@ -88,21 +69,7 @@ def moe_layer_kept(
     y, entry, saved = run(x, topk_idx, topk_weights, logits, tensors, description, keep=True)
     made = torch.cat([as_tensor(call.logits[0]) for call in saved])  # copies: what was kept must not be written to
     idx = torch.cat([as_tensor(call.topk_idx[0]) for call in saved]).long()
-    return y, made.to(x.device), idx.to(x.device), _ticket_for(KeptCalls(entry, saved), x.device)
-
-
-def _ticket_for(kept: KeptCalls, device: torch.device) -> torch.Tensor:
-    ticket = torch.zeros(1, dtype=torch.int64, device=device)
-    place = ticket.data_ptr()
-    _KEPT[place] = kept
-    weakref.finalize(ticket.untyped_storage(), _forget, place, weakref.ref(kept)).atexit = False
-    return ticket
-
-
-def _forget(place: int, kept: weakref.ref[KeptCalls]) -> None:
-    """Unless the place is another ticket's already."""
-    if (known := _KEPT.get(place)) is not None and known is kept():
-        del _KEPT[place]
+    return y, made.to(x.device), idx.to(x.device), ticket_for(KeptCalls(entry, saved), x.device)
 
 
 @torch.library.custom_op("flashmoe::moe_layer_backward", mutates_args=())
@@ -135,18 +102,15 @@ def moe_layer_backward(
         FlashMoEError: what was kept is not here, or a call was given up.
         ValueError: the weights were loaded anew since the forward.
     """
-    kept = _KEPT.get(ticket.data_ptr())
-    if kept is None:
-        raise FlashMoEError(LOST)
     names, fields = read(description)
     asked = [name for name, want in zip(names, wanted, strict=True) if want]
     outs = [torch.zeros_like(tensor) for tensor, want in zip(tensors, wanted, strict=True) if want]
-    layer, ranks = kept.entry.shared.layer, kept.entry.shared.ranks
-    calls = nullcontext() if ranks is None else ranks.call(fields["module"], len(kept.saved), BACKWARD)
+    ranks, which = SESSION.ranks_of(fields), groups(asked)
     try:
+        kept = kept_for(ticket)
+        calls = nullcontext() if ranks is None else ranks.call(fields["module"], len(kept.saved), BACKWARD)
         with calls, torch.no_grad():
-            which = groups(asked)
-            sums = layer.no_gradients(kept.entry.packed, **which)
+            sums = kept.entry.shared.layer.no_gradients(kept.entry.packed, **which)
             begin_from(sums, asked, begin, fields)
             found = [_back(kept, i, dy, logits_gradient, sums, which) for i in range(len(kept.saved))]
             fill(outs, sums, asked, fields)

@@ -114,7 +114,7 @@ def test_refuses_gradients(what):
     ]
     for call in calls:
         torch._dynamo.reset()
-        with pytest.raises(Exception, match="made for inference, .*make it with train=True"):
+        with pytest.raises(Exception, match=r"made for inference, .*make it with train=True"):
             call(x)
     with torch.no_grad():
         assert not module(x).requires_grad

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from flashmoe_numba.heap.tensors import as_tensor
 from flashmoe_numba.torch import MoE
+from flashmoe_numba.torch.kept_calls import KEPT
 from flashmoe_numba.torch.session import SESSION
-from flashmoe_numba.torch.training import _KEPT, moe_layer_kept
+from flashmoe_numba.torch.training import moe_layer_kept
 from reference import RouterKind, Weights
 from reference.backward import moe_layer_backward
 
@@ -35,7 +36,7 @@ def nothing_is_kept():
     """What forwards kept goes with their graphs."""
     yield
     gc.collect()
-    assert not _KEPT
+    assert not KEPT
 
 
 def functional(module):
@@ -149,7 +150,7 @@ def test_activation_checkpointing_changes_no_bit_and_keeps_nothing(use_reentrant
 
     def again(x):
         y = checkpoint(module, x, use_reentrant=use_reentrant)
-        kept.append(len(_KEPT))
+        kept.append(len(KEPT))
         return y
 
     assert equal(gradients(module, x, again), gradients(module, x))
@@ -201,6 +202,14 @@ def test_fused_accumulation_gives_the_bits_of_one_batch():
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"fused_accumulation=True adds to \.grad where it is"):
         torch.compile(module, backend="aot_eager")(x).sum().backward()
+
+
+def test_hooks_that_copy_what_is_saved_are_told():
+    module, x = make_module(train=True), tokens()
+    with torch.autograd.graph.save_on_cpu():
+        y = module(x)
+    with pytest.raises(RuntimeError, match="its ticket was copied, by hooks on saved tensors say"):
+        y.sum().backward()
 
 
 def test_second_derivatives_are_refused():
@@ -264,9 +273,9 @@ def test_without_gradients_nothing_is_kept():
     module, x = make_module(train=True), tokens()
     with torch.no_grad():
         y = module(x)
-    assert not _KEPT and not y.requires_grad and torch.equal(y, make_module()(x))
+    assert not KEPT and not y.requires_grad and torch.equal(y, make_module()(x))
     graph = module(x)
-    assert len(_KEPT) == 1 and torch.equal(graph, y)
+    assert len(KEPT) == 1 and torch.equal(graph, y)
 
 
 def test_says_what_is_wrong():
