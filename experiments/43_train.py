@@ -3,14 +3,17 @@
 Command:  python experiments/43_train.py [--models mixtral,qwen3_moe] [--steps 200] [--plot losses.png]
           mpirun -n 2 python -m mpi4py experiments/43_train.py
           mpirun -n 4 python -m mpi4py experiments/43_train.py
-Expected: `off`, the largest distance of a step's loss from eager's, below 0.01; and one `bits` per model, whatever the
-          number of ranks. Some minutes on two cores.
+Expected: `off10`, the largest distance of a loss from eager's in the first ten steps, below 1e-4; and one `bits` per
+          model, whatever the number of ranks. Some minutes on two cores.
 
 Models of random weights (seed 0) learn bytes of the documentation inside Python's standard library. A step has 4
 sequences, each a micro-batch of its own on any number of ranks, whose gradients are added in the order of sequences:
 experts' by fused_accumulation, all others' by sum_replicated_gradients. Nothing is dropped. So a step's bits do not
 depend on the number of ranks: `bits` begins a SHA-256 of all parameters after `steps` steps. Losses have the models'
-own part of router logits. Eager runs on one rank only. `first` and `last` are means of ten losses.
+own part of router logits. `first` and `last` are means of ten losses.
+
+On one rank eager runs, too, and once more in float64: for trainings that differ in rounding grow apart, as soon as it
+changes one choice of an expert, and `off`, the largest distance in all steps, says little without that of eager64.
 """
 
 from __future__ import annotations
@@ -38,9 +41,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", dict(num_experts=16, num_experts_per_tok=4, norm_topk_prob=True)),
 }
 SIZES = dict(vocab_size=256, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0)
-COLUMNS = {"model": "", "blocks": "", "ranks": "d", "steps": "d", "first": ".4f", "last": ".4f", "off": ".1e"}
+COLUMNS = {
+    "model": "",
+    "blocks": "",
+    "ranks": "d",
+    "steps": "d",
+    "first": ".4f",
+    "last": ".4f",
+    "off10": ".1e",
+    "off": ".1e",
+}
 COLUMNS |= {"bits": "", "s": ".0f"}
-OFF = 0.01
+OFF = 1e-4
 PACKAGES = ("numpy", "numba", "torch", "transformers")
 
 
@@ -63,11 +75,11 @@ def main() -> int:
         store([row | machine() | program(PACKAGES) for row in rows], args.json)
         if args.plot:
             draw(rows, args.plot)
-    return 0 if all(row["off"] <= OFF for row in rows) else 1
+    return 0 if all(row["off10"] <= OFF for row in rows) else 1
 
 
 def rows_of(name: str, args: argparse.Namespace, rank_idx: int, num_ranks: int, among: dict[str, Any]) -> list[Row]:
-    """Of eager, where it runs, and of ours."""
+    """Of eager, on one rank, and of ours."""
     import torch
 
     from flashmoe_numba.torch import replace_moe_blocks
@@ -77,15 +89,16 @@ def rows_of(name: str, args: argparse.Namespace, rank_idx: int, num_ranks: int, 
     eager, batches = make_model(name, args.smoke), make_batches(steps, 32 if args.smoke else 128)
     ours = copy.deepcopy(eager)
     replace_moe_blocks(ours, train=True, fused_accumulation=True, **among)
-    models = {"flashmoe": (ours, rank_idx, among)} if among else {"eager": (eager, 0, {}), "flashmoe": (ours, 0, {})}
+    alone = {} if among else {"eager": eager, "eager64": copy.deepcopy(eager).double()}
     rows: list[Row] = []
-    for blocks, (model, own, those) in models.items():
+    for blocks, model in {**alone, "flashmoe": ours}.items():
         began = time.perf_counter()
-        losses = learn(model, batches, own, num_ranks, those)
-        off = max(abs(a - b) for a, b in zip(losses, rows[0]["losses"] if rows else losses, strict=True))
-        row = dict(model=name, blocks=blocks, ranks=num_ranks, steps=steps, off=off, losses=losses)
-        row |= dict(first=_mean(losses[:10]), last=_mean(losses[-10:]), s=time.perf_counter() - began)
-        rows.append(row | dict(bits=bits_of(model, own, num_ranks, those)))
+        losses = learn(model, batches, rank_idx, num_ranks, among)
+        offs = [abs(a - b) for a, b in zip(losses, rows[0]["losses"] if rows else losses, strict=True)]
+        row = dict(model=name, blocks=blocks, ranks=num_ranks, steps=steps, losses=losses)
+        row |= dict(off10=max(offs[:10]), off=max(offs), first=_mean(losses[:10]), last=_mean(losses[-10:]))
+        row |= dict(s=time.perf_counter() - began, bits=bits_of(model, rank_idx, num_ranks, among))
+        rows.append(row)
     return rows
 
 
@@ -113,7 +126,7 @@ def learn(model: Any, batches: Any, rank_idx: int, num_ranks: int, among: dict[s
 
 
 def bits_of(model: Any, rank_idx: int, num_ranks: int, among: dict[str, Any]) -> str:
-    """The beginning of a hash of all parameters: each rank has its own experts', of which the others' copies are old."""
+    """The beginning of a hash of all parameters: each rank has its own experts', of which others have old copies."""
     whole = hashlib.sha256()
     for name, parameter in model.named_parameters():
         array = parameter.detach().numpy()
@@ -182,7 +195,7 @@ def draw(rows: list[Row], file: str) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(5 * len(names), 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True):
-        for row, style in zip([row for row in rows if row["model"] == name], ("-", "--"), strict=False):
+        for row, style in zip([row for row in rows if row["model"] == name], ("-", ":", "--"), strict=False):
             axes.plot(row["losses"], style, label=f"{row['blocks']}, {row['ranks']} rank{'s' * (row['ranks'] > 1)}")
         axes.set(title=name, xlabel="step", ylabel="loss")
         axes.legend()
