@@ -102,7 +102,7 @@ def working_bytes(config: MoEConfig, save: str) -> int:
 
 
 def gradient_shapes(config: MoEConfig) -> dict[str, list[tuple[int, int]]]:
-    """Rows and columns of the matrices whose gradients have tasks: of one expert, of the router, of the shared expert."""
+    """Rows and columns of the matrices whose gradients have tasks: of one expert, of the router, of the shared."""
     c = config
     ups, shared_ups = c.expert_kind.num_ups * c.ffn, c.shared_kind.num_ups * c.shared_ffn
     shared = [(shared_ups, c.hidden), (c.hidden, c.shared_ffn), *[(1, c.hidden)] * c.shared_gate]

@@ -116,8 +116,9 @@ class Arrays:
             for call in range(1, self.spec.epochs + 1):
                 _, arguments = self.begin_call(rank, call, 0, kept)
                 if call in kept:
-                    self.backend.note_filled(kept[call].tokens["x"])
-                    self._watch_all(rank.rank_idx, "kept", kept[call].tokens | kept[call].received, call)
+                    room = kept[call].arrays
+                    self.backend.note_filled(room.tokens["x"])
+                    self._watch_all(rank.rank_idx, "kept", room.tokens | room.received, call)
                 if not isinstance(arguments, RankArguments):
                     self._watch_all(rank.rank_idx, "back", arguments.back._asdict(), call)
 
