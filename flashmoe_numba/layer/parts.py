@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from reference import Layout, Weights
+from reference.backward_plan import max_weight_tasks
 from reference.cache_folder import usable_cache_folder
-from reference.plan import max_tasks
+from reference.sizes import max_tasks
 
 from ..backends import make_backend
 from ..backends.protocols import Backend
-from ..heap.back import max_weight_tasks
 from ..heap.protocols import Heap
 from ..heap.rank import Rank
 from .arguments import LayerSettings
