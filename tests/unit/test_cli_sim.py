@@ -83,10 +83,10 @@ def run_json(capsys, *flags):
     (["--trace", "a", "--policy", "flashmoe,bulk"], "argument --trace: needs one policy and one --tokens, got 2 comb"),
     (["--engine", "pure"], "unrecognized arguments: --engine pure"),
     (["--pass", "back"], "argument --pass: invalid choice: 'back'"),
-    (["--pass", "training", "--policy", "comet"], "policy comet: passes must be forward with policy comet; others have "),
-    (["--pass", "backward", "--precision", "fp8"], "the layer: passes must be forward with precision fp8, of more than"),
+    (["--pass", "training", "--policy", "comet"], "policy comet: passes must be forward with "),
+    (["--pass", "backward", "--precision", "fp8"], "the layer: passes must be forward with "),
     (["--pass", "training", "--layers", "all"], "argument --layers: a step that decodes needs --pass forward, got "),
-    (["--pass", "training", "--set", "save=all"], "argument --set: save must be one of rows+up, rows, nothing; got 'all'"),
+    (["--pass", "training", "--set", "save=all"], "argument --set: save must be one of rows+up, rows, "),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(capsys, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
