@@ -145,6 +145,13 @@ def missing() -> str | None:
 
 def beside_torch(name: str, args: argparse.Namespace) -> list[Row]:
     """One row per number of tokens of one of LAYERS."""
+    import torch
+
+    with torch.inference_mode():
+        return _beside_torch(name, args)
+
+
+def _beside_torch(name: str, args: argparse.Namespace) -> list[Row]:
     tokens, repeats = ([1, 5], 2) if args.smoke else (args.tokens, args.repeats)
     config = layer_config(name, max(tokens), args.smoke)
     with Variants(config, default_processors(1)) as variants:

@@ -15,6 +15,7 @@ from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
 from .packets import Packets, make_packets
 from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
 from .presets import load_preset, preset_names, read_preset
+from .router_bounds import RouterBounds, router_tolerance
 from .routers import Routing, external_routing, route, softmax_topk
 from .routing_check import check_routing
 from .runs import RowRun, RowTile
@@ -43,6 +44,7 @@ __all__ = [
     "MoEConfig",
     "Packets",
     "Plan",
+    "RouterBounds",
     "RouterKind",
     "Routing",
     "RowRun",
@@ -72,6 +74,7 @@ __all__ = [
     "preset_names",
     "read_preset",
     "route",
+    "router_tolerance",
     "softmax_topk",
     "task_graph",
     "tile_height",

@@ -14,8 +14,8 @@ of that interval, divided by that walk, is added to the slope's size. Where relu
 it is all of it. Below normal numbers a rounding is as large as at the smallest of these, which is added to what is
 rounded.
 
-Leaves out: norms of results; the router, whose gradients follow from those of the weights (`router_backward`); sums
-whose terms are sorted by sign and cancel.
+Leaves out: norms of results; the router, whose gradients follow from those of the weights (`router_bounds`); sums whose
+terms are sorted by sign and cancel.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def gradient_tolerance(
         arrays = {name: walks[name.removeprefix("shared_")] * size for name, size in sizes.items()}
         dx = [np.sqrt(part.dx + value**2) for part, value in zip(parts, exact.x, strict=True)]
         factors = [np.sqrt(p.d_factors + value**2) for p, value in zip(parts, exact.topk_weights, strict=True)]
-    bounds = [walks["x"] * (size + _least(config.numpy_dtype)) for size in dx]
+    bounds = [walks["x"] * (size + least(config.numpy_dtype)) for size in dx]
     return Gradients(bounds, [walks["topk_weights"] * size for size in factors], None, replace(weights, **arrays))
 
 
@@ -94,7 +94,7 @@ def _walks(config: MoEConfig, num_rows: int) -> dict[str, float]:
     return {name: walk(config, *steps) for name, steps in found.items()} | dict.fromkeys(untouched, 0.0)
 
 
-def _least(dtype: np.dtype[Any]) -> float:
+def least(dtype: np.dtype[Any]) -> float:
     """The smallest normal number."""
     return smallest(dtype) / FORMATS[dtype.name].unit_roundoff / 2
 
@@ -118,9 +118,10 @@ def _add_shared(part: Source, weights: Weights, config: MoEConfig, squares: dict
     assert weights.shared is not None, "the config has a shared expert"
     gate, factors, rise = weights.shared_gate_weight, np.ones((len(part.x), 1)), np.zeros((len(part.x), 1))
     if gate is not None:
-        logits, sizes = _sized(part.x, gate[None, None], None, 0)
+        logits, sizes = sized(part.x, gate[None, None], None, 0)
         both = lambda z: [sigmoid(*z), sigmoid_slope(*z)]  # noqa: E731
         factors, rise = _sizes_of(both, [logits], [sizes], walk(config, config.hidden, 0))
+        rise = np.hypot(rise, factors)  # of the factor, less its square
     found = expert_squares(part.x, part.dy, factors, weights.shared, 0, config, config.shared_kind)
     part.dx += found.x
     arrays = found.arrays
@@ -135,29 +136,29 @@ def expert_squares(
     x: Array, dy: Array, factors: Array, weights: Weights, expert_position: int, config: MoEConfig, kind: ExpertKind
 ) -> ExpertGradients:
     """The squares of the sizes of all that `expert_backward` adds up or returns, of the same arguments."""
-    least, step = _least(config.numpy_dtype), walk(config, config.hidden, 1 + config.router_kind.weight_input)
-    place, square = expert_position, x.astype(np.float64) ** 2
-    ups, sizes = zip(*(_sized(x, *up, place) for up in weights.ups), strict=True)
-    sizes = tuple(size + least for size in sizes)
+    tiny, step = least(config.numpy_dtype), walk(config, config.hidden, 1 + config.router_kind.weight_input)
+    place, square, weighed = expert_position, x.astype(np.float64) ** 2, np.abs(factors)
+    ups, sizes = zip(*(sized(x, *up, place) for up in weights.ups), strict=True)
+    sizes = tuple(size + tiny for size in sizes)
     (hidden,) = _sizes_of(lambda z: [activate(z, kind)], ups, sizes, step)
-    d_hidden, d_sizes = _sized(dy, weights.down_proj.swapaxes(1, 2), None, place)
-    d_sizes += _least(config.accumulator)
+    d_hidden, d_sizes = sized(dy, weights.down_proj.swapaxes(1, 2), None, place)
+    d_sizes += least(config.accumulator)
     d_factors = (d_sizes**2 * hidden**2).sum(axis=1)
     if weights.down_bias is not None:
         d_factors += dy**2 @ weights.down_bias[place].astype(np.float64) ** 2
     d_factors += (d_hidden * activate(ups, kind)).sum(axis=1) ** 2
-    arrays = {"down_proj": (dy**2).T @ (factors * hidden + least) ** 2, "down_bias": (factors**2 * dy**2).sum(axis=0)}
-    dx, squares = np.zeros(x.shape), np.full(x.shape, least**2)
+    arrays = {"down_proj": (dy**2).T @ (weighed * hidden + tiny) ** 2, "down_bias": (factors**2 * dy**2).sum(axis=0)}
+    dx, squares = np.zeros(x.shape), np.full(x.shape, tiny**2)
     names, rises = ("gate", "up") if kind.gated else ("up",), _sizes_of(lambda z: slopes(z, kind), ups, sizes, step)
     for name, (matrices, _), slope, rise in zip(names, weights.ups, slopes(ups, kind), rises, strict=True):
-        matrix, d_up = matrices[place].astype(np.float64), (np.abs(factors) * d_sizes * rise + least) ** 2
+        matrix, d_up = matrices[place].astype(np.float64), (weighed * d_sizes * rise + tiny) ** 2
         dx += (factors * d_hidden * slope) @ matrix
         squares += d_up @ matrix**2
         arrays |= {f"{name}_proj": d_up.T @ square, f"{name}_bias": d_up.sum(axis=0)}
     return ExpertGradients(squares + dx**2, d_factors, arrays)
 
 
-def _sized(x: Array, matrices: Array, biases: Array | None, place: int) -> tuple[Array, Array]:
+def sized(x: Array, matrices: Array, biases: Array | None, place: int) -> tuple[Array, Array]:
     """`linear`, and the size of each of its sums."""
     values = linear(x, matrices, biases, place)
     squares = x.astype(np.float64) ** 2 @ matrices[place].astype(np.float64).T ** 2

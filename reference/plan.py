@@ -17,6 +17,8 @@ from .runs import packet_row_blocks, packet_tile_height
 from .task_kinds import KIND_NAMES
 from .tiles import num_token_blocks, shared_row_tiles, shared_tiles_n0, tiles_n0, tiles_n1
 
+INDEX_BYTES = 4  # of what a rank notes of its own pairs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -224,3 +226,22 @@ def _check_counts(counts: Array, config: MoEConfig, num_tokens: Sequence[int] | 
         if row.min() < 0 or row.max() > tokens:
             raise ValueError(f"routing_counts[{rank}] must be in [0, {tokens} tokens of that rank], got {row.tolist()}")
     return counts
+
+
+def kept_bytes(config: MoEConfig, save: str, num_tokens: int, num_rows: int) -> int:
+    """Bytes that a rank keeps of a call for its backward.
+
+    Args:
+        save: one of SAVES.
+        num_tokens: of the rank.
+        num_rows: that its experts received.
+    """
+    c, element, sums = config, config.format.num_bytes, config.format.sums.num_bytes
+    ups = save == "rows+up"
+    pairs, blocks = c.num_tokens * c.num_topk, num_token_blocks(c.num_tokens, c)
+    routing = pairs * (3 * INDEX_BYTES + sums) + (3 * blocks + 1) * c.num_experts * INDEX_BYTES
+    token = c.hidden * element + c.num_choices * sums
+    if c.shared_ffn:
+        token += ups * c.shared_ffn * c.shared_kind.num_ups * element + sums
+    row = (save != "nothing") * c.hidden + ups * c.ffn * c.expert_kind.num_ups
+    return routing + c.num_experts * FLAG_BYTES + num_tokens * token + num_rows * row * element

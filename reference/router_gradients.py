@@ -33,16 +33,26 @@ def router_backward(
         topk_idx: `[num_tokens, num_topk]`, what it made of them.
         d_weights: `[num_tokens, num_topk]`, of the weights that it made.
     """
+    d_logits, d_scales = row_gradients(logits, topk_idx, d_weights, weights, config)
+    d_scale = np.zeros(config.num_choices)
+    np.add.at(d_scale, np.maximum(topk_idx, 0), d_scales)
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        return d_logits, {"router_bias": d_logits.sum(axis=0), "expert_scale": d_scale}
+
+
+def row_gradients(
+    logits: Array, topk_idx: Array, d_weights: Array, weights: Weights, config: MoEConfig
+) -> tuple[Array, Array]:
+    """As `router_backward`, but of expert_scale what each pair adds, `[num_tokens, num_topk]`."""
     kind = config.router_kind
     logits = overflowed(logits.astype(np.float64), config.accumulator)
     z = prepared_logits(logits, kind, weights, config.accumulator)
     good = are_routed(logits, z)[:, None]
     z = np.where(good, z, 0.0)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore", under="ignore"):
-        dz, d_scale = _weigh_backward(z, topk_idx, np.where(good, d_weights, np.nan), kind, weights)
+        dz, d_scales = _weigh_backward(z, topk_idx, np.where(good, d_weights, np.nan), kind, weights)
         d_logits = np.where(good, dz * _preparation_slope(logits, weights, config), np.nan)
-        arrays = {"router_bias": d_logits.sum(axis=0), "expert_scale": d_scale}
-    return d_logits, arrays
+    return d_logits, d_scales
 
 
 def _preparation_slope(logits: Array, weights: Weights, config: MoEConfig) -> Array | float:
@@ -57,27 +67,27 @@ def _preparation_slope(logits: Array, weights: Weights, config: MoEConfig) -> Ar
 def _weigh_backward(
     z: Array, topk_idx: Array, d_factors: Array, kind: RouterKind, weights: Weights
 ) -> tuple[Array, Array]:
-    """Through `weigh`: the gradient of z, and `[num_choices]` of expert_scale."""
+    """Through `weigh`: the gradient of z, and `[num_tokens, num_topk]`, of the scale of each pair's expert."""
     chosen, idx = topk_idx >= 0, np.maximum(topk_idx, 0)
     scores = scores_of(z, kind)
     terms = list(sparsemixer_terms(z, idx, kind.jitter)) if kind.score == "sparsemixer" else []
     picked = np.stack([w for _, w in terms], axis=1) if terms else np.take_along_axis(scores, idx, axis=1)
     picked = np.where(chosen, picked, 0.0)
     factors = normalized(picked, kind) if kind.renormalize else picked
-    d_scale = np.zeros(z.shape[1])
+    d_scales = np.zeros(idx.shape)
     if kind.expert_scale:
         assert weights.expert_scale is not None
-        np.add.at(d_scale, idx, np.where(chosen, d_factors * factors * kind.scale, 0.0))
+        d_scales = np.where(chosen, d_factors * factors * kind.scale, 0.0)
         d_factors = d_factors * weights.expert_scale.astype(np.float64)[idx]
     d_factors = d_factors * kind.scale
     if kind.renormalize:
         d_factors = _normalize_backward(picked, d_factors, kind)
     d_factors = np.where(chosen, d_factors, 0.0)
     if terms:
-        return _sparsemixer_backward(terms, idx, d_factors), d_scale
+        return _sparsemixer_backward(terms, idx, d_factors), d_scales
     d_scores = np.zeros(z.shape)
     np.add.at(d_scores, (np.arange(len(z))[:, None], idx), d_factors)
-    return _score_backward(z, scores, d_scores, kind), d_scale
+    return _score_backward(z, scores, d_scores, kind), d_scales
 
 
 def _normalize_backward(scores: Array, d_factors: Array, kind: RouterKind) -> Array:

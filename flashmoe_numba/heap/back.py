@@ -127,9 +127,7 @@ def make_working(config: MoEConfig, save: str, memory: Memory) -> Working:
     )
 
 
-def back_of(
-    working: Working, transposed: Transposed, dy: Array, dx: Array, said: Array, kept_logits: Array
-) -> Back:
+def back_of(working: Working, transposed: Transposed, dy: Array, dx: Array, said: Array, kept_logits: Array) -> Back:
     """The group of one backward."""
     own = working._asdict()
     for name in ("kept_rows", "kept_ups", "shared_ups"):
@@ -137,27 +135,33 @@ def back_of(
     return Back(**own, **transposed._asdict(), dy=dy, dx=dx, said=said, kept_logits=kept_logits)
 
 
-def zero_gradients(config: MoEConfig, weights: Weights, memory: Memory, experts: bool = True) -> WeightGradients:
+def zero_gradients(
+    config: MoEConfig, weights: Weights, memory: Memory, experts: bool = True, router: bool = True
+) -> WeightGradients:
     """Zeros for the gradients of one rank's weights.
 
     Args:
         weights: those that there are; which experts' biases, say.
         experts: are gradients of the experts' own weights wanted, the shared one's among them?
+        router: are those of the router, its biases and scales?
     """
     c = config
     ups = c.expert_kind.num_ups * c.ffn
     shared_ups = c.shared_kind.num_ups * c.shared_ffn
     here, shared = (c.num_experts_per_rank, weights.shared_up_proj is not None) if experts else (0, False)
+    choices = c.num_choices if router else 0
     sizes = dict(
-        router=c.num_choices * c.hidden,
-        logit_bias=c.num_choices if c.router_kind.logit_bias else 0,
-        expert_scale=c.num_choices if c.router_kind.expert_scale else 0,
+        router=choices * c.hidden,
+        logit_bias=choices if c.router_kind.logit_bias else 0,
+        expert_scale=choices if c.router_kind.expert_scale else 0,
         up=here * ups * c.hidden,
         up_bias=here * ups if weights.up_bias is not None or weights.gate_bias is not None else 0,
         down=here * c.hidden * c.ffn,
         down_bias=here * c.hidden if weights.down_bias is not None else 0,
         shared_up=shared * shared_ups * c.hidden,
-        shared_up_bias=shared * shared_ups if weights.shared_up_bias is not None or weights.shared_gate_bias is not None else 0,
+        shared_up_bias=shared * shared_ups
+        if weights.shared_up_bias is not None or weights.shared_gate_bias is not None
+        else 0,
         shared_down=shared * c.hidden * c.shared_ffn,
         shared_down_bias=shared * c.hidden if weights.shared_down_bias is not None else 0,
         shared_gate=shared * c.hidden if c.shared_gate else 0,

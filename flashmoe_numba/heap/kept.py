@@ -8,77 +8,91 @@ import numpy as np
 
 from reference import MoEConfig
 from reference.arrays import Array
-from reference.plan import hidden_rows
+from reference.plan import hidden_rows, kept_bytes
 
 from ..kernel.state import Received, Tokens
 from .protocols import Memory
 
 # of `Tokens`: what the backward finds as the forward left it
-ROUTING = ("kept_logits", "topk_idx", "topk_weights", "place", "order", "counts", "starts", "bases", "sent")
-OF_SHARED = ("shared_ups", "shared_factors")
+ROUTING = ("topk_idx", "topk_weights", "place", "order", "counts", "starts", "bases", "sent")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Kept:
-    """Arrays of one rank, which belong to one call from its forward to its backward.
+class KeptArrays:
+    """Room for what a rank keeps of one call, however many tokens it has.
 
-    Room for rows is taken for all that a rank can receive; on a CPU only those that came take memory.
+    Room for rows is taken for all that a rank can receive; on a CPU only those that come take memory.
 
     Args:
-        tokens: replacements for fields of `Tokens`, by name; the tokens themselves among them.
+        tokens: replacements for fields of `Tokens`, by name.
         received: likewise of `Received`.
-        routed, has_logits: was a routing given, were logits?
     """
 
     tokens: dict[str, Array]
     received: dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """What a rank keeps of a call, from its forward to its backward.
+
+    Args:
+        x: its tokens, which are copied: they may have changed when their gradients are asked for.
+        routed, has_logits: was a routing given, were logits?
+    """
+
+    arrays: KeptArrays
+    x: Array
     num_tokens: int
     routed: bool
     has_logits: bool
 
     def in_tokens(self, tokens: Tokens) -> Tokens:
-        return tokens._replace(**self.tokens)
+        return tokens._replace(**self.arrays.tokens | {"x": self.x})
 
     def in_received(self, received: Received) -> Received:
-        return received._replace(**self.received)
+        return received._replace(**self.arrays.received)
 
 
-def make_kept(
-    config: MoEConfig, save: str, memory: Memory, x: Array, tokens: Tokens, routed: bool, has_logits: bool
-) -> Kept:
-    """Room for a call with these tokens, which are copied: they may have changed when their gradients are asked for."""
+class Keeping:
+    """Of one rank: memory of calls that had their backward, or were closed, is taken for the next ones."""
+
+    def __init__(self, config: MoEConfig, save: str, memory: Memory, tokens: Tokens) -> None:
+        self._config, self._save, self._memory, self._tokens = config, save, memory, tokens
+        self._free: list[KeptArrays] = []
+
+    def take(self, x: Array, routed: bool, has_logits: bool) -> Kept:
+        """For a call with these tokens, as the kernel sees them."""
+        arrays = self._free.pop() if self._free else make_arrays(self._config, self._save, self._memory, self._tokens)
+        own = arrays.tokens["x"][: x.size]
+        own[:] = x
+        num_tokens = x.size // self._config.hidden
+        return Kept(arrays=arrays, x=own, num_tokens=num_tokens, routed=routed, has_logits=has_logits)
+
+    def give_back(self, kept: Kept) -> None:
+        self._free.append(kept.arrays)
+
+    def num_bytes(self, kept: Kept, received: Received) -> int:
+        """Of what was kept, once the call has ended."""
+        rows = int(self._memory.to_host(received.rows).sum())
+        return kept_bytes(self._config, self._save, kept.num_tokens, rows)
+
+
+def make_arrays(config: MoEConfig, save: str, memory: Memory, tokens: Tokens) -> KeptArrays:
     c, element, sums = config, config.format.storage, config.accumulator
-    num_tokens = x.size // c.hidden
-    own_x = memory.empty(x.size, element)
-    own_x[:] = x
-    of_tokens = {name: memory.zeros(getattr(tokens, name).size, getattr(tokens, name).dtype) for name in ROUTING[1:]}
-    of_tokens |= {"x": own_x, "kept_logits": memory.empty(0 if routed else num_tokens * c.num_choices, sums)}
-    shared = num_tokens * c.shared_ffn
-    ups = shared * c.shared_kind.num_ups if save == "rows+up" else 0
-    of_tokens |= {
-        "shared_ups": memory.empty(ups, element),
-        "shared_factors": memory.array(np.ones(num_tokens if c.shared_ffn else 0, sums)),
+    own = {name: memory.zeros(getattr(tokens, name).size, getattr(tokens, name).dtype) for name in ROUTING}
+    keeps_rows, keeps_ups = save != "nothing", save == "rows+up"
+    shared_ups = c.num_tokens * c.shared_ffn * c.shared_kind.num_ups if keeps_ups else 0
+    own |= {
+        "x": memory.empty(c.num_tokens * c.hidden, element),
+        "kept_logits": memory.empty(c.num_tokens * c.num_choices, sums),
+        "shared_ups": memory.empty(shared_ups, element),
+        "shared_factors": memory.array(np.ones(c.num_tokens if c.shared_ffn else 0, sums)),
     }
     rows = hidden_rows(c)
     received = {
         "first": memory.zeros(c.num_experts, np.int64),
-        "kept_rows": memory.empty(0 if save == "nothing" else rows * c.hidden, element),
-        "kept_ups": memory.empty(rows * c.ffn * c.expert_kind.num_ups if save == "rows+up" else 0, element),
+        "kept_rows": memory.empty(rows * c.hidden if keeps_rows else 0, element),
+        "kept_ups": memory.empty(rows * c.ffn * c.expert_kind.num_ups if keeps_ups else 0, element),
     }
-    return Kept(
-        tokens=of_tokens, received=received, num_tokens=num_tokens, routed=routed, has_logits=has_logits
-    )  # fmt: skip
-
-
-def kept_bytes(config: MoEConfig, save: str, num_tokens: int, num_rows: int, routed: bool = False) -> int:
-    """Bytes of what a rank keeps of a call with so many tokens of its own, whose experts received so many rows."""
-    c, element, sums = config, config.format.num_bytes, config.format.sums.num_bytes
-    blocks = -(-c.num_tokens // c.token_block)
-    pairs = c.num_tokens * c.num_topk
-    routing = pairs * (3 * 4 + sums) + 3 * blocks * c.num_experts * 4 + c.num_experts * (4 + 8)
-    tokens = num_tokens * (c.hidden * element + (0 if routed else c.num_choices * sums))
-    row = 0 if save == "nothing" else c.hidden
-    ups = save == "rows+up"
-    row += ups * c.ffn * c.expert_kind.num_ups
-    shared = num_tokens * (ups * c.shared_ffn * c.shared_kind.num_ups * element + sums) if c.shared_ffn else 0
-    return routing + tokens + shared + num_rows * row * element
+    return KeptArrays(tokens=own, received=received)

@@ -22,7 +22,7 @@ from ..processes.ownership import Owned
 from .arrays import make_queue, make_received, make_segments, make_tokens, make_traces
 from .back import Transposed, back_of, make_working, max_weight_tasks, num_weight_tasks, zero_gradients
 from .cut import read_tiles
-from .kept import Kept, make_kept
+from .kept import Keeping, Kept
 from .packing import Packing
 from .problem import fixed_problem
 from .protocols import Memory
@@ -65,6 +65,7 @@ class Rank(Owned):
         self.problem = fixed_problem(config, rank_idx, num_processors, packed, save)
         self.last_tokens = self.tokens  # of the last call
         self.working = None if save is None else make_working(config, save, memory)
+        self.keeping = None if save is None else Keeping(config, save, memory, self.tokens)
 
     @property
     def control(self) -> np.ndarray:
@@ -94,9 +95,8 @@ class Rank(Owned):
         x_storage, y_storage, y = self._memory.adopt(x)
         tokens, received = self.tokens._replace(x=x_storage, y=y_storage), self.received
         if keep:
-            assert self.save is not None, "the layer was made for it"
-            how = routing is not None, logits is not None
-            self.kept = make_kept(self.config, self.save, self._memory, x_storage, tokens, *how)
+            assert self.keeping is not None, "the layer was made for it"
+            self.kept = self.keeping.take(x_storage, routing is not None, logits is not None)
             tokens, received = self.kept.in_tokens(tokens), self.kept.in_received(received)
         self.last_tokens = tokens
         if routing is not None:
@@ -170,11 +170,18 @@ class Rank(Owned):
         """What blocks are given before any call, with tokens of size 0."""
         return self._arguments(self.problem, self.last_tokens, self.received)
 
+    def kept_bytes(self) -> int:
+        """Of what the last call kept."""
+        assert self.keeping is not None, "the layer was made for it"
+        return self.keeping.num_bytes(self.kept, self.received)
+
     def first_backward(self, weights: Weights, transposed: Transposed) -> BackwardArguments:
         """What blocks are given in a backward before any call: arguments of the types that all have."""
         none = np.empty((0, self.config.hidden), self.config.numpy_dtype)
         self.call(none, None, 0, 0, keep=True)
         gradients = zero_gradients(self.config, weights, self._memory)
+        assert self.keeping is not None, "the layer was made for it"
+        self.keeping.give_back(self.kept)
         return self.call_back(none, None, self.kept, 0, 0, 0, self.experts, transposed, gradients)[1]
 
     def _arguments(

@@ -9,7 +9,17 @@ from reference.task_kinds import GEMM1
 from .in_order import nothing_kept
 from .peers import result_rooms, tell_results
 from .queue import QueueTask, fill, reserve
-from .row_tiles import copy_rows, hidden_rooms, hidden_rows, kept_rooms, kept_rows, read_tile, rows_in
+from .row_tiles import (
+    copy_rows,
+    hidden_rooms,
+    hidden_rows,
+    kept_rooms,
+    kept_rows,
+    next_run,
+    read_tile,
+    rows_in,
+    without_run,
+)
 from .sizes import down_tiles, tile_height, up_tiles
 
 
@@ -61,15 +71,10 @@ def finished_last(done, i, num_tiles):
 @jit
 def finish_tile(p, segments, received, expert, tile):
     """All results of a tile are stored: of each run of its rows, count them in the result chunks that they are in."""
-    arrival, slot, left = tile.arrival, tile.slot, tile.rows
-    while left > 0:
-        source = received.arrived[expert * p.num_ranks + arrival]
-        packet = source * p.experts_per_rank + expert
-        rows = min(left, received.rows[packet] - slot)
-        count_run(p, segments, received, source, expert, slot, slot + rows)
-        left -= rows
-        arrival += 1
-        slot = 0
+    while tile.rows > 0:
+        source, _, rows = next_run(p, received, expert, tile)
+        count_run(p, segments, received, source, expert, tile.slot, tile.slot + rows)
+        tile = without_run(tile, rows)
 
 
 @jit

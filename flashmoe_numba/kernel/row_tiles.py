@@ -147,19 +147,29 @@ def is_one_run(received, packet, tile):
 def write_places(p, received, expert, tile):
     """Say of each row where it lies here, where its result goes, and where it is kept."""
     e = p.rank_idx * p.experts_per_rank + expert
-    at, end, arrival, slot = tile.hidden, tile.hidden + tile.rows, tile.arrival, tile.slot
-    while at < end:
-        source = received.arrived[expert * p.num_ranks + arrival]
-        packet = source * p.experts_per_rank + expert
-        while at < end and slot < received.rows[packet]:
+    while tile.rows > 0:
+        source, packet, rows = next_run(p, received, expert, tile)
+        for r in range(rows):
+            at, slot = tile.hidden + r, tile.slot + r
             received.places[word_of(at, ROW_IN)] = packet * p.slots + slot
             received.places[word_of(at, ROW_OUT)] = e * p.slots + slot
             received.places[word_of(at, RANK)] = source
             received.places[word_of(at, KEPT)] = received.first[packet] + slot
-            at += 1
-            slot += 1
-        arrival += 1
-        slot = 0
+        tile = without_run(tile, rows)
+
+
+@jit
+def next_run(p, received, expert, tile):
+    """(source, packet, rows) of those of a tile's rows that are in the packet where it begins."""
+    source = received.arrived[expert * p.num_ranks + tile.arrival]
+    packet = source * p.experts_per_rank + expert
+    return source, packet, min(tile.rows, received.rows[packet] - tile.slot)
+
+
+@jit
+def without_run(tile, rows):
+    """What is left of a tile behind its first run, which has so many rows."""
+    return CutTile(tile.rows - rows, tile.hidden + rows, tile.arrival + 1, 0)
 
 
 @jit

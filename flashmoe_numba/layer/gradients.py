@@ -41,14 +41,14 @@ class Gradients:
 
 
 def gradient_arrays(
-    parts: Parts, packed: PackedWeights, into: Gradients | None, experts: bool
+    parts: Parts, packed: PackedWeights, into: Gradients | None, experts: bool, router: bool
 ) -> Sequence[WeightGradients]:
     """Where each rank here adds up the gradients of these weights: in those of an earlier call, or from zero.
 
     Raises:
         TypeError, ValueError: `into` is no gradients, or of other arrays than these are.
     """
-    zeros = [zero_gradients(parts.config, outline, parts.backend, experts) for outline in packed.outlines]
+    zeros = [zero_gradients(parts.config, outline, parts.backend, experts, router) for outline in packed.outlines]
     if into is None:
         return zeros
     if not isinstance(into, Gradients):
@@ -65,11 +65,22 @@ def make_gradients(
     """Of what each rank here returned: (dx, gradients of weights of pairs, of logits)."""
     host = parts.backend.to_host
     dxs, pairs, logits = zip(*found, strict=True)
-    weights = [as_weights(of_rank, outline, parts.config) for of_rank, outline in zip(arrays, packed.outlines, strict=True)]
+    weights = _weights(parts, packed, arrays)
     fields = [host(part) for part in pairs], [None if part is None else host(part) for part in logits], weights
     if parts.all_here:
         return Gradients(like_given(dy, parts.backend.join(dy, list(dxs))), *fields, arrays)
     return Gradients(like_given(dy, dxs[0]), *(field[0] for field in fields), arrays)
+
+
+def no_gradients(parts: Parts, packed: PackedWeights, arrays: Sequence[WeightGradients]) -> Gradients:
+    """Of no call yet: weights alone."""
+    weights = _weights(parts, packed, arrays)
+    return Gradients(None, None, None, weights if parts.all_here else weights[0], arrays)
+
+
+def _weights(parts: Parts, packed: PackedWeights, arrays: Sequence[WeightGradients]) -> list[Weights]:
+    pairs = zip(arrays, packed.outlines, strict=True)
+    return [as_weights(of_rank, outline, parts.config) for of_rank, outline in pairs]
 
 
 def as_weights(arrays: WeightGradients, weights: Weights, config: MoEConfig) -> Weights:
@@ -79,7 +90,7 @@ def as_weights(arrays: WeightGradients, weights: Weights, config: MoEConfig) -> 
         weights: what they are gradients of, for which arrays there are and where the experts begin.
     """
     c, a = config, arrays
-    found = {"router": a.router.reshape(c.num_choices, c.hidden)}
+    found = {"router": a.router.reshape(-1, c.hidden)}
     num_experts = weights.num_experts if a.up.size else 0
     found |= _matrices(weights, "", (a.up, a.up_bias, a.down, a.down_bias), c.expert_kind, (num_experts,))
     if a.shared_up.size:

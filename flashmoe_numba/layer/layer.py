@@ -22,7 +22,7 @@ from .arguments import DEADLINE_S, LayerSettings, communicator
 from .backward import Backward, check_gradients
 from .calls import Calls
 from .forward import Forward, check_beside, check_tokens
-from .gradients import Gradients, gradient_arrays, make_gradients
+from .gradients import Gradients, gradient_arrays, make_gradients, no_gradients
 from .life import Life
 from .packed import PackedWeights
 from .parts import set_up
@@ -230,7 +230,7 @@ class FlashMoE(Owned):
         with self._calls.turn():
             packed = self._parts.own("weights", weights)
             ys = self._calls.run(Forward(tokens, given, packed.of_ranks, keep), self.deadline_s)
-            saved = SavedCall(self._ranks, packed, self._life.epoch, [r.kept for r in self._ranks]) if keep else None
+            saved = SavedCall(self._ranks, packed, self._life.epoch) if keep else None
         return like_given(x, self._backend.join(x, ys) if self._parts.all_here else ys[0]), saved
 
     def forward(
@@ -254,9 +254,17 @@ class FlashMoE(Owned):
         return y, saved
 
     def backward(
-        self, saved: SavedCall, dy: Any, *, logits_gradient: Any = None, into: Gradients | None = None, experts: bool = True
+        self,
+        saved: SavedCall,
+        dy: Any,
+        *,
+        logits_gradient: Any = None,
+        into: Gradients | None = None,
+        experts: bool = True,
+        router: bool = True,
+        retain: bool = False,
     ) -> Gradients:
-        """The gradients of a loss whose gradient by y is `dy`; `saved` is used up.
+        """The gradients of a loss whose gradient by y is `dy`; `saved` is used up, unless `retain`.
 
         They have the same bits for any number of processors, any packing and in every run. On other numbers of ranks,
         too, where the tokens of all ranks follow each other in the same order and none are dropped, but for those of
@@ -270,6 +278,8 @@ class FlashMoE(Owned):
             into: gradients of an earlier backward, whose sums for weights this one goes on with, call after call.
             experts: are the gradients of the experts' weights wanted, the shared one's among them? Without, they are
                 frozen, and no task is made for them.
+            router: likewise those of the router, its biases and scales.
+            retain: may `saved` have another backward?
 
         Raises:
             TypeError, ValueError: before any rank starts.
@@ -281,11 +291,29 @@ class FlashMoE(Owned):
         parts = self._parts
         kept = saved.peek(parts.ranks)
         tokens, said = check_gradients(parts, kept, dy, logits_gradient)
-        arrays = gradient_arrays(parts, saved.packed, into, experts)
+        arrays = gradient_arrays(parts, saved.packed, into, experts, router)
         with self._calls.turn():
-            saved.close()
-            found = self._calls.run(Backward(tokens, said, kept, saved.epoch, saved.packed, arrays), self.deadline_s)
+            try:
+                call = Backward(tokens, said, kept, saved.epoch, saved.packed, arrays)
+                found = self._calls.run(call, self.deadline_s)
+            finally:
+                if not retain:
+                    saved.close()
         return make_gradients(parts, dy, saved.packed, arrays, found)
+
+    def no_gradients(
+        self, weights: PackedWeights | None = None, *, experts: bool = True, router: bool = True
+    ) -> Gradients:
+        """Zeros to go on from: for `backward(..., into=)`, whose sums may begin with what is written into `weights`.
+
+        Args:
+            weights: what they are gradients of, as `forward` has it.
+            experts, router: as `backward` has them.
+        """
+        self._require_backward()
+        packed = self._parts.own("weights", weights)
+        arrays = gradient_arrays(self._parts, packed, None, experts, router)
+        return no_gradients(self._parts, packed, arrays)
 
     def _require_backward(self) -> None:
         self._require_open()

@@ -201,9 +201,9 @@ def _copy_across(copy, filled, source, source_at, stride, rows, columns):
 @jit
 def _copy_panels(copy, filled, width, source, source_at, stride, rows, columns):
     """Rows become rows `filled` and on of panels of `width` columns; what is left of the last one stays."""
-    for panel in range((columns + width - 1) // width):
-        here = min(width, columns - panel * width)
-        for r in range(rows):
+    for r in range(rows):
+        for panel in range((columns + width - 1) // width):
+            here = min(width, columns - panel * width)
             _load_row(
                 copy, (panel * DEPTH_BLOCK + filled + r) * width, source, source_at + r * stride + panel * width, here
             )
@@ -211,10 +211,10 @@ def _copy_panels(copy, filled, width, source, source_at, stride, rows, columns):
 
 @jit
 def _add_block(out, out_at, out_stride, num_left, num_right, rows, width, scratch):
-    """The products of the copied rows."""
-    for panel in range((num_right + width - 1) // width):
-        columns = min(width, num_right - panel * width)
-        for group in range(0, num_left, MICRO_ROWS):
+    """The products of the copied rows; rows of `out` one after the other, as they are read from memory."""
+    for group in range(0, num_left, MICRO_ROWS):
+        for panel in range((num_right + width - 1) // width):
+            columns = min(width, num_right - panel * width)
             height, at = min(MICRO_ROWS, num_left - group), out_at + group * out_stride + panel * width
             sums, sums_at, stride = out, at, out_stride
             if columns < width:

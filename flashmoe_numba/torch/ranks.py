@@ -1,8 +1,8 @@
 """Processes that compute one model together, and what they tell each other at each call of a module.
 
 A call of a module takes all ranks, and as many calls of its layer as the rank with the most tokens needs. So before it
-every rank tells which module it calls and how many calls it needs itself, by a word in shared memory. Whoever waits
-there gives up after a deadline; ranks that call different modules are told so.
+every rank tells which module it calls, whether forward or backward, and how many calls it needs itself, by a word in
+shared memory. Whoever waits there gives up after a deadline; ranks that call different modules are told so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from reference.arrays import Array
+
 from ..errors import FlashMoEError
 from ..heap.mpi import MpiHeap
 from ..layer.arguments import DEADLINE_S, communicator
@@ -28,8 +30,12 @@ from ..processes.ownership import Owned
 LEFT = 2
 NUM_WORDS = 3
 ROUND_SHIFT, WHAT_SHIFT, MOST = 32, 16, (1 << 16) - 1
-DONE, RELEASING = MOST, MOST - 1  # in place of a module's number
+KIND_SHIFT, MOST_CALLS = 14, (1 << 14) - 1
+FORWARD, KEPT_FORWARD, BACKWARD = range(3)  # kinds of a module's call
+KINDS = ("", " for a backward", " backward")
+DONE, RELEASING, ADDING = MOST, MOST - 1, MOST - 2  # in place of a module's number
 LAST_ROUND = 2**31 - 1
+ROOM = 1 << 18  # bytes of a rank that others may read in a round
 SPINS, LONGEST_NAP_S = 20, 1e-3
 MISSING = "every rank must call the same modules equally often (see flashmoe_numba.torch.join)"
 Member = tuple[Callable[[], nn.Module | None], Sequence[str], str]
@@ -53,8 +59,9 @@ class Ranks(Owned):
         self.over: str | None = None
         self.num_topk: dict[int, int | None] = {}  # of modules by number, where a routing comes with each call
         self._heap = MpiHeap(communicator(comm, process_group), SETUP_DEADLINE_S)
-        self._heap.allocate(8 * NUM_WORDS)
-        self._words = [segment.view(np.int64) for segment in self._heap.segments]
+        self._heap.allocate(8 * NUM_WORDS + 2 * ROOM)
+        self._words = [segment[: 8 * NUM_WORDS].view(np.int64) for segment in self._heap.segments]
+        self._rooms = [segment[8 * NUM_WORDS :].reshape(2, ROOM) for segment in self._heap.segments]
         self.num_ranks, self.rank_idx = self._heap.num_ranks, self._heap.rank_indices[0]
         self._round = 0
         self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -71,8 +78,8 @@ class Ranks(Owned):
             paths, description: of the module, as `ownership.operands` takes them.
         """
         if module not in self._numbers:
-            if len(self._members) == RELEASING:
-                raise FlashMoEError(f"these ranks have had {RELEASING} modules, which is the most: use other ones")
+            if len(self._members) == ADDING:
+                raise FlashMoEError(f"these ranks have had {ADDING} modules, which is the most: use other ones")
             self._numbers[module] = len(self._members)
             self._members.append((weakref.ref(module), paths, description))
         return self._numbers[module]
@@ -90,34 +97,47 @@ class Ranks(Owned):
             raise FlashMoEError(f"{rule}: with register() call the model once on every rank before")
         return module, paths, description
 
+    def member_of(self, module: nn.Module) -> tuple[Sequence[str], str] | None:
+        """(paths, description) of a module; None: it is none of these ranks'."""
+        if module not in self._numbers:
+            return None
+        _, paths, description = self._members[self._numbers[module]]
+        return paths, description
+
     @contextmanager
-    def call(self, module: int, num_calls: int) -> Iterator[int]:
+    def call(self, module: int, num_calls: int, kind: int = FORWARD) -> Iterator[int]:
         """A call of a module by number, of which this rank's tokens need so many calls of a layer: those that it takes.
 
-        Raises:
-            FlashMoEError: a rank is missing, or calls another module. Nothing is computed with these ranks any more.
-        """
-        with self.calling:
-            told = self._tell(module, num_calls)
-            others = {rank: what for rank, (what, _) in enumerate(told) if what not in (module, DONE)}
-            if others:
-                rank, what = next(iter(others.items()))
-                whats = {RELEASING: "releases layers"}
-                does = f"rank {rank} {whats.get(what, f'calls module {what} of these ranks')}"
-                self._give_up(f"rank {self.rank_idx} calls module {module} of these ranks, {does}: {MISSING}")
-            yield max(number for _, number in told)
+        Args:
+            kind: of KINDS, by index.
 
-    def next_of_others(self) -> tuple[int, int] | None:
-        """This rank is done: (module's number, calls of its layer) that the others make next; None: all are done.
+        Raises:
+            FlashMoEError: a rank is missing, or calls another module, or in another way. Nothing is computed with these
+                ranks any more.
+        """
+        if num_calls > MOST_CALLS:
+            raise FlashMoEError(f"at most {MOST_CALLS} calls for one of a module, got {num_calls}")
+        with self.calling:
+            told = self._tell(module, kind << KIND_SHIFT | num_calls)
+            for rank, (what, number) in enumerate(told):
+                if (what, number >> KIND_SHIFT) not in ((module, kind), *([(DONE, 0)] if kind == FORWARD else [])):
+                    ours, theirs = _does(module, kind), _does(what, number >> KIND_SHIFT)
+                    self._give_up(f"rank {self.rank_idx} {ours}, rank {rank} {theirs}: {MISSING}")
+            yield max(number & MOST_CALLS for _, number in told)
+
+    def next_of_others(self) -> tuple[int, int, int] | None:
+        """This rank is done: (module's number, calls of its layer, their kind) that the others make next; None: all are
+        done.
 
         Raises:
             FlashMoEError: as `call` does.
         """
         with self.calling:
             told = self._tell(DONE, 0)
-        calls = [(what, number) for what, number in told if what != DONE]
-        if len({what for what, _ in calls}) > 1:
-            self._give_up(f"ranks call different modules of these ranks, {sorted(calls)}: {MISSING}")
+        calls = [(what, number & MOST_CALLS, number >> KIND_SHIFT) for what, number in told if what != DONE]
+        if len({(what, kind) for what, _, kind in calls}) > 1:
+            does = ", ".join(sorted({_does(what, kind) for what, _, kind in calls}))
+            self._give_up(f"ranks differ, one of them {does}: {MISSING}")
         return max(calls) if calls else None
 
     def all_can_release(self, unused: bool) -> bool:
@@ -127,6 +147,24 @@ class Ranks(Owned):
         if any(what != RELEASING for what, _ in told):
             self._give_up(f"rank {self.rank_idx} releases layers, and another rank does not: {MISSING}")
         return all(number for _, number in told)
+
+    def exchange(self, mine: Array | None, count: int, dtype: Any) -> list[Array | None]:
+        """What each rank brings to this round, `[count]` numbers of a type in at most ROOM bytes, or None.
+
+        They are theirs, and may change from the next round but one on.
+
+        Raises:
+            FlashMoEError: a rank is missing, or does something else.
+        """
+        with self.calling:
+            half = (self._round + 1) % 2
+            rooms = [room[half, : count * np.dtype(dtype).itemsize].view(dtype) for room in self._rooms]
+            if mine is not None:
+                rooms[self.rank_idx][:] = mine
+            told = self._tell(ADDING, int(mine is not None))
+        if any(what != ADDING for what, _ in told):
+            self._give_up(f"rank {self.rank_idx} adds up gradients, and another rank does not: {MISSING}")
+        return [room if there else None for room, (_, there) in zip(rooms, told, strict=True)]
 
     def end(self, error: BaseException | str) -> None:
         """Nothing more is computed with these ranks, and the others shall know."""
@@ -145,8 +183,10 @@ class Ranks(Owned):
     def _tell(self, what: int, number: int) -> list[tuple[int, int]]:
         """What every rank tells in this round, once all have come to it."""
         self._raise_if_over()
-        if number > MOST or self._round == LAST_ROUND:
-            raise FlashMoEError(f"at most {MOST} calls for one of a module, and {LAST_ROUND} of modules, got {number}")
+        if self._round == LAST_ROUND:
+            raise FlashMoEError(
+                f"at most {LAST_ROUND} calls of modules of these ranks, which are made: make other ranks"
+            )
         self._round += 1
         slot = self._round % LEFT
         self._words[self.rank_idx][slot] = self._round << ROUND_SHIFT | what << WHAT_SHIFT | number
@@ -171,3 +211,9 @@ class Ranks(Owned):
         if waited_s > DEADLINE_S:
             ranks = f"rank {', '.join(map(str, late))} did not come within {DEADLINE_S:g} s"
             self._give_up(f"{me}{ranks}: {MISSING}, or it was late, or is gone")
+
+
+def _does(what: int, kind: int) -> str:
+    """What a rank does that has told this."""
+    others = {RELEASING: "releases layers", DONE: "has left join()", ADDING: "adds up gradients"}
+    return others.get(what, f"calls module {what} of these ranks{KINDS[kind]}")

@@ -21,7 +21,7 @@ from ..errors import FlashMoEError
 from ..heap.tensors import as_array
 from ..layer.layer import FlashMoE
 from ..layer.packed import PackedWeights
-from .description import TICKET, config_of, read, views
+from .description import TICKET, TRAINING, config_of, read, views
 from .ranks import Ranks
 
 Place = tuple[str, int | None, tuple[int, ...]]  # description, num_topk, addresses
@@ -54,7 +54,7 @@ class Session:
 
     def __init__(self) -> None:
         self._entries: dict[Place, Entry] = {}
-        self._shared: dict[tuple[MoEConfig, str, str | None], Shared] = {}
+        self._shared: dict[tuple[MoEConfig, str, str | None, str | None], Shared] = {}
         self._ranks: dict[str, Ranks] = {}
         self._lock = threading.RLock()
 
@@ -129,12 +129,13 @@ class Session:
         ranks = self.ranks_of(fields)
         config = config_of(fields, tensors, num_topk, 1 if ranks is None else ranks.num_ranks)
         device = tensors["up_proj"].device
-        weights, key = as_weights(tensors, config, ranks), (config, str(device), fields.get("ranks"))
+        save: str | None = fields.get(TRAINING)
+        weights, key = as_weights(tensors, config, ranks), (config, str(device), fields.get("ranks"), save)
         self.release()
         shared = self._shared.get(key)
         if shared is None:
             self.release(ranks)  # all ranks are here
-            shared = self._shared[key] = Shared(_make_layer(config, weights, device, ranks), ranks)
+            shared = self._shared[key] = Shared(_make_layer(config, weights, device, ranks, save), ranks)
             return Entry(shared, shared.layer.packed, ())
         if not shared.spare:
             return Entry(shared, shared.layer.pack(weights), ())
@@ -210,8 +211,10 @@ def as_weights(tensors: dict[str, torch.Tensor], config: MoEConfig, ranks: Ranks
     return Weights(num_zero=config.num_zero, first_expert=first, **arrays)
 
 
-def _make_layer(config: MoEConfig, weights: Weights, device: torch.device, ranks: Ranks | None) -> FlashMoE:
-    given = {} if ranks is None else ranks.given
+def _make_layer(
+    config: MoEConfig, weights: Weights, device: torch.device, ranks: Ranks | None, save: str | None
+) -> FlashMoE:
+    given: dict[str, Any] = {"save": save, **({} if ranks is None else ranks.given)}
     if device.type == "cpu":
         return FlashMoE(config, weights, **given)
     if device.type == "cuda":

@@ -113,6 +113,7 @@ def add_rows(p, tokens, segments, experts, back, scratch, token_block):
     rows = min(p.token_block, p.num_tokens - first)
     by_router = not p.routed and not p.has_logits
     width = min(part_columns(back.dx, segments.result, hidden), part_columns(back.dx, back.router_rows, hidden))
+    width = min(width, part_columns(back.dx, back.dy, hidden))
     parts = (hidden + width - 1) // width
     for i in range(lane(), rows * parts, lanes()):
         token, column = first + i // parts, i % parts * width
@@ -127,7 +128,7 @@ def add_rows(p, tokens, segments, experts, back, scratch, token_block):
                     add_part(sums, columns, segments.result, (e * slots + slot) * hidden + column, factor)
             elif weight != 0 and p.adds_input and e >= p.num_experts:
                 add_part(sums, columns, back.dy, token * hidden + column, weight)
-        if p.shared_ffn > 0:
+        if p.shared_ffn > 0 and tokens.shared_factors[token] != 0:
             add_part(sums, columns, tokens.shared_results, token * hidden + column, one)
             if p.shared_gate:
                 add_part(sums, columns, back.shared_gate, column, back.gate_gradients[token])

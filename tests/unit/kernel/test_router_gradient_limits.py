@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import numba
 import numpy as np
 import pytest
 from cases import assert_same_bits
-from routed import KINDS, TARGETS, Router, make_case
+from routed import KINDS, TARGETS, Router, make_case, route_all_back
 
 from reference import RouterKind
 from reference.router_gradients import router_backward
@@ -114,6 +115,36 @@ def test_a_norm_has_a_gradient_from_its_least_value_on(least, target):
     got, _ = router.back(logits, *router.route(logits), np.array([[3.0, 0, 0]]), target)
     expected = [1 / 3, -1 / 6, -1 / 6] if least <= 1.5 else [3 / 4 / least, 0, 0]
     np.testing.assert_allclose(got[0, :3], expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_layer_of_one_expert(target):
+    router = Router(RouterKind(score="sigmoid", logit_bias=True, expert_scale=True), num_topk=1, chosen_from=1)
+    logits, topk_idx, topk_weights, gradients = make_case(router)
+    got, scales = router.back(logits, topk_idx, topk_weights, gradients, target)
+    expected, arrays = router_backward(logits, topk_idx, gradients.astype(float), router.weights, router.config)
+    np.testing.assert_allclose(got, expected, rtol=1e-13)
+    np.testing.assert_allclose(scales, arrays["expert_scale"], rtol=1e-13)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_scale_of_zero_has_no_gradient(target):
+    """Its weight is 0, which has none; that of another token is 1."""
+    router = Router(KINDS["gemma4"], num_topk=1, chosen_from=2)
+    router.rule = router.rule._replace(expert_scale=np.array([0.0, 1.0]))
+    logits = np.array([[2.0, 1.0], [1.0, 2.0]])
+    topk_idx, topk_weights = router.route(logits)
+    np.testing.assert_array_equal(topk_weights, [[0], [1]])
+    _, scales = router.back(logits, topk_idx, topk_weights, np.array([[0], [0.7]]), target)
+    np.testing.assert_array_equal(scales, [0, 0.7])
+
+
+def test_no_float32_is_widened():
+    router = Router(KINDS["everything"], np.float32)
+    router.back(*make_case(router), "compiled")
+    for types, made in route_all_back.overloads.items():
+        if types[-1].dtype == numba.float32:
+            assert "fpext" not in made.library.get_llvm_str()
 
 
 @pytest.mark.parametrize("num_lanes", [1, 2, 5])
