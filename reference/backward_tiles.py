@@ -74,7 +74,8 @@ def _expert_weights(
     for task in graph:
         if task.kind == GEMM0:
             needs.setdefault((task.rank, task.expert), []).append(task)
-    ups, found = config.ffn * config.expert_kind.num_ups, {}
+    ups = config.ffn * config.expert_kind.num_ups
+    found: dict[Task, list[Task]] = {}
     for (rank, expert), products in needs.items():
         dispatches = [Task(DISPATCHED, source, rank, expert) for source in range(len(packets))]
         for matrix, shape in ((UP, (ups, config.hidden)), (DOWN, (config.hidden, config.ffn))):

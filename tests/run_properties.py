@@ -167,6 +167,7 @@ def _wanted_counters(run, num_tokens, num_tiles, num_rows):
         "PACKETS_SEEN": c.num_experts,
         "GEMM_TASKS": gemms,
         "HIDDEN_ROWS": num_rows,
+        "KEPT_ROWS": 0,  # of calls that have no backward
         "TOTAL": total + 1,
     }
 

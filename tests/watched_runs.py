@@ -9,6 +9,7 @@ from cuts import IDLE, LAST, Cuts
 from flashmoe_numba.explore.run.memory import STORES
 from flashmoe_numba.explore.search import Explorer
 from flashmoe_numba.kernel.queue import TASK_WORDS
+from flashmoe_numba.kernel.signals import ROWS_MASK
 from reference import make_packets, tile_height
 
 
@@ -81,7 +82,7 @@ class Story:
         """`[rows, hidden]` that lie where the flag says, now."""
         c, segments = self.config, self.world.ranks[owner].segments
         region = getattr(segments, kind).view(c.numpy_dtype).reshape(c.num_experts, c.slots, c.hidden)
-        num_rows = word & 0xFFFFFFFF
+        num_rows = word & ROWS_MASK
         if kind == "dispatch":
             return region[i, :num_rows].copy()
         e, m = divmod(i, self.world.ranks[owner].layout.row_blocks)

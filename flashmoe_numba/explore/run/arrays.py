@@ -18,7 +18,7 @@ from reference.sizes import max_tasks
 
 from ...backends.protocols import Arguments
 from ...heap.back import Transposed, pack_transposed, zero_gradients
-from ...heap.kept import Kept
+from ...heap.kept import Keeping, Kept
 from ...heap.rank import Rank
 from ...kernel.backward.state import WeightGradients
 from ...kernel.grid import RankArguments
@@ -81,10 +81,10 @@ class Arrays:
             self._watch(rank_idx, f"scratch.sums of block {block}", room.scratch.sums)
         return rank
 
-    def _watch_all(self, rank_idx: int, group: str, arrays: Mapping[str, Any], call: int | None = None) -> None:
+    def _watch_all(self, rank_idx: int, group: str, arrays: Mapping[str, Any], of: str = "") -> None:
         for name, array in arrays.items():
             if isinstance(array, np.ndarray) and id(array) not in self.regions:
-                self._watch(rank_idx, f"{group}.{name}" + (f" of call {call}" if call else ""), array)
+                self._watch(rank_idx, f"{group}.{name}" + (f" of {of}" if of else ""), array)
 
     def _watch(self, rank_idx: int, name: str, array: np.ndarray) -> None:
         group, _, what = name.partition(".")
@@ -116,11 +116,17 @@ class Arrays:
             for call in range(1, self.spec.epochs + 1):
                 _, arguments = self.begin_call(rank, call, 0, kept)
                 if call in kept:
-                    room = kept[call].arrays
-                    self.backend.note_filled(room.tokens["x"])
-                    self._watch_all(rank.rank_idx, "kept", room.tokens | room.received, call)
+                    own = kept[call].arrays
+                    self.backend.note_filled(own.tokens["x"])
+                    self._watch_all(rank.rank_idx, "kept", own.tokens | own.received, f"room {call}")
                 if not isinstance(arguments, RankArguments):
-                    self._watch_all(rank.rank_idx, "back", arguments.back._asdict(), call)
+                    self._watch_all(rank.rank_idx, "back", arguments.back._asdict(), f"call {call}")
+
+    def begin_run(self) -> None:
+        """No call is kept yet."""
+        for rank in self.ranks:
+            if rank.save is not None:
+                rank.keeping = Keeping(rank.config, rank.save, self.backend, rank.tokens)
 
     def begin_call(self, rank: Rank, call: int, deadline: int, kept: dict[int, Kept]) -> tuple[Any, Arguments]:
         """(what the call returns, what its blocks are given): a forward or a backward, as the world has it.
@@ -138,12 +144,14 @@ class Arrays:
                 kept[call] = rank.kept
             return begun
         own = self._transposed[rank.rank_idx], self.gradients[rank.rank_idx]
+        assert rank.keeping is not None, "its layer has a backward"
+        rank.keeping.give_back(kept[forward])  # for the next forward
         return rank.call_back(tokens, None, kept[forward], forward, call, deadline, rank.experts, *own)
 
     def watched(self, value: Any) -> Any:
         """Kernel arguments with regions for arrays; sizes, and weights, which nobody writes, stay as they are."""
         if isinstance(value, np.ndarray):
-            return self.regions[id(value)]
+            return self.regions.get(id(value)) or self.memory.at(value.ctypes.data, value.size)  # a part of a room
         if isinstance(value, tuple) and not isinstance(value, Experts | Problem | Panels):
             parts = [self.watched(part) for part in value]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)

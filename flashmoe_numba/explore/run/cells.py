@@ -51,7 +51,7 @@ CONTROL = {
 
 def split_name(array: str) -> tuple[int | None, str]:
     """(rank, name without group) of an array: (1, "dispatch_flag") of "rank 1 segments.dispatch_flag"."""
-    named = re.fullmatch(r"rank (\d+) (?:\w+\.)?(.+?)(?: of (?:block|call) \d+)?", array)
+    named = re.fullmatch(r"rank (\d+) (?:\w+\.)?(.+?)(?: of (?:block|call|room) \d+)?", array)
     return (int(named[1]), named[2]) if named else (None, array)
 
 

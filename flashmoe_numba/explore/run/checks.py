@@ -32,7 +32,7 @@ class Checker:
         self.world = world
         self._right: dict[int, list[Call]] = {}  # by call: of all ranks, found to be right
         self._packets: dict[int, list[Packets]] = {}  # the same
-        self._counts = Counts(world.spec.config, world.spec.packing)
+        self._counts = Counts(world.spec.config)
         self._reference = Reference(world)
         rows = world.weights.router
         self._twins = [{low for low in range(e) if np.array_equal(rows[low], rows[e])} for e in range(len(rows))]
@@ -41,7 +41,7 @@ class Checker:
         """Everything that is wrong with a run; the memory's reports are among them."""
         reports = list(run.reports)
         with np.errstate(over="ignore", invalid="ignore"):  # as in the kernel: wrong numbers are a report, no warning
-            for epoch in range(1, min(map(len, run.calls)) + 1):
+            for epoch in range(1, self._ended(run) + 1):
                 calls = [calls[epoch - 1] for calls in run.calls]
                 if epoch in self._right:
                     reports += self._differences(epoch, calls)
@@ -50,6 +50,11 @@ class Checker:
                     before = [own[forward - 1] for own in run.calls] if forward else []
                     reports += self._judge_backward(epoch, calls, before) if forward else self._judge(epoch, calls)
         return reports
+
+    def _ended(self, run: Run[Any]) -> int:
+        """Calls that ended on all ranks, and were the same there."""
+        spec = self.world.spec
+        return min(min(map(len, run.calls)), spec.epochs - 1 if spec.astray else spec.epochs)
 
     def _forward_of(self, epoch: int) -> int:
         """The forward that a call which ended is the backward of, or 0: no rank of it was astray."""
@@ -124,9 +129,9 @@ class Checker:
 
     def _miscounts(self, epoch: int, calls: Sequence[Call], packets: Sequence[Packets]) -> Iterator[Report]:
         """Row tiles that may not be, or tasks that are not those of these tiles."""
-        forward = self._forward_of(epoch)
-        routed = [given is not None for given in self.world.data[(forward or epoch) - 1][1]]
-        yield from self._counts.wrong(epoch, calls, packets, routed, is_backward=forward > 0)
+        forward, packing = self._forward_of(epoch), self.world.spec.packing
+        routed = None not in self.world.data[forward - 1][1] if forward else None
+        yield from self._counts.wrong(epoch, calls, packets, packing, routed)
 
     def _illegal_experts(self, case: str, call: Call, given: Routing | None) -> Iterator[Report]:
         """The first token whose experts are not distinct ones of the layer; no choice (-1) may be given only."""

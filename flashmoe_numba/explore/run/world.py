@@ -66,6 +66,7 @@ class WatchedWorld(Arrays):
         self.memory.begin(with_places, late_seed)
         for region, content in self._first:
             region.array[:] = content
+        self.begin_run()
         quiet_polls = QUIET_POLLS + 2 * (self.spec.deadline or 0)  # a poll takes a switch: time enough to give up
         scheduler = Scheduler(max_switches=MAX_SWITCHES, strategy=strategy, quiet_polls=quiet_polls)
         groups = [self.ranks] if self.table else [[rank] for rank in self.ranks]

@@ -210,7 +210,9 @@ def test_words():
     assert word("rank 1 segments.dispatch_flag", 0) is None
     assert value_of("rank 1 segments.result_flag", (3 << 32) | 4) == "(call 3, 4 rows)"
     assert value_of("rank 1 queue.counters", 4) == "4"
-    assert word("rank 1 queue.counters", 8 * 16 + 17) == "TAIL + 1"
+    assert word("rank 1 queue.counters", 9 * 16 + 17) == "TAIL + 1"
+    assert word("rank 1 queue.counters", 7 * 16) == "KEPT_ROWS"
+    assert value_of("rank 1 segments.dispatch_flag", (3 << 32) | (2 << 24) | 4) == "(call 3, a backward, 4 rows)"
 
 
 def test_the_last_lines_and_all_marked_ones_are_shown():
