@@ -169,8 +169,8 @@ def zero_gradients(
     return WeightGradients(**{name: memory.zeros(size, c.accumulator) for name, size in sizes.items()})
 
 
-def num_weight_tasks(config: MoEConfig, gradients: WeightGradients, kept: Kept) -> dict[str, int]:
-    """How many tasks make the gradients that are wanted, as `Problem` has it."""
+def num_weight_tasks(config: MoEConfig, gradients: WeightGradients, kept: Kept) -> dict[str, Any]:
+    """How many tasks make the gradients that are wanted: fields of `Problem`."""
     has_tokens, shapes = kept.num_tokens > 0, gradient_shapes(config)
     router = gradients.router.size > 0 and has_tokens and not (kept.routed or kept.has_logits)
     return {

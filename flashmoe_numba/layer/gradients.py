@@ -29,7 +29,8 @@ class Gradients:
         logits: `[num_tokens, num_choices]`, likewise, of the logits as the product with the router makes them, or as
             they were given; None where topk_weights were given.
         weights: of this rank's experts, and of the router and the shared expert by way of this rank's tokens: `Weights`
-            whose arrays are in the type of sums; without experts, where these are frozen. `FlashMoE.backward(..., into=gradients)` goes on with these sums.
+            whose arrays are in the type of sums; without experts, where these are frozen.
+            `FlashMoE.backward(..., into=gradients)` goes on with these sums.
         arrays: the sums as the kernel has them.
     """
 
@@ -64,12 +65,12 @@ def make_gradients(
 ) -> Gradients:
     """Of what each rank here returned: (dx, gradients of weights of pairs, of logits)."""
     host = parts.backend.to_host
-    dxs, pairs, logits = zip(*found, strict=True)
+    dxs, pairs, logits = map(list, zip(*found, strict=True))
+    pairs, logits = [host(part) for part in pairs], [None if part is None else host(part) for part in logits]
     weights = _weights(parts, packed, arrays)
-    fields = [host(part) for part in pairs], [None if part is None else host(part) for part in logits], weights
     if parts.all_here:
-        return Gradients(like_given(dy, parts.backend.join(dy, list(dxs))), *fields, arrays)
-    return Gradients(like_given(dy, dxs[0]), *(field[0] for field in fields), arrays)
+        return Gradients(like_given(dy, parts.backend.join(dy, dxs)), pairs, logits, weights, arrays)
+    return Gradients(like_given(dy, dxs[0]), pairs[0], logits[0], weights[0], arrays)
 
 
 def no_gradients(parts: Parts, packed: PackedWeights, arrays: Sequence[WeightGradients]) -> Gradients:

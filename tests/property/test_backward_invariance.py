@@ -57,9 +57,7 @@ def assert_same_gradients(got, expected, case):
 @given(
     dropless_layers(max_hidden=33),
     st.lists(
-        st.tuples(
-            st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.sampled_from(PACKINGS), st.sampled_from(SAVES)
-        ),
+        st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.sampled_from(PACKINGS), st.sampled_from(SAVES)),
         min_size=2,
         max_size=4,
     ),
