@@ -9,8 +9,8 @@ may, whom it names, and what hosts read of it. `checks` judge a run, with `count
 `choose/` is who goes next: `strategies` by seed, `schedules` that are given, or `choice_tree` all of them, by
 `source_sets`.
 
-`worlds` have names, those of `backward_worlds` among them, and `plants` are bugs put in on purpose. `search` makes many runs on all cores, `exhaustive` all
-there are, and `hunt` those that it takes to find a plant.
+`worlds` have names, those of `backward_worlds` among them, and `plants` are bugs put in on purpose. `search` makes many
+runs on all cores, `exhaustive` all there are, and `hunt` those that it takes to find a plant.
 
 `tell/` is what becomes of a run that fails: `history` and `telling` say what happened; `shrink` makes it small, by
 `ddmin`; and `cases` keep it in a file.
