@@ -13,12 +13,13 @@ from .layer import moe_layer
 from .layer_kinds import ExpertKind, RouterKind
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
 from .packets import Packets, make_packets
-from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
+from .plan import Plan, make_plan
 from .presets import load_preset, preset_names, read_preset
 from .router_bounds import RouterBounds, router_tolerance
 from .routers import Routing, external_routing, route, softmax_topk
 from .routing_check import check_routing
 from .runs import RowRun, RowTile
+from .sizes import hidden_rows, max_row_blocks, max_tasks
 from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, SHARED0, SHARED1
 from .tiled_layer import TiledLayer
 from .tiles import Task, task_graph, tiles_n0, tiles_n1

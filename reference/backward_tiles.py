@@ -34,6 +34,7 @@ from .tiles import Task, Tiling, task_graph
 
 UP, DOWN, GATED = range(3)
 Tile = tuple[int, int]  # rows and columns
+GRADIENT_TILE = (256, 256)  # of the gradient of a matrix, as kernels have it (tile_gemm/gradients.py)
 
 
 def backward_task_graph(
@@ -42,7 +43,7 @@ def backward_task_graph(
     tiles: Tiling | None = None,
     *,
     routed: bool = False,
-    gradient_tile: Tile = (256, 256),
+    gradient_tile: Tile = GRADIENT_TILE,
 ) -> dict[Task, list[Task]]:
     """Every task of a backward with the tasks it waits for.
 
@@ -73,7 +74,8 @@ def _expert_weights(
     for task in graph:
         if task.kind == GEMM0:
             needs.setdefault((task.rank, task.expert), []).append(task)
-    ups, found = config.ffn * config.expert_kind.num_ups, {}
+    ups = config.ffn * config.expert_kind.num_ups
+    found: dict[Task, list[Task]] = {}
     for (rank, expert), products in needs.items():
         dispatches = [Task(DISPATCHED, source, rank, expert) for source in range(len(packets))]
         for matrix, shape in ((UP, (ups, config.hidden)), (DOWN, (config.hidden, config.ffn))):

@@ -7,6 +7,7 @@ from cases import random_tokens
 
 from flashmoe_numba import FlashMoE
 from reference.backward import moe_layer_backward
+from reference.gradient_bounds import gradient_tolerance
 
 RELATIVE = 2e-12  # of float64, beside the largest number of an array: sums of some hundred terms of mixed signs
 REPLICATED = ("router", "router_bias", "expert_scale", "selection_bias")
@@ -31,12 +32,21 @@ def is_replicated(name):
     return name in REPLICATED or name.startswith("shared_")
 
 
-def gradients_of(world, save, data_seed, accumulate=False, **settings):
-    """(Call, (x, what was given)) of each call of a world; all are kept before any has its backward."""
+def gradients_of(world, save, data_seed, accumulate=False, outside=False, **settings):
+    """(Call, (x, what was given)) of each call of a world; all are kept before any has its backward.
+
+    Args:
+        outside: every routing is given, the router's own too, once it is known.
+    """
     draw = np.random.default_rng(data_seed)
     calls, kept, sums = list(world.calls()), [], None
     with FlashMoE(world.config, world.weights, num_processors=world.num_processors, save=save, **settings) as layer:
-        for x, given in calls:
+        for i, (x, given) in enumerate(calls):
+            if outside:
+                layer(x, **given)
+                idx, factors = zip(*((r.topk_idx, r.topk_weights) for r in layer.routing), strict=True)
+                given = {"topk_idx": list(idx), "topk_weights": list(factors)}
+                calls[i] = x, given
             _, saved = layer.forward(x, **given)
             kept.append((saved, layer.routing))
         for i in draw.permutation(len(calls)).tolist():
@@ -76,6 +86,30 @@ def assert_weights_equal(case, of_ranks, right, config):
         else:
             assert_close(f"{case}: {name}", np.concatenate([arrays[name] for arrays in found]), wanted[name])
             assert all(len(arrays[name]) == here for arrays in found)
+
+
+def assert_within_bounds(call, x, weights, config):
+    """In any type, each element by the bound of `gradient_tolerance`, for the routing that was given."""
+    idx, factors = [r.topk_idx for r in call.routings], [r.topk_weights for r in call.routings]
+    right = moe_layer_backward(x, call.dy, weights, config, idx, factors)
+    bound = gradient_tolerance(x, call.dy, weights, config, idx, factors)
+    found = call.gradients
+    for rank in range(config.num_ranks):
+        for name in ("x", "topk_weights"):
+            parts = (getattr(gradients, name)[rank] for gradients in (found, right, bound))
+            assert_within(f"{config}: {name}[{rank}]", *parts)
+    arrays, wanted, most = [arrays_of(of_rank) for of_rank in found.weights], arrays_of(right.weights), arrays_of(bound.weights)
+    for name in arrays[0]:
+        join = sum if is_replicated(name) else np.concatenate
+        assert_within(f"{config}: {name}", join([a[name].astype(np.float64) for a in arrays]), wanted[name], most[name])
+
+
+def assert_within(case, got, wanted, bound):
+    with np.errstate(invalid="ignore"):
+        error = np.abs(got.astype(np.float64) - wanted)
+    if not (error <= bound).all():
+        at = np.unravel_index(np.argmax(error - bound), error.shape)
+        raise AssertionError(f"{case}: {got[at]!r} at {at}, wanted {wanted[at]!r} +- {bound[at]:.1e}")
 
 
 def assert_close(case, got, wanted):

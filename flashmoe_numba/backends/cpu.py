@@ -21,7 +21,7 @@ from ..processes.cores import count_cores
 from ..tile_gemm import Panels, Scratch, pack_matrices, unpack_matrices
 from ..tile_gemm.arithmetic import ARITHMETICS, AUTO, PAIRED_DTYPE, choose
 from ..tile_gemm.cpu import ROW_STEP, panel_width
-from ..tile_gemm.cpu_gradients import ROW_BUFFERS, scratch_elements
+from ..tile_gemm.cpu_gradients import ROW_BUFFERS, gradient_elements
 from ..tile_gemm.micro_kernel import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE
 from ..tile_gemm.packing import fill_compiled
 from .host import BACKWARD, FORWARD, Block, HostBackend
@@ -69,9 +69,9 @@ class CpuBackend(HostBackend):
         width = panel_width(config.accumulator)
         padded = [-(-columns // width) * width for columns in (config.tile_ffn, config.tile_n)]
         columns = max(config.expert_kind.num_ups * padded[0], padded[1])
-        copied, sums = scratch_elements(config.accumulator)
-        copied = max(copied, max(rows, min(rows, max(MICRO_ROWS, ROW_STEP)) * blocks) * ROW_STRIDE)
-        sums = max(sums, rows * columns + ROW_BUFFERS * max(padded), config.hidden)
+        copied = max(rows, min(rows, max(MICRO_ROWS, ROW_STEP)) * blocks) * ROW_STRIDE
+        backward = max((rows + ROW_BUFFERS) * max(padded), gradient_elements(config.accumulator))
+        sums = max(rows * columns, config.hidden, backward)
         return Scratch(np.empty(copied, config.accumulator), np.empty(sums, config.accumulator))
 
     def compile(self, block: Block, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from reference import ACTIVATIONS, DTYPES, MoEConfig, load_preset, preset_names
 from reference.config import expert_capacity
 from reference.families import read_family
-from reference.plan import weight_bytes
+from reference.sizes import weight_bytes
 
 from ..checkpoints import read_config
 from ..errors import UsageError

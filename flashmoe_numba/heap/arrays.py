@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from reference import Layout, MoEConfig
-from reference.plan import hidden_rows, max_tasks
+from reference.sizes import hidden_rows, max_tasks
 
 from ..kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
 from ..kernel.row_tiles import STREAM_WORDS, TILE_WORDS

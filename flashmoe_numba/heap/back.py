@@ -8,11 +8,11 @@ import numpy as np
 
 from reference import MoEConfig, Weights
 from reference.arrays import Array
-from reference.plan import hidden_rows
+from reference.backward_plan import gradient_shapes, gradient_tiles
+from reference.sizes import hidden_rows
 from reference.tiles import shared_tiles_n0, tiles_n0
 
 from ..kernel.backward.state import Back, WeightGradients
-from ..tile_gemm import GRADIENT_COLUMNS, GRADIENT_ROWS
 from .kept import Kept
 from .protocols import Memory
 
@@ -171,33 +171,10 @@ def zero_gradients(
 
 def num_weight_tasks(config: MoEConfig, gradients: WeightGradients, kept: Kept) -> dict[str, int]:
     """How many tasks make the gradients that are wanted, as `Problem` has it."""
-    c, has_tokens = config, kept.num_tokens > 0
-    sizes = _sizes(c)
-    wanted = {
-        "weight_tasks": gradients.up.size > 0,
-        "router_weight_tasks": gradients.router.size > 0 and has_tokens and not (kept.routed or kept.has_logits),
-        "shared_weight_tasks": gradients.shared_up.size > 0 and has_tokens,
-    }
-    return {name: sum(_tiles(*size) for size in sizes[name]) if want else 0 for name, want in wanted.items()}
-
-
-def max_weight_tasks(config: MoEConfig) -> int:
-    """Most tasks of one backward of a rank, beside those that a forward has, too."""
-    sizes = _sizes(config)
-    experts = config.num_experts_per_rank * sum(_tiles(*size) for size in sizes["weight_tasks"])
-    return experts + sum(_tiles(*size) for name in list(sizes)[1:] for size in sizes[name])
-
-
-def _sizes(c: MoEConfig) -> dict[str, list[tuple[int, int]]]:
-    """Of the matrices whose gradients the tasks of each name make."""
-    ups, shared_ups = c.expert_kind.num_ups * c.ffn, c.shared_kind.num_ups * c.shared_ffn
-    shared = [(shared_ups, c.hidden), (c.hidden, c.shared_ffn), *[(1, c.hidden)] * c.shared_gate]
+    has_tokens, shapes = kept.num_tokens > 0, gradient_shapes(config)
+    router = gradients.router.size > 0 and has_tokens and not (kept.routed or kept.has_logits)
     return {
-        "weight_tasks": [(ups, c.hidden), (c.hidden, c.ffn)],
-        "router_weight_tasks": [(c.num_choices, c.hidden)],
-        "shared_weight_tasks": shared if c.shared_ffn else [],
+        "weight_tasks": (gradients.up.size > 0) * gradient_tiles(shapes["expert"]),
+        "router_weight_tasks": router * gradient_tiles(shapes["router"]),
+        "shared_weight_tasks": (gradients.shared_up.size > 0 and has_tokens) * gradient_tiles(shapes["shared"]),
     }
-
-
-def _tiles(rows: int, columns: int) -> int:
-    return -(-rows // GRADIENT_ROWS) * -(-columns // GRADIENT_COLUMNS)

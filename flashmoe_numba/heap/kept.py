@@ -8,7 +8,8 @@ import numpy as np
 
 from reference import MoEConfig
 from reference.arrays import Array
-from reference.plan import hidden_rows, kept_bytes
+from reference.backward_plan import kept_bytes
+from reference.sizes import hidden_rows
 
 from ..kernel.state import Received, Tokens
 from .protocols import Memory

@@ -11,6 +11,7 @@ import numpy as np
 
 from reference import MoEConfig, Routing, Weights
 from reference.arrays import Array
+from reference.backward_plan import max_weight_tasks
 from reference.runs import RowTile
 
 from ..kernel.backward.arguments import BackwardArguments
@@ -20,7 +21,7 @@ from ..kernel.signals import backward_of
 from ..kernel.state import Experts, Problem, Received, Segments, Tokens
 from ..processes.ownership import Owned
 from .arrays import make_queue, make_received, make_segments, make_tokens, make_traces
-from .back import Transposed, back_of, make_working, max_weight_tasks, num_weight_tasks, zero_gradients
+from .back import Transposed, back_of, make_working, num_weight_tasks, zero_gradients
 from .cut import read_tiles
 from .kept import Keeping, Kept
 from .packing import Packing

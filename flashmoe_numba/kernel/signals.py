@@ -35,9 +35,12 @@ def word_epoch(word):
     return word >> EPOCH_SHIFT
 
 
-@jit
-def word_call(word):
-    return (word >> CALL_SHIFT) & LAST_CALL
+def call_in(word: int) -> int:
+    """What kind of call a packet's word tells of."""
+    return word >> CALL_SHIFT & LAST_CALL
+
+
+word_call = jit(call_in)
 
 
 @jit

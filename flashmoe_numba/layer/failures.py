@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernel import control as c
-from ..kernel.signals import EPOCH_SHIFT, forward_of, word_call
+from ..kernel.signals import EPOCH_SHIFT, call_in, forward_of
 
 _SAME_CALLS = "every rank must make the same calls"
 ROLES = {c.SUBSCRIBER: "OS block", c.PROCESSOR: "processor", c.HOST: "host"}
@@ -19,7 +19,7 @@ def describe(rank_idx: int, control: np.ndarray) -> str | None:
     if r.flag == c.CLOSED_FLAG:
         return f"rank {rank_idx} {_why_it_left(r.m, r.epoch)}"
     if r.flag == c.OTHER_CALL:
-        theirs, ours = (_name_of_call(call, r.epoch) for call in (word_call(r.found), r.m))
+        theirs, ours = (_name_of_call(call, r.epoch) for call in (call_in(r.found), r.m))
         wrong = f"rank {r.peer} makes {theirs}, and this one {ours}"
         return f"rank {rank_idx} gave up in epoch {r.epoch}: {wrong}; {_SAME_CALLS}"
     waited_for = {

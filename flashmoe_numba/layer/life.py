@@ -6,7 +6,6 @@ import contextlib
 
 import numpy as np
 
-from reference import Layout
 
 from ..errors import FlashMoEError
 from ..heap.protocols import Heap
@@ -42,7 +41,7 @@ class Life:
         """Control words of all ranks."""
         heap, backend = self._parts.heap, self._parts.backend
         assert heap is not None, "ranks go with it"
-        control = Layout(self._parts.config).control
+        control = self._parts.layout.control
         return [backend.to_host(segment[control:]).view(np.int64) for segment in heap.segments]
 
     def raise_if_given_up(self) -> None:

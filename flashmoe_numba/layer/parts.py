@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from reference import Layout, Weights
+from reference.backward_plan import max_weight_tasks
 from reference.cache_folder import usable_cache_folder
-from reference.plan import max_tasks
+from reference.sizes import max_tasks
 
 from ..backends import make_backend
 from ..backends.protocols import Backend
-from ..heap.back import max_weight_tasks
 from ..heap.protocols import Heap
 from ..heap.rank import Rank
 from .arguments import LayerSettings
@@ -25,6 +25,7 @@ class Parts:
     Attributes:
         heap: None once the layer is closed, which has no ranks and no weights then.
         all_here: a call takes and returns the tokens of all ranks, and not those of this process's one.
+        layout: of every rank's segment.
         ranks: those of this process.
         num_processors: of each rank.
         packed: the weights that the layer was made with.
@@ -33,12 +34,13 @@ class Parts:
     def __init__(self, settings: LayerSettings, heap: Heap, backend: Backend) -> None:
         """All steps that take memory or compile, each with all ranks."""
         self.config, self.backend = settings.config, backend
+        self.layout = Layout(settings.config, settings.save)
         self.heap: Heap | None = heap
         self.all_here = heap.all_here
         folder = Path(heap.from_first(lambda: str(usable_cache_folder())))
         _one_first(heap, lambda: backend.load(folder))
         self.num_processors = heap.together(lambda: self._processors(settings.num_processors, heap))
-        heap.allocate(Layout(self.config, settings.save).num_bytes, backend)
+        heap.allocate(self.layout.num_bytes, backend)
         self.ranks = heap.together(lambda: self._make_ranks(settings, heap))
         of_ranks = [rank.first_arguments() for rank in self.ranks]
         _one_first(heap, lambda: backend.prepare(self.config, of_ranks, folder))

@@ -50,7 +50,7 @@ class SavedCall(Owned):
     def _of_tokens(self, name: str, width: Callable[[Rank], int]) -> list[Array]:
         found = []
         for rank, of_rank in zip(self._ranks, self.peek(self._ranks), strict=True):
-            rows, columns, array = of_rank.num_tokens, width(rank), of_rank.tokens[name]
+            rows, columns, array = of_rank.num_tokens, width(rank), of_rank.arrays.tokens[name]
             columns = 0 if name == "kept_logits" and of_rank.routed else columns
             found.append(array[: rows * columns].reshape(rows, columns))
         return found

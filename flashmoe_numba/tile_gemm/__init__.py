@@ -1,4 +1,4 @@
-"""Tile GEMMs: the verb that multiplies one tile, and weights in the forms in which targets read them."""
+"""Tile GEMMs: the verbs that multiply, and weights in the forms in which targets read them."""
 
 from .forms import Form, linear_form, make_form
 from .gradients import GRADIENT_COLUMNS, GRADIENT_ROWS, hidden_gradient, weight_gradient

@@ -25,15 +25,17 @@ from .lanes.derivatives import bounded_slopes, soft_capped_slopes
 from .micro_kernel import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE, fma_kernel
 
 LINES = 128  # of the copy, that rows are spread over at a time
-EDGE_AT = GRADIENT_COLUMNS * DEPTH_BLOCK  # in `scratch.sums`, behind the panels: sums of one that is not full
+# In `scratch.sums`, behind the panels: of more room in `scratch.rows` the tile GEMM would make use, to no good.
+LEFT_AT = GRADIENT_COLUMNS * DEPTH_BLOCK  # the left side's copy
+EDGE_AT = LEFT_AT + GRADIENT_ROWS * ROW_STRIDE  # sums of a panel that is not full
 ROW_BUFFERS = 4  # behind the sums of a tile: as many columns each
 
 _row_of, _at_most = jit(of_rows.row_of), jit(forms.at_most)
 
 
-def scratch_elements(accumulator: np.dtype) -> tuple[int, int]:
-    """(rows, sums) that the `Scratch` of a `weight_gradient` has at least."""
-    return GRADIENT_ROWS * ROW_STRIDE, EDGE_AT + MICRO_ROWS * panel_width(accumulator)
+def gradient_elements(accumulator: np.dtype) -> int:
+    """Sums that the `Scratch` of a `weight_gradient` has at least."""
+    return EDGE_AT + MICRO_ROWS * panel_width(accumulator)
 
 
 @overload(gradients.hidden_gradient, target="cpu", jit_options=PART_OPTIONS)
@@ -174,10 +176,9 @@ def _weight_gradient(
             row, end = runs.first[run], runs.first[run] + runs.rows[run]
             while row < end:
                 rows = min(end - row, DEPTH_BLOCK - filled)
-                _copy_across(scratch.rows, filled, left, row * left_stride + left_at, left_stride, rows, num_left)
-                _copy_panels(
-                    scratch.sums, filled, width, right, row * right_stride + right_at, right_stride, rows, num_right
-                )
+                left_first, right_first = row * left_stride + left_at, row * right_stride + right_at
+                _copy_across(scratch.sums, LEFT_AT + filled, left, left_first, left_stride, rows, num_left)
+                _copy_panels(scratch.sums, filled, width, right, right_first, right_stride, rows, num_right)
                 row += rows
                 filled += rows
                 if filled == DEPTH_BLOCK:
@@ -190,12 +191,12 @@ def _weight_gradient(
 
 
 @jit
-def _copy_across(copy, filled, source, source_at, stride, rows, columns):
-    """Rows become columns `filled` and on of the copy, whose rows are `ROW_STRIDE` apart."""
+def _copy_across(copy, at, source, source_at, stride, rows, columns):
+    """Rows become columns of the copy, from `at` on; its rows are `ROW_STRIDE` apart."""
     for first in range(0, columns, LINES):
         for r in range(rows):
             for c in range(first, min(first + LINES, columns)):
-                store(copy, c * ROW_STRIDE + filled + r, load(source, source_at + r * stride + c))
+                store(copy, at + c * ROW_STRIDE + r, load(source, source_at + r * stride + c))
 
 
 @jit
@@ -221,7 +222,7 @@ def _add_block(out, out_at, out_stride, num_left, num_right, rows, width, scratc
                 sums, sums_at, stride = scratch.sums, EDGE_AT, width
                 _copy_block(sums, sums_at, stride, out, at, out_stride, height, columns)
             fma_kernel(
-                scratch.rows, group * ROW_STRIDE, height, scratch.sums, panel * width * DEPTH_BLOCK, rows,
+                scratch.sums, LEFT_AT + group * ROW_STRIDE, height, scratch.sums, panel * width * DEPTH_BLOCK, rows,
                 sums, sums_at, stride, False,
             )  # fmt: skip
             if columns < width:

@@ -1,8 +1,8 @@
 """The tile GEMM as a verb: one tile of `out = epilogue(a @ weights + bias)`, done by all lanes of a block.
 
-It is the only numerics that differ by target, and by the form of the weights: `Panels` and its subclasses (cpu.py),
-`Matrices` (lanes/) and `TmaMatrices` (hopper.py), of which cuda.py registers the last two. The body below is the
-interpreted meaning.
+With the verbs of gradients.py it is the only numerics that differ by target, and by the form of the weights: `Panels`
+and its subclasses (cpu.py), `Matrices` (lanes/) and `TmaMatrices` (hopper.py), of which cuda.py registers the last two.
+The body below is the interpreted meaning.
 """
 
 from __future__ import annotations

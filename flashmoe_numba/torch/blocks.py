@@ -27,7 +27,7 @@ from .router_logits import show, shown_by
 from .session import SESSION
 from .training import layer_of
 
-NOISES = ("jitter_noise", "router_jitter_noise", "input_jitter_noise")  # of public blocks, in training only
+NOISES = ("jitter_noise", "router_jitter_noise", "input_jitter_noise")  # of public blocks and routers
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,10 @@ def _trained(block: Any, adapter: Adapter, save: str, fused_accumulation: bool) 
     Raises:
         NotImplementedError: in training the block computes what the layer does not.
     """
-    for name in NOISES:
-        if getattr(block, name, 0) or getattr(block, name, 0):
-            rule = f"cannot be trained by FlashMoE: it multiplies its input by noise ({name}={getattr(block, name)})"
+    noises = [(name, getattr(part, name, 0)) for part in block.modules() for name in NOISES]
+    for name, noise in noises:
+        if noise:
+            rule = f"cannot be trained by FlashMoE: in training it routes with noise ({name}={noise})"
             raise NotImplementedError(f"{type(block).__name__} {rule}")
     check_sums(fused_accumulation, {path: tensor_at(block, path) for path in adapter.paths})
     return replace(adapter, train=True, description=training(adapter.description, save, fused_accumulation))

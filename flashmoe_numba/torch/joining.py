@@ -15,7 +15,8 @@ def join(*, comm: Any = None, process_group: Any = None) -> Iterator[None]:
     """While it lasts ranks need not make equally many calls: whoever leaves serves the others' until all have left.
 
     So a rank may generate fewer tokens than the others, or none at all. Every rank enters and leaves. A rank serves by
-    calls without tokens and without gradients, so it is none for trainings; modules that a rank has neither made nor called (those of `register`) it cannot serve.
+    calls without tokens and without gradients, so it is none for trainings; modules that a rank has neither made nor
+    called (those of `register`) it cannot serve.
 
     Args:
         comm, process_group: that of the modules.

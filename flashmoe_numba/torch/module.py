@@ -38,9 +38,10 @@ class MoE(Owner):
         train: are there gradients? Then parameters ask for them, all but a bias that only chooses, and a second packed
             copy of the matrices is kept, transposed. Without, a call that gradients are asked of is an error.
         save: what a call with gradients keeps, as `FlashMoE` has it: "rows+up", "rows" or "nothing".
-        fused_accumulation: a backward goes on with the sums that `.grad` of parameters holds, where it is, in place of
-            adding a sum of its own to it: so micro-batches give the bits of one batch. Parameters in float32 or float64
-            only, in eager mode only; hooks on parameters see a gradient where there was no `.grad` only.
+        fused_accumulation: a backward goes on with the sums that `.grad` of experts' parameters holds, where it is, in
+            place of adding a sum of its own to it: so micro-batches give the bits of one batch, on any number of ranks.
+            Parameters in float32 or float64 only, in eager mode only; hooks on parameters see a gradient where there
+            was no `.grad` only.
         return_aux: a call returns (output, loss), for a training that balances experts: `load_balancing` times
             `load_balancing_loss` plus `router_z` times `router_z_loss` of this call's tokens; needs train=True.
         load_balancing, router_z: these coefficients.

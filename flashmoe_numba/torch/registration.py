@@ -48,5 +48,6 @@ def register(
 
     ranks = SESSION.ranks(comm, process_group)
     EPImplementationInterface.register(name, FlashMoEParallel)
-    how = dict(ranks=None if ranks is None else ranks.name, train=(save, fused_accumulation) if train else None)
-    ALL_EXPERTS_FUNCTIONS.register(name, partial(flashmoe_experts, **how))
+    kept = (save, fused_accumulation) if train else None
+    function = partial(flashmoe_experts, ranks=None if ranks is None else ranks.name, train=kept)
+    ALL_EXPERTS_FUNCTIONS.register(name, function)

@@ -9,14 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from reference.weights import EXPERT_ARRAYS
-
-from ..checkpoints.entries import arrays_of
 from ..heap.tensors import as_array, as_tensor
 from .description import read
 from .ownership import tensor_at
 from .ranks import ROOM, Ranks
 from .session import SESSION
+from .weight_gradients import is_of_experts
 
 
 def sum_replicated_gradients(
@@ -58,7 +56,7 @@ def _of_experts(module: nn.Module, ranks: Ranks) -> Iterator[torch.Tensor]:
         if member is not None:
             paths, description = member
             for path, name in zip(paths, read(description)[0], strict=True):
-                if set(arrays_of(name.partition(":")[0])) & set(EXPERT_ARRAYS):
+                if is_of_experts(name):
                     yield tensor_at(part, path)
 
 

@@ -37,7 +37,8 @@ def show(block: nn.Module, paths: Sequence[str], names: Sequence[str]) -> None:
     if router is not None:
         bias = _path_of("router_bias", paths, names)
         router._flashmoe_bias = None if bias is None else bias.rpartition(".")[2]
-        router.__class__ = _shown(type(router))
+        kind: Any = type(router)
+        router.__class__ = _shown(kind)
 
 
 def _path_of(array: str, paths: Sequence[str], names: Sequence[str]) -> str | None:

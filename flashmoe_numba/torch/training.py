@@ -1,47 +1,28 @@
 """The layer with gradients, as two operators: a forward that keeps what its backward needs, and the backward.
 
-What was kept is no tensor. A ticket, a tensor of one number, stands for it in graphs: it is known by where it is, and
-what was kept goes when its memory does. So graphs may be retained, and activation checkpointing lets go of it.
+What was kept is no tensor: a ticket stands for it in graphs (kept_calls.py).
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import FlashMoEError
 from ..heap.tensors import as_tensor
-from ..layer.saved import SavedCall
 from .description import FUSED, read
+from .kept_calls import KeptCalls, kept_for, ticket_for
 from .operator import moe_layer, parts_of, run
 from .ranks import BACKWARD
-from .session import SESSION, Entry
-from .weight_gradients import begin_from, fill, groups
+from .session import SESSION
+from .weight_gradients import begin_from, fill, groups, is_of_experts
 
 Tensors = Sequence[torch.Tensor]
-LOST = (
-    "what a forward kept for its backward is not here: its ticket was copied, by hooks on saved tensors say, or its "
-    "graph was moved to another process"
-)
 COMPILED = (
     "fused_accumulation=True adds to .grad where it is, which no graph of torch.compile can hold: call it in eager mode"
 )
-
-
-@dataclass(eq=False)
-class KeptCalls:
-    """Of the calls of one operator's call, in their order."""
-
-    entry: Entry
-    saved: list[SavedCall]
-
-
-_KEPT: dict[int, KeptCalls] = {}  # by where the ticket is
 
 
 def layer_of(
@@ -88,21 +69,7 @@ def moe_layer_kept(
     y, entry, saved = run(x, topk_idx, topk_weights, logits, tensors, description, keep=True)
     made = torch.cat([as_tensor(call.logits[0]) for call in saved])  # copies: what was kept must not be written to
     idx = torch.cat([as_tensor(call.topk_idx[0]) for call in saved]).long()
-    return y, made.to(x.device), idx.to(x.device), _ticket_for(KeptCalls(entry, saved), x.device)
-
-
-def _ticket_for(kept: KeptCalls, device: torch.device) -> torch.Tensor:
-    ticket = torch.zeros(1, dtype=torch.int64, device=device)
-    place = ticket.data_ptr()
-    _KEPT[place] = kept
-    weakref.finalize(ticket.untyped_storage(), _forget, place, weakref.ref(kept)).atexit = False
-    return ticket
-
-
-def _forget(place: int, kept: weakref.ref[KeptCalls]) -> None:
-    """Unless the place is another ticket's already."""
-    if (known := _KEPT.get(place)) is not None and known is kept():
-        del _KEPT[place]
+    return y, made.to(x.device), idx.to(x.device), ticket_for(KeptCalls(entry, saved), x.device)
 
 
 @torch.library.custom_op("flashmoe::moe_layer_backward", mutates_args=())
@@ -135,19 +102,17 @@ def moe_layer_backward(
         FlashMoEError: what was kept is not here, or a call was given up.
         ValueError: the weights were loaded anew since the forward.
     """
-    kept = _KEPT.get(ticket.data_ptr())
-    if kept is None:
-        raise FlashMoEError(LOST)
     names, fields = read(description)
     asked = [name for name, want in zip(names, wanted, strict=True) if want]
     outs = [torch.zeros_like(tensor) for tensor, want in zip(tensors, wanted, strict=True) if want]
-    layer, ranks = kept.entry.shared.layer, kept.entry.shared.ranks
-    calls = nullcontext() if ranks is None else ranks.call(fields["module"], len(kept.saved), BACKWARD)
+    ranks, which = SESSION.ranks_of(fields), groups(asked)
     try:
+        kept = kept_for(ticket)
+        calls = nullcontext() if ranks is None else ranks.call(fields["module"], len(kept.saved), BACKWARD)
         with calls, torch.no_grad():
-            sums = layer.no_gradients(kept.entry.packed, **groups(asked))
+            sums = kept.entry.shared.layer.no_gradients(kept.entry.packed, **which)
             begin_from(sums, asked, begin, fields)
-            found = [_back(kept, i, dy, logits_gradient, sums) for i in range(len(kept.saved))]
+            found = [_back(kept, i, dy, logits_gradient, sums, which) for i in range(len(kept.saved))]
             fill(outs, sums, asked, fields)
     except BaseException as error:
         if ranks is not None:
@@ -158,14 +123,19 @@ def moe_layer_backward(
 
 
 def _back(
-    kept: KeptCalls, call: int, dy: torch.Tensor, logits_gradient: torch.Tensor | None, sums: Any
+    kept: KeptCalls,
+    call: int,
+    dy: torch.Tensor,
+    logits_gradient: torch.Tensor | None,
+    sums: Any,
+    which: dict[str, bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradients of x, of topk_weights, of logits) of one call, whose sums go on with those before."""
     layer, alone = kept.entry.shared.layer, kept.entry.shared.ranks is None
     part = parts_of(len(kept.saved), layer.config.num_tokens)[call]
     given: list[Any] = [None if tensor is None else tensor[part] for tensor in (dy, logits_gradient)]
     given = [[tensor] if alone and tensor is not None else tensor for tensor in given]
-    found = layer.backward(kept.saved[call], given[0], logits_gradient=given[1], into=sums, retain=True)
+    found = layer.backward(kept.saved[call], given[0], logits_gradient=given[1], into=sums, retain=True, **which)
     x, pairs, logits = (of[0] if alone else of for of in (found.x, found.topk_weights, found.logits))
     pairs = as_tensor(pairs)
     # other calls write where these are
@@ -214,7 +184,7 @@ def _type_of_sums(x: torch.Tensor) -> torch.dtype:
 
 
 def _set_up(ctx: Any, inputs: Any, output: Any) -> None:
-    x, _, topk_weights, logits, tensors, ctx.description = inputs
+    _, _, topk_weights, logits, tensors, ctx.description = inputs
     y, made, idx, ticket = output
     ctx.save_for_backward(ticket, *tensors)  # PyTorch finds out whether they have changed
     ctx.shape, ctx.num_topk, ctx.num_choices = y.shape, idx.shape[1], made.shape[1]
@@ -238,27 +208,34 @@ def _backward(ctx: Any, dy: torch.Tensor | None, d_logits: torch.Tensor | None, 
     left = iter(found)
     gradients = [next(left) if want else None for want in wanted]
     if begin:
-        gradients = _into_grad(tensors, gradients)
+        gradients = _into_grad(read(ctx.description)[0], tensors, gradients)
     weights_type, logits_type = ctx.types
     d_weights = pairs.to(weights_type) if for_weights else None
     return dx if for_x else None, None, d_weights, logits.to(logits_type) if for_logits else None, gradients, None
 
 
 def _begin(description: str, tensors: Tensors, wanted: Sequence[bool]) -> list[torch.Tensor]:
-    """What `.grad` holds of each wanted tensor, if sums go on from there."""
-    if not read(description)[1].get(FUSED, False):
+    """What the sums of each wanted tensor begin with, if those of experts go on from their `.grad`."""
+    names, fields = read(description)
+    if not fields.get(FUSED, False):
         return []
     if torch.compiler.is_compiling() or any(type(tensor) not in PLAIN for tensor in tensors):
         raise RuntimeError(COMPILED)
-    asked = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]
-    return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in asked]
+    asked = [(name, tensor) for name, tensor, want in zip(names, tensors, wanted, strict=True) if want]
+    return [tensor.grad if _goes_on(name, tensor) else torch.zeros_like(tensor) for name, tensor in asked]
 
 
-def _into_grad(tensors: Tensors, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """PyTorch gets those of tensors without a `.grad` only; the others go where theirs is."""
+def _goes_on(name: str, tensor: torch.Tensor) -> bool:
+    return is_of_experts(name) and tensor.grad is not None
+
+
+def _into_grad(
+    names: Sequence[str], tensors: Tensors, gradients: list[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """Those that PyTorch gets; sums that went on from a `.grad` go where that is."""
     left: list[torch.Tensor | None] = []
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        if gradient is not None and tensor.grad is not None:
+    for name, tensor, gradient in zip(names, tensors, gradients, strict=True):
+        if gradient is not None and _goes_on(name, tensor):
             tensor.grad.copy_(gradient)
             gradient = None
         left.append(gradient)

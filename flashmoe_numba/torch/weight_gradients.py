@@ -18,6 +18,11 @@ OF_EXPERTS = {*EXPERT_ARRAYS, *SHARED_ARRAYS, "shared_gate_weight"}
 OF_ROUTER = {"router", "router_bias", "expert_scale"}
 
 
+def is_of_experts(text: str) -> bool:
+    """Is a tensor of that text some of each expert, the shared one not among them?"""
+    return not set(arrays_of(text.partition(":")[0])).isdisjoint(EXPERT_ARRAYS)
+
+
 def groups(texts: Sequence[str]) -> dict[str, bool]:
     """Which gradients a layer is asked for, those of experts or of the router, where these tensors' are wanted."""
     arrays = {array for text in texts for array in arrays_of(text.partition(":")[0])}

@@ -148,9 +148,15 @@ def gradient_kernel(draft: Draft, begun: Array, tile: GradientTile, matrices: Se
 
 
 def dense_kernels(
-    draft: Draft, after: Array, row_tile: tuple[int, int], tile: GradientTile, begin: Begin | None = None
+    draft: Draft,
+    after: Array,
+    row_tile: tuple[int, int],
+    tile: GradientTile,
+    begin: Begin | None = None,
+    *,
+    router: bool = True,
 ) -> Array:
-    """`[num_ranks]`: kernels for the shared expert, if there is one, and for the router are complete.
+    """`[num_ranks]`: kernels for the shared expert, if there is one, and for the `router` are complete.
 
     The router's product for dx has as many operations as that of a forward, and is taken to be as long.
     """
@@ -160,6 +166,8 @@ def dense_kernels(
         for matrix in MATRICES:
             nodes = shared_gradients(draft, tile, (matrix,))
             after = draft.kernel(begun(after), nodes.ravel(), draft.ranks)
+    if not router:
+        return after
     routed = draft.gate(begun(after))
     return draft.kernel(begun(routed), router_gradients(draft, tile), draft.ranks)
 

@@ -62,7 +62,7 @@ class Knobs(PolicyKnobs):
     window_rows: rows under way between two ranks; DeepEP's receive buffers hold 128 to 512.
     tile_m, tile_n: of a tile of either product.
     cluster: multiprocessors side by side that share the reading of a row tile.
-    gate: simulate the gate; published figures of layers leave it out.
+    gate: simulate the gate, and its gradients; published figures of layers leave it out.
     """
 
     mode: str | None = None
@@ -151,7 +151,7 @@ def _layer_back(batches: Sequence[_Normal], last: Array | None, knobs: Knobs) ->
         sent = batch.combine(batch.draft.begin([sent, ready]))
     tile = GradientTile(knobs.tile_m, knobs.tile_n)
     for batch in batches:
-        sent = dense_kernels(batch.draft, sent, (knobs.tile_m, knobs.tile_n), tile)
+        sent = dense_kernels(batch.draft, sent, (knobs.tile_m, knobs.tile_n), tile, router=knobs.gate)
     return sent
 
 

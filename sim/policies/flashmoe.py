@@ -35,7 +35,14 @@ import numpy as np
 
 from reference.layout import SAVES
 
-from ..drafting.backward import GradientTile, expert_gradients, reduce_gradients, router_gradients, shared_gradients
+from ..drafting.backward import GradientTile, reduce_gradients
+from ..drafting.backward_tiles import (
+    expert_tiles,
+    reopen_gate,
+    router_product,
+    router_tiles,
+    shared_gradient_tiles,
+)
 from ..drafting.blocks import Blocks, blocks_per_expert, blocks_per_source, ladder
 from ..drafting.cuts import CutBlocks, as_if_at_once, chunk_pieces, cut_blocks
 from ..drafting.draft import Draft
@@ -45,7 +52,7 @@ from ..drafting.passes import UP, Pass, backward_pass, forward_pass
 from ..drafting.rates import SCHEDULE, fitted_values
 from ..drafting.shared import shared_tiles
 from ..engine.graph import NONE, Array, TaskGraph
-from ..engine.kinds import GATE, GEMM0, GEMM1, JOIN, RECEIVE
+from ..engine.kinds import GEMM0, GEMM1, JOIN, RECEIVE
 from ..world.world import BACKWARD, FORWARD, TRAINING, World
 from ..world.world import PASSES as PASSES
 
@@ -69,7 +76,7 @@ class Knobs(PolicyKnobs):
         "per_expert": tiles as if all counts were known before.
     settle_ns: with packing="arrived", a tile that is not full goes to an idle processor when no packet of its expert
         came for so long; the kernel's on GPUs.
-    gate: simulate the gate; the published v0.1.2 benchmark leaves it out.
+    gate: simulate the gate, and its gradients; the published v0.1.2 benchmark leaves it out.
     dispatch_rows: rows of a packet that one block stores at a time.
     row_unit: rows that are multiplied together: a tile computes its real rows, rounded up to whole units; None: all of
         its height, padding included.
@@ -145,7 +152,9 @@ def _pass(world: World, knobs: Knobs, direction: str) -> Pass:
 def _draw_pass(draft: Draft, knobs: Knobs, blocks: Blocks, direction: str, before: Array | None) -> _Drawn:
     world, back = draft.world, direction == BACKWARD
     launched = draft.launch() if before is None else draft.begin(before)
-    gated = _gate(draft, launched, back) if knobs.gate else launched
+    gated = launched
+    if knobs.gate:
+        gated = reopen_gate(draft, launched) if back else draft.gate(launched, split=False)
     named = {"peer": blocks.first_source} if isinstance(blocks, CutBlocks) else {}
     hidden = draft.gemm(GEMM0, blocks, knobs.tile_n, **named)
     told, results = _results(draft, blocks, hidden, knobs)
@@ -158,7 +167,7 @@ def _draw_pass(draft: Draft, knobs: Knobs, blocks: Blocks, direction: str, befor
     draft.builder.edge(received[blocks.piece_source, blocks.expert[blocks.piece_block]], hidden[blocks.piece_block])
     if isinstance(blocks, CutBlocks):
         _hold_back(draft, received, blocks, hidden)
-    combined = draft.combine(told, results, gated, **(_router_back(draft) if back and knobs.gate else {}))
+    combined = draft.combine(told, results, gated, **(router_product(draft) if back and knobs.gate else {}))
     shared: list[Array] = []
     if world.config.shared_ffn:
         tile = min(knobs.tile_m, world.config.num_tokens), knobs.tile_n
@@ -168,16 +177,13 @@ def _draw_pass(draft: Draft, knobs: Knobs, blocks: Blocks, direction: str, befor
         ended = draft.after(launched, draft.after(combined.T, draft.idle()))
         draft.builder.edge(results, ended[world.routing.owner[told.expert[told.piece_block]]])
     if back:
-        _weights(draft, knobs, blocks, hidden, received, combined, shared, ended)
+        gradient = GradientTile(knobs.tile_m, knobs.tile_n)
+        expert_tiles(draft, gradient, blocks, hidden, received, ended)
+        if knobs.gate:
+            router_tiles(draft, gradient, combined, ended)
+        if shared:
+            shared_gradient_tiles(draft, gradient, shared, ended)
     return _Drawn(draft, received, ended)
-
-
-def _gate(draft: Draft, launched: Array, back: bool) -> Array:
-    """A backward has the routing of its forward, and one task that says so."""
-    if not back:
-        return draft.gate(launched, split=False)
-    time = draft.cost.tile_latency_ns
-    return draft.after(launched, draft.builder.add(GATE, draft.ranks, server=draft.machine.sm, duration_ns=time))
 
 
 def _slots(world: World, knobs: Knobs) -> int:
@@ -326,45 +332,3 @@ def _told_by_chunks(draft: Draft, blocks: CutBlocks, hidden: Array, knobs: Knobs
     piece, chunk = chunk_pieces(blocks, chunks)
     draft.builder.edge(stored[piece], told[chunk])
     return chunks, told
-
-
-# ---- of a backward
-
-
-def _router_back(draft: Draft) -> dict[str, Array | float]:
-    """What a COMBINE does for the router: gradients of logits times its matrix."""
-    config, tokens = draft.world.config, draft.world.routing.num_tokens
-    number = -(-tokens // draft.token_block)
-    per_token = 2 * config.num_choices * config.hidden
-    return {
-        "beside_ns": draft.cost.tile(draft.token_block, config.hidden, config.num_choices, number, number),
-        "flops": draft.token_block * per_token,
-        "useful_flops": tokens / number * per_token,
-    }
-
-
-def _weights(
-    draft: Draft,
-    knobs: Knobs,
-    blocks: Blocks,
-    hidden: Array,
-    received: Array,
-    combined: Array,
-    shared: list[Array],
-    ended: Array,
-) -> None:
-    """Tiles of the gradients of weights, behind all rows of an expert, all token blocks, all rows of the shared one."""
-    tile, (source, packet) = GradientTile(knobs.tile_m, knobs.tile_n), np.nonzero(draft.world.routing.counts)
-    nodes, expert = expert_gradients(draft, tile)
-    place = np.searchsorted(expert, np.arange(draft.world.routing.num_experts))
-    draft.builder.edge(hidden, nodes[:, place[blocks.expert]])
-    draft.builder.edge(received[source, packet], nodes[:, place[packet]])
-    draft.builder.edge(nodes, ended[draft.world.routing.owner[expert]])
-    if knobs.gate:
-        of_router = draft.after(combined.T, router_gradients(draft, tile, split=False))
-        draft.builder.edge(of_router, ended)
-    if shared:
-        of_shared = shared_gradients(draft, tile)
-        for some in shared:
-            draft.builder.edge(some, of_shared[..., None])
-        draft.builder.edge(of_shared, ended)

@@ -1,13 +1,14 @@
 """The chain of equivalence of the backward: central differences = reference = kernel on fibers = kernel on threads.
 
-The reference is compared with central differences in tests/unit/reference; here the kernel with the reference, for the
-routing that the kernel itself had, in float64, where nothing but the order of sums differs; every save mode.
+The reference is compared with central differences in tests/unit/reference; here the kernel with the reference, in
+float64, where nothing but the order of sums differs; and in every type, for the routing that the kernel had, within the
+bounds of `gradient_tolerance`. Every save mode.
 """
 
 from dataclasses import replace
 
 import numpy as np
-from backward_cases import assert_gradients_equal, gradients_of
+from backward_cases import assert_gradients_equal, assert_within_bounds, gradients_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import worlds
@@ -45,6 +46,20 @@ def test_gradients_of_any_kind_on_threads_equal_the_reference(world, save, seed)
 @given(worlds(kinds=True, dtypes=("float64",), max_calls=1), st.sampled_from(SAVES), st.integers(0, 99), fibers)
 def test_gradients_of_any_kind_on_fibers_equal_the_reference(world, save, seed, fibers):
     run_backwards(world, save, seed, backend="fibers", **fibers)
+
+
+@few
+@given(worlds(dtypes=("float32",), max_calls=2), st.sampled_from(SAVES), st.integers(0, 99))
+def test_gradients_on_threads_are_within_the_derived_bounds(world, save, seed):
+    for call, (x, _) in gradients_of(world, save, seed, outside=True):
+        assert_within_bounds(call, x, world.weights, world.config)
+
+
+@few
+@given(worlds(max_calls=1), st.sampled_from(SAVES), st.integers(0, 99), fibers)
+def test_gradients_of_every_type_on_fibers_are_within_the_derived_bounds(world, save, seed, fibers):
+    for call, (x, _) in gradients_of(world, save, seed, outside=True, backend="fibers", **fibers):
+        assert_within_bounds(call, x, world.weights, world.config)
 
 
 @few

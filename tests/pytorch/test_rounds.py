@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from flashmoe_numba import FlashMoEError
 from flashmoe_numba.processes.process_group import Duplicate
 from flashmoe_numba.torch import ranks as words
-from flashmoe_numba.torch.ranks import MISSING, Ranks
+from flashmoe_numba.torch.ranks import BACKWARD, FORWARD, KEPT_FORWARD, MISSING, Ranks
 
 STEPS = 300
 
@@ -64,7 +65,7 @@ def test_a_rank_that_is_done_is_told_what_the_others_call():
 
     first, last = found(work, serve)
     assert first == (list(range(1, 1 + STEPS)), None)
-    assert last == ([(step % 3, 1 + step) for step in range(STEPS)], None)
+    assert last == ([(step % 3, 1 + step, FORWARD) for step in range(STEPS)], None)
 
 
 def test_ranks_that_call_different_modules_are_told_so_at_once():
@@ -80,6 +81,54 @@ def test_ranks_that_call_different_modules_are_told_so_at_once():
 
     said = "rank {} calls module {} of these ranks, rank {} calls module {} of these ranks: " + MISSING
     assert found(call(4), call(5), call(4)) == [said.format(*who) for who in [(0, 4, 1, 5), (1, 5, 0, 4), (2, 4, 1, 5)]]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ((FORWARD, KEPT_FORWARD), ("calls module 2 of these ranks", "calls module 2 of these ranks for a backward")),
+        (
+            (KEPT_FORWARD, BACKWARD),
+            ("calls module 2 of these ranks for a backward", "calls module 2 of these ranks backward"),
+        ),
+    ],
+)
+def test_ranks_that_call_a_module_in_other_ways_are_told_so(kinds, words):
+    def call(kind):
+        def step(ranks):
+            with ranks.call(2, 1, kind):
+                raise AssertionError("it must not come here")
+
+        return step
+
+    first, second = found(*(call(kind) for kind in kinds))
+    assert str(first) == f"rank 0 {words[0]}, rank 1 {words[1]}: {MISSING}"
+    assert str(second) == f"rank 1 {words[1]}, rank 0 {words[0]}: {MISSING}"
+
+
+def test_a_rank_that_left_join_has_no_part_in_a_training():
+    def train(ranks):
+        with ranks.call(2, 1, KEPT_FORWARD):
+            raise AssertionError("it must not come here")
+
+    first, second = found(train, lambda ranks: ranks.next_of_others())
+    assert str(first) == f"rank 0 calls module 2 of these ranks for a backward, rank 1 has left join(): {MISSING}"
+    assert second == (2, 1, KEPT_FORWARD)
+
+
+def test_ranks_exchange_values_round_after_round():
+    def step(ranks):
+        seen = []
+        for turn in range(STEPS):
+            mine = None if (turn + ranks.rank_idx) % 5 == 0 else np.full(3, 100 * turn + ranks.rank_idx, np.float32)
+            seen.append([None if values is None else values.tolist() for values in ranks.exchange(mine, 3, np.float32)])
+        return seen
+
+    of_ranks = found(step, step, step)
+    expected = [
+        [None if (turn + rank) % 5 == 0 else [100.0 * turn + rank] * 3 for rank in range(3)] for turn in range(STEPS)
+    ]
+    assert of_ranks == [expected] * 3
 
 
 def test_a_rank_that_does_not_come_is_named_within_the_deadline(monkeypatch):
@@ -138,5 +187,5 @@ def test_modules_have_numbers_in_the_order_in_which_they_come():
 
 
 def test_more_calls_than_words_can_tell_are_an_error():
-    (error,) = found(lambda ranks: calls(ranks, [1 << 16]))
-    assert str(error).startswith("at most 65535 calls for one of a module")
+    (error,) = found(lambda ranks: calls(ranks, [1 << 14]))
+    assert str(error).startswith("at most 16383 calls for one of a module")

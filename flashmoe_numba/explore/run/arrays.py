@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from reference import Layout
-from reference.plan import max_tasks
+from reference.backward_plan import max_weight_tasks
+from reference.sizes import max_tasks
 
 from ...backends.protocols import Arguments
-from ...heap.back import Transposed, max_weight_tasks, pack_transposed, zero_gradients
+from ...heap.back import Transposed, pack_transposed, zero_gradients
 from ...heap.kept import Keeping, Kept
 from ...heap.rank import Rank
 from ...kernel.backward.state import WeightGradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..grid import RankArguments
+from ..state import Problem, Segments
 from .state import Back, WeightGradients
 
 
@@ -14,3 +15,11 @@ class BackwardArguments(NamedTuple):
     forward: RankArguments
     back: Back
     gradients: WeightGradients
+
+    @property
+    def problem(self) -> Problem:
+        return self.forward.problem
+
+    @property
+    def segments(self) -> Segments:
+        return self.forward.segments

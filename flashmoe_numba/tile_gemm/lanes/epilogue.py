@@ -50,7 +50,9 @@ def finish(out, kept, first_row, rows, matrices, expert, first, columns, form, s
     r = lane() >> bits
     while r < rows:
         at = room_row(out, first_row + r) * matrices.columns + first
-        kept_at = room_row(kept, first_row + r) * matrices.parts * matrices.columns + first
+        kept_at = first
+        if kept.array.size > 0:
+            kept_at += room_row(kept, first_row + r) * matrices.parts * matrices.columns
         room = out.array if is_local(out) else array_at(room_address(out, first_row + r), out.array.size, out.array)
         if lanes() >= MAX_TILE_COLUMNS:  # known when a kernel is compiled: a lane has one column at most, and no loop
             if column < columns:

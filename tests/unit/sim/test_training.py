@@ -328,6 +328,12 @@ def test_a_backward_needs_memory_for_gradients():
         replace(back, hardware=replace(world.hardware, hbm_gb=full))
 
 
+@pytest.mark.parametrize("policy", ["flashmoe", "deepep"])
+def test_without_a_gate_it_has_no_gradients(policy):
+    graph = make_graph(policy, backward(small_world(), shared_ffn=40), **KNOBS[policy], gate=False)
+    assert operations(graph, GATE, COMBINE, ROUTER_WEIGHTS) == 0 < operations(graph, SHARED_WEIGHTS)
+
+
 def test_micro_batches_add_up():
     world = backward(small_world(num_tokens=300), shared_ffn=40)
     one, two = (make_graph("deepep", world, micro_batches=number) for number in (1, 2))
