@@ -11,7 +11,7 @@ from reference.layout import SAVES
 from reference.runs import PACKINGS
 from reference.scalars import check_name, make_plain, number, plain, whole
 
-from ..backends import NO_GPU_BACKWARD, check_backend
+from ..backends import check_backend
 from ..heap.protocols import Heap
 from ..processes.meeting import SETUP_DEADLINE_S, argument_of
 from ..processes.mpi_environment import why_alone
@@ -86,7 +86,7 @@ class LayerSettings:
             return
         check_name("save", self.save, SAVES)
         if self.backend == "cuda":
-            raise ValueError(NO_GPU_BACKWARD)
+            raise ValueError("save must be None for backend 'cuda': there is no backward on GPUs yet")
         if self.config.expert_kind.norm_eps is not None:
             raise ValueError("save must be None for experts with a norm (norm_eps): kernels have no backward of it")
 
