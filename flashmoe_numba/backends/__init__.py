@@ -18,7 +18,6 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "cuda": ("device", "tf32"),
     "fibers": ("seed", "lanes", "preempt"),
 }
-NO_GPU_BACKWARD = "save must be None for backend 'cuda': there is no backward on GPUs yet"
 
 
 def check_backend(name: Any, settings: Mapping[str, Any]) -> None:

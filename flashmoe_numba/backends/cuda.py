@@ -29,7 +29,6 @@ from ..processes.ownership import Owned
 from ..tile_gemm import as_matrices
 from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, THREADS, TmaMatrices, tma_matrices
 from ..tile_gemm.matrices import MAX_TILE_COLUMNS, STAGE_ELEMENTS, SUMS_ELEMENTS
-from . import NO_GPU_BACKWARD
 from .protocols import Arguments
 
 CALLS_AHEAD = 64  # calls for which page-locked memory is taken before the first one: taking more may wait for the GPU
@@ -144,7 +143,7 @@ class CudaBackend(Owned):
 
     def prepare_backward(self, of_rank: BackwardArguments, folder: Path) -> None:
         """Raise a ValueError: its kernel has no backward."""
-        raise ValueError(NO_GPU_BACKWARD)
+        raise ValueError("save must be None for a CudaBackend: there is no backward on GPUs yet")
 
     def deadline_ns(self, deadline_s: float) -> int:
         return int(deadline_s * 1e9)

@@ -7,6 +7,7 @@ be many more blocks than cores.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
@@ -33,7 +34,7 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
-def part(function, **options):
+def part(function: Any, **options: Any) -> Any:
     """A function that only kernels call, compiled when the first one is."""
     return as_part(njit(**PART_OPTIONS | options)(function))
 

@@ -129,9 +129,7 @@ def make_working(config: MoEConfig, save: str, memory: Memory) -> Working:
 
 def back_of(working: Working, transposed: Transposed, dy: Array, dx: Array, said: Array, kept_logits: Array) -> Back:
     """The group of one backward."""
-    own = working._asdict()
-    for name in ("kept_rows", "kept_ups", "shared_ups"):
-        del own[name]
+    own = {name: array for name, array in working._asdict().items() if name in Back._fields}
     return Back(**own, **transposed._asdict(), dy=dy, dx=dx, said=said, kept_logits=kept_logits)
 
 

@@ -67,6 +67,7 @@ class Rank(Owned):
         self.last_tokens = self.tokens  # of the last call
         self.working = None if save is None else make_working(config, save, memory)
         self.keeping = None if save is None else Keeping(config, save, memory, self.tokens)
+        self.kept: Kept  # by the last call that did
 
     @property
     def control(self) -> np.ndarray:

@@ -293,17 +293,17 @@ class FlashMoE(Owned):
         if not isinstance(saved, SavedCall):
             raise TypeError(f"saved must be what forward() returned with y, got {type(saved).__name__}")
         parts = self._parts
-        kept = saved.peek(parts.ranks)
-        tokens, said = check_gradients(parts, kept, dy, logits_gradient)
-        arrays = gradient_arrays(parts, saved.packed, into, experts, router)
-        with self._calls.turn():
+        with self._calls.turn():  # all of it: others may use `saved`, load weights, or want the memory of what is found
+            kept, packed = saved.peek(parts.ranks), saved.packed
+            tokens, said = check_gradients(parts, kept, dy, logits_gradient)
+            arrays = gradient_arrays(parts, packed, into, experts, router)
             try:
-                call = Backward(tokens, said, kept, saved.epoch, saved.packed, arrays)
+                call = Backward(tokens, said, kept, saved.epoch, packed, arrays)
                 found = self._calls.run(call, self.deadline_s)
             finally:
                 if not retain:
                     saved.close()
-        return make_gradients(parts, dy, saved.packed, arrays, found)
+            return make_gradients(parts, dy, packed, arrays, found)
 
     def no_gradients(
         self, weights: PackedWeights | None = None, *, experts: bool = True, router: bool = True

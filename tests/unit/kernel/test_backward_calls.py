@@ -96,6 +96,21 @@ def test_what_is_wrong_is_said_before_anything_runs(layer):
         layer.backward(saved, DY)
 
 
+def test_a_backward_looks_at_nothing_outside_of_its_turn(layer, monkeypatch):
+    """Of what another thread's call may change: what is kept, the weights, and working memory that gradients are in."""
+    _, saved = layer.forward(X)
+    turns = []
+
+    def note(place, name):
+        found = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given: [turns.append(layer._calls._lock.locked()), found(*given)][1])
+
+    note(layer._backend, "to_host")
+    note(saved, "peek")
+    layer.backward(saved, DY)
+    assert len(turns) >= 1 + 2 * len(X) and all(turns)
+
+
 def test_a_closed_call_has_no_backward(layer):
     _, saved = layer.forward(X)
     saved.close()
