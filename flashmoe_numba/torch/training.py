@@ -20,6 +20,10 @@ from .session import SESSION
 from .weight_gradients import begin_from, fill, groups, is_of_experts
 
 Tensors = Sequence[torch.Tensor]
+FIRST_ONLY = (
+    "create_graph must be False: a MoE layer has no second derivatives, and without an error those by way of its tokens "
+    "and its routing would be zero"
+)
 COMPILED = (
     "fused_accumulation=True adds to .grad where it is, which no graph of torch.compile can hold: call it in eager mode"
 )
@@ -192,6 +196,8 @@ def _set_up(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, dy: torch.Tensor | None, d_logits: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # what was kept is no tensor, so the gradients' graph would end here without a word
+        raise RuntimeError(FIRST_ONLY)
     ticket, *tensors = ctx.saved_tensors
     for_x, _, for_weights, for_logits, wanted, _ = ctx.needs_input_grad
     if dy is None:  # a loss of the logits alone

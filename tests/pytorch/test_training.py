@@ -221,11 +221,17 @@ def test_hooks_that_copy_what_is_saved_are_told():
         y.sum().backward()
 
 
-def test_second_derivatives_are_refused():
-    module, x = make_module(train=True), tokens().requires_grad_()
-    (gradient,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"backward through flashmoe\.moe_layer_backward"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_second_derivatives_are_refused(frozen):
+    """Not left out: y.sum() has a gradient by y that depends on nothing, so only the layer knows that it is no constant."""
+    module, x = make_module(train=True).requires_grad_(not frozen), tokens().requires_grad_()
+    with pytest.raises(RuntimeError, match="create_graph must be False: a MoE layer has no second derivatives"):
+        torch.autograd.grad(module(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.functional.hessian(lambda x: module(x).sum(), x)
+    x.grad = None
+    module(x).sum().backward()
+    assert x.grad is not None
 
 
 # weights
