@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .operator import serve
+from .ranks import Ranks
 from .session import SESSION
 
 
@@ -29,8 +30,17 @@ def join(*, comm: Any = None, process_group: Any = None) -> Iterator[None]:
         raise ValueError("comm or process_group must be given: those are joined whose modules have the same")
     try:
         yield
-        while (call := ranks.next_of_others()) is not None:
-            serve(ranks, *call)
+        while _serve_next(ranks):
+            pass
     except BaseException as error:
         SESSION.end(ranks, error)
         raise
+
+
+def _serve_next(ranks: Ranks) -> bool:
+    """Take part in the others' next call, if there is one; no thread of this process comes between."""
+    with ranks.calling:
+        call = ranks.next_of_others()
+        if call is not None:
+            serve(ranks, *call)
+    return call is not None

@@ -83,7 +83,8 @@ def _in_calls(entry: Entry, x: torch.Tensor, given: dict[str, torch.Tensor], num
     if config.capacity is not None:
         limit = f"num_tokens={config.num_tokens} tokens"
         rule = f"capacity must be None for more than {limit}, because it is that of one call"
-        raise ValueError(f"{rule}; got {config.capacity} and {len(x)} tokens")
+        whose = f"{len(x)} tokens" if len(x) > config.num_tokens else "more on another rank"
+        raise ValueError(f"{rule}; got {config.capacity} and {whose}")
     parts = [slice(call * config.num_tokens, (call + 1) * config.num_tokens) for call in range(num_calls)]
     return torch.cat([_call(entry, x[part], {name: tensor[part] for name, tensor in given.items()}) for part in parts])
 

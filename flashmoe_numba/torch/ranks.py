@@ -28,7 +28,8 @@ from ..processes.ownership import Owned
 LEFT = 2
 NUM_WORDS = 3
 ROUND_SHIFT, WHAT_SHIFT, MOST = 32, 16, (1 << 16) - 1
-DONE, RELEASING = MOST, MOST - 1  # in place of a module's number
+DONE, RELEASING, MAKING = MOST, MOST - 1, MOST - 2  # in place of a module's number
+DOES = {DONE: "has no more calls", RELEASING: "releases layers", MAKING: "makes a layer"}
 LAST_ROUND = 2**31 - 1
 SPINS, LONGEST_NAP_S = 20, 1e-3
 MISSING = "every rank must call the same modules equally often (see flashmoe_numba.torch.join)"
@@ -56,7 +57,7 @@ class Ranks(Owned):
         self._heap.allocate(8 * NUM_WORDS)
         self._words = [segment.view(np.int64) for segment in self._heap.segments]
         self.num_ranks, self.rank_idx = self._heap.num_ranks, self._heap.rank_indices[0]
-        self._round = 0
+        self._round = self._num_calls = 0
         self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._members: list[Member] = []
         self.calling = threading.RLock()  # taken before the session's
@@ -71,8 +72,8 @@ class Ranks(Owned):
             paths, description: of the module, as `ownership.operands` takes them.
         """
         if module not in self._numbers:
-            if len(self._members) == RELEASING:
-                raise FlashMoEError(f"these ranks have had {RELEASING} modules, which is the most: use other ones")
+            if len(self._members) == MAKING:
+                raise FlashMoEError(f"these ranks have had {MAKING} modules, which is the most: use other ones")
             self._numbers[module] = len(self._members)
             self._members.append((weakref.ref(module), paths, description))
         return self._numbers[module]
@@ -99,12 +100,7 @@ class Ranks(Owned):
         """
         with self.calling:
             told = self._tell(module, num_calls)
-            others = {rank: what for rank, (what, _) in enumerate(told) if what not in (module, DONE)}
-            if others:
-                rank, what = next(iter(others.items()))
-                whats = {RELEASING: "releases layers"}
-                does = f"rank {rank} {whats.get(what, f'calls module {what} of these ranks')}"
-                self._give_up(f"rank {self.rank_idx} calls module {module} of these ranks, {does}: {MISSING}")
+            self._require(told, self.rank_idx, module, DONE)
             yield max(number for _, number in told)
 
     def next_of_others(self) -> tuple[int, int] | None:
@@ -115,17 +111,26 @@ class Ranks(Owned):
         """
         with self.calling:
             told = self._tell(DONE, 0)
-        calls = [(what, number) for what, number in told if what != DONE]
-        if len({what for what, _ in calls}) > 1:
-            self._give_up(f"ranks call different modules of these ranks, {sorted(calls)}: {MISSING}")
-        return max(calls) if calls else None
+        module, who = min((what, rank) for rank, (what, _) in enumerate(told))
+        if module in DOES:  # nobody calls one
+            module, who = DONE, self.rank_idx
+        self._require(told, who, module, DONE)
+        return None if module == DONE else (module, max(number for _, number in told))
+
+    def meet_to_make(self) -> None:
+        """Wait for all ranks before a layer is made: what keeps one from it is known to the others at once.
+
+        Raises:
+            FlashMoEError: a rank is missing, has left because of an error, or does something else.
+        """
+        with self.calling:
+            self._require(self._tell(MAKING, 0, SETUP_DEADLINE_S), self.rank_idx, MAKING)
 
     def all_can_release(self, unused: bool) -> bool:
         """Is a layer unused on all ranks?"""
         with self.calling:
             told = self._tell(RELEASING, int(unused))
-        if any(what != RELEASING for what, _ in told):
-            self._give_up(f"rank {self.rank_idx} releases layers, and another rank does not: {MISSING}")
+            self._require(told, self.rank_idx, RELEASING)
         return all(number for _, number in told)
 
     def end(self, error: BaseException | str) -> None:
@@ -142,17 +147,28 @@ class Ranks(Owned):
         self.end(why)
         raise FlashMoEError(why)
 
-    def _tell(self, what: int, number: int) -> list[tuple[int, int]]:
-        """What every rank tells in this round, once all have come to it."""
+    def _require(self, told: list[tuple[int, int]], who: int, *whats: int) -> None:
+        """Give up if a rank told anything but these; the message sets it against rank `who`."""
+        does = [
+            f"rank {rank} {DOES.get(what, f'calls module {what} of these ranks')}"
+            for rank, (what, _) in enumerate(told)
+        ]
+        for rank, (what, _) in enumerate(told):
+            if what not in whats:
+                self._give_up(f"{does[who]}, {does[rank]}: {MISSING}")
+
+    def _tell(self, what: int, number: int, patience_s: float | None = None) -> list[tuple[int, int]]:
+        """What every rank tells in this round, once all have come to it; None: within the deadline of a call."""
         self._raise_if_over()
         if number > MOST or self._round == LAST_ROUND:
             raise FlashMoEError(f"at most {MOST} calls for one of a module, and {LAST_ROUND} of modules, got {number}")
         self._round += 1
+        self._num_calls += what not in (RELEASING, MAKING)
         slot = self._round % LEFT
         self._words[self.rank_idx][slot] = self._round << ROUND_SHIFT | what << WHAT_SHIFT | number
         since, looks, nap = time.monotonic(), 0, 1e-5
         while late := [rank for rank in range(self.num_ranks) if self._word(rank, slot) >> ROUND_SHIFT != self._round]:
-            self._raise_if_missed(late, time.monotonic() - since)
+            self._raise_if_missed(late, time.monotonic() - since, DEADLINE_S if patience_s is None else patience_s)
             looks += 1
             if looks > SPINS:
                 time.sleep(nap)
@@ -163,11 +179,11 @@ class Ranks(Owned):
     def _word(self, rank: int, word: int) -> int:
         return int(self._words[rank][word])
 
-    def _raise_if_missed(self, late: list[int], waited_s: float) -> None:
-        me = f"rank {self.rank_idx} gave up before call {self._round} of a module of these ranks: "
+    def _raise_if_missed(self, late: list[int], waited_s: float, patience_s: float) -> None:
+        me = f"rank {self.rank_idx} gave up before call {self._num_calls} of a module of these ranks: "
         for rank in late:
             if self._word(rank, LEFT):
                 self._give_up(f"{me}rank {rank} left because of an error of its own")
-        if waited_s > DEADLINE_S:
-            ranks = f"rank {', '.join(map(str, late))} did not come within {DEADLINE_S:g} s"
+        if waited_s > patience_s:
+            ranks = f"rank {', '.join(map(str, late))} did not come within {patience_s:g} s"
             self._give_up(f"{me}{ranks}: {MISSING}, or it was late, or is gone")

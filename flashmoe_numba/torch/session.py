@@ -113,9 +113,14 @@ class Session:
         description, tensors = plain
         names, fields = read(description)
         ranks = self.ranks_of(fields)
-        with nullcontext() if ranks is None else ranks.calling, self._lock:
-            entry = self._make(fields, views(names, tensors, fields), None)
-            return self._keep(_place(*told, None), told[1], entry)
+        try:
+            with nullcontext() if ranks is None else ranks.calling, self._lock:
+                entry = self._make(fields, views(names, tensors, fields), None)
+                return self._keep(_place(*told, None), told[1], entry)
+        except BaseException as error:
+            if ranks is not None:
+                self.end(ranks, error)
+            raise
 
     def _keep(self, place: Place, tensors: Sequence[torch.Tensor], entry: Entry) -> Entry:
         """Have the entry found by these tensors, for as long as the memory of all of them is there."""
@@ -133,7 +138,9 @@ class Session:
         self.release()
         shared = self._shared.get(key)
         if shared is None:
-            self.release(ranks)  # all ranks are here
+            if ranks is not None:
+                ranks.meet_to_make()
+            self.release(ranks)
             shared = self._shared[key] = Shared(_make_layer(config, weights, device, ranks), ranks)
             return Entry(shared, shared.layer.packed, ())
         if not shared.spare:

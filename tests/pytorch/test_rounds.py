@@ -118,8 +118,46 @@ def test_a_layer_goes_when_no_rank_uses_it(unused, can):
 
 def test_releasing_and_calling_at_once_is_an_error_on_both():
     errors = found(lambda ranks: ranks.all_can_release(True), lambda ranks: calls(ranks, [1]))
-    assert "rank 0 releases layers, and another rank does not" in str(errors[0])
+    assert str(errors[0]) == f"rank 0 releases layers, rank 1 calls module 0 of these ranks: {MISSING}"
     assert "rank 1 calls module 0 of these ranks, rank 0 releases layers" in str(errors[1])
+
+
+def test_a_layer_is_made_when_all_ranks_have_come_however_late(monkeypatch):
+    monkeypatch.setattr(words, "DEADLINE_S", 0.05)
+
+    def late(ranks):
+        time.sleep(0.2)
+        return ranks.meet_to_make()
+
+    assert found(late, Ranks.meet_to_make) == [None, None]
+
+
+def test_a_rank_that_makes_no_layer_is_told_of_at_once():
+    calling, making = found(lambda ranks: calls(ranks, [1]), Ranks.meet_to_make)
+    assert str(calling) == f"rank 0 calls module 0 of these ranks, rank 1 makes a layer: {MISSING}"
+    assert str(making) == f"rank 1 makes a layer, rank 0 calls module 0 of these ranks: {MISSING}"
+    left, making = found(lambda ranks: ranks.end("planted"), Ranks.meet_to_make)
+    assert left is None and str(making).endswith("rank 0 left because of an error of its own")
+
+
+@pytest.mark.parametrize(
+    ("step", "does"),
+    [(lambda ranks: ranks.all_can_release(True), "releases layers"), (Ranks.meet_to_make, "makes a layer")],
+)
+def test_a_rank_that_is_done_serves_calls_only(step, does):
+    done, other = found(Ranks.next_of_others, step)
+    assert str(done) == f"rank 0 has no more calls, rank 1 {does}: {MISSING}"
+    assert str(other) == f"rank 1 {does}, rank 0 has no more calls: {MISSING}"
+
+
+def test_a_rank_that_is_done_is_told_that_others_call_different_modules():
+    done, *_ = found(Ranks.next_of_others, *(lambda ranks, m=m: calls(ranks, [1] * m) for m in (1, 1)), call_second)
+    assert str(done) == (f"rank 1 calls module 0 of these ranks, rank 3 calls module 1 of these ranks: {MISSING}")
+
+
+def call_second(ranks):
+    with ranks.call(1, 1):
+        raise AssertionError("it must not come here")
 
 
 def test_modules_have_numbers_in_the_order_in_which_they_come():
