@@ -15,7 +15,7 @@ from ..heap.tensors import as_tensor
 from .description import FUSED, read
 from .kept_calls import KeptCalls, kept_for, ticket_for
 from .operator import moe_layer, parts_of, run
-from .ranks import BACKWARD
+from .rounds import BACKWARD
 from .session import SESSION
 from .weight_gradients import begin_from, fill, groups, is_of_experts
 
@@ -110,7 +110,7 @@ def moe_layer_backward(
     asked = [name for name, want in zip(names, wanted, strict=True) if want]
     outs = [torch.zeros_like(tensor) for tensor, want in zip(tensors, wanted, strict=True) if want]
     ranks, which = SESSION.ranks_of(fields), groups(asked)
-    try:
+    with SESSION.ending(ranks):
         kept = kept_for(ticket)
         calls = nullcontext() if ranks is None else ranks.call(fields["module"], len(kept.saved), BACKWARD)
         with calls, torch.no_grad():
@@ -118,10 +118,6 @@ def moe_layer_backward(
             begin_from(sums, asked, begin, fields)
             found = [_back(kept, i, dy, logits_gradient, sums, which) for i in range(len(kept.saved))]
             fill(outs, sums, asked, fields)
-    except BaseException as error:
-        if ranks is not None:
-            SESSION.end(ranks, error)
-        raise
     dx, pairs, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
     return [dx, pairs.to(dy.device), logits.to(dy.device), *outs]
 
