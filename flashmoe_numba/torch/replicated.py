@@ -40,9 +40,10 @@ def sum_replicated_gradients(
     ranks = SESSION.ranks(comm, process_group)
     if ranks is None:
         raise ValueError("comm or process_group must be given: gradients of one rank are whole")
-    for parameter in _replicated(module, ranks):
-        total = _total(parameter, ranks)
-        parameter.grad = None if more and ranks.rank_idx > 0 else total
+    with SESSION.ending(ranks):
+        for parameter in _replicated(module, ranks):
+            total = _total(parameter, ranks)
+            parameter.grad = None if more and ranks.rank_idx > 0 else total
 
 
 def _replicated(module: nn.Module, ranks: Ranks) -> Iterator[torch.Tensor]:

@@ -17,7 +17,7 @@ from losing import VICTIM, lose, write
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.heap.tensors import as_tensor
-from flashmoe_numba.torch import MoE, rounds, session
+from flashmoe_numba.torch import MoE, rounds, session, sum_replicated_gradients
 from reference import Weights
 
 NUM_RANKS, DEADLINE_S = 3, 3
@@ -64,6 +64,18 @@ def in_making(group, folder):
         module.up_proj.data = module.up_proj.data[:, :-1].contiguous()
     try:
         module(x)
+    finally:
+        if group.rank() == VICTIM:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_adding(group, folder):
+    """It has a gradient that cannot be added up: the others do not wait for it."""
+    module = make_module(group)[0].requires_grad_()
+    if group.rank() == VICTIM:
+        module.router.grad = torch.zeros_like(module.router).to_sparse()
+    try:
+        sum_replicated_gradients(module, process_group=group)
     finally:
         if group.rank() == VICTIM:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -16,6 +16,8 @@ SAID = {
     "in_setup": r"TimeoutError: not all ranks came to a collective of the layer within 3 s \(setup_deadline_s\): .*",
     "in_making": r"FlashMoEError: rank [02] gave up at call 1: it makes a layer, rank [012] left because of an error "
     r"of its own",
+    "in_adding": r"FlashMoEError: rank [02] gave up at call 0: it adds up gradients, rank [012] left because of an "
+    r"error of its own",
     "between_calls": r"FlashMoEError: rank [02] gave up at call 2: it calls module 0 of these ranks, (rank 1 did not "
     rf"come within 3 s: {MISSING}, or it was late, or is gone|rank [02] left because of an error of its own)",
     "in_a_call": r"RuntimeError: rank [02].* gave up in epoch 4: waited for the result flag of rank 1, .*\nand later: "

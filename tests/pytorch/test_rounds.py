@@ -13,7 +13,17 @@ from flashmoe_numba import FlashMoEError
 from flashmoe_numba.processes.process_group import Duplicate
 from flashmoe_numba.torch import rounds
 from flashmoe_numba.torch.ranks import Ranks
-from flashmoe_numba.torch.rounds import BACKWARD, FORWARD, KEPT_FORWARD, MISSING
+from flashmoe_numba.torch.rounds import (
+    ADDING,
+    BACKWARD,
+    FORWARD,
+    KEPT_FORWARD,
+    LAST_MODULE,
+    LAST_ROUND,
+    MISSING,
+    MOST_CALLS,
+    Step,
+)
 
 STEPS = 300
 
@@ -130,6 +140,35 @@ def test_ranks_exchange_values_round_after_round():
         [None if (turn + rank) % 5 == 0 else [100.0 * turn + rank] * 3 for rank in range(3)] for turn in range(STEPS)
     ]
     assert of_ranks == [expected] * 3
+
+
+def add(ranks):
+    return ranks.exchange(None, 1, np.float32)
+
+
+def test_a_rank_that_adds_nothing_up_is_told_of():
+    adding, calling = found(add, lambda ranks: calls(ranks, [1]))
+    assert str(adding) == f"rank 0 adds up gradients, rank 1 calls module 0 of these ranks: {MISSING}"
+    assert str(calling) == f"rank 1 calls module 0 of these ranks, rank 0 adds up gradients: {MISSING}"
+
+
+def test_adding_is_no_call(monkeypatch):
+    monkeypatch.setattr(rounds, "DEADLINE_S", 0.2)
+    error, _ = found(*(lambda ranks, own=own: [calls(ranks, [1]), *(add(ranks) for _ in range(own))] for own in (2, 1)))
+    assert str(error).startswith("rank 0 gave up at call 1: it adds up gradients, rank 1 did not come within 0.2 s")
+
+
+def test_the_largest_numbers_fit_in_a_word():
+    largest = Step(ADDING, LAST_MODULE, MOST_CALLS)
+
+    def step(ranks):
+        ranks._round = LAST_ROUND - 1
+        told = ranks.tell(largest)
+        with pytest.raises(FlashMoEError, match=f"these ranks have met {LAST_ROUND} times, which is the most"):
+            ranks.tell(largest)
+        return told
+
+    assert found(step, step) == [[largest] * 2] * 2
 
 
 def test_a_rank_that_does_not_come_is_named_within_the_deadline(monkeypatch):
