@@ -223,7 +223,7 @@ def test_hooks_that_copy_what_is_saved_are_told():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_second_derivatives_are_refused(frozen):
-    """Not left out: y.sum() has a gradient by y that depends on nothing, so only the layer knows that it is no constant."""
+    """Not left out: the gradient of y.sum() by y depends on nothing, so PyTorch takes that by x for a constant."""
     module, x = make_module(train=True).requires_grad_(not frozen), tokens().requires_grad_()
     with pytest.raises(RuntimeError, match="create_graph must be False: a MoE layer has no second derivatives"):
         torch.autograd.grad(module(x).sum(), x, create_graph=True)
