@@ -48,14 +48,18 @@ def main() -> int:
     parser = parser_of(__doc__)
     listed = ",".join(map(str, TOKENS))
     parser.add_argument("--tokens", type=integers(1), metavar="N[,N]", help=f"of a call [{listed}]")
-    parser.add_argument("--save", type=_saves, default=SAVES[:1], metavar="NAMES", help=f"out of {','.join(SAVES)} [rows+up]")
+    parser.add_argument(
+        "--save", type=_saves, default=SAVES[:1], metavar="NAMES", help=f"out of {','.join(SAVES)} [rows+up]"
+    )
     parser.add_argument("--repeats", type=integer(1), default=9, metavar="N", help="steps of each variant [9]")
     args = parser.parse_args()
     if importlib.util.find_spec("torch") is None:
         leave("PyTorch is not installed: pip install 'flashmoe-numba[torch]'", args)
     load, rows = os.getloadavg()[0], []
     for save in SAVES if args.smoke else args.save:
-        rows += measure(save, [5] if args.smoke else args.tokens or TOKENS, 2 if args.smoke else args.repeats, args.smoke)
+        rows += measure(
+            save, [5] if args.smoke else args.tokens or TOKENS, 2 if args.smoke else args.repeats, args.smoke
+        )
     show([{key: _shown(value) for key, value in row.items()} for row in rows], COLUMNS)
     store([row | machine() | {"load": load} | program(("numpy", "numba", "torch")) for row in rows], args.json)
     return 0 if all(row["ok"] for row in rows) else 1

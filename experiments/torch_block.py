@@ -64,7 +64,6 @@ class TorchBlock:
         pairs[order] = results * factors.to(x.dtype).flatten()[order, None]
         return pairs.view(-1, num_topk, self._config.hidden).sum(dim=1)
 
-
     def step(self, name: str, x: np.ndarray, dy: np.ndarray, routing: Routing | None = None) -> dict[str, np.ndarray]:
         """Gradients by name, of one of the blocks; of the routing's weights where it is given, else of the router's."""
         parameters = {"router": self._router, "up": self._up, "down": self._down}

@@ -1,4 +1,4 @@
-"""What the tests of the backward share: calls that are kept and run backwards, and the comparison with the reference."""
+"""What tests of the backward share: calls that are kept and run backwards, and the comparison with the reference."""
 
 from typing import Any, NamedTuple
 
@@ -98,7 +98,8 @@ def assert_within_bounds(call, x, weights, config):
         for name in ("x", "topk_weights"):
             parts = (getattr(gradients, name)[rank] for gradients in (found, right, bound))
             assert_within(f"{config}: {name}[{rank}]", *parts)
-    arrays, wanted, most = [arrays_of(of_rank) for of_rank in found.weights], arrays_of(right.weights), arrays_of(bound.weights)
+    arrays = [arrays_of(of_rank) for of_rank in found.weights]
+    wanted, most = arrays_of(right.weights), arrays_of(bound.weights)
     for name in arrays[0]:
         join = sum if is_replicated(name) else np.concatenate
         assert_within(f"{config}: {name}", join([a[name].astype(np.float64) for a in arrays]), wanted[name], most[name])

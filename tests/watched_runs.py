@@ -10,7 +10,7 @@ from flashmoe_numba.explore.run.memory import STORES
 from flashmoe_numba.explore.search import Explorer
 from flashmoe_numba.kernel.queue import TASK_WORDS
 from flashmoe_numba.kernel.signals import ROWS_MASK
-from reference import make_packets, tile_height
+from reference import Layout, make_packets, tile_height
 
 
 class Signal(NamedTuple):
@@ -85,7 +85,7 @@ class Story:
         num_rows = word & ROWS_MASK
         if kind == "dispatch":
             return region[i, :num_rows].copy()
-        e, m = divmod(i, self.world.ranks[owner].layout.row_blocks)
+        e, m = divmod(i, Layout(c).row_blocks)
         height = tile_height(int(self.world.ranks[owner].tokens.sent[e]), c.tile_m_min, c.tile_m)
         return region[e, m * height : m * height + num_rows].copy()
 

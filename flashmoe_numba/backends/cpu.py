@@ -38,7 +38,8 @@ class CpuBackend(HostBackend):
     def __init__(self, arithmetic: str = AUTO) -> None:
         super().__init__()
         self._form = ARITHMETICS[choose(arithmetic, PAIRED_DTYPE)].form
-        self._entries: dict[str, Callable[..., None]] = {FORWARD: persistent, BACKWARD: persistent_backward}  # see `compile`
+        # what `compile` has made of them, once it has
+        self._entries: dict[str, Callable[..., None]] = {FORWARD: persistent, BACKWARD: persistent_backward}
         self._threads = Threads()
         self._packers = count_cores()
 

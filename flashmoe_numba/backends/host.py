@@ -88,9 +88,11 @@ class HostBackend(HostMemory, ABC):
 
     def blocks(self, arguments: Arguments) -> list[Block]:
         """Those of a rank in one call, with cleared traces."""
-        entry, more, of_rank = FORWARD, (), arguments
         if isinstance(arguments, BackwardArguments):
-            entry, more, of_rank = BACKWARD, (arguments.back, arguments.gradients), arguments.forward
+            return self._blocks(BACKWARD, arguments.forward, arguments.back, arguments.gradients)
+        return self._blocks(FORWARD, arguments)
+
+    def _blocks(self, entry: str, of_rank: RankArguments, *more: Any) -> list[Block]:
         problem, found = of_rank.problem, []
         for block, room in enumerate(self._rooms[problem.rank_idx]):
             room.trace[:1] = 0

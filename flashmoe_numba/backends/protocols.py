@@ -17,7 +17,6 @@ from ..kernel.backward.arguments import BackwardArguments
 from ..kernel.grid import RankArguments
 from ..kernel.state import Problem, Segments
 
-
 Arguments = RankArguments | BackwardArguments
 
 

@@ -264,7 +264,8 @@ def _check_exhaustive(args: argparse.Namespace) -> None:
 
 def _list_plants(json: str | None) -> int:
     plants = PLANTS.values()
-    table = (f"{each.name:34}{each.file:15}{each.summary} [{', '.join(each.found_by)}]" for each in plants)
+    name, file = max(map(len, PLANTS)), max(len(each.file) for each in plants)
+    table = (f"{each.name:{name}} {each.file:{file}} {each.summary} [{', '.join(each.found_by)}]" for each in plants)
     give(json, table, [asdict(plant) for plant in plants])
     return 0
 

@@ -28,7 +28,7 @@ _lock = threading.RLock()  # of twins in the making, and of the cache that a dis
 def jit(function: Any = None, *, entry: bool = False, inline: bool = False) -> Any:
     """Compile a kernel function on its first call; inside `interpreted`, leave it as it is.
 
-    Only an `entry` can be called from Python when compiled, and has machine code (parts.py).
+    Only an `entry` has machine code, and can be called from Python when compiled; the others refuse (parts.py).
     A function that returns an array that it made, a view of a peer's memory, must be put into its callers (`inline`).
     """
     if function is None:
@@ -37,12 +37,12 @@ def jit(function: Any = None, *, entry: bool = False, inline: bool = False) -> A
         return function
     from numba import njit
 
-    from .cpu import JIT_OPTIONS, PART_OPTIONS  # and registers the overloads
+    from .cpu import JIT_OPTIONS, part  # and registers the overloads
 
     if entry:
         # On GPUs an entry goes into the kernel's however large it is: wgmma behind a call is serialised.
         return njit(**JIT_OPTIONS, forceinline=True, no_cfunc_wrapper=True)(function)
-    return njit(**PART_OPTIONS, inline="always" if inline else "never")(function)
+    return part(function, inline="always" if inline else "never")
 
 
 def interpreted(package: str) -> ModuleType:

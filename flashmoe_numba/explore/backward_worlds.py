@@ -7,7 +7,7 @@ from outside, without gradients of a router; a router whose logits have a bias, 
 applied to what goes in; ranks without tokens; three lanes; a rank that is lost in a backward; and ranks that make
 different calls.
 
-All but one are of float64, whose gradients are compared with the reference's.
+All but one are of float64, whose gradients are all compared with the reference's.
 """
 
 from __future__ import annotations

@@ -129,9 +129,7 @@ def make_working(config: MoEConfig, save: str, memory: Memory) -> Working:
 
 def back_of(working: Working, transposed: Transposed, dy: Array, dx: Array, said: Array, kept_logits: Array) -> Back:
     """The group of one backward."""
-    own = working._asdict()
-    for name in ("kept_rows", "kept_ups", "shared_ups"):
-        del own[name]
+    own = {name: array for name, array in working._asdict().items() if name in Back._fields}
     return Back(**own, **transposed._asdict(), dy=dy, dx=dx, said=said, kept_logits=kept_logits)
 
 
@@ -169,8 +167,8 @@ def zero_gradients(
     return WeightGradients(**{name: memory.zeros(size, c.accumulator) for name, size in sizes.items()})
 
 
-def num_weight_tasks(config: MoEConfig, gradients: WeightGradients, kept: Kept) -> dict[str, int]:
-    """How many tasks make the gradients that are wanted, as `Problem` has it."""
+def num_weight_tasks(config: MoEConfig, gradients: WeightGradients, kept: Kept) -> dict[str, Any]:
+    """How many tasks make the gradients that are wanted: fields of `Problem`."""
     has_tokens, shapes = kept.num_tokens > 0, gradient_shapes(config)
     router = gradients.router.size > 0 and has_tokens and not (kept.routed or kept.has_logits)
     return {

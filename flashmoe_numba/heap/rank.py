@@ -67,6 +67,7 @@ class Rank(Owned):
         self.last_tokens = self.tokens  # of the last call
         self.working = None if save is None else make_working(config, save, memory)
         self.keeping = None if save is None else Keeping(config, save, memory, self.tokens)
+        self.kept: Kept  # by the last call that did
 
     @property
     def control(self) -> np.ndarray:
@@ -158,11 +159,10 @@ class Rank(Owned):
             resends=self.save == "nothing",
             **num_weight_tasks(c, gradients, kept),
         )
-        sizes = (kept.num_tokens, c.num_topk), (kept.num_tokens, c.num_choices)
-        found = working.weight_gradients, working.logits_gradient
-        pairs, logits = (array[: rows * columns].reshape(rows, columns) for array, (rows, columns) in zip(found, sizes, strict=True))
-        forward_arguments = self._arguments(problem, tokens, received, experts)
-        return (dx, pairs, None if kept.routed else logits), BackwardArguments(forward_arguments, back, gradients)
+        pairs = working.weight_gradients[: kept.num_tokens * c.num_topk].reshape(-1, c.num_topk)
+        logits = working.logits_gradient[: kept.num_tokens * c.num_choices].reshape(-1, c.num_choices)
+        arguments = BackwardArguments(self._arguments(problem, tokens, received, experts), back, gradients)
+        return (dx, pairs, None if kept.routed else logits), arguments
 
     def _store(self, target: Array, values: Array) -> None:
         self._memory.store(target[: values.size], values.reshape(-1))

@@ -26,8 +26,8 @@ FAILED, CLOSED_BY_THREAD, CLOSED_EARLY = 0, 1, 2  # why a host left
 
 
 class AbortRecord(NamedTuple):
-    """What the wait that failed waited for; with CLOSED_FLAG, that a host left; with OTHER_CALL, that a peer's packet is
-    of another call than this rank's. Words behind RECORD, in this order.
+    """What the wait that failed waited for; with CLOSED_FLAG, that a host left; with OTHER_CALL, that a peer's packet
+    is of another call than this rank's. Words behind RECORD, in this order.
     """
 
     block: int

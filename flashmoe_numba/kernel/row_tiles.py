@@ -31,7 +31,6 @@ STREAM_WORDS = 8
 TILE_WORDS = 4
 
 
-
 class CutTile(NamedTuple):
     """A row tile as it lies in `received.tiles`."""
 

@@ -13,6 +13,7 @@ from reference.scalars import check_name, make_plain, number, plain, whole
 
 from ..backends import check_backend
 from ..heap.protocols import Heap
+from ..kernel.signals import ROWS_MASK
 from ..processes.meeting import SETUP_DEADLINE_S, argument_of
 from ..processes.mpi_environment import why_alone
 from ..tile_gemm.arithmetic import AUTO, choose
@@ -60,6 +61,10 @@ class LayerSettings:
         if not isinstance(self.weights, Weights):
             raise TypeError(f"weights must be Weights, got {type(self.weights).__name__}")
         self.weights.check(self.config)
+        if self.config.slots > ROWS_MASK:
+            name = "num_tokens" if self.config.capacity is None else "capacity"
+            rule = f"config.{name} must be at most {ROWS_MASK}, which is what the signal of a packet can count"
+            raise ValueError(f"{rule}, got {self.config.slots}")
         if self.config.router_kind.norm_order not in (1, 2):
             rule = "config.router must have norm_order 1 or 2: kernels have no powers"
             raise ValueError(f"{rule}, got {self.config.router_kind.norm_order}")

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from ..backends.protocols import Arguments
 from ..errors import FlashMoEError
 from ..heap.rank import Rank
 from ..kernel.control import CLOSED_BY_THREAD
-from ..kernel.grid import RankArguments
 from .life import Life
 from .parts import Parts
 
@@ -27,7 +27,7 @@ class Call(Protocol):
     @property
     def tokens(self) -> Sequence[Any]: ...
 
-    def begin(self, position: int, rank: Rank, epoch: int, deadline_ns: int) -> tuple[Any, RankArguments]:
+    def begin(self, position: int, rank: Rank, epoch: int, deadline_ns: int) -> tuple[Any, Arguments]:
         """(what the rank at this position here returns, what its blocks are given)."""
 
 

@@ -79,12 +79,12 @@ def make_gradients(
 ) -> Gradients:
     """Of what each rank here returned: (dx, gradients of weights of pairs, of logits)."""
     host = parts.backend.to_host
-    dxs, pairs, logits = zip(*found, strict=True)
+    dxs, pairs, logits = map(list, zip(*found, strict=True))
+    pairs, logits = [host(part) for part in pairs], [None if part is None else host(part) for part in logits]
     weights = _weights(parts, packed, arrays)
-    fields = [host(part) for part in pairs], [None if part is None else host(part) for part in logits], weights
     if parts.all_here:
-        return Gradients(like_given(dy, parts.backend.join(dy, list(dxs))), *fields, arrays)
-    return Gradients(like_given(dy, dxs[0]), *(field[0] for field in fields), arrays)
+        return Gradients(like_given(dy, parts.backend.join(dy, dxs)), pairs, logits, weights, arrays)
+    return Gradients(like_given(dy, dxs[0]), pairs[0], logits[0], weights[0], arrays)
 
 
 def no_gradients(parts: Parts, packed: PackedWeights, arrays: Sequence[WeightGradients]) -> Gradients:

@@ -131,7 +131,9 @@ class FlashMoE(Owned):
         for name, part, verb in (("heap", heap, "allocate"), ("backend", backend, "run")):
             if not hasattr(part, verb):
                 raise TypeError(f"{name} must be an object with the methods of its protocol, got {part!r}")
-        how: dict[str, Any] = dict(num_processors=num_processors, deadline_s=deadline_s, trace=trace, packing=packing, save=save)
+        how: dict[str, Any] = dict(
+            num_processors=num_processors, deadline_s=deadline_s, trace=trace, packing=packing, save=save
+        )
         layer = cls.__new__(cls)
         layer._begin(LayerSettings(config=config, weights=weights, **how), heap, backend)
         return layer
@@ -223,7 +225,9 @@ class FlashMoE(Owned):
         y, _ = self._forward(x, weights, False, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
         return y
 
-    def _forward(self, x: Any, weights: PackedWeights | None, keep: bool, **beside: Any) -> tuple[Any, SavedCall | None]:
+    def _forward(
+        self, x: Any, weights: PackedWeights | None, keep: bool, **beside: Any
+    ) -> tuple[Any, SavedCall | None]:
         self._require_open()
         tokens = check_tokens(self._parts, x)
         given = check_beside(self._parts, tokens, **beside)
@@ -290,17 +294,17 @@ class FlashMoE(Owned):
             raise TypeError(f"saved must be what forward() returned with y, got {type(saved).__name__}")
         check_flags(experts=experts, router=router, retain=retain)
         parts = self._parts
-        tokens, said = check_gradients(parts, saved.peek(parts.ranks), dy, logits_gradient)
-        arrays = gradient_arrays(parts, saved.packed, into, experts, router)
-        with self._calls.turn():
-            kept = saved.peek(parts.ranks)  # another thread may have used it, or loaded weights, before this turn
+        with self._calls.turn():  # all of it: others may use `saved`, load weights, or want the memory of what is found
+            kept, packed = saved.peek(parts.ranks), saved.packed
+            tokens, said = check_gradients(parts, kept, dy, logits_gradient)
+            arrays = gradient_arrays(parts, packed, into, experts, router)
             try:
-                call = Backward(tokens, said, kept, saved.epoch, saved.packed, arrays)
+                call = Backward(tokens, said, kept, saved.epoch, packed, arrays)
                 found = self._calls.run(call, self.deadline_s)
             finally:
                 if not retain:
                     saved.close()
-        return make_gradients(parts, dy, saved.packed, arrays, found)
+            return make_gradients(parts, dy, packed, arrays, found)
 
     def no_gradients(
         self, weights: PackedWeights | None = None, *, experts: bool = True, router: bool = True
@@ -320,7 +324,8 @@ class FlashMoE(Owned):
     def _require_backward(self) -> None:
         self._require_open()
         if self._parts.ranks[0].save is None:
-            raise ValueError("save must be given where a layer is made, for calls to have a backward: FlashMoE(save=...)")
+            rule = "save must be given where a layer is made, for calls to have a backward"
+            raise ValueError(f"{rule}: FlashMoE(save=...)")
 
     def synchronize(self) -> None:
         """Wait for the last call; only on a GPU do calls return before they are done.

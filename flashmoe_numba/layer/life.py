@@ -6,7 +6,6 @@ import contextlib
 
 import numpy as np
 
-
 from ..errors import FlashMoEError
 from ..heap.protocols import Heap
 from ..kernel.control import ABORT, CLOSED_EARLY, FAILED

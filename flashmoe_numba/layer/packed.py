@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -78,4 +79,5 @@ def _shards(config: MoEConfig, ranks: Sequence[Rank], weights: Weights) -> list[
 def outline(weights: Weights) -> Weights:
     """Arrays of the same shapes and types, without memory of their own."""
     arrays = {name: a for name, a in vars(weights).items() if isinstance(a, np.ndarray)}
-    return replace(weights, **{name: np.broadcast_to(a.dtype.type(0), a.shape) for name, a in arrays.items()})
+    outlines: dict[str, Any] = {name: np.broadcast_to(a.dtype.type(0), a.shape) for name, a in arrays.items()}
+    return replace(weights, **outlines)

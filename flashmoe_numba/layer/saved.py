@@ -15,6 +15,8 @@ from .packed import PackedWeights
 class SavedCall(Owned):
     """What a forward kept for its backward, in this process: `FlashMoE.forward` returns it, `backward` takes it once.
 
+    Its arrays are views of what is kept: after the backward, or `close`, they are the next calls'.
+
     Attributes:
         epoch: number of the call.
         num_tokens: of each rank here.

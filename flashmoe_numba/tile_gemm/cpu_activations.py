@@ -4,21 +4,23 @@ vectorised.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 
 from reference.activations.exponential import make_exp
 
 from ..device.compilation import jit
-from ..device.cpu import PART_OPTIONS
+from ..device.cpu import PART_OPTIONS, part
 from ..device.vocabulary import load, store
 from .activations import BY_INDEX, FORMULAS, SLOPES_BY_INDEX
 
 # A formula is more than LLVM inlines by itself, and no loop around a call is vectorised.
 _INLINED = PART_OPTIONS | {"forceinline": True}
-_inlined = njit(**_INLINED)
+_inlined = partial(part, forceinline=True)
 
 
 def _bitcast(source, target, llvm_type):

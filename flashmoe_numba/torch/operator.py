@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..errors import FlashMoEError
 from ..layer.saved import SavedCall
 from .description import NUM_TOKENS, TRAINING, read
 from .ownership import operands
-from .ranks import FORWARD, KEPT_FORWARD, Ranks
+from .ranks import Ranks
+from .rounds import FORWARD, KEPT_FORWARD
 from .session import SESSION, Entry
 
 NO_GRADIENT = (
@@ -79,22 +79,17 @@ def run(
     if ranks is None:
         return _in_calls(SESSION.entry(description, tensors, num_topk), x, given, num_calls, keep)
     ranks.num_topk[fields["module"]] = num_topk
-    try:
-        with ranks.call(fields["module"], num_calls, KEPT_FORWARD if keep else FORWARD) as num_calls:
-            return _in_calls(SESSION.entry(description, tensors, num_topk), x, given, num_calls, keep)
-    except BaseException as error:
-        SESSION.end(ranks, error)
-        raise
+    calls = ranks.call(fields["module"], num_calls, KEPT_FORWARD if keep else FORWARD)
+    with SESSION.ending(ranks), calls as num_calls:
+        return _in_calls(SESSION.entry(description, tensors, num_topk), x, given, num_calls, keep)
 
 
-def serve(ranks: Ranks, number: int, num_calls: int, kind: int) -> None:
+def serve(ranks: Ranks, number: int, num_calls: int) -> None:
     """Take part in the others' call of a module, without tokens.
 
     Raises:
-        FlashMoEError: this rank does not have the module, or the call is one of a training.
+        FlashMoEError: this rank does not have the module.
     """
-    if kind != FORWARD:
-        raise FlashMoEError("join() serves calls without gradients only: in a training all ranks make the same calls")
     tensors, description = operands(*ranks.member(number), ranks.name)
     entry = SESSION.entry(description, tensors, ranks.num_topk.get(number))
     config = entry.shared.layer.config
@@ -109,7 +104,8 @@ def _in_calls(entry: Entry, x: torch.Tensor, given: dict[str, torch.Tensor], num
     if num_calls > 1 and config.capacity is not None:
         limit = f"num_tokens={config.num_tokens} tokens"
         rule = f"capacity must be None for more than {limit}, because it is that of one call"
-        raise ValueError(f"{rule}; got {config.capacity} and {len(x)} tokens")
+        whose = f"{len(x)} tokens" if len(x) > config.num_tokens else "more on another rank"
+        raise ValueError(f"{rule}; got {config.capacity} and {whose}")
     ys, kept = [], []
     for part in parts_of(num_calls, config.num_tokens):
         y, saved = _call(entry, x[part], {name: tensor[part] for name, tensor in given.items()}, keep)

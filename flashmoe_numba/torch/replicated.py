@@ -12,7 +12,8 @@ from torch import nn
 from ..heap.tensors import as_array, as_tensor
 from .description import read
 from .ownership import tensor_at
-from .ranks import ROOM, Ranks
+from .ranks import Ranks
+from .rounds import ROOM
 from .session import SESSION
 from .weight_gradients import is_of_experts
 

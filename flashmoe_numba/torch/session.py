@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +116,7 @@ class Session:
         description, tensors = plain
         names, fields = read(description)
         ranks = self.ranks_of(fields)
-        with nullcontext() if ranks is None else ranks.calling, self._lock:
+        with self.ending(ranks), nullcontext() if ranks is None else ranks.calling, self._lock:
             entry = self._make(fields, views(names, tensors, fields), None)
             return self._keep(_place(*told, None), told[1], entry)
 
@@ -137,7 +137,9 @@ class Session:
         self.release()
         shared = self._shared.get(key)
         if shared is None:
-            self.release(ranks)  # all ranks are here
+            if ranks is not None:
+                ranks.meet_to_make()
+            self.release(ranks)
             shared = self._shared[key] = Shared(_make_layer(config, weights, device, ranks, save), ranks)
             return Entry(shared, shared.layer.packed, ())
         if not shared.spare:
@@ -166,12 +168,18 @@ class Session:
         unused = not shared.kept and all(entry.shared is not shared for entry in list(self._entries.values()))
         return unused if shared.ranks is None else shared.ranks.all_can_release(unused)
 
-    def end(self, ranks: Ranks, error: BaseException) -> None:
-        """A call failed: nothing more is computed with these ranks, and the others need not wait for this one."""
-        ranks.end(error)
-        for shared in list(self._shared.values()):
-            if shared.ranks is ranks:
-                shared.layer.__exit__(type(error), error, None)
+    @contextmanager
+    def ending(self, ranks: Ranks | None) -> Iterator[None]:
+        """After an error in here nothing more is computed with these ranks, and the others do not wait for this one."""
+        try:
+            yield
+        except BaseException as error:
+            if ranks is not None:
+                ranks.end(error)
+                for shared in list(self._shared.values()):
+                    if shared.ranks is ranks:
+                        shared.layer.__exit__(type(error), error, None)
+            raise
 
 
 NOT_HERE = (

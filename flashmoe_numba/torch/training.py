@@ -15,7 +15,7 @@ from ..heap.tensors import as_tensor
 from .description import FUSED, read
 from .kept_calls import KeptCalls, kept_for, ticket_for
 from .operator import moe_layer, parts_of, run
-from .ranks import BACKWARD
+from .rounds import BACKWARD
 from .session import SESSION
 from .weight_gradients import begin_from, fill, groups, is_of_experts
 
@@ -110,7 +110,7 @@ def moe_layer_backward(
     asked = [name for name, want in zip(names, wanted, strict=True) if want]
     outs = [torch.zeros_like(tensor) for tensor, want in zip(tensors, wanted, strict=True) if want]
     ranks, which = SESSION.ranks_of(fields), groups(asked)
-    try:
+    with SESSION.ending(ranks):
         kept = kept_for(ticket)
         calls = nullcontext() if ranks is None else ranks.call(fields["module"], len(kept.saved), BACKWARD)
         with calls, torch.no_grad():
@@ -118,10 +118,6 @@ def moe_layer_backward(
             begin_from(sums, asked, begin, fields)
             found = [_back(kept, i, dy, logits_gradient, sums, which) for i in range(len(kept.saved))]
             fill(outs, sums, asked, fields)
-    except BaseException as error:
-        if ranks is not None:
-            SESSION.end(ranks, error)
-        raise
     dx, pairs, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
     return [dx, pairs.to(dy.device), logits.to(dy.device), *outs]
 
@@ -142,8 +138,7 @@ def _back(
     found = layer.backward(kept.saved[call], given[0], logits_gradient=given[1], into=sums, retain=True, **which)
     x, pairs, logits = (of[0] if alone else of for of in (found.x, found.topk_weights, found.logits))
     pairs = as_tensor(pairs)
-    # other calls write where these are
-    return x, pairs.clone(), pairs.new_zeros((len(pairs), 0)) if logits is None else as_tensor(logits).clone()
+    return x, pairs, pairs.new_zeros((len(pairs), 0)) if logits is None else as_tensor(logits)
 
 
 @moe_layer_kept.register_fake

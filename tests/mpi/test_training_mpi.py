@@ -70,7 +70,9 @@ def test_ranks_that_make_other_calls_are_told_which(scenario, theirs, others, tm
     status, err, errors = run(scenario, 3, tmp_path, worker=WORKER)
     assert status != 0 and sorted(errors) == [0, 1, 2], f"{errors}\n{err}"
     for message in errors.values():
-        assert_named(message, "FlashMoEError", "gave up in epoch", theirs, others, "every rank must make the same calls")
+        assert_named(
+            message, "FlashMoEError", "gave up in epoch", theirs, others, "every rank must make the same calls"
+        )
 
 
 @pytest.mark.parametrize("signum", ["SIGKILL", "SIGSTOP"])

@@ -1,8 +1,8 @@
 """Gradients' bits depend on tokens, weights and what comes in, and on nothing else.
 
 Not on the run, the number of ranks and of processors, whose rows share tiles, what is kept, nor (on fibers) the
-interleaving. The tokens of all ranks follow each other in one order; gradients of router and shared expert are each
-rank's own.
+interleaving; nor on the sizes of tiles, but for how many columns of hidden rows a tile has, by which dots are added up.
+The tokens of all ranks follow each other in one order; gradients of router and shared expert are each rank's own.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from backward_cases import arrays_of, is_replicated
 from cases import arithmetic_setting, assert_same_bits, random_tokens, tiny_config, usable_arithmetics
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layer_invariance import NUM_GLOBAL, dropless_layers, split
+from test_layer_invariance import NUM_GLOBAL, dropless_layers, split, tilings
 from worlds import configs
 
 from flashmoe_numba import FlashMoE
@@ -21,6 +21,7 @@ from reference import Weights
 from reference.layout import SAVES
 from reference.runs import PACKINGS
 
+BY_NO_DOTS = {"up_proj", "gate_proj", "down_proj", "up_bias", "gate_bias", "down_bias"}
 few = settings(max_examples=max(6, settings().max_examples // 2))
 
 
@@ -57,9 +58,7 @@ def assert_same_gradients(got, expected, case):
 @given(
     dropless_layers(max_hidden=33),
     st.lists(
-        st.tuples(
-            st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.sampled_from(PACKINGS), st.sampled_from(SAVES)
-        ),
+        st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.sampled_from(PACKINGS), st.sampled_from(SAVES)),
         min_size=2,
         max_size=4,
     ),
@@ -77,6 +76,20 @@ def test_ranks_processors_packing_and_what_is_kept_do_not_matter(layer, variants
         how |= dict(packing=packing, save=save, num_processors=num_processors)
         got = gradients(config, weights, tokens, dys, num_ranks, rng, **how)
         assert_same_gradients(got, expected, f"{config} on {num_ranks} ranks, {how}")
+
+
+@few
+@given(dropless_layers(max_hidden=33), tilings(), tilings(), st.integers(0, 2**32))
+def test_the_sizes_of_tiles_matter_to_dots_only(layer, sizes, others, seed):
+    config, weights = layer
+    (tokens,), dys = random_tokens(config, seed=seed), random_tokens(config, seed=seed + 1)
+    expected = gradients(replace(config, **sizes), weights, tokens, dys)
+    of_rows = others | {"tile_n": sizes["tile_n"]}
+    got = gradients(replace(config, **of_rows), weights, tokens, dys)
+    assert_same_gradients(got, expected, f"{config}: {sizes}, {of_rows}")
+    got = gradients(replace(config, **others), weights, tokens, dys)
+    for name in BY_NO_DOTS & expected.keys():
+        assert_same_bits(got[name], expected[name], f"{config}: {sizes}, {others}: {name}")
 
 
 @few

@@ -11,8 +11,9 @@ from torch import nn
 
 from flashmoe_numba import FlashMoEError
 from flashmoe_numba.processes.process_group import Duplicate
-from flashmoe_numba.torch import ranks as words
-from flashmoe_numba.torch.ranks import BACKWARD, FORWARD, KEPT_FORWARD, MISSING, Ranks
+from flashmoe_numba.torch import rounds
+from flashmoe_numba.torch.ranks import Ranks
+from flashmoe_numba.torch.rounds import BACKWARD, FORWARD, KEPT_FORWARD, MISSING
 
 STEPS = 300
 
@@ -65,7 +66,7 @@ def test_a_rank_that_is_done_is_told_what_the_others_call():
 
     first, last = found(work, serve)
     assert first == (list(range(1, 1 + STEPS)), None)
-    assert last == ([(step % 3, 1 + step, FORWARD) for step in range(STEPS)], None)
+    assert last == ([(step % 3, 1 + step) for step in range(STEPS)], None)
 
 
 def test_ranks_that_call_different_modules_are_told_so_at_once():
@@ -113,7 +114,7 @@ def test_a_rank_that_left_join_has_no_part_in_a_training():
 
     first, second = found(train, lambda ranks: ranks.next_of_others())
     assert str(first) == f"rank 0 calls module 2 of these ranks for a backward, rank 1 has left join(): {MISSING}"
-    assert second == (2, 1, KEPT_FORWARD)
+    assert str(second) == f"rank 1 has left join(), rank 0 calls module 2 of these ranks for a backward: {MISSING}"
 
 
 def test_ranks_exchange_values_round_after_round():
@@ -132,11 +133,11 @@ def test_ranks_exchange_values_round_after_round():
 
 
 def test_a_rank_that_does_not_come_is_named_within_the_deadline(monkeypatch):
-    monkeypatch.setattr(words, "DEADLINE_S", 0.2)
+    monkeypatch.setattr(rounds, "DEADLINE_S", 0.2)
     first, _, third = found(*(lambda ranks, own=own: calls(ranks, [1] * own) for own in (2, 1, 2)))
     assert "rank 1 did not come within 0.2 s" in str(third)
     assert str(first) == (
-        "rank 0 gave up before call 2 of a module of these ranks: rank 1 did not come within 0.2 s: "
+        "rank 0 gave up at call 2: it calls module 1 of these ranks, rank 1 did not come within 0.2 s: "
         f"{MISSING}, or it was late, or is gone"
     )
 
@@ -156,7 +157,7 @@ def test_a_rank_that_left_is_not_waited_for():
 
     error, _ = found(wait, leave)
     assert str(error) == (
-        "rank 0 gave up before call 2 of a module of these ranks: rank 1 left because of an error of its own"
+        "rank 0 gave up at call 2: it calls module 0 of these ranks, rank 1 left because of an error of its own"
     )
 
 
@@ -167,8 +168,46 @@ def test_a_layer_goes_when_no_rank_uses_it(unused, can):
 
 def test_releasing_and_calling_at_once_is_an_error_on_both():
     errors = found(lambda ranks: ranks.all_can_release(True), lambda ranks: calls(ranks, [1]))
-    assert "rank 0 releases layers, and another rank does not" in str(errors[0])
+    assert str(errors[0]) == f"rank 0 releases layers, rank 1 calls module 0 of these ranks: {MISSING}"
     assert "rank 1 calls module 0 of these ranks, rank 0 releases layers" in str(errors[1])
+
+
+def test_a_layer_is_made_when_all_ranks_have_come_however_late(monkeypatch):
+    monkeypatch.setattr(rounds, "DEADLINE_S", 0.05)
+
+    def late(ranks):
+        time.sleep(0.2)
+        return ranks.meet_to_make()
+
+    assert found(late, Ranks.meet_to_make) == [None, None]
+
+
+def test_a_rank_that_makes_no_layer_is_told_of_at_once():
+    calling, making = found(lambda ranks: calls(ranks, [1]), Ranks.meet_to_make)
+    assert str(calling) == f"rank 0 calls module 0 of these ranks, rank 1 makes a layer: {MISSING}"
+    assert str(making) == f"rank 1 makes a layer, rank 0 calls module 0 of these ranks: {MISSING}"
+    left, making = found(lambda ranks: ranks.end("planted"), Ranks.meet_to_make)
+    assert left is None and str(making).endswith("rank 0 left because of an error of its own")
+
+
+@pytest.mark.parametrize(
+    ("step", "does"),
+    [(lambda ranks: ranks.all_can_release(True), "releases layers"), (Ranks.meet_to_make, "makes a layer")],
+)
+def test_a_rank_that_is_done_serves_calls_only(step, does):
+    done, other = found(Ranks.next_of_others, step)
+    assert str(done) == f"rank 0 has left join(), rank 1 {does}: {MISSING}"
+    assert str(other) == f"rank 1 {does}, rank 0 has left join(): {MISSING}"
+
+
+def test_a_rank_that_is_done_is_told_that_others_call_different_modules():
+    done, *_ = found(Ranks.next_of_others, *(lambda ranks, m=m: calls(ranks, [1] * m) for m in (1, 1)), call_second)
+    assert str(done) == (f"rank 1 calls module 0 of these ranks, rank 3 calls module 1 of these ranks: {MISSING}")
+
+
+def call_second(ranks):
+    with ranks.call(1, 1):
+        raise AssertionError("it must not come here")
 
 
 def test_modules_have_numbers_in_the_order_in_which_they_come():

@@ -20,6 +20,7 @@ from flashmoe_numba.device import (
 from flashmoe_numba.tile_gemm import tile_gemm
 from reference.task_kinds import ROUTER_WEIGHTS
 
+from ..combine import choices_of, chose_zero, result_row
 from ..gemms import finished_last
 from ..in_order import nothing_kept, rooms_in_order, rows_in_order
 from ..queue import QueueTask, reserve
@@ -33,8 +34,9 @@ from .state import COMBINES
 def combine(p, tokens, segments, experts, back, gradients, queue, scratch, token_block):
     first = token_block * p.token_block
     rows = min(p.token_block, p.num_tokens - first)
+    choices = choices_of(p, tokens, token_block)
     for pair in range(first * p.num_topk + lane(), (first + rows) * p.num_topk, lanes()):
-        back.weight_gradients[pair] = weight_gradient_of(p, tokens, segments, experts.rule, back, token_block, pair)
+        back.weight_gradients[pair] = weight_gradient_of(p, tokens, segments, experts.rule, back, choices, pair)
     block_sync()
     if not p.routed:
         for token in range(first + lane(), first + rows, lanes()):
@@ -43,7 +45,7 @@ def combine(p, tokens, segments, experts, back, gradients, queue, scratch, token
         if not p.has_logits:
             multiply_by_router(p, tokens, experts, back, scratch, first, rows)
             block_sync()
-    add_rows(p, tokens, segments, experts, back, scratch, token_block)
+    add_rows(p, tokens, segments, experts, back, choices, scratch, first, rows)
     if p.router_weight_tasks > 0:
         block_sync()
         if lane() == 0 and finished_last(back.done, COMBINES, num_token_blocks(p)):
@@ -67,26 +69,16 @@ def make_logits_gradient(p, tokens, rule, back, token):
 
 
 @jit
-def slot_of(p, tokens, token_block, pair):
-    """The slot of a pair that chose an expert; from `p.slots` on: it was dropped."""
-    return tokens.bases[token_block * p.num_experts + tokens.topk_idx[pair]] + tokens.place[pair]
-
-
-@jit
-def weight_gradient_of(p, tokens, segments, rule, back, token_block, pair):
+def weight_gradient_of(p, tokens, segments, rule, back, choices, pair):
     """dy times what the pair's weight was applied to; 0 where it added nothing."""
-    e, weight = tokens.topk_idx[pair], tokens.topk_weights[pair]
-    x_at, zero = pair // p.num_topk * p.hidden, rule.one - rule.one
-    if weight == 0 or e < 0:
-        return zero
-    if e >= p.num_experts:
-        return product(p, tokens.x, x_at, back.dy, x_at, zero) if p.adds_input else zero
-    slot = slot_of(p, tokens, token_block, pair)
-    if slot >= p.slots:
-        return zero
-    if p.weight_input:
-        return product(p, tokens.x, x_at, segments.result, (e * p.slots + slot) * p.hidden, zero)
-    return segments.dots[e * p.slots + slot]
+    x_at, row, zero = pair // p.num_topk * p.hidden, result_row(choices, pair), rule.one - rule.one
+    if row >= 0 and p.weight_input:
+        return product(p, tokens.x, x_at, segments.result, row * p.hidden, zero)
+    if row >= 0:
+        return segments.dots[row]
+    if p.adds_input and chose_zero(choices, pair):
+        return product(p, tokens.x, x_at, back.dy, x_at, zero)
+    return zero
 
 
 @jit
@@ -106,11 +98,9 @@ def multiply_by_router(p, tokens, experts, back, scratch, first, rows):
 
 
 @jit
-def add_rows(p, tokens, segments, experts, back, scratch, token_block):
+def add_rows(p, tokens, segments, experts, back, choices, scratch, first, rows):
     """dx of a token block. A lane sums a part of a row at a time."""
-    hidden, slots, num_topk, one = p.hidden, p.slots, p.num_topk, experts.rule.one
-    first = token_block * p.token_block
-    rows = min(p.token_block, p.num_tokens - first)
+    hidden, num_topk, one = p.hidden, p.num_topk, experts.rule.one
     by_router = not p.routed and not p.has_logits
     width = min(part_columns(back.dx, segments.result, hidden), part_columns(back.dx, back.router_rows, hidden))
     width = min(width, part_columns(back.dx, back.dy, hidden))
@@ -120,13 +110,11 @@ def add_rows(p, tokens, segments, experts, back, scratch, token_block):
         columns = min(width, hidden - column)
         sums = zero_sums(scratch.sums, columns)
         for pair in range(token * num_topk, (token + 1) * num_topk):
-            e, weight = tokens.topk_idx[pair], tokens.topk_weights[pair]
-            if weight != 0 and 0 <= e < p.num_experts:
-                slot = slot_of(p, tokens, token_block, pair)
-                if slot < slots:
-                    factor = weight if p.weight_input else one
-                    add_part(sums, columns, segments.result, (e * slots + slot) * hidden + column, factor)
-            elif weight != 0 and p.adds_input and e >= p.num_experts:
+            row, weight = result_row(choices, pair), tokens.topk_weights[pair]
+            if row >= 0:
+                factor = weight if p.weight_input else one
+                add_part(sums, columns, segments.result, row * hidden + column, factor)
+            elif p.adds_input and chose_zero(choices, pair):
                 add_part(sums, columns, back.dy, token * hidden + column, weight)
         if p.shared_ffn > 0 and tokens.shared_factors[token] != 0:
             add_part(sums, columns, tokens.shared_results, token * hidden + column, one)

@@ -1,4 +1,4 @@
-"""Tasks for the gradients of weights: one tile of a matrix each, over all rows that there are; biases with the first."""
+"""Tasks for the gradients of weights: a tile of a matrix each, over all rows that there are; biases with the first."""
 
 from __future__ import annotations
 

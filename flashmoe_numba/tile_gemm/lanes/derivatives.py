@@ -31,9 +31,8 @@ def derive_tile(kept, out, active, dots, factors, parts, a, rows, matrices, expe
         for turn in range(lane(), here * columns, lanes()):
             r, c = turn // columns, turn % columns
             i = row_of(kept, group + r)
-            derive_one(
-                kept.array, out, active, factors[row_of(a, group + r)], parts, i, first + c, matrices.columns, form, scratch.sums, r, c
-            )
+            factor = factors[row_of(a, group + r)]
+            derive_one(kept.array, out, active, factor, parts, i, first + c, matrices.columns, form, scratch.sums, r, c)
         block_sync()
         for r in range(lane(), here, lanes()):
             total = load(scratch.sums, r * SUMS_STRIDE)

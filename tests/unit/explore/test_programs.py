@@ -170,6 +170,17 @@ def test_a_gradient_that_is_off_is_told(kernel, name):
     assert report.kind == "wrong result" and report.text.startswith(f"{where}: gradient {name}[1] is ")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounded_gradients_have_bounds(kernel, dtype):
+    explorer, run = one_run(kernel, world(BASE | dict(dtype=dtype), (0, 1, 0, 3)))
+    assert explorer.checker.check(run) == []
+    fresh, run = one_run(kernel, explorer.world.spec)
+    array = run.calls[0][3].gradients["down"]
+    array[1] += 0.1 * np.abs(array).max()
+    (report,) = fresh.checker.check(run)
+    assert report.text.startswith("rank 0, call 4: gradient down[1] is ")
+
+
 def test_other_bits_are_told(kernel):
     explorer, run = one_run(kernel, TWO)
     assert explorer.checker.check(run) == []
