@@ -73,8 +73,7 @@ class LayerSettings:
         self._arithmetic()
         if self.num_processors is not None:
             _check_processors(self.num_processors)
-        if not isinstance(self.trace, bool):
-            raise TypeError(f"trace must be True or False, got {self.trace!r}")
+        check_flags(trace=self.trace)
         check_name("packing", self.packing, PACKINGS)
         self._check_save()
         _check_seconds("deadline_s", self.deadline_s)
@@ -125,6 +124,13 @@ class LayerSettings:
         if self.backend != "cpu":
             return None
         return choose(self.backend_settings.get("arithmetic", AUTO), self.config.dtype)
+
+
+def check_flags(**flags: Any) -> None:
+    """Nothing, if all are True or False; else a TypeError that names the argument."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def communicator(comm: Any, process_group: Any) -> Any:

@@ -59,15 +59,16 @@ def check_gradients(
         if len(own) != of_rank.num_tokens:
             rule = f"dy must have a row for each of the {of_rank.num_tokens} tokens that forward() had"
             raise ValueError(f"{rule} on rank {rank.rank_idx}, got {len(own)}")
-    return tokens, [_check_said(parts, of_rank, part) for of_rank, part in zip(kept, said, strict=True)]
+    return tokens, [_check_said(parts, *of_rank) for of_rank in zip(parts.ranks, kept, said, strict=True)]
 
 
-def _check_said(parts: Parts, kept: Kept, gradient: Any) -> Array | None:
+def _check_said(parts: Parts, rank: Rank, kept: Kept, gradient: Any) -> Array | None:
     if gradient is None:
         return None
     if kept.routed:
         raise ValueError("logits_gradient must be None where topk_weights were given: there are no logits")
-    name, shape = "logits_gradient", (kept.num_tokens, parts.config.num_choices)
+    name = f"logits_gradient[{rank.rank_idx}]" if parts.all_here else "logits_gradient"
+    shape = kept.num_tokens, parts.config.num_choices
     array = check_floating(name, check_array(name, as_array(name, gradient), shape))
     with np.errstate(over="ignore"):  # as the kernel's own sums overflow
         return np.ascontiguousarray(array, parts.config.accumulator)

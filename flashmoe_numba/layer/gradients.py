@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from reference import ExpertKind, MoEConfig, Weights
 from reference.arrays import Array
 
@@ -29,8 +31,8 @@ class Gradients:
         logits: `[num_tokens, num_choices]`, likewise, of the logits as the product with the router makes them, or as
             they were given; None where topk_weights were given.
         weights: of this rank's experts, and of the router and the shared expert by way of this rank's tokens: `Weights`
-            whose arrays are in the type of sums; without experts, where these are frozen.
-            `FlashMoE.backward(..., into=gradients)` goes on with these sums.
+            whose arrays are in the type of sums; without experts, where these are frozen. They are views of `arrays`:
+            `FlashMoE.backward(..., into=gradients)` goes on with these sums where they are.
         arrays: the sums as the kernel has them.
     """
 
@@ -54,10 +56,22 @@ def gradient_arrays(
         return zeros
     if not isinstance(into, Gradients):
         raise TypeError(f"into must be what backward() returned, got {type(into).__name__}")
-    sizes, wanted = ([[a.size for a in arrays] for arrays in of_ranks] for of_ranks in (into.arrays, zeros))
-    if sizes != wanted:
+    wanted, found = _weights(parts, packed, zeros), into.weights if parts.all_here else [into.weights]
+    if list(map(_outline, found)) != list(map(_outline, wanted)):
         raise ValueError("into must be gradients of the same arrays as this call's weights have, got those of others")
+    if not all(map(_are_views, found, into.arrays)):
+        raise ValueError("into must be what backward() returned, got a copy, whose weights are not where its sums are")
     return into.arrays
+
+
+def _are_views(weights: Weights, arrays: WeightGradients) -> bool:
+    pairs = (weights.router, arrays.router), (weights.down_proj, arrays.down)
+    return all(np.may_share_memory(view, array) for view, array in pairs if array.size)
+
+
+def _outline(weights: Weights) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    arrays = {name: array for name, array in vars(weights).items() if isinstance(array, np.ndarray)}
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
 
 
 def make_gradients(

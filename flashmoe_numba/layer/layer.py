@@ -18,7 +18,7 @@ from ..heap.stats import Stats
 from ..heap.tensors import like_given
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
-from .arguments import DEADLINE_S, LayerSettings, communicator
+from .arguments import DEADLINE_S, LayerSettings, check_flags, communicator
 from .backward import Backward, check_gradients
 from .calls import Calls
 from .forward import Forward, check_beside, check_tokens
@@ -292,6 +292,7 @@ class FlashMoE(Owned):
         self._require_backward()
         if not isinstance(saved, SavedCall):
             raise TypeError(f"saved must be what forward() returned with y, got {type(saved).__name__}")
+        check_flags(experts=experts, router=router, retain=retain)
         parts = self._parts
         with self._calls.turn():  # all of it: others may use `saved`, load weights, or want the memory of what is found
             kept, packed = saved.peek(parts.ranks), saved.packed
@@ -315,6 +316,7 @@ class FlashMoE(Owned):
             experts, router: as `backward` has them.
         """
         self._require_backward()
+        check_flags(experts=experts, router=router)
         packed = self._parts.own("weights", weights)
         arrays = gradient_arrays(self._parts, packed, None, experts, router)
         return no_gradients(self._parts, packed, arrays)

@@ -39,13 +39,13 @@ class SavedCall(Owned):
 
     @property
     def topk_idx(self) -> list[Array]:
-        """`[num_tokens, num_topk]` of each rank here: the choices, -1 for none."""
+        """`[num_tokens, num_topk]` of each rank here: a copy of the choices, -1 for none."""
         return self._of_tokens("topk_idx", lambda rank: rank.config.num_topk)
 
     @property
     def logits(self) -> list[Array]:
-        """`[num_tokens, num_choices]` of each rank here, in the type of sums: as the product with the router made them,
-        or as they were given; `[num_tokens, 0]` where topk_weights were.
+        """`[num_tokens, num_choices]` of each rank here, in the type of sums: a copy of the logits, as the product with
+        the router made them, or as they were given; `[num_tokens, 0]` where topk_weights were.
         """
         return self._of_tokens("kept_logits", lambda rank: rank.config.num_choices)
 
@@ -54,7 +54,7 @@ class SavedCall(Owned):
         for rank, of_rank in zip(self._ranks, self.peek(self._ranks), strict=True):
             rows, columns, array = of_rank.num_tokens, width(rank), of_rank.arrays.tokens[name]
             columns = 0 if name == "kept_logits" and of_rank.routed else columns
-            found.append(array[: rows * columns].reshape(rows, columns))
+            found.append(array[: rows * columns].reshape(rows, columns).copy())  # calls after its backward write there
         return found
 
     def close(self) -> None:

@@ -37,6 +37,7 @@ def ticket_for(kept: KeptCalls, device: torch.device) -> torch.Tensor:
     ticket = torch.zeros(1, dtype=torch.int64, device=device)
     place = ticket.data_ptr()
     KEPT[place] = kept
+    kept.entry.shared.kept.add(kept)
     weakref.finalize(ticket.untyped_storage(), _forget, place, weakref.ref(kept)).atexit = False
     return ticket
 

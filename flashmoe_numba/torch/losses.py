@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from reference import MoEConfig
@@ -19,8 +21,8 @@ def check_losses(config: MoEConfig, train: bool, load_balancing: float, router_z
     if not train:
         raise ValueError("return_aux must be False without train=True: nothing would follow the loss; got True")
     for name, value in (("load_balancing", load_balancing), ("router_z", router_z)):
-        if number(name, value) < 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
+        if not 0 <= number(name, value) < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
     if config.router_kind.score not in SCORES:
         rule = f"return_aux must be False for a router whose score is none of {', '.join(SCORES)}"
         raise ValueError(f"{rule}; got {config.router_kind.score!r}")

@@ -14,6 +14,7 @@ from reference.scalars import check_name, check_one_of
 
 from ..checkpoints.entries import STORED, arrays_of
 from ..heap.tensors import as_tensor
+from ..layer.arguments import check_flags
 from .description import describe_config, training
 from .losses import check_losses, load_balancing_loss, router_z_loss
 from .ownership import OWNERS, Owner, check_sums, check_training, give_to_kernel, operands
@@ -40,7 +41,8 @@ class MoE(Owner):
         save: what a call with gradients keeps, as `FlashMoE` has it: "rows+up", "rows" or "nothing".
         fused_accumulation: a backward goes on with the sums that `.grad` of experts' parameters holds, where it is, in
             place of adding a sum of its own to it: so micro-batches give the bits of one batch, on any number of ranks.
-            Parameters in float32 or float64 only, in eager mode only; hooks on parameters see a gradient where there
+            Parameters in float32 or float64 only, in eager mode and by `backward()` only: `torch.autograd.grad` adds to
+            `.grad`, too, where there is one, and returns no sums. Hooks on parameters see a gradient where there
             was no `.grad` only.
         return_aux: a call returns (output, loss), for a training that balances experts: `load_balancing` times
             `load_balancing_loss` plus `router_z` times `router_z_loss` of this call's tokens; needs train=True.
@@ -73,6 +75,7 @@ class MoE(Owner):
         super().__init__()
         check_name("own", own, OWNERS)
         check_training(train, save, fused_accumulation, own)
+        check_flags(return_aux=return_aux)
         if not isinstance(config, MoEConfig):
             raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
         ranks = SESSION.ranks(comm, process_group)

@@ -18,6 +18,7 @@ from reference.layout import SAVES
 from reference.scalars import check_name
 
 from ..errors import FlashMoEError
+from ..layer.arguments import check_flags
 from .description import TICKET, among, is_matrix, read, rename, views
 from .session import SESSION, as_weights
 
@@ -34,9 +35,7 @@ def check_training(train: bool, save: str, fused_accumulation: bool, own: str) -
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
     """
-    for name, value in (("train", train), ("fused_accumulation", fused_accumulation)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+    check_flags(train=train, fused_accumulation=fused_accumulation)
     check_name("save", save, SAVES)
     if fused_accumulation and not train:
         raise ValueError("fused_accumulation must be False without train=True: there are no gradients; got True")

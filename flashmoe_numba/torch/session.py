@@ -29,11 +29,14 @@ Place = tuple[str, int | None, tuple[int, ...]]  # description, num_topk, addres
 
 @dataclass
 class Shared:
-    """A layer, the ranks that it has (None: this process alone), and packed weights that nobody uses at the moment."""
+    """A layer, the ranks that it has (None: this process alone), packed weights that nobody uses at the moment, and
+    what waits for a backward.
+    """
 
     layer: FlashMoE
     ranks: Ranks | None
     spare: list[PackedWeights] = field(default_factory=list)
+    kept: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
 
 @dataclass
@@ -162,7 +165,7 @@ class Session:
                     shared.layer.close()
 
     def _can_close(self, shared: Shared) -> bool:
-        unused = all(entry.shared is not shared for entry in list(self._entries.values()))
+        unused = not shared.kept and all(entry.shared is not shared for entry in list(self._entries.values()))
         return unused if shared.ranks is None else shared.ranks.all_can_release(unused)
 
     @contextmanager

@@ -21,8 +21,8 @@ from .weight_gradients import begin_from, fill, groups, is_of_experts
 
 Tensors = Sequence[torch.Tensor]
 FIRST_ONLY = (
-    "create_graph must be False: a MoE layer has no second derivatives, and without an error those by way of its tokens "
-    "and its routing would be zero"
+    "create_graph must be False: a MoE layer has no second derivatives, and without an error those by way of its "
+    "tokens and its routing would be zero"
 )
 COMPILED = (
     "fused_accumulation=True adds to .grad where it is, which no graph of torch.compile can hold: call it in eager mode"
@@ -71,7 +71,7 @@ def moe_layer_kept(
         ticket.
     """
     y, entry, saved = run(x, topk_idx, topk_weights, logits, tensors, description, keep=True)
-    made = torch.cat([as_tensor(call.logits[0]) for call in saved])  # copies: what was kept must not be written to
+    made = torch.cat([as_tensor(call.logits[0]) for call in saved])
     idx = torch.cat([as_tensor(call.topk_idx[0]) for call in saved]).long()
     return y, made.to(x.device), idx.to(x.device), ticket_for(KeptCalls(entry, saved), x.device)
 

@@ -11,7 +11,7 @@ from tiny_modules import CONFIG, make_module, tokens
 from torch.utils.checkpoint import checkpoint
 
 from flashmoe_numba.heap.tensors import as_tensor
-from flashmoe_numba.torch import MoE
+from flashmoe_numba.torch import MoE, release
 from flashmoe_numba.torch.kept_calls import KEPT
 from flashmoe_numba.torch.session import SESSION
 from flashmoe_numba.torch.training import moe_layer_kept
@@ -223,7 +223,7 @@ def test_hooks_that_copy_what_is_saved_are_told():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_second_derivatives_are_refused(frozen):
-    """Not left out: y.sum() has a gradient by y that depends on nothing, so only the layer knows that it is no constant."""
+    """Not left out: the gradient of y.sum() by y depends on nothing, so PyTorch takes that by x for a constant."""
     module, x = make_module(train=True).requires_grad_(not frozen), tokens().requires_grad_()
     with pytest.raises(RuntimeError, match="create_graph must be False: a MoE layer has no second derivatives"):
         torch.autograd.grad(module(x).sum(), x, create_graph=True)
@@ -258,6 +258,26 @@ def test_a_backward_of_weights_that_changed_is_an_error(name):
     module.up_proj.data = module.up_proj.data * 2  # other memory: what was packed may be filled with others then
     module(x)
     del y
+
+
+def test_a_backward_of_tensors_that_went_is_that_of_what_there_was():
+    """Their layer is not closed while a call waits for its backward, though no weights of it are left."""
+    module, x = make_module(train=True), tokens()
+    release()
+    expected = gradients(module, x)[1:]
+    module.zero_grad()
+    dy = torch.linspace(-1, 1, x.numel()).reshape(x.shape)
+    y = module(x)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+    release()
+    y.backward(dy)
+    assert equal([parameter.grad for parameter in module.parameters()], expected)
+    (shared,) = SESSION._shared.values()
+    del y
+    gc.collect()
+    release()
+    assert shared.layer.closed
 
 
 @pytest.mark.parametrize("frozen", ["experts", "router"])
@@ -302,8 +322,12 @@ def test_says_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=words):
             make_module(**arguments)
-    with pytest.raises(TypeError, match="train must be True or False, got 1"):
-        make_module(train=1)
+    for name in ("train", "fused_accumulation", "return_aux"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got 1"):
+            make_module(**{name: 1})
+    for value in (-1, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"router_z must be at least 0 and finite, got {value}"):
+            make_module(train=True, return_aux=True, router_z=value)
     half = tiny_config(num_ranks=1, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"fused_accumulation must be False .*gate_proj has bfloat16"):
         make_module(half, train=True, fused_accumulation=True)

@@ -1,5 +1,8 @@
 """Calls that are kept: what may be done with them, and what is wrong with the rest, said before anything runs."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from backward_cases import arrays_of
@@ -82,8 +85,15 @@ def test_what_is_wrong_is_said_before_anything_runs(layer):
         layer.backward(saved, [part.astype(np.float64) for part in DY])
     with pytest.raises(ValueError, match="logits_gradient"):
         layer.backward(saved, DY, logits_gradient=[np.zeros((7, 3)), np.zeros((7, 4))])
+    with pytest.raises(ValueError, match=r"logits_gradient\[1\] must have shape \[7, 4\], got \[7, 3\]"):
+        layer.backward(saved, DY, logits_gradient=[np.zeros((7, 4)), np.zeros((7, 3))])
     with pytest.raises(TypeError, match="into must be what backward"):
         layer.backward(saved, DY, into={})
+    for flag in ("experts", "router", "retain"):
+        with pytest.raises(TypeError, match=f"{flag} must be True or False, got 'no'"):
+            layer.backward(saved, DY, **{flag: "no"})
+    with pytest.raises(TypeError, match="router must be True or False, got 0"):
+        layer.no_gradients(router=0)
     with (
         FlashMoE(CONFIG, WEIGHTS, backend="fibers", save="rows") as other,
         pytest.raises(ValueError, match="another layer"),
@@ -94,6 +104,41 @@ def test_what_is_wrong_is_said_before_anything_runs(layer):
     assert saved.closed
     with pytest.raises(ValueError, match="call 1 had its backward, or was closed"):
         layer.backward(saved, DY)
+
+
+@pytest.mark.parametrize("changes", [dict(dtype="float64"), dict(hidden=6, num_experts=6)])
+def test_sums_go_on_only_where_they_are_of_the_same_arrays(changes):
+    """As many numbers of another type, or in other shapes, the kernel would take for what they are not."""
+    other, sums = tiny_config(**changes), []
+    for config in (other, CONFIG):
+        with FlashMoE(config, Weights.random(config), backend="fibers", save="rows") as layer:
+            sums.append(layer.no_gradients())
+            if config is CONFIG:
+                _, saved = layer.forward(X)
+                with pytest.raises(ValueError, match="into must be gradients of the same arrays"):
+                    layer.backward(saved, DY, into=sums[0])
+    sizes = [[array.size for array in of_both.arrays[0]] for of_both in sums]
+    assert sizes[0] == sizes[1]
+
+
+def test_copies_of_gradients_are_not_gone_on_with(layer):
+    """What is written into their weights would not be in the sums."""
+    _, saved = layer.forward(X)
+    for copied in (copy.deepcopy(layer.no_gradients()), pickle.loads(pickle.dumps(layer.no_gradients()))):
+        with pytest.raises(ValueError, match=r"into must be what backward\(\) returned, got a copy"):
+            layer.backward(saved, DY, into=copied)
+
+
+def test_logits_and_choices_stay_when_their_call_is_over(layer):
+    _, saved = layer.forward(X)
+    logits, idx = saved.logits, saved.topk_idx
+    before = copy.deepcopy((logits, idx))
+    saved.logits[0][:], saved.topk_idx[0][:] = np.nan, 99
+    expected = layer.backward(layer.forward(X)[1], DY)
+    assert_same_bits(layer.backward(saved, DY).x, expected.x, "they may be written to")
+    layer.forward([-part for part in X])
+    assert_same_bits(logits, before[0])
+    assert_same_bits([part.view(np.float32) for part in idx], [part.view(np.float32) for part in before[1]])
 
 
 def test_a_backward_looks_at_nothing_outside_of_its_turn(layer, monkeypatch):
