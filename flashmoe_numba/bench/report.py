@@ -171,9 +171,8 @@ def table(report: dict[str, Any], describe_sizes: str) -> Iterator[str]:
 def _of_backwards(report: dict[str, Any]) -> Iterator[str]:
     found, alone = report["backward"], report["latency_ms"]["median"]
     forward, backward = found["forward_ms"]["median"], found["backward_ms"]["median"]
-    yield _row(
-        "forward", f"{forward:.2f} ms where it keeps, {found['kept_bytes'] / 2**20:,.4g} MiB by {report['save']}"
-    )
+    kept = f"{found['kept_bytes']:,} bytes kept, saving {report['save']}"
+    yield _row("forward", f"{forward:.2f} ms where it keeps, {kept}")
     times = f"{backward / alone:.2f} of the call that keeps nothing, {found['gflops']:.1f} GFLOP/s in the experts"
     yield _row("backward", f"{backward:.2f} ms, {times}")
     yield _row("both", f"{forward + backward:.2f} ms, {found['tokens_per_s']:,.0f} tokens/s")

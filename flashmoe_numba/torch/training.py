@@ -138,8 +138,7 @@ def _back(
     found = layer.backward(kept.saved[call], given[0], logits_gradient=given[1], into=sums, retain=True, **which)
     x, pairs, logits = (of[0] if alone else of for of in (found.x, found.topk_weights, found.logits))
     pairs = as_tensor(pairs)
-    # other calls write where these are
-    return x, pairs.clone(), pairs.new_zeros((len(pairs), 0)) if logits is None else as_tensor(logits).clone()
+    return x, pairs, pairs.new_zeros((len(pairs), 0)) if logits is None else as_tensor(logits)
 
 
 @moe_layer_kept.register_fake
