@@ -17,7 +17,7 @@ from .rules import ResultNorm, RouterRule
 
 # words of a block's box, which its lanes share
 PLACE = 0  # the place of the task to run, or -1
-IS_LAST = 1  # did this block finish the last gate task?
+IS_LAST = 1  # did this block finish the last of the tasks that the next ones wait for?
 BOX_WORDS = 8
 
 

@@ -15,7 +15,7 @@ from ..heap.rank import Rank
 from ..heap.tensors import as_array
 from ..kernel.backward.arguments import BackwardArguments
 from ..kernel.backward.state import WeightGradients
-from .forward import check_tokens, per_rank
+from .forward import check_tokens, names, per_rank
 from .packed import PackedWeights
 from .parts import Parts
 
@@ -54,20 +54,20 @@ def check_gradients(
         TypeError, ValueError: naming the argument, its value and the rule.
     """
     tokens = check_tokens(parts, dy, "dy")
-    said = [None] * len(tokens) if logits_gradient is None else per_rank(parts, "logits_gradient", logits_gradient)
+    argument = "logits_gradient"
+    said = [None] * len(tokens) if logits_gradient is None else per_rank(parts, argument, logits_gradient)
     for rank, of_rank, own in zip(parts.ranks, kept, tokens, strict=True):
         if len(own) != of_rank.num_tokens:
             rule = f"dy must have a row for each of the {of_rank.num_tokens} tokens that forward() had"
             raise ValueError(f"{rule} on rank {rank.rank_idx}, got {len(own)}")
-    return tokens, [_check_said(parts, *of_rank) for of_rank in zip(parts.ranks, kept, said, strict=True)]
+    return tokens, [_check_said(parts, *each) for each in zip(names(parts, argument), kept, said, strict=True)]
 
 
-def _check_said(parts: Parts, rank: Rank, kept: Kept, gradient: Any) -> Array | None:
+def _check_said(parts: Parts, name: str, kept: Kept, gradient: Any) -> Array | None:
     if gradient is None:
         return None
     if kept.routed:
-        raise ValueError("logits_gradient must be None where topk_weights were given: there are no logits")
-    name = f"logits_gradient[{rank.rank_idx}]" if parts.all_here else "logits_gradient"
+        raise ValueError(f"{name} must be None where topk_weights were given: there are no logits")
     shape = kept.num_tokens, parts.config.num_choices
     array = check_floating(name, check_array(name, as_array(name, gradient), shape))
     with np.errstate(over="ignore"):  # as the kernel's own sums overflow

@@ -43,9 +43,8 @@ def check_tokens(parts: Parts, x: Any, name: str = "x") -> list[Any]:
         TypeError, ValueError: naming the argument, its value and the rule.
     """
     of_ranks = per_rank(parts, name, x)
-    names = [f"{name}[{i}]" for i in range(len(of_ranks))] if parts.all_here else [name]
     check = parts.backend.check_tokens
-    return [check(name, of_rank, parts.config) for name, of_rank in zip(names, of_ranks, strict=True)]
+    return [check(own, of_rank, parts.config) for own, of_rank in zip(names(parts, name), of_ranks, strict=True)]
 
 
 def check_beside(parts: Parts, tokens: Sequence[Any], **arguments: Any) -> list[Given]:
@@ -68,6 +67,11 @@ def check_beside(parts: Parts, tokens: Sequence[Any], **arguments: Any) -> list[
         except (TypeError, ValueError) as error:
             raise type(error)(f"rank {rank.rank_idx}: {error}") from None
     return given
+
+
+def names(parts: Parts, name: str) -> list[str]:
+    """What errors call the entries of `per_rank`."""
+    return [f"{name}[{i}]" for i in range(len(parts.ranks))] if parts.all_here else [name]
 
 
 def per_rank(parts: Parts, name: str, value: Any) -> list[Any]:

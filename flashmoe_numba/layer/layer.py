@@ -272,7 +272,7 @@ class FlashMoE(Owned):
 
         They have the same bits for any number of processors, any packing and in every run. On other numbers of ranks,
         too, where the tokens of all ranks follow each other in the same order and none are dropped, but for those of
-        router and shared expert, which each rank makes of its own tokens: `sum_replicated` adds them up.
+        router and shared expert, which each rank makes of its own tokens: add them up in the order of ranks.
 
         Args:
             saved: what `forward` returned with y.
