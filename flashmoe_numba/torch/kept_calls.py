@@ -54,6 +54,8 @@ def kept_for(ticket: torch.Tensor) -> KeptCalls:
 
 
 def _forget(place: int, kept: weakref.ref[KeptCalls]) -> None:
-    """Unless the place is another ticket's already."""
+    """Unless the place is another ticket's already. The memory of what was kept is for the layer's next calls."""
     if (known := KEPT.get(place)) is not None and known is kept():
         del KEPT[place]
+        for saved in known.saved:
+            saved.close()

@@ -177,6 +177,20 @@ def test_a_retained_graph_has_the_same_gradients_again():
         torch.autograd.grad(y.sum(), x)
 
 
+def test_memory_of_a_graph_that_is_gone_is_the_next_calls():
+    """Else every step would take new memory, and touch all of its pages for the first time."""
+    module, found = make_module(train=True), []
+    for _ in range(3):
+        y = module(tokens(module.config, 5))
+        ((saved,),) = (of_graph.saved for of_graph in KEPT.values())
+        found.append(saved._kept[0].arrays)
+        y.sum().backward()
+        del y
+        gc.collect()
+        assert saved.closed
+    assert found[1] is found[0] and found[2] is found[0]
+
+
 def test_gradients_of_micro_batches_add_up():
     module, parts = make_module(train=True), [tokens(seed=seed) for seed in (1, 2)]
     apart = [gradients(module, part)[1:] for part in parts]
