@@ -7,7 +7,8 @@ Expected: `times_forward` at most 3.3 and `ratio` at most 1 in float32 with save
 
 One rank, a thread for each core; the same for PyTorch, whose blocks are those of torch_block.py under autograd. All
 variants take turns in one process, with other tokens in each turn. A step is a forward and a backward that gives the
-gradients of tokens, router and experts anew: no sums go on, and both take new memory for them. `ratio` is the layer's
+gradients of tokens, router and experts anew: no sums go on, and both take new memory for them. `sums_go_on` is a step of
+the layer that goes on with the sums for weights of the step before, as micro-batches do, over the forward alone. `ratio` is the layer's
 step over the better of PyTorch's, `times_forward` over the layer's forward that keeps nothing; medians (first to third
 quartile). `kept_mb` is what waits for the backward, as the layer tells it. `error` is the largest difference of any
 gradient to that of `eager` by the layer's routing, of that gradient's largest number.
@@ -40,7 +41,7 @@ BLOCKS = ("eager", "grouped")
 SETTLE_S = 0.02  # PyTorch's workers spin for 5 ms after their work
 COLUMNS = {
     "save": "", "tokens": "d", "forward_ms": "", "step_ms": "", "times_forward": ".2f", "eager_ms": "",
-    "grouped_ms": "", "ratio": ".2f", "kept_mb": ".1f", "error": ".1e", "ok": "",
+    "grouped_ms": "", "sums_go_on": ".2f", "ratio": ".2f", "kept_mb": ".1f", "error": ".1e", "ok": "",
 }  # fmt: skip
 
 
@@ -105,10 +106,12 @@ class Steps:
         variants: dict[str, Callable[[int], object]] = {
             "forward": lambda turn: self._layer([x[turn]]),
             "step": lambda turn: self._step(x[turn], dy[turn]),
+            "more": lambda turn: self._step(x[turn], dy[turn], sums),
             "eager": lambda turn: self._block.step("eager", x[turn], dy[turn]),
             "grouped": lambda turn: self._block.step("grouped", x[turn], dy[turn]),
         }
         error, limit = self._compare(x[0], dy[0])
+        sums = self._step(x[0], dy[0])
         times: dict[str, list[float]] = {name: [] for name in variants}
         for turn in range(-1, repeats):  # the first is not counted
             for name, run in variants.items():
@@ -123,6 +126,7 @@ class Steps:
             "tokens": tokens,
             **{f"{name}_ms": ms for name, ms in quartiles.items()},
             "times_forward": middle["step"] / middle["forward"],
+            "sums_go_on": middle["more"] / middle["forward"],
             "ratio": middle["step"] / min(middle[name] for name in BLOCKS),
             "kept_mb": self._kept / 1e6,
             "error": error,
@@ -130,10 +134,10 @@ class Steps:
             "ok": error <= limit,
         }
 
-    def _step(self, x: np.ndarray, dy: np.ndarray) -> Any:
+    def _step(self, x: np.ndarray, dy: np.ndarray, into: Any = None) -> Any:
         _, saved = self._layer.forward([x])
         self._kept = saved.num_bytes
-        return self._layer.backward(saved, [dy])
+        return self._layer.backward(saved, [dy], into=into)
 
     def _compare(self, x: np.ndarray, dy: np.ndarray) -> tuple[float, float]:
         """How far gradients are from eager's by the layer's routing, of the largest, and how far they may be."""

@@ -23,6 +23,7 @@ def fixed_problem(
         keeps=False,
         recomputes=False,
         resends=False,
+        fresh=False,
         weight_tasks=0,
         router_weight_tasks=0,
         shared_weight_tasks=0,

@@ -125,6 +125,7 @@ class Rank(Owned):
         experts: Experts,
         transposed: Transposed,
         gradients: WeightGradients,
+        fresh: bool = False,
     ) -> tuple[tuple[Any, Array, Array | None], BackwardArguments]:
         """((dx, gradients of the pairs' weights, of logits), what the blocks are given): filled once all have run.
 
@@ -157,6 +158,7 @@ class Rank(Owned):
             has_logits=kept.has_logits,
             recomputes=self.save != "rows+up",
             resends=self.save == "nothing",
+            fresh=fresh,
             **num_weight_tasks(c, gradients, kept),
         )
         pairs = working.weight_gradients[: kept.num_tokens * c.num_topk].reshape(-1, c.num_topk)

@@ -29,6 +29,7 @@ class Backward:
         said: of each, gradients of logits by way of other losses, or None.
         kept, epoch, packed: what each kept, of which call, and of which weights.
         gradients: of each, arrays that sums go on in.
+        fresh: are these zeros that this call begins with?
     """
 
     tokens: Sequence[Any]
@@ -37,11 +38,12 @@ class Backward:
     epoch: int
     packed: PackedWeights
     gradients: Sequence[WeightGradients]
+    fresh: bool
 
     def begin(self, position: int, rank: Rank, epoch: int, deadline_ns: int) -> tuple[Any, BackwardArguments]:
         return rank.call_back(
             self.tokens[position], self.said[position], self.kept[position], self.epoch, epoch, deadline_ns,
-            self.packed.of_ranks[position], self.packed.transposed[position], self.gradients[position],
+            self.packed.of_ranks[position], self.packed.transposed[position], self.gradients[position], self.fresh,
         )  # fmt: skip
 
 

@@ -299,7 +299,7 @@ class FlashMoE(Owned):
             tokens, said = check_gradients(parts, kept, dy, logits_gradient)
             arrays = gradient_arrays(parts, packed, into, experts, router)
             try:
-                call = Backward(tokens, said, kept, saved.epoch, packed, arrays)
+                call = Backward(tokens, said, kept, saved.epoch, packed, arrays, fresh=into is None)
                 found = self._calls.run(call, self.deadline_s)
             finally:
                 if not retain:
