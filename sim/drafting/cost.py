@@ -23,6 +23,7 @@ else here is the hardware's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,6 +32,10 @@ from ..engine.graph import Array
 from ..world.world import World
 
 MOST_NS = 2.0**40  # of a task: what is summed over a schedule, and multiplied by its slots, still fits 64 bits
+PORT_BYTES = 64  # that a multiprocessor draws from the L2 in a clock
+WEIGHTS_SHARE = (
+    0.89  # of what plain streaming reaches: DeepGEMM's products on H800 reach 0.80 of the datasheet's 3,350 GB/s
+)
 L2_SHARE = 0.5  # of the L2 that weights may keep, the rest is rows and results in flight
 
 
@@ -51,6 +56,7 @@ class Cost:
     tile_latency_ns: int
     cluster: int = 1
     async_loads: bool = True
+    fixed_shares: bool = False
 
     def tile(
         self,
@@ -60,24 +66,51 @@ class Cost:
         tiles: ArrayLike,
         reuse: ArrayLike = 1,
         read: float | None = None,
+        real: ArrayLike | None = None,
     ) -> Array:
         """A tile of `[rows, depth] @ [depth, columns]`.
 
         Args:
             read: columns of weights that there are to read, if the tile has others for padding.
+            real: rows that are no padding; None: all.
             tiles: of this stage on the GPU, over the whole call.
             reuse: row blocks that share one reading of the tile's weights from memory.
         """
+        tensor, memory, cache = self._parts(rows, columns, depth, tiles, reuse, read, real)
+        gbps = self.weights_gbps if self.async_loads else self.memory_gbps
+        reading = np.maximum(memory * self._active(tiles) / gbps, cache)
+        time = np.maximum(tensor, reading) if self.async_loads else tensor + reading
+        return _whole(time) + self.tile_latency_ns
+
+    def streaming_tile(self, *args: Any) -> tuple[Array, Array]:
+        """The arguments of `tile`: how long it takes at least, and the bytes that it streams in that time or longer.
+
+        None, if its products hide them even where all slots stream: so most tiles of full batches ask no memory.
+        """
+        tensor, memory, cache = self._parts(*args)
+        time, slots = np.maximum(tensor, cache), max(self.slots, self.world.hardware.sms)
+        hidden = memory * slots / self.weights_gbps <= time
+        return _whole(time) + self.tile_latency_ns, np.where(hidden, 0, np.ceil(memory)).astype(np.int64)
+
+    def _parts(
+        self,
+        rows: ArrayLike,
+        columns: float,
+        depth: float,
+        tiles: ArrayLike,
+        reuse: ArrayLike = 1,
+        read: float | None = None,
+        real: ArrayLike | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """A tile's time for products, its bytes from memory, and its time for reading the L2."""
         precision, hardware = self.world.precision, self.world.hardware
-        active, per_sm = self._sharing(tiles)
         rows = np.asarray(rows, np.float64)
+        real = rows if real is None else np.asarray(real, np.float64)
         tensor = 2 * rows * columns * depth / (hardware.tflops[precision.arithmetic] * 1e3 * self.rate)
         weights = (columns if read is None else read) * depth * precision.weight_bytes
-        memory = weights / np.asarray(reuse) / (hardware.hbm_gbps * hardware.hbm_achieved)
-        cache = (weights + rows * depth * precision.token_bytes / self.cluster) / hardware.l2_gbps
-        reading = np.maximum(cache * per_sm, memory * active)
-        time = np.maximum(tensor * per_sm, reading) if self.async_loads else tensor * per_sm + reading
-        return _whole(time) + self.tile_latency_ns
+        tokens = real * depth * precision.token_bytes / self.cluster
+        cache = (weights + tokens) * self._cache_pace(tiles)
+        return np.asarray(tensor * self._per_sm(tiles)), np.asarray(weights / np.asarray(reuse)), np.asarray(cache)
 
     def reuse(self, row_blocks: ArrayLike, columns: int, depth: int, tile_columns: int) -> Array:
         """Row blocks that share one reading of a `[depth, columns]` matrix; `row_blocks` are those of its expert."""
@@ -88,10 +121,39 @@ class Cost:
         wave = max(1, self.slots // -(-columns // tile_columns))
         return np.asarray(blocks / -(-blocks // wave))
 
-    def _sharing(self, tasks: ArrayLike) -> tuple[Array, Array]:
-        """How many of a stage's tasks share the memory, and how many the multiprocessors: a lone one has one."""
-        sms, number = self.world.hardware.sms, np.maximum(1, np.asarray(tasks, np.int64))
-        return number / -(-number // self.slots), np.clip(number, sms, max(sms, self.slots))
+    def _per_sm(self, tasks: ArrayLike) -> Array:
+        """How many of a stage's tasks share all multiprocessors: a lone one has one of them."""
+        sms = self.world.hardware.sms
+        return np.clip(np.asarray(tasks, np.int64), sms, max(sms, self.slots))
+
+    def _active(self, tasks: ArrayLike) -> Array:
+        """How many of a stage's tasks run at a time, on average over its waves."""
+        number = np.maximum(1, np.asarray(tasks, np.int64))
+        return np.asarray(number / -(-number // self.slots))
+
+    def _cache_pace(self, tasks: ArrayLike) -> Array:
+        """Nanoseconds in which one of a stage's tasks reads a byte of the L2."""
+        active, hardware = self._active(tasks), self.world.hardware
+        return np.maximum(active / hardware.l2_gbps, 1 / self.task_gbps)
+
+    @property
+    def memory_gbps(self) -> float:
+        """What the memory gives."""
+        return self.world.hardware.hbm_gbps * self.world.hardware.hbm_achieved
+
+    @property
+    def weights_gbps(self) -> float:
+        """What the memory gives to the weights of products."""
+        return self.memory_gbps * WEIGHTS_SHARE
+
+    @property
+    def task_gbps(self) -> float:
+        """The most that one slot draws from the L2, or through it from the memory."""
+        hardware = self.world.hardware
+        port = hardware.l2_gbps / hardware.sms
+        if hardware.clock_ghz is not None:
+            port = max(port, PORT_BYTES * hardware.clock_ghz)
+        return port * min(1.0, hardware.sms / self.slots)
 
     def stream(self, nbytes: ArrayLike, tasks: ArrayLike | None = None) -> Array:
         """Moving bytes within the GPU, read and written: each byte crosses the memory twice.
@@ -99,10 +161,9 @@ class Cost:
         Args:
             tasks: of this stage on the GPU, over the whole call; None: enough for all slots.
         """
-        hardware = self.world.hardware
-        active, per_sm = self._sharing(self.slots if tasks is None else tasks)
-        per_slot = np.minimum(hardware.hbm_gbps * hardware.hbm_achieved / active, hardware.l2_gbps / per_sm)
-        return _whole(2 * np.asarray(nbytes, np.float64) / per_slot)
+        tasks = self.slots if tasks is None else tasks
+        pace = np.maximum(self._active(tasks) / self.memory_gbps, self._cache_pace(tasks))
+        return _whole(2 * np.asarray(nbytes, np.float64) * pace)
 
     def store(self, nbytes: ArrayLike, local: ArrayLike) -> Array:
         """Storing bytes to a peer from one slot, or moving them within the rank where `local`."""

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from reference import arrays
 
-from ..drafting.blocks import blocks_per_expert
+from ..drafting.blocks import tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.shared import shared_kernels
@@ -53,6 +53,7 @@ class Knobs(PolicyKnobs):
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 256
     num_ops: int = 261
     op_ns: int = 2000
@@ -122,10 +123,10 @@ def _experts(stream: _Stream, knobs: Knobs) -> None:
     """From rows in token order to results in the same order."""
     draft, world = stream.draft, stream.draft.world
     precision, counts = world.precision, world.routing.counts
-    blocks = blocks_per_expert(counts, knobs.tile_m)
+    blocks = tuned_blocks(counts, knobs.tile_m, knobs.least_tile_m)
     stream.permute(counts.sum(axis=1), precision.token_bytes)
     stream.all_to_all(world.dispatch_bytes)
     stream.permute(world.rows, precision.token_bytes)
-    _, stream.last = draft.ffn(stream.last, blocks, knobs.tile_n)
+    _, stream.last = draft.ffn(stream.last, blocks, knobs.tile_n, knobs.tile_m)
     stream.permute(world.rows, precision.result_bytes)
     stream.all_to_all(world.combine_bytes)

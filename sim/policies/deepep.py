@@ -28,7 +28,7 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..drafting.blocks import blocks_per_expert
+from ..drafting.blocks import tuned_blocks
 from ..drafting.comm_sms import analytic_comm_sms
 from ..drafting.draft import Draft
 from ..drafting.hops import make_hops
@@ -39,6 +39,7 @@ from ..engine.kinds import COMBINE, DISPATCH, SEND
 from ..world.world import World
 
 FEW_TOKENS = 256
+MASKED_TILE_M = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class Knobs(PolicyKnobs):
     chunk_rows: int = 16
     window_rows: int = 256
     tile_m: int = 128
+    least_tile_m: int | None = None
     tile_n: int = 128
     cluster: int = 2
     gate: bool = True
@@ -86,7 +88,9 @@ class Knobs(PolicyKnobs):
 
     def in_world(self, world: World) -> Self:
         few = world.routing.num_tokens < FEW_TOKENS
-        return replace(self, mode=self.mode or ("low_latency" if few else "normal"))
+        mode = self.mode or ("low_latency" if few else "normal")
+        least = MASKED_TILE_M if mode == "low_latency" else self.tile_m
+        return replace(self, mode=mode, least_tile_m=least if self.least_tile_m is None else self.least_tile_m)
 
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
@@ -148,8 +152,8 @@ class _Normal:
         self.world = draft.world
         self.comm = comm
         self.hops = make_hops(draft.world, knobs.chunk_rows, draft.token_block)
-        self.blocks = blocks_per_expert(draft.world.routing.counts, knobs.tile_m)
-        self.tile_n = knobs.tile_n
+        self.blocks = tuned_blocks(draft.world.routing.counts, knobs.tile_m, knobs.least_tile_m or knobs.tile_m)
+        self.tile = knobs.tile_n, knobs.tile_m
         self.window = knobs.window_rows // knobs.chunk_rows
         self.one_node = self.world.num_nodes == 1
 
@@ -182,7 +186,7 @@ class _Normal:
         draft, hops, precision = self.draft, self.hops, self.world.precision
         hidden, rows = self.world.config.hidden, self.world.rows
         spread = draft.stream(draft.begin(after), rows * hidden * precision.token_bytes)
-        _, done = draft.ffn(spread, self.blocks, self.tile_n)
+        _, done = draft.ffn(spread, self.blocks, *self.tile)
         copies = np.bincount(hops.share_rank, hops.share_rows, self.world.num_ranks)
         return draft.stream(draft.begin(done), (rows + copies) / 2 * hidden * precision.result_bytes)
 
@@ -239,7 +243,7 @@ class _LowLatency:
     def __init__(self, draft: Draft, knobs: Knobs) -> None:
         self.draft = draft
         self.world = draft.world
-        self.blocks = blocks_per_expert(draft.world.routing.counts, knobs.tile_m)
+        self.blocks = tuned_blocks(draft.world.routing.counts, knobs.tile_m, knobs.least_tile_m or knobs.tile_m)
         self.owner = draft.world.routing.owner[self.blocks.expert]
         self.knobs = knobs
         self.products: Array | None = None  # [num_blocks], the second ones, if they say when they are done
@@ -260,7 +264,7 @@ class _LowLatency:
 
     def experts(self, after: ArrayLike) -> Array:
         """Rows lie by expert already."""
-        products, done = self.draft.ffn(after, self.blocks, self.knobs.tile_n)
+        products, done = self.draft.ffn(after, self.blocks, self.knobs.tile_n, self.knobs.tile_m)
         self.products = products if self.knobs.combine == "row_block" else None
         return done
 

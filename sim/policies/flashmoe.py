@@ -72,7 +72,7 @@ class Knobs(PolicyKnobs):
     blocks_per_sm: int = 1
     tile_m: int = 128
     tile_n: int = 128
-    ladder: bool = False
+    ladder: bool | None = None
     packing: str = "arrived"
     settle_ns: int = 10_000
     gate: bool = True
@@ -103,7 +103,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
 
 
 def _draw(world: World, knobs: Knobs, blocks: Blocks) -> _Schedule:
-    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), one_kernel=True, async_loads=knobs.async_loads)
+    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), async_loads=knobs.async_loads, fixed_shares=True)
     launched = draft.launch()
     gated = draft.gate(launched, split=False) if knobs.gate else launched
     named = {"peer": blocks.first_source} if isinstance(blocks, CutBlocks) else {}
@@ -136,7 +136,11 @@ def _blocks(world: World, knobs: Knobs) -> Blocks:
 
 
 def _ladder(rows: Array, knobs: Knobs) -> Array:
-    return ladder(rows, SHORTEST if knobs.ladder else knobs.tile_m, knobs.tile_m)
+    return ladder(
+        rows,
+        SHORTEST if (knobs.packing == "arrived" if knobs.ladder is None else knobs.ladder) else knobs.tile_m,
+        knobs.tile_m,
+    )
 
 
 def _computed(rows: Array, height: Array, knobs: Knobs) -> Array:
@@ -209,7 +213,7 @@ def _packed_as_rows_arrive(world: World, knobs: Knobs) -> TaskGraph:
     before = blocks = cut_blocks(counts, order, as_if_at_once(counts, knobs.tile_m), height)
     for _ in range(MOST_ROUNDS):
         schedule = _draw(world, knobs, blocks)
-        rules = _rules(schedule.draft, blocks, height, knobs)
+        rules = _rules(schedule.draft, blocks, height, rows, knobs)
         timeline, sm = run(schedule.graph, keep_runs=False), schedule.draft.machine.sm
         cuts = cuts_of_all(world.routing, schedule.graph, timeline, schedule.received, sm, rules)
         found = cut_blocks(counts, *cuts, height)
@@ -219,9 +223,11 @@ def _packed_as_rows_arrive(world: World, knobs: Knobs) -> TaskGraph:
     return schedule.graph
 
 
-def _rules(draft: Draft, blocks: CutBlocks, height: Array, knobs: Knobs) -> Rules:
+def _rules(draft: Draft, blocks: CutBlocks, height: Array, rows: Array, knobs: Knobs) -> Rules:
     experts = np.arange(draft.world.routing.num_experts)[:, None]
-    up_ns, down_ns = (draft.tile_ns(kind, experts, height, blocks, knobs.tile_n).tolist() for kind in (GEMM0, GEMM1))
+    up_ns, down_ns = (
+        draft.tile_ns(kind, experts, height, rows, blocks, knobs.tile_n).tolist() for kind in (GEMM0, GEMM1)
+    )
     return Rules(
         slots=_slots(draft.world, knobs),
         tile_m=knobs.tile_m,

@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.blocks import Blocks, tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.shared import shared_kernels
@@ -39,6 +39,7 @@ class Knobs(PolicyKnobs):
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 128
     nano_batches: int = 2
     overlap: bool = True
@@ -95,7 +96,7 @@ def _batches(world: World, knobs: Knobs) -> list[_Batch]:
     number = min(knobs.nano_batches, world.routing.num_tokens)
     parts = zip(draft.parts(number), transfer.parts(number), strict=True)
     return [
-        _Batch(part, sends, blocks_per_expert(part.world.routing.counts, knobs.tile_m), index)
+        _Batch(part, sends, tuned_blocks(part.world.routing.counts, knobs.tile_m, knobs.least_tile_m), index)
         for index, (part, sends) in enumerate(parts)
     ]
 
@@ -129,7 +130,8 @@ def _all_to_all(batch: _Batch, after: Array | None, rows: Array, element_bytes: 
 
 def _product(kind: int, batch: _Batch, after: Array | None, knobs: Knobs) -> Array:
     draft = batch.compute
-    nodes = draft.gemm(kind, batch.blocks, knobs.tile_n, priority=batch.index)
+    width = draft.tuned_width(kind, batch.blocks, knobs.tile_m, knobs.tile_n)
+    nodes = draft.gemm(kind, batch.blocks, width, priority=batch.index)
     return draft.kernel(draft.begin(after), nodes, draft.world.routing.owner[batch.blocks.expert])
 
 

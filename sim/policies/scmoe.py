@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from reference.arrays import stream
 
-from ..drafting.blocks import blocks_per_expert
+from ..drafting.blocks import tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.shared import shared_kernels
@@ -53,6 +53,7 @@ class Knobs(PolicyKnobs):
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 128
     zero_share: float = 0.0
     zero_seed: int = 1
@@ -115,10 +116,11 @@ def _dispatch(draft: Draft, gated: Array, knobs: Knobs) -> Array:
 def _experts(draft: Draft, after: Array, knobs: Knobs) -> Array:
     """`[num_ranks]`: both products, a kernel each."""
     routing = draft.world.routing
-    blocks = blocks_per_expert(routing.counts, knobs.tile_m)
+    blocks = tuned_blocks(routing.counts, knobs.tile_m, knobs.least_tile_m)
     owner = routing.owner[blocks.expert]
-    hidden = draft.kernel(_begin(draft, after), draft.gemm(GEMM0, blocks, knobs.tile_n), owner)
-    return draft.kernel(_begin(draft, hidden), draft.gemm(GEMM1, blocks, knobs.tile_n), owner)
+    up, down = (draft.tuned_width(kind, blocks, knobs.tile_m, knobs.tile_n) for kind in (GEMM0, GEMM1))
+    hidden = draft.kernel(_begin(draft, after), draft.gemm(GEMM0, blocks, up), owner)
+    return draft.kernel(_begin(draft, hidden), draft.gemm(GEMM1, blocks, down), owner)
 
 
 def _combine(draft: Draft, experts: Array, copies: Array) -> Array:

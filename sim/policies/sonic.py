@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from numpy.typing import ArrayLike
 
-from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.blocks import Blocks, tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.shared import shared_kernels
@@ -39,6 +39,7 @@ class Knobs(PolicyKnobs):
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 256
     ping_pong: bool = True
     save_up: bool = False
@@ -55,7 +56,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     draft = Draft(world, knobs, "sonic", world.hardware.sms, tile_latency_ns=0)  # it is the time of LOAD
     stages = _stages(draft, knobs)
-    blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
+    blocks = tuned_blocks(world.routing.counts, knobs.tile_m, knobs.least_tile_m)
     gated = draft.gate(draft.begin(shared_kernels(draft, None, (knobs.tile_m, knobs.tile_n))))
     arrived = _exchange(draft, gated, world.dispatch_bytes)
     saved_bytes = world.up_columns * world.precision.result_bytes if knobs.save_up else 0
@@ -85,9 +86,10 @@ def _kernel(
 
     `row_bytes` are what the tiles of a row block write for each row.
     """
-    products = draft.gemm(kind, blocks, knobs.tile_n, priority=PRODUCT)
+    width = draft.tuned_width(kind, blocks, knobs.tile_m, knobs.tile_n)
+    products = draft.gemm(kind, blocks, width, priority=PRODUCT)
     begun, owner = draft.begin(after), draft.world.routing.owner[blocks.expert]
-    tiles = -(-draft.product_shape(kind)[0] // knobs.tile_n)
+    tiles = draft.column_tiles(kind, width)
     names: dict[str, ArrayLike] = {"expert": draft.local[blocks.expert], "m": blocks.m, "count": tiles}
     loads = draft.builder.add(LOAD, owner, server=stages.load[owner], duration_ns=knobs.tile_latency_ns, **names)
     draft.builder.edge(begun[owner], loads)
