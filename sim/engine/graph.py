@@ -74,7 +74,7 @@ class Link(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """`gbps` GB/s of each rank's memory, shared evenly by the tasks that stream, each of which gets at most `task_gbps`.
+    """`gbps` GB/s of each rank's memory, shared evenly by tasks that stream, each of which gets at most `task_gbps`.
 
     Not by runs of tasks, as a link: of a row block's tiles each has as much as a tile that is alone.
     """

@@ -4,13 +4,13 @@ Events are processed in the order (time, rank, sequence): of two at the same nan
 and of one rank's the one that was scheduled first. With a `tie_seed`, events of the same time come in a random order
 instead, which no count and no invariant may depend on.
 
-- END of a run of tasks: its slots are free again, its bytes go on their path, and the server starts what waits. It comes
-  after the tasks' duration; of tasks that stream not before their bytes are through the rank's memory, which is a link,
-  but shared by tasks, not by transfers.
-- LINK: a transfer of a link or memory is through. All transfers of a link progress alike, at `min(flow_gbps, gbps / number)`
-  bytes per ns, so the link keeps one number, the bytes that each of them had since it was last idle, and each transfer
-  ends when that number passes its own mark. A transfer over two links goes over both at once, at each one's pace, and
-  has arrived when both are through: no link carries more than it can, and none waits for the other's.
+- END of a run of tasks: its slots are free again, its bytes go on their path, and the server starts what waits. It
+  comes after the tasks' duration; of tasks that stream not before their bytes are through the memory of their rank.
+- LINK: a transfer of a link or memory is through. All transfers of a link progress alike, at `min(flow_gbps, gbps /
+  number)` bytes per ns, so the link keeps one number, the bytes that each of them had since it was last idle, and each
+  transfer ends when that number passes its own mark. A transfer over two links goes over both at once, at each one's
+  pace, and has arrived when both are through: no link carries more than it can, and none waits for the other's. A
+  memory is the same, but shared by tasks: a run of five counts five times.
 - ARRIVE: tasks are complete; those of a node complete, its successors may become ready.
 
 `compiled.py` means the same, compiled, event for event; a property test compares them.

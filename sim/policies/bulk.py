@@ -41,6 +41,8 @@ NUM_STAGES = 11  # kernels and collectives of `build`; the gate is one, the prod
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product; rows are packed over sources.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     num_ops: kernels of the whole layer; 261 are Megatron's with Transformer Engine, counted with 32 experts per GPU.
         Those beyond the 11 stages are small: half make indices before the counts are exchanged, half after the rows
         are back.

@@ -42,6 +42,8 @@ INDEX_BYTES = 4  # of a row, in the sorted order
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product; flux's tuned kernels for Hopper have 128 x 256.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     tensor_parallel: ranks that share each expert's ffn columns; must divide the number of ranks, and ffn.
     stages: "layer", or "layer0": up to the barrier after the first product, as flux measures it (no gate).
     gather: "all" tokens go to every rank, as in flux, or only those "routed" to it.

@@ -39,7 +39,7 @@ from ..engine.kinds import COMBINE, DISPATCH, SEND
 from ..world.world import World
 
 FEW_TOKENS = 256
-MASKED_TILE_M = 64
+MASKED_TILE_M = 64  # DeepGEMM's lowest on Hopper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class Knobs(PolicyKnobs):
     chunk_rows: rows that one multiprocessor sends at a time.
     window_rows: rows under way between two ranks; DeepEP's receive buffers hold 128 to 512.
     tile_m, tile_n: of a tile of either product.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; None: 64 with
+        low_latency, as DeepGEMM's masked products, else tile_m, to which its contiguous layout is aligned.
     cluster: multiprocessors side by side that share the reading of a row tile.
     gate: simulate the gate; published figures of layers leave it out.
     """

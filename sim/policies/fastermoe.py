@@ -35,6 +35,8 @@ from ..world.world import World
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product; rows are packed over the sources of a step.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     cut: "groups" of ranks (FasterMoE) or "rows" (Tutel).
     group_size: ranks of a group; more than there are is all of them.
     degree: parts into which "rows" cuts each packet.

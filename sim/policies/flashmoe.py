@@ -22,7 +22,7 @@ of a tile with rows of several sources leave when its last column tile is done, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -51,7 +51,8 @@ class Knobs(PolicyKnobs):
         of the whole is nearer than two halves. The paper's version had two.
     tile_m, tile_n: of a tile of either product.
     ladder: tiles take the lowest of tile_m, half of it, ... (16 at least) that holds their packet, or where tiles are
-        packed all rows of their expert or, as they arrive, their own, instead of always tile_m.
+        packed all rows of their expert or, as they arrive, their own, instead of always tile_m. None: where they
+        arrive, as in this project's kernel; the published ones had 128 at all measured batches.
     packing: "arrived": rows of all sources of an expert share tiles, as they come, nobody waits for counts; this
         project's kernel does so. "per_source": a packet has tiles of its own, as in the published kernels.
         "per_expert": tiles as if all counts were known before.
@@ -87,6 +88,9 @@ class Knobs(PolicyKnobs):
         "packing": ("arrived", "per_source", "per_expert"),
         "scheduler": ("tickets", "os_block"),
     }
+
+    def in_world(self, world: World) -> Self:
+        return replace(self, ladder=self.packing == "arrived" if self.ladder is None else self.ladder)
 
 
 class _Schedule(NamedTuple):
@@ -136,11 +140,7 @@ def _blocks(world: World, knobs: Knobs) -> Blocks:
 
 
 def _ladder(rows: Array, knobs: Knobs) -> Array:
-    return ladder(
-        rows,
-        SHORTEST if (knobs.packing == "arrived" if knobs.ladder is None else knobs.ladder) else knobs.tile_m,
-        knobs.tile_m,
-    )
+    return ladder(rows, SHORTEST if knobs.ladder else knobs.tile_m, knobs.tile_m)
 
 
 def _computed(rows: Array, height: Array, knobs: Knobs) -> Array:

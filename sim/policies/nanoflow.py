@@ -32,6 +32,8 @@ from ..world.world import World
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     nano_batches: 1 to 4; at most one for each token of a rank.
     overlap: nano-batches run beside each other; if not, one after the other, with all multiprocessors for each kernel.
     compute_share, transfer_share: of the multiprocessors, where nano-batches overlap; together at most 1.

@@ -42,6 +42,8 @@ DENSE_STAGES = ("ffn", "qkv", "output", "ffn")
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of any product.
+    least_tile_m: where rows of experts are few, their tiles are lower, this at least, and as wide as fills waves;
+        assumption: as tuners and libraries' heuristics choose them.
     zero_share: share of the choices, in [0, 1], that are of zero-computation experts. By default none, so that all
         policies compute the same; LongCat-Flash has about a third.
     zero_seed: which ones.

@@ -32,6 +32,8 @@ from ..world.world import World
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     trigger_tiles: column tiles of a row block that are sent at once.
     tracker_entries: parts of row blocks that a rank can have under way; an entry is free when its copy is triggered.
     op_and_store: results are added where they arrive; if not, a COMBINE kernel sums them when all are there.
