@@ -1,17 +1,16 @@
 """How long a task holds its slot, in nanoseconds.
 
 A tile of a matrix product takes the longest of three: its padded operations over the slot's share of the tensor cores,
-the weights that it must bring from memory over the slot's share of that bandwidth, and all that it reads over its share
-of the L2's; and a fixed latency beside, for filling and draining its pipeline. Few tiles have more of the memory each,
-as far as one multiprocessor's part of the L2's bandwidth goes. Fewer slots than multiprocessors are that many of them,
-the others being somebody else's.
+the weights that it must bring from memory, and all that it reads over its share of the L2's bandwidth; and a fixed
+latency beside, for filling and draining its pipeline. Padding rows are multiplied, not read. Fewer slots than
+multiprocessors are that many of them, the others being somebody else's.
 A processor that cannot load operands while it multiplies takes the sum of products and reading instead of the longest.
 
-A tile's share of the memory is fixed before it runs: the memory is shared by as many tiles as run at a time on average,
-which are `tiles` over the waves that they take. So a stage streams its weights in the time that the memory needs,
-whatever is left for its last wave, and one tile more costs one tile. The error: where stages overlap that are no
-multiple of a wave, the memory gives up to that much more at a time than it has; a schedule in one kernel counts the
-tiles of both products together, which leaves less than a wave in all of them.
+Tiles that stream (`streaming_tile`) share the memory as they run: the engine's memory is shared by tasks, each of which
+gets what one multiprocessor can draw at most. Tiles whose products hide their weights even where all slots stream are
+left off it, and so is their traffic. The L2's share is fixed, by as many tiles as run at a time on average: `tiles` over
+the waves that they take. With `fixed_shares` the memory's is, too, where times must be known before the graph runs: the
+error is that where stages overlap, the memory gives up to a part of a wave more than it has.
 
 Weights come from memory once per wave: row blocks of one expert that run at the same time read them from the L2. If an
 expert's matrix fits into half of the L2, all its row blocks are one wave.
@@ -47,6 +46,7 @@ class Cost:
         rate: share of the tensor peak that a tile's products reach.
         tile_latency_ns: fixed part of a tile.
         cluster: multiprocessors side by side that read a row tile from the L2 once for all of them.
+        fixed_shares: of the memory, by `tile`; see above.
         async_loads: reading goes on beside the products; False on processors without a way to do so, such as CPUs.
     """
 
