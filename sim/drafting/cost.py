@@ -6,7 +6,7 @@ latency beside, for filling and draining its pipeline. Padding rows are multipli
 multiprocessors are that many of them, the others being somebody else's.
 A processor that cannot load operands while it multiplies takes the sum of products and reading instead of the longest.
 
-Tiles that stream (`streaming_tile`) share the memory as they run: the engine's memory is shared by tasks, each of which
+Tiles that stream (`streaming_tile`) share the memory as they run: the engine's memory is shared by tasks, and each
 gets what one multiprocessor can draw at most. Tiles whose products hide their weights even where all slots stream are
 left off it, and so is their traffic. The L2's share is fixed, by as many tiles as run at a time on average: `tiles` over
 the waves that they take. With `fixed_shares` the memory's is, too, where times must be known before the graph runs: the
@@ -33,8 +33,6 @@ from ..world.world import World
 MOST_NS = 2.0**40  # of a task: what is summed over a schedule, and multiplied by its slots, still fits 64 bits
 PORT_BYTES = 64  # that a multiprocessor draws from the L2 in a clock
 WEIGHTS_SHARE = 0.89  # of plain streaming: DeepGEMM's products on H800 reach 0.80 of the datasheet's bandwidth
-    0.89  # of what plain streaming reaches: DeepGEMM's products on H800 reach 0.80 of the datasheet's 3,350 GB/s
-)
 L2_SHARE = 0.5  # of the L2 that weights may keep, the rest is rows and results in flight
 
 
