@@ -8,7 +8,7 @@ A processor that cannot load operands while it multiplies takes the sum of produ
 
 Tiles that stream (`streaming_tile`) share the memory as they run: the engine's memory is shared by tasks, and each
 gets what one multiprocessor can draw at most. Tiles whose products hide their weights even where all slots stream are
-left off it, and so is their traffic. The L2's share is fixed, by as many tiles as run at a time on average: `tiles` over
+left off it, and so is their traffic. The L2's share is fixed, by as many tiles as run at a time on average: tiles over
 the waves that they take. With `fixed_shares` the memory's is, too, where times must be known before the graph runs: the
 error is that where stages overlap, the memory gives up to a part of a wave more than it has.
 
