@@ -2,7 +2,7 @@
 
 The gradient of a matrix `[rows, columns]` is a sum over all rows that were multiplied by it, in tiles of that matrix;
 `m` of a node is 0 for the up matrices, side by side, and 1 for the down matrix. A tile reads both operands, as long as
-there are rows, and adds to the sums that are there, or writes them.
+there are rows, and adds to the sums that are there, or writes them: these bytes share the memory with the operands.
 
 All ranks have the router and the shared expert: their gradients are summed over the ranks, by a reduce-scatter and an
 all-gather, in which every rank sends every other its part of the sums. Leaves out: the additions, an overlap with what
@@ -105,16 +105,18 @@ def _gradient(
     """
     tile = tile._replace(rows=min(tile.rows, shape[0]), columns=min(tile.columns, shape[1]))
     number, each = _tiles(shape, tile) * parts, np.asarray(depth) / parts
-    reuse = draft.cost.reuse(-(-shape[0] // tile.rows), shape[1], each, tile.columns)
-    read = shape[1] / -(-shape[1] // tile.columns)
-    products = draft.cost.tile(tile.rows, tile.columns, each, on_gpu, reuse, read)
-    sums = draft.cost.stream(tile.rows * tile.columns * tile.nbytes / 2, on_gpu) + draft.cost.tile_latency_ns
+    high, wide = -(-shape[0] // tile.rows), -(-shape[1] // tile.columns)
+    reuse = draft.cost.reuse(high, shape[1], each, tile.columns)
+    real, read = shape[0] / high, shape[1] / wide
+    timed = draft.cost.node_of_tile(
+        tile.rows, tile.columns, each, on_gpu, reuse, read, real, moved=real * read * tile.nbytes
+    )
     return draft.builder.add(
         kind,
         rank,
         count=number,
         server=draft.machine.sm[rank],
-        duration_ns=np.maximum(products, sums),
+        **timed,
         flops=2.0 * tile.rows * tile.columns * each,
         useful_flops=2.0 * shape[0] * shape[1] / number * np.asarray(depth),
         **names,
@@ -125,18 +127,20 @@ def _gradient(
 
 
 def backward_kernels(
-    draft: Draft, after: ArrayLike, blocks: Blocks, tile_n: int, tile: GradientTile, begin: Begin | None = None
+    draft: Draft, after: ArrayLike, blocks: Blocks, tile: GradientTile, begin: Begin | None = None
 ) -> Array:
     """`[num_ranks]`: five kernels, one after the other, as the layers of a framework are run backwards.
 
     Gradients of hidden rows, of the down matrices, of the activation; rows of dx, and gradients of the up matrices.
+    Products have tiles like gradients; where blocks are lower, their widths are tuned as a forward's are (`Draft.ffn`).
     """
     begun, world = begin or draft.begin, draft.world
     owner = world.routing.owner[blocks.expert]
-    hidden = draft.kernel(begun(after), draft.gemm(GEMM0, blocks, tile_n), owner)
+    first, second = (draft.tuned_width(kind, blocks, tile.rows, tile.columns) for kind in (GEMM0, GEMM1))
+    hidden = draft.kernel(begun(after), draft.gemm(GEMM0, blocks, first), owner)
     summed = gradient_kernel(draft, begun(hidden), tile, (DOWN,))
     active = draft.stream(begun(summed), world.rows * world.config.ffn * draft.now.activation / 2, ELEMENTWISE)
-    results = draft.kernel(begun(active), draft.gemm(GEMM1, blocks, tile_n), owner)
+    results = draft.kernel(begun(active), draft.gemm(GEMM1, blocks, second), owner)
     return gradient_kernel(draft, begun(results), tile, (UP,))
 
 

@@ -23,7 +23,9 @@ from .outside import GROUP, SUFFIX, find_outside, installed, is_file, naming_the
 
 POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
 TERMS = ("system", "schedule")
-SAME: Mapping[str, Any] = {"tile_m": 128, "tile_n": 256, RATE: DEFAULTS[RATE], "cluster": 1}  # of those that have them
+SAME: Mapping[str, Any] = {  # of those that have them
+    "tile_m": 128, "least_tile_m": 128, "ladder": False, "tile_n": 256, RATE: DEFAULTS[RATE], "cluster": 1,
+}  # fmt: skip
 
 
 def policy_names() -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike
 from reference import arrays
 
 from ..drafting.backward import GradientTile, backward_kernels, dense_kernels, reduce_gradients
-from ..drafting.blocks import blocks_per_expert
+from ..drafting.blocks import tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.passes import backward_pass
@@ -50,6 +50,8 @@ NUM_STAGES = 11  # kernels and collectives of `build`; the gate is one, the prod
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product; rows are packed over sources.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     num_ops: kernels of the whole layer, and of its backward; 261 are those of Megatron's forward with Transformer
         Engine, counted with 32 experts per GPU. Those beyond the 11 stages are small: half make indices before the
         counts are exchanged, half after the rows are back.
@@ -62,6 +64,7 @@ class Knobs(PolicyKnobs):
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 256
     num_ops: int = 261
     op_ns: int = 2000
@@ -141,11 +144,11 @@ def _experts(stream: _Stream, knobs: Knobs) -> None:
     """From rows in token order to results in the same order."""
     draft, world = stream.draft, stream.draft.world
     precision, counts = world.precision, world.routing.counts
-    blocks = blocks_per_expert(counts, knobs.tile_m)
+    blocks = tuned_blocks(counts, knobs.tile_m, knobs.least_tile_m)
     stream.permute(counts.sum(axis=1), precision.token_bytes)
     stream.all_to_all(world.dispatch_bytes)
     stream.permute(world.rows, precision.token_bytes)
-    _, stream.last = draft.ffn(stream.last, blocks, knobs.tile_n)
+    _, stream.last = draft.ffn(stream.last, blocks, knobs.tile_n, knobs.tile_m)
     stream.permute(world.rows, precision.result_bytes)
     stream.all_to_all(world.combine_bytes)
 
@@ -159,8 +162,8 @@ def _backward(stream: _Stream, knobs: Knobs) -> None:
     stream.permute(sent, size)
     stream.all_to_all(world.dispatch_bytes)
     stream.permute(world.rows, size)
-    blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
-    stream.last = backward_kernels(draft, stream.last, blocks, knobs.tile_n, tile)
+    blocks = tuned_blocks(world.routing.counts, knobs.tile_m, knobs.least_tile_m)
+    stream.last = backward_kernels(draft, stream.last, blocks, tile)
     stream.permute(world.rows, size)
     stream.all_to_all(world.combine_bytes)
     stream.small(extra - extra // 2)

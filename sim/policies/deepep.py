@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..drafting.backward import GradientTile, backward_kernels, dense_kernels, reduce_gradients
-from ..drafting.blocks import blocks_per_expert
+from ..drafting.blocks import tuned_blocks
 from ..drafting.comm_sms import analytic_comm_sms
 from ..drafting.draft import Draft
 from ..drafting.hops import make_hops
@@ -46,6 +46,7 @@ from ..world.world import BACKWARD, FORWARD, TRAINING, World
 from ..world.world import PASSES as PASSES
 
 FEW_TOKENS = 256
+MASKED_TILE_M = 64  # DeepGEMM's lowest on Hopper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class Knobs(PolicyKnobs):
     chunk_rows: rows that one multiprocessor sends at a time.
     window_rows: rows under way between two ranks; DeepEP's receive buffers hold 128 to 512.
     tile_m, tile_n: of a tile of either product.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; None: 64 with
+        low_latency, as DeepGEMM's masked products, else tile_m, to which its contiguous layout is aligned.
     cluster: multiprocessors side by side that share the reading of a row tile.
     gate: simulate the gate, and its gradients; published figures of layers leave it out.
     """
@@ -73,6 +76,7 @@ class Knobs(PolicyKnobs):
     chunk_rows: int = 16
     window_rows: int = 256
     tile_m: int = 128
+    least_tile_m: int | None = None
     tile_n: int = 128
     cluster: int = 2
     gate: bool = True
@@ -94,7 +98,9 @@ class Knobs(PolicyKnobs):
 
     def in_world(self, world: World) -> Self:
         few = world.routing.num_tokens < FEW_TOKENS and world.passes == FORWARD
-        return replace(self, mode=self.mode or ("low_latency" if few else "normal"))
+        mode = self.mode or ("low_latency" if few else "normal")
+        least = MASKED_TILE_M if mode == "low_latency" else self.tile_m
+        return replace(self, mode=mode, least_tile_m=least if self.least_tile_m is None else self.least_tile_m)
 
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
@@ -193,8 +199,8 @@ class _Normal:
         self.world = draft.world
         self.comm = comm
         self.hops = make_hops(draft.world, knobs.chunk_rows, draft.token_block)
-        self.blocks = blocks_per_expert(draft.world.routing.counts, knobs.tile_m)
-        self.tile_n = knobs.tile_n
+        self.blocks = tuned_blocks(draft.world.routing.counts, knobs.tile_m, knobs.least_tile_m or knobs.tile_m)
+        self.tile = knobs.tile_n, knobs.tile_m
         self.window = knobs.window_rows // knobs.chunk_rows
         self.one_node = self.world.num_nodes == 1
 
@@ -228,13 +234,13 @@ class _Normal:
 
     def experts(self, after: ArrayLike) -> Array:
         """Rows are spread out by expert, multiplied, and the results of each token summed."""
-        _, done = self.draft.ffn(self._spread(after), self.blocks, self.tile_n)
+        _, done = self.draft.ffn(self._spread(after), self.blocks, *self.tile)
         return self._sum_copies(done)
 
     def experts_back(self, after: ArrayLike, knobs: Knobs) -> Array:
         """The same with gradients of rows, and those of weights between the products."""
         tile = GradientTile(knobs.tile_m, knobs.tile_n)
-        return self._sum_copies(backward_kernels(self.draft, self._spread(after), self.blocks, self.tile_n, tile))
+        return self._sum_copies(backward_kernels(self.draft, self._spread(after), self.blocks, tile))
 
     def _spread(self, after: ArrayLike) -> Array:
         nbytes = self.world.rows * self.world.config.hidden * self.world.precision.token_bytes
@@ -300,7 +306,7 @@ class _LowLatency:
     def __init__(self, draft: Draft, knobs: Knobs) -> None:
         self.draft = draft
         self.world = draft.world
-        self.blocks = blocks_per_expert(draft.world.routing.counts, knobs.tile_m)
+        self.blocks = tuned_blocks(draft.world.routing.counts, knobs.tile_m, knobs.least_tile_m or knobs.tile_m)
         self.owner = draft.world.routing.owner[self.blocks.expert]
         self.knobs = knobs
         self.products: Array | None = None  # [num_blocks], the second ones, if they say when they are done
@@ -321,7 +327,7 @@ class _LowLatency:
 
     def experts(self, after: ArrayLike) -> Array:
         """Rows lie by expert already."""
-        products, done = self.draft.ffn(after, self.blocks, self.knobs.tile_n)
+        products, done = self.draft.ffn(after, self.blocks, self.knobs.tile_n, self.knobs.tile_m)
         self.products = products if self.knobs.combine == "row_block" else None
         return done
 

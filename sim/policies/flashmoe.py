@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -70,7 +70,8 @@ class Knobs(PolicyKnobs):
         of the whole is nearer than two halves. The paper's version had two.
     tile_m, tile_n: of a tile of either product.
     ladder: tiles take the lowest of tile_m, half of it, ... (16 at least) that holds their packet, or where tiles are
-        packed all rows of their expert or, as they arrive, their own, instead of always tile_m.
+        packed all rows of their expert or, as they arrive, their own, instead of always tile_m. None: where they
+        arrive, as in this project's kernel; the published ones had 128 at all measured batches.
     packing: "arrived": rows of all sources of an expert share tiles, as they come, nobody waits for counts; this
         project's kernel does so. "per_source": a packet has tiles of its own, as in the published kernels.
         "per_expert": tiles as if all counts were known before.
@@ -92,7 +93,7 @@ class Knobs(PolicyKnobs):
     blocks_per_sm: int = 1
     tile_m: int = 128
     tile_n: int = 128
-    ladder: bool = False
+    ladder: bool | None = None
     packing: str = "arrived"
     settle_ns: int = 10_000
     gate: bool = True
@@ -109,6 +110,9 @@ class Knobs(PolicyKnobs):
         "scheduler": ("tickets", "os_block"),
         "save": SAVES,
     }
+
+    def in_world(self, world: World) -> Self:
+        return replace(self, ladder=self.packing == "arrived" if self.ladder is None else self.ladder)
 
 
 class _Drawn(NamedTuple):
@@ -133,7 +137,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
 
 def _draw(world: World, knobs: Knobs, blocks: Sequence[Blocks]) -> _Schedule:
     """With the row blocks of each pass."""
-    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), one_kernel=True, async_loads=knobs.async_loads)
+    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), async_loads=knobs.async_loads, fixed_shares=True)
     drawn: list[_Drawn] = []
     for direction, of_pass in zip(world.directions, blocks, strict=True):
         before = drawn[-1].ended if drawn else None
@@ -276,7 +280,7 @@ def _packed_as_rows_arrive(world: World, knobs: Knobs) -> TaskGraph:
         schedule = _draw(world, knobs, blocks)
         timeline, found = run(schedule.graph, keep_runs=False), []
         for (draft, received, _), of_pass in zip(schedule.drawn, blocks, strict=True):
-            rules = _rules(draft, of_pass, height, knobs)
+            rules = _rules(draft, of_pass, height, rows, knobs)
             cuts = cuts_of_all(world.routing, schedule.graph, timeline, received, draft.machine.sm, rules)
             found.append(cut_blocks(counts, *cuts, height))
         if any(all(map(CutBlocks.equals, found, others)) for others in (blocks, before)):
@@ -285,9 +289,11 @@ def _packed_as_rows_arrive(world: World, knobs: Knobs) -> TaskGraph:
     return schedule.graph
 
 
-def _rules(draft: Draft, blocks: CutBlocks, height: Array, knobs: Knobs) -> Rules:
+def _rules(draft: Draft, blocks: CutBlocks, height: Array, rows: Array, knobs: Knobs) -> Rules:
     experts = np.arange(draft.world.routing.num_experts)[:, None]
-    up_ns, down_ns = (draft.tile_ns(kind, experts, height, blocks, knobs.tile_n).tolist() for kind in (GEMM0, GEMM1))
+    up_ns, down_ns = (
+        draft.tile_ns(kind, experts, height, rows, blocks, knobs.tile_n).tolist() for kind in (GEMM0, GEMM1)
+    )
     return Rules(
         slots=_slots(draft.world, knobs),
         tile_m=knobs.tile_m,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from numpy.typing import ArrayLike
 
 from ..drafting.backward import DOWN, UP, GradientTile, dense_kernels, gradient_kernel, reduce_gradients
-from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.blocks import Blocks, tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.passes import backward_pass
@@ -40,11 +40,14 @@ PRODUCT, LAST = -1, -2  # priorities, for stages that share slots: a tile is fin
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     ping_pong: the stages of a tile run beside those of others; if not, one after the other in its slot.
     save_up: the first product is written out too, beside the activation, as it always is for a backward.
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 256
     ping_pong: bool = True
     save_up: bool = False
@@ -73,7 +76,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
 
 def _forward(draft: Draft, stages: _Stages, knobs: Knobs) -> Array:
     world = draft.world
-    blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
+    blocks = tuned_blocks(world.routing.counts, knobs.tile_m, knobs.least_tile_m)
     gated = draft.gate(draft.begin(shared_kernels(draft, None, (knobs.tile_m, knobs.tile_n))))
     arrived = _exchange(draft, gated, world.dispatch_bytes)
     saves = knobs.save_up or world.passes == TRAINING
@@ -89,7 +92,8 @@ def _forward(draft: Draft, stages: _Stages, knobs: Knobs) -> Array:
 def _backward(draft: Draft, stages: _Stages, last: Array | None, knobs: Knobs) -> Array:
     world = draft.world
     draft = draft.turned(backward_pass(world, in_tiles=False))
-    blocks, size = blocks_per_expert(world.routing.counts, knobs.tile_m), world.precision.token_bytes
+    blocks = tuned_blocks(world.routing.counts, knobs.tile_m, knobs.least_tile_m)
+    size = world.precision.token_bytes
     tile = GradientTile(knobs.tile_m, knobs.tile_n, size)  # written in the weights' format
     arrived = _exchange(draft, draft.idle() if last is None else last, world.dispatch_bytes)
     between = (2 * world.up_columns + world.config.ffn) * size  # up-products in, their gradients and A' out
@@ -118,9 +122,10 @@ def _kernel(
 
     `row_bytes` are what the tiles of a row block write for each row.
     """
-    products = draft.gemm(kind, blocks, knobs.tile_n, priority=PRODUCT)
+    width = draft.tuned_width(kind, blocks, knobs.tile_m, knobs.tile_n)
+    products = draft.gemm(kind, blocks, width, priority=PRODUCT)
     begun, owner = draft.begin(after), draft.world.routing.owner[blocks.expert]
-    tiles = -(-draft.product_shape(kind)[0] // knobs.tile_n)
+    tiles = draft.column_tiles(kind, width)
     names: dict[str, ArrayLike] = {"expert": draft.local[blocks.expert], "m": blocks.m, "count": tiles}
     loads = draft.builder.add(LOAD, owner, server=stages.load[owner], duration_ns=knobs.tile_latency_ns, **names)
     draft.builder.edge(begun[owner], loads)

@@ -20,6 +20,7 @@ from sim.drafting.backward import GradientTile, expert_gradients, router_gradien
 from sim.drafting.draft import Draft
 from sim.drafting.passes import backward_pass
 from sim.drafting.roof import roof_ns
+from sim.engine.compiled import run
 from sim.engine.kinds import (
     COMBINE,
     DISPATCH,
@@ -33,7 +34,7 @@ from sim.engine.kinds import (
     SHARED_WEIGHTS,
     WEIGHTS,
 )
-from sim.policies import passes_of
+from sim.policies import build, passes_of
 from sim.world.placement import balance
 
 ABLE = ("flashmoe", "sonic", "bulk", "deepep")
@@ -229,26 +230,52 @@ def test_kernels_wait_for_what_they_use(policy):
 # ---- how long it takes
 
 
-def draft_of(world, tile_latency_ns=0, **knobs):
-    made = make_knobs("sonic", {"rate": 0.5, "tile_latency_ns": tile_latency_ns, **knobs})
-    return Draft(world, made, "sonic", world.hardware.sms).turned(backward_pass(world))
+def draft_of(world, **cost):
+    made = make_knobs("sonic", {"rate": 0.5, "tile_latency_ns": 0})
+    return Draft(world, made, "sonic", world.hardware.sms, **cost).turned(backward_pass(world))
 
 
-def test_the_time_of_a_gradient_by_hand():
-    """One rank, one expert, all tokens: bound by products where rows are many, else by the sums' way to memory."""
+def gradients_of_one_expert(tokens, **cost):
+    """A graph of 512 x 1024 and 1024 x 512, in tiles of 128 x 256, 32 in all; and the hardware."""
     sizes = {"num_ranks": 1, "hidden": 1024, "ffn": 512, "num_experts": 1, "num_topk": 1, "gated": False}
-    for tokens in (40_000, 8):
-        world = backward(small_world(num_tokens=tokens, **sizes))
-        draft, hardware = draft_of(world), world.hardware
-        nodes, _ = expert_gradients(draft, GradientTile(128, 256))
-        graph = draft.builder.build()
-        assert graph.nodes["count"][nodes.ravel()].tolist() == [16, 16]
-        if tokens == 8:
-            each = min(hardware.hbm_gbps * hardware.hbm_achieved / 32, hardware.l2_gbps / hardware.sms)
-            bound = 128 * 256 * 2 * SUM_BYTES / each
-        else:
-            bound = 2 * 128 * 256 * tokens / (989.4e3 * 0.5) * hardware.sms
-        np.testing.assert_allclose(graph.nodes["duration_ns"][nodes.ravel()], bound, rtol=1e-3)
+    world = backward(small_world(num_tokens=tokens, **sizes))
+    draft = draft_of(world, **cost)
+    nodes, _ = expert_gradients(draft, GradientTile(128, 256))
+    graph = draft.builder.build()
+    assert graph.nodes["count"][nodes.ravel()].tolist() == [16, 16]
+    return graph, world.hardware
+
+
+def test_products_bound_the_gradients_of_many_rows():
+    graph, hardware = gradients_of_one_expert(40_000)
+    bound = 2 * 128 * 256 * 40_000 / (989.4e3 * 0.5) * hardware.sms
+    np.testing.assert_allclose(graph.nodes["duration_ns"], bound, rtol=1e-3)
+    assert not graph.nodes["streamed"].any()
+
+
+def test_the_way_of_sums_to_memory_bounds_the_gradients_of_few_rows():
+    """They are what is streamed, beside the one operand that comes from memory once for all row tiles."""
+    sums, operands = 128 * 256 * 2 * SUM_BYTES, np.array([128, 256]) * 8 * 2
+    streamed = sums + operands[1] / np.array([4, 8])
+    graph, hardware = gradients_of_one_expert(8)
+    port = min(hardware.l2_gbps / 32, max(hardware.l2_gbps / hardware.sms, 64 * hardware.clock_ghz))
+    np.testing.assert_array_equal(graph.nodes["streamed"], streamed)
+    np.testing.assert_allclose(graph.nodes["duration_ns"], (sums + operands.sum()) / port, rtol=1e-3)
+    gbps = hardware.hbm_gbps * hardware.hbm_achieved * 0.89
+    assert run(graph).makespan_ns == pytest.approx(16 * streamed.sum() / gbps, rel=1e-3)
+    fixed, _ = gradients_of_one_expert(8, fixed_shares=True)
+    np.testing.assert_allclose(fixed.nodes["duration_ns"], streamed * 32 / gbps, rtol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["bulk", "sonic"])
+@pytest.mark.parametrize(("terms", "height", "tiles"), [("system", 16, 48), ("schedule", 128, 3)])
+def test_few_rows_go_backwards_in_low_tiles_that_fill_waves(policy, terms, height, tiles):
+    """As they go forwards: two row blocks of 768 columns have most tiles in one wave where these are 16 wide."""
+    world = backward(small_world(num_tokens=4, hidden=512, ffn=768, num_experts=8, num_topk=2))
+    nodes = build(policy, world, make_knobs(policy, {}, terms)).nodes
+    first = nodes["kind"] == GEMM0
+    np.testing.assert_array_equal(nodes["count"][first], tiles)
+    np.testing.assert_allclose((nodes["count"] * nodes["flops"])[first], 2.0 * 512 * 768 * height)
 
 
 def test_few_tiles_of_the_router_are_cut_by_tokens():
@@ -262,15 +289,25 @@ def test_few_tiles_of_the_router_are_cut_by_tokens():
 
 
 def test_what_a_tile_keeps_takes_time_where_memory_bounds_it():
-    """A first product of a training step is longer than that of a forward alone where the memory is slow."""
+    """A first product of a training step is longer than that of a forward alone where the memory is slow.
+
+    By the bytes of its real rows: the row read and written, and its up-products, over the memory's share.
+    """
     world = small_world(num_tokens=300)
     slow = replace(world, hardware=replace(world.hardware, hbm_gbps=20.0))
     times = {}
     for save in ("rows+up", "nothing"):
         graph = make_graph("flashmoe", backward(slow, "training"), save=save, packing="per_source")
         times[save] = graph.nodes["duration_ns"][kind_nodes(graph, GEMM0)[0]]
-    alone = make_graph("flashmoe", slow, packing="per_source")
-    assert times["nothing"] == alone.nodes["duration_ns"][kind_nodes(alone, GEMM0)[0]] < times["rows+up"]
+    alone = make_graph("flashmoe", slow, packing="per_source").nodes
+    mine = (alone["kind"] == GEMM0) & (alone["rank"] == 0)
+    assert times["nothing"] == alone["duration_ns"][mine][0]
+    c, ups = world.config, 2 * world.config.ffn
+    rows = alone["useful_flops"][mine][0] / (2 * c.hidden * ups)  # of a row block, over its column tiles
+    tiles = alone["count"][mine].sum()
+    active = tiles / -(-tiles // slow.hardware.sms)
+    kept = rows * (2 * c.hidden + ups) * 2 * active / (20.0 * slow.hardware.hbm_achieved * 0.89)
+    assert times["rows+up"] - times["nothing"] == pytest.approx(kept, abs=1)
 
 
 @pytest.mark.parametrize("passes", ["backward", "training"])
