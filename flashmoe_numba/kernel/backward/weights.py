@@ -31,10 +31,14 @@ def shared_weights(p, tokens, back, gradients, scratch, task):
     """The same of the shared expert, and of its gate."""
     runs, ups = all_tokens(back), p.shared_parts * p.shared_ffn
     if task.peer == UP:
-        add_tile(gradients.shared_up, 0, back.shared_up_gradients, ups, tokens.x, p.hidden, task, runs, scratch, p.fresh)
+        add_tile(
+            gradients.shared_up, 0, back.shared_up_gradients, ups, tokens.x, p.hidden, task, runs, scratch, p.fresh
+        )
         add_biases(gradients.shared_up_bias, 0, back.shared_up_gradients, ups, back.no_factors, task, runs)
     elif task.peer == DOWN:
-        add_tile(gradients.shared_down, 0, back.dy, p.hidden, back.shared_active, p.shared_ffn, task, runs, scratch, p.fresh)
+        add_tile(
+            gradients.shared_down, 0, back.dy, p.hidden, back.shared_active, p.shared_ffn, task, runs, scratch, p.fresh
+        )
         add_biases(gradients.shared_down_bias, 0, back.dy, p.hidden, tokens.shared_factors, task, runs)
     else:
         add_tile(gradients.shared_gate, 0, back.gate_gradients, 1, tokens.x, p.hidden, task, runs, scratch, p.fresh)
@@ -70,7 +74,7 @@ def add_tile(out, first_row, left, num_left, right, num_right, task, runs, scrat
 
 @jit
 def touch_rows(out, at, stride, rows):
-    """Write a zero where there is one already: a page that is read first is given twice, and all threads wait for it."""
+    """Write a zero where there is one: a page that is read first is given twice, and all threads wait for it."""
     for r in range(lane(), rows, lanes()):
         out[at + r * stride] = 0
     block_sync()
