@@ -44,6 +44,7 @@ smoke: .venv/for-dev
 conformance: .venv/for-conformance
 	.venv/bin/python -m pytest tests/pytorch tests/conformance
 	.venv/bin/python experiments/40_model.py --smoke
+	.venv/bin/python experiments/43_train.py --smoke
 
 mutants: .venv/for-dev
 	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED)

@@ -40,7 +40,7 @@ from common import Row, cpu_has, leave, machine, parser_of, program, show, store
 from memory_probe import MemoryProbe
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.commands.sizes import integer, integers
+from flashmoe_numba.commands.flags import integer, integers
 from flashmoe_numba.processes.cores import default_processors
 from reference import MoEConfig, Weights, check_routing, load_preset, make_workload, max_rel_error
 
@@ -145,6 +145,13 @@ def missing() -> str | None:
 
 def beside_torch(name: str, args: argparse.Namespace) -> list[Row]:
     """One row per number of tokens of one of LAYERS."""
+    import torch
+
+    with torch.inference_mode():
+        return _beside_torch(name, args)
+
+
+def _beside_torch(name: str, args: argparse.Namespace) -> list[Row]:
     tokens, repeats = ([1, 5], 2) if args.smoke else (args.tokens, args.repeats)
     config = layer_config(name, max(tokens), args.smoke)
     with Variants(config, default_processors(1)) as variants:

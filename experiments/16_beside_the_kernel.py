@@ -41,8 +41,8 @@ from flashmoe_numba.bench.calibrate import Settings, calibrate
 from flashmoe_numba.bench.measure import SETTLE_S
 from flashmoe_numba.bench.memory import make_memory
 from flashmoe_numba.commands.calibrate import hardware_of, knobs_of, lines, settings_from
+from flashmoe_numba.commands.flags import integer
 from flashmoe_numba.commands.knobs import knobs_from
-from flashmoe_numba.commands.sizes import integer
 from flashmoe_numba.errors import UsageError
 from flashmoe_numba.seeing.trace import decode, write_chrome_trace
 from reference import DTYPES, MoEConfig, Weights, make_workload

@@ -1,10 +1,11 @@
 """Question: is the kernel clean under very many interleavings of many small worlds?
 
-Command:  python experiments/32_clean_worlds.py [--seeds N] [--jobs N] [--json FILE]   (or under mpirun, without --jobs)
+Command:  python experiments/32_clean_worlds.py [--seeds N] [--backward] [--jobs N] [--json FILE]
+          (or under mpirun, without --jobs)
 Expected: no report in any world; exit status 1, with the command that replays it, if there is one.
 
 Each named world (flashmoe_numba/explore/worlds.py) is explored as by `flashmoe explore` with the flags shown: races,
-stale words, deadlocks, counts, results, and who is blamed where a rank is lost.
+stale words, deadlocks, counts, results, gradients, and who is blamed where a rank is lost or makes another call.
 Most seeds go to random interleavings, some to PCT and to turns. A search that FILE has is not run again, so a matrix
 that was stopped goes on by the same command; when the kernel or the explorer has changed, begin a new file.
 
@@ -28,6 +29,7 @@ from explore_common import search_of
 from flashmoe_numba.commands.spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped
 from flashmoe_numba.errors import UsageError
 from flashmoe_numba.explore import worlds
+from flashmoe_numba.explore.backward_worlds import BACKWARD_WORLDS
 from flashmoe_numba.explore.search import explore
 from flashmoe_numba.processes import launch
 
@@ -39,6 +41,7 @@ COLUMNS = {"world": "", "runs": "d", "seconds": ".0f", "runs/s": ".0f", "switche
 def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=10_000, metavar="N", help="of each world [10000]")
+    parser.add_argument("--backward", action="store_true", help="only worlds that have backwards")
     add_jobs_argument(parser.add_argument)
     args = parser.parse_args()
     alone = args.smoke and not launch.inside_mpirun()
@@ -50,7 +53,7 @@ def main() -> int:
 
 
 def run_all(args: argparse.Namespace, pool: Executor | None) -> int:
-    names = list(WORLDS)[:: 5 if args.smoke else 1]
+    names = [name for name in WORLDS if name in BACKWARD_WORLDS or not args.backward][:: 5 if args.smoke else 1]
     done = rows_of(args.json)
     rows: list[Row] = []
     try:

@@ -21,6 +21,7 @@ from explore_common import search_of
 from flashmoe_numba.explore.choose.choice_tree import COMPLETE
 from flashmoe_numba.explore.exhaustive import explore_all
 
+BACKWARD = "--program 0,1 --dtype float64 --save"
 WORLDS = {
     "one rank, one packet": "--ranks 1 --experts 1 --topk 1 --epochs 1",
     "one rank, two packets": "--ranks 1 --experts 2 --topk 2 --epochs 1",
@@ -29,6 +30,9 @@ WORLDS = {
     "one rank, three calls": "--ranks 1 --experts 1 --topk 1 --epochs 3",
     "one rank, two processors": "--ranks 1 --experts 1 --topk 1 --epochs 1 --processors 2",
     "one rank, two packets, two calls": "--ranks 1 --experts 2 --topk 2 --epochs 2",
+    "one rank, a forward and its backward": f"--ranks 1 --experts 1 --topk 1 {BACKWARD} rows+up",
+    "one rank, its rows sent again": f"--ranks 1 --experts 1 --topk 1 {BACKWARD} nothing",
+    "one rank, an empty packet back": f"--ranks 1 --experts 2 --topk 1 {BACKWARD} rows+up",
     "two ranks, one packet each": "--ranks 2 --experts 2 --topk 1 --epochs 1",
     "two ranks, two sources in a row tile": "--ranks 2 --experts 2 --topk 1 --epochs 1 --data-seed 2",
 }

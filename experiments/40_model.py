@@ -20,16 +20,15 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from common import Row, leave, machine, parser_of, program, show, store
+from common import Row, leave, machine, parser_of, program, ranks, show, store
 
-from flashmoe_numba.commands.sizes import integer
+from flashmoe_numba.commands.flags import integer
 
 SIZES = dict(vocab_size=1009, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,20 +55,6 @@ def main() -> int:
         show(rows, COLUMNS)
         store([row | machine() | program(PACKAGES) for row in rows], args.json)
     return 0 if all(row["same"] and row["error"] <= BOUND for row in rows) else 1
-
-
-def ranks() -> tuple[int, int, dict[str, Any]]:
-    """(rank, number of ranks, the argument that says so to flashmoe_numba.torch): of mpirun, of torchrun, or one."""
-    if "PMI_SIZE" in os.environ:
-        from mpi4py import MPI
-
-        return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, dict(comm=MPI.COMM_WORLD)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        import torch.distributed as dist
-
-        dist.init_process_group("gloo")
-        return dist.get_rank(), dist.get_world_size(), dict(process_group=dist.group.WORLD)
-    return 0, 1, {}
 
 
 def rows_of(name: str, args: argparse.Namespace, rank_idx: int, among: dict[str, Any]) -> list[Row]:

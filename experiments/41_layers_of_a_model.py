@@ -24,7 +24,7 @@ import numpy as np
 from common import Row, machine, parser_of, program, show, store
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.commands.sizes import integer
+from flashmoe_numba.commands.flags import integer
 from reference import MoEConfig, Weights
 
 SIZES = dict(num_tokens=256, hidden=256, ffn=128, num_experts=16, num_topk=2, gated=True, activation="silu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -14,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flashmoe_numba.commands.sizes import check_outputs
+from flashmoe_numba.commands.outputs import check_outputs
 from flashmoe_numba.errors import UsageError
 from flashmoe_numba.processes.cores import count_cores
 
@@ -60,6 +61,20 @@ def leave(reason: str, args: argparse.Namespace) -> NoReturn:
         sys.exit(0)
     print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
     sys.exit(2)
+
+
+def ranks() -> tuple[int, int, dict[str, Any]]:
+    """(rank, number of ranks, the argument that says so to flashmoe_numba.torch): of mpirun, of torchrun, or one."""
+    if "PMI_SIZE" in os.environ:
+        from mpi4py import MPI
+
+        return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, dict(comm=MPI.COMM_WORLD)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        return dist.get_rank(), dist.get_world_size(), dict(process_group=dist.group.WORLD)
+    return 0, 1, {}
 
 
 def machine() -> Row:

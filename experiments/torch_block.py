@@ -1,4 +1,4 @@
-"""The layer as PyTorch programs for CPUs have it, over the same weights: what 04_beside_torch.py compares with.
+"""The layer as PyTorch programs for CPUs have it, over the same weights: what 04 and 05 compare with.
 
     eager     transformers' experts of Qwen3-MoE: a loop over the experts that were chosen
     grouped   its other way: rows sorted by expert, all experts in one call of PyTorch's grouped GEMM
@@ -27,21 +27,21 @@ ROUNDINGS = 7
 class TorchBlock:
     """Router and experts as tensors; those that need not be joined are the arrays of `weights`."""
 
-    def __init__(self, config: MoEConfig, weights: Weights) -> None:
+    def __init__(self, config: MoEConfig, weights: Weights, trains: bool = False) -> None:
         assert config.gated and config.activation == "silu", "see the module"
         self._config = config
         self._router = as_tensor(weights.router)
         self._up = as_tensor(np.concatenate([weights.gate_proj, weights.up_proj], axis=1))
         self._down = as_tensor(weights.down_proj)
+        for parameter in (self._router, self._up, self._down):
+            parameter.requires_grad_(trains)
 
-    @torch.inference_mode()
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """topk_idx, topk_weights: `[num_tokens, num_topk]`, int64 and float32."""
         scores = torch.softmax(linear(x.to(self._router.dtype), self._router), dim=-1)
         factors, idx = torch.topk(scores, self._config.num_topk, dim=-1)
         return idx, factors / factors.sum(-1, keepdim=True) if self._config.renormalize else factors
 
-    @torch.inference_mode()
     def eager(self, x: Tensor, idx: Tensor, factors: Tensor) -> Tensor:
         """`[num_tokens, hidden]`"""
         y, factors = torch.zeros_like(x), factors.to(x.dtype)
@@ -53,7 +53,6 @@ class TorchBlock:
             y.index_add_(0, rows, result * factors[rows, choices, None])
         return y
 
-    @torch.inference_mode()
     def grouped(self, x: Tensor, idx: Tensor, factors: Tensor) -> Tensor:
         """`[num_tokens, hidden]`"""
         experts, num_topk = idx.flatten(), idx.shape[1]
@@ -64,6 +63,22 @@ class TorchBlock:
         pairs = torch.empty_like(results)
         pairs[order] = results * factors.to(x.dtype).flatten()[order, None]
         return pairs.view(-1, num_topk, self._config.hidden).sum(dim=1)
+
+    def step(self, name: str, x: np.ndarray, dy: np.ndarray, routing: Routing | None = None) -> dict[str, np.ndarray]:
+        """Gradients by name, of one of the blocks; of the routing's weights where it is given, else of the router's."""
+        parameters = {"router": self._router, "up": self._up, "down": self._down}
+        for parameter in parameters.values():
+            parameter.grad = None
+        tensor = as_tensor(x).clone().requires_grad_()
+        if routing is None:
+            idx, factors = self.route(tensor)
+        else:
+            idx, factors = torch.from_numpy(routing.topk_idx).long(), torch.from_numpy(routing.topk_weights)
+            factors.requires_grad_()
+            del parameters["router"]
+        getattr(self, name)(tensor, idx, factors).backward(as_tensor(dy))
+        found = parameters | {"x": tensor} | ({} if routing is None else {"topk_weights": factors})
+        return {name: as_array(part.grad) for name, part in found.items() if part.grad is not None}
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

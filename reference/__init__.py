@@ -4,18 +4,22 @@ Importing it needs NumPy only; bfloat16 needs ml_dtypes, and .safetensors files 
 """
 
 from .activations import ACTIVATIONS, activation
+from .backward import Gradients, moe_layer_backward
 from .config import MoEConfig
 from .experts import expert_ffn
 from .formats import DTYPES, element_dtype
+from .gradient_bounds import gradient_tolerance
 from .layer import moe_layer
 from .layer_kinds import ExpertKind, RouterKind
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
 from .packets import Packets, make_packets
-from .plan import Plan, hidden_rows, make_plan, max_row_blocks, max_tasks
+from .plan import Plan, make_plan
 from .presets import load_preset, preset_names, read_preset
+from .router_bounds import RouterBounds, router_tolerance
 from .routers import Routing, external_routing, route, softmax_topk
 from .routing_check import check_routing
 from .runs import RowRun, RowTile
+from .sizes import hidden_rows, max_row_blocks, max_tasks
 from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, SHARED0, SHARED1
 from .tiled_layer import TiledLayer
 from .tiles import Task, task_graph, tiles_n0, tiles_n1
@@ -36,10 +40,12 @@ __all__ = [
     "SHARED1",
     "WORKLOAD_NAMES",
     "ExpertKind",
+    "Gradients",
     "Layout",
     "MoEConfig",
     "Packets",
     "Plan",
+    "RouterBounds",
     "RouterKind",
     "Routing",
     "RowRun",
@@ -54,6 +60,7 @@ __all__ = [
     "element_dtype",
     "expert_ffn",
     "external_routing",
+    "gradient_tolerance",
     "hidden_rows",
     "load_preset",
     "make_packets",
@@ -63,10 +70,12 @@ __all__ = [
     "max_row_blocks",
     "max_tasks",
     "moe_layer",
+    "moe_layer_backward",
     "num_row_blocks",
     "preset_names",
     "read_preset",
     "route",
+    "router_tolerance",
     "softmax_topk",
     "task_graph",
     "tile_height",

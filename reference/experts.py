@@ -29,6 +29,12 @@ def activate(products: Sequence[Array], kind: ExpertKind) -> Array:
     """The rows between the two products; `products` are those with the up matrices, as `Weights.ups` has them."""
     if not kind.gated:
         return activation(kind.activation, products[0])
+    active, up = gated_factors(products, kind)
+    return active * up
+
+
+def gated_factors(products: Sequence[Array], kind: ExpertKind) -> tuple[Array, Array]:
+    """What a gated row is the product of: of the gate's product, and of the up product."""
     gate, up = products
     if kind.bound == "clamp":
         gate = _at_most(gate, kind.gate_limit)
@@ -36,18 +42,18 @@ def activate(products: Sequence[Array], kind: ExpertKind) -> Array:
     if kind.bound == "clamp_activated":
         active = _at_most(active, kind.gate_limit)
     if kind.bound == "softcap":
-        active = _soft_capped(gate, kind.gate_limit) * sigmoid(gate * kind.slope)
-        up = _soft_capped(up, kind.up_limit)
+        active = soft_capped(gate, kind.gate_limit) * sigmoid(gate * kind.slope)
+        up = soft_capped(up, kind.up_limit)
     elif kind.up_limit is not None:
         up = np.clip(up, -kind.up_limit, kind.up_limit)
-    return active * (up + kind.up_offset) if kind.up_offset else active * up
+    return active, up + kind.up_offset if kind.up_offset else up
 
 
 def _at_most(values: Array, limit: float | None) -> Array:
     return values if limit is None else np.minimum(values, values.dtype.type(limit))
 
 
-def _soft_capped(values: Array, limit: float | None) -> Array:
+def soft_capped(values: Array, limit: float | None) -> Array:
     assert limit is not None
     capped: Array = np.tanh(values / limit) * limit
     return capped

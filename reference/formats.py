@@ -21,14 +21,14 @@ class NumberFormat:
         storage: under which kernel code sees elements: their own type, or bit patterns of their size.
         fraction_bits: bits of the significand that are stored.
         accumulator: name of the format of sums, logits and routing weights.
-        arithmetic: what matrix units multiply elements as, by the name of its rate in hardware files.
+        mma_type: what matrix units multiply elements as, by the name of its rate in hardware files.
     """
 
     name: str
     storage: np.dtype[Any]
     fraction_bits: int
     accumulator: str
-    arithmetic: str
+    mma_type: str
 
     @property
     def dtype(self) -> np.dtype[Any]:

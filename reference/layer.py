@@ -72,7 +72,7 @@ def moe_layer(
         if config.shared_ffn:
             with np.errstate(invalid="ignore"):
                 result += shared_ffn(part, weights, config)
-    return _like(x, [overflowed(part, config.numpy_dtype) for part in y])
+    return like(x, [overflowed(part, config.numpy_dtype) for part in y])
 
 
 def expert_input(rows: Array, factors: Array, config: MoEConfig) -> Array:
@@ -132,16 +132,22 @@ def source_routings(
     _check_what_is_given(given, topk_idx, topk_weights, logits)
     if topk_idx is not None and topk_weights is not None:
         named = (("topk_idx", topk_idx), ("topk_weights", topk_weights))
-        idx, factors = (_per_source(name, values, len(tokens)) for name, values in named)
+        idx, factors = (per_source(name, values, len(tokens)) for name, values in named)
         return [external_routing(i, w, config, len(part)) for i, w, part in zip(idx, factors, tokens, strict=True)]
-    outside: list[Array] | None = None if logits is None else _checked_logits(logits, tokens, config)
-    scores = outside or [exact_logits(part, weights) for part in tokens]
+    scores = source_logits(tokens, weights, config, logits)
     if topk_idx is None:
         return [route_logits(part, config, weights) for part in scores]
-    idx = _per_source("topk_idx", topk_idx, len(tokens))
+    idx = per_source("topk_idx", topk_idx, len(tokens))
     none = [np.zeros(part.shape) for part in idx]
     fixed = [external_routing(i, w, config, len(part)) for i, w, part in zip(idx, none, tokens, strict=True)]
     return [route_logits(p, config, weights, routing.topk_idx) for p, routing in zip(scores, fixed, strict=True)]
+
+
+def source_logits(tokens: list[Array], weights: Weights, config: MoEConfig, logits: PerRank | None) -> list[Array]:
+    """`[num_tokens_of_rank, num_choices]` of each source: of the router, or the given ones, checked."""
+    if logits is None:
+        return [exact_logits(part, weights) for part in tokens]
+    return checked_rows("logits", logits, tokens, config.num_choices)
 
 
 def _check_what_is_given(
@@ -157,22 +163,23 @@ def _check_what_is_given(
         raise ValueError("logits must be None if topk_weights is given: there is nothing left to be routed")
 
 
-def _checked_logits(logits: PerRank, tokens: list[Array], config: MoEConfig) -> list[Array]:
-    parts = _per_source("logits", logits, len(tokens))
+def checked_rows(name: str, values: PerRank, tokens: list[Array], width: int) -> list[Array]:
+    """One `[num_tokens_of_rank, width]` per source, floating, from any form of x; else TypeError or ValueError."""
+    parts = per_source(name, values, len(tokens))
     for source, (part, rows) in enumerate(zip(parts, tokens, strict=True)):
-        name = f"logits[{source}]"
-        check_floating(name, check_array(name, part, (len(rows), config.num_choices)))
+        check_floating(f"{name}[{source}]", check_array(f"{name}[{source}]", part, (len(rows), width)))
     return parts
 
 
-def _per_source(name: str, values: PerRank, num_sources: int) -> list[Array]:
+def per_source(name: str, values: PerRank, num_sources: int) -> list[Array]:
     parts = [values] if isinstance(values, np.ndarray) and values.ndim == 2 else list(values)
     if len(parts) != num_sources:
         raise ValueError(f"{name} must have as many parts as x, {num_sources}, got {len(parts)}")
     return parts
 
 
-def _like(x: PerRank, y: list[Array]) -> Array | list[Array]:
+def like(x: PerRank, y: list[Array]) -> Array | list[Array]:
+    """The parts of the sources in the form of x."""
     if not isinstance(x, np.ndarray):
         return y
     return y[0] if x.ndim == 2 else np.stack(y)

@@ -8,6 +8,12 @@ A segment has the same shape on every rank (FlashMoE, section 3):
     result_flag   [num_experts, row_blocks]                          as dispatch_flag, of a result chunk (runs.py)
     control       [CONTROL_WORDS]                                    8-byte words: abort word, error record, progress
 
+and, where calls are kept for a backward, between result and the flags:
+
+    again         [num_ranks, num_experts_per_rank, slots, hidden]   as dispatch: the forward's rows, sent once more
+    factors       [num_ranks, num_experts_per_rank, slots]           accumulators, as dispatch: of the rows' results
+    dots          [num_ranks, num_experts_per_rank, slots]           accumulators, as result: gradients of the factors
+
 Peers store straight into the region where the reader wants the rows, so there is no outgoing staging: the original's
 stage index is always 1 and is left out. A transport that needs staging would add a region, not an index.
 """
@@ -23,14 +29,15 @@ from .config import MoEConfig
 ALIGNMENT = 128
 FLAG_BYTES = 8
 CONTROL_WORDS = 32
-DISPATCH, RESULT = 0, 1
+DISPATCH, RESULT, AGAIN, FACTORS, DOTS = range(5)  # regions, and the rounds in which they are written
+SAVES = ("rows+up", "rows", "nothing")  # what a rank keeps of a call: rows and their products with the up matrices
 
 
 class Write(NamedTuple):
     """One row stored into a peer's segment: `writer` stores slot `slot` of `segment`'s region `round`.
 
-    `peer` and `expert` are the region's first two indices: the source and its expert here (round DISPATCH), or the
-    owner and its expert there (round RESULT).
+    `peer` and `expert` are the region's first two indices: the source and its expert here (rounds DISPATCH, AGAIN and
+    FACTORS), or the owner and its expert there (rounds RESULT and DOTS).
     """
 
     writer: int
@@ -65,9 +72,14 @@ def num_row_blocks(num_rows: int, shortest: int, tallest: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Offsets in bytes of the regions of one rank's segment, and their element counts."""
+    """Offsets in bytes of the regions of one rank's segment, and their element counts.
+
+    Args:
+        save: one of SAVES, if the layer's calls can have a backward.
+    """
 
     config: MoEConfig
+    save: str | None = None
 
     @property
     def row_blocks(self) -> int:
@@ -94,8 +106,34 @@ class Layout:
         return self.region_bytes
 
     @property
+    def again(self) -> int:
+        return self.result + self.region_bytes
+
+    @property
+    def again_elements(self) -> int:
+        """Elements of the region for rows that are sent once more."""
+        return self.region_elements if self.save == "nothing" else 0
+
+    @property
+    def factor_elements(self) -> int:
+        """Accumulators of the regions for factors and for their gradients."""
+        return self.region_elements // self.config.hidden if self.save is not None else 0
+
+    @property
+    def factors(self) -> int:
+        return self.again + _aligned(self.again_elements * self.config.format.num_bytes)
+
+    @property
+    def dots(self) -> int:
+        return self.factors + self._factor_bytes
+
+    @property
+    def _factor_bytes(self) -> int:
+        return _aligned(self.factor_elements * self.config.format.sums.num_bytes)
+
+    @property
     def dispatch_flag(self) -> int:
-        return 2 * self.region_bytes
+        return self.dots + self._factor_bytes
 
     @property
     def result_flag(self) -> int:
@@ -125,10 +163,19 @@ class Layout:
 
     def offset(self, write: Write) -> tuple[int, int]:
         """Where a write lands: (segment, byte offset of its row)."""
+        region = (self.dispatch, self.result, self.again, self.factors, self.dots)[write.round]
+        return write.segment, region + self.row(write.peer, write.expert, write.slot) * self.row_bytes(write.round)
+
+    def row_bytes(self, round: int) -> int:
+        """Of a row of a region; factors and their gradients are rows of one number."""
         c = self.config
-        region = self.dispatch if write.round == DISPATCH else self.result
-        row_bytes = c.hidden * c.format.num_bytes
-        return write.segment, region + self.row(write.peer, write.expert, write.slot) * row_bytes
+        return c.format.sums.num_bytes if round in (FACTORS, DOTS) else c.hidden * c.format.num_bytes
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """Those whose regions there are."""
+        kept = () if self.save is None else (FACTORS, DOTS)
+        return (DISPATCH, RESULT, *kept, *((AGAIN,) if self.save == "nothing" else ()))
 
     def is_valid(self, write: Write) -> bool:
         """The theorem's premises for one write: indices in range, and the region's peer index is the writer."""
@@ -137,7 +184,7 @@ class Layout:
             0 <= write.segment < c.num_ranks
             and 0 <= write.expert < c.num_experts_per_rank
             and 0 <= write.slot < c.slots
-            and write.round in (DISPATCH, RESULT)
+            and write.round in self.rounds
         )
         return in_range and write.peer == write.writer
 

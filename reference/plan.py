@@ -1,4 +1,4 @@
-"""What a configuration costs before anything runs: bytes, tasks, operations, and the bounds that kernels allocate by.
+"""What a configuration costs before anything runs: bytes, tasks, operations.
 
 Everything here is arithmetic on sizes and routing counts. Leaves out: time (the simulator's), the scratch of a target.
 """
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrays import Array, check_array
+from .backward_plan import BackwardPlan, make_backward_plan
 from .config import MoEConfig
 from .layout import CONTROL_WORDS, FLAG_BYTES, Layout
 from .runs import packet_row_blocks, packet_tile_height
+from .sizes import hidden_rows, max_tasks, weight_bytes
 from .task_kinds import KIND_NAMES
 from .tiles import num_token_blocks, shared_row_tiles, shared_tiles_n0, tiles_n0, tiles_n1
 
@@ -28,7 +30,7 @@ class Plan:
         weight_bytes: of one rank's experts without biases, the shared one among them, and the router.
         hidden_rows, hidden_bytes: bound on one rank's buffer between the two products.
         shared_bytes: of one rank's buffers for the hidden rows and results of the shared expert.
-        total_bytes: segments, weights and buffers of all ranks.
+        total_bytes: segments, weights and buffers of all ranks, and what `backward` counts of them, with one call kept.
         num_packets: (source, expert) pairs with at least one row, over all ranks.
         num_dropped: (token, expert) pairs beyond the capacity, over all ranks.
         num_tasks: by kind, over all ranks.
@@ -40,6 +42,7 @@ class Plan:
             cut: the fewest tiles. As heights double, fewer tiles may have more padding.
         busiest_rank_flops, total_flops: of real rows, gate and shared expert included.
         padded_flops: as total_flops, for padded rows.
+        backward: what backwards need besides; None, if there are none. Tasks and operations are of a forward.
     """
 
     segment_bytes: dict[str, int]
@@ -62,9 +65,15 @@ class Plan:
     busiest_rank_flops: int
     total_flops: int
     padded_flops: int
+    backward: BackwardPlan | None
 
 
-def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens: Sequence[int] | None = None) -> Plan:
+def make_plan(
+    config: MoEConfig,
+    routing_counts: Array | None = None,
+    num_tokens: Sequence[int] | None = None,
+    save: str | None = None,
+) -> Plan:
     """The plan for `routing_counts` `[num_ranks, num_experts]`, pairs routed by each source to each expert.
 
     Without counts: every rank has all its `num_tokens`, spread evenly over the experts.
@@ -72,9 +81,11 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
     Args:
         num_tokens: tokens of each rank, for counts of a routing in which some pairs chose no expert; without it every
             token has all its `num_topk`.
+        save: what the layer keeps of a call for its backward, one of SAVES; None: there is no backward.
 
     Raises:
-        TypeError, ValueError: the counts have another shape, are no integers, or no routing can give them.
+        TypeError, ValueError: the counts have another shape, are no integers, or no routing can give them; there is no
+            such `save`.
     """
     counts = _even_counts(config) if routing_counts is None else _check_counts(routing_counts, config, num_tokens)
     sent = np.minimum(counts, config.slots)
@@ -85,16 +96,19 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
     packed_rows = sum(_padded(rows, config) for rows in packed)
     token_flops, flops = _token_flops(config), row_flops(config)
     hidden_bytes = hidden_rows(config) * config.ffn * config.format.num_bytes
-    rows_of_owner = sent.reshape(config.num_ranks, config.num_ranks, -1).sum(axis=(0, 2))
+    rows_of_owner = sent.reshape(config.num_ranks, config.num_ranks, -1).sum(axis=(0, 2)).tolist()
+    backward = None if save is None else make_backward_plan(config, save, tokens.tolist(), rows_of_owner)
+    layout = Layout(config, save)
+    of_rank = layout.num_bytes + weight_bytes(config) + hidden_bytes + shared_bytes(config)
+    of_rank += backward.fixed_bytes if backward else 0
     return Plan(
-        segment_bytes=_segment_bytes(config),
-        segment_total_bytes=Layout(config).num_bytes,
+        segment_bytes=_segment_bytes(layout),
+        segment_total_bytes=layout.num_bytes,
         weight_bytes=weight_bytes(config),
         hidden_rows=hidden_rows(config),
         hidden_bytes=hidden_bytes,
         shared_bytes=shared_bytes(config),
-        total_bytes=config.num_ranks
-        * (Layout(config).num_bytes + weight_bytes(config) + hidden_bytes + shared_bytes(config)),
+        total_bytes=config.num_ranks * of_rank + (backward.kept_total_bytes if backward else 0),
         num_packets=int((sent > 0).sum()),
         num_dropped=int((counts - sent).sum()),
         num_tasks=_num_tasks(tokens, int(blocks.sum()), config),
@@ -106,10 +120,11 @@ def make_plan(config: MoEConfig, routing_counts: Array | None = None, num_tokens
         packed_row_tiles=sum(-(-rows // config.tile_m) for rows in packed),
         packed_padded_share=1 - real_rows / packed_rows if packed_rows else 0.0,
         busiest_rank_flops=max(  # integers of Python, which do not overflow
-            rows * flops + own * token_flops for rows, own in zip(rows_of_owner.tolist(), tokens.tolist(), strict=True)
+            rows * flops + own * token_flops for rows, own in zip(rows_of_owner, tokens.tolist(), strict=True)
         ),
         total_flops=real_rows * flops + int(tokens.sum()) * token_flops,
         padded_flops=padded_rows * flops + int(tokens.sum()) * token_flops,
+        backward=backward,
     )
 
 
@@ -117,48 +132,6 @@ def _padded(num_rows: int, config: MoEConfig) -> int:
     """Rows with padding of one expert's rows, cut into the fewest tiles."""
     full, rest = divmod(num_rows, config.tile_m)
     return full * config.tile_m + (packet_tile_height(rest, config) if rest else 0)
-
-
-def hidden_rows(config: MoEConfig) -> int:
-    """Rows of one rank's buffer between the two products: all that it can receive, whatever the routing."""
-    return config.num_ranks * _source_rows(config)
-
-
-def max_row_blocks(config: MoEConfig) -> int:
-    """Bound on the row tiles of one rank, whatever the routing and whatever came when.
-
-    Cut on its own a packet of r rows has at most 1 + r // tile_m tiles, and the r of one source sum to at most
-    `_source_rows`. Packets that share tiles have no more: one that is not full ends at the end of a packet.
-    """
-    packets = _source_packets(config)
-    by_rows = packets + _source_rows(config) // config.tile_m
-    return config.num_ranks * min(packets * Layout(config).row_blocks, by_rows)
-
-
-def max_tasks(config: MoEConfig) -> int:
-    """Bound on the tasks of one rank, whatever the routing: gates, dispatches, tiles, combines."""
-    tiles = max_row_blocks(config) * (tiles_n0(config) + tiles_n1(config))
-    shared = len(shared_row_tiles(config.num_tokens, config)) * (shared_tiles_n0(config) + tiles_n1(config))
-    return 2 * num_token_blocks(config.num_tokens, config) + config.num_experts + tiles + shared
-
-
-def _source_rows(config: MoEConfig) -> int:
-    """Most rows that one source sends to one rank's experts: a token goes to an expert at most once."""
-    here = config.num_experts_per_rank
-    return min(config.num_tokens * min(config.num_topk, here), here * config.slots)
-
-
-def _source_packets(config: MoEConfig) -> int:
-    """Most packets with rows that one source sends to one rank."""
-    return min(config.num_experts_per_rank, _source_rows(config))
-
-
-def weight_bytes(config: MoEConfig) -> int:
-    """Bytes of one rank's expert matrices, the shared ones too, and of the router (float32 for 16-bit elements)."""
-    columns = config.num_experts_per_rank * config.ffn + config.shared_ffn
-    experts = columns * config.expert_kind.num_matrices * config.hidden
-    router = (config.num_choices + config.shared_gate) * config.hidden
-    return experts * config.weight_format.num_bytes + router * config.format.sums.num_bytes
 
 
 def shared_bytes(config: MoEConfig) -> int:
@@ -180,12 +153,13 @@ def _token_flops(config: MoEConfig) -> int:
     return 2 * config.hidden * (router + config.expert_kind.num_matrices * config.shared_ffn)
 
 
-def _segment_bytes(config: MoEConfig) -> dict[str, int]:
-    layout = Layout(config)
-    region = layout.region_elements * config.format.num_bytes
-    return {
-        "dispatch": region,
-        "result": region,
+def _segment_bytes(layout: Layout) -> dict[str, int]:
+    region = layout.region_elements * layout.config.format.num_bytes
+    factors = layout.factor_elements * layout.config.format.sums.num_bytes
+    rows = {"dispatch": region, "result": region}
+    rows |= {"again": region} if layout.save == "nothing" else {}
+    rows |= {} if layout.save is None else {"factors": factors, "dots": factors}
+    return rows | {
         "dispatch_flag": layout.num_dispatch_flags * FLAG_BYTES,
         "result_flag": layout.num_result_flags * FLAG_BYTES,
         "control": CONTROL_WORDS * FLAG_BYTES,

@@ -8,6 +8,7 @@ out: noise and losses of training; routers that are no matrix, which bring their
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ def choose(
         accumulator: beyond the range of this type logits become infinite; None: that of `logits`.
     """
     z = prepared_logits(logits, kind, weights, accumulator or logits.dtype)
-    good = np.isfinite(logits.max(axis=1)) & np.isfinite(z.max(axis=1))  # the maximum is NaN if any logit is
+    good = are_routed(logits, z)
     z = np.where(good[:, None], z, z.dtype.type(0))
     scores = scores_of(z, kind)
     idx = topk_idx
@@ -76,6 +77,12 @@ def choose(
     factors = weigh(z, scores, idx, kind, weights)
     factors[~good] = np.nan
     return Routing(idx.astype(np.int32), np.where(idx >= 0, factors, factors.dtype.type(0)))
+
+
+def are_routed(logits: Array, z: Array) -> npt.NDArray[np.bool_]:
+    """`[num_tokens]`: have the logits, and those prepared z, a largest finite one? The maximum is NaN if any is."""
+    good: npt.NDArray[np.bool_] = np.isfinite(logits.max(axis=1)) & np.isfinite(z.max(axis=1))
+    return good
 
 
 def prepared_logits(logits: Array, kind: RouterKind, weights: Weights | None, accumulator: np.dtype[Any]) -> Array:
@@ -103,8 +110,12 @@ def scores_of(z: Array, kind: RouterKind) -> Array:
         if kind.score == "sparsemixer":
             return z
         exponentials: Array = np.exp(z - z.max(axis=1, keepdims=True))
-    scale_free = kind.renormalize and kind.choice != "score" and kind.norm_eps == kind.norm_min == 0
-    return exponentials if scale_free else exponentials / exponentials.sum(axis=1, keepdims=True)
+    return exponentials if scale_free(kind) else exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def scale_free(kind: RouterKind) -> bool:
+    """Is it all the same to the choice and the weights if the scores of a token are multiplied by any number?"""
+    return kind.renormalize and kind.choice != "score" and kind.norm_eps == kind.norm_min == 0
 
 
 def choice_values(z: Array, scores: Array, kind: RouterKind, weights: Weights | None) -> Array:
@@ -153,7 +164,7 @@ def weigh(z: Array, scores: Array, topk_idx: Array, kind: RouterKind, weights: W
         factors = np.take_along_axis(scores, idx, axis=1)
     factors = np.where(chosen, factors, factors.dtype.type(0))
     if kind.renormalize:
-        factors = _normalized(factors, kind)
+        factors = normalized(factors, kind)
     if kind.scale != 1:
         factors = factors * kind.scale
     if kind.expert_scale:
@@ -162,14 +173,18 @@ def weigh(z: Array, scores: Array, topk_idx: Array, kind: RouterKind, weights: W
     return factors
 
 
-def _normalized(factors: Array, kind: RouterKind) -> Array:
-    order = kind.norm_order
-    norm = (factors if order == 1 else factors**order).sum(axis=1, keepdims=True)
-    if order != 1:
-        norm = norm ** (1 / order)
+def normalized(factors: Array, kind: RouterKind) -> Array:
+    """`[num_tokens, num_topk]`: the chosen scores divided by their norm."""
     with np.errstate(invalid="ignore", divide="ignore"):  # all scores 0: the row is NaN
-        normalized: Array = factors / np.maximum(norm + kind.norm_eps, kind.norm_min)
-    return normalized
+        quotients: Array = factors / np.maximum(norm_of(factors, kind) + kind.norm_eps, kind.norm_min)
+    return quotients
+
+
+def norm_of(factors: Array, kind: RouterKind) -> Array:
+    """`[num_tokens, 1]`."""
+    order = kind.norm_order
+    norm: Array = (factors if order == 1 else factors**order).sum(axis=1, keepdims=True)
+    return norm if order == 1 else norm ** (1 / order)
 
 
 def sparsemixer(z: Array, idx: Array, jitter: float | Array) -> Array:
@@ -180,16 +195,20 @@ def sparsemixer(z: Array, idx: Array, jitter: float | Array) -> Array:
     Args:
         jitter: one, or one for each of `z`.
     """
+    return np.stack([factor for _, factor in sparsemixer_terms(z, idx, jitter)], axis=1)
+
+
+def sparsemixer_terms(z: Array, idx: Array, jitter: float | Array) -> Iterator[tuple[Array, Array]]:
+    """For each choice j the terms `[num_tokens, num_choices]` that 1 / its weight is the sum of, and the weight."""
     z = z.copy()
-    factors = np.empty(idx.shape, z.dtype)
     for j in range(idx.shape[1]):
         best = np.take_along_axis(z, idx[:, j : j + 1], axis=1)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # 0 / 0 is near; what is taken is -inf
             far = (best - z) / np.maximum(np.abs(z), best) > 2 * jitter
-            total = np.where(far | np.isinf(z), z.dtype.type(0), np.exp(z - best)).sum(axis=1)
-            factors[:, j] = np.where(np.isfinite(best[:, 0]), 1 / total, z.dtype.type(np.nan))
+            terms = np.where(far | np.isinf(z), z.dtype.type(0), np.exp(z - best))
+            factor = np.where(np.isfinite(best[:, 0]), 1 / terms.sum(axis=1), z.dtype.type(np.nan))
+        yield terms, factor
         np.put_along_axis(z, idx[:, j : j + 1], -np.inf, axis=1)
-    return factors
 
 
 def route(x: Array, router: Array | Weights, config: MoEConfig, topk_idx: Array | None = None) -> Routing:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from .config import MoEConfig
 from .packets import Packets
 from .runs import RowTile, chunk_height, expert_tiles
-from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, SHARED0, SHARED1
+from .task_kinds import BACKWARD_NAMES, COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, SHARED0, SHARED1
 
 
 class Task(NamedTuple):
@@ -38,7 +38,7 @@ class Task(NamedTuple):
 
     def __str__(self) -> str:
         indices = ", ".join(f"{name}={value}" for name, value in zip(self._fields[1:], self[1:], strict=True))
-        return f"{KIND_NAMES[self.kind]}({indices})"
+        return f"{BACKWARD_NAMES.get(self.kind) or KIND_NAMES[self.kind]}({indices})"
 
 
 def tiles_n0(config: MoEConfig) -> int:

@@ -46,8 +46,13 @@ def tolerance(config: MoEConfig, element_roundings: int = ELEMENT_ROUNDINGS) -> 
     Args:
         element_roundings: instead of 3, for an implementation that rounds to the element type more often.
     """
+    return walk(config, config.hidden + max(config.ffn, config.shared_ffn), element_roundings)
+
+
+def walk(config: MoEConfig, num_terms: int, element_roundings: int) -> float:
+    """Of sums with that many terms, one behind the other, and roundings to the element type between them."""
     u_sum, u_element = config.format.sums.unit_roundoff, config.format.unit_roundoff
-    sums = u_sum**2 * (config.hidden + max(config.ffn, config.shared_ffn) + ELEMENTWISE_ULPS**2)
+    sums = u_sum**2 * (num_terms + ELEMENTWISE_ULPS**2)
     return float(GROWTH * np.sqrt(sums + element_roundings * u_element**2))
 
 

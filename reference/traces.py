@@ -12,9 +12,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, RECEIVE, SHARED0, SHARED1
+from .task_kinds import (
+    BACKWARD_NAMES,
+    COMBINE,
+    DISPATCH,
+    GATE,
+    GEMM0,
+    GEMM1,
+    KIND_NAMES,
+    RECEIVE,
+    ROUTER_WEIGHTS,
+    SHARED0,
+    SHARED1,
+    SHARED_WEIGHTS,
+    WEIGHTS,
+)
 
-TRACE_KIND_NAMES = (*KIND_NAMES, "RECEIVE")
+TRACE_KIND_NAMES = (*KIND_NAMES, "RECEIVE", *BACKWARD_NAMES.values())
 MAX_FLOWS = 4096  # arrows; viewers get slow with more
 
 # Okabe and Ito's colours, told apart by everybody.
@@ -27,6 +41,9 @@ COLOURS = {
     RECEIVE: "#D55E00",
     SHARED0: "#F0E442",
     SHARED1: "#999999",
+    WEIGHTS: "#332288",
+    ROUTER_WEIGHTS: "#882255",
+    SHARED_WEIGHTS: "#DDCC77",
 }
 
 Event = dict[str, Any]

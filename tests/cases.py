@@ -153,7 +153,7 @@ class Regions:
 
     def __init__(self, layer):
         self.layer, self.config, self.layout = layer, layer.config, Layout(layer.config)
-        self.segments = layer._heap.segments
+        self.segments = layer._parts.heap.segments
 
     def rows(self, rank, round):
         """`[num_ranks, num_experts_per_rank, slots, hidden]` of the dispatch (0) or the result region (1)."""

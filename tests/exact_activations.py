@@ -1,4 +1,7 @@
-"""What the activations are, by methods that no code of the project uses: far more digits than the type asked about."""
+"""What the activations are, by methods that no code of the project uses: far more digits than the type asked about.
+
+And their slopes.
+"""
 
 import math
 from decimal import Decimal, localcontext
@@ -92,4 +95,66 @@ def assert_within(name, x, got, most_ulps):
     assert excess.max() <= 1, (
         f"{name}({x[at]!r}) = {got[at]!r}, expected {expected[at]!r}: {excess.max():.3g} times the bound, "
         f"and {(excess > 1).sum()} more"
+    )
+
+
+def _logistic(d, t, rise):
+    """s(t) and d s'(t) rise, where s is the logistic function and t has the slope rise."""
+    s = 1 / (1 + (-t).exp())
+    return s, d * s * s * (-t).exp() * rise
+
+
+def _silu_terms(d):
+    return _logistic(d, d, 1)
+
+
+def _gelu_terms(d):
+    below = _tail(abs(d))
+    return 1 - below if d > 0 else below, d * (-d * d / 2).exp() / SQRT_2_PI
+
+
+def _gelu_tanh_terms(d):
+    factor = 4 / SQRT_2_PI
+    near = max(min(d, Decimal(60)), Decimal(-60))
+    rise = 1 + 3 * Decimal("0.044715") * near**2
+    return _logistic(near, factor * (near + Decimal("0.044715") * near**3), factor * rise)
+
+
+# By name: of a finite number two terms that the slope is the sum of, which may cancel; limits, where they are not NaN.
+SLOPES = {
+    "relu": (lambda d: (int(d > 0), 0), {np.inf: 1.0, -np.inf: 0.0}),
+    "gelu": (_gelu_terms, {}),
+    "relu2": (lambda d: (2 * max(d, 0), 0), {np.inf: np.inf, -np.inf: 0.0}),
+    "gelu_tanh": (_gelu_tanh_terms, {}),
+    "silu": (_silu_terms, {}),
+}
+
+
+def slope_terms(name, x):
+    """`[2, len(x)]` float64 for finite x: the slope, and the sum of the sizes of its two terms."""
+    found = []
+    with localcontext(prec=60):
+        for value in x.astype("f8").tolist():
+            near = value if name == "relu2" else max(min(value, 1000.0), -1000.0)  # beyond, 0 or 1 to all digits
+            first, second = SLOPES[name][0](Decimal(near))
+            found.append((float(first + second), float(abs(first) + abs(second))))
+    return np.array(found).reshape(-1, 2).T
+
+
+@np.errstate(invalid="ignore")  # casts of signalling NaN
+def assert_slopes_within(name, x, got, roundings):
+    """As `assert_within`, in unit roundoffs of the terms' sizes."""
+    smallest, finite = float(finfo(x.dtype).smallest_normal), np.isfinite(x)
+    limits = np.array([SLOPES[name][1].get(v, np.nan) for v in x[~finite].astype("f8").tolist()])
+    np.testing.assert_array_equal(got[~finite].astype("f8"), limits, f"slope of {name} at {x[~finite]}")
+    expected, size = slope_terms(name, x[finite])
+    with np.errstate(over="ignore"):
+        expected = np.where(np.isinf(expected.astype(x.dtype)), np.inf, expected)
+    bound = np.where(size >= smallest, roundings * finfo(x.dtype).eps / 2 * size, smallest)
+    same = got[finite] == expected
+    excess = np.where(same, 0, np.abs(np.where(same, 0, got[finite] - expected)) / bound)
+    at = excess.argmax()
+    assert excess.max() <= 1, (
+        f"slope of {name} at {x[finite][at]!r}: {got[finite][at]!r}, expected {expected[at]!r}: "
+        f"{excess.max():.3g} times the bound, and {(excess > 1).sum()} more"
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.kernel.control import ABORT, SILENT
 from flashmoe_numba.kernel.queue import COUNTER_STRIDE, GATES_DONE, GEMM_TASKS, HEAD, NUM_COUNTERS
-from reference.layout import tile_height
+from reference.layout import Layout, tile_height
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def _promise_tasks(ranks, epoch):
 
 def _lose_results(ranks, epoch):
     """The last column tile of a row tile is never known as such; the last rank's first row tiles are left alone."""
-    row_blocks = ranks[0].layout.row_blocks
+    row_blocks = Layout(ranks[0].config).row_blocks
     for rank in ranks:
         lost = rank.received.down_done.reshape(-1, row_blocks)[:, int(rank is ranks[-1] and len(ranks) > 1) :]
         lost[...] = -1000

@@ -13,7 +13,7 @@ from flashmoe_numba.explore.run.cells import COUNTERS
 from flashmoe_numba.kernel.control import PROGRESS
 from flashmoe_numba.kernel.queue import COUNTER_STRIDE, NUM_COUNTERS
 from flashmoe_numba.kernel.row_tiles import QUEUED, SEEN, STREAM_WORDS, TILES, WAITING
-from reference import GATE, make_plan, tile_height
+from reference import GATE, Layout, make_plan, tile_height
 from reference.task_kinds import GEMM0, GEMM1, KIND_NAMES
 from reference.tiles import num_token_blocks, shared_row_tiles, shared_tiles_n0, tiles_n0, tiles_n1
 
@@ -112,7 +112,7 @@ def _wanted_packets(run):
 
 def _wanted_tiles(run):
     """Rows that the source has at the call's end, by (writer, call, reader, index, word) of the row tile's signal."""
-    c, row_blocks, wanted = run.config, run.world.ranks[0].layout.row_blocks, {}
+    c, row_blocks, wanted = run.config, Layout(run.config).row_blocks, {}
     for call, (calls, packets) in enumerate(zip(run.calls, run.packets, strict=True), start=1):
         for source, (one, packet) in enumerate(zip(calls, packets, strict=True)):
             results = one.results.reshape(c.num_experts, c.slots, c.hidden)
@@ -167,6 +167,7 @@ def _wanted_counters(run, num_tokens, num_tiles, num_rows):
         "PACKETS_SEEN": c.num_experts,
         "GEMM_TASKS": gemms,
         "HIDDEN_ROWS": num_rows,
+        "KEPT_ROWS": 0,  # of calls that have no backward
         "TOTAL": total + 1,
     }
 

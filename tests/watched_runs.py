@@ -9,7 +9,8 @@ from cuts import IDLE, LAST, Cuts
 from flashmoe_numba.explore.run.memory import STORES
 from flashmoe_numba.explore.search import Explorer
 from flashmoe_numba.kernel.queue import TASK_WORDS
-from reference import make_packets, tile_height
+from flashmoe_numba.kernel.signals import ROWS_MASK
+from reference import Layout, make_packets, tile_height
 
 
 class Signal(NamedTuple):
@@ -81,10 +82,10 @@ class Story:
         """`[rows, hidden]` that lie where the flag says, now."""
         c, segments = self.config, self.world.ranks[owner].segments
         region = getattr(segments, kind).view(c.numpy_dtype).reshape(c.num_experts, c.slots, c.hidden)
-        num_rows = word & 0xFFFFFFFF
+        num_rows = word & ROWS_MASK
         if kind == "dispatch":
             return region[i, :num_rows].copy()
-        e, m = divmod(i, self.world.ranks[owner].layout.row_blocks)
+        e, m = divmod(i, Layout(c).row_blocks)
         height = tile_height(int(self.world.ranks[owner].tokens.sent[e]), c.tile_m_min, c.tile_m)
         return region[e, m * height : m * height + num_rows].copy()
 

@@ -14,16 +14,17 @@ from reference.arrays import Array
 
 from ..device.compilation import compile_for
 from ..device.cpu import reset_float_control
-from ..kernel import leave, persistent
+from ..kernel import leave, persistent, persistent_backward
 from ..kernel.control import FAILED
 from ..kernel.state import Problem, Segments
 from ..processes.cores import count_cores
 from ..tile_gemm import Panels, Scratch, pack_matrices, unpack_matrices
 from ..tile_gemm.arithmetic import ARITHMETICS, AUTO, PAIRED_DTYPE, choose
 from ..tile_gemm.cpu import ROW_STEP, panel_width
+from ..tile_gemm.cpu_gradients import ROW_BUFFERS, gradient_elements
 from ..tile_gemm.micro_kernel import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE
 from ..tile_gemm.packing import fill_compiled
-from .host import Block, HostBackend
+from .host import BACKWARD, FORWARD, Block, HostBackend
 from .threads import Threads
 
 
@@ -37,7 +38,8 @@ class CpuBackend(HostBackend):
     def __init__(self, arithmetic: str = AUTO) -> None:
         super().__init__()
         self._form = ARITHMETICS[choose(arithmetic, PAIRED_DTYPE)].form
-        self._enter: Callable[..., None] = persistent  # `compile` knows better
+        # what `compile` has made of them, once it has
+        self._entries: dict[str, Callable[..., None]] = {FORWARD: persistent, BACKWARD: persistent_backward}
         self._threads = Threads()
         self._packers = count_cores()
 
@@ -60,7 +62,7 @@ class CpuBackend(HostBackend):
     def make_scratch(self, config: MoEConfig) -> Scratch:
         """Room for the tallest tile and the widest panels, for few rows as deep as they are, and one row of a combine.
 
-        See `multiply` of tile_gemm/cpu.py.
+        See `multiply` of tile_gemm/cpu.py, and cpu_gradients.py for what a backward needs.
         """
         rows = max(config.tile_m, min(config.token_block, config.num_tokens))
         rows = -(-rows // ROW_STEP) * ROW_STEP
@@ -69,20 +71,21 @@ class CpuBackend(HostBackend):
         padded = [-(-columns // width) * width for columns in (config.tile_ffn, config.tile_n)]
         columns = max(config.expert_kind.num_ups * padded[0], padded[1])
         copied = max(rows, min(rows, max(MICRO_ROWS, ROW_STEP)) * blocks) * ROW_STRIDE
-        sums = max(rows * columns, config.hidden)
+        backward = max((rows + ROW_BUFFERS) * max(padded), gradient_elements(config.accumulator))
+        sums = max(rows * columns, config.hidden, backward)
         return Scratch(np.empty(copied, config.accumulator), np.empty(sums, config.accumulator))
 
-    def compile(self, arguments: tuple[Any, ...], folder: Path) -> None:
+    def compile(self, block: Block, folder: Path) -> None:
         compile_for(reset_float_control, (), folder)
-        self._enter = compile_for(persistent, arguments, folder)
-        compile_for(leave, (*arguments[1:3], FAILED), folder)
+        self._entries[block.entry] = compile_for(self._entries[block.entry], block.arguments, folder)
+        compile_for(leave, (*block.arguments[1:3], FAILED), folder)
 
     def leave(self, problem: Problem, segments: Segments, why: int = FAILED) -> None:
         leave(problem, segments, why)
 
     def run_blocks(self, blocks: Sequence[Block], stop: Callable[[], None]) -> None:
         of_blocks = reversed(blocks)  # a rank's OS block first: its processors wait for it
-        self._threads.run([partial(_run_block, self._enter, arguments) for _, arguments in of_blocks], stop)
+        self._threads.run([partial(_run_block, self._entries[b.entry], b.arguments) for b in of_blocks], stop)
 
     def deadline_ns(self, deadline_s: float) -> int:
         return int(deadline_s * 1e9)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from ..build.variants import TMA_ALIGNMENT, Variant, architecture_of, choose_var
 from ..device.records import record_words
 from ..gpu.arrays import GpuTokens, check_gpu_tokens, current_stream, empty_like, stack
 from ..gpu.gpu import Gpu
+from ..kernel.backward.arguments import BackwardArguments
 from ..kernel.control import ABORT, FAILED, RECORD, departure, record_stores
 from ..kernel.grid import HEADER_WORDS, RankArguments
 from ..kernel.state import Problem, Segments
@@ -28,6 +29,7 @@ from ..processes.ownership import Owned
 from ..tile_gemm import as_matrices
 from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, THREADS, TmaMatrices, tma_matrices
 from ..tile_gemm.matrices import MAX_TILE_COLUMNS, STAGE_ELEMENTS, SUMS_ELEMENTS
+from .protocols import Arguments
 
 CALLS_AHEAD = 64  # calls for which page-locked memory is taken before the first one: taking more may wait for the GPU
 
@@ -139,6 +141,10 @@ class CudaBackend(Owned):
         [self.gpu.pinned(rows.size, np.int64) for _ in range(CALLS_AHEAD)]  # a pool has them from now on
         self.gpu.synchronize()
 
+    def prepare_backward(self, of_rank: BackwardArguments, folder: Path) -> None:
+        """Raise a ValueError: its kernel has no backward."""
+        raise ValueError("save must be None for a CudaBackend: there is no backward on GPUs yet")
+
     def deadline_ns(self, deadline_s: float) -> int:
         return int(deadline_s * 1e9)
 
@@ -184,8 +190,9 @@ class CudaBackend(Owned):
     def join(self, x: Any, parts: list[Any]) -> Any:
         return stack(x, parts, self.gpu)
 
-    def run(self, of_ranks: Sequence[RankArguments], stop: Callable[[], None]) -> None:
+    def run(self, of_ranks: Sequence[Arguments], stop: Callable[[], None]) -> None:
         """Launch all blocks in the caller's stream, behind the last call, and return."""
+        of_ranks = cast("Sequence[RankArguments]", of_ranks)  # there are no others: see `prepare_backward`
         rows = self._rows(of_ranks)
         staged = self._stage(rows, np.int64).reshape(rows.shape)
         self.gpu.copy_rows(self._table[HEADER_WORDS:], staged, 1, self._stream)  # the kernel counts the epoch itself

@@ -68,9 +68,9 @@ class FiberBackend(HostBackend):
         """
         scheduler = Scheduler(self.seed, self.preempt)
         self.seed += 1
-        kernel = interpreted("flashmoe_numba.kernel").persistent
-        for name, arguments in blocks:
-            scheduler.add_block(name, kernel, arguments, self.lanes)
+        for block in blocks:
+            entry = getattr(interpreted("flashmoe_numba.kernel"), block.entry)
+            scheduler.add_block(block.name, entry, block.arguments, self.lanes)
         scheduler.run()
 
     def deadline_ns(self, deadline_s: float) -> int:

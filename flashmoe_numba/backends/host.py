@@ -13,13 +13,23 @@ from reference import MoEConfig
 from reference.arrays import Array
 
 from ..heap.host import HostMemory
+from ..kernel.backward.arguments import BackwardArguments
 from ..kernel.grid import RankArguments
 from ..kernel.state import BOX_WORDS
 from ..processes.cores import default_processors
 from ..seeing.trace import block_name
 from ..tile_gemm import Scratch
+from .protocols import Arguments
 
-Block = tuple[str, tuple[Any, ...]]  # its name, and what `persistent` is given
+FORWARD, BACKWARD = "persistent", "persistent_backward"  # entries
+
+
+class Block(NamedTuple):
+    """What runs: the block's name, an entry of the kernel by its name, and what that is given."""
+
+    name: str
+    entry: str
+    arguments: tuple[Any, ...]
 
 
 class Room(NamedTuple):
@@ -40,8 +50,8 @@ class HostBackend(HostMemory, ABC):
     def make_scratch(self, config: MoEConfig) -> Scratch:
         """Working memory of one block."""
 
-    def compile(self, arguments: tuple[Any, ...], folder: Path) -> None:
-        """Compile the kernel for arguments of these types, or load it from `folder`; nothing, if it is interpreted."""
+    def compile(self, block: Block, folder: Path) -> None:
+        """Compile a block's entry for arguments of these types, or load it from `folder`; nothing, if interpreted."""
 
     @abstractmethod
     def run_blocks(self, blocks: Sequence[Block], stop: Callable[[], None]) -> None:
@@ -61,8 +71,11 @@ class HostBackend(HostMemory, ABC):
         """Give every block its room, and compile the kernel for arguments of the types of the first one's."""
         for of_rank in of_ranks:
             self.make_rooms(config, of_rank)
-        _, arguments = self.blocks(of_ranks[0])[0]
-        self.compile(arguments, folder)
+        self.compile(self.blocks(of_ranks[0])[0], folder)
+
+    def prepare_backward(self, of_rank: BackwardArguments, folder: Path) -> None:
+        """Compile that kernel for arguments of these types."""
+        self.compile(self.blocks(of_rank)[0], folder)
 
     def make_rooms(self, config: MoEConfig, of_rank: RankArguments) -> list[Room]:
         """A room for each block of the rank with these arguments. The OS block uses no scratch, so it shares one."""
@@ -73,20 +86,25 @@ class HostBackend(HostMemory, ABC):
         self._rooms[of_rank.problem.rank_idx] = rooms
         return rooms
 
-    def blocks(self, of_rank: RankArguments) -> list[Block]:
+    def blocks(self, arguments: Arguments) -> list[Block]:
         """Those of a rank in one call, with cleared traces."""
+        if isinstance(arguments, BackwardArguments):
+            return self._blocks(BACKWARD, arguments.forward, arguments.back, arguments.gradients)
+        return self._blocks(FORWARD, arguments)
+
+    def _blocks(self, entry: str, of_rank: RankArguments, *more: Any) -> list[Block]:
         problem, found = of_rank.problem, []
         for block, room in enumerate(self._rooms[problem.rank_idx]):
             room.trace[:1] = 0
             name = f"rank {problem.rank_idx} {block_name(block, problem.num_processors)}"
             groups = problem, of_rank.segments, of_rank.experts, of_rank.tokens, of_rank.received, of_rank.queue
-            found.append((name, (block, *groups, *room)))
+            found.append(Block(name, entry, (block, *groups, *more, *room)))
         return found
 
     def begin(self, tokens: Sequence[Any]) -> None:
         """Nothing: calls come one after the other."""
 
-    def run(self, of_ranks: Sequence[RankArguments], stop: Callable[[], None]) -> None:
+    def run(self, of_ranks: Sequence[Arguments], stop: Callable[[], None]) -> None:
         """Run all blocks of these ranks to their end."""
         self.run_blocks([block for of_rank in of_ranks for block in self.blocks(of_rank)], stop)
 

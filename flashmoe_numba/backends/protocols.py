@@ -13,8 +13,11 @@ from typing import Any, Protocol
 from reference import MoEConfig
 
 from ..heap.protocols import Memory
+from ..kernel.backward.arguments import BackwardArguments
 from ..kernel.grid import RankArguments
 from ..kernel.state import Problem, Segments
+
+Arguments = RankArguments | BackwardArguments
 
 
 class Backend(Memory, Protocol):
@@ -41,13 +44,16 @@ class Backend(Memory, Protocol):
             folder: where compiled kernels are kept; not looked at where nothing is compiled.
         """
 
+    def prepare_backward(self, of_rank: BackwardArguments, folder: Path) -> None:
+        """Compile what runs backwards, for arguments like these; only where a layer is made for them."""
+
     def deadline_ns(self, deadline_s: float) -> int:
         """The same by the kernel's clock; as good as none, where the clock does not count time."""
 
     def begin(self, tokens: Sequence[Any]) -> None:
         """A call begins, with these tokens of each rank here; nothing, where calls have no order to keep."""
 
-    def run(self, of_ranks: Sequence[RankArguments], stop: Callable[[], None]) -> None:
+    def run(self, of_ranks: Sequence[Arguments], stop: Callable[[], None]) -> None:
         """Run all blocks of these ranks: to their end, or on a GPU only to where they are on their way.
 
         Args:

@@ -15,11 +15,15 @@ from reference import MoEConfig, Routing, Weights, Workload, check_routing, max_
 
 @dataclass(frozen=True)
 class Verdict:
-    """`failures` has one sentence for each thing that is wrong; nothing is if it is empty."""
+    """`failures` has one sentence for each thing that is wrong; nothing is if it is empty.
+
+    `illegal`: the routing is none, so there is nothing to compare with.
+    """
 
     max_rel_error: float
     tolerance: float
     failures: list[str]
+    illegal: bool = False
 
 
 def check_layer(
@@ -38,7 +42,7 @@ def check_layer(
     try:
         exact = moe_layer(workload.x, weights, config, topk_idx=idx, topk_weights=factors)
     except ValueError as illegal:  # an expert twice, or one that there is not
-        return Verdict(float("inf"), tolerance(config), [*failures, str(illegal)])
+        return Verdict(float("inf"), tolerance(config), [*failures, str(illegal)], illegal=True)
     error, limit = max_rel_error(y, exact), tolerance(config)
     if not error <= limit:
         failures.append(f"max_rel_error must be at most {limit:.2e}, got {error:.2e}")

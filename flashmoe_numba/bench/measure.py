@@ -1,14 +1,14 @@
 """Time a layer beside plain BLAS, and keep what is needed to check it.
 
 One call warms up. Then each iteration is one call of the layer and one pass of the yardstick, in the same process, one
-after the other; all ranks begin each at the same moment, and its time is that of the slowest rank.
+after the other, and between the two a call that keeps and its backward, if there are to be any; all ranks begin each at
+the same moment, and its time is that of the slowest rank.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,13 @@ from threadpoolctl import ThreadpoolController
 from reference import MoEConfig, Routing, Weights, Workload, make_workload
 
 from ..checkpoints import load
-from ..heap.rank import Stats
+from ..heap.stats import Stats
 from ..layer.layer import FlashMoE
 from ..processes.cores import default_processors
 from ..seeing.trace import filled
 from ..tile_gemm.arithmetic import AUTO, choose
-from .memory import make_memory
+from .backward import Backwards, random_gradients
+from .calls import Call, digest
 from .yardstick import make_yardstick
 
 SETTLE_S = 0.15  # OpenBLAS's workers spin for 0.07 s after their work, on cores that the layer needs
@@ -43,6 +44,7 @@ class Settings:
         num_processors: blocks per rank beside the OS block; None: the layer's default.
         trace: keep the records of the last call.
         packing, arithmetic: as `FlashMoE` has them.
+        save: what calls keep for their backwards, which are run, too; None: there are none.
     """
 
     config: MoEConfig
@@ -60,6 +62,7 @@ class Settings:
     trace: bool
     packing: str
     arithmetic: str = AUTO
+    save: str | None = None
 
     @property
     def transport(self) -> str:
@@ -77,7 +80,7 @@ class Settings:
 class Measurement:
     """What one process saw; lists over its ranks, or over iterations.
 
-    `y_digests` is a hash of the results of every call, the warm-up included.
+    `y_digests` is a hash of the results of every call, the warm-up and those that keep included.
     """
 
     x: list[np.ndarray]
@@ -89,6 +92,7 @@ class Measurement:
     latency_ns: list[int] = field(default_factory=list)
     blas_ns: list[int] = field(default_factory=list)
     y_digests: list[bytes] = field(default_factory=list)
+    backwards: Backwards | None = None
 
 
 def measure(settings: Settings, world: Any, show: bool = False) -> Measurement:
@@ -132,6 +136,7 @@ def make_layer(settings: Settings, weights: Weights, comm: Any) -> FlashMoE:
         deadline_s=settings.deadline_s,
         trace=settings.trace,
         packing=settings.packing,
+        save=settings.save,
         **how.get(settings.backend, {}),
     )
 
@@ -150,7 +155,7 @@ def num_blas_threads(settings: Settings) -> int:
 def _measure(
     layer: FlashMoE, workload: Workload, weights: Weights, settings: Settings, world: Any, show: bool
 ) -> Measurement:
-    call = _Call(layer, workload, settings)
+    call = Call(layer, workload, settings.backend, settings.in_process)
     world.meet("before the warm-up")
     call.run()
     y, stats = call.results(), call.per_rank(layer.stats)
@@ -165,53 +170,27 @@ def _measure(
         processors=layer.num_processors,
         traces={},
     )
-    seen.y_digests.append(_digest(y))
+    seen.y_digests.append(digest(y))
+    if settings.save is not None:
+        first = 0 if settings.in_process else world.rank_idx
+        seen.backwards = Backwards(random_gradients(workload.x, first, settings.seed))
+        seen.backwards.warm_up(call)
     for iteration in _progress(range(settings.iterations), show):
         time.sleep(SETTLE_S if num_blas_threads(settings) > 1 else 0)
-        world.meet(f"before call {iteration + 1} of {settings.iterations}")
+        which = f"{iteration + 1} of {settings.iterations}"
+        world.meet(f"before call {which}")
         start = time.perf_counter_ns()
         call.run()
         seen.latency_ns.append(time.perf_counter_ns() - start)
-        seen.y_digests.append(_digest(call.results()))
-        world.meet(f"before BLAS pass {iteration + 1} of {settings.iterations}")
+        seen.y_digests.append(digest(call.results()))
+        if seen.backwards is not None:
+            seen.backwards.measure(call, world, which)
+            seen.y_digests.append(digest(call.results()))
+        world.meet(f"before BLAS pass {which}")
         seen.blas_ns.append(yardstick.run(world.note_progress))
     if settings.trace:
         seen.traces = {lane: filled(buffer).copy() for lane, buffer in layer.traces.items()}
     return seen
-
-
-class _Call:
-    """The same call of a layer, again and again; results are always a list over this process's ranks."""
-
-    def __init__(self, layer: FlashMoE, workload: Workload, settings: Settings) -> None:
-        self._layer, self._in_process = layer, settings.in_process
-        routing = {"topk_idx": workload.topk_idx, "topk_weights": workload.topk_weights}
-        given = {name: parts for name, parts in routing.items() if parts is not None}
-        self._memory = make_memory(settings.backend, settings.config)
-        x = [self._memory.to_device(part) for part in workload.x]
-        self._x = x if self._in_process else x[0]
-        self._routing = given if self._in_process else {name: parts[0] for name, parts in given.items()}
-        self._y: Any = None
-
-    def run(self) -> None:
-        """One call, to its end."""
-        self._y = self._layer(self._x, **self._routing)
-        self._layer.synchronize()
-
-    def results(self) -> list[np.ndarray]:
-        """Of the last call, in this process's memory."""
-        return [self._memory.to_host(part) for part in self.per_rank(self._y)]
-
-    def per_rank(self, value: Any) -> list[Any]:
-        """`value` of every rank here, from a property or result of the layer."""
-        return list(value) if self._in_process else [value]
-
-
-def _digest(y: Sequence[np.ndarray]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in y:
-        digest.update(part.tobytes())
-    return digest.digest()
 
 
 def _progress(iterations: range, show: bool) -> Iterable[int]:

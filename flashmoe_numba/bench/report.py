@@ -11,17 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from reference import MoEConfig
 from reference.plan import row_flops
 from reference.runs import PACKINGS
 
-from ..heap.rank import Stats
+from ..heap.stats import Stats
 from .check import Verdict
+from .check_gradients import GradientVerdict
 from .measure import Measurement, Settings
 
 PACKAGES = ("numpy", "numba")
 
 
-def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdict) -> dict[str, Any]:
+def make_report(
+    settings: Settings, parts: Sequence[Measurement], verdict: Verdict, of_gradients: GradientVerdict | None = None
+) -> dict[str, Any]:
     """One JSON object; numbers that do not exist are None.
 
     An iteration's time is that of its slowest rank; rates are at the median. `gflops` and `blas_gflops` count the same
@@ -29,6 +33,7 @@ def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdi
 
     Args:
         parts: of all processes, in the order of ranks.
+        of_gradients: of the backwards, if there are any.
     """
     stats = [rank for part in parts for rank in part.stats]
     return {
@@ -46,19 +51,26 @@ def make_report(settings: Settings, parts: Sequence[Measurement], verdict: Verdi
         "iterations": settings.iterations,
         **_speed(settings, parts, stats),
         **_rows(stats),
-        **_judgement(parts, verdict),
+        "save": settings.save,
+        "backward": _backwards(settings.config, parts, stats, of_gradients),
+        **_judgement(parts, verdict, of_gradients),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
     }
 
 
+def _spread_ms(of_parts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Of iterations, each of which takes as long as its slowest rank, in ns."""
+    slowest = np.max(of_parts, axis=0) / 1e6
+    return {"median": float(np.median(slowest)), "min": float(slowest.min()), "max": float(slowest.max())}
+
+
 def _speed(settings: Settings, parts: Sequence[Measurement], stats: Sequence[Stats]) -> dict[str, Any]:
-    latency_ns = np.max([part.latency_ns for part in parts], axis=0)
-    median_ns = float(np.median(latency_ns))
+    latency_ms = _spread_ms([part.latency_ns for part in parts])
+    median_ns = latency_ms["median"] * 1e6
     blas_ns = float(np.median(np.max([part.blas_ns for part in parts], axis=0)))
     flops = row_flops(settings.config) * sum(rank.received_rows for rank in stats)
-    spread = {"median": median_ns, "min": float(latency_ns.min()), "max": float(latency_ns.max())}
     return {
-        "latency_ms": {name: value / 1e6 for name, value in spread.items()},
+        "latency_ms": latency_ms,
         "tokens_per_s": sum(rank.num_tokens for rank in stats) / median_ns * 1e9,
         "gflops": flops / median_ns,
         "blas_gflops": flops / blas_ns if flops else None,
@@ -78,9 +90,40 @@ def _rows(stats: Sequence[Stats]) -> dict[str, Any]:
     }
 
 
-def _judgement(parts: Sequence[Measurement], verdict: Verdict) -> dict[str, Any]:
-    repeatable = all(len(set(part.y_digests)) == 1 for part in parts)
-    failures = verdict.failures + ([] if repeatable else ["the calls gave different bits for the same input"])
+def _backwards(
+    config: MoEConfig, parts: Sequence[Measurement], stats: Sequence[Stats], verdict: GradientVerdict | None
+) -> dict[str, Any] | None:
+    """Of the backwards, if there were any, and of the calls that kept for them.
+
+    `gflops` counts each product of the forward's twice: gradients go through it to its rows and to its weights.
+    `error_shares` are the largest errors, as shares of what they may be.
+    """
+    measured = [part.backwards for part in parts if part.backwards is not None]
+    if not measured:
+        return None
+    forward_ms = _spread_ms([part.forward_ns for part in measured])
+    backward_ms = _spread_ms([part.backward_ns for part in measured])
+    flops = 2 * row_flops(config) * sum(rank.received_rows for rank in stats)
+    shares = verdict.shares if verdict is not None else {}
+    return {
+        "forward_ms": forward_ms,
+        "backward_ms": backward_ms,
+        "tokens_per_s": sum(rank.num_tokens for rank in stats) / (forward_ms["median"] + backward_ms["median"]) * 1e3,
+        "gflops": flops / backward_ms["median"] / 1e6,
+        "kept_bytes": sum(part.kept_bytes for part in measured),
+        "error_shares": {name: share if math.isfinite(share) else None for name, share in shares.items()},
+    }
+
+
+def _judgement(parts: Sequence[Measurement], verdict: Verdict, of_gradients: GradientVerdict | None) -> dict[str, Any]:
+    backwards = [part.backwards for part in parts if part.backwards is not None]
+    differs = {
+        "the calls gave different bits for the same input": [part.y_digests for part in parts],
+        "the backwards gave different bits for the same input": [part.digests for part in backwards],
+    }
+    unlike = [sentence for sentence, of_parts in differs.items() if any(len(set(bits)) > 1 for bits in of_parts)]
+    repeatable = not unlike
+    failures = verdict.failures + (of_gradients.failures if of_gradients is not None else []) + unlike
     return {
         "max_rel_error": verdict.max_rel_error if math.isfinite(verdict.max_rel_error) else None,
         "tolerance": verdict.tolerance,
@@ -118,9 +161,25 @@ def table(report: dict[str, Any], describe_sizes: str) -> Iterator[str]:
     if share is not None:
         yield _row("plain BLAS", f"{report['blas_gflops']:.1f} GFLOP/s over the same expert GEMMs, as many threads")
         yield _row("share", f"{share:.2f} of plain BLAS, with gate, dispatch and combine")
+    if report["backward"] is not None:
+        yield from _of_backwards(report)
     yield _row("error", f"{_error(report)} of the largest result (tolerance {report['tolerance']:.1e})")
     yield _row("repeatable", "yes, bit for bit" if report["bitwise_repeatable"] else "no")
     yield _row("", "passed" if report["passed"] else "FAILED: " + "; ".join(report["failures"]))
+
+
+def _of_backwards(report: dict[str, Any]) -> Iterator[str]:
+    found, alone = report["backward"], report["latency_ms"]["median"]
+    forward, backward = found["forward_ms"]["median"], found["backward_ms"]["median"]
+    kept = f"{found['kept_bytes']:,} bytes kept, saving {report['save']}"
+    yield _row("forward", f"{forward:.2f} ms where it keeps, {kept}")
+    times = f"{backward / alone:.2f} of the call that keeps nothing, {found['gflops']:.1f} GFLOP/s in the experts"
+    yield _row("backward", f"{backward:.2f} ms, {times}")
+    yield _row("both", f"{forward + backward:.2f} ms, {found['tokens_per_s']:,.0f} tokens/s")
+    shares = {name: math.inf if share is None else share for name, share in found["error_shares"].items()}
+    if shares:
+        worst = max(shares, key=lambda name: shares[name])
+        yield _row("gradients", f"{shares[worst]:.2f} of its bound is the largest error, of {worst}")
 
 
 def _error(report: dict[str, Any]) -> str:

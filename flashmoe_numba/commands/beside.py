@@ -13,12 +13,13 @@ import sim
 from reference import read_preset
 from sim.studies.whole_model import model_step
 from sim.world.model_shape import Shape, read_shape
+from sim.world.world import FORWARD
 
 from ..checkpoints.folder import read_json
 from ..checkpoints.models import find_families
 from ..errors import UsageError
 from .columns import Rows
-from .sizes import blaming, integer
+from .flags import blaming, integer
 
 CONTEXT = 4096
 ALL = "all"
@@ -44,12 +45,14 @@ def shape_from(args: argparse.Namespace) -> Shape | None:
     """The whole model's sizes, if it is asked for.
 
     Raises:
-        UsageError: nobody says them, or they are of a kind that is not modelled.
+        UsageError: nobody says them, they are of a kind that is not modelled, or a backward is simulated.
     """
     if args.layers is None:
         if args.context is not None:
             raise UsageError("argument --context: goes with --layers")
         return None
+    if args.passes != FORWARD:
+        raise UsageError(f"argument --layers: a step that decodes needs --pass {FORWARD}, got {args.passes}")
     number = None if args.layers == ALL else args.layers
     with blaming("argument --layers"):
         if args.model_config:

@@ -24,7 +24,8 @@ from sim.world.hardware import to_toml
 from ..errors import UsageError
 from ..processes import launch
 from ..processes.mpi_environment import unless_left_over
-from .sizes import check_backend_flag, check_outputs, integer
+from .flags import check_backend_flag, integer
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from ..bench.calibrate import Rates, Settings

@@ -21,16 +21,10 @@ from reference import DTYPES, MoEConfig
 from ..build.sass import TENSOR_LOAD, Facts, MainLoop, disassemble, failures, find_nvdisasm, read_facts
 from ..build.variants import ARCHITECTURES, Variant, choose_variant, has_tensor_cores
 from ..errors import UsageError
+from .outputs import add_json_argument, check_outputs, write_json
 from .plan import readable
 from .profiled import SMALL, check_sizes, run_variant, shrink, table
-from .sizes import (
-    DEFAULT_PRESET,
-    add_json_argument,
-    add_size_arguments,
-    check_outputs,
-    config_from,
-    write_json,
-)
+from .sizes import DEFAULT_PRESET, add_size_arguments, config_from
 
 if TYPE_CHECKING:
     from ..build.build import Kernel

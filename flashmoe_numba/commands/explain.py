@@ -16,6 +16,7 @@ from sim.reading.differences import causes_ns, difference_lines
 from sim.reading.explain import explain, lines
 from sim.reading.report import left_out_error
 from sim.studies.what_if import changes, gain_lines, gains
+from sim.world.world import FORWARD
 
 from .patience import shown_when_slow
 from .simulation_flags import (
@@ -82,7 +83,8 @@ def _heading(preset: str, simulation: sim.Simulation) -> str:
     world = simulation.world
     tokens = f"{world.config.num_tokens:,} tokens on each of {world.num_ranks} ranks"
     layer = f"{preset}, {world.config.num_experts} experts, top-{world.config.num_topk}, {tokens}"
-    about = f"routing {world.routing.name}, {world.precision.name}"
+    passes = "" if world.passes == FORWARD else f", {world.passes}"
+    about = f"routing {world.routing.name}, {world.precision.name}{passes}"
     what = f"{simulation.policy}, simulated on {world.hardware.name}: {layer}, {about}"
     return f"{what}: {simulation.latency_us:,.1f} us{_error(simulation)}\n"
 

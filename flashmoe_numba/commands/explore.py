@@ -17,12 +17,14 @@ from itertools import islice
 from typing import Any
 
 from reference import DTYPES, MoEConfig
+from reference.layout import SAVES
 from reference.runs import PACKINGS
 
 from ..errors import UsageError
 from ..explore.choose.strategies import STRATEGIES
 from ..explore.exhaustive import EXHAUSTIVE, check_search, explore_all
 from ..explore.plants import PLANTS
+from ..explore.run.program import Astray, Program
 from ..explore.run.spec import Lost, WorldSpec
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore, search_of
 from ..explore.worlds import PLAIN, WORLDS
@@ -30,7 +32,8 @@ from ..processes import launch
 from ..processes.pools import Pool
 from .explored import as_json, count, describe, lines, replay_command
 from .failures import add_failure_arguments, describe_world, replay, shrink, tell
-from .sizes import add_json_argument, blaming, check_outputs, give, in_flags, integer, write_json
+from .flags import blaming, in_flags, integer
+from .outputs import add_json_argument, check_outputs, give, write_json
 from .spread import add_jobs_argument, num_processes, open_pool, progress, stopped_status, why_stopped
 
 SEEDS = 100
@@ -63,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "sources: rows of several share row tiles; none: each packet has its own"
     add("--packing", choices=PACKINGS, help=what)
     add("--data-seed", type=integer(0), metavar="N", help="of weights, tokens, counts and routing")
+    add("--save", choices=SAVES, help="what forwards keep for their backwards")
+    what = "calls: 0 for a forward, N for the backward of call N: 0,0,2,1 for two of each"
+    add("--program", type=_program, metavar="N,...", help=what)
+    what = "this rank, or several, makes a forward as its last call, or the backward of CALL, where others do not"
+    add("--astray", type=_astray, action="append", metavar="RANK[:CALL]", help=what)
     what = "this rank, or several, gives up in the last call, and all must stop"
     add("--leaver", dest="leavers", type=integer(0), action="append", metavar="RANK", help=what)
     what = "this rank, or several, is lost in a call (the last one) after so many tasks (0: it never begins the call)"
@@ -80,6 +88,18 @@ def _lost(text: str) -> tuple[int, ...]:
     if len(parts) > 3 or not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"must be RANK, RANK:CALL or RANK:CALL:TASKS, got {text!r}")
     return tuple(map(int, parts))
+
+
+def _program(text: str) -> Program:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be N,..., got {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
+def _astray(text: str) -> Astray:
+    if not re.fullmatch(r"\d+(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be RANK or RANK:CALL, got {text!r}")
+    return Astray(*map(int, text.split(":")))
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
@@ -196,8 +216,8 @@ def _specs(args: argparse.Namespace) -> dict[str, WorldSpec]:
 
 def _in_flags(message: str) -> str:
     """A message of WorldSpec in the words of the command line."""
-    for name in ("lost", "grid", "deadline"):
-        message = re.sub(rf"^{name}\b|(?<=needs a ){name}", f"--{name}", message)
+    for name in ("lost", "grid", "deadline", "save", "program", "astray"):
+        message = re.sub(rf"^{name}\b|(?<=needs a ){name}|(?<=needs ){name}\b", f"--{name}", message)
     return in_flags(re.sub(r"^leavers", "--leaver", message)).replace("num_processors", "--processors")
 
 
@@ -217,6 +237,10 @@ def _changed(spec: WorldSpec, args: argparse.Namespace) -> WorldSpec:
         changes = {"lanes": 1} | changes
     if "leavers" in changes:
         changes["leavers"] = tuple(changes["leavers"])
+    if "astray" in changes:
+        changes["astray"] = tuple(changes["astray"])
+    if "program" in changes:
+        changes = {"epochs": len(changes["program"])} | changes
     if "lost" in changes:
         last = changes.get("epochs", spec.epochs)
         changes["lost"] = tuple(Lost(*lost) if len(lost) > 1 else Lost(lost[0], last) for lost in changes["lost"])
@@ -240,7 +264,8 @@ def _check_exhaustive(args: argparse.Namespace) -> None:
 
 def _list_plants(json: str | None) -> int:
     plants = PLANTS.values()
-    table = (f"{each.name:34}{each.file:15}{each.summary} [{', '.join(each.found_by)}]" for each in plants)
+    name, file = max(map(len, PLANTS)), max(len(each.file) for each in plants)
+    table = (f"{each.name:{name}} {each.file:{file}} {each.summary} [{', '.join(each.found_by)}]" for each in plants)
     give(json, table, [asdict(plant) for plant in plants])
     return 0
 

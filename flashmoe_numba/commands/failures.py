@@ -14,6 +14,7 @@ from ..device.fibers import Strategy
 from ..errors import UsageError
 from ..explore.choose.schedules import Scheduled
 from ..explore.run.checks import Checker
+from ..explore.run.program import in_words
 from ..explore.run.reports import Report
 from ..explore.run.spec import WorldSpec
 from ..explore.run.world import WatchedWorld
@@ -22,7 +23,8 @@ from ..explore.tell.cases import Case, load, save
 from ..explore.tell.history import turns_until
 from ..explore.tell.shrink import MOST_RUNS, Shrinker
 from ..explore.tell.telling import Line, Teller, as_text
-from .sizes import give, integer
+from .flags import integer
+from .outputs import give
 
 MOST_LINES = 40
 BESIDE_REPLAY = ("--replay", "--history", "--json")
@@ -176,6 +178,8 @@ def describe_world(spec: WorldSpec) -> str:
     told = [f"rank {rank} gives up" for rank in spec.leavers]
     told += [f"rank {lost.rank} is lost in call {lost.call} after {lost.tasks} tasks" for lost in spec.lost]
     told += [f"deadline {spec.deadline}"] if spec.deadline is not None else []
+    told += [f"{in_words(spec.program)} (save {spec.save})"] if spec.save else []
+    told += [f"rank {own.rank} makes a {in_words((own.call,))} last" for own in spec.astray]
     told += [f"packing {spec.packing}"] if spec.packing != PACKINGS[0] else []
     told += [word for word, is_so in (("ties", spec.ties), ("in one grid", spec.grid)) if is_so]
     return ", ".join([f"{blocks}, {spec.epochs} calls: {sizes}", *told])

@@ -15,7 +15,7 @@ from typing import Any
 
 from reference.families import Family, family_names, read_family
 
-from .sizes import check_outputs, give
+from .outputs import check_outputs, give
 
 COLUMNS = ("family", "router", "experts", "shared", "k of experts", "transformers", "float64")
 

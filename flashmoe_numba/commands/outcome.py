@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from reference import Workload, make_workload
+from reference import Weights, Workload, make_workload
 from reference.traces import Slice
 
 from ..bench.check import check_layer
+from ..bench.check_gradients import GradientVerdict, check_gradients
 from ..bench.measure import Measurement, Settings, make_weights
 from ..bench.report import make_report, table
 from ..seeing.trace import decode, write_chrome_trace
+from .outputs import give
 from .plan import describe
-from .sizes import give
 
 
 def conclude(
@@ -28,11 +29,26 @@ def conclude(
     weights = make_weights(settings, range(settings.config.num_ranks))
     routing = [rank for part in parts for rank in part.routing]
     y = [rank for part in parts for rank in part.y]
-    verdict = check_layer(settings.config, weights, _workload(settings, parts), routing, y)
-    report = make_report(settings, parts, verdict)
+    workload = _workload(settings, parts)
+    verdict = check_layer(settings.config, weights, workload, routing, y)
+    of_gradients = _check_backwards(settings, parts, weights, workload) if not verdict.illegal else None
+    report = make_report(settings, parts, verdict, of_gradients)
     give(json, table(report, describe(settings.config)), report)
     _write_pictures(settings, parts, trace, plot)
     return 0 if report["passed"] else 1
+
+
+def _check_backwards(
+    settings: Settings, parts: Sequence[Measurement], weights: Weights, workload: Workload
+) -> GradientVerdict | None:
+    """Of the gradients of all ranks; None, if there were no backwards."""
+    routing = [rank for part in parts for rank in part.routing]
+    backwards = [part.backwards for part in parts if part.backwards is not None]
+    if not backwards:
+        return None
+    dy = [of_rank for part in backwards for of_rank in part.dy]
+    found = [of_rank for part in backwards for of_rank in part.gradients]
+    return check_gradients(settings.config, weights, workload, routing, dy, found)
 
 
 def _workload(settings: Settings, parts: Sequence[Measurement]) -> Workload:

@@ -1,6 +1,6 @@
 """What a layer needs, without running it: bytes of every region per rank, packets, tiles, padding, operations.
 
-All ranks bring all their tokens, spread evenly over the experts.
+All ranks bring all their tokens, spread evenly over the experts. With --save also what its backwards need.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from reference import MoEConfig, Plan, make_plan
+from reference.backward_plan import BackwardPlan
+from reference.layout import SAVES
 
 from ..errors import UsageError
 from ..processes import launch, shared_memory
-from .sizes import add_json_argument, add_size_arguments, check_outputs, config_from, give, layer_name
+from .outputs import add_json_argument, check_outputs, give
+from .sizes import add_size_arguments, config_from, layer_name
 
 MOST_PACKETS = 2**24  # a minute to count, and each takes some ten bytes
 
@@ -21,6 +24,8 @@ MOST_PACKETS = 2**24  # a minute to count, and each takes some ten bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_size_arguments(parser)
     add_json_argument(parser)
+    kept = "with backwards, for which a call keeps these: rows and their products with the up matrices, rows, no rows"
+    parser.add_argument("--save", choices=SAVES, help=f"{kept} [no backwards]")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -30,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     if config.num_ranks * config.num_experts > MOST_PACKETS:
         rule = f"--ranks x --experts, the packets, must be at most {MOST_PACKETS:,}"
         raise UsageError(f"{rule}, got {config.num_ranks:,} x {config.num_experts:,}")
-    plan = make_plan(config)
+    plan = make_plan(config, save=args.save)
     value = {"preset": layer_name(args), "config": asdict(config), **asdict(plan)}
     give(args.json, lines(layer_name(args), config, plan), value)
     return 0
@@ -49,6 +54,8 @@ def lines(preset: str, config: MoEConfig, plan: Plan) -> Iterator[str]:
     yield _row("  between the two products", f"{readable(plan.hidden_bytes)}, {plan.hidden_rows:,} rows at most")
     if plan.shared_bytes:
         yield _row("  rows of the shared expert", readable(plan.shared_bytes))
+    if plan.backward is not None:
+        yield from _of_backwards(plan.backward)
     yield "all ranks"
     yield from (_row(f"  {name}", value) for name, value in memory(config, plan))
     yield _row("  packets with rows", f"{plan.num_packets:,}")
@@ -61,6 +68,15 @@ def lines(preset: str, config: MoEConfig, plan: Plan) -> Iterator[str]:
     yield _row("  operations", f"{plan.total_flops / 1e9:,.3f} GFLOP, padded {plan.padded_flops / 1e9:,.3f} GFLOP")
     yield _row("  operations, busiest rank", f"{plan.busiest_rank_flops / 1e9:,.3f} GFLOP")
     yield _row("tasks of one rank, at most", f"{plan.max_tasks:,}")
+    if plan.backward is not None:
+        yield _row("  of a backward", f"{plan.backward.max_tasks:,}")
+
+
+def _of_backwards(plan: BackwardPlan) -> Iterator[str]:
+    yield _row("  kept of each call", f"{readable(plan.kept_bytes)}, saving {plan.save}")
+    yield _row("  transposed weights", readable(plan.transposed_bytes))
+    yield _row("  gradients of weights", readable(plan.gradient_bytes))
+    yield _row("  backwards work on", f"{readable(plan.working_bytes)} at most")
 
 
 def memory(config: MoEConfig, plan: Plan) -> Iterator[tuple[str, str]]:

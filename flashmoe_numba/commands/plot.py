@@ -17,7 +17,8 @@ from sim.studies.sweep import Row, read_rows
 from sim.studies.ties import row_error
 
 from ..errors import UsageError
-from .sizes import integer, make_folder
+from .flags import integer
+from .outputs import make_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

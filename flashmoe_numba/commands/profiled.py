@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from reference import MoEConfig, Weights, make_workload, max_rel_error, moe_layer, tolerance
-from reference.plan import weight_bytes
+from reference.sizes import weight_bytes
 
 from ..build.variants import Variant
 from ..errors import UsageError

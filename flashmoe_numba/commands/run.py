@@ -1,7 +1,8 @@
 """Run one layer on this machine, check every result against the float64 reference, and time it beside plain BLAS.
 
-With several ranks each is a process, and mpirun is started for them; inside an mpirun its ranks are used. The exit
-status is 0 only if the routing and the results are right and all calls gave the same bits.
+With several ranks each is a process, and mpirun is started for them; inside an mpirun its ranks are used. With
+--backward each call that is timed is followed by one that keeps, and by its backward. The exit status is 0 only if the
+routing, the results and the gradients are right and all calls gave the same bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from reference import Layout, MoEConfig, make_workload
+from reference.layout import SAVES
 from reference.runs import PACKINGS
 
 from ..errors import UsageError
@@ -20,20 +22,16 @@ from ..processes import launch
 from ..processes.mpi_environment import unless_left_over
 from ..processes.shared_memory import Shortage
 from ..tile_gemm.arithmetic import AUTO, NAMES, choose
+from .flags import blaming, check_backend_flag, in_flags, integer
+from .outputs import add_json_argument, check_outputs
 from .sizes import (
     MODEL_TOKENS,
-    add_json_argument,
     add_size_arguments,
     at_capacity_factor,
-    blaming,
-    check_backend_flag,
     check_memory,
-    check_outputs,
     config_from,
     family_from,
     given_fields,
-    in_flags,
-    integer,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--packing", choices=PACKINGS, default=PACKINGS[0], help=f"{shared} [{PACKINGS[0]}]")
     bits = "how CPUs multiply bfloat16: each has bits of its own; auto is the fastest that this one has"
     add("--arithmetic", choices=NAMES, default=AUTO, help=f"{bits} [{AUTO}]")
+    then = "then time a call that keeps and its backward, too, and check all gradients"
+    add("--backward", action="store_true", help=then)
+    kept = "what calls keep for backwards: rows and their products with the up matrices, rows, or no rows"
+    add("--save", choices=SAVES, help=f"{kept} [{SAVES[0]}]")
     add("--iterations", type=integer(1), default=10, metavar="N", help="measured calls, after one that warms up [10]")
     add("--seed", type=integer(0), default=0, metavar="N", help="of weights, tokens and fibers [0]")
     patience = "give up after S seconds without progress, once ranks run [30]"
@@ -66,8 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--threads", action="store_true", help="all ranks in this process")
     where.add_argument("--mpi", action="store_true", help="a process for every rank, even for a single one")
     add_json_argument(parser)
-    add("--trace", metavar="FILE", help="write the last call for https://ui.perfetto.dev; costs a little time")
-    add("--plot", metavar="FILE", help="draw the last call; as PNG, or .pdf, .svg")
+    last = "the last call, which is a backward if there are any"
+    add("--trace", metavar="FILE", help=f"write {last}, for https://ui.perfetto.dev; costs a little time")
+    add("--plot", metavar="FILE", help=f"draw {last}; as PNG, or .pdf, .svg")
 
 
 def _deadline(text: str) -> float:
@@ -85,6 +88,7 @@ def main(args: argparse.Namespace) -> int:
     if args.backend == "fibers" and args.mpi:
         raise UsageError("argument --mpi: fibers run all ranks in one process, so --backend must be cpu")
     _take_virtual_ranks(args)
+    _take_save(args)
     if launch.inside_mpirun():
         return _run_as_rank(args)
     config = _validate(args, args.ranks)
@@ -100,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _run_under_mpirun(args: argparse.Namespace, config: MoEConfig) -> int:
     """Start the ranks, with the shared memory for their segments kept until they take it."""
-    needed = 0 if args.backend == "cuda" else Layout(config).num_bytes
+    needed = 0 if args.backend == "cuda" else Layout(config, args.save).num_bytes
     command = [sys.executable, "-Pm", "flashmoe_numba", *args.argv]
     try:
         with launch.shared_memory_for(config.num_ranks, needed):
@@ -120,6 +124,17 @@ def _take_virtual_ranks(args: argparse.Namespace) -> None:
     args.ranks, args.threads = args.virtual_ranks, True
 
 
+def _take_save(args: argparse.Namespace) -> None:
+    """`save` is None where there are no backwards."""
+    if not args.backward:
+        if args.save is not None:
+            raise UsageError(f"argument --save: goes with --backward, got {args.save} without")
+        return
+    if args.backend == "cuda":
+        raise UsageError("argument --backward: goes with --backend cpu or fibers: there is no backward on GPUs yet")
+    args.save = args.save or SAVES[0]
+
+
 def _check_gpus(num_ranks: int) -> None:
     from ..gpu.gpu import Gpu
 
@@ -137,6 +152,8 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
         raise UsageError("the layer: router must choose its experts, got choice 'given': they come from token ids")
     if (args.processors or 1) > MOST_PROCESSORS:
         raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
+    if args.backward and config.expert_kind.norm_eps is not None:
+        raise UsageError("argument --backward: experts must have no norm (norm_eps): kernels have no backward of it")
     check_backend_flag(args.backend)
     _check_arithmetic(args, config)
     try:
@@ -231,6 +248,7 @@ def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRan
         trace=bool(args.trace or args.plot),
         packing=args.packing,
         arithmetic=args.arithmetic,
+        save=args.save,
     )
     terminal = sys.stderr.isatty() or bool(os.environ.get(launch.TERMINAL_VARIABLE))
     parts = world.gather(measure(settings, world, show=terminal and world.rank_idx == 0))

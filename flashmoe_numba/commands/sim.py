@@ -14,6 +14,7 @@ from typing import Any
 
 import sim
 from reference import MoEConfig
+from sim.policies import passes_of
 from sim.policies.outside import SUFFIX, TEMPLATE, is_file
 from sim.reading.page.gather import gather
 from sim.reading.page.write import join
@@ -23,10 +24,12 @@ from sim.world.recorded import is_recorded
 from ..errors import UsageError
 from .beside import add_beside_arguments, beside, shape_from
 from .columns import column_lines
+from .flags import blaming
+from .outputs import add_json_argument, check_outputs, give, make_folder
 from .patience import shown_when_slow
 from .simulated import catalogue, tables
 from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked, simulated_config
-from .sizes import add_json_argument, blaming, check_outputs, give, layer_name, make_folder
+from .sizes import layer_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if args.new_policy:
         return _write_policy(Path(args.new_policy))
-    policies = list(sim.policy_names()) if args.policy == "all" else args.policy.split(",")
+    policies = _able(args.passes) if args.policy == "all" else args.policy.split(",")
     asked = ask(args, policies)
     configs = [simulated_config(asked, tokens) for tokens in args.tokens or [None]]
     points = list(itertools.product(configs, policies))
@@ -73,6 +76,11 @@ def main(args: argparse.Namespace) -> int:
         join(rows, gathered, args.html)
     _write_pictures(args, simulation)
     return 0
+
+
+def _able(passes: str) -> list[str]:
+    """All policies that can be asked for these passes."""
+    return [name for name in sim.policy_names() if passes in passes_of(name)]
 
 
 def _write_policy(path: Path) -> int:

@@ -21,6 +21,13 @@ TERMS = {
 }
 
 
+PASSES = {  # how a header begins
+    "forward": "",
+    "backward": "backward; ",
+    "training": "training: forward, backward and the sum of dense gradients over ranks; ",
+}
+
+
 def tables(about: Mapping[str, Any], config: MoEConfig, rows: Rows) -> Iterator[str]:
     """Lines for people; the rows, those of the JSON, differ in policy and tokens.
 
@@ -29,7 +36,7 @@ def tables(about: Mapping[str, Any], config: MoEConfig, rows: Rows) -> Iterator[
     first = rows[0]
     yield f"simulated on {first['hardware']}: {about['preset']} on {first['ranks']} ranks, {_sizes(config)}"
     limit = "" if config.capacity is not None else ", no capacity"
-    yield f"{first['precision']}, routing {first['routing']}, {about['seeds']}{limit}"
+    yield f"{PASSES[first['passes']]}{first['precision']}, routing {first['routing']}, {about['seeds']}{limit}"
     yield TERMS[about["terms"]] + (f"; set {', '.join(about['set'])}" if about["set"] else "")
     links = {"NVLink": first["node_link"], "NIC": first["network_link"]}
     for columns in TABLES:
@@ -37,6 +44,8 @@ def tables(about: Mapping[str, Any], config: MoEConfig, rows: Rows) -> Iterator[
         yield from ["", *lines] if lines else []
     if any(map(unfitted, rows)):
         yield "* not fitted to measurements of this policy on this GPU"
+    if first["passes"] != "forward":
+        yield "rates are those of forwards: no fit has seen a backward"
     yield from notes(rows)
 
 

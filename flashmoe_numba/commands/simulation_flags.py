@@ -13,15 +13,18 @@ from reference import MoEConfig
 from sim.policies import TERMS, row_tile
 from sim.world.recorded import has_layers, is_recorded
 from sim.world.rounding import WAYS
+from sim.world.world import FORWARD, PASSES
 
 from ..errors import UsageError
+from .flags import blaming, integer
 from .knobs import knobs_from
-from .sizes import add_size_arguments, blaming, config_from, integer
+from .sizes import add_size_arguments, config_from
 
 DEFAULT_PRESET = "llama-4-scout"
 DEFAULT_HARDWARE = "8xH100"
 PATIENCE_S = 3.0
 FLAGS = {"rounding": "argument --round-tokens", "layer": "the layer"}  # of the other parts of a scenario: their names
+TRAINED = "what is simulated; training: forward, backward, and the sum over ranks of dense gradients"
 RECORDED = """\
 A file has choices, [tokens, topk], or by rank [ranks, tokens, topk], where -1 and the number of experts are none; or a
 histogram of tokens or of shares, [experts], or by rank [ranks, experts]. One index more in front is of layers: --layer
@@ -41,6 +44,7 @@ def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False
     kinds = ", ".join(sim.hardware_names())
     machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file, or 2xFILE.toml; its GPUs are the ranks"
     add("--hardware", default=DEFAULT_HARDWARE, metavar="NAME|FILE", help=f"{machine} [{DEFAULT_HARDWARE}]")
+    add("--pass", dest="passes", choices=PASSES, default=FORWARD, help=f"{TRAINED} [{FORWARD}]")
     add("--precision", metavar="NAME", help=f"{', '.join(sim.PRECISIONS)} [the layer's dtype]")
     add("--progress", action="store_true", help="show that of a long simulation though stderr is no terminal")
     add_size_arguments(parser, DEFAULT_PRESET, many_tokens=many, layer_of="the model, or of a routing from a file")
@@ -109,6 +113,7 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
         round_to=_row_tile(asked, policy) if args.round_tokens else None,
         round_how=args.round_tokens or "nearest",
         replicas=replicas,
+        passes=args.passes,
     )
     world = scenario.make(lambda part: blaming(FLAGS.get(part, f"argument --{part}")))
     try:

@@ -14,7 +14,7 @@ from ..processes import launch
 from ..processes.cores import count_cores
 from ..processes.mpi_environment import begin_mpi
 from ..processes.pools import Pool, mpi_pool, process_pool
-from .sizes import integer
+from .flags import integer
 
 STOPS = (KeyboardInterrupt, BrokenExecutor, MemoryError)  # end the work early; what was done till then counts
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from sim.studies.sweep import Row, RowFile, missing, run_points
 from ..errors import UsageError
 from ..processes import launch
 from ..processes.pools import Pool
-from .sizes import make_folder
+from .outputs import make_folder
 from .spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped
 
 MOST_ERRORS = 5

@@ -23,7 +23,7 @@ from sim.validation.written import table, write_rates
 
 from ..errors import UsageError
 from .left_out import fold_json, fold_lines
-from .sizes import add_json_argument, check_outputs, give
+from .outputs import add_json_argument, check_outputs, give
 
 WIDTH = 120
 NotCompared = Sequence[tuple[Row, Reason]]

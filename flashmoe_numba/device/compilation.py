@@ -28,7 +28,7 @@ _lock = threading.RLock()  # of twins in the making, and of the cache that a dis
 def jit(function: Any = None, *, entry: bool = False, inline: bool = False) -> Any:
     """Compile a kernel function on its first call; inside `interpreted`, leave it as it is.
 
-    Only an `entry` can be called from Python when compiled, and has machine code (parts.py).
+    Only an `entry` has machine code, and can be called from Python when compiled; the others refuse (parts.py).
     A function that returns an array that it made, a view of a peer's memory, must be put into its callers (`inline`).
     """
     if function is None:
@@ -37,12 +37,12 @@ def jit(function: Any = None, *, entry: bool = False, inline: bool = False) -> A
         return function
     from numba import njit
 
-    from .cpu import JIT_OPTIONS, PART_OPTIONS  # and registers the overloads
+    from .cpu import JIT_OPTIONS, part  # and registers the overloads
 
     if entry:
         # On GPUs an entry goes into the kernel's however large it is: wgmma behind a call is serialised.
         return njit(**JIT_OPTIONS, forceinline=True, no_cfunc_wrapper=True)(function)
-    return njit(**PART_OPTIONS, inline="always" if inline else "never")(function)
+    return part(function, inline="always" if inline else "never")
 
 
 def interpreted(package: str) -> ModuleType:
@@ -85,10 +85,8 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     reference = PACKAGE.parent / "reference"
     folders = [PACKAGE / "device", PACKAGE / "kernel", PACKAGE / "tile_gemm", reference / "activations"]
-    files = [
-        reference / name
-        for name in ("experts.py", "formats.py", "layer_kinds.py", "layout.py", "scalars.py", "task_kinds.py")
-    ]
+    names = "expert_gradients", "experts", "formats", "layer_kinds", "layout", "scalars", "task_kinds"
+    files = [reference / f"{name}.py" for name in names]
     for file in sorted(file for folder in folders for file in folder.rglob("*.py")) + files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

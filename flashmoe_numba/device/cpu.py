@@ -7,6 +7,7 @@ be many more blocks than cores.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
@@ -15,7 +16,7 @@ from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
 from . import vocabulary as verbs
-from .parts import PartCompiler
+from .parts import PartCompiler, as_part
 
 # Kernel code allocates nothing, so it needs no reference counts: without them it compiles in a third of the time.
 JIT_OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
@@ -31,6 +32,11 @@ SHORTEST_SLEEP_US, LONGEST_SLEEP_US = 100, 1000  # shorter ones interrupt, again
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+
+
+def part(function: Any, **options: Any) -> Any:
+    """A function that only kernels call, compiled when the first one is."""
+    return as_part(njit(**PART_OPTIONS | options)(function))
 
 
 def element_pointer(context, builder, array_type, array, index):

@@ -11,6 +11,7 @@ from numba import _dynfunc
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
+from numba.core.registry import CPUDispatcher
 from numba.core.typed_passes import NativeLowering
 
 
@@ -52,3 +53,18 @@ class PartCompiler(CompilerBase):
         pipeline.passes = [(LowerPart if made is NativeLowering else made, name) for made, name in pipeline.passes]
         pipeline.finalize()
         return [pipeline]
+
+
+class Part(CPUDispatcher):
+    """What kernels call and Python may not, which would jump to no address and end the process."""
+
+    def __call__(self, *args, **kwargs):
+        rule = "only kernels can call it, because it has no machine code of its own"
+        raise TypeError(f"{self.py_func.__qualname__} is a part of kernels: {rule}; from Python call its py_func")
+
+
+def as_part(made):
+    """What `njit` made with that pipeline, so that Python cannot call it; where it made nothing, the function."""
+    if isinstance(made, CPUDispatcher):
+        made.__class__ = Part  # `njit` takes no class
+    return made

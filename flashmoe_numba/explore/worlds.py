@@ -5,7 +5,8 @@ own for each packet; drops; shared experts with a gate and without, with row til
 blocks, that are begun beside the gates and behind the dispatches; zero-computation experts that add the token or
 nothing; token blocks of 1, 2 and 3; lanes that do not divide the experts; k = E; as many experts as ranks; one rank;
 ranks without tokens; ties; all element types; hosts that leave; ranks that are lost before and in a call, with
-deadlines running; and a grid. A run takes some 20 ms.
+deadlines running; and a grid. A run takes some 20 ms. Behind them come those of forwards and backwards
+(backward_worlds.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from reference import MoEConfig
 
+from .backward_worlds import BACKWARD_WORLDS
 from .run.spec import Lost, WorldSpec
 
 TINY: dict[str, Any] = dict(
@@ -70,4 +72,4 @@ WORLDS: dict[str, WorldSpec] = {
     "grid": WorldSpec(
         config=MoEConfig(**TINY | dict(num_tokens=3, num_experts=2, num_topk=1)), lanes=3, epochs=2, grid=True
     ),
-}
+} | BACKWARD_WORLDS

@@ -15,8 +15,8 @@ from reference.formats import element_dtype
 from ..gpu.arrays import is_torch
 
 NO_GRADIENT = (
-    "FlashMoE computes no gradients: call it under torch.no_grad() or torch.inference_mode(), or take the parameters "
-    "out of training with requires_grad_(False)"
+    "FlashMoE is no operator of PyTorch: flashmoe_numba.torch (MoE, replace_moe_blocks, register) has gradients, with "
+    "train=True; or call it under torch.no_grad() or torch.inference_mode()"
 )
 
 

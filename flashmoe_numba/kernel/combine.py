@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
+
+import numpy as np
 
 from flashmoe_numba.device import (
     add_part,
@@ -32,26 +35,60 @@ def need(p, tokens, queue, token_block, more):
         push(p, queue, QueueTask(COMBINE, 0, 0, token_block, 0))
 
 
+class Choices(NamedTuple):
+    """Those of a token block's pairs, named once before all loops: a GPU loads a field wherever it is named."""
+
+    topk_idx: np.ndarray
+    topk_weights: np.ndarray
+    bases: np.ndarray
+    place: np.ndarray
+    block_at: int  # where the block begins in `bases`
+    num_experts: int
+    slots: int
+
+
+@jit
+def choices_of(p, tokens, token_block):
+    block_at = token_block * p.num_experts
+    return Choices(tokens.topk_idx, tokens.topk_weights, tokens.bases, tokens.place, block_at, p.num_experts, p.slots)
+
+
+@jit
+def result_row(choices, pair):
+    """Row of a pair's result, or -1: it was dropped, chose no expert that computes, or has a weight of 0.
+
+    Where it has none there may be no result, or an old one; and 0 times an infinity is NaN.
+    """
+    e = choices.topk_idx[pair]
+    if choices.topk_weights[pair] == 0 or e < 0 or e >= choices.num_experts:
+        return -1
+    slot = choices.bases[choices.block_at + e] + choices.place[pair]
+    return e * choices.slots + slot if slot < choices.slots else -1
+
+
+@jit
+def chose_zero(choices, pair):
+    """Did the pair choose a zero-computation expert, with a weight?"""
+    return choices.topk_weights[pair] != 0 and choices.topk_idx[pair] >= choices.num_experts
+
+
 @jit
 def combine(p, tokens, segments, norm, scratch, token_block):
     """y = sum of factor * result over a token's choices, in that order. A lane sums a part of a row at a time.
 
     A factor is the weight, or what `make_factors` made of it. The result of a zero-computation expert is the token
-    itself, or nothing; the shared expert's comes last. Nothing is added for a dropped pair, nor for a weight of 0, as
-    no choice has it: there may be no result, and 0 times an infinity is NaN.
+    itself, or nothing; the shared expert's comes last.
     """
-    # named before the loops, because a GPU loads a field wherever it is named
-    hidden, slots, num_topk, block_at = p.hidden, p.slots, p.num_topk, token_block * p.num_experts
-    num_experts, adds_input, shares, x = p.num_experts, p.adds_input, p.shared_ffn > 0, tokens.x
+    choices = choices_of(p, tokens, token_block)  # this and what follows before the loops, see `Choices`
+    hidden, num_topk, adds_input, shares, x = p.hidden, p.num_topk, p.adds_input, p.shared_ffn > 0, tokens.x
     shared_results, shared_factors = tokens.shared_results, tokens.shared_factors
-    topk_idx, topk_weights, bases, place = tokens.topk_idx, tokens.topk_weights, tokens.bases, tokens.place
-    y, result, working = tokens.y, segments.result, scratch.sums
+    y, result, working, weights = tokens.y, segments.result, scratch.sums, tokens.topk_weights
     first = token_block * p.token_block
     rows = min(p.token_block, p.num_tokens - first)
-    factors, scale, has_norm = topk_weights, norm.scale, norm.scale.size > 0
+    factors, scale, has_norm = weights, norm.scale, norm.scale.size > 0
     if tokens.factors.size > 0:
         factors = tokens.factors
-        make_factors(p, tokens, result, norm, block_at, first * num_topk, rows * num_topk)
+        make_factors(p, tokens, result, norm, choices, first * num_topk, rows * num_topk)
         block_sync()
     width = part_columns(y, result, hidden)
     if adds_input:
@@ -63,36 +100,32 @@ def combine(p, tokens, segments, norm, scratch, token_block):
         sums = zero_sums(working, columns)
         for j in range(num_topk):
             pair = token * num_topk + j
-            e, weight = topk_idx[pair], topk_weights[pair]
-            if weight != 0 and e < num_experts:
-                slot = bases[block_at + e] + place[pair]
-                if slot < slots:
-                    add_part(sums, columns, result, (e * slots + slot) * hidden + column, factors[pair])
-            elif weight != 0 and adds_input and not has_norm:
-                add_part(sums, columns, x, token * hidden + column, weight)
+            row = result_row(choices, pair)
+            if row >= 0:
+                add_part(sums, columns, result, row * hidden + column, factors[pair])
+            elif adds_input and not has_norm and chose_zero(choices, pair):
+                add_part(sums, columns, x, token * hidden + column, weights[pair])
         if has_norm:
             scale_part(sums, columns, scale, column)
         if has_norm and adds_input:  # what is no result has no scale
             for pair in range(token * num_topk, (token + 1) * num_topk):
-                if topk_weights[pair] != 0 and topk_idx[pair] >= num_experts:
-                    add_part(sums, columns, x, token * hidden + column, topk_weights[pair])
+                if chose_zero(choices, pair):
+                    add_part(sums, columns, x, token * hidden + column, weights[pair])
         if shares and shared_factors[token] != 0:
             add_part(sums, columns, shared_results, token * hidden + column, shared_factors[token])
         store_part(y, token * hidden + column, sums, columns)
 
 
 @jit
-def make_factors(p, tokens, result, norm, block_at, first, num_pairs):
+def make_factors(p, tokens, result, norm, choices, first, num_pairs):
     """Factors of results, a lane for a pair: the weight, or 1 where that was applied before; divided by the norm."""
     for pair in range(first + lane(), first + num_pairs, lanes()):
-        weight, e = tokens.topk_weights[pair], tokens.topk_idx[pair]
-        if weight != 0 and e < p.num_experts:
-            slot = tokens.bases[block_at + e] + tokens.place[pair]
-            if slot < p.slots:
-                factor = weight / weight if p.weight_input else weight
-                if norm.scale.size > 0:
-                    factor = factor / row_norm(p, result, (e * p.slots + slot) * p.hidden, norm)
-                tokens.factors[pair] = factor
+        weight, row = tokens.topk_weights[pair], result_row(choices, pair)
+        if row >= 0:
+            factor = weight / weight if p.weight_input else weight
+            if norm.scale.size > 0:
+                factor = factor / row_norm(p, result, row * p.hidden, norm)
+            tokens.factors[pair] = factor
 
 
 @jit

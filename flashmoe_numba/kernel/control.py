@@ -21,19 +21,21 @@ SILENT = 25  # the last epoch in which this rank's OS block waited for half a de
 WRITING, COMPLETE = 1, 2  # values of RECORD
 
 SUBSCRIBER, PROCESSOR, HOST = 0, 1, 2  # roles
-DISPATCH_FLAG, RESULT_FLAG, GATE_FLAG, TASK_FLAG, CLOSED_FLAG = 0, 1, 2, 3, 4
+DISPATCH_FLAG, RESULT_FLAG, GATE_FLAG, TASK_FLAG, CLOSED_FLAG, OTHER_CALL = 0, 1, 2, 3, 4, 5
 FAILED, CLOSED_BY_THREAD, CLOSED_EARLY = 0, 1, 2  # why a host left
 
 
 class AbortRecord(NamedTuple):
-    """What the wait that failed waited for; with CLOSED_FLAG, that a host left. Words behind RECORD, in this order."""
+    """What the wait that failed waited for; with CLOSED_FLAG, that a host left; with OTHER_CALL, that a peer's packet
+    is of another call than this rank's. Words behind RECORD, in this order.
+    """
 
     block: int
     role: int
     flag: int
     peer: int
     expert: int
-    m: int  # result chunk; place of the queue with TASK_FLAG; why with CLOSED_FLAG
+    m: int  # result chunk; place of the queue with TASK_FLAG; why with CLOSED_FLAG; the rank's own call with OTHER_CALL
     epoch: int
     found: int  # the flag's word
     missing: int  # flags that the block waited for

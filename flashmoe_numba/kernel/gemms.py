@@ -6,9 +6,20 @@ from flashmoe_numba.device import block_sync, fetch_add, jit, lane
 from flashmoe_numba.tile_gemm import tile_gemm
 from reference.task_kinds import GEMM1
 
+from .in_order import nothing_kept
 from .peers import result_rooms, tell_results
 from .queue import QueueTask, fill, reserve
-from .row_tiles import hidden_rooms, hidden_rows, read_tile, rows_in
+from .row_tiles import (
+    copy_rows,
+    hidden_rooms,
+    hidden_rows,
+    kept_rooms,
+    kept_rows,
+    next_run,
+    read_tile,
+    rows_in,
+    without_run,
+)
 from .sizes import down_tiles, tile_height, up_tiles
 
 
@@ -18,10 +29,13 @@ def gemm0(p, segments, experts, received, queue, scratch, task):
     packet = task.peer * p.experts_per_rank + task.expert
     index = packet * p.row_blocks + task.m
     tile = read_tile(received, index)
+    a = rows_in(p, segments, received, packet, tile)
     tile_gemm(
-        hidden_rooms(received, tile), rows_in(p, segments, received, packet, tile), tile.rows,
+        hidden_rooms(received, tile), kept_rooms(received, packet, tile), a, tile.rows,
         experts.up, task.expert, task.n, experts.form, scratch,
     )  # fmt: skip
+    if p.keeps and task.n == 0 and received.kept_rows.size > 0:
+        copy_rows(kept_rows(received, packet, tile, received.kept_rows), a, tile.rows, p.hidden)
     block_sync()
     if lane() == 0 and finished_last(received.up_done, index, up_tiles(p)):
         place = reserve(p, queue, down_tiles(p))
@@ -35,8 +49,9 @@ def gemm1(p, segments, experts, received, scratch, task):
     packet = task.peer * p.experts_per_rank + task.expert
     index = packet * p.row_blocks + task.m
     tile = read_tile(received, index)
+    out = result_rooms(p, segments, received, packet, tile)
     tile_gemm(
-        result_rooms(p, segments, received, packet, tile), hidden_rows(received, tile), tile.rows,
+        out, nothing_kept(out), hidden_rows(received, tile), tile.rows,
         experts.down, task.expert, task.n, experts.linear, scratch,
     )  # fmt: skip
     block_sync()
@@ -56,15 +71,10 @@ def finished_last(done, i, num_tiles):
 @jit
 def finish_tile(p, segments, received, expert, tile):
     """All results of a tile are stored: of each run of its rows, count them in the result chunks that they are in."""
-    arrival, slot, left = tile.arrival, tile.slot, tile.rows
-    while left > 0:
-        source = received.arrived[expert * p.num_ranks + arrival]
-        packet = source * p.experts_per_rank + expert
-        rows = min(left, received.rows[packet] - slot)
-        count_run(p, segments, received, source, expert, slot, slot + rows)
-        left -= rows
-        arrival += 1
-        slot = 0
+    while tile.rows > 0:
+        source, _, rows = next_run(p, received, expert, tile)
+        count_run(p, segments, received, source, expert, tile.slot, tile.slot + rows)
+        tile = without_run(tile, rows)
 
 
 @jit

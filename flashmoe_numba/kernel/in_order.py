@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from flashmoe_numba.device import jit
 from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, Rows
+from flashmoe_numba.tile_gemm import rows as of_rows
+
+nothing_kept = jit(of_rows.nothing_kept, inline=True)
 
 
 @jit

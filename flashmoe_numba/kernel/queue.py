@@ -15,8 +15,8 @@ STAMP, WHO, WHERE = range(3)  # the stamp; kind, peer and expert; m and n
 KIND_BITS, PEER_BITS, M_BITS = 8, 24, 32  # of these words, from the lowest bit on; expert and n have the rest
 
 COUNTER_STRIDE = 16  # counters that different blocks hammer lie two cache lines apart
-HEAD, TAIL, GATES_DONE, GATE_OPEN, PACKETS_SEEN, GEMM_TASKS, HIDDEN_ROWS, TOTAL = range(8)
-NUM_COUNTERS = 8
+HEAD, TAIL, GATES_DONE, GATE_OPEN, PACKETS_SEEN, GEMM_TASKS, HIDDEN_ROWS, KEPT_ROWS, TOTAL = range(9)
+NUM_COUNTERS = 9
 
 
 class QueueTask(NamedTuple):

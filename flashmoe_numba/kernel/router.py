@@ -13,9 +13,9 @@ from flashmoe_numba.device import block_sync, jit, lane, lanes
 from flashmoe_numba.tile_gemm import tile_gemm
 
 from .choice import best_of, make_values, values_place
-from .in_order import rooms_in_order, rows_in_order
+from .in_order import nothing_kept, rooms_in_order, rows_in_order
 from .rules import GIVEN, SOFTMAX, SPARSEMIXER
-from .scores import adjust_logits, largest, score_of, sparsemixer_score, sum_exponentials
+from .scores import prepare_logits, score_of, sparsemixer_score, sum_exponentials
 
 
 @jit
@@ -24,6 +24,10 @@ def route(p, tokens, experts, scratch, first, rows):
     if not p.has_logits:
         compute_logits(p, tokens, experts, scratch, first, rows)
     block_sync()
+    if tokens.kept_logits.size > 0:
+        for i in range(first * p.num_choices + lane(), (first + rows) * p.num_choices, lanes()):
+            tokens.kept_logits[i] = tokens.logits[i]
+        block_sync()
     for token in range(first + lane(), first + rows, lanes()):
         route_token(p, tokens, experts.rule, token)
 
@@ -34,23 +38,17 @@ def compute_logits(p, tokens, experts, scratch, first, rows):
     words = tokens.needs_left
     a, out = rows_in_order(tokens.x, first, words), rooms_in_order(tokens.logits, first, words)
     for n in range((p.num_choices + p.tile_experts - 1) // p.tile_experts):
-        tile_gemm(out, a, rows, experts.router, 0, n, experts.linear, scratch)
+        tile_gemm(out, nothing_kept(out), a, rows, experts.router, 0, n, experts.linear, scratch)
 
 
 @jit
 def route_token(p, tokens, rule, token):
     """A row with a NaN, or whose largest logit is infinite, spoils its own result only: its weights are NaN."""
     at = token * p.num_choices
-    highest = largest(tokens.logits, at, p.num_choices)
+    highest = prepare_logits(p, rule, tokens.logits, at)
     if not math.isfinite(highest):
         spoil(p, tokens, rule, token)
         return
-    if rule.logit_bias.size > 0 or rule.logit_scale != 1 or rule.logit_cap > 0:
-        adjust_logits(p, rule, tokens.logits, at)
-        highest = largest(tokens.logits, at, p.num_choices)
-        if not math.isfinite(highest):  # a bias or a scale took it out of its type's range
-            spoil(p, tokens, rule, token)
-            return
     total = sum_exponentials(tokens.logits, at, p.num_choices, highest) if rule.score == SOFTMAX else highest
     if rule.has_values:
         make_values(p, rule, tokens, token, highest, total)
@@ -117,8 +115,16 @@ def finish_weights(p, tokens, rule, token):
 def norm_of(rule, weights, first, end):
     norm = rule.one - rule.one
     for pair in range(first, end):
-        norm += weights[pair] if rule.norm_order == 1 else weights[pair] * weights[pair]
-    if rule.norm_order != 1:
-        norm = math.sqrt(norm)
-    norm += rule.norm_eps
+        norm += norm_term(rule, weights[pair])
+    norm = norm_root(rule, norm) + rule.norm_eps
     return norm if not norm < rule.norm_min else rule.norm_min
+
+
+@jit
+def norm_term(rule, score):
+    return score if rule.norm_order == 1 else score * score
+
+
+@jit
+def norm_root(rule, total):
+    return total if rule.norm_order == 1 else math.sqrt(total)

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmoe_numba.device import fetch_add, jit
-from flashmoe_numba.tile_gemm import IN_ORDER, PLACE_WORDS, RANK, ROW_IN, ROW_OUT, Rows
+from flashmoe_numba.device import copy_row, fetch_add, jit
+from flashmoe_numba.tile_gemm import IN_ORDER, KEPT, LOCAL, RANK, ROW_IN, ROW_OUT, Rooms, Rows
+from flashmoe_numba.tile_gemm import rows as of_rows
 
 from .in_order import rooms_in_order, rows_in_order
 from .queue import HIDDEN_ROWS, counter
+
+row_of, room_row, word_of = map(jit, (of_rows.row_of, of_rows.room_row, of_rows.word_of))
 
 # words of a stream
 SEEN = 0  # packets of this epoch, also the empty ones
@@ -141,27 +144,60 @@ def is_one_run(received, packet, tile):
 
 @jit
 def write_places(p, received, expert, tile):
-    """Say of each row where it lies here and where its result goes."""
+    """Say of each row where it lies here, where its result goes, and where it is kept."""
     e = p.rank_idx * p.experts_per_rank + expert
-    at, end, arrival, slot = tile.hidden, tile.hidden + tile.rows, tile.arrival, tile.slot
-    while at < end:
-        source = received.arrived[expert * p.num_ranks + arrival]
-        packet = source * p.experts_per_rank + expert
-        while at < end and slot < received.rows[packet]:
-            received.places[at * PLACE_WORDS + ROW_IN] = packet * p.slots + slot
-            received.places[at * PLACE_WORDS + ROW_OUT] = e * p.slots + slot
-            received.places[at * PLACE_WORDS + RANK] = source
-            at += 1
-            slot += 1
-        arrival += 1
-        slot = 0
+    while tile.rows > 0:
+        source, packet, rows = next_run(p, received, expert, tile)
+        for r in range(rows):
+            at, slot = tile.hidden + r, tile.slot + r
+            received.places[word_of(at, ROW_IN)] = packet * p.slots + slot
+            received.places[word_of(at, ROW_OUT)] = e * p.slots + slot
+            received.places[word_of(at, RANK)] = source
+            received.places[word_of(at, KEPT)] = received.first[packet] + slot
+        tile = without_run(tile, rows)
+
+
+@jit
+def next_run(p, received, expert, tile):
+    """(source, packet, rows) of those of a tile's rows that are in the packet where it begins."""
+    source = received.arrived[expert * p.num_ranks + tile.arrival]
+    packet = source * p.experts_per_rank + expert
+    return source, packet, min(tile.rows, received.rows[packet] - tile.slot)
+
+
+@jit
+def without_run(tile, rows):
+    """What is left of a tile behind its first run, which has so many rows."""
+    return CutTile(tile.rows - rows, tile.hidden + rows, tile.arrival + 1, 0)
 
 
 @jit
 def rows_in(p, segments, received, packet, tile):
     """The rows of a tile that begins in this packet, where they came in."""
-    at = IN_ORDER if is_one_run(received, packet, tile) else tile.hidden
+    at = IN_ORDER if is_one_run(received, packet, tile) else word_of(tile.hidden, ROW_IN)
     return Rows(segments.dispatch, packet * p.slots + tile.slot, received.places, at)
+
+
+@jit
+def kept_rows(received, packet, tile, array):
+    """The same rows in an array of kept rows."""
+    first = received.first[packet] + tile.slot
+    at = IN_ORDER if is_one_run(received, packet, tile) else word_of(tile.hidden, KEPT)
+    return Rows(array, first, received.places, at)
+
+
+@jit
+def kept_rooms(received, packet, tile):
+    """Where the products with the up matrices are kept."""
+    rows = kept_rows(received, packet, tile, received.kept_ups)
+    return Rooms(rows.array, rows.first, rows.places, rows.at, received.places, LOCAL)
+
+
+@jit
+def copy_rows(target, source, num_rows, columns):
+    """Copy some `Rows` into others, with all lanes."""
+    for r in range(num_rows):
+        copy_row(target.array, row_of(target, r) * columns, source.array, row_of(source, r) * columns, columns)
 
 
 @jit

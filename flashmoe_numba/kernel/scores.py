@@ -23,16 +23,28 @@ def largest(logits, at, number):
 
 
 @jit
-def adjust_logits(p, rule, logits, at):
-    """Bias, scale and cap, in place."""
-    for e in range(p.num_choices):
-        logit = logits[at + e]
-        if rule.logit_bias.size > 0:
-            logit += rule.logit_bias[e]
-        logit *= rule.logit_scale
-        if rule.logit_cap > 0:
-            logit = soft_capped(logit, rule.logit_cap)
-        logits[at + e] = logit
+def prepare_logits(p, rule, logits, at):
+    """Bias, scale and cap of a token's logits, in place.
+
+    Returns:
+        The largest, which is not finite where the token is spoilt: by its logits, or by a bias or a scale that took
+        them out of their type's range.
+    """
+    highest = largest(logits, at, p.num_choices)
+    if math.isfinite(highest) and (rule.logit_bias.size > 0 or rule.logit_scale != 1 or rule.logit_cap > 0):
+        for e in range(p.num_choices):
+            logit = scaled_logit(rule, logits[at + e], e)
+            logits[at + e] = soft_capped(logit, rule.logit_cap) if rule.logit_cap > 0 else logit
+        highest = largest(logits, at, p.num_choices)
+    return highest
+
+
+@jit
+def scaled_logit(rule, logit, e):
+    """With bias and scale, before the cap."""
+    if rule.logit_bias.size > 0:
+        logit += rule.logit_bias[e]
+    return logit * rule.logit_scale
 
 
 @jit
@@ -61,10 +73,15 @@ def score_of(rule, logit, highest, total):
 @jit
 def sparsemixer_score(rule, logits, at, number, best):
     """Softmax of the best logit among those that are not taken (NaN) and near it."""
-    total, width = best - best, rule.jitter + rule.jitter
+    total = best - best
     for e in range(number):
-        logit = logits[at + e]
-        is_near = best - logit <= width * abs(logit) or best - logit <= width * best
-        if is_near and logit > -math.inf:
-            total += math.exp(logit - best)
+        total += near_exponential(rule, logits[at + e], best)
     return rule.one / total
+
+
+@jit
+def near_exponential(rule, logit, best):
+    """What a logit adds to that sum."""
+    width = rule.jitter + rule.jitter
+    is_near = best - logit <= width * abs(logit) or best - logit <= width * best
+    return math.exp(logit - best) if is_near and logit > -math.inf else rule.one - rule.one

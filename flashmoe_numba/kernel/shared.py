@@ -16,7 +16,7 @@ from reference.task_kinds import SHARED0, SHARED1
 
 from .combine import need
 from .gemms import finished_last
-from .in_order import rooms_in_order, rows_in_order
+from .in_order import nothing_kept, rooms_in_order, rows_in_order
 from .queue import QueueTask, fill, reserve
 from .sizes import down_tiles, num_gate_tasks, shared_row_tiles, shared_up_tiles
 
@@ -57,10 +57,11 @@ def shared0(p, tokens, experts, queue, scratch, task):
     rows = min(p.tile_m, p.num_tokens - first)
     words = tokens.needs_left
     a, out = rows_in_order(tokens.x, first, words), rooms_in_order(tokens.shared_hidden, first, words)
-    tile_gemm(out, a, rows, experts.shared_up, 0, task.n, experts.shared_form, scratch)
+    kept = rooms_in_order(tokens.shared_ups, first, words)
+    tile_gemm(out, kept, a, rows, experts.shared_up, 0, task.n, experts.shared_form, scratch)
     if p.shared_gate and task.n == 0:
         out = rooms_in_order(tokens.shared_factors, first, words)
-        tile_gemm(out, a, rows, experts.shared_gate, 0, 0, experts.linear, scratch)
+        tile_gemm(out, nothing_kept(out), a, rows, experts.shared_gate, 0, 0, experts.linear, scratch)
         block_sync()
         for token in range(first + lane(), first + rows, lanes()):
             tokens.shared_factors[token] = sigmoid(tokens.shared_factors[token], experts.rule.one)
@@ -78,7 +79,7 @@ def shared1(p, tokens, experts, queue, scratch, task):
     rows = min(p.tile_m, p.num_tokens - first)
     words = tokens.needs_left
     a, out = rows_in_order(tokens.shared_hidden, first, words), rooms_in_order(tokens.shared_results, first, words)
-    tile_gemm(out, a, rows, experts.shared_down, 0, task.n, experts.linear, scratch)
+    tile_gemm(out, nothing_kept(out), a, rows, experts.shared_down, 0, task.n, experts.linear, scratch)
     block_sync()
     if lane() == 0 and finished_last(tokens.shared_down_done, task.m, down_tiles(p)):
         for b in range(first // p.token_block, (first + rows - 1) // p.token_block + 1):

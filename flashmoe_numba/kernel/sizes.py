@@ -22,8 +22,8 @@ def num_token_blocks(p):
 
 @jit
 def num_gate_tasks(p):
-    """A rank without tokens still runs one, which tells every peer so."""
-    return max(num_token_blocks(p), 1)
+    """A rank without tokens still runs one, which tells every peer so; a backward has its routing, and runs one."""
+    return max(num_token_blocks(p), 1) if p.call == 0 else 1
 
 
 @jit

@@ -17,7 +17,7 @@ from .rules import ResultNorm, RouterRule
 
 # words of a block's box, which its lanes share
 PLACE = 0  # the place of the task to run, or -1
-IS_LAST = 1  # did this block finish the last gate task?
+IS_LAST = 1  # did this block finish the last of the tasks that the next ones wait for?
 BOX_WORDS = 8
 
 
@@ -25,13 +25,23 @@ class Problem(NamedTuple):
     """Integers that all blocks of a rank see alike in one call."""
 
     epoch: int
+    call: int  # what kind of call this is, as packets tell it (signals.py); not 0: a backward
+    keeps: bool  # a forward whose rows, products and logits are kept for a backward, where there is room for them
+    recomputes: bool  # a backward without the up-products
+    resends: bool  # a backward without the rows
+    fresh: bool  # a backward that begins its gradients of weights: they are zeros, which nobody has touched
+    weight_tasks: int  # of a backward: of each expert that has rows, for the gradients of its weights
+    router_weight_tasks: int  # of a backward, for the gradients of the router
+    shared_weight_tasks: int  # likewise of the shared expert
     rank_idx: int
     num_ranks: int
     num_processors: int
     num_tokens: int  # of this rank in this call
     hidden: int
     ffn: int
+    parts: int  # up matrices of an expert
     shared_ffn: int  # 0: no shared expert
+    shared_parts: int
     num_experts: int
     num_choices: int  # experts, then zero-computation experts
     experts_per_rank: int
@@ -55,6 +65,9 @@ class Problem(NamedTuple):
     dispatch_flag_at: int
     result_flag_at: int
     control_at: int
+    again_at: int
+    factors_at: int
+    dots_at: int
     deadline_ns: int
     packed: bool  # may a row tile hold rows of several packets?
 
@@ -68,6 +81,9 @@ class Segments(NamedTuple):
     dispatch_flag: np.ndarray  # int64 [num_experts]
     result_flag: np.ndarray  # int64 [num_experts, row_blocks]
     control: np.ndarray  # int64 [CONTROL_WORDS]
+    again: np.ndarray  # elements like dispatch: the forward's rows, in a backward that has not kept them; else empty
+    factors: np.ndarray  # accumulator [num_ranks, experts_per_rank, slots]: of the rows in dispatch, in a backward
+    dots: np.ndarray  # accumulator, likewise: gradients of these factors, beside result
 
 
 class Experts(NamedTuple):
@@ -92,6 +108,7 @@ class Tokens(NamedTuple):
     x: np.ndarray  # elements [num_tokens, hidden]
     y: np.ndarray  # elements [num_tokens, hidden]
     logits: np.ndarray  # accumulator [num_tokens, num_choices]
+    kept_logits: np.ndarray  # accumulator, likewise, as they were before routing spent them; or empty
     values: np.ndarray  # accumulator [num_tokens, num_choices + num_groups], or empty: choice.py
     topk_idx: np.ndarray  # int32 [num_tokens, num_topk]; -1: no choice; from num_experts on: zero-computation experts
     topk_weights: np.ndarray  # accumulator [num_tokens, num_topk]; that of no choice is 0
@@ -105,6 +122,7 @@ class Tokens(NamedTuple):
     results_left: np.ndarray  # int32 [num_experts]: result chunks not seen yet
     needs_left: np.ndarray  # int64 [blocks]: result chunks and shared row tiles that the block's combine still needs
     result_seen: np.ndarray  # int64 [num_experts, row_blocks]: epoch in which the flag was seen
+    shared_ups: np.ndarray  # elements [num_tokens, shared_parts * shared_ffn]: products with its up matrices; or empty
     shared_hidden: np.ndarray  # elements [num_tokens, shared_ffn], between the shared expert's products
     shared_results: np.ndarray  # elements [num_tokens, hidden]: what it makes of the tokens
     shared_factors: np.ndarray  # accumulator [num_tokens]: of these results; 1 without a gate
@@ -117,6 +135,7 @@ class Received(NamedTuple):
 
     seen: np.ndarray  # int64 [packets]: epoch in which the signal was seen
     rows: np.ndarray  # int64 [packets]
+    first: np.ndarray  # int64 [packets]: where the packet's rows begin among kept rows
     begun: np.ndarray  # int64 [packets]: row tiles whose first row is in the packet
     streams: np.ndarray  # int64 [experts_per_rank, STREAM_WORDS]: row_tiles.py
     arrived: np.ndarray  # int64 [experts_per_rank, num_ranks]: sources of packets with rows, as they came
@@ -127,6 +146,9 @@ class Received(NamedTuple):
     down_done: np.ndarray  # int64 [packets, row_blocks]
     chunk_done: np.ndarray  # int64 [packets, row_blocks]: rows finished of a result chunk
     hidden: np.ndarray  # elements [rows, ffn], between the two matrix products
+    kept_rows: np.ndarray  # elements [kept rows, hidden]: what came in; or empty
+    kept_ups: np.ndarray  # elements [kept rows, parts * ffn]: their products with the up matrices; or empty
+    weights_left: np.ndarray  # int64 [experts_per_rank]: rows that the gradient of an expert's weights still needs
 
 
 class Queue(NamedTuple):

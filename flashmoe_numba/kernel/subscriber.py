@@ -13,10 +13,11 @@ from flashmoe_numba.device import fetch_add, has_settled, jit, lane, lanes, ld_a
 from reference.task_kinds import GATE, GEMM0, RECEIVE
 
 from .combine import need
-from .control import DISPATCH_FLAG, GATE_FLAG, RESULT_FLAG, SUBSCRIBER, AbortRecord
+from .control import DISPATCH_FLAG, GATE_FLAG, OTHER_CALL, RESULT_FLAG, SUBSCRIBER, AbortRecord
 from .queue import (
     GATE_OPEN,
     GEMM_TASKS,
+    KEPT_ROWS,
     PACKETS_SEEN,
     TOTAL,
     QueueTask,
@@ -37,7 +38,7 @@ from .row_tiles import (
     tile_name,
 )
 from .shared import queue_early_shared
-from .signals import word_epoch, word_rows
+from .signals import word_call, word_epoch, word_rows
 from .sizes import (
     down_tiles,
     num_gate_tasks,
@@ -49,6 +50,7 @@ from .sizes import (
 )
 from .trace import note_event
 from .waits import aborted, begin_wait, give_up, keep_waiting, note_silence, silence_ns, waits_itself
+from .weights import need_weights
 
 
 @jit
@@ -78,7 +80,7 @@ def subscribe(block, rank, trace):
             results_left = count_results(p, tokens)
             seen += 1
         if results_left >= 0:  # not before: this rank's dispatches, which its peers wait for, come first in the queue
-            arrived = poll_packets(p, segments, rank.received, queue, trace)
+            arrived = poll_packets(p, segments, rank.received, queue, block, trace)
             landed = poll_results(p, segments, tokens, queue)
             packets_left -= arrived
             results_left -= landed
@@ -98,7 +100,7 @@ def subscribe(block, rank, trace):
 
 
 @jit
-def poll_packets(p, segments, received, queue, trace):
+def poll_packets(p, segments, received, queue, block, trace):
     """Admit what has arrived for this lane's experts since the last look; returns how many packets."""
     seen = 0
     for expert in range(lane(), p.experts_per_rank, lanes()):
@@ -107,27 +109,59 @@ def poll_packets(p, segments, received, queue, trace):
             packet = source * p.experts_per_rank + expert
             if received.seen[packet] != p.epoch and word_epoch(ld_relaxed(segments.dispatch_flag, packet)) >= p.epoch:
                 start = now()
-                open_packet(p, segments, received, expert, source)
+                if not open_packet(p, segments, received, queue, expert, source):
+                    refuse_packet(block, p, segments, expert, source)
+                    return seen
                 cut_tiles(p, received, queue, expert, p.tile_m if is_held_back(p, received, expert) else 1)
                 note_event(trace, QueueTask(RECEIVE, source, expert, 0, received.rows[packet]), start)
                 seen += 1
         if seen > before:
             queue_tiles(p, received, queue, expert)
+            if p.weight_tasks > 0 and packets_missing(p, received, expert) == 0:
+                expect_weights(p, received, queue, expert)
     if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
         gemms = ld_acquire(queue.counters, counter(p, GEMM_TASKS))
         total = num_gate_tasks(p) + p.num_experts + num_token_blocks(p) + gemms + num_shared_tasks(p)
+        total += p.router_weight_tasks + p.shared_weight_tasks
         st_release(queue.counters, counter(p, TOTAL), total + 1)
     return seen
 
 
 @jit
-def open_packet(p, segments, received, expert, source):
-    """Take note of a packet that is here: its rows join the expert's stream."""
+def open_packet(p, segments, received, queue, expert, source):
+    """Take note of a packet that is here: its rows join the expert's stream. False: it is of another call than ours."""
     packet = source * p.experts_per_rank + expert
     word = ld_acquire(segments.dispatch_flag, packet)
-    received.seen[packet] = p.epoch
     # A word of the next epoch: its sender has left this one, so its packet held nothing that we had to answer.
-    append_packet(p, received, expert, source, word_rows(word) if word_epoch(word) == p.epoch else 0)
+    rows = word_rows(word) if word_epoch(word) == p.epoch else 0
+    if word_epoch(word) == p.epoch and word_call(word) != p.call:
+        return False
+    received.seen[packet] = p.epoch
+    if p.keeps:
+        received.first[packet] = fetch_add(queue.counters, counter(p, KEPT_ROWS), rows)
+    append_packet(p, received, expert, source, rows)
+    return True
+
+
+@jit
+def refuse_packet(block, p, segments, expert, source):
+    """Ranks make different calls: that ends them all."""
+    found = ld_relaxed(segments.dispatch_flag, source * p.experts_per_rank + expert)
+    give_up(
+        p, segments,
+        AbortRecord(block, SUBSCRIBER, OTHER_CALL, source, expert, p.call, p.epoch, found, 1, p.deadline_ns),
+    )  # fmt: skip
+
+
+@jit
+def expect_weights(p, received, queue, expert):
+    """All packets of an expert are here: the gradient of its weights needs all their rows."""
+    rows = 0
+    for source in range(p.num_ranks):
+        rows += received.rows[source * p.experts_per_rank + expert]
+    if rows > 0:
+        fetch_add(queue.counters, counter(p, GEMM_TASKS), p.weight_tasks)
+        need_weights(p, received, queue, expert, rows)
 
 
 @jit

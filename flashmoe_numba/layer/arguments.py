@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from reference import MoEConfig, Weights
+from reference.layout import SAVES
 from reference.runs import PACKINGS
 from reference.scalars import check_name, make_plain, number, plain, whole
 
 from ..backends import check_backend
 from ..heap.protocols import Heap
+from ..kernel.signals import ROWS_MASK
 from ..processes.meeting import SETUP_DEADLINE_S, argument_of
 from ..processes.mpi_environment import why_alone
 from ..tile_gemm.arithmetic import AUTO, choose
@@ -37,6 +39,7 @@ class LayerSettings:
     setup_deadline_s: float = SETUP_DEADLINE_S
     trace: bool = False
     packing: str = PACKINGS[0]
+    save: str | None = None
 
     def __post_init__(self) -> None:
         """NumPy's scalars are numbers, too."""
@@ -58,6 +61,10 @@ class LayerSettings:
         if not isinstance(self.weights, Weights):
             raise TypeError(f"weights must be Weights, got {type(self.weights).__name__}")
         self.weights.check(self.config)
+        if self.config.slots > ROWS_MASK:
+            name = "num_tokens" if self.config.capacity is None else "capacity"
+            rule = f"config.{name} must be at most {ROWS_MASK}, which is what the signal of a packet can count"
+            raise ValueError(f"{rule}, got {self.config.slots}")
         if self.config.router_kind.norm_order not in (1, 2):
             rule = "config.router must have norm_order 1 or 2: kernels have no powers"
             raise ValueError(f"{rule}, got {self.config.router_kind.norm_order}")
@@ -66,9 +73,9 @@ class LayerSettings:
         self._arithmetic()
         if self.num_processors is not None:
             _check_processors(self.num_processors)
-        if not isinstance(self.trace, bool):
-            raise TypeError(f"trace must be True or False, got {self.trace!r}")
+        check_flags(trace=self.trace)
         check_name("packing", self.packing, PACKINGS)
+        self._check_save()
         _check_seconds("deadline_s", self.deadline_s)
         _check_seconds("setup_deadline_s", self.setup_deadline_s)
         self._check_comm()
@@ -76,6 +83,16 @@ class LayerSettings:
             raise ValueError(f"heap must have config.num_ranks={self.config.num_ranks} ranks, got {heap.num_ranks}")
         for rank_idx in range(self.config.num_ranks) if self.comm is None else [self.comm.rank]:
             self.weights.shard(rank_idx, self.config.num_ranks)  # raises if its experts are not there
+
+    def _check_save(self) -> None:
+        """Can calls have a backward, if they are to?"""
+        if self.save is None:
+            return
+        check_name("save", self.save, SAVES)
+        if self.backend == "cuda":
+            raise ValueError("save must be None for backend 'cuda': there is no backward on GPUs yet")
+        if self.config.expert_kind.norm_eps is not None:
+            raise ValueError("save must be None for experts with a norm (norm_eps): kernels have no backward of it")
 
     def _check_comm(self) -> None:
         if self.comm is None:
@@ -100,13 +117,20 @@ class LayerSettings:
         """What must not differ between ranks, by name; after `check`."""
         sizes = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
         multiplied = {"tf32": self.backend_settings.get("tf32", False), "arithmetic": self._arithmetic()}
-        return sizes | {"backend": self.backend} | multiplied
+        return sizes | {"backend": self.backend, "save": self.save} | multiplied
 
     def _arithmetic(self) -> str | None:
         """The one that this process uses; None where CPUs do not multiply."""
         if self.backend != "cpu":
             return None
         return choose(self.backend_settings.get("arithmetic", AUTO), self.config.dtype)
+
+
+def check_flags(**flags: Any) -> None:
+    """Nothing, if all are True or False; else a TypeError that names the argument."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def communicator(comm: Any, process_group: Any) -> Any:

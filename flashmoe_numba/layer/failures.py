@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernel import control as c
-from ..kernel.signals import EPOCH_SHIFT
+from ..kernel.signals import EPOCH_SHIFT, call_in, forward_of
 
 _SAME_CALLS = "every rank must make the same calls"
 ROLES = {c.SUBSCRIBER: "OS block", c.PROCESSOR: "processor", c.HOST: "host"}
@@ -18,6 +18,10 @@ def describe(rank_idx: int, control: np.ndarray) -> str | None:
         return None
     if r.flag == c.CLOSED_FLAG:
         return f"rank {rank_idx} {_why_it_left(r.m, r.epoch)}"
+    if r.flag == c.OTHER_CALL:
+        theirs, ours = (_name_of_call(call, r.epoch) for call in (call_in(r.found), r.m))
+        wrong = f"rank {r.peer} makes {theirs}, and this one {ours}"
+        return f"rank {rank_idx} gave up in epoch {r.epoch}: {wrong}; {_SAME_CALLS}"
     waited_for = {
         c.DISPATCH_FLAG: f"the dispatch flag of rank {r.peer} for expert {r.expert} here",
         c.RESULT_FLAG: f"the result flag of rank {r.peer}, its expert {r.expert}, row tile {r.m}",
@@ -39,6 +43,11 @@ def _absent(peer: int, last: int, epoch: int) -> str:
         f"; rank {peer} came as far as call {last}, this one is at call {epoch}: it makes fewer calls ({_SAME_CALLS}), "
         "was later than deadline_s allows, or is gone"
     )
+
+
+def _name_of_call(call: int, epoch: int) -> str:
+    """Of a call of this epoch, as a packet's word has it."""
+    return "a forward" if call == 0 else f"the backward of call {forward_of(call, epoch)}"
 
 
 def _why_it_left(why: int, epoch: int) -> str:

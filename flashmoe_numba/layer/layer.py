@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from reference import Layout, MoEConfig, Weights
-from reference.cache_folder import usable_cache_folder
-from reference.plan import max_tasks
+from reference import MoEConfig, Weights
 from reference.runs import PACKINGS
 
-from ..backends import make_backend
 from ..backends.protocols import Backend
-from ..errors import FlashMoEError
 from ..heap import make_heap
 from ..heap.protocols import Heap
-from ..heap.rank import Rank, Stats
-from ..heap.tensors import as_array, like_given
-from ..kernel.control import ABORT, CLOSED_BY_THREAD, CLOSED_EARLY, FAILED
-from ..kernel.signals import EPOCH_SHIFT
-from ..kernel.state import Experts
+from ..heap.rank import Rank
+from ..heap.stats import Stats
+from ..heap.tensors import like_given
 from ..processes.meeting import SETUP_DEADLINE_S
 from ..processes.ownership import Owned
-from .arguments import DEADLINE_S, LayerSettings, communicator
-from .failures import explain
-from .given import Given, check_given, check_what_is_given
+from .arguments import DEADLINE_S, LayerSettings, check_flags, communicator
+from .backward import Backward, check_gradients
+from .calls import Calls
+from .forward import Forward, check_beside, check_tokens
+from .gradients import Gradients, gradient_arrays, make_gradients, no_gradients
+from .life import Life
 from .packed import PackedWeights
-
-LAST_EPOCH = 2**31 - 1
+from .parts import set_up
+from .saved import SavedCall
 
 
 class FlashMoE(Owned):
@@ -60,6 +54,9 @@ class FlashMoE(Owned):
         deadline_s: a call fails when no rank has finished any task for this long.
         setup_deadline_s: with `comm`, how long a rank waits for the others while they make their layers.
         trace: keep a record of every task of the last call (`layer.traces`).
+        save: what `forward` keeps for `backward`. "rows+up": the rows that experts got, and their products with the up
+            matrices; "rows": the rows, and the products are made again; "nothing": no rows, they are sent again. None:
+            there is no backward. With a backward there are two copies of the matrices, one of them transposed.
         packing: "sources": a row tile holds rows of any source, so that few rows of many ranks share an expert's
             weights; "none": every source's rows have tiles of their own. Results are the same, bit for bit.
         backend_settings: of the fibers: seed, lanes, preempt. Of cuda: device (index of the GPU; default: the current
@@ -85,6 +82,7 @@ class FlashMoE(Owned):
         setup_deadline_s: float = SETUP_DEADLINE_S,
         trace: bool = False,
         packing: str = PACKINGS[0],
+        save: str | None = None,
         **backend_settings: Any,
     ) -> None:
         comm = communicator(comm, process_group)
@@ -99,13 +97,11 @@ class FlashMoE(Owned):
             setup_deadline_s=setup_deadline_s,
             trace=trace,
             packing=packing,
+            save=save,
         )
         if comm is None:
             settings.check()
-        heap = make_heap(config, comm, backend, settings.patience_s())
-        made: list[Backend] = []
-        first_rank, how = heap.rank_indices[0], settings.backend_settings
-        self._set_up(settings, heap, made, lambda: made.append(make_backend(backend, config, first_rank, **how)))
+        self._begin(settings, make_heap(config, comm, backend, settings.patience_s()))
 
     @classmethod
     def from_parts(
@@ -119,6 +115,7 @@ class FlashMoE(Owned):
         deadline_s: float = DEADLINE_S,
         trace: bool = False,
         packing: str = PACKINGS[0],
+        save: str | None = None,
     ) -> FlashMoE:
         """A layer on objects (backends/protocols.py, heap/protocols.py) in place of names.
 
@@ -134,61 +131,33 @@ class FlashMoE(Owned):
         for name, part, verb in (("heap", heap, "allocate"), ("backend", backend, "run")):
             if not hasattr(part, verb):
                 raise TypeError(f"{name} must be an object with the methods of its protocol, got {part!r}")
-        how: dict[str, Any] = dict(num_processors=num_processors, deadline_s=deadline_s, trace=trace, packing=packing)
+        how: dict[str, Any] = dict(
+            num_processors=num_processors, deadline_s=deadline_s, trace=trace, packing=packing, save=save
+        )
         layer = cls.__new__(cls)
-        layer._set_up(LayerSettings(config=config, weights=weights, **how), heap, [backend], lambda: None)
+        layer._begin(LayerSettings(config=config, weights=weights, **how), heap, backend)
         return layer
 
-    def _set_up(
-        self, settings: LayerSettings, heap: Heap, made: list[Backend], make_backend: Callable[[], None]
-    ) -> None:
-        """All steps of setting up; `made` holds the backend, at the latest when `make_backend` was called."""
-        try:
-            heap.together(lambda: settings.check(heap))  # the other ranks must hear of a problem, too
-            heap.agree(None, same=settings.shared())
-            heap.together(make_backend)
-            self._backend = made[0]
-            self._make_ready(settings, heap)
-        except BaseException:
-            with contextlib.suppress(Exception):  # what failed may fail again, and must not hide it
-                for backend in made:
-                    backend.close()
-            with contextlib.suppress(Exception):
-                heap.close(None)
-            raise
+    def _begin(self, settings: LayerSettings, heap: Heap, backend: Backend | None = None) -> None:
+        self._parts = parts = set_up(settings, heap, backend)
+        self.config, self.num_processors, self.deadline_s = parts.config, parts.num_processors, settings.deadline_s
+        self._life = Life(parts)
+        self._calls = Calls(parts, self._life)
 
-    def _make_ready(self, settings: LayerSettings, heap: Heap) -> None:
-        """All steps of setting up that take memory or compile, each with all ranks."""
-        self.config, self.deadline_s = settings.config, settings.deadline_s
-        self._closed: str | None = None
-        self._epoch = 0
-        self._num_tokens: list[int] = []
-        self._calling = threading.Lock()
-        self._caller = 0
-        self._ranks: list[Rank] = []
-        self._heap: Heap | None = heap
-        self._in_process = heap.all_here
-        folder = Path(heap.from_first(lambda: str(usable_cache_folder())))
-        _one_first(heap, lambda: self._backend.load(folder))
-        heap.together(lambda: self._set_processors(settings.num_processors, heap))
-        heap.allocate(Layout(self.config).num_bytes, self._backend)
-        heap.together(lambda: self._make_ranks(settings, heap))
-        of_ranks = [rank.first_arguments() for rank in self._ranks]
-        _one_first(heap, lambda: self._backend.prepare(self.config, of_ranks, folder))
+    @property
+    def _backend(self) -> Backend:
+        return self._parts.backend
 
-    def _set_processors(self, wanted: int | None, heap: Heap) -> None:
-        here = len(heap.rank_indices)
-        self.num_processors = wanted or self._backend.default_processors(here, self.config.num_ranks)
-        self._backend.check_grid(here, self.num_processors)
+    @property
+    def _ranks(self) -> list[Rank]:
+        return self._parts.ranks
 
-    def _make_ranks(self, settings: LayerSettings, heap: Heap) -> None:
-        config = self.config
-        events = max_tasks(config) + config.num_experts if settings.trace else 0
-        for rank_idx in heap.rank_indices:
-            own = settings.weights.shard(rank_idx, config.num_ranks)
-            memory = heap.segments, self.num_processors, self._backend
-            self._ranks.append(Rank(config, rank_idx, own, *memory, events, settings.packing == "sources"))
-        self.packed = PackedWeights(config, self._ranks, [rank.experts for rank in self._ranks])
+    @property
+    def packed(self) -> PackedWeights:
+        """The weights that this layer was made with."""
+        self._require_open()
+        assert self._parts.packed is not None, "it goes when the layer is closed"
+        return self._parts.packed
 
     def pack(self, weights: Weights) -> PackedWeights:
         """Other weights for this layer's calls: so the layers of a model share threads, segments and scratch.
@@ -198,8 +167,8 @@ class FlashMoE(Owned):
         Raises:
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
-        self._raise_if_closed()
-        return PackedWeights.pack(self.config, self._ranks, weights)
+        self._require_open()
+        return PackedWeights(self.config, self._ranks, weights)
 
     def load(self, weights: Weights, into: PackedWeights | None = None) -> None:
         """Repack weights that have changed, in the memory that the old ones had; calls of other threads wait.
@@ -210,21 +179,12 @@ class FlashMoE(Owned):
         Raises:
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
-        with self._calling:
-            self._raise_if_closed()
-            self._own("into", into)
+        self._require_open()
+        with self._calls.turn():
+            packed = self._parts.own("into", into)
             self._backend.synchronize()
-            (into or self.packed).load(weights)
+            packed.load(weights)
             self._backend.synchronize()
-
-    def _own(self, name: str, packed: PackedWeights | None) -> Sequence[Experts]:
-        """What `packed` gives to each rank here, or the weights that this layer was made with."""
-        packed = self.packed if packed is None else packed
-        found = packed.fits(self._ranks) if isinstance(packed, PackedWeights) else None
-        if found is None:
-            hint = ": layer.pack(weights)?" if isinstance(packed, Weights) else ""
-            raise ValueError(f"{name} must be what pack() of this layer returned, got {type(packed).__name__}{hint}")
-        return found
 
     def __call__(
         self,
@@ -262,79 +222,110 @@ class FlashMoE(Owned):
             TypeError, ValueError: before any rank starts.
             FlashMoEError: the call was given up (see the message); the layer is closed.
         """
-        self._raise_if_closed()
-        parts = self._per_rank("x", x)
-        names = [f"x[{i}]" for i in range(len(parts))] if self._in_process else ["x"]
-        check = self._backend.check_tokens
-        tokens = [check(name, part, self.config) for name, part in zip(names, parts, strict=True)]
-        given = self._check_given(tokens, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
-        with self._calling:
-            self._caller = threading.get_ident()
-            ys = self._run(tokens, given, weights)
-        y = self._backend.join(x, ys) if self._in_process else ys[0]
-        return like_given(x, y)
+        y, _ = self._forward(x, weights, False, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
+        return y
 
-    def _per_rank(self, name: str, value: Any) -> list[Any]:
-        """One entry per rank of this process."""
-        if not self._in_process:
-            return [value]
-        if not (isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0):
-            raise TypeError(f"{name} must be an array or a list of arrays, got {type(value).__name__}")
-        if isinstance(value, np.ndarray) and value.dtype.kind == "O":
-            raise TypeError(f"{name} must be a list if parts differ in length, got an array of objects: list({name})?")
-        num_ranks = self.config.num_ranks
-        if getattr(value, "ndim", None) == 2:
-            hint = f": {name}[None]?" if num_ranks == 1 else ""
-            rule = f"one part per rank: num_ranks={num_ranks} arrays with a row per token"
-            raise ValueError(f"{name} must have {rule}, got one array of shape {list(value.shape)}{hint}")
-        if len(value) != num_ranks:
-            raise ValueError(f"{name} must have one part per rank: num_ranks={num_ranks}, got {len(value)}")
-        return [value[rank_idx] for rank_idx in range(len(value))]  # Numba's device arrays have no iterator
+    def _forward(
+        self, x: Any, weights: PackedWeights | None, keep: bool, **beside: Any
+    ) -> tuple[Any, SavedCall | None]:
+        self._require_open()
+        tokens = check_tokens(self._parts, x)
+        given = check_beside(self._parts, tokens, **beside)
+        with self._calls.turn():
+            packed = self._parts.own("weights", weights)
+            ys = self._calls.run(Forward(tokens, given, packed.of_ranks, keep), self.deadline_s)
+            saved = SavedCall(self._ranks, packed, self._life.epoch) if keep else None
+        return like_given(x, self._backend.join(x, ys) if self._parts.all_here else ys[0]), saved
 
-    def _check_given(self, tokens: Sequence[Any], **arguments: Any) -> list[Given]:
-        """What each rank gets beside its tokens; errors of several ranks' arguments name the rank."""
-        check_what_is_given(self.config, **arguments)
-        none = [None] * len(tokens)
-        parts = {name: none if value is None else self._per_rank(name, value) for name, value in arguments.items()}
-        given = []
-        for i, (rank, x) in enumerate(zip(self._ranks, tokens, strict=True)):
+    def forward(
+        self,
+        x: Any,
+        *,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        logits: Any = None,
+        weights: PackedWeights | None = None,
+    ) -> tuple[Any, SavedCall]:
+        """(y, what is kept for the backward): the same call, of a layer with `save`, whose y has the same bits.
+
+        Several calls may wait for their backwards, which come in any order, the same on all ranks.
+
+        Args, Raises: as `__call__` has them.
+        """
+        self._require_backward()
+        y, saved = self._forward(x, weights, True, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
+        assert saved is not None
+        return y, saved
+
+    def backward(
+        self,
+        saved: SavedCall,
+        dy: Any,
+        *,
+        logits_gradient: Any = None,
+        into: Gradients | None = None,
+        experts: bool = True,
+        router: bool = True,
+        retain: bool = False,
+    ) -> Gradients:
+        """The gradients of a loss whose gradient by y is `dy`; `saved` is used up, unless `retain`.
+
+        They have the same bits for any number of processors, any packing and in every run. On other numbers of ranks,
+        too, where the tokens of all ranks follow each other in the same order and none are dropped, but for those of
+        router and shared expert, which each rank makes of its own tokens: add them up in the order of ranks.
+
+        Args:
+            saved: what `forward` returned with y.
+            dy: like y.
+            logits_gradient: `[..., num_choices]` for each token: added to the gradient of the logits as the product
+                with the router makes them, for losses that read these.
+            into: gradients of an earlier backward, whose sums for weights this one goes on with, call after call.
+            experts: are the gradients of the experts' weights wanted, the shared one's among them? Without, they are
+                frozen, and no task is made for them.
+            router: likewise those of the router, its biases and scales.
+            retain: may `saved` have another backward?
+
+        Raises:
+            TypeError, ValueError: before any rank starts.
+            FlashMoEError: the call was given up, say because another rank made another call; the layer is closed.
+        """
+        self._require_backward()
+        if not isinstance(saved, SavedCall):
+            raise TypeError(f"saved must be what forward() returned with y, got {type(saved).__name__}")
+        check_flags(experts=experts, router=router, retain=retain)
+        parts = self._parts
+        with self._calls.turn():  # all of it: others may use `saved`, load weights, or want the memory of what is found
+            kept, packed = saved.peek(parts.ranks), saved.packed
+            tokens, said = check_gradients(parts, kept, dy, logits_gradient)
+            arrays = gradient_arrays(parts, packed, into, experts, router)
             try:
-                arrays = {name: as_array(name, part[i]) for name, part in parts.items()}
-                given.append(check_given(self.config, len(x), **arrays))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"rank {rank.rank_idx}: {error}") from None
-        return given
+                call = Backward(tokens, said, kept, saved.epoch, packed, arrays, fresh=into is None)
+                found = self._calls.run(call, self.deadline_s)
+            finally:
+                if not retain:
+                    saved.close()
+            return make_gradients(parts, dy, packed, arrays, found)
 
-    def _run(
-        self, tokens: Sequence[np.ndarray], given: Sequence[Given], weights: PackedWeights | None
-    ) -> list[np.ndarray]:
-        self._raise_if_closed()
-        experts = self._own("weights", weights)
-        self._backend.begin(tokens)
-        self._raise_if_known()
-        if self._epoch == LAST_EPOCH:
-            raise FlashMoEError(f"a layer makes at most {LAST_EPOCH} calls, because flags count them: make a new one")
-        self._epoch += 1
-        self._num_tokens = [len(x) for x in tokens]
-        deadline_ns = self._backend.deadline_ns(self.deadline_s)
-        ys, of_ranks = [], []
-        try:
-            for rank, x, (routing, topk_idx, logits), own in zip(self._ranks, tokens, given, experts, strict=True):
-                y, of_rank = rank.call(x, routing, self._epoch, deadline_ns, topk_idx, logits, own)
-                ys.append(y)
-                of_ranks.append(of_rank)
-            self._backend.run(of_ranks, self._leave)
-        except BaseException as error:
-            self._closed = f"its last call was interrupted by {type(error).__name__}"
-            self._leave()
-            raise
-        self._raise_if_known()
-        return ys
+    def no_gradients(
+        self, weights: PackedWeights | None = None, *, experts: bool = True, router: bool = True
+    ) -> Gradients:
+        """Zeros to go on from: for `backward(..., into=)`, whose sums may begin with what is written into `weights`.
 
-    def _raise_if_known(self) -> None:
-        """A GPU may be at the call still: then a later one, or `synchronize`, tells what became of it."""
-        if self._backend.may_have_failed():
-            self._raise_if_given_up()
+        Args:
+            weights: what they are gradients of, as `forward` has it.
+            experts, router: as `backward` has them.
+        """
+        self._require_backward()
+        check_flags(experts=experts, router=router)
+        packed = self._parts.own("weights", weights)
+        arrays = gradient_arrays(self._parts, packed, None, experts, router)
+        return no_gradients(self._parts, packed, arrays)
+
+    def _require_backward(self) -> None:
+        self._require_open()
+        if self._parts.ranks[0].save is None:
+            rule = "save must be given where a layer is made, for calls to have a backward"
+            raise ValueError(f"{rule}: FlashMoE(save=...)")
 
     def synchronize(self) -> None:
         """Wait for the last call; only on a GPU do calls return before they are done.
@@ -342,54 +333,29 @@ class FlashMoE(Owned):
         Raises:
             FlashMoEError: the call was given up; the layer is closed.
         """
-        self._raise_if_closed()
+        self._require_open()
         self._backend.synchronize()
-        self._raise_if_given_up()
+        self._life.raise_if_given_up()
 
     @property
     def closed(self) -> bool:
         """Does it take no more calls, because of `close()` or because one was given up or interrupted?"""
-        return bool(self._closed)
+        return bool(self._life.closed)
 
-    def _raise_if_closed(self) -> None:
+    def _require_open(self) -> None:
         self.require_maker()
-        if self._closed:
-            raise FlashMoEError(f"this layer is closed: {self._closed}")
-
-    def _controls(self) -> list[np.ndarray]:
-        """Control words of all ranks."""
-        assert self._heap is not None, "ranks go with it"
-        control = Layout(self.config).control
-        return [self._backend.to_host(segment[control:]).view(np.int64) for segment in self._heap.segments]
-
-    def _raise_if_given_up(self) -> None:
-        for rank in self._ranks:
-            if self._backend.to_host(rank.control)[ABORT] != 0:  # then the record that it points to is complete
-                self._closed = explain(rank.rank_idx, self._controls())
-                raise FlashMoEError(self._closed)
-
-    def _leave(self, why: int = FAILED) -> None:
-        """Tell all ranks that this process will not go on, so that they stop now and not at the deadline.
-
-        Raises nothing: it is called when something else went wrong, which may have taken the GPU with it.
-        """
-        for rank in self._ranks:
-            with contextlib.suppress(Exception):
-                self._backend.leave(*rank.leaving(self._epoch), why)
+        self._life.require_open()
 
     @property
     def routing(self) -> Any:
         """`Routing` of the last call: of this rank with `comm`, else a list over ranks."""
-        routings = [rank.routing(n) for rank, n in zip(self._ranks, self._last_tokens(), strict=True)]
-        return routings if self._in_process else routings[0]
+        return self._of_last_call(lambda rank, _, num_tokens: rank.routing(num_tokens))
 
     @property
     def stats(self) -> Stats | list[Stats]:
         """`Stats` of the last call: of this rank with `comm`, else a list over ranks."""
-        stats = [
-            r.stats(epoch, n) for r, epoch, n in zip(self._ranks, self._epochs(), self._last_tokens(), strict=True)
-        ]
-        return stats if self._in_process else stats[0]
+        stats: Stats | list[Stats] = self._of_last_call(Rank.stats)
+        return stats
 
     @property
     def row_tiles(self) -> Any:
@@ -397,29 +363,22 @@ class FlashMoE(Owned):
 
         Which rows share a tile depends on what came when, unless each source's rows have tiles of their own.
         """
-        self._last_tokens()
-        tiles = [rank.row_tiles(epoch) for rank, epoch in zip(self._ranks, self._epochs(), strict=True)]
-        return tiles if self._in_process else tiles[0]
+        return self._of_last_call(lambda rank, epoch, _: rank.row_tiles(epoch))
 
-    def _epochs(self) -> list[int]:
-        """The last call of each rank here."""
-        return [self._backend.epoch(position, self._epoch) for position in range(len(self._ranks))]
+    def _of_last_call(self, read: Callable[[Rank, int, int], Any]) -> Any:
+        self.require_maker()
+        found = [read(*of_rank) for of_rank in self._calls.last()]
+        return found if self._parts.all_here else found[0]
 
     @property
     def traces(self) -> dict[tuple[int, int], np.ndarray]:
         """Raw events of the last call, by (rank, block); decoded by `flashmoe_numba.seeing.trace`."""
-        self._last_tokens()
+        self.require_maker()
         return {
             (rank.rank_idx, block): trace
-            for rank in self._ranks
+            for rank, _, _ in self._calls.last()
             for block, trace in enumerate(np.split(self._backend.to_host(rank.traces), self.num_processors + 1))
         }
-
-    def _last_tokens(self) -> list[int]:
-        self._raise_if_closed()
-        if not self._num_tokens:
-            raise ValueError("there was no call yet: routing, stats, row_tiles and traces tell of the last one")
-        return self._num_tokens
 
     def close(self) -> None:
         """Give memory and threads back. With `comm`, every rank must close, and waits for the others.
@@ -432,66 +391,11 @@ class FlashMoE(Owned):
         self._close(orderly=True)
 
     def _close(self, *, orderly: bool) -> None:
-        if self.inherited:
-            return
-        if not self._calling.acquire(blocking=False):
-            if self._caller == threading.get_ident():
-                raise FlashMoEError("close() was called inside a call of this layer, say by a signal handler")
-            if self._ranks:
-                self._leave(CLOSED_BY_THREAD)  # a call in another thread: end it, then go on
-            self._calling.acquire()
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._calling.release)
-            if self._heap is None:
-                return
-            try:
-                if orderly and not self._closed:
-                    self._give_back(self._heap)
-                else:
-                    self._abandon(self._heap)
-            finally:
-                self._closed = self._closed or "close() was called"
-                self._ranks, self._heap = [], None
-                del self.packed
-
-    def _give_back(self, heap: Heap) -> None:
-        """Close backend and heap, with all ranks."""
-        try:
-            self._backend.synchronize()
-            self._epoch = self._backend.epoch(0, self._epoch)
-            self._backend.close()
-        except BaseException:
-            self._abandon(heap)
-            raise
-        heap.close(self._look_at_others)
-
-    def _look_at_others(self) -> None:
-        """While this rank waits for the others to close: raise if one has left, or makes a call that this one will not.
-
-        Raises:
-            FlashMoEError: as all ranks do then.
-        """
-        signals = [self._backend.to_host(rank.segments.dispatch_flag) for rank in self._ranks]
-        if any((words >> EPOCH_SHIFT > self._epoch).any() for words in signals):
-            self._leave(CLOSED_EARLY)
-        self._raise_if_given_up()
-
-    def _abandon(self, heap: Heap) -> None:
-        """The same after an error, which was told already: tell the others, wait for nobody, and raise nothing more."""
-        self._leave()
-        with contextlib.suppress(Exception):
-            self._backend.close()
-        heap.close(None)
+        if not self.inherited:
+            self._calls.close(orderly=orderly)
 
     def __enter__(self) -> FlashMoE:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._close(orderly=kind is None)
-
-
-def _one_first(heap: Heap, step: Callable[[], None]) -> None:
-    """Take a step that may compile: one rank of a machine does, the others then find its kernel on the disk."""
-    first = heap.rank_indices[0] == 0
-    heap.together(lambda: step() if first else None)
-    heap.together(lambda: None if first else step())

@@ -50,7 +50,9 @@ def panel_width(accumulator: np.dtype) -> int:
     return MICRO_VECTORS * VECTOR_BYTES // np.dtype(accumulator).itemsize
 
 
-_row_of, _room_row, _room_address = map(jit, (of_rows.row_of, of_rows.room_row, of_rows.room_address))
+_row_of, _room_row, _room_address, _is_local = map(
+    jit, (of_rows.row_of, of_rows.room_row, of_rows.room_address, of_rows.is_local)
+)
 
 
 @jit
@@ -113,7 +115,7 @@ def _make_multiply(way):
         begin()
         depth, parts = words(matrices.depth), matrices.parts
         part_elements = matrices.tile_elements // parts
-        block_elements = (rows + row_step - 1) // row_step * row_step * ROW_STRIDE
+        block_elements = (max(rows, 1) + row_step - 1) // row_step * row_step * ROW_STRIDE
         chunk = scratch.rows.size // block_elements * DEPTH_BLOCK
         for chunk_at in range(0, depth, chunk):
             end = min(chunk_at + chunk, depth)
@@ -156,7 +158,7 @@ def _make_ways():
     return {Panels: fma, PairPanels: pairs, TilePanels: tiles}
 
 
-_MULTIPLY = {form: _make_multiply(way) for form, way in _make_ways().items()}
+MULTIPLY = {form: _make_multiply(way) for form, way in _make_ways().items()}
 
 
 @jit
@@ -178,8 +180,15 @@ def _store_gated_row(out, out_at, sums, gate_at, up_at, columns):
 
 
 @jit
+def _keep_row(kept, r, matrices, first, sums, at, part_columns, columns):
+    kept_at = _room_row(kept, r) * matrices.parts * matrices.columns + first
+    for part in range(matrices.parts):
+        _store_row(kept.array, kept_at + part * matrices.columns, sums, at + part * part_columns, columns)
+
+
+@jit
 def _store_result(out, r, stride, first, sums, at, part_columns, columns, parts):
-    room = out.array if out.at < 0 else array_at(_room_address(out, r), out.array.size, out.array)
+    room = out.array if _is_local(out) else array_at(_room_address(out, r), out.array.size, out.array)
     out_at = _room_row(out, r) * stride + first
     if parts == 2:
         _store_gated_row(room, out_at, sums, at, at + part_columns, columns)
@@ -188,11 +197,11 @@ def _store_result(out, r, stride, first, sums, at, part_columns, columns, parts)
 
 
 @overload(stub.tile_gemm, target="cpu", jit_options=PART_OPTIONS)
-def _tile_gemm(out, a, rows, matrices, expert, n, form, scratch):
+def _tile_gemm(out, kept, a, rows, matrices, expert, n, form, scratch):
     accumulator = np.float64 if scratch.types[0].dtype == types.float64 else np.float32
-    width, multiply = panel_width(np.dtype(accumulator)), _MULTIPLY[matrices.instance_class]
+    width, multiply = panel_width(np.dtype(accumulator)), MULTIPLY[matrices.instance_class]
 
-    def meaning(out, a, rows, matrices, expert, n, form, scratch):
+    def meaning(out, kept, a, rows, matrices, expert, n, form, scratch):
         parts, tile_n, sums = matrices.parts, matrices.tile_n, scratch.sums
         part_columns = (tile_n + width - 1) // width * width
         stride = parts * part_columns
@@ -206,6 +215,8 @@ def _tile_gemm(out, a, rows, matrices, expert, n, form, scratch):
             for part in range(parts):
                 bias_at = (tile_index * parts + part) * tile_n
                 _add_bias(sums, at + part * part_columns, matrices.bias, bias_at, columns)
+            if kept.array.size > 0:
+                _keep_row(kept, r, matrices, first, sums, at, part_columns, columns)
             if form.shape == PLAIN:
                 activate(sums, at, columns, form.activation)
             else:

@@ -1,23 +1,26 @@
-"""Activations of rows of sums on CPUs: registers the overloads, and one loop for each kind, which is vectorised."""
+"""Activations of rows of sums, and their slopes, on CPUs: registers the overloads, and one loop for each kind, which is
+vectorised.
+"""
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 
-from reference.activations import FILES
 from reference.activations.exponential import make_exp
 
 from ..device.compilation import jit
-from ..device.cpu import PART_OPTIONS
+from ..device.cpu import PART_OPTIONS, part
 from ..device.vocabulary import load, store
-from .activations import BY_INDEX, VERBS
+from .activations import BY_INDEX, FORMULAS, SLOPES_BY_INDEX
 
 # A formula is more than LLVM inlines by itself, and no loop around a call is vectorised.
 _INLINED = PART_OPTIONS | {"forceinline": True}
-_inlined = njit(**_INLINED)
+_inlined = partial(part, forceinline=True)
 
 
 def _bitcast(source, target, llvm_type):
@@ -38,8 +41,7 @@ exp64 = make_exp(
 )  # fmt: skip
 
 
-def _register(name, verb):
-    make = FILES[name].make
+def _register(verb, make):
     single, double = make(np.float32, _inlined, exp32), make(np.float64, _inlined, exp64)
 
     @overload(verb, target="cpu", jit_options=_INLINED)
@@ -47,12 +49,12 @@ def _register(name, verb):
         return (lambda x: double(x)) if x == types.float64 else (lambda x: single(x))
 
 
-for _name, _verb in VERBS.items():
-    _register(_name, _verb)
+for _verb, _make in FORMULAS:
+    _register(_verb, _make)
 
 
 def _loops(kinds):
-    """The activation of `columns` sums from `at` on: a loop for each of these kinds, and nothing for others."""
+    """Of `columns` sums from `at` on, in their place: a loop for each of these kinds, and nothing for others."""
     if not kinds:
         return jit(lambda sums, at, columns, activation: None)
     (index, verb), *others = kinds
@@ -69,4 +71,4 @@ def _loops(kinds):
     return activate
 
 
-activate = _loops(BY_INDEX)
+activate, activate_slope = _loops(BY_INDEX), _loops(SLOPES_BY_INDEX)

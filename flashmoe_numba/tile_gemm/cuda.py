@@ -1,4 +1,4 @@
-"""The tile GEMM on GPUs: registers the overloads for `Matrices` (lanes/) and for `TmaMatrices` (hopper.py)."""
+"""The tile GEMMs on GPUs: registers the overloads for `Matrices` (lanes/) and for `TmaMatrices` (hopper.py)."""
 
 from __future__ import annotations
 
@@ -7,38 +7,63 @@ from typing import Any
 
 import numpy as np
 
-from reference.activations import FILES
 from reference.formats import FORMATS
 
 from ..device import lane
 from ..device.compilation import jit
 from ..device.cuda_api import element_pointer, intrinsic, ir, overload, types
 from . import rows as of_rows
-from .activations import VERBS
+from .activations import FORMULAS
+from .gradients import hidden_gradient, weight_gradient
 from .hopper import DEPTH_BYTES, HALF_COLUMNS, INSTRUCTIONS, MAP_WORDS, ROWS, TmaMatrices, main_loop
-from .lanes import multiply_tile, sum_products
+from .lanes import add_outer_products, derive_tile, multiply_tile, sum_products
 from .matrices import Matrices
 from .stub import tile_gemm, tile_sums
 
 
 @overload(tile_gemm)
-def _tile_gemm(out, a, rows, matrices, expert, n, form, scratch):
-    def meaning(out, a, rows, matrices, expert, n, form, scratch):
-        multiply_tile(out, a, rows, matrices, expert, n, form, scratch)
+def _tile_gemm(out, kept, a, rows, matrices, expert, n, form, scratch):
+    def meaning(out, kept, a, rows, matrices, expert, n, form, scratch):
+        multiply_tile(out, kept, a, rows, matrices, expert, n, form, scratch)
 
     return meaning
 
 
-def _register(name, verb):
-    single, double = (FILES[name].make(real, jit, math.exp) for real in (np.float32, np.float64))
+@overload(hidden_gradient)
+def _hidden_gradient(kept, out, active, dots, factors, parts, a, rows, matrices, expert, n, form, scratch):
+    def meaning(kept, out, active, dots, factors, parts, a, rows, matrices, expert, n, form, scratch):
+        derive_tile(kept, out, active, dots, factors, parts, a, rows, matrices, expert, n, form, scratch)
+
+    return meaning
+
+
+@overload(weight_gradient)
+def _weight_gradient(
+    out, out_at, out_stride, left, left_stride, left_at, num_left,
+    right, right_stride, right_at, num_right, runs, scratch,
+):  # fmt: skip
+    def meaning(
+        out, out_at, out_stride, left, left_stride, left_at, num_left,
+        right, right_stride, right_at, num_right, runs, scratch,
+    ):  # fmt: skip
+        add_outer_products(
+            out, out_at, out_stride, left, left_stride, left_at, num_left,
+            right, right_stride, right_at, num_right, runs, scratch,
+        )  # fmt: skip
+
+    return meaning
+
+
+def _register(verb, make):
+    single, double = (make(real, jit, math.exp) for real in (np.float32, np.float64))
 
     @overload(verb)
     def _meaning(x):
         return (lambda x: double(x)) if x == types.float64 else (lambda x: single(x))
 
 
-for _name, _verb in VERBS.items():
-    _register(_name, _verb)
+for _verb, _make in FORMULAS:
+    _register(_verb, _make)
 
 
 @overload(tile_sums)

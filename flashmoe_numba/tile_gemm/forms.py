@@ -70,6 +70,12 @@ def at_most(x, limit):
     return x if not x > limit else limit
 
 
+def sigmoid_slope(x, one):
+    """The derivative of formulas.sigmoid, without a difference that cancels."""
+    power = math.exp(-abs(x))
+    return power / ((one + power) * (one + power))
+
+
 def within(x, limit):
     """x in [-limit, limit]; NaN stays."""
     below = x if not x > limit else limit

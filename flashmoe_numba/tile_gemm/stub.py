@@ -1,8 +1,8 @@
 """The tile GEMM as a verb: one tile of `out = epilogue(a @ weights + bias)`, done by all lanes of a block.
 
-It is the only numerics that differ by target, and by the form of the weights: `Panels` and its subclasses (cpu.py),
-`Matrices` (lanes/) and `TmaMatrices` (hopper.py), of which cuda.py registers the last two. The body below is the
-interpreted meaning.
+With the verbs of gradients.py it is the only numerics that differ by target, and by the form of the weights: `Panels`
+and its subclasses (cpu.py), `Matrices` (lanes/) and `TmaMatrices` (hopper.py), of which cuda.py registers the last two.
+The body below is the interpreted meaning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..device.compilation import interpreted
 from .forms import Form, kind_of
 from .matrices import Matrices
 from .panels import num_tiles
-from .rows import room_address, room_row, row_of
+from .rows import is_local, room_address, room_row, row_of
 
 INTERPRETED_PANEL_WIDTH = 4
 IS_VERB = True  # places in the source are those of callers (device/fibers.py)
@@ -32,37 +32,42 @@ class Scratch(NamedTuple):
     sums: np.ndarray
 
 
-def tile_gemm(out, a, rows, matrices, expert, n, form, scratch):
+def tile_gemm(out, kept, a, rows, matrices, expert, n, form, scratch):
     """Store a tile of act(a @ weights + b0); where there are two parts, of act(a @ gate + b0) * (a @ up + b1), or of
     what else `form` makes of these.
 
     Args:
         out: the `Rooms` of the results; the tile's columns are those of column tile n.
+        kept: `Rooms` in `kept.array` itself, elements `[rows, parts * columns]`, for the products plus their biases,
+            which `form` sees unrounded; nothing is kept where the array is empty (`nothing_kept`).
         a, rows: the `Rows` to multiply, and how many.
         matrices, expert, n: weights in one of these forms, and which column tile of which expert.
         form: the `Form` of the results.
         scratch: the block's `Scratch`.
     """
-    multiply(verbs.array_at, out, a, rows, matrices, expert, n, form, scratch)
+    multiply(verbs.array_at, out, kept, a, rows, matrices, expert, n, form, scratch)
 
 
 def multiply(
-    array_at: Any, out: Any, a: Any, rows: int, matrices: Any, expert: int, n: int, form: Form, scratch: Scratch
+    array_at: Any,
+    out: Any,
+    kept: Any,
+    a: Any,
+    rows: int,
+    matrices: Any,
+    expert: int,
+    n: int,
+    form: Form,
+    scratch: Scratch,
 ) -> None:
     """The same, interpreted; the first verb is another one where memory is watched."""
     if isinstance(matrices, Matrices):
         lanes = interpreted("flashmoe_numba.tile_gemm.lanes")
-        lanes.multiply_tile(out, a, rows, matrices, expert, n, form, scratch)
+        lanes.multiply_tile(out, kept, a, rows, matrices, expert, n, form, scratch)
         return
-    width, depth, parts, accumulator = INTERPRETED_PANEL_WIDTH, matrices.depth, matrices.parts, matrices.bias.dtype
-    tile_n = matrices.tile_n
-    first = n * tile_n
-    columns = min(tile_n, matrices.columns - first)
-    tile_index = expert * num_tiles(matrices.columns, tile_n) + n
-    tile = matrices.weights[tile_index * matrices.tile_elements :][: matrices.tile_elements]
-    tile = as_floats(tile, accumulator).reshape(parts, -1, depth, width).transpose(0, 2, 1, 3)
-    tile = tile.reshape(parts, depth, -1)[:, :, :columns]
-    added = matrices.bias[tile_index * parts * tile_n :][: parts * tile_n].reshape(parts, tile_n)[:, :columns]
+    depth, parts, accumulator = matrices.depth, matrices.parts, matrices.bias.dtype
+    tile, added = tile_of(matrices, expert, n)
+    first = n * matrices.tile_n
     kind = kind_of(form, gated=parts == 2)
     mine = (verbs.lane() + 1) % verbs.lanes()  # as on other targets, a row is made by any lane
     for r in range(mine, rows, verbs.lanes()):
@@ -72,10 +77,25 @@ def multiply(
         with np.errstate(over="ignore", invalid="ignore"):
             sums = np.einsum("k,pkc->pc", row, tile) + added
             value = activate(sums, kind)
-        room = out.array if out.at < 0 else array_at(room_address(out, r), out.array.size, out.array)
+        if kept.array.size > 0:
+            kept_at = room_row(kept, r) * parts * matrices.columns + first
+            for part, c in np.ndindex(sums.shape):
+                verbs.store(kept.array, kept_at + part * matrices.columns + c, sums[part, c])
+        room = out.array if is_local(out) else array_at(room_address(out, r), out.array.size, out.array)
         out_at = room_row(out, r) * matrices.columns + first
-        for c in range(columns):
+        for c in range(len(value)):
             verbs.store(room, out_at + c, accumulator.type(value[c]))
+
+
+def tile_of(matrices: Any, expert: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The weights `[parts, depth, columns]` and the biases `[parts, columns]` of one tile of `Panels`, interpreted."""
+    width, depth, parts, tile_n = INTERPRETED_PANEL_WIDTH, matrices.depth, matrices.parts, matrices.tile_n
+    columns = min(tile_n, matrices.columns - n * tile_n)
+    tile_index = expert * num_tiles(matrices.columns, tile_n) + n
+    tile = matrices.weights[tile_index * matrices.tile_elements :][: matrices.tile_elements]
+    tile = as_floats(tile, matrices.bias.dtype).reshape(parts, -1, depth, width).transpose(0, 2, 1, 3)
+    added = matrices.bias[tile_index * parts * tile_n :][: parts * tile_n].reshape(parts, tile_n)
+    return tile.reshape(parts, depth, -1)[:, :, :columns], added[:, :columns]
 
 
 def tile_sums(a, first_row, rows, matrices, expert, first, columns, scratch):

@@ -8,8 +8,19 @@ from __future__ import annotations
 
 from .blocks import replace_moe_blocks
 from .joining import join
+from .losses import load_balancing_loss, router_z_loss
 from .module import MoE
 from .registration import register
+from .replicated import sum_replicated_gradients
 from .session import release
 
-__all__ = ["MoE", "join", "register", "release", "replace_moe_blocks"]
+__all__ = [
+    "MoE",
+    "join",
+    "load_balancing_loss",
+    "register",
+    "release",
+    "replace_moe_blocks",
+    "router_z_loss",
+    "sum_replicated_gradients",
+]

@@ -16,14 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from reference.layout import SAVES
 from reference.scalars import check_name
 
-from .description import describe_config, describe_entry, is_matrix
+from .description import describe_config, describe_entry, is_matrix, training
 from .families import Outside, families_of_block, outside_of, plan_block
-from .operator import moe_layer
-from .ownership import OWNERS, Owner, give_to_kernel, operands
+from .ownership import OWNERS, Owner, check_sums, check_training, give_to_kernel, operands, tensor_at
 from .ranks import Ranks
+from .router_logits import show, shown_by
 from .session import SESSION
+from .training import layer_of
+
+NOISES = ("jitter_noise", "router_jitter_noise", "input_jitter_noise")  # of public blocks and routers
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Adapter:
         description: of the layer.
         outside: what the block does around the layer.
         ranks: the name of those that compute it together; None: this process alone.
+        train: are there gradients?
     """
 
     paths: tuple[str, ...]
@@ -43,19 +48,30 @@ class Adapter:
     description: str
     outside: Outside
     ranks: str | None
+    train: bool = False
 
 
 def replace_moe_blocks(
-    model: nn.Module, *, own: str = OWNERS[0], comm: Any = None, process_group: Any = None
+    model: nn.Module,
+    *,
+    train: bool = False,
+    save: str = SAVES[0],
+    fused_accumulation: bool = False,
+    own: str = OWNERS[0],
+    comm: Any = None,
+    process_group: Any = None,
 ) -> list[str]:
     """Swap the MoE blocks of a model that the families' table knows, in place.
 
     Routing, shared experts and zero-computation experts are in the layer then, tokens are routed in float32, ties go to
-    the lowest index. A block's own router is not called, and nobody sees its logits (`output_router_logits`): a block
-    that returns them returns None in their place. A block that is not known stays as it is: look at what is returned.
+    the lowest index. A block's own router is not called. With `train` hooks on it see the logits, so that a model's
+    losses of them (`output_router_logits`) are there; without, nobody sees them. A block that returns them returns None
+    in their place. A block that is not known stays as it is: look at what is returned.
 
     Args:
-        model: from transformers, with its `config`, in evaluation: there is no backward.
+        model: from transformers, with its `config`.
+        train, save, fused_accumulation: for gradients: see `MoE`. What parameters ask for (`requires_grad`) is left as
+            it is.
         own: "parameters" or "packed": see `MoE`.
         comm, process_group: the ranks that compute the blocks together, each for its own tokens: see `MoE`.
 
@@ -67,6 +83,7 @@ def replace_moe_blocks(
         NotImplementedError: naming what a known block computes that the layer does not.
     """
     check_name("own", own, OWNERS)
+    check_training(train, save, fused_accumulation, own)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module of PyTorch, got {type(model).__name__}")
     blocks = [(name, block) for name, block in model.named_modules() if families_of_block(block)]
@@ -81,6 +98,8 @@ def replace_moe_blocks(
     for block, adapter in known:
         if own == "packed":
             _check_packable(block, adapter)
+    if train:
+        known = [(block, _trained(block, adapter, save, fused_accumulation)) for block, adapter in known]
     for block, adapter in known:
         _swap(block, adapter, own)
     return [name for name, _ in blocks]
@@ -121,7 +140,12 @@ class Swapped(Owner):
         given = adapter.outside.given(self, **inputs)
         tensors, description = operands(self, adapter.paths, adapter.description, adapter.ranks)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y = moe_layer(x, given.get("topk_idx"), None, None, tensors, description)
+        router = shown_by(self, adapter.paths, adapter.names) if adapter.train else None
+        show_logits = router is not None and bool(router._forward_hooks)
+        idx = given.get("topk_idx")
+        y, logits, _ = layer_of(x, idx, None, None, tensors, description, train=adapter.train, show=show_logits)
+        if router is not None and logits is not None:
+            router(logits)
         return adapter.outside.finish(self, y.reshape(hidden_states.shape))
 
 
@@ -129,6 +153,21 @@ def _layer_of(name: str) -> int:
     """The index of a block by its name: "model.layers.3.mlp"."""
     match = re.search(r"\.(\d+)(\.|$)", name)
     return int(match[1]) if match else 0
+
+
+def _trained(block: Any, adapter: Adapter, save: str, fused_accumulation: bool) -> Adapter:
+    """The same, with gradients.
+
+    Raises:
+        NotImplementedError: in training the block computes what the layer does not.
+    """
+    noises = [(name, getattr(part, name, 0)) for part in block.modules() for name in NOISES]
+    for name, noise in noises:
+        if noise:
+            rule = f"cannot be trained by FlashMoE: in training it routes with noise ({name}={noise})"
+            raise NotImplementedError(f"{type(block).__name__} {rule}")
+    check_sums(fused_accumulation, {path: tensor_at(block, path) for path in adapter.paths})
+    return replace(adapter, train=True, description=training(adapter.description, save, fused_accumulation))
 
 
 def _check_packable(block: Any, adapter: Adapter) -> None:
@@ -150,4 +189,6 @@ def _swap(block: Any, adapter: Adapter, own: str) -> None:
     block._flashmoe_adapter = adapter
     kind: Any = type(block)
     block.__class__ = _swapped(kind)
+    if adapter.train:
+        show(block, adapter.paths, adapter.names)
     operands(block, adapter.paths, adapter.description, adapter.ranks)  # it has its number now, before any call

@@ -24,7 +24,8 @@ FOLLOWS = ("num_ranks", "dtype")  # one, and that of the experts
 NUM_TOKENS = 1024  # of a call of the layer; more are cut into several, which changes no bit
 TILES = dict(tile_m=192, tile_m_min=3)  # whole groups of 12 rows, for the CPU's micro-kernels
 KINDS: dict[str, type[Any]] = {"router": RouterKind, "expert": ExpertKind, "shared_expert": ExpertKind}
-OF_RANKS = ("ranks", "module", "num_present")  # fields that are not the config's
+TRAINING, FUSED = "save", "fused_accumulation"  # of a layer with gradients
+OF_MODULE = ("ranks", "module", "num_present", TRAINING, FUSED)  # fields that are not the config's
 TICKET = "ticket"  # in place of the matrices, where the kernel's order is the only one that is kept
 
 
@@ -77,6 +78,11 @@ def among(description: str, ranks: str, module: int) -> str:
     return f"{description};ranks={ranks!r};module={module}"
 
 
+def training(description: str, save: str, fused_accumulation: bool) -> str:
+    """The same layer's text, with gradients; `fused_accumulation` as `MoE` has it."""
+    return f"{description};{TRAINING}={save!r}" + (f";{FUSED}=True" if fused_accumulation else "")
+
+
 def config_of(
     fields: Mapping[str, Any], weights: Mapping[str, torch.Tensor], num_topk: int | None, num_ranks: int
 ) -> MoEConfig:
@@ -87,7 +93,7 @@ def config_of(
     """
     kinds = {name: KINDS[name](**fields[name]) for name in KINDS if name in fields}
     given = {"num_tokens": NUM_TOKENS, "num_topk": num_topk, **TILES, **fields, **kinds}
-    own = {name: value for name, value in given.items() if name not in OF_RANKS}
+    own = {name: value for name, value in given.items() if name not in OF_MODULE}
     return MoEConfig(num_ranks=num_ranks, dtype=str(weights["up_proj"].dtype).removeprefix("torch."), **own)
 
 

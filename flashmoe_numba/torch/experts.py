@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from .description import describe
+from .description import describe, training
 from .families import expert_kind_of
-from .operator import moe_layer
-from .ownership import operands
+from .ownership import check_sums, operands, tensor_at
+from .training import layer_of
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -37,19 +37,25 @@ def flashmoe_experts(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     ranks: str | None = None,
+    train: tuple[str, bool] | None = None,
 ) -> torch.Tensor:
     """`[num_tokens, hidden]` of a decorated experts module, as transformers calls it.
 
     Args:
         ranks: the name of those that compute it together; None: this process alone.
+        train: (save, fused_accumulation) of a layer with gradients, as `MoE` has them.
 
     Raises:
         NotImplementedError: naming what these experts compute that the layer does not.
-        RuntimeError: gradients are asked for.
+        RuntimeError: gradients are asked for, without `train`.
     """
     paths, description = describe_experts(experts)
+    if train is not None:
+        check_sums(train[1], {path: tensor_at(experts, path) for path in paths})
+        description = training(description, *train)
     tensors, description = operands(experts, paths, description, ranks)
-    return moe_layer(hidden_states, top_k_index, top_k_weights, None, tensors, description)
+    arguments = hidden_states, top_k_index, top_k_weights, None, tensors, description
+    return layer_of(*arguments, train=train is not None)[0]
 
 
 def describe_experts(experts: Any, num_parts: int | None = None) -> tuple[list[str], str]:

@@ -9,21 +9,24 @@ import torch
 from torch import nn
 
 from reference import MoEConfig, Weights
+from reference.layout import SAVES
 from reference.scalars import check_name, check_one_of
 
 from ..checkpoints.entries import STORED, arrays_of
 from ..heap.tensors import as_tensor
-from .description import describe_config
-from .operator import moe_layer
-from .ownership import OWNERS, Owner, give_to_kernel, operands
+from ..layer.arguments import check_flags
+from .description import describe_config, training
+from .losses import check_losses, load_balancing_loss, router_z_loss
+from .ownership import OWNERS, Owner, check_sums, check_training, give_to_kernel, operands
 from .ranks import Ranks
 from .session import SESSION, as_weights
+from .training import layer_of
 
 ARRAYS = tuple(name for name in STORED if arrays_of(name) == (name,))
 
 
 class MoE(Owner):
-    """One MoE layer; its parameters have the names and shapes of `Weights`, and need no gradient.
+    """One MoE layer; its parameters have the names and shapes of `Weights`.
 
     Tokens of any shape `[..., hidden]`, more than `config.num_tokens` too: then the layer is called several times,
     which changes no bit; with a `config.capacity`, which counts by call, they are refused. All modules of equal configs
@@ -33,6 +36,17 @@ class MoE(Owner):
         config: sizes of the layer, of one rank, or of as many as there are in `comm` or `process_group`.
         weights: `Weights`, whose memory becomes the parameters', or tensors by the names of its arrays. Tensors made
             under `torch.inference_mode()` are copied, because a change in place of them could not be noticed.
+        train: are there gradients? Then parameters ask for them, all but a bias that only chooses, and a second packed
+            copy of the matrices is kept, transposed. Without, a call that gradients are asked of is an error.
+        save: what a call with gradients keeps, as `FlashMoE` has it: "rows+up", "rows" or "nothing".
+        fused_accumulation: a backward goes on with the sums that `.grad` of experts' parameters holds, where it is, in
+            place of adding a sum of its own to it: so micro-batches give the bits of one batch, on any number of ranks.
+            Parameters in float32 or float64 only, in eager mode and by `backward()` only: `torch.autograd.grad` adds to
+            `.grad`, too, where there is one, and returns no sums. Hooks on parameters see a gradient where there
+            was no `.grad` only.
+        return_aux: a call returns (output, loss), for a training that balances experts: `load_balancing` times
+            `load_balancing_loss` plus `router_z` times `router_z_loss` of this call's tokens; needs train=True.
+        load_balancing, router_z: these coefficients.
         own: "parameters": they stay, beside a packed copy that follows their changes; "packed": the matrices of the
             experts are kept in the kernel's order only, and `state_dict` and `load_state_dict` convert.
         comm, process_group: the ranks that compute the layer together, as `FlashMoE` takes them. All ranks make the
@@ -48,26 +62,40 @@ class MoE(Owner):
         config: MoEConfig,
         weights: Weights | Mapping[str, torch.Tensor],
         *,
+        train: bool = False,
+        save: str = SAVES[0],
+        fused_accumulation: bool = False,
+        return_aux: bool = False,
+        load_balancing: float = 0.01,
+        router_z: float = 0.0,
         own: str = OWNERS[0],
         comm: Any = None,
         process_group: Any = None,
     ) -> None:
         super().__init__()
         check_name("own", own, OWNERS)
+        check_training(train, save, fused_accumulation, own)
+        check_flags(return_aux=return_aux)
         if not isinstance(config, MoEConfig):
             raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
         ranks = SESSION.ranks(comm, process_group)
         _check_ranks(config, ranks)
-        self.config, self._ranks = config, None if ranks is None else ranks.name
+        self._return_aux, self._coefficients = return_aux, (load_balancing, router_z)
+        if return_aux:
+            check_losses(config, train, load_balancing, router_z)
+        self.config, self._ranks, self._train = config, None if ranks is None else ranks.name, train
         with torch.inference_mode(False):  # tensors made under it count no versions
             if ranks is not None and isinstance(weights, Weights):
                 weights.shard(ranks.rank_idx, ranks.num_ranks)  # raises if its own experts are not there
             tensors = _tensors(weights, config)
             num_present = _check_present(as_weights(tensors, config, ranks), config, ranks)
             for name, tensor in tensors.items():
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=train and name != "selection_bias"))
         self._names = tuple(tensors)
         self._description = describe_config(self._names, config, num_present)
+        if train:
+            check_sums(fused_accumulation, tensors)
+            self._description = training(self._description, save, fused_accumulation)
         if own == "packed":
             give_to_kernel(self, self._names, self._names, self._description, self._ranks)
         self._operands()  # it has its number among the ranks' modules now, before any call
@@ -81,8 +109,9 @@ class MoE(Owner):
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         logits: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The layer's output, shaped like `hidden_states` `[..., hidden]` and of its type.
+    ) -> Any:
+        """The layer's output, shaped like `hidden_states` `[..., hidden]` and of its type; with `return_aux`, and the
+        loss.
 
         Args:
             topk_idx, topk_weights: `[..., num_topk]`, a routing from outside, as `FlashMoE` takes it.
@@ -90,14 +119,27 @@ class MoE(Owner):
 
         Raises:
             TypeError, ValueError: naming the argument, its shape and the rule.
-            RuntimeError: gradients are asked for.
+            RuntimeError: gradients are asked for, without `train`.
         """
         c = self.config
         x = _rows("hidden_states", hidden_states, c.hidden)
         idx, factors = _rows("topk_idx", topk_idx, c.num_topk), _rows("topk_weights", topk_weights, c.num_topk)
         tensors, description = self._operands()
-        y = moe_layer(x, idx, factors, _rows("logits", logits, c.num_choices), tensors, description)
-        return y.reshape(hidden_states.shape)
+        own = x, idx, factors, _rows("logits", logits, c.num_choices), tensors, description
+        y, made, choices = layer_of(*own, train=self._train, show=self._return_aux)
+        y = y.reshape(hidden_states.shape)
+        return (y, self._loss(made, choices)) if self._return_aux else y
+
+    def _loss(self, logits: Any, choices: Any) -> torch.Tensor:
+        if logits.shape[1] != self.config.num_choices:
+            raise ValueError(
+                "topk_weights must be None with return_aux=True: a routing from outside has no logits here"
+            )
+        if self.config.router_kind.logit_bias:
+            logits = logits + self.router_bias
+        balancing, router_z = self._coefficients
+        loss = balancing * load_balancing_loss(logits, choices, self.config.router_kind.score)
+        return loss + router_z * router_z_loss(logits) if router_z else loss
 
 
 def _check_ranks(config: MoEConfig, ranks: Ranks | None) -> None:

@@ -7,14 +7,18 @@ weights are. `state_dict` unpacks into new tensors; `load_state_dict` unpacks, l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
 
+from reference.layout import SAVES
+from reference.scalars import check_name
+
 from ..errors import FlashMoEError
+from ..layer.arguments import check_flags
 from .description import TICKET, among, is_matrix, read, rename, views
 from .session import SESSION, as_weights
 
@@ -23,6 +27,31 @@ PART = (
     'has own="packed" on several ranks, each of which keeps its own experts only, so that no state_dict of it is '
     'whole: take it before the blocks are replaced, or keep the parameters by own="parameters"'
 )
+
+
+def check_training(train: bool, save: str, fused_accumulation: bool, own: str) -> None:
+    """Nothing, if a module can be made with these arguments (see `MoE`).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+    """
+    check_flags(train=train, fused_accumulation=fused_accumulation)
+    check_name("save", save, SAVES)
+    if fused_accumulation and not train:
+        raise ValueError("fused_accumulation must be False without train=True: there are no gradients; got True")
+    if train and own == "packed":
+        raise ValueError("own must be 'parameters' with train=True: there are no parameters to train; got 'packed'")
+
+
+def check_sums(fused_accumulation: bool, tensors: Mapping[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        ValueError: sums do not fit into gradients of these tensors' types.
+    """
+    for name, tensor in tensors.items() if fused_accumulation else ():
+        if tensor.dtype not in (torch.float32, torch.float64):
+            rule = "fused_accumulation must be False for parameters whose type is not that of sums, float32 or float64"
+            raise ValueError(f"{rule}; {name} has {tensor.dtype}".replace("torch.", ""))
 
 
 class Kept:

@@ -1,42 +1,27 @@
-"""Processes that compute one model together, and what they tell each other at each call of a module.
+"""Processes that compute one model together, their modules, and what they tell each other at each call of one.
 
 A call of a module takes all ranks, and as many calls of its layer as the rank with the most tokens needs. So before it
-every rank tells which module it calls and how many calls it needs itself, by a word in shared memory. Whoever waits
-there gives up after a deadline; ranks that call different modules are told so.
+every rank tells which module it calls, whether forward or backward, and how many calls it needs itself (rounds.py).
 """
 
 from __future__ import annotations
 
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from ..errors import FlashMoEError
-from ..heap.mpi import MpiHeap
-from ..layer.arguments import DEADLINE_S, communicator
 from ..processes.meeting import SETUP_DEADLINE_S
-from ..processes.ownership import Owned
+from .rounds import DONE, FORWARD, LAST_MODULE, MAKING, MOST_CALLS, RELEASING, Rounds, Step
 
-# Of a rank's words the first two are "round, what, number" of a round each, in turn: who comes to a round has read all
-# words of the round before the last. The third says that the rank left.
-LEFT = 2
-NUM_WORDS = 3
-ROUND_SHIFT, WHAT_SHIFT, MOST = 32, 16, (1 << 16) - 1
-DONE, RELEASING = MOST, MOST - 1  # in place of a module's number
-LAST_ROUND = 2**31 - 1
-SPINS, LONGEST_NAP_S = 20, 1e-3
-MISSING = "every rank must call the same modules equally often (see flashmoe_numba.torch.join)"
 Member = tuple[Callable[[], nn.Module | None], Sequence[str], str]
 NOBODY: Member = (lambda: None, (), "")
 
 
-class Ranks(Owned):
+class Ranks(Rounds):
     """The ranks of a communicator or a process group, of which this process is one. All ranks make theirs together.
 
     Args:
@@ -49,17 +34,11 @@ class Ranks(Owned):
     """
 
     def __init__(self, name: str, comm: Any, process_group: Any) -> None:
+        super().__init__(comm, process_group)
         self.name, self.given = name, {"comm": comm, "process_group": process_group}
-        self.over: str | None = None
         self.num_topk: dict[int, int | None] = {}  # of modules by number, where a routing comes with each call
-        self._heap = MpiHeap(communicator(comm, process_group), SETUP_DEADLINE_S)
-        self._heap.allocate(8 * NUM_WORDS)
-        self._words = [segment.view(np.int64) for segment in self._heap.segments]
-        self.num_ranks, self.rank_idx = self._heap.num_ranks, self._heap.rank_indices[0]
-        self._round = 0
         self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._members: list[Member] = []
-        self.calling = threading.RLock()  # taken before the session's
 
     def is_of(self, comm: Any, process_group: Any) -> bool:
         return self.given["comm"] is comm and self.given["process_group"] is process_group
@@ -71,8 +50,9 @@ class Ranks(Owned):
             paths, description: of the module, as `ownership.operands` takes them.
         """
         if module not in self._numbers:
-            if len(self._members) == RELEASING:
-                raise FlashMoEError(f"these ranks have had {RELEASING} modules, which is the most: use other ones")
+            if len(self._members) > LAST_MODULE:
+                most = LAST_MODULE + 1
+                raise FlashMoEError(f"these ranks have had {most} modules, which is the most: make other ones")
             self._numbers[module] = len(self._members)
             self._members.append((weakref.ref(module), paths, description))
         return self._numbers[module]
@@ -90,84 +70,60 @@ class Ranks(Owned):
             raise FlashMoEError(f"{rule}: with register() call the model once on every rank before")
         return module, paths, description
 
+    def member_of(self, module: nn.Module) -> tuple[Sequence[str], str] | None:
+        """(paths, description) of a module; None: it is none of these ranks'."""
+        if module not in self._numbers:
+            return None
+        _, paths, description = self._members[self._numbers[module]]
+        return paths, description
+
     @contextmanager
-    def call(self, module: int, num_calls: int) -> Iterator[int]:
+    def call(self, module: int, num_calls: int, kind: int = FORWARD) -> Iterator[int]:
         """A call of a module by number, of which this rank's tokens need so many calls of a layer: those that it takes.
 
+        Args:
+            kind: FORWARD, KEPT_FORWARD or BACKWARD. Ranks that are done take part in the first alone.
+
         Raises:
-            FlashMoEError: a rank is missing, or calls another module. Nothing is computed with these ranks any more.
+            FlashMoEError: a rank is missing, or calls another module, or in another way. Nothing is computed with these
+                ranks any more.
         """
+        if num_calls > MOST_CALLS:
+            raise FlashMoEError(f"at most {MOST_CALLS} calls for one of a module, got {num_calls}")
         with self.calling:
-            told = self._tell(module, num_calls)
-            others = {rank: what for rank, (what, _) in enumerate(told) if what not in (module, DONE)}
-            if others:
-                rank, what = next(iter(others.items()))
-                whats = {RELEASING: "releases layers"}
-                does = f"rank {rank} {whats.get(what, f'calls module {what} of these ranks')}"
-                self._give_up(f"rank {self.rank_idx} calls module {module} of these ranks, {does}: {MISSING}")
-            yield max(number for _, number in told)
+            told = self.tell(Step(kind, module, num_calls))
+            self.require(told, self.rank_idx, *([DONE] if kind == FORWARD else []))
+            yield max(step.number for step in told)
 
     def next_of_others(self) -> tuple[int, int] | None:
         """This rank is done: (module's number, calls of its layer) that the others make next; None: all are done.
 
         Raises:
-            FlashMoEError: as `call` does.
+            FlashMoEError: as `call` does; or the others do something else than calls without gradients.
         """
         with self.calling:
-            told = self._tell(DONE, 0)
-        calls = [(what, number) for what, number in told if what != DONE]
-        if len({what for what, _ in calls}) > 1:
-            self._give_up(f"ranks call different modules of these ranks, {sorted(calls)}: {MISSING}")
-        return max(calls) if calls else None
+            told = self.tell(Step(DONE))
+            first = min(range(self.num_ranks), key=told.__getitem__)
+            who = first if told[first].kind == FORWARD else self.rank_idx
+            self.require(told, who, DONE)
+        return None if who == self.rank_idx else (told[who].module, max(step.number for step in told))
+
+    def meet_to_make(self) -> None:
+        """Wait for all ranks before a layer is made: what keeps one from it is known to the others at once.
+
+        Raises:
+            FlashMoEError: a rank is missing, has left because of an error, or does something else.
+        """
+        with self.calling:
+            self.require(self.tell(Step(MAKING), SETUP_DEADLINE_S), self.rank_idx)
 
     def all_can_release(self, unused: bool) -> bool:
-        """Is a layer unused on all ranks?"""
+        """Is a layer unused on all ranks?
+
+        Raises:
+            FlashMoEError: a rank is missing, or does something else.
+        """
         with self.calling:
-            told = self._tell(RELEASING, int(unused))
-        if any(what != RELEASING for what, _ in told):
-            self._give_up(f"rank {self.rank_idx} releases layers, and another rank does not: {MISSING}")
-        return all(number for _, number in told)
-
-    def end(self, error: BaseException | str) -> None:
-        """Nothing more is computed with these ranks, and the others shall know."""
-        self.over = self.over or str(error) or type(error).__name__
-        self._words[self.rank_idx][LEFT] = 1
-
-    def _raise_if_over(self) -> None:
-        self.require_maker()
-        if self.over is not None:
-            raise FlashMoEError(f"nothing is computed with these ranks any more, because a call failed: {self.over}")
-
-    def _give_up(self, why: str) -> None:
-        self.end(why)
-        raise FlashMoEError(why)
-
-    def _tell(self, what: int, number: int) -> list[tuple[int, int]]:
-        """What every rank tells in this round, once all have come to it."""
-        self._raise_if_over()
-        if number > MOST or self._round == LAST_ROUND:
-            raise FlashMoEError(f"at most {MOST} calls for one of a module, and {LAST_ROUND} of modules, got {number}")
-        self._round += 1
-        slot = self._round % LEFT
-        self._words[self.rank_idx][slot] = self._round << ROUND_SHIFT | what << WHAT_SHIFT | number
-        since, looks, nap = time.monotonic(), 0, 1e-5
-        while late := [rank for rank in range(self.num_ranks) if self._word(rank, slot) >> ROUND_SHIFT != self._round]:
-            self._raise_if_missed(late, time.monotonic() - since)
-            looks += 1
-            if looks > SPINS:
-                time.sleep(nap)
-                nap = min(2 * nap, LONGEST_NAP_S)
-        words = [self._word(rank, slot) for rank in range(self.num_ranks)]
-        return [(word >> WHAT_SHIFT & MOST, word & MOST) for word in words]
-
-    def _word(self, rank: int, word: int) -> int:
-        return int(self._words[rank][word])
-
-    def _raise_if_missed(self, late: list[int], waited_s: float) -> None:
-        me = f"rank {self.rank_idx} gave up before call {self._round} of a module of these ranks: "
-        for rank in late:
-            if self._word(rank, LEFT):
-                self._give_up(f"{me}rank {rank} left because of an error of its own")
-        if waited_s > DEADLINE_S:
-            ranks = f"rank {', '.join(map(str, late))} did not come within {DEADLINE_S:g} s"
-            self._give_up(f"{me}{ranks}: {MISSING}, or it was late, or is gone")
+            told = self.tell(Step(RELEASING, number=int(unused)))
+            self.require(told, self.rank_idx)
+        return all(step.number for step in told)

@@ -5,13 +5,24 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from reference.layout import SAVES
+
 from .experts import flashmoe_experts
+from .ownership import check_training
 from .session import SESSION
 
 NAME = "flashmoe"
 
 
-def register(name: str = NAME, *, comm: Any = None, process_group: Any = None) -> None:
+def register(
+    name: str = NAME,
+    *,
+    train: bool = False,
+    save: str = SAVES[0],
+    fused_accumulation: bool = False,
+    comm: Any = None,
+    process_group: Any = None,
+) -> None:
     """Let transformers find the layer: `from_pretrained(..., experts_implementation="flashmoe")`, or later
     `model.set_experts_implementation("flashmoe")`; and in its own expert parallelism, which brings its own ranks,
     `from_pretrained(..., distributed_config=DistributedConfig(..., ep_implementation="flashmoe"))`.
@@ -20,6 +31,7 @@ def register(name: str = NAME, *, comm: Any = None, process_group: Any = None) -
     ignore the name. What experts of a decorated family compute beyond `ExpertKind` is refused at the first call.
 
     Args:
+        train, save, fused_accumulation: for gradients: see `MoE`. transformers' own expert parallelism has none.
         comm, process_group: the ranks that compute such experts together, each for its own tokens: see `MoE`.
 
     Raises:
@@ -28,6 +40,7 @@ def register(name: str = NAME, *, comm: Any = None, process_group: Any = None) -
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a text, got {name!r}")
+    check_training(train, save, fused_accumulation, own="parameters")
     from transformers.distributed.expert_parallel import EPImplementationInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -35,4 +48,6 @@ def register(name: str = NAME, *, comm: Any = None, process_group: Any = None) -
 
     ranks = SESSION.ranks(comm, process_group)
     EPImplementationInterface.register(name, FlashMoEParallel)
-    ALL_EXPERTS_FUNCTIONS.register(name, partial(flashmoe_experts, ranks=None if ranks is None else ranks.name))
+    kept = (save, fused_accumulation) if train else None
+    function = partial(flashmoe_experts, ranks=None if ranks is None else ranks.name, train=kept)
+    ALL_EXPERTS_FUNCTIONS.register(name, function)

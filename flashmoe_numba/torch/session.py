@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..errors import FlashMoEError
 from ..heap.tensors import as_array
 from ..layer.layer import FlashMoE
 from ..layer.packed import PackedWeights
-from .description import TICKET, config_of, read, views
+from .description import TICKET, TRAINING, config_of, read, views
 from .ranks import Ranks
 
 Place = tuple[str, int | None, tuple[int, ...]]  # description, num_topk, addresses
@@ -29,11 +29,14 @@ Place = tuple[str, int | None, tuple[int, ...]]  # description, num_topk, addres
 
 @dataclass
 class Shared:
-    """A layer, the ranks that it has (None: this process alone), and packed weights that nobody uses at the moment."""
+    """A layer, the ranks that it has (None: this process alone), packed weights that nobody uses at the moment, and
+    what waits for a backward.
+    """
 
     layer: FlashMoE
     ranks: Ranks | None
     spare: list[PackedWeights] = field(default_factory=list)
+    kept: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Session:
 
     def __init__(self) -> None:
         self._entries: dict[Place, Entry] = {}
-        self._shared: dict[tuple[MoEConfig, str, str | None], Shared] = {}
+        self._shared: dict[tuple[MoEConfig, str, str | None, str | None], Shared] = {}
         self._ranks: dict[str, Ranks] = {}
         self._lock = threading.RLock()
 
@@ -113,7 +116,7 @@ class Session:
         description, tensors = plain
         names, fields = read(description)
         ranks = self.ranks_of(fields)
-        with nullcontext() if ranks is None else ranks.calling, self._lock:
+        with self.ending(ranks), nullcontext() if ranks is None else ranks.calling, self._lock:
             entry = self._make(fields, views(names, tensors, fields), None)
             return self._keep(_place(*told, None), told[1], entry)
 
@@ -129,12 +132,15 @@ class Session:
         ranks = self.ranks_of(fields)
         config = config_of(fields, tensors, num_topk, 1 if ranks is None else ranks.num_ranks)
         device = tensors["up_proj"].device
-        weights, key = as_weights(tensors, config, ranks), (config, str(device), fields.get("ranks"))
+        save: str | None = fields.get(TRAINING)
+        weights, key = as_weights(tensors, config, ranks), (config, str(device), fields.get("ranks"), save)
         self.release()
         shared = self._shared.get(key)
         if shared is None:
-            self.release(ranks)  # all ranks are here
-            shared = self._shared[key] = Shared(_make_layer(config, weights, device, ranks), ranks)
+            if ranks is not None:
+                ranks.meet_to_make()
+            self.release(ranks)
+            shared = self._shared[key] = Shared(_make_layer(config, weights, device, ranks, save), ranks)
             return Entry(shared, shared.layer.packed, ())
         if not shared.spare:
             return Entry(shared, shared.layer.pack(weights), ())
@@ -144,9 +150,9 @@ class Session:
     def _drop(self, place: Place) -> None:
         """Called wherever the last tensor goes, maybe inside a call: so it takes no lock and closes nothing."""
         entry = self._entries.pop(place, None)
-        own = None if entry is None else getattr(entry.shared.layer, "packed", None)  # None: it is closed
-        if entry is not None and entry.packed is own:  # the layer keeps these in any case
-            entry.shared.spare.append(entry.packed)
+        with suppress(FlashMoEError):  # the layer is closed
+            if entry is not None and entry.packed is entry.shared.layer.packed:  # it keeps these in any case
+                entry.shared.spare.append(entry.packed)
 
     def release(self, ranks: Ranks | None = None) -> None:
         """Close the layers of these ranks whose weights are all gone, on all ranks; and let go of any that an error has
@@ -159,15 +165,21 @@ class Session:
                     shared.layer.close()
 
     def _can_close(self, shared: Shared) -> bool:
-        unused = all(entry.shared is not shared for entry in list(self._entries.values()))
+        unused = not shared.kept and all(entry.shared is not shared for entry in list(self._entries.values()))
         return unused if shared.ranks is None else shared.ranks.all_can_release(unused)
 
-    def end(self, ranks: Ranks, error: BaseException) -> None:
-        """A call failed: nothing more is computed with these ranks, and the others need not wait for this one."""
-        ranks.end(error)
-        for shared in list(self._shared.values()):
-            if shared.ranks is ranks:
-                shared.layer.__exit__(type(error), error, None)
+    @contextmanager
+    def ending(self, ranks: Ranks | None) -> Iterator[None]:
+        """After an error in here nothing more is computed with these ranks, and the others do not wait for this one."""
+        try:
+            yield
+        except BaseException as error:
+            if ranks is not None:
+                ranks.end(error)
+                for shared in list(self._shared.values()):
+                    if shared.ranks is ranks:
+                        shared.layer.__exit__(type(error), error, None)
+            raise
 
 
 NOT_HERE = (
@@ -210,8 +222,10 @@ def as_weights(tensors: dict[str, torch.Tensor], config: MoEConfig, ranks: Ranks
     return Weights(num_zero=config.num_zero, first_expert=first, **arrays)
 
 
-def _make_layer(config: MoEConfig, weights: Weights, device: torch.device, ranks: Ranks | None) -> FlashMoE:
-    given = {} if ranks is None else ranks.given
+def _make_layer(
+    config: MoEConfig, weights: Weights, device: torch.device, ranks: Ranks | None, save: str | None
+) -> FlashMoE:
+    given: dict[str, Any] = {"save": save, **({} if ranks is None else ranks.given)}
     if device.type == "cpu":
         return FlashMoE(config, weights, **given)
     if device.type == "cuda":

@@ -15,6 +15,10 @@ def exact(x: Array) -> Array:
     return positive * positive
 
 
+def exact_slope(x: Array) -> Array:
+    return 2 * np.where(x < 0, 0.0, x)
+
+
 def make(real: Any, compiled: Compile, exp: Formula) -> Formula:
     zero = real(0)
 
@@ -23,3 +27,13 @@ def make(real: Any, compiled: Compile, exp: Formula) -> Formula:
         return positive * positive
 
     return compiled(relu2)
+
+
+def make_slope(real: Any, compiled: Compile, exp: Formula) -> Formula:
+    zero = real(0)
+
+    def relu2_slope(x: Any) -> Any:
+        positive = x if not x < zero else zero
+        return positive + positive
+
+    return compiled(relu2_slope)

@@ -116,6 +116,16 @@ def blocks_per_expert(counts: Array, heights: ArrayLike, order: Array | None = N
     )  # fmt: skip
 
 
+def tuned_blocks(counts: Array, tile_m: int, least_tile_m: int, order: Array | None = None) -> Blocks:
+    """Packed over sources, all of one height: the lowest on the ladder that holds the mean rows of an expert with some.
+
+    Tuners and libraries' heuristics come to that where rows are few, and all that a tile does is to read its weights.
+    """
+    rows = counts.sum(axis=0)
+    mean = np.array([rows.sum() / max(1, np.count_nonzero(rows))])
+    return blocks_per_expert(counts, ladder(mean, least_tile_m, tile_m)[0], order)
+
+
 def _ordered(counts: Array, heights: Array, source: Array) -> Blocks:
     """Packed in the order of `source` `[turn, expert]`, then told by source again."""
     blocks = blocks_per_expert(np.take_along_axis(counts, source, axis=0), heights)

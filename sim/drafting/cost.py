@@ -1,17 +1,17 @@
 """How long a task holds its slot, in nanoseconds.
 
 A tile of a matrix product takes the longest of three: its padded operations over the slot's share of the tensor cores,
-the weights that it must bring from memory over the slot's share of that bandwidth, and all that it reads over its share
-of the L2's; and a fixed latency beside, for filling and draining its pipeline. Few tiles have more of the memory each,
-as far as one multiprocessor's part of the L2's bandwidth goes. Fewer slots than multiprocessors are that many of them,
-the others being somebody else's.
+the weights that it must bring from memory, and all that it reads over its share of the L2's bandwidth; and a fixed
+latency beside, for filling and draining its pipeline. Padding rows are multiplied, not read. Fewer slots than
+multiprocessors are that many of them, the others being somebody else's. What a tile moves in memory beside the
+operands of its products, as those of backwards do, comes on top of its weights.
 A processor that cannot load operands while it multiplies takes the sum of products and reading instead of the longest.
 
-A tile's share of the memory is fixed before it runs: the memory is shared by as many tiles as run at a time on average,
-which are `tiles` over the waves that they take. So a stage streams its weights in the time that the memory needs,
-whatever is left for its last wave, and one tile more costs one tile. The error: where stages overlap that are no
-multiple of a wave, the memory gives up to that much more at a time than it has; a schedule in one kernel counts the
-tiles of both products together, which leaves less than a wave in all of them.
+Tiles that stream (`streaming_tile`) share the memory as they run: the engine's memory is shared by tasks, and each
+gets what one multiprocessor can draw at most. Tiles whose products hide their weights even where all slots stream are
+left off it, and so is their traffic. The L2's share is fixed, by as many tiles as run at a time on average: tiles over
+the waves that they take. With `fixed_shares` the memory's is, too, where times must be known before the graph runs: the
+error is that where stages overlap, the memory gives up to a part of a wave more than it has.
 
 Weights come from memory once per wave: row blocks of one expert that run at the same time read them from the L2. If an
 expert's matrix fits into half of the L2, all its row blocks are one wave.
@@ -23,6 +23,7 @@ else here is the hardware's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,6 +32,8 @@ from ..engine.graph import Array
 from ..world.world import World
 
 MOST_NS = 2.0**40  # of a task: what is summed over a schedule, and multiplied by its slots, still fits 64 bits
+PORT_BYTES = 64  # that a multiprocessor draws from the L2 in a clock
+WEIGHTS_SHARE = 0.89  # of plain streaming: DeepGEMM's products on H800 reach 0.80 of the datasheet's bandwidth
 L2_SHARE = 0.5  # of the L2 that weights may keep, the rest is rows and results in flight
 
 
@@ -42,6 +45,7 @@ class Cost:
         rate: share of the tensor peak that a tile's products reach.
         tile_latency_ns: fixed part of a tile.
         cluster: multiprocessors side by side that read a row tile from the L2 once for all of them.
+        fixed_shares: of the memory, by `tile`; see above.
         async_loads: reading goes on beside the products; False on processors without a way to do so, such as CPUs.
     """
 
@@ -51,47 +55,115 @@ class Cost:
     tile_latency_ns: int
     cluster: int = 1
     async_loads: bool = True
+    fixed_shares: bool = False
 
     def tile(
         self,
         rows: ArrayLike,
         columns: float,
-        depth: float,
+        depth: float | Array,
         tiles: ArrayLike,
         reuse: ArrayLike = 1,
         read: float | None = None,
+        real: ArrayLike | None = None,
+        moved: ArrayLike = 0,
     ) -> Array:
-        """A tile of `[rows, depth] @ [depth, columns]`.
+        """A tile of `[rows, depth] @ [depth, columns]`, at a fixed share of the memory.
 
         Args:
             read: columns of weights that there are to read, if the tile has others for padding.
+            real: rows that are no padding; None: all.
             tiles: of this stage on the GPU, over the whole call.
             reuse: row blocks that share one reading of the tile's weights from memory.
+            moved: bytes that it reads and writes in memory beside its operands.
         """
-        precision, hardware = self.world.precision, self.world.hardware
-        active, per_sm = self._sharing(tiles)
-        rows = np.asarray(rows, np.float64)
-        tensor = 2 * rows * columns * depth / (hardware.tflops[precision.arithmetic] * 1e3 * self.rate)
-        weights = (columns if read is None else read) * depth * precision.weight_bytes
-        memory = weights / np.asarray(reuse) / (hardware.hbm_gbps * hardware.hbm_achieved)
-        cache = (weights + rows * depth * precision.token_bytes / self.cluster) / hardware.l2_gbps
-        reading = np.maximum(cache * per_sm, memory * active)
-        time = np.maximum(tensor * per_sm, reading) if self.async_loads else tensor * per_sm + reading
+        tensor, memory, cache = self._parts(rows, columns, depth, tiles, reuse, read, real, moved)
+        gbps = self.weights_gbps if self.async_loads else self.memory_gbps
+        reading = np.maximum(memory * self._active(tiles) / gbps, cache)
+        time = np.maximum(tensor, reading) if self.async_loads else tensor + reading
         return _whole(time) + self.tile_latency_ns
 
-    def reuse(self, row_blocks: ArrayLike, columns: int, depth: int, tile_columns: int) -> Array:
+    def node_of_tile(self, *args: Any, **named: Any) -> dict[str, Array]:
+        """The arguments of `tile`: how long it holds its slot and what it streams meanwhile, as fields of a node."""
+        if self.fixed_shares:
+            return {"duration_ns": self.tile(*args, **named), "streamed": np.zeros((), np.int64)}
+        duration_ns, streamed = self.streaming_tile(*args, **named)
+        return {"duration_ns": duration_ns, "streamed": streamed}
+
+    def streaming_tile(self, *args: Any, **named: Any) -> tuple[Array, Array]:
+        """The arguments of `tile`: how long it takes at least, and the bytes that it streams in that time or longer.
+
+        None, if its products hide them even where all slots stream: so most tiles of full batches ask no memory.
+        """
+        tensor, memory, cache = self._parts(*args, **named)
+        time, slots = np.maximum(tensor, cache), max(self.slots, self.world.hardware.sms)
+        hidden = memory * slots / self.weights_gbps <= time
+        return _whole(time) + self.tile_latency_ns, np.where(hidden, 0, np.ceil(memory)).astype(np.int64)
+
+    def _parts(
+        self,
+        rows: ArrayLike,
+        columns: float,
+        depth: float | Array,
+        tiles: ArrayLike,
+        reuse: ArrayLike = 1,
+        read: float | None = None,
+        real: ArrayLike | None = None,
+        moved: ArrayLike = 0,
+    ) -> tuple[Array, Array, Array]:
+        """A tile's time for products, its bytes from memory, and its time for reading the L2."""
+        precision, hardware = self.world.precision, self.world.hardware
+        rows = np.asarray(rows, np.float64)
+        real = rows if real is None else np.asarray(real, np.float64)
+        tensor = 2 * rows * columns * depth / (hardware.tflops[precision.mma_type] * 1e3 * self.rate)
+        weights = (columns if read is None else read) * depth * precision.weight_bytes
+        tokens = real * depth * precision.token_bytes / self.cluster
+        moved = np.asarray(moved)
+        memory = weights / np.asarray(reuse) + moved
+        cache = (weights + tokens + moved) * self._cache_pace(tiles)
+        return np.asarray(tensor * self._per_sm(tiles)), np.asarray(memory), np.asarray(cache)
+
+    def reuse(self, row_blocks: ArrayLike, columns: int, depth: ArrayLike, tile_columns: int) -> Array:
         """Row blocks that share one reading of a `[depth, columns]` matrix; `row_blocks` are those of its expert."""
         blocks = np.maximum(1, np.asarray(row_blocks))
-        matrix_bytes = columns * depth * self.world.precision.weight_bytes
-        if matrix_bytes <= self.world.hardware.l2_mb * 1e6 * L2_SHARE:
-            return np.asarray(blocks)
+        matrix_bytes = columns * np.asarray(depth) * self.world.precision.weight_bytes
         wave = max(1, self.slots // -(-columns // tile_columns))
-        return np.asarray(blocks / -(-blocks // wave))
+        in_cache = matrix_bytes <= self.world.hardware.l2_mb * 1e6 * L2_SHARE
+        return np.asarray(np.where(in_cache, blocks, blocks / -(-blocks // wave)))
 
-    def _sharing(self, tasks: ArrayLike) -> tuple[Array, Array]:
-        """How many of a stage's tasks share the memory, and how many the multiprocessors: a lone one has one."""
-        sms, number = self.world.hardware.sms, np.maximum(1, np.asarray(tasks, np.int64))
-        return number / -(-number // self.slots), np.clip(number, sms, max(sms, self.slots))
+    def _per_sm(self, tasks: ArrayLike) -> Array:
+        """How many of a stage's tasks share all multiprocessors: a lone one has one of them."""
+        sms = self.world.hardware.sms
+        return np.clip(np.asarray(tasks, np.int64), sms, max(sms, self.slots))
+
+    def _active(self, tasks: ArrayLike) -> Array:
+        """How many of a stage's tasks run at a time, on average over its waves."""
+        number = np.maximum(1, np.asarray(tasks, np.int64))
+        return np.asarray(number / -(-number // self.slots))
+
+    def _cache_pace(self, tasks: ArrayLike) -> Array:
+        """Nanoseconds in which one of a stage's tasks reads a byte of the L2."""
+        active, hardware = self._active(tasks), self.world.hardware
+        return np.maximum(active / hardware.l2_gbps, 1 / self.task_gbps)
+
+    @property
+    def memory_gbps(self) -> float:
+        """What the memory gives."""
+        return self.world.hardware.hbm_gbps * self.world.hardware.hbm_achieved
+
+    @property
+    def weights_gbps(self) -> float:
+        """What the memory gives to the weights of products."""
+        return self.memory_gbps * WEIGHTS_SHARE
+
+    @property
+    def task_gbps(self) -> float:
+        """The most that one slot draws from the L2, or through it from the memory."""
+        hardware = self.world.hardware
+        port = hardware.l2_gbps / hardware.sms
+        if hardware.clock_ghz is not None:
+            port = max(port, PORT_BYTES * hardware.clock_ghz)
+        return port * min(1.0, hardware.sms / self.slots)
 
     def stream(self, nbytes: ArrayLike, tasks: ArrayLike | None = None) -> Array:
         """Moving bytes within the GPU, read and written: each byte crosses the memory twice.
@@ -99,10 +171,9 @@ class Cost:
         Args:
             tasks: of this stage on the GPU, over the whole call; None: enough for all slots.
         """
-        hardware = self.world.hardware
-        active, per_sm = self._sharing(self.slots if tasks is None else tasks)
-        per_slot = np.minimum(hardware.hbm_gbps * hardware.hbm_achieved / active, hardware.l2_gbps / per_sm)
-        return _whole(2 * np.asarray(nbytes, np.float64) / per_slot)
+        tasks = self.slots if tasks is None else tasks
+        pace = np.maximum(self._active(tasks) / self.memory_gbps, self._cache_pace(tasks))
+        return _whole(2 * np.asarray(nbytes, np.float64) * pace)
 
     def store(self, nbytes: ArrayLike, local: ArrayLike) -> Array:
         """Storing bytes to a peer from one slot, or moving them within the rank where `local`."""

@@ -22,10 +22,12 @@ from .blocks import Blocks
 from .cost import Cost
 from .knobs import PolicyKnobs
 from .machine import add_machine
+from .passes import Pass, forward_pass
 from .rates import fitted_rate
 
 SPLIT_DEPTH = 128  # of a router's product that is split, at least; assumption
 COUNT_BYTES = 8  # of one expert's count on its way
+TUNED_WIDTHS = range(16, 257, 8)  # that DeepGEMM tries, of tiles
 
 
 class Draft:
@@ -39,14 +41,12 @@ class Draft:
         sm_slots: int,
         *,
         cuda_graph: bool = False,
-        one_kernel: bool = False,
         **cost: Any,
     ) -> None:
         """The usual parts of a world's machine.
 
         Args:
             cuda_graph: kernels are nodes of one.
-            one_kernel: both products are in it, so that tiles of one expert's second run beside another's first.
             cost: fields of `Cost` beside the usual ones, or in their place.
         """
         self.world = world
@@ -55,9 +55,10 @@ class Draft:
         rate = fitted_rate(policy, world.hardware.chip) if knobs.rate is None else knobs.rate
         fields = {"rate": rate, "tile_latency_ns": knobs.tile_latency_ns} | cost
         self.cost = Cost(world=world, slots=sm_slots, **fields)
+        self.now = forward_pass(world)
+        self.builder.set_memory(self.cost.weights_gbps, self.cost.task_gbps)
         self.token_block = knobs.token_block
         self.cuda_graph = cuda_graph
-        self.one_kernel = one_kernel and world.experts_per_rank > 1
         self.launched: list[Array] = []  # [num_ranks] each, what the hosts do, in order; parts share it
         self.ranks = np.arange(world.num_ranks)
         owner = world.routing.owner
@@ -87,6 +88,12 @@ class Draft:
             routing=replace(world.routing, topk_idx=topk_idx),
         )
         draft.cost = replace(self.cost, world=draft.world)
+        return draft
+
+    def turned(self, to: Pass) -> Draft:
+        """A draft of the same graph, on the same resources, whose products are those of another pass."""
+        draft = copy(self)
+        draft.now = to
         return draft
 
     def on(self, sm: Array, slots: int) -> Draft:
@@ -253,7 +260,7 @@ class Draft:
         """`[packets]`: slots store the rows of the packets (source, expert) to their owners and signal each task."""
         source, expert = packets
         owner = self.world.routing.owner[expert]
-        rows = self.world.routing.counts[source, expert]
+        rows = self.world.routing.counts[source, expert] * self.now.copies
         tasks = np.maximum(1, -(-rows // rows_per_task))
         nbytes = rows / tasks * self.world.config.hidden * self.world.precision.token_bytes
         local = self.local[expert]
@@ -261,25 +268,52 @@ class Draft:
         return self.after(after[source], nodes)
 
     def product_shape(self, kind: int) -> tuple[int, int]:
-        """Columns and depth of the first product, GEMM0, or the second, GEMM1."""
-        config = self.world.config
-        return (self.world.up_columns, config.hidden) if kind == GEMM0 else (config.hidden, config.ffn)
+        """Columns and depth of a product of this pass: GEMM0 or GEMM1, or of the shared expert, SHARED0 or SHARED1."""
+        return self.now.shapes[kind]
 
     def column_tiles(self, kind: int, tile_n: int) -> int:
         """Tiles of a row block."""
         return -(-self.product_shape(kind)[0] // tile_n)
 
-    def tile_ns(self, kind: int, expert: Array, height: Array, blocks: Blocks, tile_n: int) -> Array:
-        """How long a tile of this expert and height takes where `blocks` are all that there are; both are broadcast."""
+    def tuned_width(self, kind: int, blocks: Blocks, tile_m: int, tile_n: int, slots: int | None = None) -> int:
+        """The columns of a product's tiles: `tile_n`, or where tiles are lower than `tile_m` those that fill the waves.
+
+        Fewest waves on the busiest GPU, then the fullest last one, then the widest: DeepGEMM's rule, and that of others
+        (get_best_configs there; TensorRT-LLM's heuristic for CUTLASS goes by waves, too).
+
+        Args:
+            slots: of the server that runs them, by default all.
+        """
+        if blocks.height.size == 0 or blocks.height.max() >= tile_m:
+            return tile_n
+        owner = self.world.routing.owner
+        most = int(np.bincount(owner[blocks.expert]).max())
+        slots = slots or self.cost.slots
+
+        def rank(width: int) -> tuple[int, int, int]:
+            tiles = most * self.column_tiles(kind, width)
+            return -(-tiles // slots), -((tiles - 1) % slots), -width
+
+        return min(TUNED_WIDTHS, key=rank)
+
+    def tile_ns(self, kind: int, expert: Array, height: Array, rows: Array, blocks: Blocks, tile_n: int) -> Array:
+        """How long a tile of this expert, height and real rows takes where `blocks` are all that there are, at a fixed
+        share of the memory; all are broadcast.
+        """
+        return self.cost.tile(*self._tile(kind, expert, height, rows, blocks, tile_n))
+
+    def _tile(
+        self, kind: int, expert: Array, height: Array, rows: Array, blocks: Blocks, tile_n: int
+    ) -> tuple[Any, ...]:
+        """What `Cost` asks of it."""
         columns, depth = self.product_shape(kind)
         owner = self.world.routing.owner
         row_blocks = np.bincount(blocks.expert, minlength=len(owner))
-        together = (GEMM0, GEMM1) if self.one_kernel else (kind,)
-        of_row_block = sum(self.column_tiles(product, tile_n) for product in together)
-        on_gpu = np.bincount(owner[blocks.expert], minlength=self.world.num_ranks) * of_row_block
+        tiles = self.column_tiles(kind, tile_n)
+        on_gpu = np.bincount(owner[blocks.expert], minlength=self.world.num_ranks) * tiles
         reuse = self.cost.reuse(row_blocks[expert], columns, depth, min(tile_n, columns))
-        read = columns / self.column_tiles(kind, tile_n)
-        return self.cost.tile(height, min(tile_n, columns), depth, on_gpu[owner[expert]], reuse, read)
+        moved = rows * (self.now.moved.get(kind, 0.0) / tiles)
+        return height, min(tile_n, columns), depth, on_gpu[owner[expert]], reuse, columns / tiles, rows, moved
 
     def gemm(self, kind: int, blocks: Blocks, tile_n: int, source: Array | None = None, **fields: ArrayLike) -> Array:
         """`[num_blocks]`: the first or second product of each row block; who waits for what is the caller's to say.
@@ -294,6 +328,7 @@ class Draft:
         columns, depth = self.product_shape(kind)
         tiles = self.column_tiles(kind, tile_n)
         flops = 2 * columns / tiles * depth
+        tile = self._tile(kind, blocks.expert, blocks.height, blocks.rows, blocks, tile_n)
         usual: dict[str, ArrayLike] = {"peer": blocks.sources(owner), "count": tiles}
         if source is not None:
             nbytes = blocks.rows * columns / tiles * self.world.precision.result_bytes
@@ -304,24 +339,26 @@ class Draft:
             expert=self.local[blocks.expert],
             m=blocks.m,
             server=self.machine.sm[owner],
-            duration_ns=self.tile_ns(kind, blocks.expert, blocks.height, blocks, tile_n),
+            **self.cost.node_of_tile(*tile),
             flops=flops * blocks.height,
             useful_flops=flops * blocks.rows,
             **(usual | fields),
         )
 
-    def ffn(self, after: ArrayLike, blocks: Blocks, tile_n: int) -> tuple[Array, Array]:
+    def ffn(self, after: ArrayLike, blocks: Blocks, tile_n: int, tile_m: int | None = None) -> tuple[Array, Array]:
         """Three kernels, one after the other: the products, and the activation between them.
+
+        Where `tile_m` is given and blocks are lower, the widths of tiles are tuned as well.
 
         Returns the second product's nodes `[num_blocks]`, and `[num_ranks]`: all three are complete.
         """
         owner = self.world.routing.owner[blocks.expert]
-        hidden = self.kernel(self.begin(after), self.gemm(GEMM0, blocks, tile_n), owner)
+        first, second = (self.tuned_width(kind, blocks, tile_m or 0, tile_n) for kind in (GEMM0, GEMM1))
+        hidden = self.kernel(self.begin(after), self.gemm(GEMM0, blocks, first), owner)
         rows = np.bincount(owner, blocks.rows, self.world.num_ranks)
-        columns = self.world.up_columns * self.world.precision.result_bytes
-        nbytes = rows * (columns + self.world.config.ffn * self.world.precision.hidden_bytes) / 2
+        nbytes = rows * self.world.config.ffn * self.now.activation / 2
         active = self.stream(self.begin(hidden), nbytes, ELEMENTWISE)
-        results = self.gemm(GEMM1, blocks, tile_n)
+        results = self.gemm(GEMM1, blocks, second)
         return results, self.kernel(self.begin(active), results, owner)
 
     def send_pieces(self, blocks: Blocks, after: Array, columns: ArrayLike | None = None) -> Array:
@@ -335,10 +372,13 @@ class Draft:
         sends = self.send(SEND, owner, blocks.piece_source, nbytes, m=blocks.m[blocks.piece_block])
         return self.after(after[..., blocks.piece_block], sends)
 
-    def combine(self, blocks: Blocks, results: Array, gated: Array) -> Array:
+    def combine(
+        self, blocks: Blocks, results: Array, gated: Array, beside_ns: ArrayLike = 0, **fields: ArrayLike
+    ) -> Array:
         """`[num_ranks, num_token_blocks]`: a block of tokens is summed when `results` `[num_pieces]` has its rows.
 
-        Zero-computation experts that add the token are rows that are here, as that of the shared expert is.
+        Zero-computation experts that add the token are rows that are here, as that of the shared expert is. A task does
+        something else for `beside_ns`, of which `fields` say more.
         """
         routing, block = self.world.routing, self.token_block
         number = -(-routing.num_tokens // block)
@@ -350,7 +390,8 @@ class Draft:
             self.ranks[:, None],
             m=np.arange(number),
             server=self.machine.sm[:, None],
-            duration_ns=self.cost.combine(tokens, rows, number),
+            duration_ns=self.cost.combine(tokens, rows, number) + beside_ns,
+            **fields,
         )
         found, pieces = blocks.combine_pieces(routing, block)
         self.builder.edge(results[pieces], nodes[found.rank, found.block])

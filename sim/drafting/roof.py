@@ -3,6 +3,8 @@
 The longest of three, each on its busiest rank: the weights of the experts that have rows, once over the memory's
 bandwidth; the products of the real rows, over the tensor peak; and the rows over the links, each token once to each
 rank that it goes to and a result once from each.
+A backward moves as many rows, multiplies twice as much, and writes gradients of weights, in their format at least; it
+follows its forward.
 Leaves out: latencies, activations in memory, and that a relay sends a token once to a node.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..world.world import World
+from ..world.world import FORWARDS, World
 from .hops import token_copies
 
 
@@ -18,11 +20,13 @@ def roof_ns(world: World) -> dict[str, float]:
     """Nanoseconds by "weights", "products" and "links"."""
     hardware, precision, config = world.hardware, world.precision, world.config
     matrices = config.hidden * (world.up_columns + config.ffn)
-    weights = world.active_experts.max(initial=0) * matrices * precision.weight_bytes
+    times = FORWARDS[world.passes]
+    weights = times * world.active_experts.max(initial=0) * matrices * precision.weight_bytes
+    operations = 2 * times * world.rows.max(initial=0) * matrices
     return {
         "weights": float(weights / (hardware.hbm_gbps * hardware.hbm_achieved)),
-        "products": float(2 * world.rows.max(initial=0) * matrices / (hardware.tflops[precision.arithmetic] * 1e3)),
-        "links": _links_ns(world),
+        "products": float(operations / (hardware.tflops[precision.mma_type] * 1e3)),
+        "links": len(world.directions) * _links_ns(world),
     }
 
 

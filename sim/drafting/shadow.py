@@ -41,7 +41,7 @@ def predicted_ns(world: World, shadows: Array, rate: float) -> float:
     np.fill_diagonal(sent, 0)
     busiest_link = max(sent.sum(axis=0).max(), sent.sum(axis=1).max())
     matrix = config.hidden * (world.up_columns + config.ffn)
-    products = rows.max() * 2 * matrix / (hardware.tflops[precision.arithmetic] * 1e3 * rate)
+    products = rows.max() * 2 * matrix / (hardware.tflops[precision.mma_type] * 1e3 * rate)
     moved = busiest_link * config.hidden * (precision.token_bytes + precision.result_bytes)
     moved += len(shadows) * matrix * precision.weight_bytes
     return float(products + moved / link_gbps(world))

@@ -35,63 +35,61 @@ def shared_kernels(
         begin: what begins a kernel after another, by default `draft.begin`.
         priority: of the products' tiles.
     """
-    config, tokens, precision = draft.world.config, draft.world.routing.num_tokens, draft.world.precision
+    config, tokens = draft.world.config, draft.world.routing.num_tokens
     if not config.shared_ffn:
         return after
     begun = begin or draft.begin
     tile = min(tile[0], tokens), tile[1]
     row_tiles = -(-tokens // tile[0])
-    up = config.shared_ffn * config.expert_kind.num_ups
 
-    def product(kind: int, columns: int, depth: int, before: Array | None) -> Array:
-        count = np.full(row_tiles, -(-columns // tile[1]))
-        nodes = _product(draft, kind, (columns, depth), count, tile, priority=priority)
+    def product(kind: int, before: Array | None) -> Array:
+        count = np.full(row_tiles, draft.column_tiles(kind, tile[1]))
+        nodes = _product(draft, kind, count, tile, priority=priority)
         return draft.kernel(begun(before), nodes.ravel(), np.repeat(draft.ranks, row_tiles))
 
-    hidden = product(SHARED0, up, config.hidden, after)
-    nbytes = tokens * (up * precision.result_bytes + config.shared_ffn * precision.hidden_bytes) / 2
+    hidden = product(SHARED0, after)
+    nbytes = tokens * config.shared_ffn * draft.now.activation / 2
     active = draft.stream(begun(hidden), np.full(draft.world.num_ranks, nbytes), ELEMENTWISE)
-    return product(SHARED1, config.hidden, config.shared_ffn, active)
+    return product(SHARED1, active)
 
 
-def shared_tiles(draft: Draft, launched: Array, gated: Array, combined: Array, tile: tuple[int, int]) -> None:
-    """Adds the tiles of all ranks to a persistent kernel.
+def shared_tiles(draft: Draft, launched: Array, gated: Array, combined: Array, tile: tuple[int, int]) -> list[Array]:
+    """Adds the tiles of all ranks to a persistent kernel; returns those of the first product, `[num_ranks, some]` each.
 
     Args:
         launched, gated: `[num_ranks]`, what the tiles that are queued first and the others wait for.
         combined: `[num_ranks, num_token_blocks]`, the COMBINEs, which wait for the rows of their tokens.
         tile: rows and columns.
     """
-    config, tokens = draft.world.config, draft.world.routing.num_tokens
+    tokens = draft.world.routing.num_tokens
     tile_m, tile_n = tile
     first = np.arange(0, tokens, tile_m)  # of each row tile
-    up = -(-config.shared_ffn * config.expert_kind.num_ups // tile_n)
+    up = draft.column_tiles(SHARED0, tile_n)
     early = min(len(first) * up, max(draft.cost.slots - -(-tokens // draft.token_block), 0))
     at_once = early // len(first) + (np.arange(len(first)) < early % len(first))  # column tiles of each row tile
-    columns, down_shape = config.shared_ffn * config.expert_kind.num_ups, (config.hidden, config.shared_ffn)
-    down = _product(draft, SHARED1, down_shape, np.full(len(first), -(-config.hidden // tile_n)), tile)
+    down = _product(draft, SHARED1, np.full(len(first), draft.column_tiles(SHARED1, tile_n)), tile)
+    hidden = []
     for count, before in ((at_once, launched), (up - at_once, gated)):
         some = np.flatnonzero(count)
-        hidden = _product(draft, SHARED0, (columns, config.hidden), count, tile, some)
-        draft.after(before[:, None], hidden)
-        draft.builder.edge(hidden, down[:, some])
+        hidden.append(draft.after(before[:, None], _product(draft, SHARED0, count, tile, some)))
+        draft.builder.edge(hidden[-1], down[:, some])
     for block in range(combined.shape[1]):
         last = min((block + 1) * draft.token_block, tokens) - 1
         needed = slice(block * draft.token_block // tile_m, last // tile_m + 1)
         draft.builder.edge(down[:, needed], combined[:, block, None])
+    return hidden
 
 
 def _product(
     draft: Draft,
     kind: int,
-    shape: tuple[int, int],
     count: Array,
     tile: tuple[int, int],
     some: Array | None = None,
     priority: int = 0,
 ) -> Array:
-    """`[num_ranks, row tiles]`: so many column tiles of each row tile, or of some, of a product of this shape."""
-    tokens, (columns, depth) = draft.world.routing.num_tokens, shape
+    """`[num_ranks, row tiles]`: so many column tiles of each row tile, or of some, of a product."""
+    tokens, (columns, depth) = draft.world.routing.num_tokens, draft.product_shape(kind)
     tile_m, tile_n = tile[0], min(tile[1], columns)
     m = np.arange(len(count)) if some is None else some
     of_all = len(count) * -(-columns // tile_n)

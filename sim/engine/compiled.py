@@ -45,6 +45,7 @@ def run(graph: TaskGraph, *, tie_seed: int | None = None, keep_runs: bool = True
     state.counters[loop.SEED] = NONE if tie_seed is None else tie_seed
     state.counters[loop.KEEP_RUNS] = keep_runs
     state.counters[loop.FREE_RUN] = NONE
+    state.counters[loop.FIRST_MEMORY] = len(graph.links)
     with watched(graph.num_tasks, state.nodes["undone"]):
         loop.start(state)
         while loop.loop(state, margin) == loop.FULL:
@@ -67,7 +68,7 @@ def _state(graph: TaskGraph, room: int) -> State:
         succ=graph.succ,
         servers=_servers(graph),
         links=_links(graph),
-        expected=_expected(len(graph.links)),
+        expected=_expected(len(graph.links) + graph.num_memories),
         counters=np.zeros(loop.NUM_COUNTERS, np.int64),
         runs=np.empty(room, loop.RUN),
         marks=np.empty(2 * room, loop.MARK),
@@ -94,9 +95,12 @@ def _servers(graph: TaskGraph) -> Array:
 
 
 def _links(graph: TaskGraph) -> Array:
-    links = np.zeros(len(graph.links), loop.LINK)
-    for name in ("rank", "gbps", "flow_gbps"):
-        links[name] = [getattr(link, name) for link in graph.links]
+    ways = [(link.rank, link.gbps, link.flow_gbps) for link in graph.links]
+    if graph.memory is not None:
+        ways += [(rank, *graph.memory) for rank in range(graph.num_memories)]
+    links = np.zeros(len(ways), loop.LINK)
+    for name, values in zip(("rank", "gbps", "flow_gbps"), zip(*ways, strict=True), strict=False):
+        links[name] = values
     links["root"] = EMPTY
     links["place"] = np.arange(len(links))
     return links
@@ -113,7 +117,8 @@ def _timeline(state: State) -> Timeline:
     runs = state.runs[: state.counters[loop.NUM_RUNS] * state.counters[loop.KEEP_RUNS]]
     node_arrays = {name: state.nodes[name].copy() for name in (*loop.TIMES, "cause")}
     run_arrays = {name: runs[name.removeprefix("run_")].copy() for name in RUN_ARRAYS}
-    link_arrays = {f"link_{name}": state.links[name].copy() for name in ("nbytes", "busy_ns", "peak")}
+    links = state.links[: state.counters[loop.FIRST_MEMORY]]
+    link_arrays = {f"link_{name}": links[name].copy() for name in ("nbytes", "busy_ns", "peak")}
     link_arrays["link_bytes"] = link_arrays.pop("link_nbytes")
     return Timeline(
         **node_arrays,

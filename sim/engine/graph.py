@@ -3,12 +3,13 @@
 A node is `count` equal tasks (say, the column tiles of one row block): they become ready together, when every
 predecessor is complete, and each takes one slot of the node's server for `duration_ns`. A task that is done puts
 `nbytes` on its path, if it has one: up to two links, that of the sender and that of the receiver. A task whose bytes
-have arrived is complete `latency_ns` later, and a node when all its tasks are.
+have arrived is complete `latency_ns` later, and a node when all its tasks are. A task that streams bytes of its rank's
+memory holds its slot until these are through, too.
 
 Grouping equal tasks is what makes 100 million of them fit: arrays are as long as the nodes, and tasks that start
 together are one event. A node of one task each describes any graph there is.
 
-Leaves out: tasks that hold two servers at once, and durations that depend on what else runs (bandwidth of links aside).
+Leaves out: tasks that hold two servers at once, and durations that depend on what else runs (bandwidth aside).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ FIELDS: dict[str, tuple[Any, Any]] = {  # of a node: dtype and default
     "server": (np.int32, NONE),
     "priority": (np.int32, 0),
     "duration_ns": (np.int64, 0),
+    "streamed": (np.int64, 0),
     "nbytes": (np.int64, 0),
     "egress": (np.int32, NONE),
     "ingress": (np.int32, NONE),
@@ -71,6 +73,16 @@ class Link(NamedTuple):
     num_ranks: int = 1
 
 
+class Memory(NamedTuple):
+    """`gbps` GB/s of each rank's memory, shared evenly by tasks that stream, each of which gets at most `task_gbps`.
+
+    Not by runs of tasks, as a link: of a row block's tiles each has as much as a tile that is alone.
+    """
+
+    gbps: float
+    task_gbps: float
+
+
 @dataclass(frozen=True, eq=False)
 class TaskGraph:
     """Nodes, resources and dependencies; made by a `GraphBuilder`.
@@ -79,9 +91,10 @@ class TaskGraph:
         servers, links: the resources; nodes name them by index, `NONE` for none.
         nodes: arrays `[num_nodes]` by name, see `FIELDS`. `kind`, `peer`, `expert` and `m` are those of
             `reference.Task`, whose `n` is the task's index within its node. `priority`: lower goes first.
-            `nbytes`, `flops` (of padded tiles) and `useful_flops` (of real rows) are per task.
+            `streamed`, `nbytes`, `flops` (of padded tiles) and `useful_flops` (of real rows) are per task.
         succ_start, succ: the successors of node i are `succ[succ_start[i]:succ_start[i + 1]]`.
         num_preds: `[num_nodes]`.
+        memory: of each rank; None: nothing is streamed.
     """
 
     servers: tuple[Server, ...]
@@ -90,6 +103,13 @@ class TaskGraph:
     succ_start: Array
     succ: Array
     num_preds: Array
+    memory: Memory | None = None
+
+    @property
+    def num_memories(self) -> int:
+        """Ranks whose memory the engines keep: none, if nothing is streamed."""
+        streams = self.nodes["streamed"] > 0
+        return int(self.nodes["rank"][streams].max(initial=NONE)) + 1
 
     @property
     def num_nodes(self) -> int:
@@ -119,6 +139,7 @@ class GraphBuilder:
     def __init__(self) -> None:
         self.servers: list[Server] = []
         self.links: list[Link] = []
+        self.memory: Memory | None = None
         self._parts: list[dict[str, Array]] = []
         self._edges: list[tuple[Array, Array]] = []
         self._num_nodes = 0
@@ -137,6 +158,12 @@ class GraphBuilder:
             raise ValueError(f"gbps and flow_gbps of link {name} of rank {rank} must be positive, got {gbps} and {cap}")
         self.links.append(Link(name, rank, float(gbps), float(min(cap, gbps)), num_ranks))
         return len(self.links) - 1
+
+    def set_memory(self, gbps: float, task_gbps: float) -> None:
+        """Give each rank a memory of `gbps` GB/s, of which one task gets at most `task_gbps`."""
+        if not (0 < gbps < float("inf") and task_gbps > 0):
+            raise ValueError(f"gbps and task_gbps of the memory must be positive, got {gbps} and {task_gbps}")
+        self.memory = Memory(float(gbps), float(min(gbps, task_gbps)))
 
     def add(self, kind: int, rank: ArrayLike, **values: ArrayLike) -> Array:
         """Nodes of one kind: arguments are fields of a node, arrays of one shape or scalars. Returns their indices.
@@ -175,11 +202,11 @@ class GraphBuilder:
         }
         pred = np.concatenate([edge[0] for edge in self._edges] or [np.empty(0, np.int32)])
         succ = np.concatenate([edge[1] for edge in self._edges] or [np.empty(0, np.int32)])
-        _check(nodes, pred, succ, self.servers, self.links)
+        _check(nodes, pred, succ, self.servers, self.links, self.memory)
         order = np.argsort(pred, kind="stable")
         start = np.concatenate([[0], np.cumsum(np.bincount(pred, minlength=self._num_nodes))]).astype(np.int64)
         num_preds = np.bincount(succ, minlength=self._num_nodes).astype(np.int32)
-        return TaskGraph(tuple(self.servers), tuple(self.links), nodes, start, succ[order], num_preds)
+        return TaskGraph(tuple(self.servers), tuple(self.links), nodes, start, succ[order], num_preds, self.memory)
 
 
 def _cast(name: str, value: Any, dtype: Any) -> Array:
@@ -191,7 +218,14 @@ def _cast(name: str, value: Any, dtype: Any) -> Array:
     return made
 
 
-def _check(nodes: dict[str, Array], pred: Array, succ: Array, servers: Sequence[Server], links: Sequence[Link]) -> None:
+def _check(
+    nodes: dict[str, Array],
+    pred: Array,
+    succ: Array,
+    servers: Sequence[Server],
+    links: Sequence[Link],
+    memory: Memory | None,
+) -> None:
     num_nodes = len(nodes["kind"])
     bounds = {
         "kind": (0, len(KIND_NAMES)),
@@ -200,6 +234,7 @@ def _check(nodes: dict[str, Array], pred: Array, succ: Array, servers: Sequence[
         "server": (NONE, len(servers)),
         "priority": (-(2**20), 2**20),
         "duration_ns": (0, 2**62),
+        "streamed": (0, MOST_BYTES),
         "nbytes": (0, MOST_BYTES),
         "egress": (NONE, len(links)),
         "ingress": (NONE, len(links)),
@@ -210,14 +245,17 @@ def _check(nodes: dict[str, Array], pred: Array, succ: Array, servers: Sequence[
     for name, ends in (("before", pred), ("after", succ)):
         _check_range(f"edge {name}", ends, 0, num_nodes)
     _check_paths(nodes)
-    _check_total(nodes, links)
+    if memory is None and nodes["streamed"].any():
+        raise ValueError(f"streamed must be 0 without a memory, got {nodes['streamed'].max()}")
+    _check_total(nodes, links, memory or Memory(1.0, 1.0))
 
 
-def _check_total(nodes: dict[str, Array], links: Sequence[Link]) -> None:
+def _check_total(nodes: dict[str, Array], links: Sequence[Link], memory: Memory) -> None:
     """No schedule is longer than all tasks one after the other: if that fits the engines' clock, all times do."""
     pace = np.array([*(1 / link.flow_gbps for link in links), 0.0])  # the last is NONE
     each = nodes["duration_ns"] + nodes["latency_ns"].astype(np.float64)
     each += nodes["nbytes"] * (pace[nodes["egress"]] + pace[nodes["ingress"]])
+    each += nodes["streamed"] / memory.task_gbps
     total = float((nodes["count"] * each).sum())
     if not total < MOST_NS:
         raise ValueError(f"all tasks one after the other must take less than {MOST_NS} ns, got {total:.3g}")

@@ -16,11 +16,12 @@ from .heaps import EMPTY, compiled, entry, event_pop, event_push, heap_dtype, po
 from .plain import RANK_MASK
 
 SEQUENCE_BITS = 40
-NUM_RUNS, NUM_STARTED, FREE_RUN, KEEP_RUNS, NUM_WAITING, SEQUENCE, TURN, NUM_EVENTS, SEED, NUM_COUNTERS = range(10)
+NUM_RUNS, NUM_STARTED, FREE_RUN, KEEP_RUNS, NUM_WAITING, SEQUENCE, TURN, NUM_EVENTS, SEED = range(9)
+FIRST_MEMORY, NUM_COUNTERS = 9, 10  # of the links, those from there on are the ranks' memories
 DONE, FULL = range(2)
 FOREVER = np.iinfo(np.int64).max
 
-GIVEN = ("rank", "server", "priority", "egress", "ingress", "count", "duration_ns", "nbytes", "latency_ns")
+GIVEN = ("rank", "server", "priority", "egress", "ingress", "count", "duration_ns", "streamed", "nbytes", "latency_ns")
 TIMES = ("ready_ns", "start_ns", "done_ns")
 HEAP = heap_dtype(np.int64)  # a node is an item of its server's queue
 NODE = np.dtype(
@@ -203,7 +204,11 @@ def _begin(s: State, node: int, count: int, time: int) -> None:
     s.runs[run].count = count
     s.runs[run].start_ns = time
     s.runs[run].end_ns = end
-    _schedule(s, run, 0, end)
+    streamed = s.nodes[node].streamed
+    if streamed:
+        _put(s, s.counters[FIRST_MEMORY] + s.nodes[node].rank, 2 * run, streamed, s.runs[run].turn, time)
+    else:
+        _schedule(s, run, 0, end)
 
 
 @compiled
@@ -257,11 +262,16 @@ def _send(s: State, run: int, time: int) -> None:
 
 
 @compiled
+def _tasks_on(s: State, link: int, item: int) -> Any:
+    return np.int64(1) if link < s.counters[FIRST_MEMORY] else np.int64(s.runs[item >> 1].count)
+
+
+@compiled
 def _put(s: State, link: int, item: int, nbytes: int, turn: int, time: int) -> None:
     _advance(s, link, time)
     s.links[link].nbytes += nbytes
     s.links[link].root = push(s.marks, s.links[link].root, item, s.links[link].served + nbytes, turn)
-    s.links[link].active += 1
+    s.links[link].active += _tasks_on(s, link, item)
     s.links[link].peak = max(s.links[link].peak, s.links[link].active)
     _expect(s, link, time)
 
@@ -291,11 +301,11 @@ def _through(s: State, link: int, time: int) -> None:
     _advance(s, link, time)
     last = first = s.links[link].root  # those that are through, a list linked by `child`
     s.links[link].root = pop(s.marks, first)
-    s.links[link].active -= 1
+    s.links[link].active -= _tasks_on(s, link, first)
     while s.links[link].root != EMPTY and s.marks[s.links[link].root].key <= s.links[link].served:
         item = s.links[link].root
         s.links[link].root = pop(s.marks, item)
-        s.links[link].active -= 1
+        s.links[link].active -= _tasks_on(s, link, item)
         s.marks[last].child = item
         last = item
     s.marks[last].child = EMPTY
@@ -306,10 +316,19 @@ def _through(s: State, link: int, time: int) -> None:
         _move(s, link, FOREVER, link)
     while first != EMPTY:
         run = first >> 1
-        s.runs[run].paths_left -= 1
-        if s.runs[run].paths_left == 0:
-            _schedule(s, run, 1, time + s.nodes[s.runs[run].node].latency_ns)
+        if link < s.counters[FIRST_MEMORY]:
+            _sent(s, run, time)
+        else:
+            s.runs[run].end_ns = max(s.runs[run].end_ns, time)
+            _schedule(s, run, 0, s.runs[run].end_ns)
         first = s.marks[first].child
+
+
+@compiled
+def _sent(s: State, run: int, time: int) -> None:
+    s.runs[run].paths_left -= 1
+    if s.runs[run].paths_left == 0:
+        _schedule(s, run, 1, time + s.nodes[s.runs[run].node].latency_ns)
 
 
 @compiled

@@ -4,11 +4,13 @@ Events are processed in the order (time, rank, sequence): of two at the same nan
 and of one rank's the one that was scheduled first. With a `tie_seed`, events of the same time come in a random order
 instead, which no count and no invariant may depend on.
 
-- END of a run of tasks: its slots are free again, its bytes go on their path, and the server starts what waits.
-- LINK: a transfer of a link is through. All transfers of a link progress alike, at `min(flow_gbps, gbps / number)`
-  bytes per ns, so the link keeps one number, the bytes that each of them had since it was last idle, and each transfer
-  ends when that number passes its own mark. A transfer over two links goes over both at once, at each one's pace, and
-  has arrived when both are through: no link carries more than it can, and none waits for the other's.
+- END of a run of tasks: its slots are free again, its bytes go on their path, and the server starts what waits. It
+  comes after the tasks' duration; of tasks that stream not before their bytes are through the memory of their rank.
+- LINK: a transfer of a link or memory is through. All transfers of a link progress alike, at `min(flow_gbps, gbps /
+  number)` bytes per ns, so the link keeps one number, the bytes that each of them had since it was last idle, and each
+  transfer ends when that number passes its own mark. A transfer over two links goes over both at once, at each one's
+  pace, and has arrived when both are through: no link carries more than it can, and none waits for the other's. A
+  memory is the same, but shared by tasks: a run of five counts five times.
 - ARRIVE: tasks are complete; those of a node complete, its successors may become ready.
 
 `compiled.py` means the same, compiled, event for event; a property test compares them.
@@ -86,11 +88,16 @@ def check_tie_seed(tie_seed: int | None) -> int | None:
 
 
 class _Link:
-    """The transfers under way on one link: `served` is the bytes that each has had since the link was last idle."""
+    """The transfers under way on one link: `served` is the bytes that each has had since the link was last idle.
 
-    def __init__(self, gbps: float, flow_gbps: float) -> None:
+    Of a memory those of tasks, of which a transfer has several.
+    """
+
+    def __init__(self, rank: int, gbps: float, flow_gbps: float) -> None:
+        self.rank = rank
         self.gbps = gbps
         self.flow_gbps = flow_gbps
+        self.active = 0
         self.served = 0.0
         self.since = 0  # the time at which `served` was true
         self.marks: list[tuple[float, int]] = []  # heap of (served at which it is through, run)
@@ -100,7 +107,7 @@ class _Link:
         self.peak = 0
 
     def share(self) -> float:
-        return min(self.flow_gbps, self.gbps / len(self.marks))
+        return min(self.flow_gbps, self.gbps / self.active)
 
     def advance(self, time: int) -> None:
         if self.marks:
@@ -129,7 +136,11 @@ class _Engine:
         self.free = [server.slots for server in graph.servers]
         self.queues: list[list[tuple[int, int, int]]] = [[] for _ in graph.servers]  # heaps of (priority, turn, node)
         self.queue_peak = [0] * len(graph.servers)
-        self.links = [_Link(link.gbps, link.flow_gbps) for link in graph.links]
+        self.streamed: list[int] = nodes["streamed"].tolist()
+        self.links = [_Link(link.rank, link.gbps, link.flow_gbps) for link in graph.links]
+        self.num_links = len(self.links)
+        if graph.memory is not None:
+            self.links += [_Link(rank, *graph.memory) for rank in range(graph.num_memories)]
         self.turn = 0
         self.events: list[tuple[int, int, int, int, int]] = []  # heap of (time, rank, sequence, what, run or link)
         self.sequence = 0
@@ -204,7 +215,10 @@ class _Engine:
         self.runs.append((node, count, time, end))
         self.paths_left.append(0)
         self.run_arrive_ns.append(0)
-        self.schedule(end, self.rank[node], END, len(self.runs) - 1)
+        if self.streamed[node]:
+            self.put(self.num_links + self.rank[node], len(self.runs) - 1, self.streamed[node], time)
+        else:
+            self.schedule(end, self.rank[node], END, len(self.runs) - 1)
 
     def end(self, run: int, time: int) -> None:
         node, count, _, _ = self.runs[run]
@@ -244,23 +258,28 @@ class _Engine:
         path = [link for link in self.paths[node] if link != NONE]
         self.paths_left[run] = len(path)
         for link in path:
+            for instrument in self.instruments:
+                instrument.on_transfer(time, node, link, count * self.nbytes[node])
             self.put(link, run, count * self.nbytes[node], time)
+
+    def tasks_on(self, index: int, run: int) -> int:
+        """As how many a run counts on a link or memory."""
+        return 1 if index < self.num_links else self.runs[run][1]
 
     def put(self, index: int, run: int, nbytes: int, time: int) -> None:
         link = self.links[index]
-        for instrument in self.instruments:
-            instrument.on_transfer(time, self.runs[run][0], index, nbytes)
         link.advance(time)
         link.nbytes += nbytes
         heapq.heappush(link.marks, (link.served + nbytes, run))
-        link.peak = max(link.peak, len(link.marks))
+        link.active += self.tasks_on(index, run)
+        link.peak = max(link.peak, link.active)
         self.expect(index, time)
 
     def expect(self, index: int, time: int) -> None:
         """Schedule the end of the link's next transfer."""
         link = self.links[index]
         wait = max(0, ceil((link.marks[0][0] - link.served) / link.share()))
-        link.event = self.schedule(time + wait, self.graph.links[index].rank, LINK, index)
+        link.event = self.schedule(time + wait, link.rank, LINK, index)
 
     def through(self, index: int, time: int) -> None:
         """The link's next transfer is through, and others that end with it."""
@@ -269,19 +288,28 @@ class _Engine:
         runs = [heapq.heappop(link.marks)[1]]  # whatever rounding says: it was this one's time
         while link.marks and link.marks[0][0] <= link.served:
             runs.append(heapq.heappop(link.marks)[1])
+        link.active -= sum(self.tasks_on(index, run) for run in runs)
         link.event = None
         if link.marks:
             self.expect(index, time)
         else:
             link.served = 0.0
         for run in runs:
-            self.paths_left[run] -= 1
-            if self.paths_left[run] == 0:
-                node = self.runs[run][0]
-                self.schedule(time + self.latency_ns[node], self.rank[node], ARRIVE, run)
+            (self.sent if index < self.num_links else self.through_memory)(run, time)
+
+    def sent(self, run: int, time: int) -> None:
+        self.paths_left[run] -= 1
+        if self.paths_left[run] == 0:
+            node = self.runs[run][0]
+            self.schedule(time + self.latency_ns[node], self.rank[node], ARRIVE, run)
+
+    def through_memory(self, run: int, time: int) -> None:
+        node, count, start, end = self.runs[run]
+        self.runs[run] = node, count, start, max(end, time)
+        self.schedule(max(end, time), self.rank[node], END, run)
 
     def timeline(self) -> Timeline:
-        runs = np.array(self.runs, np.int64).reshape(-1, 4)
+        runs, links = np.array(self.runs, np.int64).reshape(-1, 4), self.links[: self.num_links]
         return Timeline(
             ready_ns=np.array(self.ready_ns, np.int64),
             start_ns=np.array(self.start_ns, np.int64),
@@ -292,9 +320,9 @@ class _Engine:
             run_start_ns=runs[:, 2],
             run_end_ns=runs[:, 3],
             run_arrive_ns=np.array(self.run_arrive_ns, np.int64),
-            link_bytes=np.array([link.nbytes for link in self.links], np.int64),
-            link_busy_ns=np.array([link.busy_ns for link in self.links], np.int64),
-            link_peak=np.array([link.peak for link in self.links], np.int64),
+            link_bytes=np.array([link.nbytes for link in links], np.int64),
+            link_busy_ns=np.array([link.busy_ns for link in links], np.int64),
+            link_peak=np.array([link.peak for link in links], np.int64),
             queue_peak=np.array(self.queue_peak, np.int64),
             num_events=self.num_events,
         )

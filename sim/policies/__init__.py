@@ -18,12 +18,14 @@ from ..drafting.knobs import PolicyKnobs
 from ..drafting.rates import DEFAULTS, RATE, fitted_rate
 from ..engine.graph import TaskGraph
 from ..engine.kinds import SHARED0
-from ..world.world import World
+from ..world.world import FORWARD, World
 from .outside import GROUP, SUFFIX, find_outside, installed, is_file, naming_the_line
 
 POLICY_NAMES = ("flashmoe", "comet", "megamoe", "sonic", "t3", "scmoe", "nanoflow", "bulk", "fastermoe", "deepep")
 TERMS = ("system", "schedule")
-SAME: Mapping[str, Any] = {"tile_m": 128, "tile_n": 256, RATE: DEFAULTS[RATE], "cluster": 1}  # of those that have them
+SAME: Mapping[str, Any] = {  # of those that have them
+    "tile_m": 128, "least_tile_m": 128, "ladder": False, "tile_n": 256, RATE: DEFAULTS[RATE], "cluster": 1,
+}  # fmt: skip
 
 
 def policy_names() -> tuple[str, ...]:
@@ -53,6 +55,12 @@ def make_knobs(policy: str, values: Mapping[str, Any], terms: str = "system") ->
     return made
 
 
+def passes_of(policy: str) -> tuple[str, ...]:
+    """Which of `world.PASSES` a policy can be asked for: what its module says as `PASSES`, by default a forward."""
+    found: tuple[str, ...] = getattr(_module(policy), "PASSES", (FORWARD,))
+    return found
+
+
 def row_tile(policy: str, knobs: PolicyKnobs) -> int:
     """Rows of a tile, to whose multiples tokens are rounded.
 
@@ -69,10 +77,14 @@ def build(policy: str, world: World, knobs: PolicyKnobs | None = None) -> TaskGr
     """The graph of a policy in a world; default knobs where none are given.
 
     Raises:
-        ValueError: no such policy, its knobs do not go with the world, or the layer has a shared expert and the graph
-            none; TypeError: knobs of another policy, or what it made is no graph.
+        ValueError: no such policy, its knobs do not go with the world, it has no backward and the world asks for one,
+            or the layer has a shared expert and the graph none; TypeError: knobs of another policy, or what it made is
+            no graph.
     """
     knobs = knobs_in_world(policy, world, knobs)
+    if world.passes not in passes_of(policy):
+        able = ", ".join(name for name in policy_names() if world.passes in passes_of(name))
+        raise ValueError(f"passes must be {FORWARD} with policy {policy}; others have {able}; got {world.passes}")
     graph = _build(policy, world, knobs) if policy in POLICY_NAMES else _build_outside(policy, world, knobs)
     if world.config.shared_ffn and not (graph.nodes["kind"] == SHARED0).any():
         rule = f"shared_ffn must be 0 with policy {policy} and these knobs, which leave the shared expert out"

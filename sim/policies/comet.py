@@ -25,7 +25,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.blocks import Blocks, tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.hops import relay, token_copies
 from ..drafting.knobs import PolicyKnobs
@@ -42,6 +42,8 @@ INDEX_BYTES = 4  # of a row, in the sorted order
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product; flux's tuned kernels for Hopper have 128 x 256.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     tensor_parallel: ranks that share each expert's ffn columns; must divide the number of ranks, and ffn.
     stages: "layer", or "layer0": up to the barrier after the first product, as flux measures it (no gate).
     gather: "all" tokens go to every rank, as in flux, or only those "routed" to it.
@@ -51,6 +53,7 @@ class Knobs(PolicyKnobs):
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 256
     tensor_parallel: int = 1
     stages: str = "layer"
@@ -75,7 +78,7 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     draft = Draft(world, knobs, "comet", sms)
     routing = world.routing
     order = fetch_order(world)[:, routing.owner]
-    blocks = blocks_per_expert(routing.counts, knobs.tile_m, order)
+    blocks = tuned_blocks(routing.counts, knobs.tile_m, knobs.least_tile_m, order)
     met = _layer0(draft, blocks, knobs)
     if knobs.stages == "layer":
         _layer1(draft, blocks, _activate(draft, met), knobs)
@@ -119,7 +122,8 @@ def _layer0(draft: Draft, blocks: Blocks, knobs: Knobs) -> Array:
     draft.sync(rows_sorted)  # the host needs the counts to set the products up
     owner = world.routing.owner[blocks.expert]
     turn = arrival_turn(world, blocks)
-    products = draft.gemm(GEMM0, blocks, knobs.tile_n, priority=turn)
+    width = draft.tuned_width(GEMM0, blocks, knobs.tile_m, knobs.tile_n)
+    products = draft.gemm(GEMM0, blocks, width, priority=turn)
     draft.builder.edge(arrived[blocks.piece_source, owner[blocks.piece_block]], products[blocks.piece_block])
     order = np.argsort(turn, kind="stable")  # also of those that are ready when the kernel begins
     done = draft.kernel(draft.begin(rows_sorted), products[order], owner[order])
@@ -187,11 +191,12 @@ def _activate(draft: Draft, met: Array) -> Array:
 def _layer1(draft: Draft, blocks: Blocks, activated: Array, knobs: Knobs) -> None:
     world, sms = draft.world, draft.world.hardware.sms
     owner = world.routing.owner[blocks.expert]
-    tiles = -(-world.config.hidden // knobs.tile_n)
+    width = draft.tuned_width(GEMM1, blocks, knobs.tile_m, knobs.tile_n, sms - knobs.num_comm_blocks)
+    tiles = draft.column_tiles(GEMM1, width)
     column = np.arange(min(knobs.column_blocks, tiles))[:, None]  # column blocks
     count = np.diff(np.arange(len(column) + 1) * tiles // len(column))[:, None]
     compute = draft.on(draft.servers("compute blocks", sms - knobs.num_comm_blocks), sms)  # a slot is still one SM
-    products = compute.gemm(GEMM1, blocks, knobs.tile_n, priority=column, count=count)
+    products = compute.gemm(GEMM1, blocks, width, priority=column, count=count)
     begun = draft.begin(activated)
     draft.builder.edge(begun[owner], products)
     complete = draft.after(begun, draft.builder.add(JOIN, draft.ranks, m=column))

@@ -9,6 +9,10 @@ experts of the other, which then have `comm_sms` multiprocessors less.
 
 A shared expert is three kernels beside the dispatch, where SGLang has them when it decodes (beside the combine else).
 
+A backward is normal mode with dispatch and combine in each other's places: gradients of results are dispatched by the
+forward's layout, which is kept, so nothing is counted and no host waits; each product becomes two, of gradients of rows
+and of weights; gradients of tokens are combined. The shared expert and the router come last.
+
 Low-latency mode: a row goes straight to each of its experts, and each result straight back; kernels are nodes of a CUDA
 graph, no host waits, and no multiprocessor is needed while rows are on their way (DeepEP's receiving hook), so that
 two micro-batches take nothing from each other. Results go back when all are there, or row block by row block.
@@ -28,23 +32,28 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..drafting.blocks import blocks_per_expert
+from ..drafting.backward import GradientTile, backward_kernels, dense_kernels, reduce_gradients
+from ..drafting.blocks import tuned_blocks
 from ..drafting.comm_sms import analytic_comm_sms
 from ..drafting.draft import Draft
 from ..drafting.hops import make_hops
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.passes import backward_pass
 from ..drafting.shared import shared_kernels
 from ..engine.graph import NONE, Array, TaskGraph
 from ..engine.kinds import COMBINE, DISPATCH, SEND
-from ..world.world import World
+from ..world.world import BACKWARD, FORWARD, TRAINING, World
+from ..world.world import PASSES as PASSES
 
 FEW_TOKENS = 256
+MASKED_TILE_M = 64  # DeepGEMM's lowest on Hopper
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
     mode: "normal" or "low_latency"; None: low_latency below 256 tokens of a rank, the batches that DeepEP means it for.
+        A backward has the normal mode only.
     stages: what is simulated: the whole "layer", or "dispatch" or "combine" alone, as DeepEP's tests time them, with
         a layout that is known and kernels that are launched already.
     comm_sms: multiprocessors of normal mode's kernels; None: DeepEP V2's count, see `analytic_comm_sms`.
@@ -53,8 +62,10 @@ class Knobs(PolicyKnobs):
     chunk_rows: rows that one multiprocessor sends at a time.
     window_rows: rows under way between two ranks; DeepEP's receive buffers hold 128 to 512.
     tile_m, tile_n: of a tile of either product.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; None: 64 with
+        low_latency, as DeepGEMM's masked products, else tile_m, to which its contiguous layout is aligned.
     cluster: multiprocessors side by side that share the reading of a row tile.
-    gate: simulate the gate; published figures of layers leave it out.
+    gate: simulate the gate, and its gradients; published figures of layers leave it out.
     """
 
     mode: str | None = None
@@ -65,6 +76,7 @@ class Knobs(PolicyKnobs):
     chunk_rows: int = 16
     window_rows: int = 256
     tile_m: int = 128
+    least_tile_m: int | None = None
     tile_n: int = 128
     cluster: int = 2
     gate: bool = True
@@ -85,20 +97,28 @@ class Knobs(PolicyKnobs):
             raise ValueError("combine must be kernel in mode normal, which sums results before it sends; got row_block")
 
     def in_world(self, world: World) -> Self:
-        few = world.routing.num_tokens < FEW_TOKENS
-        return replace(self, mode=self.mode or ("low_latency" if few else "normal"))
+        few = world.routing.num_tokens < FEW_TOKENS and world.passes == FORWARD
+        mode = self.mode or ("low_latency" if few else "normal")
+        least = MASKED_TILE_M if mode == "low_latency" else self.tile_m
+        return replace(self, mode=mode, least_tile_m=least if self.least_tile_m is None else self.least_tile_m)
 
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph.
 
     Raises:
-        ValueError: communication leaves no multiprocessor, or there are too few tokens to cut.
+        ValueError: communication leaves no multiprocessor, there are too few tokens to cut, or a backward is asked for
+            in low-latency mode, or in parts.
     """
+    if world.passes != FORWARD and (knobs.mode, knobs.stages) != ("normal", "layer"):
+        got = f"mode={knobs.mode} and stages={knobs.stages}"
+        raise ValueError(f"mode must be normal, and stages layer, where passes is {world.passes}; got {got}")
     if knobs.micro_batches > world.routing.num_tokens:
         raise ValueError(
             f"micro_batches must be at most num_tokens={world.routing.num_tokens}, got {knobs.micro_batches}"
         )
+    if knobs.mode == "normal" and knobs.stages == "layer":
+        return _passes(world, knobs)
     batches: Sequence[_Normal | _LowLatency] = (
         _low_latency(world, knobs) if knobs.mode == "low_latency" else _normal(world, knobs)
     )
@@ -111,7 +131,37 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     return batches[0].draft.builder.build()
 
 
-def _layer(batches: Sequence[_Normal | _LowLatency], knobs: Knobs) -> None:
+def _passes(world: World, knobs: Knobs) -> TaskGraph:
+    """Normal mode, one pass after the other."""
+    batches = _normal(world, knobs)
+    draft = batches[0].draft
+    last: Array | None = None
+    if FORWARD in world.directions:
+        last = _layer(batches, knobs)
+    if BACKWARD in world.directions:
+        ended = _layer_back(batches, last, knobs)
+        if world.passes == TRAINING:
+            reduce_gradients(draft, ended)
+    return draft.builder.build()
+
+
+def _layer_back(batches: Sequence[_Normal], last: Array | None, knobs: Knobs) -> Array:
+    """Two streams, as in a forward."""
+    first = batches[0].draft.idle() if last is None else last
+    computed, sent = [first], first
+    for batch in batches:
+        batch.turn_back()
+        sent = batch.dispatch(batch.meet(batch.draft.begin(sent)))
+        computed.append(batch.experts_back([computed[-1], sent], knobs))
+    for batch, ready in zip(batches, computed[1:], strict=True):
+        sent = batch.combine(batch.draft.begin([sent, ready]))
+    tile = GradientTile(knobs.tile_m, knobs.tile_n)
+    for batch in batches:
+        sent = dense_kernels(batch.draft, sent, (knobs.tile_m, knobs.tile_n), tile, router=knobs.gate)
+    return sent
+
+
+def _layer(batches: Sequence[_Normal | _LowLatency], knobs: Knobs) -> Array:
     """Two streams: the gates and experts of all micro-batches, and their dispatches, then their combines."""
     gated = [batches[0].draft.idle()]
     for batch in batches:
@@ -123,6 +173,7 @@ def _layer(batches: Sequence[_Normal | _LowLatency], knobs: Knobs) -> None:
         computed.append(batch.experts([shared, sent]))
     for batch, ready in zip(batches, computed[1:], strict=True):
         sent = batch.combine(batch.draft.begin([sent, batch.results(ready)]))
+    return sent
 
 
 def _normal(world: World, knobs: Knobs) -> list[_Normal]:
@@ -148,8 +199,8 @@ class _Normal:
         self.world = draft.world
         self.comm = comm
         self.hops = make_hops(draft.world, knobs.chunk_rows, draft.token_block)
-        self.blocks = blocks_per_expert(draft.world.routing.counts, knobs.tile_m)
-        self.tile_n = knobs.tile_n
+        self.blocks = tuned_blocks(draft.world.routing.counts, knobs.tile_m, knobs.least_tile_m or knobs.tile_m)
+        self.tile = knobs.tile_n, knobs.tile_m
         self.window = knobs.window_rows // knobs.chunk_rows
         self.one_node = self.world.num_nodes == 1
 
@@ -177,12 +228,28 @@ class _Normal:
         self.draft.after(first[hops.share_chunk], second)
         return self.draft.after(begun, self.draft.gather(second, hops.share_rank))
 
+    def turn_back(self) -> None:
+        """What follows is of a backward."""
+        self.draft = self.draft.turned(backward_pass(self.world, in_tiles=False))
+
     def experts(self, after: ArrayLike) -> Array:
         """Rows are spread out by expert, multiplied, and the results of each token summed."""
+        _, done = self.draft.ffn(self._spread(after), self.blocks, *self.tile)
+        return self._sum_copies(done)
+
+    def experts_back(self, after: ArrayLike, knobs: Knobs) -> Array:
+        """The same with gradients of rows, and those of weights between the products."""
+        tile = GradientTile(knobs.tile_m, knobs.tile_n)
+        return self._sum_copies(backward_kernels(self.draft, self._spread(after), self.blocks, tile))
+
+    def _spread(self, after: ArrayLike) -> Array:
+        nbytes = self.world.rows * self.world.config.hidden * self.world.precision.token_bytes
+        return self.draft.stream(self.draft.begin(after), nbytes)
+
+    def _sum_copies(self, done: Array) -> Array:
+        """The results of each token on this rank are summed."""
         draft, hops, precision = self.draft, self.hops, self.world.precision
         hidden, rows = self.world.config.hidden, self.world.rows
-        spread = draft.stream(draft.begin(after), rows * hidden * precision.token_bytes)
-        _, done = draft.ffn(spread, self.blocks, self.tile_n)
         copies = np.bincount(hops.share_rank, hops.share_rows, self.world.num_ranks)
         return draft.stream(draft.begin(done), (rows + copies) / 2 * hidden * precision.result_bytes)
 
@@ -239,7 +306,7 @@ class _LowLatency:
     def __init__(self, draft: Draft, knobs: Knobs) -> None:
         self.draft = draft
         self.world = draft.world
-        self.blocks = blocks_per_expert(draft.world.routing.counts, knobs.tile_m)
+        self.blocks = tuned_blocks(draft.world.routing.counts, knobs.tile_m, knobs.least_tile_m or knobs.tile_m)
         self.owner = draft.world.routing.owner[self.blocks.expert]
         self.knobs = knobs
         self.products: Array | None = None  # [num_blocks], the second ones, if they say when they are done
@@ -260,7 +327,7 @@ class _LowLatency:
 
     def experts(self, after: ArrayLike) -> Array:
         """Rows lie by expert already."""
-        products, done = self.draft.ffn(after, self.blocks, self.knobs.tile_n)
+        products, done = self.draft.ffn(after, self.blocks, self.knobs.tile_n, self.knobs.tile_m)
         self.products = products if self.knobs.combine == "row_block" else None
         return done
 

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.blocks import Blocks, tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.shadow import choose_shadows, shadowed
@@ -35,6 +35,8 @@ from ..world.world import World
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product; rows are packed over the sources of a step.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     cut: "groups" of ranks (FasterMoE) or "rows" (Tutel).
     group_size: ranks of a group; more than there are is all of them.
     degree: parts into which "rows" cuts each packet.
@@ -45,6 +47,7 @@ class Knobs(PolicyKnobs):
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 256
     cut: str = "groups"
     group_size: int = 4
@@ -126,16 +129,18 @@ def _compute(draft: Draft, counts: Array, before: Array, rows: Array, knobs: Kno
     """`[num_ranks]`: the experts have done the rows of `counts`, which are there after `rows`."""
     done = draft.all_of(before, rows)
     for blocks in _kernels(draft, counts, knobs):
-        _, done = draft.ffn(done, blocks, knobs.tile_n)
+        _, done = draft.ffn(done, blocks, knobs.tile_n, knobs.tile_m)
     return done
 
 
 def _kernels(draft: Draft, counts: Array, knobs: Knobs) -> list[Blocks]:
     """Row blocks of each local expert's kernels, or of those of all experts."""
     if knobs.cut == "rows":
-        return [blocks_per_expert(counts, knobs.tile_m)]
+        return [tuned_blocks(counts, knobs.tile_m, knobs.least_tile_m)]
     busy = np.unique(draft.local[counts.any(axis=0)])
-    return [blocks_per_expert(np.where(draft.local == expert, counts, 0), knobs.tile_m) for expert in busy]
+    return [
+        tuned_blocks(np.where(draft.local == expert, counts, 0), knobs.tile_m, knobs.least_tile_m) for expert in busy
+    ]
 
 
 class _Sends:

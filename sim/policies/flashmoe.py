@@ -12,30 +12,49 @@ their expert, and are cut when its last packet is here, or when processors are i
 in it, and drawn again, until nothing changes. It may go to and fro between two, or on for `MOST_ROUNDS`: then the last
 one is taken, and some rows are held back a little longer or shorter than by the rule.
 
+A backward is the same kernel with other tasks: rows of dy go the way of the tokens, into the same slots, each as it is
+needed for its weight; GEMM0 multiplies by the down matrices, GEMM1 by the up matrices, and rows of dx go the way of the
+results. Gradients of an expert's weights are tiles of the same queue, once all its packets and all its GEMM0 are done;
+those of the router are behind the rank's last COMBINE, those of the shared expert behind all its SHARED0.
+
 Source: FlashMoE (arXiv 2506.04667) sections 3 and 4, and its public code, v0.1.2, whose tiles are per source and of one
-height; this project's kernel.
+height; this project's kernel, whose backward it is (flashmoe_numba/kernel/backward).
 Knobs: see `Knobs`. Leaves out: the doorbells between scheduler and processors (their cost is in `schedule_ns`), slots
 that idle while a block looks for work, and the signals of empty packets, which the OS block has to see as well. Results
-of a tile with rows of several sources leave when its last column tile is done, and not column tile by column tile.
+of a tile with rows of several sources leave when its last column tile is done, and not column tile by column tile. Of a
+backward: the factors of rows and their gradients on their way, a word each, and rows that SHARED0 keeps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from reference.layout import SAVES
+
+from ..drafting.backward import GradientTile, reduce_gradients
+from ..drafting.backward_tiles import (
+    expert_tiles,
+    reopen_gate,
+    router_product,
+    router_tiles,
+    shared_gradient_tiles,
+)
 from ..drafting.blocks import Blocks, blocks_per_expert, blocks_per_source, ladder
 from ..drafting.cuts import CutBlocks, as_if_at_once, chunk_pieces, cut_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.owner import Rules, cuts_of_all
+from ..drafting.passes import UP, Pass, backward_pass, forward_pass
 from ..drafting.rates import SCHEDULE, fitted_values
 from ..drafting.shared import shared_tiles
 from ..engine.graph import NONE, Array, TaskGraph
 from ..engine.kinds import GEMM0, GEMM1, JOIN, RECEIVE
-from ..world.world import World
+from ..world.world import BACKWARD, FORWARD, TRAINING, World
+from ..world.world import PASSES as PASSES
 
 FIRST = -1  # rows go before tiles, which wait for nothing else
 MOST_ROUNDS = 8
@@ -51,13 +70,14 @@ class Knobs(PolicyKnobs):
         of the whole is nearer than two halves. The paper's version had two.
     tile_m, tile_n: of a tile of either product.
     ladder: tiles take the lowest of tile_m, half of it, ... (16 at least) that holds their packet, or where tiles are
-        packed all rows of their expert or, as they arrive, their own, instead of always tile_m.
+        packed all rows of their expert or, as they arrive, their own, instead of always tile_m. None: where they
+        arrive, as in this project's kernel; the published ones had 128 at all measured batches.
     packing: "arrived": rows of all sources of an expert share tiles, as they come, nobody waits for counts; this
         project's kernel does so. "per_source": a packet has tiles of its own, as in the published kernels.
         "per_expert": tiles as if all counts were known before.
     settle_ns: with packing="arrived", a tile that is not full goes to an idle processor when no packet of its expert
         came for so long; the kernel's on GPUs.
-    gate: simulate the gate; the published v0.1.2 benchmark leaves it out.
+    gate: simulate the gate, and its gradients; the published v0.1.2 benchmark leaves it out.
     dispatch_rows: rows of a packet that one block stores at a time.
     row_unit: rows that are multiplied together: a tile computes its real rows, rounded up to whole units; None: all of
         its height, padding included.
@@ -67,12 +87,13 @@ class Knobs(PolicyKnobs):
         block hands tiles out one after the other, as in the published kernels.
     schedule_ns: the OS block's time per tile; None: with tickets `TICKET_NS`, for which it has only to write the tile
         down, else the fitted one of the published kernel.
+    save: what a forward keeps for its backward (`drafting/passes.py`): "rows+up", "rows" or "nothing".
     """
 
     blocks_per_sm: int = 1
     tile_m: int = 128
     tile_n: int = 128
-    ladder: bool = False
+    ladder: bool | None = None
     packing: str = "arrived"
     settle_ns: int = 10_000
     gate: bool = True
@@ -82,30 +103,62 @@ class Knobs(PolicyKnobs):
     poll_ns: int = 300
     scheduler: str = "tickets"
     schedule_ns: int | None = None
+    save: str = UP
 
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "packing": ("arrived", "per_source", "per_expert"),
         "scheduler": ("tickets", "os_block"),
+        "save": SAVES,
     }
+
+    def in_world(self, world: World) -> Self:
+        return replace(self, ladder=self.packing == "arrived" if self.ladder is None else self.ladder)
+
+
+class _Drawn(NamedTuple):
+    """A pass of the layer."""
+
+    draft: Draft
+    received: Array  # [num_ranks, num_experts], the node of each packet that has rows
+    ended: Array  # [num_ranks], all tasks of a rank; nobody asks of a forward alone
 
 
 class _Schedule(NamedTuple):
-    draft: Draft
     graph: TaskGraph
-    received: Array  # [num_ranks, num_experts], the node of each packet that has rows
+    drawn: list[_Drawn]
 
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     if knobs.packing == "arrived":
         return _packed_as_rows_arrive(world, knobs)
-    return _draw(world, knobs, _blocks(world, knobs)).graph
+    return _draw(world, knobs, [_blocks(world, knobs)] * len(world.directions)).graph
 
 
-def _draw(world: World, knobs: Knobs, blocks: Blocks) -> _Schedule:
-    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), one_kernel=True, async_loads=knobs.async_loads)
-    launched = draft.launch()
-    gated = draft.gate(launched, split=False) if knobs.gate else launched
+def _draw(world: World, knobs: Knobs, blocks: Sequence[Blocks]) -> _Schedule:
+    """With the row blocks of each pass."""
+    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), async_loads=knobs.async_loads, fixed_shares=True)
+    drawn: list[_Drawn] = []
+    for direction, of_pass in zip(world.directions, blocks, strict=True):
+        before = drawn[-1].ended if drawn else None
+        drawn.append(_draw_pass(draft.turned(_pass(world, knobs, direction)), knobs, of_pass, direction, before))
+    if world.passes == TRAINING:
+        reduce_gradients(draft, drawn[-1].ended)
+    return _Schedule(draft.builder.build(), drawn)
+
+
+def _pass(world: World, knobs: Knobs, direction: str) -> Pass:
+    if direction == BACKWARD:
+        return backward_pass(world, knobs.save)
+    return forward_pass(world, knobs.save if world.passes == TRAINING else None)
+
+
+def _draw_pass(draft: Draft, knobs: Knobs, blocks: Blocks, direction: str, before: Array | None) -> _Drawn:
+    world, back = draft.world, direction == BACKWARD
+    launched = draft.launch() if before is None else draft.begin(before)
+    gated = launched
+    if knobs.gate:
+        gated = reopen_gate(draft, launched) if back else draft.gate(launched, split=False)
     named = {"peer": blocks.first_source} if isinstance(blocks, CutBlocks) else {}
     hidden = draft.gemm(GEMM0, blocks, knobs.tile_n, **named)
     told, results = _results(draft, blocks, hidden, knobs)
@@ -113,13 +166,28 @@ def _draw(world: World, knobs: Knobs, blocks: Blocks) -> _Schedule:
     received = np.full(world.routing.counts.shape, NONE, np.int32)
     sent = draft.dispatch(gated, packets, knobs.dispatch_rows, FIRST)
     received[packets] = _receive(draft, sent, packets, blocks, knobs)
+    if before is not None:  # a peer may be ahead
+        draft.builder.edge(launched[world.routing.owner[packets[1]]], received[packets])
     draft.builder.edge(received[blocks.piece_source, blocks.expert[blocks.piece_block]], hidden[blocks.piece_block])
     if isinstance(blocks, CutBlocks):
         _hold_back(draft, received, blocks, hidden)
-    combined = draft.combine(told, results, gated)
+    combined = draft.combine(told, results, gated, **(router_product(draft) if back and knobs.gate else {}))
+    shared: list[Array] = []
     if world.config.shared_ffn:
-        shared_tiles(draft, launched, gated, combined, (min(knobs.tile_m, world.config.num_tokens), knobs.tile_n))
-    return _Schedule(draft, draft.builder.build(), received)
+        tile = min(knobs.tile_m, world.config.num_tokens), knobs.tile_n
+        shared = shared_tiles(draft, launched, gated, combined, tile)
+    ended = launched
+    if world.passes != FORWARD:
+        ended = draft.after(launched, draft.after(combined.T, draft.idle()))
+        draft.builder.edge(results, ended[world.routing.owner[told.expert[told.piece_block]]])
+    if back:
+        gradient = GradientTile(knobs.tile_m, knobs.tile_n)
+        expert_tiles(draft, gradient, blocks, hidden, received, ended)
+        if knobs.gate:
+            router_tiles(draft, gradient, combined, ended)
+        if shared:
+            shared_gradient_tiles(draft, gradient, shared, ended)
+    return _Drawn(draft, received, ended)
 
 
 def _slots(world: World, knobs: Knobs) -> int:
@@ -206,22 +274,26 @@ def _packed_as_rows_arrive(world: World, knobs: Knobs) -> TaskGraph:
     rows = np.arange(min(knobs.tile_m, counts.sum(axis=0).max(initial=0)) + 1)
     height = _computed(rows, _ladder(rows, knobs), knobs)
     order = np.broadcast_to(np.arange(len(counts))[:, None], counts.shape)
-    before = blocks = cut_blocks(counts, order, as_if_at_once(counts, knobs.tile_m), height)
+    at_once = cut_blocks(counts, order, as_if_at_once(counts, knobs.tile_m), height)
+    before = blocks = [at_once] * len(world.directions)
     for _ in range(MOST_ROUNDS):
         schedule = _draw(world, knobs, blocks)
-        rules = _rules(schedule.draft, blocks, height, knobs)
-        timeline, sm = run(schedule.graph, keep_runs=False), schedule.draft.machine.sm
-        cuts = cuts_of_all(world.routing, schedule.graph, timeline, schedule.received, sm, rules)
-        found = cut_blocks(counts, *cuts, height)
-        if found.equals(blocks) or found.equals(before):
+        timeline, found = run(schedule.graph, keep_runs=False), []
+        for (draft, received, _), of_pass in zip(schedule.drawn, blocks, strict=True):
+            rules = _rules(draft, of_pass, height, rows, knobs)
+            cuts = cuts_of_all(world.routing, schedule.graph, timeline, received, draft.machine.sm, rules)
+            found.append(cut_blocks(counts, *cuts, height))
+        if any(all(map(CutBlocks.equals, found, others)) for others in (blocks, before)):
             break
         before, blocks = blocks, found
     return schedule.graph
 
 
-def _rules(draft: Draft, blocks: CutBlocks, height: Array, knobs: Knobs) -> Rules:
+def _rules(draft: Draft, blocks: CutBlocks, height: Array, rows: Array, knobs: Knobs) -> Rules:
     experts = np.arange(draft.world.routing.num_experts)[:, None]
-    up_ns, down_ns = (draft.tile_ns(kind, experts, height, blocks, knobs.tile_n).tolist() for kind in (GEMM0, GEMM1))
+    up_ns, down_ns = (
+        draft.tile_ns(kind, experts, height, rows, blocks, knobs.tile_n).tolist() for kind in (GEMM0, GEMM1)
+    )
     return Rules(
         slots=_slots(draft.world, knobs),
         tile_m=knobs.tile_m,

@@ -81,7 +81,6 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
         "megamoe",
         world.hardware.sms,
         cuda_graph=knobs.cuda_graph,
-        one_kernel=not knobs.split,
         cluster=cluster,
     )
     height = tile_height(world, knobs)

@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.blocks import Blocks, tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.shared import shared_kernels
@@ -32,6 +32,8 @@ from ..world.world import World
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     nano_batches: 1 to 4; at most one for each token of a rank.
     overlap: nano-batches run beside each other; if not, one after the other, with all multiprocessors for each kernel.
     compute_share, transfer_share: of the multiprocessors, where nano-batches overlap; together at most 1.
@@ -39,6 +41,7 @@ class Knobs(PolicyKnobs):
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 128
     nano_batches: int = 2
     overlap: bool = True
@@ -95,7 +98,7 @@ def _batches(world: World, knobs: Knobs) -> list[_Batch]:
     number = min(knobs.nano_batches, world.routing.num_tokens)
     parts = zip(draft.parts(number), transfer.parts(number), strict=True)
     return [
-        _Batch(part, sends, blocks_per_expert(part.world.routing.counts, knobs.tile_m), index)
+        _Batch(part, sends, tuned_blocks(part.world.routing.counts, knobs.tile_m, knobs.least_tile_m), index)
         for index, (part, sends) in enumerate(parts)
     ]
 
@@ -129,7 +132,8 @@ def _all_to_all(batch: _Batch, after: Array | None, rows: Array, element_bytes: 
 
 def _product(kind: int, batch: _Batch, after: Array | None, knobs: Knobs) -> Array:
     draft = batch.compute
-    nodes = draft.gemm(kind, batch.blocks, knobs.tile_n, priority=batch.index)
+    width = draft.tuned_width(kind, batch.blocks, knobs.tile_m, knobs.tile_n)
+    nodes = draft.gemm(kind, batch.blocks, width, priority=batch.index)
     return draft.kernel(draft.begin(after), nodes, draft.world.routing.owner[batch.blocks.expert])
 
 

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from reference.arrays import stream
 
-from ..drafting.blocks import blocks_per_expert
+from ..drafting.blocks import tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.shared import shared_kernels
@@ -42,6 +42,8 @@ DENSE_STAGES = ("ffn", "qkv", "output", "ffn")
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of any product.
+    least_tile_m: where rows of experts are few, their tiles are lower, this at least, and as wide as fills waves;
+        assumption: as tuners and libraries' heuristics choose them.
     zero_share: share of the choices, in [0, 1], that are of zero-computation experts. By default none, so that all
         policies compute the same; LongCat-Flash has about a third.
     zero_seed: which ones.
@@ -53,6 +55,7 @@ class Knobs(PolicyKnobs):
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 128
     zero_share: float = 0.0
     zero_seed: int = 1
@@ -115,10 +118,11 @@ def _dispatch(draft: Draft, gated: Array, knobs: Knobs) -> Array:
 def _experts(draft: Draft, after: Array, knobs: Knobs) -> Array:
     """`[num_ranks]`: both products, a kernel each."""
     routing = draft.world.routing
-    blocks = blocks_per_expert(routing.counts, knobs.tile_m)
+    blocks = tuned_blocks(routing.counts, knobs.tile_m, knobs.least_tile_m)
     owner = routing.owner[blocks.expert]
-    hidden = draft.kernel(_begin(draft, after), draft.gemm(GEMM0, blocks, knobs.tile_n), owner)
-    return draft.kernel(_begin(draft, hidden), draft.gemm(GEMM1, blocks, knobs.tile_n), owner)
+    up, down = (draft.tuned_width(kind, blocks, knobs.tile_m, knobs.tile_n) for kind in (GEMM0, GEMM1))
+    hidden = draft.kernel(_begin(draft, after), draft.gemm(GEMM0, blocks, up), owner)
+    return draft.kernel(_begin(draft, hidden), draft.gemm(GEMM1, blocks, down), owner)
 
 
 def _combine(draft: Draft, experts: Array, copies: Array) -> Array:

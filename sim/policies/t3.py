@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..drafting.blocks import Blocks, blocks_per_expert
+from ..drafting.blocks import Blocks, tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.shared import shared_kernels
@@ -32,6 +32,8 @@ from ..world.world import World
 class Knobs(PolicyKnobs):
     """Args:
     tile_m, tile_n: of a tile of either product.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
+        and libraries' heuristics choose them.
     trigger_tiles: column tiles of a row block that are sent at once.
     tracker_entries: parts of row blocks that a rank can have under way; an entry is free when its copy is triggered.
     op_and_store: results are added where they arrive; if not, a COMBINE kernel sums them when all are there.
@@ -39,6 +41,7 @@ class Knobs(PolicyKnobs):
     """
 
     tile_m: int = 128
+    least_tile_m: int = 16
     tile_n: int = 128
     trigger_tiles: int = 4
     tracker_entries: int = 256
@@ -49,14 +52,15 @@ class Knobs(PolicyKnobs):
 def build(world: World, knobs: Knobs) -> TaskGraph:
     """The schedule as a graph."""
     draft = Draft(world, knobs, "t3", world.hardware.sms)
-    blocks = blocks_per_expert(world.routing.counts, knobs.tile_m)
+    blocks = tuned_blocks(world.routing.counts, knobs.tile_m, knobs.least_tile_m)
     owner = world.routing.owner[blocks.expert]
     gated = draft.gate(draft.begin(shared_kernels(draft, None, (knobs.tile_m, knobs.tile_n))))
     arrived = draft.collective(draft.begin(gated), world.dispatch_bytes)
-    hidden = draft.kernel(draft.begin(arrived), draft.gemm(GEMM0, blocks, knobs.tile_n), owner)
-    tiles, columns = _parts(world.config.hidden, knobs)
+    up, down = (draft.tuned_width(kind, blocks, knobs.tile_m, knobs.tile_n) for kind in (GEMM0, GEMM1))
+    hidden = draft.kernel(draft.begin(arrived), draft.gemm(GEMM0, blocks, up), owner)
+    tiles, columns = _parts(world.config.hidden, down, knobs.trigger_tiles)
     turn = _turn(world, blocks, knobs)
-    parts = draft.gemm(GEMM1, blocks, knobs.tile_n, priority=turn, count=tiles)
+    parts = draft.gemm(GEMM1, blocks, down, priority=turn, count=tiles)
     rank = np.broadcast_to(owner, parts.shape).ravel()
     by_turn = np.lexsort((parts.ravel(), np.broadcast_to(turn, parts.shape).ravel(), rank))
     in_turn, rank = parts.ravel()[by_turn], rank[by_turn]  # a kernel starts its tasks in the order given
@@ -69,12 +73,12 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     return draft.builder.build()
 
 
-def _parts(hidden: int, knobs: Knobs) -> tuple[Array, Array]:
+def _parts(hidden: int, width: int, trigger_tiles: int) -> tuple[Array, Array]:
     """`[num_parts, 1]`: column tiles, and columns, of each part of a row block of results."""
-    step = knobs.trigger_tiles * knobs.tile_n
+    step = trigger_tiles * width
     start = np.arange(0, hidden, step)
     columns = np.minimum(step, hidden - start)[:, None]
-    return -(-columns // knobs.tile_n), columns
+    return -(-columns // width), columns
 
 
 def _turn(world: World, blocks: Blocks, knobs: Knobs) -> Array:

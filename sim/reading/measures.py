@@ -1,6 +1,6 @@
 """What the times of a simulation add up to: slots held and idle by cause, communication and other work that is exposed.
 
-T is the makespan, R the number of ranks, P the GPU's tensor peak for the precision's arithmetic. A GPU has S slots:
+T is the makespan, R the number of ranks, P the GPU's tensor peak for the precision's MMA type. A GPU has S slots:
 those of its "SM slots", at least one per multiprocessor. All its servers but the OS block and the host are parts of the
 multiprocessors, so the tasks on them hold slots; where a schedule lets engines of a multiprocessor run beside each
 other, more than S tasks hold S. Slot time is T R S.
@@ -36,9 +36,12 @@ from ..engine.kinds import (
     JOIN,
     LAUNCH,
     RECEIVE,
+    ROUTER_WEIGHTS,
     SEND,
     SHARED0,
     SHARED1,
+    SHARED_WEIGHTS,
+    WEIGHTS,
 )  # fmt: skip
 from ..simulation import Simulation
 from .steps import Steps, levels
@@ -47,7 +50,8 @@ OFF_SM = (OS_BLOCK, HOST)  # servers that are no part of the multiprocessors
 LAUNCHED, MET, WAITING, DEPENDENCY, TAIL = range(5)
 IDLE_CAUSES = ("launch", "barrier", "waiting", "dependency", "tail")
 MANY = np.int64(2**32)  # more than runs at a time: one number counts two kinds of them
-COMPUTES = (GEMM0, GEMM1, SHARED0, SHARED1, DENSE)  # products, beside which a transfer costs nothing
+WEIGHT_GRADIENTS = (WEIGHTS, ROUTER_WEIGHTS, SHARED_WEIGHTS)
+COMPUTES = (GEMM0, GEMM1, SHARED0, SHARED1, *WEIGHT_GRADIENTS, DENSE)  # products, beside which a transfer costs nothing
 
 
 def horizon_ns(simulation: Simulation) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from ..drafting.machine import HOST, OS_BLOCK, SM_SLOTS
 from ..engine.graph import Array
 from ..simulation import Simulation
+from ..world.world import FORWARD
 from .bands import Band, each_rank, server_bands
 from .charts import blank, legend, save
 from .measures import check_runs, horizon_ns, transfers
@@ -127,5 +128,6 @@ def title(simulation: Simulation, layer: str) -> str:
     gated = " gated" if config.expert_kind.gated else ""
     sizes = f"hidden {config.hidden}, ffn {config.ffn}{gated}, {config.num_experts} experts, top-{config.num_topk}"
     what = f"{world.routing.num_tokens:,} tokens per rank, {world.routing.name} routing, {world.precision.name}"
+    what += "" if world.passes == FORWARD else f", {world.passes}"
     first = f"simulated: {simulation.policy} on {world.hardware.name}: {simulation.latency_us:,.0f} us"
     return f"{first}\n{f'{layer}, ' if layer else ''}{sizes}, {what}"

@@ -1,6 +1,6 @@
 """What a simulation says: how long, how busy, what was waited for, what was computed, and how much was carried.
 
-T is the makespan, R the number of ranks, P the GPU's tensor peak for the precision's arithmetic; `measures` says what
+T is the makespan, R the number of ranks, P the GPU's tensor peak for the precision's MMA type; `measures` says what
 slots are, and what idles why.
 """
 
@@ -15,7 +15,7 @@ from ..drafting.rates import fitted_rate, is_fitted
 from ..drafting.trust import trust
 from ..engine.graph import Array
 from ..simulation import Simulation
-from ..world.world import World
+from ..world.world import FORWARD, World
 from .measures import IDLE_CAUSES, check_runs, dense_us, exposed_communication_us, horizon_ns, host_us, slot_shares
 
 
@@ -25,6 +25,7 @@ class Report:
 
     Args:
         policy, hardware, precision, routing: names.
+        passes: one of `world.PASSES`.
         knobs: of the policy, by name.
         ranks, tokens: R, and tokens of each rank.
         capacity: most rows from one rank to one expert; None: no limit.
@@ -44,7 +45,8 @@ class Report:
         resident: slot time in which tasks hold slots / slot time, a share of 1.
         idle: the rest of the slot time, by `IDLE_CAUSES`; with `resident` the shares sum to 1.
         exposed_communication_us: mean over ranks of the time in which no product runs on the rank (GEMM0, GEMM1,
-            SHARED0, SHARED1, DENSE) while it is at either end of a transfer, see `measures.exposed_communication_us`.
+            SHARED0, SHARED1, gradients of weights, DENSE) while it is at either end of a transfer, see
+            `measures.exposed_communication_us`.
         nvlink_bytes_max, nvlink_bytes_mean, nic_bytes_max, nic_bytes_mean: bytes carried by one link, over the links
             within nodes and those between them, whatever their names; each rank has one out and one in, or shares it.
             Where both are one link, it counts as one within nodes.
@@ -53,11 +55,11 @@ class Report:
         queue_peak: most nodes (groups of equal tasks) that waited at a time at one server.
         num_tasks: tasks of all ranks.
         rate: share of the tensor peak that tiles reach, the one fitted number.
-        rate_fitted: it was fitted to measurements of this policy on this GPU; otherwise it is given by a knob, the mean
-            over other GPUs, or a guess.
+        rate_fitted: it was fitted to measurements of this policy on this GPU, all of forwards; otherwise it is given by
+            a knob, the mean over other GPUs, or a guess.
         left_out_error: mean relative error, without its sign, of published measurements of this policy's system on this
             GPU with about as many tokens, by fits that had not seen them (`drafting.trust`); None: there are none, or
-            the rate is given by a knob.
+            the rate is given by a knob, or a backward is simulated.
         overlap_efficiency: T on 2 ranks / T, with the same tokens and experts per rank and the same share of their rows
             in a capacity; None if it was not asked for.
         spread: over several seeds of the routing, see `studies.seeds`: these, and median, min and max of some numbers;
@@ -69,6 +71,7 @@ class Report:
     hardware: str
     precision: str
     routing: str
+    passes: str
     knobs: Mapping[str, Any]
     ranks: int
     tokens: int
@@ -120,6 +123,7 @@ def report(simulation: Simulation) -> Report:
         hardware=hardware,
         precision=world.precision.name,
         routing=world.routing.name,
+        passes=world.passes,
         knobs=asdict(knobs),
         ranks=world.num_ranks,
         tokens=world.routing.num_tokens,
@@ -147,16 +151,16 @@ def report(simulation: Simulation) -> Report:
 
 def left_out_error(simulation: Simulation) -> float | None:
     """See `Report`."""
-    if simulation.knobs.rate is not None:
-        return None
     world = simulation.world
+    if simulation.knobs.rate is not None or world.passes != FORWARD:
+        return None
     return trust(simulation.policy, world.hardware.chip, world.routing.num_tokens)
 
 
 def _tensor_share(simulation: Simulation, field: str) -> float:
     nodes, world = simulation.graph.nodes, simulation.world
     operations = float((nodes["count"] * nodes[field]).sum())
-    peak = world.hardware.tflops[world.precision.arithmetic] * 1e3  # per ns
+    peak = world.hardware.tflops[world.precision.mma_type] * 1e3  # per ns
     return operations / (peak * world.num_ranks * horizon_ns(simulation))
 
 

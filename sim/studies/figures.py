@@ -47,6 +47,7 @@ WORDS |= {
     "replicas": "{} replicas",
     "rounding": "rows rounded ({})",
     "terms": "terms {}",
+    "passes": "{}",
     "seeds": "median of {} seeds",
 }
 UNITS = {"tokens": "tokens per GPU", "experts": "experts over all GPUs", "gpus": "GPUs"}

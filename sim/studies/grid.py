@@ -42,13 +42,14 @@ from ..world.recorded import is_recorded, recorded_path
 from ..world.rounding import WAYS
 from ..world.routing import make_routing
 from ..world.scenario import Scenario
-from ..world.world import World
+from ..world.world import FORWARD, PASSES, World
 
 SCHEMA = 1
 WANTED = ("policy", "hardware", "preset")
 SIZES = {"tokens": "num_tokens", "experts": "num_experts", "topk": "num_topk", "hidden": "hidden", "ffn": "ffn"}
 DEFAULTS: dict[str, Any] = {"routing": "uniform", "capacity_factor": None, "precision": "bfloat16", "seed": 0}
 LATER: dict[str, Any] = {"seeds": 1, "layer": None, "replicas": None, "rounding": None, "terms": "system"}
+LATER |= {"passes": FORWARD}
 LEAST = {"seed": 0, "layer": 0, "replicas": 0}  # of integers; of all others 1
 ONE_TOKEN = MoEConfig(num_ranks=1, num_tokens=1, hidden=1, ffn=1, num_experts=1, num_topk=1)
 
@@ -66,6 +67,7 @@ class Point:
         replicas: copies of busy experts, all placed by load; None: experts in blocks.
         rounding: of each expert's rows to the policy's row tile, one of `rounding.WAYS`.
         terms: one of `policies.TERMS`.
+        passes: one of `world.PASSES`.
         knobs: those that differ from the policy's defaults on these terms.
 
     What came later than the first files (`LATER`) is part of the key only where it is not as it was.
@@ -89,6 +91,7 @@ class Point:
     replicas: int | None
     rounding: str | None
     terms: str
+    passes: str
     knobs: dict[str, Any] = field(hash=False)
 
     @cached_property
@@ -135,6 +138,7 @@ class Point:
             round_to=row_tile(self.policy, self.policy_knobs()) if self.rounding else None,
             round_how=self.rounding or "nearest",
             replicas=self.replicas,
+            passes=self.passes,
         )
         return scenario.make()
 
@@ -231,6 +235,7 @@ def _check_value(name: str, value: Any) -> None:
         "precision": precision,
         "rounding": lambda way: check_one_of("rounding", way, WAYS),
         "terms": lambda terms: check_one_of("terms", terms, TERMS),
+        "passes": lambda passes: check_one_of("passes", passes, PASSES),
     }
     least = LEAST.get(name, 1)
     if name in checks:

@@ -23,6 +23,7 @@ WORTH = 0.01  # a gain below it is noise of the model
 NOT_CHOICES = {
     "rate",  # fitted to measurements
     *("gate", "stages", "save_up", "zero_share", "dense_ffn"),  # what is computed, and not how
+    "save",  # what memory allows
     *("zero_seed", "straggler_seed"),
 }
 
@@ -87,7 +88,7 @@ def _machines(hardware: Hardware) -> Iterator[tuple[str, Hardware]]:
         values = {name: getattr(hardware, name) for name in names}
         return replace(hardware, **{name: type(value)(value * factor) for name, value in values.items()})
 
-    twice = {arithmetic: 2 * rate for arithmetic, rate in hardware.tflops.items()}
+    twice = {mma_type: 2 * rate for mma_type, rate in hardware.tflops.items()}
     both = ["nic_gbps"] if hardware.is_one_link else []
     yield f"{hardware.node_link} twice as fast", times(2, "nvlink_gbps", *both)
     if hardware.num_nodes > 1 and not both:

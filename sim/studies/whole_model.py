@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from ..simulation import Simulation
 from ..world.model_shape import Shape
-from ..world.world import World
+from ..world.world import FORWARD, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,11 @@ def model_step(simulation: Simulation, shape: Shape, context: int) -> ModelStep:
     """The step whose every MoE layer takes what was simulated.
 
     Raises:
-        ValueError: the model is of another hidden size, or does not fit the memory.
+        ValueError: the model is of another hidden size, does not fit the memory, or a backward was simulated.
     """
     world = simulation.world
+    if world.passes != FORWARD:
+        raise ValueError(f"passes must be {FORWARD} for a step that decodes, got {world.passes}")
     if shape.hidden != world.config.hidden:
         raise ValueError(f"hidden must be the model's {shape.hidden}, got {world.config.hidden}")
     layers, tokens = len(shape.dense), world.config.num_tokens
@@ -113,5 +115,5 @@ def _dense_us(world: World, weights: int) -> float:
 
 def _roof_us(world: World, operations: float, nbytes: float) -> float:
     hardware = world.hardware
-    peak = hardware.tflops[world.precision.arithmetic] * 1e6  # per microsecond
+    peak = hardware.tflops[world.precision.mma_type] * 1e6  # per microsecond
     return max(operations / peak, nbytes / (hardware.hbm_gbps * hardware.hbm_achieved * 1e3))

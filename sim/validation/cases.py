@@ -143,7 +143,13 @@ def _world(row: Row, rule: Rule) -> World | Reason:
         return sizes
     try:
         return _make_world(
-            Scenario(config=MoEConfig(**sizes), hardware=hardware.name, precision=formats, routing=rule.routing)
+            Scenario(
+                config=MoEConfig(**sizes),
+                hardware=hardware.name,
+                precision=formats,
+                routing=rule.routing,
+                passes=rule.passes,
+            )
         )
     except ValueError as error:
         return Reason(IMPOSSIBLE, str(error))

@@ -4,7 +4,8 @@ Tables of few rows count as much as long ones: the error is the mean over (sourc
 Every row is simulated at the `NODES`, and its time between them taken as a straight line in the logarithm over each
 knob's; of a fine grid the best point counts. So no valley is missed, and leaving rows out costs nothing more. What a
 fit is told to reach is simulated again. Some tables say nothing of a knob, such as the rate where a scheduler is the
-bound: so each costs `PULL` per factor of e away from what the policy's other GPUs say.
+bound: so each costs `PULL` per factor of e away from what the policy's other GPUs say. Where there are none, it is only
+`PULL_ALONE` away from the default, which nobody has measured: a weak table says more.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .cases import Case
 from .compare import Result, mean_error
 
 PULL = 0.1
+PULL_ALONE = 0.02
 NODES = {
     RATE: (0.12, 0.17, 0.24, 0.33, 0.45, 0.63, MOST_RATE),
     SCHEDULE: (100, 200, 300, 400, 550, 750),
@@ -62,8 +64,13 @@ def fitted_cases(cases: Iterable[Case]) -> dict[Key, list[Case]]:
 
 def fit_values(groups: Mapping[Key, Sequence[Case]]) -> dict[Key, Values]:
     """The fitted knobs of each group: alone first, and then with what that gave for the policy's other GPUs."""
-    alone = {key: _best(key, group, fitted_values(*key, table={})) for key, group in groups.items()}
-    return {key: _best(key, group, fitted_values(*key, table=others(alone, key))) for key, group in groups.items()}
+    alone = {key: _best(key, group, fitted_values(*key, table={}), PULL_ALONE) for key, group in groups.items()}
+    found = dict(alone)
+    for key, group in groups.items():
+        known = others(alone, key)
+        if any(known.values()):
+            found[key] = _best(key, group, fitted_values(*key, table=known), PULL)
+    return found
 
 
 def others(values: Mapping[Key, Values], key: Key) -> dict[str, dict[str, Values]]:
@@ -91,7 +98,7 @@ def _fit(key: Key, cases: Sequence[Case], values: Values) -> Fit:
     )
 
 
-def _best(key: Key, cases: Sequence[Case], prior: Values) -> Values:
+def _best(key: Key, cases: Sequence[Case], prior: Values, pull: float) -> Values:
     """The best point of the fine grid."""
     knobs = fitted_knobs(key[0])
     folds: dict[tuple[str, str], list[Array]] = {}
@@ -100,7 +107,7 @@ def _best(key: Key, cases: Sequence[Case], prior: Values) -> Values:
     cost = np.mean([np.mean(errors, axis=0) for errors in folds.values()], axis=0)
     for axis, knob in enumerate(knobs):
         away = np.abs(np.log(_fine(knob) / prior[knob]))
-        cost = cost + PULL * np.expand_dims(away, tuple(other for other in range(len(knobs)) if other != axis))
+        cost = cost + pull * np.expand_dims(away, tuple(other for other in range(len(knobs)) if other != axis))
     place = np.unravel_index(np.argmin(cost), cost.shape)
     return {knob: _value(knob, _fine(knob)[index]) for knob, index in zip(knobs, place, strict=True)}
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from ..world.routing import make_routing
-from ..world.world import World
+from ..world.world import BACKWARD, FORWARD, FORWARDS, World
 from .published import bottleneck_gbps, megamoe_columns
 from .tables import Row
 
@@ -37,6 +37,7 @@ class Rule:
     routing: that of the benchmark, where its public code says it.
     columns: knobs whose value a column of the row has.
     gated, dtype, sizes: of rows that do not say it; sizes by the names of `MoEConfig`.
+    passes: what was measured, one of `world.PASSES`.
     fitted: whether the rate of (policy, GPU) is fitted to these rows. If not, `why_not` says why.
     """
 
@@ -51,6 +52,7 @@ class Rule:
     gated: bool = False
     dtype: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
+    passes: str = FORWARD
     why_not: str = ""
 
     @property
@@ -79,9 +81,9 @@ def _weak_scaling(run: Run, policy: str, world: World) -> float:
 
 
 def _tflops(run: Run, policy: str, world: World) -> float:
-    """Products of the real rows, of all ranks, per GPU."""
+    """Products of the real rows, of all ranks, per GPU; of a backward twice as many."""
     rows = world.routing.counts.sum() / world.num_ranks
-    flops = 2 * rows * world.config.hidden * (world.up_columns + world.config.ffn)
+    flops = FORWARDS[world.passes] * 2 * rows * world.config.hidden * (world.up_columns + world.config.ffn)
     return float(flops / run(policy, world) / 1e3)
 
 
@@ -113,6 +115,7 @@ SPEEDUP = _rate("speedup over DeepEP + DeepGEMM", "x", _speedup)
 OLDER = "an older version of the code, in tf32"
 OFF = "10 to 25 times off any model"
 NO_PRODUCT = "there is no product in it"
+OF_FORWARDS = "rates are those of forwards"
 SAME_TIME = "it follows from the latency"
 
 PER_SOURCE = {"packing": "per_source", "scheduler": "os_block"}  # as in all published versions
@@ -191,4 +194,12 @@ RULES = (
         for stage in ("dispatch", "combine")
     ),
     Rule(system="SonicMoE", metric="moe_fwd_throughput", policy="sonic", measure=THROUGHPUT),
+    Rule(
+        system="SonicMoE",
+        metric="moe_bwd_throughput",
+        policy="sonic",
+        measure=_rate("throughput of the backward", "TFLOPS", _tflops),
+        passes=BACKWARD,
+        why_not=OF_FORWARDS,
+    ),
 )

@@ -29,7 +29,7 @@ from reference.scalars import make_plain, plain
 from .checks import check_keys, check_positive, check_text, naming
 from .machine_names import FOLDER, GOOD_NAMES, gpu_kind, hardware_file, parse_file_name, parse_name
 from .machine_names import hardware_names as hardware_names
-from .machine_schema import ARITHMETICS, OPTIONAL, SCHEMA, SOURCED, TABLES, VALUES, check_file
+from .machine_schema import MMA_TYPES, OPTIONAL, SCHEMA, SOURCED, TABLES, VALUES, check_file
 
 COUNTS = ("num_nodes", "gpus_per_node", "gpus_per_link", "gpus_per_nic")
 LEAST_RATE, MOST_WHOLE = 1e-6, 10**9  # so that times of whatever fits a GPU's memory fit 64 bits
@@ -51,7 +51,7 @@ class Hardware:
         sms: streaming multiprocessors of a GPU.
         hbm_gbps, hbm_achieved: the datasheet's bandwidth, and the share in (0, 1] of it that streaming reaches.
         hbm_gb, l2_mb, l2_gbps: memory, second-level cache, and what all SMs together read from that cache.
-        tflops: dense peak by arithmetic, keys from `ARITHMETICS`; what the GPU cannot do is left out.
+        tflops: dense peak by MMA type, keys from `MMA_TYPES`; what the GPU cannot do is left out.
         clock_ghz: of its multiprocessors while they multiply; None if unknown. What is known of one GPU is taken for
             another by it (`drafting/rates.py`).
         nvlink_gbps, nvlink_latency_ns: of one link, achieved to all peers together; a small one-sided put.
@@ -61,7 +61,7 @@ class Hardware:
         barrier_ns: a barrier over the GPUs of a node inside a kernel.
         launch_ns, graph_launch_ns: the host submits one kernel; the gap between two nodes of a CUDA graph.
         host_sync_ns: the host reads a value back, for instance the token counts.
-        sources: where each value is from: one text per name in `VALUES` and per "tflops.<arithmetic>".
+        sources: where each value is from: one text per name in `VALUES` and per "tflops.<mma_type>".
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the rule.
@@ -129,19 +129,19 @@ class Hardware:
 
     def _check_tflops(self) -> None:
         if not isinstance(self.tflops, Mapping):
-            raise TypeError(f"tflops must be a mapping from arithmetic to TFLOPS, got {self.tflops!r}")
+            raise TypeError(f"tflops must be a mapping from MMA types to TFLOPS, got {self.tflops!r}")
         if not self.tflops:
-            raise ValueError(f"tflops must have at least one of {', '.join(ARITHMETICS)}, got none")
-        for arithmetic, value in self.tflops.items():
-            if arithmetic not in ARITHMETICS:
-                raise ValueError(f"tflops must have keys from {', '.join(ARITHMETICS)}; got {arithmetic!r}")
-            _check_value(f"tflops.{arithmetic}", value)
+            raise ValueError(f"tflops must have at least one of {', '.join(MMA_TYPES)}, got none")
+        for mma_type, value in self.tflops.items():
+            if mma_type not in MMA_TYPES:
+                raise ValueError(f"tflops must have keys from {', '.join(MMA_TYPES)}; got {mma_type!r}")
+            _check_value(f"tflops.{mma_type}", value)
 
     def _check_sources(self) -> None:
         if not isinstance(self.sources, Mapping):
             raise TypeError(f"sources must be a mapping from value to text, got {self.sources!r}")
         known = [name for name in SOURCED if getattr(self, name) is not None]
-        check_keys("sources", self.sources, (*VALUES, *known, *(f"tflops.{arithmetic}" for arithmetic in self.tflops)))
+        check_keys("sources", self.sources, (*VALUES, *known, *(f"tflops.{mma_type}" for mma_type in self.tflops)))
         for name, text in self.sources.items():
             check_text(f"sources of {name}", text)
 
@@ -210,7 +210,7 @@ def to_toml(hardware: Hardware) -> str:
         given = {key: value for key, value in optional.items() if value is not None}
         lines.extend(f"{key} = {_quote(value) if key == 'link' else value}\n" for key, value in given.items())
     lines.append("\n[gpu.tflops]\n")
-    lines.extend(f"{arithmetic} = {_number(value)}\n" for arithmetic, value in hardware.tflops.items())
+    lines.extend(f"{mma_type} = {_number(value)}\n" for mma_type, value in hardware.tflops.items())
     lines.append("\n[sources]\n")
     lines.extend(f"{_quote(name)} = {_quote(text)}\n" for name, text in hardware.sources.items())
     return "".join(lines)

@@ -8,7 +8,7 @@ from typing import Any
 from .checks import check_positive, check_text
 
 SCHEMA = 1
-ARITHMETICS = ("float64", "float32", "float16", "bfloat16", "fp8", "fp4")  # float32 is tf32 on tensor cores
+MMA_TYPES = ("float64", "float32", "float16", "bfloat16", "fp8", "fp4")  # float32 is tf32 on tensor cores
 TABLES: dict[str, tuple[str, ...]] = {  # the tables of a file and their values; [gpu.tflops] comes on top
     "gpu": ("sms", "hbm_gbps", "hbm_achieved", "hbm_gb", "l2_mb", "l2_gbps"),
     "node": ("nvlink_gbps", "nvlink_latency_ns", "sm_write_gbps", "sm_read_gbps", "flag_ns", "barrier_ns"),
@@ -77,6 +77,6 @@ def _schema(file: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], tuple[str,
     optional["node"] += ("max_gpus",)
     tables = {table: ((*names, *beside.get(table, ())), optional[table]) for table, names in TABLES.items()}
     whole = {"": (("schema", "name", "description"), ("nodes", "chip", *TABLES, "sources"))}
-    more = tuple(f"tflops.{name}" for name in _table(file, "gpu.tflops") if name in ARITHMETICS)
+    more = tuple(f"tflops.{name}" for name in _table(file, "gpu.tflops") if name in MMA_TYPES)
     more += tuple(key for table, key in OPTIONAL if key in SOURCED and key in _table(file, table))
-    return whole | tables | {"gpu.tflops": ((), ARITHMETICS), "sources": ((*VALUES, *more), ())}
+    return whole | tables | {"gpu.tflops": ((), MMA_TYPES), "sources": ((*VALUES, *more), ())}

@@ -1,4 +1,4 @@
-"""Bytes and arithmetic of a layer's numbers: what moves, what is streamed and what the tensor cores multiply.
+"""Bytes and MMA types of a layer's numbers: what moves, what is streamed and what the tensor cores multiply.
 
 Sizes are bytes per element with the scales of narrow types included. Dispatch moves tokens in the type of the product;
 combine moves results in bfloat16 where the product is narrower, because they are summed afterwards.
@@ -16,7 +16,7 @@ from reference.formats import FORMATS
 from reference.scalars import check_one_of, make_plain
 
 from .checks import check_positive, check_text
-from .machine_schema import ARITHMETICS
+from .machine_schema import MMA_TYPES
 
 SIZES = ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes")
 
@@ -27,7 +27,7 @@ class Precision:
 
     Args:
         name: one of `PRECISIONS`, or a name of yours.
-        arithmetic: key of `Hardware.tflops` at whose rate the products run.
+        mma_type: key of `Hardware.tflops` at whose rate the products run.
         weight_bytes: per element of the expert weights.
         token_bytes: per element that dispatch moves.
         hidden_bytes: per element between the two products.
@@ -38,7 +38,7 @@ class Precision:
     """
 
     name: str
-    arithmetic: str
+    mma_type: str
     weight_bytes: float
     token_bytes: float
     hidden_bytes: float
@@ -47,7 +47,7 @@ class Precision:
     def __post_init__(self) -> None:
         make_plain(self)
         check_text("name", self.name)
-        check_one_of("arithmetic", self.arithmetic, ARITHMETICS)
+        check_one_of("mma_type", self.mma_type, MMA_TYPES)
         for name in SIZES:
             check_positive(name, getattr(self, name))
 
@@ -65,7 +65,7 @@ def precision(name: str) -> Precision:
 def _plain(name: str) -> Precision:
     """All of a layer in one format of `reference.formats`."""
     sizes = dict.fromkeys(SIZES, FORMATS[name].num_bytes)
-    return Precision(name=name, arithmetic=FORMATS[name].arithmetic, **sizes)
+    return Precision(name=name, mma_type=FORMATS[name].mma_type, **sizes)
 
 
 def with_results(formats: Precision, name: str) -> Precision:
@@ -80,11 +80,11 @@ def with_results(formats: Precision, name: str) -> Precision:
     return replace(formats, name=f"{formats.name}, {name} results", result_bytes=size)
 
 
-def _scaled(name: str, weight_bytes: float, row_bytes: float, arithmetic: str = "fp8") -> Precision:
+def _scaled(name: str, weight_bytes: float, row_bytes: float, mma_type: str = "fp8") -> Precision:
     """Products at the rate of a narrow format; results are wider, because they are summed afterwards."""
     return Precision(
         name=name,
-        arithmetic=arithmetic,
+        mma_type=mma_type,
         weight_bytes=weight_bytes,
         token_bytes=row_bytes,
         hidden_bytes=row_bytes,
@@ -100,6 +100,6 @@ _TABLE = {name: _plain(name) for name in ("bfloat16", "float16", "float32", "flo
     # time. MegaMoE's best on B200 is 2438 TFLOPS: below the fp8 peak of 4500, and a quarter of fp4's 9000.
     "fp8xfp4": _scaled("fp8xfp4", weight_bytes=0.5 + _MX_SCALE, row_bytes=1 + _MX_SCALE),
     "mxfp8": _scaled("mxfp8", weight_bytes=1 + _MX_SCALE, row_bytes=1 + _MX_SCALE),
-    "nvfp4": _scaled("nvfp4", weight_bytes=0.5 + _NV_SCALE, row_bytes=0.5 + _NV_SCALE, arithmetic="fp4"),
+    "nvfp4": _scaled("nvfp4", weight_bytes=0.5 + _NV_SCALE, row_bytes=0.5 + _NV_SCALE, mma_type="fp4"),
 }
 PRECISIONS: tuple[str, ...] = tuple(_TABLE)

@@ -17,7 +17,7 @@ from .placement import balance
 from .precision import Precision, precision
 from .rounding import WAYS, round_tokens
 from .routing import SimRouting, make_routing
-from .world import PARTS, World, check_sent_rows
+from .world import FORWARD, PARTS, World, check_sent_rows
 
 Blame = Callable[[str], AbstractContextManager[None]]
 
@@ -31,6 +31,7 @@ class Scenario:
         layer: of a recorded routing that has several.
         round_to: round each expert's rows to a multiple of it, `round_how` (one of `rounding.WAYS`); None: do not.
         replicas: copies of busy experts, which are placed by load (`placement.balance`); None: experts stay in blocks.
+        passes: one of `world.PASSES`.
 
     Raises:
         TypeError: a part is of another kind; ValueError: `round_how` is no way.
@@ -45,6 +46,7 @@ class Scenario:
     round_to: int | None = None
     round_how: str = "nearest"
     replicas: int | None = None
+    passes: str = FORWARD
 
     def __post_init__(self) -> None:
         for name, kind in PARTS.items():
@@ -72,7 +74,7 @@ class Scenario:
             check_sent_rows(self.config, hardware, formats)
         routing = self._make_routing(blame)
         with blame("layer"):
-            return World(config=self.config, hardware=hardware, routing=routing, precision=formats)
+            return World(config=self.config, hardware=hardware, routing=routing, precision=formats, passes=self.passes)
 
     def _make_routing(self, blame: Blame) -> SimRouting:
         with blame("routing"):

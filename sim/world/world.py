@@ -12,11 +12,14 @@ import numpy as np
 
 from reference import MoEConfig
 from reference.arrays import Array
+from reference.scalars import check_one_of
 
 from .hardware import Hardware
-from .precision import Precision
+from .precision import SIZES, Precision
 from .routing import SimRouting
 
+FORWARD, BACKWARD, TRAINING = PASSES = ("forward", "backward", "training")
+FORWARDS = {FORWARD: 1, BACKWARD: 2, TRAINING: 3}  # operations, over a forward's
 PARTS = {"config": MoEConfig, "hardware": Hardware, "routing": SimRouting, "precision": Precision}
 
 
@@ -28,6 +31,8 @@ class World:
         config: the sizes. Its `dtype`, `capacity` and tile sizes are not looked at: `precision`, `routing` and the
             policy's knobs say those.
         routing: may have more experts than `config`, if it has copies of some.
+        passes: one of `PASSES`: a "forward"; its "backward", which knows the routing; or "training", a forward, its
+            backward, and the sum over ranks of the gradients of what all ranks have, the router and the shared expert.
 
     Raises:
         TypeError: a part is of another kind; ValueError: they do not go together, or the machine's memory cannot hold
@@ -38,8 +43,10 @@ class World:
     hardware: Hardware
     routing: SimRouting
     precision: Precision
+    passes: str = FORWARD
 
     def __post_init__(self) -> None:
+        check_one_of("passes", self.passes, PASSES)
         for name, kind in PARTS.items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be of type {kind.__name__}, got {getattr(self, name)!r}")
@@ -51,10 +58,11 @@ class World:
             fits = got >= asked if name == "num_experts" else got == asked
             if not fits:
                 raise ValueError(f"routing must be for {name}={asked}, got one for {got}")
-        if self.precision.arithmetic not in self.hardware.tflops:
+        if self.precision.mma_type not in self.hardware.tflops:
             known = ", ".join(self.hardware.tflops)
-            raise ValueError(f"precision {self.precision.name} computes in {self.precision.arithmetic}, "
+            raise ValueError(f"precision {self.precision.name} computes in {self.precision.mma_type}, "
                              f"which {self.hardware.name} has no rate for; it has {known}")  # fmt: skip
+        self._check_formats()
         missing = self.memory_bytes - self.hardware.hbm_gb * 1e9
         if missing > 0:
             raise ValueError(
@@ -62,6 +70,17 @@ class World:
                 f"{self.row_bytes / 1e9:.1f}), {missing / 1e9:.1f} GB more than the {self.hardware.hbm_gb:g} GB of "
                 f"{self.hardware.name}: take more ranks, fewer tokens or a smaller precision"
             )
+
+    def _check_formats(self) -> None:
+        formats = {getattr(self.precision, size) for size in SIZES}
+        if self.passes != FORWARD and len(formats) > 1:
+            rule = f"passes must be {FORWARD} with precision {self.precision.name}, of more than one format"
+            raise ValueError(f"{rule}: what its gradients travel in is not modelled; got {self.passes}")
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The passes one by one."""
+        return (FORWARD, BACKWARD) if self.passes == TRAINING else (self.passes,)
 
     @property
     def num_ranks(self) -> int:
@@ -105,6 +124,9 @@ class World:
     def row_bytes(self) -> int:
         """What the busiest rank holds of tokens and results, sent and received, and between the two products.
 
+        For a backward also of received rows the tokens, of which gradients of weights are made, and the gradients of
+        the first products.
+
         No policy needs less; those that reserve the worst case need more, which `reference.make_plan` tells.
         """
         precision, config = self.precision, self.config
@@ -114,11 +136,14 @@ class World:
         shared = self.routing.num_tokens * config.shared_ffn * precision.hidden_bytes
         if config.shared_ffn:
             shared += self.routing.num_tokens * config.hidden * precision.result_bytes
+        if self.passes != FORWARD:
+            shared += received * (config.hidden + self.up_columns) * precision.token_bytes
         return int((sent + received) * per_row + received * config.ffn * precision.hidden_bytes + shared)
 
     @property
     def memory_bytes(self) -> int:
-        return self.weight_bytes + self.row_bytes
+        gradients = 0 if self.passes == FORWARD else self.weight_bytes  # in no narrower format than the weights
+        return self.weight_bytes + gradients + self.row_bytes
 
     @cached_property
     def traffic(self) -> Array:

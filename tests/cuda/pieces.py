@@ -100,7 +100,8 @@ def sums(r, scratch, box):
 
 def product(r, scratch, box):
     out = Rooms(r.out, r.out_row, box, IN_ORDER, box, 0)
-    tile_gemm(out, GemmRows(r.a, r.a_row, box, IN_ORDER), r.rows, r.matrices, r.expert, r.n, r.form, scratch)
+    nothing, a = Rooms(r.out[:0], 0, box, IN_ORDER, box, 0), GemmRows(r.a, r.a_row, box, IN_ORDER)
+    tile_gemm(out, nothing, a, r.rows, r.matrices, r.expert, r.n, r.form, scratch)
 
 
 def copy(r, scratch, box):

@@ -171,6 +171,21 @@ def test_processes_and_threads_give_the_same_numbers(tmp_path):
         assert reports[0][key] == reports[1][key]
 
 
+def test_backwards_of_processes_and_threads_have_the_same_gradients(tmp_path):
+    shares = []
+    for where in ("--threads", "--mpi"):  # the first compiles
+        files = {flag: tmp_path / where / flag for flag in ("json", "trace")}
+        flags = [str(part) for flag, file in files.items() for part in (f"--{flag}", file)]
+        done = run([*FLASHMOE, *TINY, "--ranks", "2", "--iterations", "2", "--backward", where, *flags], timeout_s=500)
+        assert done.returncode == 0, done.stderr
+        report, trace = (json.loads(file.read_text()) for file in files.values())
+        assert report["passed"] and report["bitwise_repeatable"] and report["backward"]["backward_ms"]["min"] > 0
+        shares.append(report["backward"]["error_shares"])
+        weights = {event["pid"] for event in trace["traceEvents"] if event["name"] == "WEIGHTS"}
+        assert weights == {0, 1}
+    assert shares[0] == shares[1] and all(shares[0].values())
+
+
 def test_the_trace_has_all_ranks_on_one_clock(tmp_path):
     done = run([*FLASHMOE, *TINY, "--ranks", "4", "--iterations", "1", "--trace", str(tmp_path / "trace.json")])
     assert done.returncode == 0, done.stderr
@@ -239,18 +254,18 @@ def test_nobody_outlives_the_others(start, victim):
 
 RAISING = """
 import sys, time
-from flashmoe_numba.layer import layer
 from flashmoe_numba.cli import main
+from flashmoe_numba.layer.calls import Calls
 
-honest = layer.FlashMoE._run
+honest = Calls.run
 
 def fail(self, *arguments):
-    if self._epoch == 3 and self._heap.rank_indices[0] == 1:
+    if self._life.epoch == 3 and self._parts.heap.rank_indices[0] == 1:
         time.sleep(1)  # the others are in the kernel by now
         raise ZeroDivisionError("planted")
     return honest(self, *arguments)
 
-layer.FlashMoE._run = fail
+Calls.run = fail
 sys.exit(main(sys.argv[1:]))
 """
 

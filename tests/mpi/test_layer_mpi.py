@@ -69,10 +69,10 @@ def leftovers(before, folder):
     return sorted(memory) + processes
 
 
-def run(scenario, num_ranks, folder, *arguments, timeout_s=100, **variables):
+def run(scenario, num_ranks, folder, *arguments, timeout_s=100, worker="layer_worker.py", **variables):
     """(exit status, stderr, {rank: its error}) of one mpirun; nothing is left behind."""
     before = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
-    command = [mpirun(), "-n", str(num_ranks), sys.executable, "-m", "mpi4py", str(HERE / "layer_worker.py")]
+    command = [mpirun(), "-n", str(num_ranks), sys.executable, "-m", "mpi4py", str(HERE / worker)]
     command += [scenario, str(folder), *arguments]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **variables)
     done = subprocess.run(

@@ -38,6 +38,8 @@ PRODUCTS = Stage(
     180,
     f"{UNIT}/test_tile_gemm.py {UNIT}/test_micro_kernels.py {UNIT}/test_guard_pages.py {UNIT}/test_arithmetics.py",
 )
+ROUTERS_BACK = Stage(30, f"{UNIT}/test_router_gradient.py {UNIT}/test_router_gradient_limits.py")
+GRADIENTS = Stage(120, f"{UNIT}/test_weight_gradient.py {UNIT}/test_hidden_gradient.py")
 VERBS = Stage(30, f"{UNIT}/test_device_verbs.py {UNIT}/test_float_control.py")
 LAYERS = Stage(
     0,
@@ -60,11 +62,17 @@ SIMULATOR = Stage(
 SUITES = {
     "flashmoe_numba/kernel/*.py": [INTERPRETED, COMPILED],
     "flashmoe_numba/kernel/grid.py": [GRIDS],
+    "flashmoe_numba/kernel/router_gradient.py": [ROUTERS_BACK],
+    "flashmoe_numba/kernel/slopes.py": [ROUTERS_BACK],
     "flashmoe_numba/heap/*.py": [LAYERS, PROCESSES],
     "flashmoe_numba/layer/layer.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/layer/calls.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/layer/life.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/layer/parts.py": [LAYERS, PROCESSES],
     "flashmoe_numba/backends/host.py": [LAYERS, PROCESSES],
     "flashmoe_numba/processes/meeting.py": [LAYERS, PROCESSES],
     "flashmoe_numba/tile_gemm/cpu.py": [PRODUCTS, COMPILED],
+    "flashmoe_numba/tile_gemm/cpu_gradients.py": [GRADIENTS],
     "flashmoe_numba/tile_gemm/micro_kernel.py": [PRODUCTS],
     "flashmoe_numba/tile_gemm/rows.py": [PRODUCTS, COMPILED],
     "flashmoe_numba/tile_gemm/cpu_activations.py": [PRODUCTS],

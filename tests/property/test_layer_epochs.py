@@ -50,14 +50,14 @@ def ahead_on_threads(config, weights, calls, num_processors, naps):
                 if (rank.rank_idx, epoch) in naps:
                     time.sleep(0.005)
                 y, record = rank.call(x[rank.rank_idx], None, epoch, DEADLINE_NS)
-                backend.run_blocks(layer._backend.blocks(record), layer._leave)
+                backend.run_blocks(layer._backend.blocks(record), layer._life.leave)
                 results.append(y)
             backend.close()
             return results
 
         with ThreadPoolExecutor(config.num_ranks) as pool:
             by_rank = list(pool.map(one_rank, layer._ranks))
-        layer._raise_if_given_up()
+        layer._life.raise_if_given_up()
         return [[results[call] for results in by_rank] for call in range(len(calls))]
 
 
@@ -87,7 +87,7 @@ def ahead_on_fibers(config, weights, calls, num_processors, seed, lanes, preempt
             for (name, _), arguments in zip(blocks, by_block, strict=True):
                 scheduler.add_block(name, call_after_call, (kernel, arguments, arrivals, num_threads), lanes)
         scheduler.run()
-        layer._raise_if_given_up()
+        layer._life.raise_if_given_up()
         return results
 
 
@@ -131,8 +131,8 @@ def test_an_empty_packets_signal_is_overtaken(backend):
         from_0[:] = [2 << 32 | 3, 2 << 32 | 0]
         for epoch, rows in ((1, 0), (2, 3)):
             _, record = rank.call(none, None, epoch, DEADLINE_NS)
-            layer._backend.run([record], layer._leave)
-            layer._raise_if_given_up()
+            layer._backend.run([record], layer._life.leave)
+            layer._life.raise_if_given_up()
             assert rank.stats(epoch, 0).rows_per_expert == (rows, 0), f"epoch {epoch}"
             assert back.any() == (epoch == 2), f"epoch {epoch}: results are sent for rows of epoch 2 only, {back}"
         first, *rest = back.reshape(config.num_experts, -1)[2].tolist()

@@ -17,7 +17,7 @@ from losing import VICTIM, lose, write
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.heap.tensors import as_tensor
-from flashmoe_numba.torch import MoE, ranks, session
+from flashmoe_numba.torch import MoE, rounds, session, sum_replicated_gradients
 from reference import Weights
 
 NUM_RANKS, DEADLINE_S = 3, 3
@@ -31,7 +31,7 @@ def in_setup(group, folder):
 
 
 def make_module(group):
-    ranks.DEADLINE_S = DEADLINE_S
+    rounds.DEADLINE_S = DEADLINE_S
     session.FlashMoE = functools.partial(FlashMoE, deadline_s=DEADLINE_S)
     return MoE(CONFIG, Weights.random(CONFIG), process_group=group), as_tensor(random_tokens(CONFIG)[group.rank()])
 
@@ -55,6 +55,30 @@ def in_a_call(group, folder):
             module(x)
         except Exception as later:
             raise RuntimeError(f"{error}\nand later: {later}") from None
+
+
+def in_making(group, folder):
+    """Its own weights are no layer's: the others do not wait for it to make one, which takes no time."""
+    module, x = make_module(group)
+    if group.rank() == VICTIM:
+        module.up_proj.data = module.up_proj.data[:, :-1].contiguous()
+    try:
+        module(x)
+    finally:
+        if group.rank() == VICTIM:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_adding(group, folder):
+    """It has a gradient that cannot be added up: the others do not wait for it."""
+    module = make_module(group)[0].requires_grad_()
+    if group.rank() == VICTIM:
+        module.router.grad = torch.zeros_like(module.router).to_sparse()
+    try:
+        sum_replicated_gradients(module, process_group=group)
+    finally:
+        if group.rank() == VICTIM:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(scenario, folder, rank):

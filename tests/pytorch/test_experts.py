@@ -169,7 +169,7 @@ def test_refuses_gradients_of_a_model():
     register()
     model = make_model("mixtral").requires_grad_(True)
     model.set_experts_implementation("flashmoe")
-    with pytest.raises(RuntimeError, match="FlashMoE computes no gradients"):
+    with pytest.raises(RuntimeError, match="make it with train=True"):
         model(make_ids())
 
 

@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-MISSING = r"every rank must call the same modules equally often \(see flashmoe_numba.torch.join\)"
+MISSING = re.escape(
+    "every rank must call the same modules equally often (see flashmoe_numba.torch.join, for calls without gradients)"
+)
 SAID = {
     "in_setup": r"TimeoutError: not all ranks came to a collective of the layer within 3 s \(setup_deadline_s\): .*",
-    "between_calls": r"FlashMoEError: rank [02] gave up before call 2 of a module of these ranks: (rank 1 did not come "
-    rf"within 3 s: {MISSING}, or it was late, or is gone|rank [02] left because of an error of its own)",
+    "in_making": r"FlashMoEError: rank [02] gave up at call 1: it makes a layer, rank [012] left because of an error "
+    r"of its own",
+    "in_adding": r"FlashMoEError: rank [02] gave up at call 0: it adds up gradients, rank [012] left because of an "
+    r"error of its own",
+    "between_calls": r"FlashMoEError: rank [02] gave up at call 2: it calls module 0 of these ranks, (rank 1 did not "
+    rf"come within 3 s: {MISSING}, or it was late, or is gone|rank [02] left because of an error of its own)",
     "in_a_call": r"RuntimeError: rank [02].* gave up in epoch 4: waited for the result flag of rank 1, .*\nand later: "
     r"nothing is computed with these ranks any more, because a call failed: rank [02].* gave up in epoch 4: .*",
 }

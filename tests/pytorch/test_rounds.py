@@ -4,14 +4,26 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from torch import nn
 
 from flashmoe_numba import FlashMoEError
 from flashmoe_numba.processes.process_group import Duplicate
-from flashmoe_numba.torch import ranks as words
-from flashmoe_numba.torch.ranks import MISSING, Ranks
+from flashmoe_numba.torch import rounds
+from flashmoe_numba.torch.ranks import Ranks
+from flashmoe_numba.torch.rounds import (
+    ADDING,
+    BACKWARD,
+    FORWARD,
+    KEPT_FORWARD,
+    LAST_MODULE,
+    LAST_ROUND,
+    MISSING,
+    MOST_CALLS,
+    Step,
+)
 
 STEPS = 300
 
@@ -82,12 +94,89 @@ def test_ranks_that_call_different_modules_are_told_so_at_once():
     assert found(call(4), call(5), call(4)) == [said.format(*who) for who in [(0, 4, 1, 5), (1, 5, 0, 4), (2, 4, 1, 5)]]
 
 
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ((FORWARD, KEPT_FORWARD), ("calls module 2 of these ranks", "calls module 2 of these ranks for a backward")),
+        (
+            (KEPT_FORWARD, BACKWARD),
+            ("calls module 2 of these ranks for a backward", "calls module 2 of these ranks backward"),
+        ),
+    ],
+)
+def test_ranks_that_call_a_module_in_other_ways_are_told_so(kinds, words):
+    def call(kind):
+        def step(ranks):
+            with ranks.call(2, 1, kind):
+                raise AssertionError("it must not come here")
+
+        return step
+
+    first, second = found(*(call(kind) for kind in kinds))
+    assert str(first) == f"rank 0 {words[0]}, rank 1 {words[1]}: {MISSING}"
+    assert str(second) == f"rank 1 {words[1]}, rank 0 {words[0]}: {MISSING}"
+
+
+def test_a_rank_that_left_join_has_no_part_in_a_training():
+    def train(ranks):
+        with ranks.call(2, 1, KEPT_FORWARD):
+            raise AssertionError("it must not come here")
+
+    first, second = found(train, lambda ranks: ranks.next_of_others())
+    assert str(first) == f"rank 0 calls module 2 of these ranks for a backward, rank 1 has left join(): {MISSING}"
+    assert str(second) == f"rank 1 has left join(), rank 0 calls module 2 of these ranks for a backward: {MISSING}"
+
+
+def test_ranks_exchange_values_round_after_round():
+    def step(ranks):
+        seen = []
+        for turn in range(STEPS):
+            mine = None if (turn + ranks.rank_idx) % 5 == 0 else np.full(3, 100 * turn + ranks.rank_idx, np.float32)
+            seen.append([None if values is None else values.tolist() for values in ranks.exchange(mine, 3, np.float32)])
+        return seen
+
+    of_ranks = found(step, step, step)
+    expected = [
+        [None if (turn + rank) % 5 == 0 else [100.0 * turn + rank] * 3 for rank in range(3)] for turn in range(STEPS)
+    ]
+    assert of_ranks == [expected] * 3
+
+
+def add(ranks):
+    return ranks.exchange(None, 1, np.float32)
+
+
+def test_a_rank_that_adds_nothing_up_is_told_of():
+    adding, calling = found(add, lambda ranks: calls(ranks, [1]))
+    assert str(adding) == f"rank 0 adds up gradients, rank 1 calls module 0 of these ranks: {MISSING}"
+    assert str(calling) == f"rank 1 calls module 0 of these ranks, rank 0 adds up gradients: {MISSING}"
+
+
+def test_adding_is_no_call(monkeypatch):
+    monkeypatch.setattr(rounds, "DEADLINE_S", 0.2)
+    error, _ = found(*(lambda ranks, own=own: [calls(ranks, [1]), *(add(ranks) for _ in range(own))] for own in (2, 1)))
+    assert str(error).startswith("rank 0 gave up at call 1: it adds up gradients, rank 1 did not come within 0.2 s")
+
+
+def test_the_largest_numbers_fit_in_a_word():
+    largest = Step(ADDING, LAST_MODULE, MOST_CALLS)
+
+    def step(ranks):
+        ranks._round = LAST_ROUND - 1
+        told = ranks.tell(largest)
+        with pytest.raises(FlashMoEError, match=f"these ranks have met {LAST_ROUND} times, which is the most"):
+            ranks.tell(largest)
+        return told
+
+    assert found(step, step) == [[largest] * 2] * 2
+
+
 def test_a_rank_that_does_not_come_is_named_within_the_deadline(monkeypatch):
-    monkeypatch.setattr(words, "DEADLINE_S", 0.2)
+    monkeypatch.setattr(rounds, "DEADLINE_S", 0.2)
     first, _, third = found(*(lambda ranks, own=own: calls(ranks, [1] * own) for own in (2, 1, 2)))
     assert "rank 1 did not come within 0.2 s" in str(third)
     assert str(first) == (
-        "rank 0 gave up before call 2 of a module of these ranks: rank 1 did not come within 0.2 s: "
+        "rank 0 gave up at call 2: it calls module 1 of these ranks, rank 1 did not come within 0.2 s: "
         f"{MISSING}, or it was late, or is gone"
     )
 
@@ -107,7 +196,7 @@ def test_a_rank_that_left_is_not_waited_for():
 
     error, _ = found(wait, leave)
     assert str(error) == (
-        "rank 0 gave up before call 2 of a module of these ranks: rank 1 left because of an error of its own"
+        "rank 0 gave up at call 2: it calls module 0 of these ranks, rank 1 left because of an error of its own"
     )
 
 
@@ -118,8 +207,46 @@ def test_a_layer_goes_when_no_rank_uses_it(unused, can):
 
 def test_releasing_and_calling_at_once_is_an_error_on_both():
     errors = found(lambda ranks: ranks.all_can_release(True), lambda ranks: calls(ranks, [1]))
-    assert "rank 0 releases layers, and another rank does not" in str(errors[0])
+    assert str(errors[0]) == f"rank 0 releases layers, rank 1 calls module 0 of these ranks: {MISSING}"
     assert "rank 1 calls module 0 of these ranks, rank 0 releases layers" in str(errors[1])
+
+
+def test_a_layer_is_made_when_all_ranks_have_come_however_late(monkeypatch):
+    monkeypatch.setattr(rounds, "DEADLINE_S", 0.05)
+
+    def late(ranks):
+        time.sleep(0.2)
+        return ranks.meet_to_make()
+
+    assert found(late, Ranks.meet_to_make) == [None, None]
+
+
+def test_a_rank_that_makes_no_layer_is_told_of_at_once():
+    calling, making = found(lambda ranks: calls(ranks, [1]), Ranks.meet_to_make)
+    assert str(calling) == f"rank 0 calls module 0 of these ranks, rank 1 makes a layer: {MISSING}"
+    assert str(making) == f"rank 1 makes a layer, rank 0 calls module 0 of these ranks: {MISSING}"
+    left, making = found(lambda ranks: ranks.end("planted"), Ranks.meet_to_make)
+    assert left is None and str(making).endswith("rank 0 left because of an error of its own")
+
+
+@pytest.mark.parametrize(
+    ("step", "does"),
+    [(lambda ranks: ranks.all_can_release(True), "releases layers"), (Ranks.meet_to_make, "makes a layer")],
+)
+def test_a_rank_that_is_done_serves_calls_only(step, does):
+    done, other = found(Ranks.next_of_others, step)
+    assert str(done) == f"rank 0 has left join(), rank 1 {does}: {MISSING}"
+    assert str(other) == f"rank 1 {does}, rank 0 has left join(): {MISSING}"
+
+
+def test_a_rank_that_is_done_is_told_that_others_call_different_modules():
+    done, *_ = found(Ranks.next_of_others, *(lambda ranks, m=m: calls(ranks, [1] * m) for m in (1, 1)), call_second)
+    assert str(done) == (f"rank 1 calls module 0 of these ranks, rank 3 calls module 1 of these ranks: {MISSING}")
+
+
+def call_second(ranks):
+    with ranks.call(1, 1):
+        raise AssertionError("it must not come here")
 
 
 def test_modules_have_numbers_in_the_order_in_which_they_come():
@@ -138,5 +265,5 @@ def test_modules_have_numbers_in_the_order_in_which_they_come():
 
 
 def test_more_calls_than_words_can_tell_are_an_error():
-    (error,) = found(lambda ranks: calls(ranks, [1 << 16]))
-    assert str(error).startswith("at most 65535 calls for one of a module")
+    (error,) = found(lambda ranks: calls(ranks, [1 << 14]))
+    assert str(error).startswith("at most 16383 calls for one of a module")

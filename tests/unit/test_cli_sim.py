@@ -82,6 +82,11 @@ def run_json(capsys, *flags):
     (["--html", "a", "--json", "a"], "argument --json: must not be the file of --html, got 'a'"),
     (["--trace", "a", "--policy", "flashmoe,bulk"], "argument --trace: needs one policy and one --tokens, got 2 comb"),
     (["--engine", "pure"], "unrecognized arguments: --engine pure"),
+    (["--pass", "back"], "argument --pass: invalid choice: 'back'"),
+    (["--pass", "training", "--policy", "comet"], "policy comet: passes must be forward with "),
+    (["--pass", "backward", "--precision", "fp8"], "the layer: passes must be forward with "),
+    (["--pass", "training", "--layers", "all"], "argument --layers: a step that decodes needs --pass forward, got "),
+    (["--pass", "training", "--set", "save=all"], "argument --set: save must be one of rows+up, rows, "),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(capsys, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
@@ -312,6 +317,32 @@ def test_the_help_and_the_documentation_say_what_every_column_means(capsys):
         head = f"{column.name} {column.unit}".strip()
         assert f"{head} {column.meaning}" in said
         assert f"| {head} | {column.meaning} |" in documentation
+
+
+def test_a_training_step_of_all_policies_that_have_one(capsys, tmp_path):
+    files = ["--html", str(tmp_path / "a.html")]
+    code, rows = run_json(capsys, "--policy", "all", "--pass", "training", *files)
+    assert code == 0 and [row["policy"] for row in rows] == ["flashmoe", "sonic", "bulk", "deepep"]
+    assert {row["passes"] for row in rows} == {"training"}
+    text = (tmp_path / "a.html").read_text()
+    found = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["simulations"]
+    kinds = {kind for one in found for band in one["lanes"][0]["bands"] for kind in band["parts"]}
+    assert {"WEIGHTS", "ROUTER_WEIGHTS"} <= kinds
+    _, alone = run_json(capsys, "--policy", "all", "--pass", "backward")
+    assert all(one["latency_us"] < both["latency_us"] for one, both in zip(alone, rows, strict=True))
+
+
+def test_the_header_says_what_is_simulated_beside_a_forward(capsys, tmp_path):
+    for passes, words in (
+        ("backward", "backward; float32"),
+        ("training", "training: forward, backward and the sum of "),
+    ):
+        assert cli.main([*SMALL, "--pass", passes, "--trace", str(tmp_path / "a.json")]) == 0
+        out = capsys.readouterr().out
+        assert out.splitlines()[1].startswith(words) and "no fit has seen a backward" in out
+        assert '"WEIGHTS"' in (tmp_path / "a.json").read_text()
+    assert cli.main(SMALL) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("float32, routing")
 
 
 def test_the_table_says_simulated_and_has_units(capsys):

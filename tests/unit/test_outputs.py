@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from flashmoe_numba import cli
-from flashmoe_numba.commands.sizes import check_outputs
+from flashmoe_numba.commands.outputs import check_outputs
 from flashmoe_numba.errors import UsageError
 from flashmoe_numba.seeing.plots import plot_timeline
 from reference.pictures import picture_format

@@ -27,7 +27,8 @@ from reference import ACTIVATIONS, DTYPES
 from reference.arrays import stream
 
 from ...errors import UsageError
-from ..sizes import add_json_argument, check_outputs, integer, make_folder, write_json
+from ..flags import integer
+from ..outputs import add_json_argument, check_outputs, make_folder, write_json
 from ..spread import progress
 from .inputs import MOST_COLUMNS, Kind, draw_case, make_inputs
 from .properties import PROPERTIES, Finding, Property

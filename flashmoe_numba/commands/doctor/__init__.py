@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...processes.cores import count_cores
-from ..sizes import add_json_argument, check_outputs, give
+from ..outputs import add_json_argument, check_outputs, give
 
 MEANING = {
     "cpu": "layers on CPUs, ranks as threads",

@@ -6,21 +6,30 @@ was there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from reference import Layout, MoEConfig
-from reference.plan import max_tasks
+from reference import Layout
+from reference.backward_plan import max_weight_tasks
+from reference.sizes import max_tasks
 
-from ...backends.fibers import FiberBackend
-from ...device.storage import as_storage
+from ...backends.protocols import Arguments
+from ...heap.back import Transposed, pack_transposed, zero_gradients
+from ...heap.kept import Keeping, Kept
 from ...heap.rank import Rank
+from ...kernel.backward.state import WeightGradients
+from ...kernel.grid import RankArguments
 from ...kernel.state import Experts, Problem
+from ...tile_gemm import Panels
+from .backend import WatchedBackend
 from .memory import NEVER, Memory, Region
 from .spec import WorldSpec
 
+ROWS = tuple(f"segments.{name}" for name in ("dispatch", "result", "again", "factors", "dots"))  # a part for each rank
+OF_ROWS = {"dots": "row_dots", "factors": "row_factors"}  # of working memory, where segments have the same names
 ARRIVES = 64  # stores arrive within this part of a deadline
 FAIR = 20  # where all is fair, every fiber comes round at least so often in a deadline
 
@@ -43,24 +52,26 @@ class Arrays:
         self.weights = spec.weights()
         self.num_blocks = spec.num_processors + 1
         self.num_lanes = c.num_ranks * self.num_blocks * spec.lanes
-        self.can_stop = bool(spec.leavers) or spec.deadline is not None  # if not, hosts have nothing to look for
-        hosts = c.num_ranks + len(spec.leavers) if self.can_stop else 0  # those that look, then those that give up
+        hosts = c.num_ranks + len(spec.leavers) if spec.can_stop else 0  # those that look, then those that give up
         self.memory = Memory(self.num_lanes + hosts, *patience(spec))
         self.regions: dict[int, Region] = {}  # by id of the array
-        self.backend = _WatchedBackend()
-        segments = [np.empty(Layout(c).num_bytes, np.uint8) for _ in range(c.num_ranks)]
+        self.backend = WatchedBackend()
+        segments = [np.empty(Layout(c, spec.save).num_bytes, np.uint8) for _ in range(c.num_ranks)]
         self.ranks = [self._make_rank(rank_idx, segments) for rank_idx in range(c.num_ranks)]
         self._make_tokens()
+        self._transposed: list[Transposed] = []  # of each rank
+        self.gradients: list[WeightGradients] = []  # the same: in which all backwards of a run go on
+        if spec.save is not None:
+            self._make_backwards()
 
     def _make_rank(self, rank_idx: int, segments: list[np.ndarray]) -> Rank:
         c, spec = self.spec.config, self.spec
         weights = self.weights.shard(rank_idx, c.num_ranks)
-        events = max_tasks(c) + c.num_experts
+        events = max_tasks(c) + c.num_experts + (max_weight_tasks(c) if spec.save else 0)
         packed = spec.packing == "sources"
-        rank = Rank(c, rank_idx, weights, segments, spec.num_processors, self.backend, events, packed)
+        rank = Rank(c, rank_idx, weights, segments, spec.num_processors, self.backend, events, packed, spec.save)
         for group in (rank.segments, rank.tokens, rank.received, rank.queue):
-            for name, array in zip(group._fields, group, strict=True):
-                self._watch(rank_idx, f"{type(group).__name__.lower()}.{name}", array)
+            self._watch_all(rank_idx, type(group).__name__.lower(), group._asdict())
         rooms = self.backend.make_rooms(c, rank.first_arguments())
         for block, room in enumerate(rooms):
             self._watch(rank_idx, f"box of block {block}", room.box)
@@ -70,9 +81,14 @@ class Arrays:
             self._watch(rank_idx, f"scratch.sums of block {block}", room.scratch.sums)
         return rank
 
+    def _watch_all(self, rank_idx: int, group: str, arrays: Mapping[str, Any], of: str = "") -> None:
+        for name, array in arrays.items():
+            if isinstance(array, np.ndarray) and id(array) not in self.regions:
+                self._watch(rank_idx, f"{group}.{name}" + (f" of {of}" if of else ""), array)
+
     def _watch(self, rank_idx: int, name: str, array: np.ndarray) -> None:
         group, _, what = name.partition(".")
-        rows = name in ("segments.dispatch", "segments.result")
+        rows = name in ROWS
         initialised = not rows and not any(array is other for other in self.backend.uninitialised)
         writers = self.spec.config.num_ranks if rows or (group == "segments" and what.endswith("_flag")) else 0
         full_name = f"rank {rank_idx} {name}"
@@ -81,38 +97,62 @@ class Arrays:
     def _make_tokens(self) -> None:
         for epoch, (x, _) in enumerate(self.data, start=1):
             for rank_idx, part in enumerate(x):
-                adopted = as_storage(part), as_storage(np.empty_like(part))
-                self.backend.adopted[id(part)] = (*adopted, adopted[1].view(part.dtype).reshape(part.shape))
-                self.backend.uninitialised.append(adopted[1])
-                self._watch(rank_idx, f"tokens.x of call {epoch}", adopted[0])
-                self._watch(rank_idx, f"tokens.y of call {epoch}", adopted[1])
+                names = ("back.dy", "back.dx") if self.spec.forward_of(rank_idx, epoch) else ("tokens.x", "tokens.y")
+                for name, array in zip(names, self.backend.expect(part), strict=True):
+                    self._watch(rank_idx, f"{name} of call {epoch}", array)
+
+    def _make_backwards(self) -> None:
+        """Working memory, gradients, and what calls keep: each call is begun once, to see which arrays it has."""
+        config = self.spec.config
+        for rank in self.ranks:
+            weights = self.weights.shard(rank.rank_idx, config.num_ranks)
+            self._transposed.append(pack_transposed(config, self.backend, weights, rank.segments.dispatch))
+            self.gradients.append(zero_gradients(config, weights, self.backend))
+            assert rank.working is not None, "its layer has a backward"
+            working = rank.working._asdict() | self._transposed[-1]._asdict()
+            self._watch_all(rank.rank_idx, "back", {OF_ROWS.get(name, name): each for name, each in working.items()})
+            self._watch_all(rank.rank_idx, "gradients", self.gradients[-1]._asdict())
+            kept: dict[int, Kept] = {}
+            for call in range(1, self.spec.epochs + 1):
+                _, arguments = self.begin_call(rank, call, 0, kept)
+                if call in kept:
+                    own = kept[call].arrays
+                    self.backend.note_filled(own.tokens["x"])
+                    self._watch_all(rank.rank_idx, "kept", own.tokens | own.received, f"room {call}")
+                if not isinstance(arguments, RankArguments):
+                    self._watch_all(rank.rank_idx, "back", arguments.back._asdict(), f"call {call}")
+
+    def begin_run(self) -> None:
+        """No call is kept yet."""
+        for rank in self.ranks:
+            if rank.save is not None:
+                rank.keeping = Keeping(rank.config, rank.save, self.backend, rank.tokens)
+
+    def begin_call(self, rank: Rank, call: int, deadline: int, kept: dict[int, Kept]) -> tuple[Any, Arguments]:
+        """(what the call returns, what its blocks are given): a forward or a backward, as the world has it.
+
+        Args:
+            kept: of the rank's calls; what this one keeps comes to it.
+        """
+        x, routings = self.data[call - 1]
+        tokens = x[rank.rank_idx]
+        forward = self.spec.forward_of(rank.rank_idx, call)
+        self.backend.begin_call(rank.rank_idx, call)
+        if not forward:
+            begun = rank.call(tokens, routings[rank.rank_idx], call, deadline, keep=self.spec.keeps(call))
+            if self.spec.keeps(call):
+                kept[call] = rank.kept
+            return begun
+        own = self._transposed[rank.rank_idx], self.gradients[rank.rank_idx]
+        assert rank.keeping is not None, "its layer has a backward"
+        rank.keeping.give_back(kept[forward])  # for the next forward
+        return rank.call_back(tokens, None, kept[forward], forward, call, deadline, rank.experts, *own)
 
     def watched(self, value: Any) -> Any:
         """Kernel arguments with regions for arrays; sizes, and weights, which nobody writes, stay as they are."""
         if isinstance(value, np.ndarray):
-            return self.regions[id(value)]
-        if isinstance(value, tuple) and not isinstance(value, Experts | Problem):
+            return self.regions.get(id(value)) or self.memory.at(value.ctypes.data, value.size)  # a part of a room
+        if isinstance(value, tuple) and not isinstance(value, Experts | Problem | Panels):
             parts = [self.watched(part) for part in value]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         return value
-
-
-class _WatchedBackend(FiberBackend):
-    """Remembers which arrays begin with whatever was there, and has room for the results of every call ready."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.uninitialised: list[np.ndarray] = []
-        self.adopted: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-
-    def empty(self, size: int, dtype: Any) -> np.ndarray:
-        self.uninitialised.append(super().empty(size, dtype))
-        return self.uninitialised[-1]
-
-    def make_scratch(self, config: MoEConfig) -> Any:
-        scratch = super().make_scratch(config)
-        self.uninitialised += scratch
-        return scratch
-
-    def adopt(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.adopted[id(x)]

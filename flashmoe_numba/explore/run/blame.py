@@ -22,7 +22,7 @@ from reference import Layout
 
 from ...device.fibers import clock
 from ...kernel import control as s
-from ...kernel.signals import EPOCH_SHIFT
+from ...kernel.signals import CALL_SHIFT, EPOCH_SHIFT, backward_of
 from .memory import Region
 from .spec import WorldSpec
 from .watched import ld_acquire
@@ -52,7 +52,7 @@ class Blame:
         self._spec, self._segments = spec, segments
         self._controls: list[Region] = [each.control for each in segments]
         self._memory = self._controls[0].memory
-        if spec.leavers or spec.deadline is not None:
+        if spec.can_stop:
             for rank_idx, control in enumerate(self._controls):
                 control.on_store = partial(self._stored, rank_idx)
 
@@ -96,7 +96,7 @@ class Blame:
         culprit = ld_acquire(self._controls[rank_idx], s.ABORT) - 1
         if culprit < 0:
             return False
-        if self._spec.deadline is None and culprit not in self._spec.leavers:
+        if self._spec.deadline is None and culprit not in self._spec.leavers and not self._spec.astray:
             self._report(f"rank {rank_idx} names rank {culprit}, which did not give up")
             return True
         for other in dict.fromkeys((rank_idx, culprit)):
@@ -110,13 +110,25 @@ class Blame:
                 self._report(f"rank {reader} names rank {rank_idx}, whose record is not complete")
             return
         found = s.record_fields(control)
-        if found.role == s.HOST or self._spec.deadline is None:
+        if self._spec.astray and found.flag == s.OTHER_CALL:
+            if not self._tells_of_another_call(rank_idx, found):
+                self._report(f"rank {reader} finds {[*found]} in the record of rank {rank_idx}, of no call there is")
+        elif found.role == s.HOST or self._spec.deadline is None:
             wanted = s.departure(rank_idx, self._spec.epochs, s.FAILED, 0)
             if found != wanted:
                 told = f"{[*found]} in the record of rank {rank_idx}, wanted {[*wanted]}"
                 self._report(f"rank {reader} finds {told}")
         elif not self._is_legal(found):
             self._report(f"rank {reader} finds {[*found]} in the record of rank {rank_idx}, which no wait can write")
+
+    def _tells_of_another_call(self, rank_idx: int, record: s.AbortRecord) -> bool:
+        """Does it name a packet of the last call, and both calls, as the program has them?"""
+        c, last = self._spec.config, self._spec.epochs
+        calls = [self._spec.forward_of(rank, last) for rank in range(c.num_ranks)]
+        own, other = (backward_of(calls[rank]) if calls[rank] else 0 for rank in (rank_idx, record.peer))
+        told = record.role, record.block, record.epoch, record.m, record.found >> CALL_SHIFT
+        wanted = s.SUBSCRIBER, self._spec.num_processors, last, own, last << EPOCH_SHIFT - CALL_SHIFT | other
+        return told == wanted and own != other
 
     def _is_legal(self, record: s.AbortRecord) -> bool:
         block, role, flag, peer, expert, _, epoch, _, missing, deadline = record
@@ -155,6 +167,8 @@ class Blame:
             for lost in self._spec.lost:
                 if lost.tasks == 0 and ended >= lost.call:
                     return f"rank {rank} ended call {lost.call}, which rank {lost.rank} never began"
+            if self._spec.astray and ended == self._spec.epochs:
+                return f"rank {rank} ended call {ended}, in which others made another call"
         return None
 
     def _names(self) -> str | None:

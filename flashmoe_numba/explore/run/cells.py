@@ -12,18 +12,34 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from reference import Layout, MoEConfig
-from reference.task_kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, KIND_NAMES, SHARED0, SHARED1
+from reference.task_kinds import (
+    BACKWARD_NAMES,
+    COMBINE,
+    DISPATCH,
+    GATE,
+    GEMM0,
+    GEMM1,
+    KIND_NAMES,
+    ROUTER_WEIGHTS,
+    SHARED0,
+    SHARED1,
+    WEIGHTS,
+)
+from reference.tiles import shared_tiles_n0, tiles_n0
 
 from ...kernel import control, queue, row_tiles, signals
 from ...tile_gemm import PLACE_WORDS
 
 # As kernel/queue.py numbers them.
-COUNTERS = ("HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TASKS", "HIDDEN_ROWS", "TOTAL")
+COUNTERS = (
+    "HEAD", "TAIL", "GATES_DONE", "GATE_OPEN", "PACKETS_SEEN", "GEMM_TASKS", "HIDDEN_ROWS", "KEPT_ROWS", "TOTAL",
+)  # fmt: skip
 WORDS = {  # as kernel/row_tiles.py and tile_gemm/rows.py number them
     "streams": ("SEEN", "ARRIVED", "CUT_PACKET", "CUT_SLOT", "WAITING", "TILES", "QUEUED", "spare"),
     "tiles": row_tiles.CutTile._fields,
-    "places": ("ROW_IN", "ROW_OUT", "RANK"),
+    "places": ("ROW_IN", "ROW_OUT", "RANK", "KEPT"),
 }
+MATRICES = ("up", "down", "gate")  # as kernel/weights.py numbers them
 CONTROL = {
     control.ABORT: "the abort word",
     control.RECORD: "RECORD",
@@ -35,7 +51,7 @@ CONTROL = {
 
 def split_name(array: str) -> tuple[int | None, str]:
     """(rank, name without group) of an array: (1, "dispatch_flag") of "rank 1 segments.dispatch_flag"."""
-    named = re.fullmatch(r"rank (\d+) (?:\w+\.)?(.+?)(?: of (?:block|call) \d+)?", array)
+    named = re.fullmatch(r"rank (\d+) (?:\w+\.)?(.+?)(?: of (?:block|call|room) \d+)?", array)
     return (int(named[1]), named[2]) if named else (None, array)
 
 
@@ -58,7 +74,8 @@ def word(array: str, i: int) -> str | None:
 def value_of(array: str, value: int) -> str:
     """A flag taken apart; other words are numbers."""
     if split_name(array)[1].endswith("_flag"):
-        return f"(call {value >> signals.EPOCH_SHIFT}, {value & signals.ROWS_MASK} rows)"
+        of_backward = ", a backward" if value >> signals.CALL_SHIFT & signals.LAST_CALL else ""
+        return f"(call {value >> signals.EPOCH_SHIFT}{of_backward}, {value & signals.ROWS_MASK} rows)"
     return f"{value}"
 
 
@@ -85,7 +102,7 @@ class Cells:
             "shared_factors": (("token",), (-1,)),
             "shared_up_done": (("m",), (-1,)),
             "shared_down_done": (("m",), (-1,)),
-        }
+        } | _backward_axes(c)
         self._books: dict[str, tuple[tuple[str, ...], Sequence[int]]] = {
             "seen": (("source", "expert"), rows[:2]),
             "rows": (("source", "expert"), rows[:2]),
@@ -138,6 +155,32 @@ class Cells:
         return f"place {place}: {task_text(*queue.task_of(who, where))}"
 
 
+def _backward_axes(c: MoEConfig) -> dict[str, tuple[tuple[str, ...], Sequence[int]]]:
+    """Of what only calls that are kept, and backwards, have."""
+    slots = c.num_ranks, c.num_experts_per_rank, c.slots
+    ups, shared, shared_ups = c.expert_kind.num_ups * c.ffn, c.shared_ffn, c.shared_kind.num_ups * c.shared_ffn
+    of_rows = {"kept_rows": c.hidden, "dy_rows": c.hidden, "kept_ups": ups, "up_gradients": ups, "active": c.ffn}
+    of_tokens = {"dy": c.hidden, "dx": c.hidden, "router_rows": c.hidden, "shared_active": shared}
+    of_tokens |= {"shared_ups": shared_ups, "shared_up_gradients": shared_ups}
+    return {
+        "again": (("source", "expert", "slot", "column"), (*slots, c.hidden)),
+        "factors": (("source", "expert", "slot"), slots),
+        "dots": (("owner", "expert", "slot"), slots),
+        "row_factors": (("row",), (-1,)),
+        "row_dots": (("row", "n"), (-1, tiles_n0(c))),
+        "shared_dots": (("token", "n"), (-1, shared_tiles_n0(c))),
+        "gate_gradients": (("token",), (-1,)),
+        "weight_gradients": (("token", "choice"), (-1, c.num_topk)),
+        "logits_gradient": (("token", "expert"), (-1, c.num_choices)),
+        "weights_left": (("expert",), (-1,)),
+        **{name: (("row", "column"), (-1, columns)) for name, columns in of_rows.items()},
+        **{name: (("token", "column"), (-1, max(columns, 1))) for name, columns in of_tokens.items()},
+        "up": (("expert", "row", "column"), (-1, ups, c.hidden)),
+        "down": (("expert", "row", "column"), (-1, c.hidden, c.ffn)),
+        "router": (("expert", "column"), (-1, c.hidden)),
+    }
+
+
 def task_text(kind: int, peer: int, expert: int, m: int, n: int) -> str:
     """A task with the indices that its kind has."""
     if kind in (GATE, COMBINE):
@@ -148,6 +191,9 @@ def task_text(kind: int, peer: int, expert: int, m: int, n: int) -> str:
         return f"{KIND_NAMES[kind]}(source {peer}, expert {expert}, m {m}, n {n})"
     if kind in (SHARED0, SHARED1):
         return f"{KIND_NAMES[kind]}(m {m}, n {n})"
+    if kind in BACKWARD_NAMES:
+        of = f"expert {expert}'s {MATRICES[peer]}" if kind == WEIGHTS else MATRICES[peer]
+        return f"{BACKWARD_NAMES[kind]}({'' if kind == ROUTER_WEIGHTS else f'{of}, '}m {m}, n {n})"
     return f"a task of kind {kind}"
 
 

@@ -6,22 +6,22 @@ computed again: later ones are compared with it.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from reference import GATE, KIND_NAMES, MoEConfig, Packets, Routing, Task, Workload, make_packets, task_graph
-from reference.runs import RowTile, result_chunks, row_tiles, tiling_problem
+from reference import MoEConfig, Packets, Routing, Workload, make_packets
+from reference.runs import result_chunks
 
 from ...bench.check import check_layer
 from ...kernel.signals import EPOCH_SHIFT
-from .hosts import Call
+from .calls import Call
+from .counts import Counts
+from .gradients import Reference
 from .reports import Report
 from .world import Run, WatchedWorld
 
-MOST_TASKS = 4  # named in a report
 WRONG = "wrong result"
 
 
@@ -32,7 +32,8 @@ class Checker:
         self.world = world
         self._right: dict[int, list[Call]] = {}  # by call: of all ranks, found to be right
         self._packets: dict[int, list[Packets]] = {}  # the same
-        self._tasks: dict[tuple[Any, ...], list[Counter[Task]]] = {}  # by call and tiles: of all ranks
+        self._counts = Counts(world.spec.config)
+        self._reference = Reference(world)
         rows = world.weights.router
         self._twins = [{low for low in range(e) if np.array_equal(rows[low], rows[e])} for e in range(len(rows))]
 
@@ -40,10 +41,24 @@ class Checker:
         """Everything that is wrong with a run; the memory's reports are among them."""
         reports = list(run.reports)
         with np.errstate(over="ignore", invalid="ignore"):  # as in the kernel: wrong numbers are a report, no warning
-            for epoch in range(1, min(map(len, run.calls)) + 1):
+            for epoch in range(1, self._ended(run) + 1):
                 calls = [calls[epoch - 1] for calls in run.calls]
-                reports += self._differences(epoch, calls) if epoch in self._right else self._judge(epoch, calls)
+                if epoch in self._right:
+                    reports += self._differences(epoch, calls)
+                else:
+                    forward = self._forward_of(epoch)
+                    before = [own[forward - 1] for own in run.calls] if forward else []
+                    reports += self._judge_backward(epoch, calls, before) if forward else self._judge(epoch, calls)
         return reports
+
+    def _ended(self, run: Run[Any]) -> int:
+        """Calls that ended on all ranks, and were the same there."""
+        spec = self.world.spec
+        return min(min(map(len, run.calls)), spec.epochs - 1 if spec.astray else spec.epochs)
+
+    def _forward_of(self, epoch: int) -> int:
+        """The forward that a call which ended is the backward of, or 0: no rank of it was astray."""
+        return self.world.spec.program[epoch - 1] if self.world.spec.program else 0
 
     def _differences(self, epoch: int, calls: Sequence[Call]) -> Iterator[Report]:
         for rank, (call, right) in enumerate(zip(calls, self._right[epoch], strict=True)):
@@ -51,6 +66,10 @@ class Checker:
             if not np.array_equal(bits(call.y), bits(right.y)):
                 rows = np.flatnonzero((bits(call.y) != bits(right.y)).any(axis=1)).tolist()
                 yield Report(WRONG, f"{case} rows {rows} have other bits than under another seed")
+            for name, array in call.gradients.items():
+                other = np.flatnonzero(bits(array) != bits(right.gradients[name])).tolist()
+                if other:
+                    yield Report(WRONG, f"{case} gradient {name}{other} has other bits than under another seed")
             if not np.array_equal(call.routing.topk_idx, right.routing.topk_idx):
                 yield Report(WRONG, f"{case} routed otherwise than under another seed")
             if not np.array_equal(call.rows, right.rows):
@@ -70,13 +89,35 @@ class Checker:
         reports += self._compare_with_oracle(epoch, calls)
         config = self.world.spec.config
         packets = [make_packets(call.routing.topk_idx, config) for call in calls]
-        sent = np.array([packet.sent for packet in packets]).reshape(config.num_ranks, config.num_ranks, -1)
         for rank, (case, call) in enumerate(zip(cases, calls, strict=True)):
             x = self.world.data[epoch - 1][0][rank]
             wrong = np.argwhere(bits(call.y) != bits(ordered_sums(call, x, packets[rank], config)))
             if len(wrong):
                 text = f"{case} y{wrong[0].tolist()} is not the sum of its results in the order of choices"
                 reports.append(Report(WRONG, text))
+        return self._judge_packets(epoch, calls, packets, reports)
+
+    def _judge_backward(self, epoch: int, calls: Sequence[Call], forwards: Sequence[Call]) -> list[Report]:
+        """Routed as its forward was, and with the reference's gradients."""
+        reports = [Report(WRONG, text) for text in self._reference.wrong(epoch, calls)]
+        packets = [make_packets(call.routing.topk_idx, self.world.spec.config) for call in forwards]
+        for rank, (call, forward) in enumerate(zip(calls, forwards, strict=True)):
+            now, then = call.routing, forward.routing
+            if (
+                not np.array_equal(now.topk_idx, then.topk_idx)
+                or (bits(now.topk_weights) != bits(then.topk_weights)).any()
+            ):
+                reports.append(Report(WRONG, f"rank {rank}, call {epoch}: routed otherwise than in its forward"))
+        return self._judge_packets(epoch, calls, packets, reports)
+
+    def _judge_packets(
+        self, epoch: int, calls: Sequence[Call], packets: list[Packets], reports: list[Report]
+    ) -> list[Report]:
+        """All reports of a call, these among them; where there are none, it is right."""
+        config = self.world.spec.config
+        sent = np.array([packet.sent for packet in packets]).reshape(config.num_ranks, config.num_ranks, -1)
+        for rank, call in enumerate(calls):
+            case = f"rank {rank}, call {epoch}:"
             reports += self._wrong_flags(case, epoch, call, packets[rank])
             if not np.array_equal(call.rows, sent[:, rank]):
                 text = f"{case} packets of {call.rows.tolist()} rows, wanted {sent[:, rank].tolist()}"
@@ -88,18 +129,9 @@ class Checker:
 
     def _miscounts(self, epoch: int, calls: Sequence[Call], packets: Sequence[Packets]) -> Iterator[Report]:
         """Row tiles that may not be, or tasks that are not those of these tiles."""
-        config, packing = self.world.spec.config, self.world.spec.packing
-        tiles = [of_expert for call in calls for of_expert in call.tiles]
-        key = epoch, *map(tuple, tiles)
-        if key not in self._tasks:
-            wrong = list(_wrong_tiles(epoch, tiles, packets, config, packing))
-            if wrong:
-                yield from wrong
-                return
-            graph = task_graph(packets, config, tiles)
-            self._tasks[key] = [_tasks_of(rank, graph) for rank in range(config.num_ranks)]
-        for rank, (call, tasks) in enumerate(zip(calls, self._tasks[key], strict=True)):
-            yield from _miscounts(f"rank {rank}, call {epoch}:", call, tasks)
+        forward, packing = self._forward_of(epoch), self.world.spec.packing
+        routed = None not in self.world.data[forward - 1][1] if forward else None
+        yield from self._counts.wrong(epoch, calls, packets, packing, routed)
 
     def _illegal_experts(self, case: str, call: Call, given: Routing | None) -> Iterator[Report]:
         """The first token whose experts are not distinct ones of the layer; no choice (-1) may be given only."""
@@ -164,37 +196,3 @@ def ordered_sums(call: Call, x: np.ndarray, packets: Packets, config: MoEConfig)
 def bits(array: np.ndarray) -> np.ndarray:
     """The same shape of unsigned integers: NaNs of the same bits are equal."""
     return array.view(f"u{array.itemsize}")
-
-
-def _wrong_tiles(
-    epoch: int, tiles: list[list[RowTile]], packets: Sequence[Packets], config: MoEConfig, packing: str
-) -> Iterator[Report]:
-    """The first expert whose rows are not cut as they may be."""
-    for expert, of_expert in enumerate(tiles):
-        rows = [int(packet.sent[expert]) for packet in packets]
-        problem = tiling_problem(of_expert, rows, config)
-        if problem is None and packing == "none" and of_expert != row_tiles(rows, config):
-            problem = "a packet must have tiles of its own, cut where its chunks are"
-        if problem:
-            yield Report("tiles", f"call {epoch}, expert {expert}: {problem}")
-            return
-
-
-def _name(task: Task) -> str:
-    """A spoilt queue may hold tasks of no kind there is."""
-    return str(task) if 0 <= task.kind < len(KIND_NAMES) else f"kind {task.kind}{tuple(task[1:])}"
-
-
-def _tasks_of(rank: int, graph: Mapping[Task, list[Task]]) -> Counter[Task]:
-    tasks = Counter(task for task in graph if task.rank == rank)
-    tasks[Task(GATE, rank)] = 1  # a rank without tokens runs one, too, which tells every peer so
-    return tasks
-
-
-def _miscounts(case: str, call: Call, tasks: Counter[Task]) -> Iterator[Report]:
-    """Tasks against what they should be."""
-    if call.tasks != tasks:
-        wrong = [task for task in sorted(call.tasks | tasks) if call.tasks[task] != tasks[task]]
-        texts = [f"{_name(task)} ran {call.tasks[task]} times, wanted {tasks[task]}" for task in wrong[:MOST_TASKS]]
-        texts += [f"and {len(wrong) - MOST_TASKS} more"] if len(wrong) > MOST_TASKS else []
-        yield Report("count", f"{case} {'; '.join(texts)}")

@@ -6,42 +6,23 @@ next call begins when all blocks have left the last one, as launches in a stream
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from reference import Routing, Task
-from reference.runs import RowTile
-from reference.task_kinds import RECEIVE
-
+from ...backends.protocols import Arguments
 from ...device.fibers import Fiber, Scheduler, clock, current, note_progress
 from ...device.records import record_words
+from ...heap.kept import Kept
 from ...heap.rank import Rank
 from ...kernel.grid import HEADER_WORDS, RankArguments
-from ...kernel.trace import EVENT_WORDS
 from .arrays import Arrays
 from .blame import Blame
+from .calls import Call, call_of
 from .memory import Actor, joined
 
 NO_DEADLINE = 1 << 62  # the scheduler finds deadlocks by itself
-
-
-@dataclass
-class Call:
-    """What one rank had at the end of one call."""
-
-    y: np.ndarray
-    routing: Routing
-    results: np.ndarray  # elements [num_ranks, num_experts_per_rank, slots, hidden]: the rank's result region
-    shared: np.ndarray  # elements [num_tokens, hidden]: of the shared expert, no rows where there is none
-    factors: np.ndarray  # accumulator [num_tokens]: of these
-    flags: np.ndarray  # int64 [num_experts, row_blocks]: its result flags
-    rows: np.ndarray  # [num_ranks, num_experts_per_rank]: of the packets that the rank received
-    tasks: Counter[Task]
-    tiles: list[list[RowTile]]  # of each of its experts
 
 
 class Table:
@@ -80,7 +61,8 @@ class Host:
         self._table, self._blame = table, blame
         self.calls: list[list[Call]] = [[] for _ in ranks]
         self.fibers: list[Fiber] = []  # of this call
-        self._y: list[np.ndarray] = []
+        self._results: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []  # of the call: y, and gradients by name
+        self._kept: list[dict[int, Kept]] = [{} for _ in ranks]  # of each one's calls
         self.leaving: list[Fiber] = []  # the one in which it gives up
         self.is_lost = self.is_told = False  # it is told that a call was given up
         self._clock = [0] * world.memory.num_actors
@@ -95,31 +77,37 @@ class Host:
         """Start the next call, if there is one."""
         if self.epoch > len(self.world.data):
             return
-        self.fibers, self._y, self._tasks = [], [], 0
+        self.fibers, self._results, self._tasks = [], [], 0
         if not self._lose():
-            for rank in self.ranks:
-                self._launch(rank, self.epoch)
+            for rank, kept in zip(self.ranks, self._kept, strict=True):
+                self._launch(rank, self.epoch, kept)
             self._running = len(self.fibers)
 
-    def _launch(self, rank: Rank, epoch: int) -> None:
-        x, routings = self.world.data[epoch - 1]
+    def _launch(self, rank: Rank, epoch: int, kept: dict[int, Kept]) -> None:
         world, lanes, rank_idx = self.world, self.world.spec.lanes, rank.rank_idx
-        y, of_rank = rank.call(x[rank_idx], routings[rank_idx], epoch, world.spec.deadline or NO_DEADLINE)
-        self._y.append(y)
-        for block, (name, arguments) in enumerate(world.backend.blocks(of_rank)):
-            entry, given = self._entry(of_rank, block, arguments)
+        found, of_rank = world.begin_call(rank, epoch, world.spec.deadline or NO_DEADLINE, kept)
+        self._results.append(self._named(rank_idx, found) if world.spec.forward_of(rank_idx, epoch) else (found, {}))
+        for block, (name, entry_name, arguments) in enumerate(world.backend.blocks(of_rank)):
+            entry, given = self._entry(of_rank, block, entry_name, arguments)
             self.fibers += self.scheduler.add_block(name, self._lane, (rank_idx, block, entry, given), lanes)
         if rank_idx in world.spec.leavers and epoch == len(world.data):
             arguments = world.watched(rank.leaving(epoch))
             self.leaving = self.scheduler.add_block(f"rank {rank_idx} host", self._leave, (rank_idx, epoch, *arguments))
 
+    def _named(self, rank_idx: int, found: tuple[Any, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(gradients of the tokens, all others by name), of what a backward returns."""
+        dx, topk_weights, logits = found
+        others = {"topk_weights": topk_weights} | ({} if logits is None else {"logits": logits})
+        return dx, others | self.world.gradients[rank_idx]._asdict()
+
     def _entry(
-        self, of_rank: RankArguments, block: int, arguments: tuple[Any, ...]
+        self, of_rank: Arguments, block: int, name: str, arguments: tuple[Any, ...]
     ) -> tuple[Callable[..., None], tuple[Any, ...]]:
         """What a block of a call enters, and what it is given."""
         if self._table:
+            assert isinstance(of_rank, RankArguments), "a grid makes forwards only"
             return self.world.kernel.grid_block, self._table.arguments(of_rank, block, arguments)
-        return self.world.kernel.persistent, self.world.watched(arguments)
+        return getattr(self.world.kernel, name), self.world.watched(arguments)
 
     def _leave(self, rank_idx: int, epoch: int, *arguments: Any) -> None:
         spec = self.world.spec
@@ -151,7 +139,7 @@ class Host:
 
     def _given_up(self) -> bool:
         """The host, in the fiber of the last lane to end, looks for its abort word, if anybody can set one."""
-        if not self.world.can_stop:
+        if not self.world.spec.can_stop:
             return False
         rank_idx = self.ranks[0].rank_idx
         self._act(self.world.num_lanes + rank_idx, rank_idx, self.epoch, f"rank {rank_idx} host after its blocks")
@@ -178,34 +166,5 @@ class Host:
 
     def _end(self) -> None:
         epoch = self.epoch  # it counts calls that ended
-        for rank, y, calls in zip(self.ranks, self._y, self.calls, strict=True):
-            calls.append(_call_of(rank, y, epoch))
-
-
-def _call_of(rank: Rank, y: np.ndarray, epoch: int) -> Call:
-    c = rank.config
-    shape = (c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
-    results = rank.segments.result.view(c.numpy_dtype).reshape(shape).copy()
-    flags = rank.segments.result_flag.reshape(c.num_experts, -1).copy()
-    rows = rank.received.rows.reshape(shape[:2]).copy()
-    shared = rank.tokens.shared_results.view(c.numpy_dtype).reshape(-1, c.hidden)[: len(y)].copy()
-    return Call(
-        y=y.copy(),
-        routing=rank.routing(len(y)),
-        results=results,
-        shared=shared,
-        factors=rank.tokens.shared_factors[: len(y)].copy(),
-        flags=flags,
-        rows=rows,
-        tasks=_tasks(rank),
-        tiles=rank.row_tiles(epoch),
-    )
-
-
-def _tasks(rank: Rank) -> Counter[Task]:
-    tasks: Counter[Task] = Counter()
-    for trace in np.split(rank.traces, rank.num_processors + 1):
-        for kind, peer, expert, m, n, *_ in trace.reshape(-1, EVENT_WORDS)[1 : trace[0] + 1].tolist():
-            if kind != RECEIVE:
-                tasks[Task(kind, rank.rank_idx, peer, expert, m, n)] += 1
-    return tasks
+        for rank, (y, gradients), calls in zip(self.ranks, self._results, self.calls, strict=True):
+            calls.append(call_of(rank, y, epoch, gradients))

@@ -339,16 +339,20 @@ class Memory:
         self.meetings: dict[Block, list[Meeting]] = {}  # lanes that wait at barriers (watched.py)
         self._known: set[Any] = set()
         self._regions: dict[int, Region] = {}  # by address
+        self.nothing = Region(self, "no array", np.empty(0, np.int64), initialised=False)  # where none is wanted
 
     def region(self, name: str, array: np.ndarray, *, initialised: bool = True, num_writers: int = 0) -> Region:
         """Watch an array; it must stay where it is."""
         region = Region(self, name, array, initialised, num_writers)
-        self._regions[array.ctypes.data] = region
+        if array.size:  # an empty one may lie where another begins
+            self._regions[array.ctypes.data] = region
         return region
 
     def at(self, address: int, num_elements: int) -> Region:
         """The region that begins at an address."""
         region = self._regions.get(address)
+        if num_elements == 0:
+            return self.nothing
         if region is None or num_elements > region.size:
             frame = kernel_frame(_frame(1))
             what = "no array begins there" if region is None else f"{region.name} has {region.size} elements"

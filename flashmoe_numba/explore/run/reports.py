@@ -44,7 +44,7 @@ class Report(NamedTuple):
 
 def finding(report: Report) -> tuple[str, ...]:
     """What makes reports of worlds of any size the same finding: kind, array without its rank, and places."""
-    array = re.sub(r"^rank \d+ | of (block|call) \d+$", "", report.cell[0]) if report.cell else ""
+    array = re.sub(r"^rank \d+ | of (block|call|room) \d+$", "", report.cell[0]) if report.cell else ""
     raised = report.text.partition(":")[0] if report.kind == "error" else ""
     return report.kind, array, raised, *sorted(site.where for site in report.sites)
 

@@ -13,6 +13,8 @@ from reference import Layout, MoEConfig, Routing, Weights, external_routing
 from reference.runs import PACKINGS
 from reference.scalars import check_one_of
 
+from .program import FORWARD, Astray, Program, check_program
+
 LEAST_DEADLINE = 100  # kernel/waits.py looks at the time sixteen times in it
 NO_CHOICE_SHARE = 1 / 8  # of the pairs that a routing from outside has
 MOST_FIBERS, MOST_EPOCHS, MOST_BYTES = 1000, 1000, 1 << 22  # every access is a Python call, every cell has its history
@@ -58,10 +60,15 @@ class WorldSpec:
         grid: the blocks of all ranks are one launch, as on a GPU, and a call begins when all have left the last one.
         ties: every other expert has the logits of the one before it.
         packing: as `FlashMoE` has it.
+        save: likewise.
+        program: which calls are forwards and which backwards (program.py); none: all are forwards. A backward has dy of
+            normal numbers, and its gradients of weights go on from those of the rank's earlier backwards.
+        astray: ranks whose last call is another one than the program's: all must give up.
 
     Raises:
-        ValueError: leavers or lost ranks are no ranks, a given call does not fit the layer, there are not `epochs` of
-            them, the deadline is too short or missing, or the world is larger than an interpreter could run.
+        ValueError: leavers, lost or astray ranks are no ranks, a given call does not fit the layer, there are not
+            `epochs` of them, the deadline is too short or missing, the program cannot be made, or the world is larger
+            than an interpreter could run.
     """
 
     config: MoEConfig
@@ -76,6 +83,9 @@ class WorldSpec:
     grid: bool = False
     ties: bool = False
     packing: str = PACKINGS[0]
+    save: str | None = None
+    program: Program = ()
+    astray: tuple[Astray, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_size()
@@ -83,6 +93,8 @@ class WorldSpec:
         self._check_ranks("lost", [lost.rank for lost in self.lost])
         self._check_lost()
         check_one_of("packing", self.packing, PACKINGS)
+        check_program(self.program, self.save, self.astray, self.epochs)
+        self._check_ranks("astray", [own.rank for own in self.astray])
         if self.given and len(self.given) != self.epochs:
             raise ValueError(f"epochs must be the number of given calls, {len(self.given)}, got {self.epochs}")
         c = self.config
@@ -109,6 +121,10 @@ class WorldSpec:
             raise ValueError(f"deadline must be at least {LEAST_DEADLINE} switches, got {self.deadline}")
         if self.grid and (self.leavers or self.deadline is not None):
             raise ValueError("grid must be without leavers and without a deadline")
+        if self.grid and self.program:
+            raise ValueError("grid must be without a program: it makes forwards only")
+        if self.astray and (self.leavers or self.lost):
+            raise ValueError("astray must be without leavers and lost ranks")
 
     def _check_size(self) -> None:
         c = self.config
@@ -120,7 +136,8 @@ class WorldSpec:
             raise ValueError(f"{rule}, got {c.num_ranks} * ({self.num_processors} + 1) * {self.lanes}")
         if self.epochs > MOST_EPOCHS:
             raise ValueError(f"epochs must be at most {MOST_EPOCHS}, got {self.epochs}")
-        num_bytes = c.num_ranks * Layout(c).num_bytes + c.hidden * (c.num_experts * c.ffn + c.num_ranks * c.shared_ffn)
+        weights = c.hidden * (c.num_experts * c.ffn + c.num_ranks * c.shared_ffn)
+        num_bytes = c.num_ranks * Layout(c, self.save).num_bytes + weights
         if num_bytes > MOST_BYTES:
             raise ValueError(f"segments and weights must be at most {MOST_BYTES:,} bytes, got {num_bytes:,}")
 
@@ -132,10 +149,31 @@ class WorldSpec:
         twins = np.arange(self.config.num_choices) // 2 * 2
         return replace(weights, router=weights.router[twins])
 
+    def forward_of(self, rank: int, call: int) -> int:
+        """The forward that a rank's call is the backward of; 0: it is a forward itself."""
+        own = dict(self.astray) if call == self.epochs else {}
+        return own.get(rank, self.program[call - 1] if self.program else FORWARD)
+
+    def keeps(self, call: int) -> bool:
+        """Is there a backward of it?"""
+        return call in self.program or call in [own.call for own in self.astray]
+
+    @property
+    def can_stop(self) -> bool:
+        """May a call be given up?"""
+        return bool(self.leavers or self.astray) or self.deadline is not None
+
     def calls(self) -> list[tuple[list[np.ndarray], list[Routing | None]]]:
-        """(tokens, routing from outside or None) of each rank, for each call."""
+        """(tokens, routing from outside or None) of each rank, for each call; of a backward, (dy, None)."""
         make = self._given_call if self.given else self._call
-        return [make(epoch) for epoch in range(self.epochs)]
+        calls = [make(epoch) for epoch in range(self.epochs)]
+        for call, (x, routings) in enumerate(calls, start=1):
+            for rank in range(self.config.num_ranks):
+                forward = self.forward_of(rank, call)
+                if forward:
+                    draw = np.random.default_rng([self.data_seed, call, rank, forward])
+                    (x[rank],), routings[rank] = self._tokens(draw, [len(calls[forward - 1][0][rank])]), None
+        return calls
 
     def _given_call(self, epoch: int) -> tuple[list[np.ndarray], list[Routing | None]]:
         c, call, draw = self.config, self.given[epoch], np.random.default_rng([self.data_seed, epoch])

@@ -17,7 +17,8 @@ from greenlet import getcurrent
 from ...device.fibers import QUIET_POLLS, Deadlock, Fiber, Scheduler, Strategy
 from .arrays import Arrays
 from .blame import Blame
-from .hosts import Call, Host, Table
+from .calls import Call
+from .hosts import Host, Table
 from .memory import Region
 from .reports import Report, Stopped
 from .spec import WorldSpec
@@ -65,6 +66,7 @@ class WatchedWorld(Arrays):
         self.memory.begin(with_places, late_seed)
         for region, content in self._first:
             region.array[:] = content
+        self.begin_run()
         quiet_polls = QUIET_POLLS + 2 * (self.spec.deadline or 0)  # a poll takes a switch: time enough to give up
         scheduler = Scheduler(max_switches=MAX_SWITCHES, strategy=strategy, quiet_polls=quiet_polls)
         groups = [self.ranks] if self.table else [[rank] for rank in self.ranks]
@@ -88,7 +90,7 @@ class WatchedWorld(Arrays):
             return Report("livelock", _waits(str(error).split("\n")[0], hosts))
         except Exception as error:
             return Report("error", f"{type(error).__name__}: {error}")
-        wrong = self.blame.compare() if self.can_stop else None
+        wrong = self.blame.compare() if self.spec.can_stop else None
         return Report("blame", wrong) if wrong else None
 
 

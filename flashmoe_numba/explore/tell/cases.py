@@ -13,10 +13,12 @@ from reference.scalars import is_whole
 from ...seeing.trace import block_name
 from ..choose.schedules import Choice
 from ..plants import PLANTS
+from ..run.program import Astray
 from ..run.spec import GivenCall, Lost, WorldSpec
 
 KIND = "flashmoe explore case"
-VERSION = 3
+VERSION = 4
+NAMED = (("lost", Lost), ("astray", Astray))
 KEYS = ("file", "version", "report", "world", "plant", "late_seed", "schedule")
 
 
@@ -83,14 +85,17 @@ def _spec(world: Any) -> WorldSpec:
         config = MoEConfig(**world["config"])
         for rank in world["leavers"]:
             _check_integer("leavers", rank, 0)
-        for part in [part for parts in world["lost"] for part in parts]:
-            _check_integer("lost", part, 0)
+        for name in ("lost", "astray"):
+            for part in [part for parts in world[name] for part in parts]:
+                _check_integer(name, part, 0)
+        for call in world["program"]:
+            _check_integer("program", call, 0)
         if world["deadline"] is not None:
             _check_integer("deadline", world["deadline"], 1)
         given = tuple(GivenCall(tuple(call["counts"]), _tuples(call["experts"])) for call in world["given"])
-        lost = tuple(Lost(*parts) for parts in world["lost"])
-        leavers = _tuples(world["leavers"])
-        return WorldSpec(**world | {"config": config, "given": given, "leavers": leavers, "lost": lost})
+        lost, astray = (tuple(kind(*parts) for parts in world[name]) for name, kind in NAMED)
+        tuples = {name: _tuples(world[name]) for name in ("leavers", "program")}
+        return WorldSpec(**world | tuples | {"config": config, "given": given, "lost": lost, "astray": astray})
     except (TypeError, KeyError) as error:
         raise ValueError(f"world: {error}") from None
 

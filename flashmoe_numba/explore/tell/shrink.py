@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
+from typing import Any
+
+from reference.layout import SAVES
 
 from ...device.fibers import Strategy
 from ..choose.schedules import Choice, Recorded, Scheduled
 from ..choose.strategies import make_strategy
 from ..run.checks import Checker
+from ..run.program import FORWARD, without
 from ..run.reports import Report, finding
 from ..run.spec import WorldSpec
 from ..run.world import Run, WatchedWorld
@@ -180,22 +184,43 @@ def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:
             yield replace(spec, **{name: False})  # type: ignore[arg-type]
     if spec.packing != "none":
         yield replace(spec, packing="none")
+    for changes in _other_programs(spec):
+        with contextlib.suppress(ValueError):  # such a world there is not, here and below
+            yield replace(spec, **changes)
     if config.capacity is not None:
         yield replace(spec, config=replace(config, capacity=None))
     for name in SIZES:
         now = getattr(config if hasattr(config, name) else spec, name) or 1  # a capacity may be None
         for value in sorted({*range(1, min(now, 4)), now // 2, now - 1} - {0, now}):
-            with contextlib.suppress(ValueError):  # such a world there is not
+            with contextlib.suppress(ValueError):
                 yield _resized(spec, name, value)
+
+
+def _other_programs(spec: WorldSpec) -> Iterator[dict[str, Any]]:
+    """What changes: nobody is astray, the simplest saving, a call less, a forward in place of a backward."""
+    if spec.astray:
+        yield dict(astray=())
+    if spec.save is not None and not any(spec.program):
+        yield dict(save=None, program=())
+    if spec.save not in (None, SAVES[0]):
+        yield dict(save=SAVES[0])
+    simple = not (spec.lost or spec.given or spec.astray)  # which name calls by their numbers
+    for call, forward in enumerate(spec.program, start=1):
+        fewer = without(spec.program, call)
+        if simple and fewer:
+            yield dict(program=fewer, epochs=len(fewer))
+        if forward and not spec.astray:
+            yield dict(program=(*spec.program[: call - 1], FORWARD, *spec.program[call:]))
 
 
 def _resized(spec: WorldSpec, name: str, value: int) -> WorldSpec:
     if name == "epochs":
-        return replace(spec, epochs=value, given=spec.given[:value])
+        return replace(spec, epochs=value, given=spec.given[:value], program=spec.program[:value])
     if not hasattr(spec.config, name):
         return replace(spec, **{name: value})  # type: ignore[arg-type]
     most = value if name == "num_ranks" else spec.config.num_ranks
     leavers = tuple(rank for rank in spec.leavers if rank < most)
     lost = tuple(each for each in spec.lost if each.rank < most)
+    astray = tuple(each for each in spec.astray if each.rank < most)
     config = replace(spec.config, **{name: value})  # type: ignore[arg-type]
-    return replace(spec, config=config, leavers=leavers, lost=lost)
+    return replace(spec, config=config, leavers=leavers, lost=lost, astray=astray)

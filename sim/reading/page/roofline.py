@@ -14,7 +14,7 @@ import numpy as np
 
 from ...engine.graph import Array
 from ...simulation import Simulation
-from ...world.world import World
+from ...world.world import FORWARDS, World
 from ..measures import places
 
 
@@ -22,7 +22,7 @@ def roofline(simulation: Simulation) -> dict[str, Any]:
     """Rates of a GPU, work of the mean rank, and the floors in microseconds by their names; JSON."""
     world, graph = simulation.world, simulation.graph
     hardware = world.hardware
-    peak, memory = hardware.tflops[world.precision.arithmetic], hardware.hbm_gbps * hardware.hbm_achieved
+    peak, memory = hardware.tflops[world.precision.mma_type], hardware.hbm_gbps * hardware.hbm_achieved
     work = graph.nodes["count"] * graph.nodes["useful_flops"]
     operations = np.bincount(places(graph), work, minlength=world.num_ranks)
     nbytes = memory_bytes(world)
@@ -42,10 +42,13 @@ def roofline(simulation: Simulation) -> dict[str, Any]:
 
 
 def memory_bytes(world: World) -> Array:
-    """`[num_ranks]`: of each rank: weights of experts with rows and of the shared one, rows read, results written."""
+    """`[num_ranks]`: of each rank: weights of experts with rows and of the shared one, rows read, results written.
+
+    A backward reads the weights and writes their gradients, in their format at least.
+    """
     config, precision = world.config, world.precision
     columns = config.ffn * world.active_experts + config.shared_ffn
     weights = config.hidden * columns * config.expert_kind.num_matrices * precision.weight_bytes
     per_row = config.hidden * (precision.token_bytes + precision.result_bytes)
-    result: Array = weights + world.rows * per_row
+    result: Array = FORWARDS[world.passes] * weights + len(world.directions) * world.rows * per_row
     return result

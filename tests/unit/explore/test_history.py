@@ -182,7 +182,7 @@ def test_only_the_last_round_before_a_pause_found_nothing():
         ("rank 0 received.rows", [1, 3], "rows(sources 0-1, expert 1)"),
         ("rank 0 received.streams", [8, 12], "streams(expert 1, SEEN, WAITING)"),
         ("rank 0 received.tiles", [13], "tiles(source 1, expert 1, m 0, hidden)"),
-        ("rank 0 received.places", [3, 4, 5], "places(row 1, ROW_IN, ROW_OUT, RANK)"),
+        ("rank 0 received.places", [4, 5, 6], "places(row 1, ROW_IN, ROW_OUT, RANK)"),
         ("rank 0 received.arrived", [2], "arrived(expert 1, packet 0)"),
         ("rank 0 tokens.starts", [1, 2, 3, 7], "starts[1-3, 7]"),
         ("rank 0 queue.counters", [48], "GATE_OPEN"),
@@ -210,7 +210,9 @@ def test_words():
     assert word("rank 1 segments.dispatch_flag", 0) is None
     assert value_of("rank 1 segments.result_flag", (3 << 32) | 4) == "(call 3, 4 rows)"
     assert value_of("rank 1 queue.counters", 4) == "4"
-    assert word("rank 1 queue.counters", 8 * 16 + 17) == "TAIL + 1"
+    assert word("rank 1 queue.counters", 9 * 16 + 17) == "TAIL + 1"
+    assert word("rank 1 queue.counters", 7 * 16) == "KEPT_ROWS"
+    assert value_of("rank 1 segments.dispatch_flag", (3 << 32) | (2 << 24) | 4) == "(call 3, a backward, 4 rows)"
 
 
 def test_the_last_lines_and_all_marked_ones_are_shown():

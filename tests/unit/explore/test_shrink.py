@@ -159,7 +159,7 @@ def test_a_file_holds_all_of_a_case(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda case: case.update(version=7), "version must be 3, got 7"),
+        (lambda case: case.update(version=7), "version must be 4, got 7"),
         (lambda case: case.pop("plant"), f"the file must have just these: {', '.join(KEYS)}"),
         (
             lambda case: case.update(plant="no-such"),
@@ -176,6 +176,13 @@ def test_a_file_holds_all_of_a_case(tmp_path):
             lambda case: case["world"].update(lost=[[0, 2, 0]], deadline=1000),
             "lost must be in a call in [1, epochs=1], after 0 tasks or more, got call 2, 0 tasks",
         ),
+        (lambda case: case["world"].update(program=[0.0]), "program must be an integer >= 0, got 0.0"),
+        (lambda case: case["world"].update(astray=[[0, -1]]), "astray must be an integer >= 0, got -1"),
+        (
+            lambda case: case["world"].update(program=[0, 1], epochs=2, given=[]),
+            "program needs save, which is what a forward keeps for its backward",
+        ),
+        (lambda case: case["world"].update(save="all"), "save must be one of rows+up, rows, nothing; got 'all'"),
         (lambda case: case["world"].update(deadline=9), "deadline must be at least 100 switches, got 9"),
         (lambda case: case["world"].update(packing="all"), "packing must be one of sources, none; got 'all'"),
         (lambda case: case["world"].update(packing=[]), "packing must be one of sources, none; got []"),

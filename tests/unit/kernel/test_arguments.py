@@ -30,6 +30,7 @@ def raises(kind, *parts):
     return pytest.raises(kind, match=named(*parts))
 
 
+HUGE = replace(CONFIG, num_tokens=2**24)
 SIZES = dict(num_ranks=2, num_tokens=5, hidden=6, ffn=4, num_experts=4, num_topk=2)
 
 
@@ -82,6 +83,11 @@ def changed(**arrays):
         ({"config": replace(CONFIG, gated=False)}, ValueError, ["gate_proj", "given", "gated"]),
         ({"weights": WEIGHTS.shard(0, 4)}, ValueError, ["expert"]),
         ({"weights": changed(up_proj=WEIGHTS.up_proj.tolist())}, TypeError, ["up_proj", "NumPy array", "list"]),
+        (
+            {"config": HUGE, "weights": Weights.random(HUGE)},
+            ValueError,
+            ["config.num_tokens", 2**24 - 1, f"got {2**24}"],
+        ),
         ({"num_processors": 0}, ValueError, ["num_processors", "[1, 512]", "got 0"]),
         ({"num_processors": -3}, ValueError, ["num_processors", "[1, 512]", "got -3"]),
         ({"num_processors": 1.5}, TypeError, ["num_processors", "integer", "1.5"]),

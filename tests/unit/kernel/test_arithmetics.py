@@ -18,7 +18,7 @@ from test_tile_gemm import compiled
 
 from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.device.storage import as_storage
-from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, Rows, Scratch, linear_form, pack_matrices
+from flashmoe_numba.tile_gemm import IN_ORDER, Rooms, Rows, Scratch, linear_form, nothing_kept, pack_matrices
 from flashmoe_numba.tile_gemm.arithmetic import ARITHMETICS, target_features
 from flashmoe_numba.tile_gemm.cpu import panel_width
 from flashmoe_numba.tile_gemm.micro_kernel import DEPTH_BLOCK, FUSED, MICRO_ROWS
@@ -90,7 +90,7 @@ def sums_of(arithmetic, x, w, tile_n=128):
         array[:] = np.nan
     for n in range(-(-columns // tile_n)):
         rooms, rows_in = Rooms(sums, 0, words, IN_ORDER, words, 0), Rows(as_storage(x), 0, words, IN_ORDER)
-        compiled(rooms, rows_in, rows, matrices, 0, n, LINEAR, scratch)
+        compiled(rooms, nothing_kept(rooms), rows_in, rows, matrices, 0, n, LINEAR, scratch)
     backend.close()
     return sums.reshape(rows, columns)
 
@@ -213,7 +213,7 @@ def print_instructions():
         matrices = pack_matrices([np.zeros((1, 3, 5), BFLOAT16)], [None], 2, panel_width(np.float32), np.float32, form)
         elements, words, sums = np.zeros(1, np.int16), np.zeros(1, np.int64), np.zeros(1, np.float32)
         rows, rooms = Rows(elements, 0, words, IN_ORDER), Rooms(elements, 0, words, IN_ORDER, words, 0)
-        arguments = rooms, rows, 1, matrices, 0, 0, LINEAR, Scratch(sums, sums)
+        arguments = rooms, nothing_kept(rooms), rows, 1, matrices, 0, 0, LINEAR, Scratch(sums, sums)
         signature = tuple(map(typeof, arguments))
         compiled.compile(signature)
         code = compiled.inspect_asm(signature)

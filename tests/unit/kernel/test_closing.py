@@ -262,7 +262,7 @@ def test_a_layer_refuses_the_call_that_flags_cannot_count():
     x = random_tokens(config)
     with FlashMoE(config, Weights.random(config), num_processors=1, backend="fibers") as layer:
         expected = layer(x)
-        layer._epoch = 2**31 - 3
+        layer._life.epoch = 2**31 - 3
         for call in ("the last call but one", "the last call"):
             assert_same_bits(layer(x), expected, call)
         assert EPOCH_SHIFT == 32 and layer.stats[0].epoch == np.iinfo(np.int32).max

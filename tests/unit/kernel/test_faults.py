@@ -20,10 +20,10 @@ DEADLINE_S = 1.0
 
 def call_without(layer, x, missing, routing=None):
     """One call in which the blocks of the rank `missing` do not run; returns the control words of all ranks."""
-    layer._epoch += 1
+    layer._life.epoch += 1
     blocks = []
     for rank, part, given in zip(layer._ranks, x, routing or [None] * len(x), strict=True):
-        _, record = rank.call(part, given, layer._epoch, int(DEADLINE_S * 1e9))
+        _, record = rank.call(part, given, layer._life.epoch, int(DEADLINE_S * 1e9))
         if rank.rank_idx != missing:
             blocks += layer._backend.blocks(record)
     run_until_silence(layer, blocks, missing)
@@ -38,11 +38,11 @@ def run_until_silence(layer, blocks, missing):
     present = [rank for rank in range(layer.config.num_ranks) if rank != missing]
     flags = [rank.segments.dispatch_flag.reshape(layer.config.num_ranks, -1) for rank in layer._ranks]
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(layer._backend.run_blocks, blocks, layer._leave)
+        running = pool.submit(layer._backend.run_blocks, blocks, layer._life.leave)
         dispatched = False
         while not dispatched:
             assert not running.done(), "given up although a rank was at work"
-            dispatched = all((words[present] >> 32 == layer._epoch).all() for words in flags)
+            dispatched = all((words[present] >> 32 == layer._life.epoch).all() for words in flags)
             layer._ranks[missing].control[s.PROGRESS] += 1  # also once after the last dispatch
             time.sleep(0.01)
         running.result()
@@ -76,7 +76,7 @@ def test_a_rank_that_does_not_come_is_named_by_all_others(missing, num_processor
             message = explain(rank, controls)
             assert "epoch 2" in message and f"the dispatch flag of rank {missing}" in message, f"rank {rank}: {message}"
         with pytest.raises(FlashMoEError, match=rf"dispatch flag of rank {missing}"):
-            layer._raise_if_given_up()
+            layer._life.raise_if_given_up()
         with pytest.raises(FlashMoEError, match=r"this layer is closed: .*epoch 2"):
             layer(x)
 
@@ -88,11 +88,11 @@ def test_a_rank_that_waits_itself_is_not_the_one_to_name(silent, named):
     x = random_tokens(config)
     with FlashMoE(config, Weights.random(config), num_processors=1) as layer:
         layer(x)
-        layer._epoch += 1
-        _, record = layer._ranks[2].call(x[2], None, layer._epoch, int(DEADLINE_S * 1e9))
+        layer._life.epoch += 1
+        _, record = layer._ranks[2].call(x[2], None, layer._life.epoch, int(DEADLINE_S * 1e9))
         if silent is not None:
             layer._ranks[silent].control[s.SILENT] = 1
-        layer._backend.run([record], layer._leave)
+        layer._backend.run([record], layer._life.leave)
         message = explain(2, [rank.control for rank in layer._ranks])
         assert f"waited for the dispatch flag of rank {named} for expert 0 here; it holds epoch 1" in message, message
         assert layer._ranks[2].control[s.SILENT] == 2, "rank 2 has been waiting itself"
@@ -116,12 +116,12 @@ def test_a_missing_result_is_named():
 
 def call_without_results(layer, x, routing):
     """Rank 1 signals its empty packets by hand, and nothing else of it runs."""
-    layer._epoch += 1
+    layer._life.epoch += 1
     (_, record), _ = (
-        rank.call(part, given, layer._epoch, int(DEADLINE_S * 1e9))
+        rank.call(part, given, layer._life.epoch, int(DEADLINE_S * 1e9))
         for rank, part, given in zip(layer._ranks, x, routing, strict=True)
     )
-    layer._ranks[0].segments.dispatch_flag[2:] = layer._epoch << 32
+    layer._ranks[0].segments.dispatch_flag[2:] = layer._life.epoch << 32
     run_until_silence(layer, layer._backend.blocks(record), missing=1)
     return [rank.control for rank in layer._ranks]
 
@@ -130,9 +130,9 @@ def test_without_its_processors_a_rank_waits_for_its_gate():
     config = tiny_config(num_ranks=1)
     x = random_tokens(config)
     with FlashMoE(config, Weights.random(config), num_processors=2) as layer:
-        layer._epoch += 1
+        layer._life.epoch += 1
         _, record = layer._ranks[0].call(x[0], None, 1, int(DEADLINE_S * 1e9))
-        layer._backend.run_blocks(layer._backend.blocks(record)[-1:], layer._leave)
+        layer._backend.run_blocks(layer._backend.blocks(record)[-1:], layer._life.leave)
         message = explain(0, [layer._ranks[0].control])
         assert "rank 0, block 2 (OS block) gave up in epoch 1" in message, message
         assert "waited for the gate of this rank; 1 flags missing" in message, message
@@ -143,7 +143,7 @@ def test_without_its_os_block_a_processor_speaks():
     x = random_tokens(config)
     with FlashMoE(config, Weights.random(config), num_processors=2) as layer:
         _, record = layer._ranks[0].call(x[0], None, 1, int(DEADLINE_S * 1e9))
-        layer._backend.run_blocks(layer._backend.blocks(record)[:-1], layer._leave)
+        layer._backend.run_blocks(layer._backend.blocks(record)[:-1], layer._life.leave)
         message = explain(0, [layer._ranks[0].control])
         assert "(processor) gave up in epoch 1: waited for task" in message, message
 
@@ -162,12 +162,12 @@ def test_a_host_that_looks_while_another_rank_gives_up_hears_the_whole_reason_or
     config = tiny_config()
     with FlashMoE(config, Weights.random(config)) as layer:
         layer(random_tokens(config))
-        other, layer._ranks = layer._ranks[0], layer._ranks[1:]  # as in the process of rank 1
+        other, layer._parts.ranks = layer._ranks[0], layer._ranks[1:]  # as in the process of rank 1
         honest, copies = layer._backend.to_host, []
 
         def to_host(array):
             if len(copies) == moment:
-                layer._backend.leave(*other.leaving(layer._epoch))
+                layer._backend.leave(*other.leaving(layer._life.epoch))
             copies.append(array)
             return honest(array)
 
@@ -175,7 +175,7 @@ def test_a_host_that_looks_while_another_rank_gives_up_hears_the_whole_reason_or
         said = []
         for _ in range(4):
             try:
-                layer._raise_if_given_up()
+                layer._life.raise_if_given_up()
             except FlashMoEError as error:
                 said.append(str(error))
         assert set(said) == {"rank 1 stopped: rank 0 left in epoch 1 because of an error of its own"}, f"at {moment}"
@@ -207,7 +207,7 @@ def test_a_closed_layer_stays_closed_after_a_fault(dtype):
     call_without(layer, x, 1)
     for _ in range(2):
         with pytest.raises(FlashMoEError, match="rank 0, block 1"):
-            layer(x) if layer._closed else layer._raise_if_given_up()
+            layer(x) if layer._life.closed else layer._life.raise_if_given_up()
     layer.close()
     with pytest.raises(FlashMoEError, match="rank 0, block 1"):
         layer(x)

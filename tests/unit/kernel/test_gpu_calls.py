@@ -213,7 +213,7 @@ def test_leaving_overwrites_no_stop(layer, before, after):
     layer._backend.leave(*layer._ranks[1].leaving(1))
     assert stop_words(layer) == (before if before[1] else after)
     assert (layer._ranks[1].control.get()[s.RECORD] == s.COMPLETE) == (before[1] == 0)
-    layer._closed = "tested"
+    layer._life.closed = "tested"
 
 
 class Broken(RuntimeError):
@@ -249,7 +249,7 @@ def test_a_layer_closes_after_an_error_that_broke_the_gpu():
     with pytest.raises(Broken):
         layer(random_tokens(CONFIG))
     layer.close()
-    assert layer._heap is None
+    assert layer._parts.heap is None
 
 
 class Stop(BaseException):
@@ -272,7 +272,7 @@ def test_ctrl_c_while_leaving_leaves_the_layer_closed():
 def test_a_close_that_fails_tells_the_other_ranks():
     layer = make_layer(CONFIG, Weights.random(CONFIG), num_processors=1)
     layer(random_tokens(CONFIG))
-    controls, heap, gpu = [rank.control for rank in layer._ranks], layer._heap, layer._backend.gpu
+    controls, heap, gpu = [rank.control for rank in layer._ranks], layer._parts.heap, layer._backend.gpu
     gpu.synchronize = broken
     with pytest.raises(Broken):
         layer.close()
@@ -286,7 +286,7 @@ def test_closing_tells_that_the_last_call_broke_the_gpu_and_closes():
     break_gpu(layer._backend.gpu)
     with pytest.raises(Broken):
         layer.close()
-    assert layer._heap is None
+    assert layer._parts.heap is None
     layer.close()
 
 

@@ -67,12 +67,12 @@ def test_the_last_epochs_that_a_signal_word_can_hold():
     config = tiny_config()
     weights, x = Weights.random(config), random_tokens(config)
     with FlashMoE(config, weights) as layer, FlashMoE(config, weights) as old:
-        old._epoch = 2**31 - 7
+        old._life.epoch = 2**31 - 7
         for counts in ([7, 7], [0, 3], [7, 0], [1, 1], [0, 0], [7, 7]):
             parts = [part[:n] for part, n in zip(x, counts, strict=True)]
             regions = Regions(old)
             regions.poison()
             y = old(parts)
             assert_same_bits(y, layer(parts), f"counts {counts}")
-            regions.check(parts, y, old.routing, old._epoch)
-        assert old._epoch == 2**31 - 1
+            regions.check(parts, y, old.routing, old._life.epoch)
+        assert old._life.epoch == 2**31 - 1

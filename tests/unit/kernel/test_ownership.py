@@ -78,7 +78,7 @@ def test_a_forked_child_is_told(layer, use):
 
 
 def test_a_forked_child_is_told_also_if_another_thread_was_in_a_call(layer):
-    with layer._calling:  # as that thread has it; nobody in the child will give it back
+    with layer._calls._lock:  # as that thread has it; nobody in the child will give it back
         assert_names_the_fork(said_by_child(lambda: layer(X)))
         assert said_by_child(layer.close) == "None"
 
@@ -127,7 +127,7 @@ COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": pickle.dumps}
 @pytest.mark.parametrize("how", COPIES)
 def test_what_holds_threads_or_shared_memory_cannot_be_copied(layer, how):
     with make_layer(backend="fibers") as fibers:
-        parts = [layer, fibers, layer._backend, fibers._backend, layer._heap, layer._ranks[0]]
+        parts = [layer, fibers, layer._backend, fibers._backend, layer._parts.heap, layer._ranks[0]]
         parts += [cls.__new__(cls) for cls in (MpiHeap, GpuHeap, GpuIpcHeap, CudaBackend, Gpu)]
         for part in parts:
             with pytest.raises(TypeError, match=f"a {type(part).__name__} cannot be copied or pickled.*make another"):

@@ -72,6 +72,14 @@ def test_only_entries_are_optimised_and_made_machine_code_of(optimised):
         assert made.library.codegen._engine.is_symbol_defined(made.fndesc.llvm_func_name)
 
 
+def test_python_cannot_call_a_part(optimised):
+    """Also not for arguments that it was compiled for."""
+    for function, arguments in ((add, (0, 1)), (add_twice, (0,)), (middle, ())):
+        with pytest.raises(TypeError, match=f"^{function.__name__} is a part of kernels: only kernels can call it"):
+            function(np.zeros(4, np.int64), *arguments)
+    assert middle.py_func([1, 2]) == [2]
+
+
 def test_parts_do_not_take_over_that_an_entry_is_always_inlined(optimised):
     for function in (add, add_twice):
         for made in function.overloads.values():

@@ -19,6 +19,8 @@ from flashmoe_numba.device.fibers import Scheduler
 from flashmoe_numba.device.storage import as_storage
 from flashmoe_numba.tile_gemm import (
     IN_ORDER,
+    KEPT,
+    LOCAL,
     RANK,
     ROW_IN,
     ROW_OUT,
@@ -28,6 +30,7 @@ from flashmoe_numba.tile_gemm import (
     as_matrices,
     make_form,
     tile_gemm,
+    word_of,
 )
 from flashmoe_numba.tile_gemm.activations import VERBS
 from flashmoe_numba.tile_gemm.arithmetic import PAIRED_DTYPE
@@ -41,8 +44,8 @@ from reference.formats import FORMATS
 from reference.tolerance import ELEMENTWISE_ULPS, GROWTH
 
 
-def multiply(out, a, rows, matrices, expert, n, form, scratch):
-    tile_gemm(out, a, rows, matrices, expert, n, form, scratch)
+def multiply(out, kept, a, rows, matrices, expert, n, form, scratch):
+    tile_gemm(out, kept, a, rows, matrices, expert, n, form, scratch)
 
 
 def on_fibers(lanes):
@@ -92,13 +95,23 @@ class Product:
         sizes = dict(hidden=depth, ffn=len(self.w[0]), num_experts=1, num_topk=1, num_ranks=1, num_tokens=rows)
         return MoEConfig(**sizes, dtype=self.dtype, gated=len(self.w) == 2)
 
-    def run(self, tile_n=128, tile_m=1000, targets=("cpu", 1), scratch=None, place=lambda array: array, scatter=None):
+    def run(
+        self,
+        tile_n=128,
+        tile_m=1000,
+        targets=("cpu", 1),
+        scratch=None,
+        place=lambda array: array,
+        scatter=None,
+        kept=None,
+    ):
         """`[rows, columns]`, made of tiles as the kernel makes it, by the second of two experts, in a larger array.
 
         Args:
             scratch: of a block; by default, more than enough.
             place: gives a copy of an array in memory of its choice; the tile GEMM gets nothing else.
             scatter: a seed; rows lie in any order, and results go to any rows of two rooms.
+            kept: an array `[rows, parts * columns]` to fill, or None.
         """
         kind, lanes = targets
         c = self.config
@@ -123,13 +136,19 @@ class Product:
         for array in scratch:
             array[:] = np.nan
         form = make_form(self.kind, c.accumulator)
+        keeps = place(as_storage(np.full((0 if kept is None else rows, columns * len(self.w)), 77, self.x.dtype)))
         for first in range(0, rows, tile_m):
-            at = IN_ORDER if scatter is None else first
+            word_in, word_out, word_kept = (
+                IN_ORDER if scatter is None else word_of(first, word) for word in (ROW_IN, ROW_OUT, KEPT)
+            )
             for n in range(-(-columns // matrices.tile_n)):
                 function(
-                    Rooms(rooms[0], first + 1, words, at, addresses, 0), Rows(x, first, words, at),
+                    Rooms(rooms[0], first + 1, words, word_out, addresses, 0),
+                    Rooms(keeps, first, words, word_kept, addresses, LOCAL), Rows(x, first, words, word_in),
                     min(tile_m, rows - first), matrices, 1, n, form, scratch,
                 )  # fmt: skip
+        if kept is not None:
+            kept[:] = keeps.view(self.x.dtype).reshape(kept.shape)[places[:, KEPT]]
         backend.close()
         rooms = np.stack([room.view(self.x.dtype).reshape(rows + 2, columns) for room in rooms])
         got = rooms[places[:, RANK], places[:, ROW_OUT]].copy()
@@ -141,9 +160,9 @@ class Product:
         """int64 `[rows, PLACE_WORDS]`: of rows that are scattered, or of those that are in order."""
         rows = len(self.x)
         if seed is None:
-            return np.stack([np.arange(rows), np.arange(rows) + 1, np.zeros(rows, int)], axis=1)
-        rng = np.random.default_rng(seed)
-        return np.stack([rng.permutation(rows), rng.permutation(rows) + 1, rng.integers(0, 2, rows)], axis=1)
+            return np.stack([np.arange(rows), np.arange(rows) + 1, np.zeros(rows, int), np.arange(rows)], axis=1)
+        rng, ranks = np.random.default_rng(seed), np.random.default_rng(seed).integers(0, 2, rows)
+        return np.stack([rng.permutation(rows), rng.permutation(rows) + 1, ranks, rng.permutation(rows)], axis=1)
 
     def check(self, got):
         """Against float64: a chain of `depth` roundings, the elementwise steps, one rounding to the element type."""
@@ -304,6 +323,23 @@ def test_where_rows_lie_and_go_does_not_matter(dtype, targets):
         product = make_product(dtype, rows, 37, 21, True, "silu")
         y = product.run(16, tile_m, targets)
         assert_same_bits(product.run(16, tile_m, targets, scatter=rows), y, f"{rows} scattered rows, {targets}")
+
+
+@pytest.mark.parametrize("targets", [("cpu", 1), ("fibers", 2), ("lanes", 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_is_kept_are_the_products_of_each_part(gated, dtype, targets):
+    """Bit for bit those of the part alone, without an activation; results are those of a tile that keeps nothing."""
+    for arithmetic in usable_arithmetics() if dtype == PAIRED_DTYPE and targets[0] == "cpu" else ["fma"]:
+        for rows, tile_m, scatter in ((1, 1, None), (13, 5, None), (29, 29, 7)):
+            product = make_product(dtype, rows, 37, 21, gated, "silu", arithmetic=arithmetic)
+            kept = np.empty((rows, 21 * len(product.w)), product.x.dtype)
+            y = product.run(16, tile_m, targets, scatter=scatter, kept=kept)
+            assert_same_bits(product.run(16, tile_m, targets, scatter=scatter), y, "with nothing kept")
+            for part, (w, b) in enumerate(zip(product.w, product.b, strict=True)):
+                alone = Product(dtype, product.x, [w], [b], "identity", arithmetic)
+                got = kept[:, 21 * part : 21 * (part + 1)].copy()
+                assert_same_bits(got, alone.run(16, tile_m, targets), f"part {part} of {rows} rows, {arithmetic}")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

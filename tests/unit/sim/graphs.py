@@ -29,6 +29,9 @@ def graphs(draw, max_nodes=30, links=True):
     random = np.random.default_rng(seed)
     size = (num_nodes,)
     path = random.permuted(np.tile(np.arange(len(builder.links)), (num_nodes, 1)), axis=1)[:, :2] if links else None
+    if links and draw(st.booleans()):
+        builder.set_memory(draw(st.sampled_from([0.7, 2.0, 9.1])), draw(st.sampled_from([0.3, 1.0, 20.0])))
+    streams = random.random(num_nodes) < (0.5 if builder.memory else 0)
     sends = random.random(num_nodes) < 0.5 if links else np.zeros(size, bool)
     two = random.random(num_nodes) < 0.7
     builder.add(
@@ -38,6 +41,7 @@ def graphs(draw, max_nodes=30, links=True):
         server=random.integers(NONE, num_ranks, size),
         priority=random.integers(-2, 3, size),
         duration_ns=random.integers(0, 6, size),
+        streamed=np.where(streams, random.integers(0, 20, size), 0),
         nbytes=np.where(sends, random.integers(0, 20, size), 0),
         egress=path[:, 0] if links else NONE,
         ingress=np.where(two, path[:, 1], NONE) if links else NONE,

@@ -83,7 +83,7 @@ def critical_path_ns(graph):
     nodes = graph.nodes
     rate = np.array([min(link.gbps, link.flow_gbps) for link in graph.links] + [np.inf])
     alone = nodes["nbytes"] / np.minimum(rate[nodes["egress"]], rate[nodes["ingress"]])
-    own = nodes["duration_ns"] + np.floor(alone).astype(np.int64) + nodes["latency_ns"]
+    own = held_ns(graph) + np.floor(alone).astype(np.int64) + nodes["latency_ns"]
     begin = np.zeros(graph.num_nodes, np.int64)
     preds = graph.num_preds.copy()
     ready = list(np.flatnonzero(preds == 0))
@@ -97,13 +97,21 @@ def critical_path_ns(graph):
     return int((begin + own).max())
 
 
+def held_ns(graph):
+    """How long each node's tasks hold their slots at least."""
+    pace = 1 / graph.memory.task_gbps if graph.memory else 0
+    return np.maximum(graph.nodes["duration_ns"], np.floor(graph.nodes["streamed"] * pace).astype(np.int64))
+
+
 def work_ns(graph):
-    """The most that one server, or one link, has to do."""
+    """The most that one server, one link or one memory has to do."""
     nodes = graph.nodes
     work = [0.0]
     for index, server in enumerate(graph.servers):
         mine = nodes["server"] == index
-        work.append((nodes["count"] * nodes["duration_ns"])[mine].sum() / server.slots)
+        work.append((nodes["count"] * held_ns(graph))[mine].sum() / server.slots)
+    if graph.memory:
+        work.append(np.bincount(nodes["rank"], nodes["count"] * nodes["streamed"]).max() / graph.memory.gbps)
     for index, link in enumerate(graph.links):
         mine = (nodes["egress"] == index) | (nodes["ingress"] == index)
         work.append((nodes["count"] * nodes["nbytes"])[mine].sum() / link.gbps)
@@ -141,7 +149,7 @@ def test_laws_of_a_schedule(graph, seed):
         for after in graph.successors(node):
             assert time.done_ns[node] <= time.ready_ns[after]
     assert (time.ready_ns <= time.start_ns).all()
-    assert (time.start_ns + nodes["duration_ns"] + nodes["latency_ns"] <= time.done_ns).all()
+    assert (time.start_ns + held_ns(graph) + nodes["latency_ns"] <= time.done_ns).all()
     assert time.makespan_ns >= critical_path_ns(graph)
     assert time.makespan_ns >= work_ns(graph) * (1 - 1e-9)
 
@@ -258,6 +266,32 @@ def test_a_link_is_shared_evenly_and_capped():
     time = plain.run(builder.build())
     assert time.done_ns.tolist() == [100, 100 + 134 + 7]  # ceil(200 / 1.5)
     assert (time.link_bytes[0], time.link_busy_ns[0], time.link_peak[0]) == (400, 234, 2)
+
+
+@pytest.mark.parametrize("run", [plain.run, compiled.run])
+def test_a_memory_is_shared_by_tasks_that_hold_their_slots(run):
+    """Three tasks stream at 2 bytes per ns, two of them of one node: 2 / 3 each, and then the last one its cap of 1.5.
+
+    A task that computes for longer than it streams leaves the memory to others before it ends; other ranks have theirs.
+    """
+    builder = GraphBuilder()
+    builder.set_memory(2.0, 1.5)
+    server = builder.add_server("desk", 0, 3)
+    builder.add(KIND, 0, server=server, count=[2, 1], streamed=[100, 300], duration_ns=[170, 10])
+    builder.add(KIND, 0, server=server, duration_ns=1)
+    builder.add(KIND, 1, streamed=150)
+    time = run(builder.build())
+    assert time.run_end_ns.tolist() == [170, 150 + 134, 100, 171]  # ceil(200 / 1.5)
+    assert time.done_ns.tolist() == [170, 284, 171, 100]
+
+
+def test_nothing_is_streamed_without_a_memory():
+    builder = GraphBuilder()
+    builder.add(KIND, 0, streamed=7)
+    with pytest.raises(ValueError, match="streamed must be 0 without a memory, got 7"):
+        builder.build()
+    with pytest.raises(ValueError, match="gbps and task_gbps of the memory must be positive, got 0 and 1"):
+        builder.set_memory(0, 1)
 
 
 def test_the_slower_of_two_links_decides():

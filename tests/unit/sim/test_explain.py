@@ -54,10 +54,9 @@ def test_each_step_is_what_its_node_did(graph):
         times = (step.slot_ns, step.run_ns, step.transfer_ns, step.latency_ns)
         assert min(times) >= 0
         assert sum(times) == step.done_ns - step.ready_ns
-        assert (step.run_ns, step.latency_ns) == (
-            graph.nodes["duration_ns"][step.node],
-            graph.nodes["latency_ns"][step.node],
-        )
+        assert step.latency_ns == graph.nodes["latency_ns"][step.node]
+        assert step.run_ns >= graph.nodes["duration_ns"][step.node]
+        assert step.run_ns == graph.nodes["duration_ns"][step.node] or graph.nodes["streamed"][step.node]
         assert (step.transfer_ns > 0) == (graph.nodes["nbytes"][step.node] > 0)
         assert (step.freed_by == NONE) == (step.slot_ns == 0)
         if step.freed_by != NONE:
@@ -171,7 +170,7 @@ def test_each_change_is_one_change():
     found = what_if.changes(simulation)
     names = [change.name for change in found]
     assert len(names) == len(set(names))
-    assert {"NICs twice as fast", "knob tile_m = 64", "knob tile_m = 256", "knob ladder = True", "even routing",
+    assert {"NICs twice as fast", "knob tile_m = 64", "knob tile_m = 256", "knob ladder = False", "even routing",
             "knob packing = per_expert", "experts placed by load, 4 copies of busy ones"} <= {*names}  # fmt: skip
     for change in found:
         parts = [change.knobs != simulation.knobs]

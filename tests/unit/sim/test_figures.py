@@ -81,11 +81,12 @@ def test_what_differs_is_another_figure_and_names_its_file(drawn):
 def test_what_came_later_is_never_mixed(drawn):
     """Rows of old files have none of it."""
     changes = ({}, {"replicas": 8}, {"rounding": "up"}, {"terms": "schedule"}, {"seeds": 5}, {"layer": 3})
+    changes += ({"passes": "training"},)
     made, _ = drawn([row(tokens=tokens, **change) for tokens in (1, 2) for change in changes])
     lines = [name for name in made if name.startswith("over_tokens")]
     assert len(lines) == len(changes) and all(len(curves_of(made[name].axes[0])["flashmoe"]) == 2 for name in lines)
     titles = " ".join(made[name].get_suptitle() for name in lines)
-    for words in ("8 replicas", "rows rounded (up)", "terms schedule", "median of 5 seeds", "layer 3"):
+    for words in ("8 replicas", "rows rounded (up)", "terms schedule", "median of 5 seeds", "layer 3", "training"):
         assert titles.count(words) == 1
     assert "terms system" not in titles
 

@@ -12,7 +12,7 @@ import pytest
 
 from sim.world import hardware as module
 from sim.world.hardware import hardware_names, load_hardware, to_toml
-from sim.world.machine_schema import ARITHMETICS, VALUES
+from sim.world.machine_schema import MMA_TYPES, VALUES
 
 NVLINK_PEAK = {"A100": 300, "B200": 900, "GB200": 900, "GB300": 900, "H100": 450, "H20": 450, "H200": 450, "H800": 200}
 NIC_PEAK = {"A100": 25, "GB300": 100}  # HDR 200, XDR 800; the others have NDR 400
@@ -63,9 +63,9 @@ def test_what_is_achieved_is_below_the_datasheet(kind):
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_narrow_arithmetic_is_faster(kind):
+def test_narrow_mma_types_are_faster(kind):
     tflops = load_hardware(kind).tflops
-    order = [tflops[name] for name in ARITHMETICS if name in tflops]
+    order = [tflops[name] for name in MMA_TYPES if name in tflops]
     assert order == sorted(order)
     assert tflops["float16"] == tflops["bfloat16"]
     assert tflops["bfloat16"] / tflops["float32"] == pytest.approx(2, rel=0.01)

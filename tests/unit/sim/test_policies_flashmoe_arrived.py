@@ -1,6 +1,7 @@
 """FlashMoE's tiles packed as rows arrive: in the finished schedule the rule holds, and what follows from it."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,7 @@ KNOBS = dict(
     packing="arrived", tile_m=16, tile_n=64, settle_ns=500, tile_latency_ns=700, schedule_ns=SCHEDULE_NS,
     poll_ns=POLL_NS,
 )  # fmt: skip
-few = partial(on_few_sms, sms=5)
+few, backward = partial(on_few_sms, sms=5), partial(replace, passes="backward")
 BUSY = {  # processors have more than they can do for a while
     "uniform": (few(small_world("uniform")), {}),
     "zipf": (few(small_world("zipf:1.2", num_experts=12)), {}),
@@ -31,6 +32,8 @@ BUSY = {  # processors have more than they can do for a while
     "k = E": (few(small_world(num_topk=8, num_tokens=33)), {"settle_ns": 50_000}),
     "no gate": (few(small_world("hot", num_tokens=30)), {"gate": False, "row_unit": 6}),
     "silent rank": (few(small_world(silent_ranks=(1,))), {}),
+    "backward": (few(backward(small_world())), {}),
+    "a backward of few tokens": (on_few_sms(backward(small_world(num_tokens=9)), 40), {"tile_m": 64}),
 }
 
 
@@ -40,11 +43,13 @@ class Tile:
     def __init__(self, graph, world, node):
         nodes, before = graph.nodes, graph.predecessors(node)
         kind = nodes["kind"][before]
-        per_row = 2 * world.config.hidden * world.config.ffn * (2 if world.config.gated else 1)
+        ups = 2 if world.config.gated and world.passes == "forward" else 1
+        per_row = 2 * world.config.hidden * world.config.ffn * ups
         self.expert = int(nodes["expert"][node])
         self.rows = round(float(nodes["useful_flops"][node] * nodes["count"][node]) / per_row)
         self.up = node
-        [self.down] = graph.successors(node)
+        after = graph.successors(node)
+        [self.down] = after[nodes["kind"][after] == GEMM1]
         self.packets = before[kind == RECEIVE]
         self.held = before[kind == JOIN]
         assert len(self.held) <= 1 and len(self.packets) + len(self.held) == len(before)
@@ -174,7 +179,7 @@ def test_all_kinds_of_tiles_occur_in_these_worlds():
 def test_on_one_rank_every_packet_is_an_experts_last(knobs):
     world = small_world("zipf:1.2", num_ranks=1)
     alone, packed = (
-        simulate("flashmoe", world, make_knobs("flashmoe", knobs | {"packing": packing}))
+        simulate("flashmoe", world, make_knobs("flashmoe", {"ladder": False} | knobs | {"packing": packing}))
         for packing in ("per_source", "arrived")
     )
     assert packed.latency_us == alone.latency_us
@@ -224,4 +229,4 @@ def test_rounds_end(heights, rounds, monkeypatch):
     monkeypatch.setattr(flashmoe, "cuts_of_all", lambda *_: (order, as_if_at_once(counts, next(heights))))
     graph = flashmoe.build(world, make_knobs("flashmoe", KNOBS))
     assert len(drawn) == rounds
-    assert len(kind_nodes(graph, GEMM0)) == len(drawn[-1].expert)
+    assert len(kind_nodes(graph, GEMM0)) == len(drawn[-1][0].expert)

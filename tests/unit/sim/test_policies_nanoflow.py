@@ -41,8 +41,8 @@ def test_a_chain_is_in_order(name, overlap):
 def test_batches_run_beside_each_other_or_one_after_the_other():
     world = small_world(num_tokens=3000, hidden=1024, ffn=512)
     graph, timeline = nanoflow(world, overlap=True)
-    up, sends = of_batch(graph, GEMM0, 1), of_batch(graph, SEND, 0)
-    begin, end = timeline.start_ns[up].min(), timeline.done_ns[up].max()
+    products, sends = (of_batch(graph, GEMM0, 1), of_batch(graph, GEMM1, 1)), of_batch(graph, SEND, 0)
+    begin, end = timeline.start_ns[products[0]].min(), timeline.done_ns[products[1]].max()
     back = sends[timeline.start_ns[sends] >= timeline.done_ns[of_batch(graph, GEMM1, 0)].min()]
     assert ((timeline.start_ns[back] < end) & (timeline.done_ns[back] > begin)).any()
     graph, timeline = nanoflow(world, overlap=False, nano_batches=3)
@@ -87,7 +87,7 @@ def test_products_slow_down_with_their_share_and_links_do_not():
     world = small_world("even", num_tokens=4096, hidden=1024, ffn=1024)
     spans = {}
     for compute in (0.8, 0.4):
-        graph, timeline = nanoflow(world, nano_batches=1, compute_share=compute, transfer_share=0.2)
+        graph, timeline = nanoflow(world, nano_batches=1, compute_share=compute, transfer_share=0.2, rate=0.3)
         spans[compute] = [
             timeline.done_ns[nodes].max() - timeline.start_ns[nodes].min()
             for nodes in (kind_nodes(graph, GEMM0), kind_nodes(graph, SEND))

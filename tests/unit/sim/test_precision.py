@@ -6,7 +6,7 @@ import pytest
 
 from reference import DTYPES, element_dtype
 from sim.world.hardware import load_hardware
-from sim.world.machine_schema import ARITHMETICS
+from sim.world.machine_schema import MMA_TYPES
 from sim.world.precision import PRECISIONS, precision, with_results
 
 FIELDS = ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes")
@@ -15,7 +15,7 @@ FIELDS = ("weight_bytes", "token_bytes", "hidden_bytes", "result_bytes")
 @pytest.mark.parametrize("name", DTYPES)
 def test_the_types_of_a_config_move_their_own_size(name):
     found = precision(name)
-    assert (found.name, found.arithmetic) == (name, name)
+    assert (found.name, found.mma_type) == (name, name)
     assert {getattr(found, field) for field in FIELDS} == {element_dtype(name).itemsize}
 
 
@@ -35,13 +35,13 @@ def test_fp4_weights_halve_the_stream_and_not_the_time():
     assert mixed.hidden_bytes == mixed.token_bytes
     assert mixed.result_bytes == 2
     tflops, best = load_hardware("B200").tflops, 2438  # MegaMoE's best, data/megamoe.csv
-    assert best < tflops[mixed.arithmetic] == tflops["fp8"] < tflops["fp4"]
+    assert best < tflops[mixed.mma_type] == tflops["fp8"] < tflops["fp4"]
 
 
 def test_every_precision_runs_on_some_gpu():
     assert set(DTYPES) < set(PRECISIONS)
     known = set(load_hardware("B200").tflops)
-    assert {precision(name).arithmetic for name in PRECISIONS} == set(ARITHMETICS) & known
+    assert {precision(name).mma_type for name in PRECISIONS} == set(MMA_TYPES) & known
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -65,8 +65,8 @@ def test_sizes_are_positive_numbers(field):
         replace(precision("fp8"), **{field: "1"})
 
 
-def test_name_and_arithmetic_are_checked():
-    with pytest.raises(ValueError, match=r"arithmetic must be one of float64, .*, fp4; got 'fp8xfp4'"):
-        replace(precision("fp8"), arithmetic="fp8xfp4")
+def test_name_and_mma_type_are_checked():
+    with pytest.raises(ValueError, match=r"mma_type must be one of float64, .*, fp4; got 'fp8xfp4'"):
+        replace(precision("fp8"), mma_type="fp8xfp4")
     with pytest.raises(ValueError, match="name must be a text that is not empty"):
         replace(precision("fp8"), name="")

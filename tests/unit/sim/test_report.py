@@ -20,7 +20,8 @@ from sim.simulation import simulate
 from sim.world.scenario import Scenario
 
 ODD_WORLDS = odd_worlds()
-COMPUTES = (kinds.GEMM0, kinds.GEMM1, kinds.SHARED0, kinds.SHARED1, kinds.DENSE)
+GRADIENTS = (kinds.WEIGHTS, kinds.ROUTER_WEIGHTS, kinds.SHARED_WEIGHTS)
+COMPUTES = (kinds.GEMM0, kinds.GEMM1, kinds.SHARED0, kinds.SHARED1, *GRADIENTS, kinds.DENSE)
 
 
 def runs_of(simulation):

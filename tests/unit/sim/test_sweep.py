@@ -62,6 +62,7 @@ def test_keys_are_of_the_parameters_alone(tmp_path, grid):
         "the same on every machine and in every version, or files could not be gone on with"
     )
     changes = ("replicas = [0]", 'rounding = ["up"]', 'terms = ["schedule"]', "layer = [0]", "seeds = [2]")
+    changes += ('passes = ["training"]',)
     for change in (
         *changes,
         "seed = [1]",
@@ -117,6 +118,16 @@ def test_what_sim_can_ask_for_a_grid_can(tmp_path):
     assert (row["report"]["rate"], row["report"]["knobs"]["tile_m"], row["report"]["knobs"]["tile_n"]) == (0.6, 16, 256)
     (bad,) = load_grid(write(tmp_path, HEAD.replace("flashmoe", "megamoe") + 'rounding = ["up"]\n'))
     assert run_point(bad)["error"] == "policy megamoe chooses its row tile: set its knob tile_m"
+
+
+def test_a_grid_has_passes(tmp_path):
+    points = load_grid(write(tmp_path, HEAD + 'passes = ["forward", "backward", "training"]\n'))
+    rows = [run_point(point) for point in points]
+    assert [row["report"]["passes"] for row in rows] == [row["passes"] for row in rows]
+    forward, back, both = (row["report"]["latency_us"] for row in rows)
+    assert both > max(forward, back)
+    (bad,) = load_grid(write(tmp_path, HEAD.replace("flashmoe", "megamoe") + 'passes = ["training"]\n'))
+    assert "passes must be forward with policy megamoe" in run_point(bad)["error"]
 
 
 def test_seeds_of_a_point_are_a_row_with_their_spread(tmp_path):
@@ -275,6 +286,7 @@ def test_rows_of_an_mpirun_are_the_same(tmp_path, grid):
     ('schema = 1\n[grid]\npolicy = ["flashmoe"]', ": [grid] must have policy, hardware, preset; missing: hardware"),
     (HEAD + "tokens = 5", ": [grid] tokens must be a list of integers, got 5"),
     (HEAD + 'rounding = ["away"]', ": [grid] rounding: rounding must be one of nearest, up, down; got 'away'"),
+    (HEAD + 'passes = ["back"]', ": [grid] passes: passes must be one of forward, backward, training; got 'back'"),
     (HEAD + 'terms = ["own"]', ": [grid] terms: terms must be one of system, schedule; got 'own'"),
     (HEAD + 'replicas = ["some"]', """: [grid] replicas must be a list of integers, or "none", got 'some' in it"""),
     (HEAD + "replicas = [-1]", ": [grid] replicas must be at least 0, got -1"),

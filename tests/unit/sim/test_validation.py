@@ -9,6 +9,7 @@ import pytest
 
 from flashmoe_numba import cli
 from sim.drafting import rates, trust
+from sim.simulation import simulate
 from sim.validation.cases import Case, Reason, make_case, sort_rows
 from sim.validation.compare import compare, mean_error
 from sim.validation.fit import Fit, fit_all
@@ -231,6 +232,16 @@ def test_a_fit_finds_the_numbers_that_made_the_figures():
     groups, refused = compare(made, {("flashmoe", "H100"): values})
     assert refused == []
     assert [group.mean_error for group in groups] == [0.0]
+
+
+def test_a_backward_multiplies_twice_and_is_not_fitted():
+    sizes = dict(hardware="1x H100", ep=1, tokens_per_rank=512, hidden=256, intermediate=128, experts=8, topk=2)
+    case = make_case(row(system="SonicMoE", metric="moe_bwd_throughput", unit="TFLOPS", value=100, **sizes))
+    assert isinstance(case, Case) and case.world.passes == "backward" and not case.rule.fitted
+    latency_us = simulate("sonic", case.world).latency_us
+    operations = 2 * (2 * 1024 * 256 * 3 * 128)
+    assert case.simulated() == pytest.approx(operations / latency_us / 1e6)
+    assert fit_all([case]) == []
 
 
 def test_rows_that_are_off_any_model_are_not_fitted():

@@ -84,7 +84,7 @@ def test_a_tile_takes_the_longest_of_products_memory_and_cache():
     tall = made.tile(128, 128, 4096, tiles=10 * 264, reuse=8)
     assert tall == np.ceil(2 * 128 * 128 * 4096 / (989.4e3 * 0.25 / 264)) + 100
     short = made.tile(1, 128, 4096, tiles=10 * 264)
-    assert short == np.ceil(128 * 4096 * 2 / (hardware.hbm_gbps * hardware.hbm_achieved / 264)) + 100
+    assert short == np.ceil(128 * 4096 * 2 / (hardware.hbm_gbps * hardware.hbm_achieved * 0.89 / 264)) + 100
     cached = made.tile(1, 128, 4096, tiles=10 * 264, reuse=1000)
     assert cached == np.ceil((128 + 1) * 4096 * 2 / (hardware.l2_gbps / 264)) + 100
 
@@ -97,19 +97,19 @@ def test_a_task_of_hours_is_refused():
 
 def test_few_tiles_share_the_memory_among_fewer():
     made = cost(slots=264)
-    hbm = made.world.hardware.hbm_gbps * made.world.hardware.hbm_achieved
+    hbm = made.world.hardware.hbm_gbps * made.world.hardware.hbm_achieved * 0.89
     tiles = 150  # more than the multiprocessors, fewer than the slots
     assert made.tile(1, 128, 4096, tiles) == np.ceil(128 * 4096 * 2 / (hbm / 150)) + 100
     lone, half, all_slots = (made.tile(128, 128, 4096, tiles, reuse=100) for tiles in (1, 132, 264))
-    assert lone == half < all_slots
+    assert lone < half < all_slots
 
 
 def test_few_streams_share_the_memory_among_fewer():
     made = cost(slots=264)
     hardware = made.world.hardware
     crossing = 3 * 4096 * made.world.config.hidden * 2  # 4,096 tokens, and two rows of each
-    memory = hardware.hbm_gbps * hardware.hbm_achieved
-    for tasks, gbps in ((1, hardware.l2_gbps / 132), (132, memory / 132), (150, memory / 150), (1000, memory / 250)):
+    memory, port = hardware.hbm_gbps * hardware.hbm_achieved, 64 * hardware.clock_ghz / 2  # of two slots
+    for tasks, gbps in ((1, port), (132, memory / 132), (150, memory / 150), (1000, memory / 250)):
         assert made.combine(4096, 8192, tasks) == np.ceil(crossing / gbps) + 100
     assert made.stream(1e6) == made.stream(1e6, tasks=264) == made.stream(1e6, tasks=528)
 

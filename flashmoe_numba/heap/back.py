@@ -1,0 +1,178 @@
+"""What a rank has for backwards beside its arrays for forwards: weights transposed, working memory, gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reference import MoEConfig, Weights
+from reference.arrays import Array
+from reference.backward_plan import gradient_shapes, gradient_tiles
+from reference.sizes import hidden_rows
+from reference.tiles import shared_tiles_n0, tiles_n0
+
+from ..kernel.backward.state import Back, WeightGradients
+from .kept import Kept
+from .protocols import Memory
+
+
+class Transposed(NamedTuple):
+    """The fields of `Back` that are weights: `[in, out]` in place of `[out, in]`, as gradients go through them."""
+
+    up: Any
+    down: Any
+    shared_up: Any
+    shared_down: Any
+    router: Any
+    down_bias: Array
+    shared_down_bias: Array
+    shared_gate: Array
+
+
+def pack_transposed(
+    config: MoEConfig, memory: Memory, weights: Weights, rows: Array, into: Transposed | None = None
+) -> Transposed:
+    """Weights of one rank's experts.
+
+    Args:
+        rows: that they multiply: of dy, as they come in.
+        into: what this returned for other weights, to be filled anew.
+    """
+    c = config
+
+    def pack(matrix: Array, tile_n: int, old: Any) -> Any:
+        return memory.pack([matrix], [None], tile_n, c.accumulator, rows, old)
+
+    def numbers(values: Array | None, old: Array | None) -> Array:
+        array = np.array([] if values is None else values.reshape(-1), c.accumulator)
+        if old is None:
+            return memory.array(array)
+        memory.store(old, array)
+        return old
+
+    def both(of: Weights, old: tuple[Any, Any]) -> tuple[Any, Any]:
+        ups = np.concatenate([matrix.transpose(0, 2, 1) for matrix, _ in of.ups], axis=2)
+        return pack(ups, c.tile_n, old[0]), pack(of.down_proj.transpose(0, 2, 1), c.tile_ffn, old[1])
+
+    old = into or Transposed(*[None] * len(Transposed._fields))  # type: ignore[arg-type]
+    up, down = both(weights, (old.up, old.down))
+    shared_up, shared_down = up, down
+    if weights.shared is not None:
+        shared_up, shared_down = both(weights.shared, (old.shared_up, old.shared_down))
+    router = np.ascontiguousarray(weights.router.T.astype(c.accumulator))[None]
+    return Transposed(
+        up=up,
+        down=down,
+        shared_up=shared_up,
+        shared_down=shared_down,
+        router=pack(router, c.tile_n, old.router),
+        down_bias=numbers(weights.down_bias, old.down_bias),
+        shared_down_bias=numbers(weights.shared_down_bias, old.shared_down_bias),
+        shared_gate=numbers(weights.shared_gate_weight, old.shared_gate),
+    )
+
+
+class Working(NamedTuple):
+    """Arrays that all backwards of a rank use in turn; on a CPU only what was used takes memory."""
+
+    weight_gradients: Array
+    logits_gradient: Array
+    bias_rows: Array
+    router_rows: Array
+    dy_rows: Array
+    factors: Array
+    no_factors: Array
+    up_gradients: Array
+    active: Array
+    dots: Array
+    shared_up_gradients: Array
+    shared_active: Array
+    shared_dots: Array
+    gate_gradients: Array
+    done: Array
+    no_first: Array
+    num_rows: Array
+    kept_rows: Array  # where a call keeps none
+    kept_ups: Array
+    shared_ups: Array
+
+
+def make_working(config: MoEConfig, save: str, memory: Memory) -> Working:
+    c, element, sums = config, config.format.storage, config.accumulator
+    rows, tokens, parts = hidden_rows(c), c.num_tokens, c.expert_kind.num_ups
+    logits = tokens * c.num_choices
+    shared = tokens * c.shared_ffn
+    return Working(
+        weight_gradients=memory.empty(tokens * c.num_topk, sums),
+        logits_gradient=memory.empty(logits, sums),
+        bias_rows=memory.empty(logits if c.router_kind.logit_bias else 0, sums),
+        router_rows=memory.empty(tokens * c.hidden, sums),
+        dy_rows=memory.empty(rows * c.hidden, element),
+        factors=memory.empty(rows, sums),
+        no_factors=memory.empty(0, sums),
+        up_gradients=memory.empty(rows * parts * c.ffn, element),
+        active=memory.empty(rows * c.ffn, element),
+        dots=memory.empty(rows * tiles_n0(c), sums),
+        shared_up_gradients=memory.empty(shared * c.shared_kind.num_ups, element),
+        shared_active=memory.empty(shared, element),
+        shared_dots=memory.empty(tokens * shared_tiles_n0(c), sums),
+        gate_gradients=memory.empty(tokens if c.shared_gate else 0, sums),
+        done=memory.zeros(2, np.int64),
+        no_first=memory.zeros(1, np.int64),
+        num_rows=memory.zeros(1, np.int64),
+        kept_rows=memory.empty(rows * c.hidden if save == "nothing" else 0, element),
+        kept_ups=memory.empty(rows * parts * c.ffn if save != "rows+up" else 0, element),
+        shared_ups=memory.empty(shared * c.shared_kind.num_ups if save != "rows+up" else 0, element),
+    )
+
+
+def back_of(working: Working, transposed: Transposed, dy: Array, dx: Array, said: Array, kept_logits: Array) -> Back:
+    """The group of one backward."""
+    own = {name: array for name, array in working._asdict().items() if name in Back._fields}
+    return Back(**own, **transposed._asdict(), dy=dy, dx=dx, said=said, kept_logits=kept_logits)
+
+
+def zero_gradients(
+    config: MoEConfig, weights: Weights, memory: Memory, experts: bool = True, router: bool = True
+) -> WeightGradients:
+    """Zeros for the gradients of one rank's weights.
+
+    Args:
+        weights: those that there are; which experts' biases, say.
+        experts: are gradients of the experts' own weights wanted, the shared one's among them?
+        router: are those of the router, its biases and scales?
+    """
+    c = config
+    ups = c.expert_kind.num_ups * c.ffn
+    shared_ups = c.shared_kind.num_ups * c.shared_ffn
+    here, shared = (c.num_experts_per_rank, weights.shared_up_proj is not None) if experts else (0, False)
+    choices = c.num_choices if router else 0
+    sizes = dict(
+        router=choices * c.hidden,
+        logit_bias=choices if c.router_kind.logit_bias else 0,
+        expert_scale=choices if c.router_kind.expert_scale else 0,
+        up=here * ups * c.hidden,
+        up_bias=here * ups if weights.up_bias is not None or weights.gate_bias is not None else 0,
+        down=here * c.hidden * c.ffn,
+        down_bias=here * c.hidden if weights.down_bias is not None else 0,
+        shared_up=shared * shared_ups * c.hidden,
+        shared_up_bias=shared * shared_ups
+        if weights.shared_up_bias is not None or weights.shared_gate_bias is not None
+        else 0,
+        shared_down=shared * c.hidden * c.shared_ffn,
+        shared_down_bias=shared * c.hidden if weights.shared_down_bias is not None else 0,
+        shared_gate=shared * c.hidden if c.shared_gate else 0,
+    )
+    return WeightGradients(**{name: memory.zeros(size, c.accumulator) for name, size in sizes.items()})
+
+
+def num_weight_tasks(config: MoEConfig, gradients: WeightGradients, kept: Kept) -> dict[str, Any]:
+    """How many tasks make the gradients that are wanted: fields of `Problem`."""
+    has_tokens, shapes = kept.num_tokens > 0, gradient_shapes(config)
+    router = gradients.router.size > 0 and has_tokens and not (kept.routed or kept.has_logits)
+    return {
+        "weight_tasks": (gradients.up.size > 0) * gradient_tiles(shapes["expert"]),
+        "router_weight_tasks": router * gradient_tiles(shapes["router"]),
+        "shared_weight_tasks": (gradients.shared_up.size > 0 and has_tokens) * gradient_tiles(shapes["shared"]),
+    }

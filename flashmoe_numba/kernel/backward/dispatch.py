@@ -1,0 +1,49 @@
+"""The way out of a backward: rows of dy, in the slots that their tokens had, with the factors of their results."""
+
+from __future__ import annotations
+
+from flashmoe_numba.device import block_sync, copy_row, fetch_add, jit, lane
+
+from ..dispatch import copy_token
+from ..gate import open_gate
+from ..peers import again_room, factor_room, packet_room, tell_packet
+from ..queue import GATES_DONE, counter
+from ..sizes import num_token_blocks
+
+
+@jit
+def reopen_gate(p, tokens, queue):
+    """The routing is the forward's: slots follow from it as they did there."""
+    if lane() == 0:
+        fetch_add(queue.counters, counter(p, GATES_DONE), 1)
+    open_gate(p, tokens, queue)
+
+
+@jit
+def dispatch(p, tokens, segments, experts, back, owner, expert):
+    """Put one packet into its owner's segment and signal it, also when it is empty."""
+    e = owner * p.experts_per_rank + expert
+    packet = p.rank_idx * p.experts_per_rank + expert
+    room, factors = packet_room(p, segments, owner), factor_room(p, segments, owner)
+    again = again_room(p, segments, owner)
+    for b in range(num_token_blocks(p)):
+        i = b * p.num_experts + e
+        slot = tokens.bases[i]
+        first = b * p.token_block * p.num_topk + tokens.starts[i]
+        for place in range(first, first + min(tokens.counts[i], p.slots - slot)):
+            pair, row = tokens.order[place], packet * p.slots + slot
+            copy_row(room, row * p.hidden, back.dy, pair // p.num_topk * p.hidden, p.hidden)
+            if p.resends:
+                copy_token(p, again, row * p.hidden, tokens, pair)
+            if lane() == 0:
+                factors[row] = factor_of(p, experts.rule, tokens.topk_weights[pair])
+            slot += 1
+    block_sync()
+    if lane() == 0:
+        tell_packet(p, segments, owner, packet, tokens.sent[e])
+
+
+@jit
+def factor_of(p, rule, weight):
+    """What the pair's result was multiplied by: 1, where the token was already multiplied by the weight."""
+    return rule.one if p.weight_input and weight != 0 else weight

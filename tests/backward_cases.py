@@ -1,0 +1,121 @@
+"""What tests of the backward share: calls that are kept and run backwards, and the comparison with the reference."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from cases import random_tokens
+
+from flashmoe_numba import FlashMoE
+from reference.backward import moe_layer_backward
+from reference.gradient_bounds import gradient_tolerance
+
+RELATIVE = 2e-12  # of float64, beside the largest number of an array: sums of some hundred terms of mixed signs
+REPLICATED = ("router", "router_bias", "expert_scale", "selection_bias")
+
+
+class Call(NamedTuple):
+    """One call: what went into its backward, the routing that the kernel had, and what came out."""
+
+    dy: list[np.ndarray]
+    said: list[np.ndarray] | None
+    routings: list[Any]
+    gradients: Any
+
+
+def arrays_of(weights):
+    """The arrays that there are, by name."""
+    return {name: array for name, array in vars(weights).items() if isinstance(array, np.ndarray)}
+
+
+def is_replicated(name):
+    """Does every rank have this array, by way of its own tokens?"""
+    return name in REPLICATED or name.startswith("shared_")
+
+
+def gradients_of(world, save, data_seed, accumulate=False, outside=False, **settings):
+    """(Call, (x, what was given)) of each call of a world; all are kept before any has its backward.
+
+    Args:
+        outside: every routing is given, the router's own too, once it is known.
+    """
+    draw = np.random.default_rng(data_seed)
+    calls, kept, sums = list(world.calls()), [], None
+    with FlashMoE(world.config, world.weights, num_processors=world.num_processors, save=save, **settings) as layer:
+        for i, (x, given) in enumerate(calls):
+            if outside:
+                layer(x, **given)
+                idx, factors = zip(*((r.topk_idx, r.topk_weights) for r in layer.routing), strict=True)
+                given = {"topk_idx": list(idx), "topk_weights": list(factors)}
+                calls[i] = x, given
+            _, saved = layer.forward(x, **given)
+            kept.append((saved, layer.routing))
+        for i in draw.permutation(len(calls)).tolist():
+            (x, given), (saved, routings) = calls[i], kept[i]
+            dy = random_tokens(world.config, [len(part) for part in x], data_seed + i)
+            said = None
+            if "topk_weights" not in given and draw.random() < 0.5:
+                said = [draw.standard_normal((len(part), world.config.num_choices)) for part in x]
+            found = layer.backward(saved, dy, logits_gradient=said, into=sums if accumulate else None)
+            sums = found
+            yield Call(dy, said, routings, found), (x, given)
+
+
+def assert_gradients_equal(call, x, weights, config, given):
+    """In float64, with the kernel's routing, which must be the reference's."""
+    case = f"{config}, counts {[len(part) for part in x]}"
+    outside = given if "topk_weights" in given or "topk_idx" in given else {}
+    right = moe_layer_backward(x, call.dy, weights, config, logits_gradient=call.said, **outside)
+    for rank in range(config.num_ranks):
+        assert_close(f"{case}: x[{rank}]", call.gradients.x[rank], right.x[rank])
+        assert_close(f"{case}: topk_weights[{rank}]", call.gradients.topk_weights[rank], right.topk_weights[rank])
+        if right.logits is not None:
+            assert_close(f"{case}: logits[{rank}]", call.gradients.logits[rank], right.logits[rank])
+        else:
+            assert call.gradients.logits[rank] is None
+    assert_weights_equal(case, call.gradients.weights, right.weights, config)
+
+
+def assert_weights_equal(case, of_ranks, right, config):
+    """Each rank's of its own experts; those of router and shared expert add up over the ranks."""
+    wanted, found = arrays_of(right), [arrays_of(of_rank) for of_rank in of_ranks]
+    assert {*found[0]} | {"selection_bias"} >= {*wanted}, f"{case}: {sorted(wanted)}, got {sorted(found[0])}"
+    here = config.num_experts_per_rank
+    for name in found[0]:
+        if is_replicated(name):
+            assert_close(f"{case}: {name}", sum(arrays[name] for arrays in found), wanted[name])
+        else:
+            assert_close(f"{case}: {name}", np.concatenate([arrays[name] for arrays in found]), wanted[name])
+            assert all(len(arrays[name]) == here for arrays in found)
+
+
+def assert_within_bounds(call, x, weights, config):
+    """In any type, each element by the bound of `gradient_tolerance`, for the routing that was given."""
+    idx, factors = [r.topk_idx for r in call.routings], [r.topk_weights for r in call.routings]
+    right = moe_layer_backward(x, call.dy, weights, config, idx, factors)
+    bound = gradient_tolerance(x, call.dy, weights, config, idx, factors)
+    found = call.gradients
+    for rank in range(config.num_ranks):
+        for name in ("x", "topk_weights"):
+            parts = (getattr(gradients, name)[rank] for gradients in (found, right, bound))
+            assert_within(f"{config}: {name}[{rank}]", *parts)
+    arrays = [arrays_of(of_rank) for of_rank in found.weights]
+    wanted, most = arrays_of(right.weights), arrays_of(bound.weights)
+    for name in arrays[0]:
+        join = sum if is_replicated(name) else np.concatenate
+        assert_within(f"{config}: {name}", join([a[name].astype(np.float64) for a in arrays]), wanted[name], most[name])
+
+
+def assert_within(case, got, wanted, bound):
+    with np.errstate(invalid="ignore"):
+        error = np.abs(got.astype(np.float64) - wanted)
+    if not (error <= bound).all():
+        at = np.unravel_index(np.argmax(error - bound), error.shape)
+        raise AssertionError(f"{case}: {got[at]!r} at {at}, wanted {wanted[at]!r} +- {bound[at]:.1e}")
+
+
+def assert_close(case, got, wanted):
+    assert got.shape == wanted.shape, f"{case}: {got.shape}, wanted {wanted.shape}"
+    error, bound = np.abs(got - wanted), RELATIVE * np.abs(wanted).max(initial=0)
+    if not (error <= bound).all():
+        at = np.unravel_index(np.argmax(error), error.shape)
+        raise AssertionError(f"{case}: {got[at]!r} at {at}, wanted {wanted[at]!r} +- {bound:.1e}")
