@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from ..heap.tensors import as_tensor
 from .description import FUSED, read
@@ -23,6 +24,10 @@ Tensors = Sequence[torch.Tensor]
 FIRST_ONLY = (
     "create_graph must be False: a MoE layer has no second derivatives, and without an error those by way of its "
     "tokens and its routing would be zero"
+)
+BACKWARD_ONLY = (
+    "tokens, weights, logits and parameters must have no tangents: a MoE layer has no forward-mode derivatives (jvp), "
+    "and without an error they would be zero; use reverse mode, with train=True"
 )
 COMPILED = (
     "fused_accumulation=True adds to .grad where it is, which no graph of torch.compile can hold: call it in eager mode"
@@ -48,6 +53,8 @@ def layer_of(
     """
     arguments = x, topk_idx, topk_weights, logits, tensors, description
     given = [tensor for tensor in (x, topk_weights, logits, *tensors) if tensor is not None]
+    if any(unpack_dual(tensor).tangent is not None for tensor in given):
+        raise RuntimeError(BACKWARD_ONLY)
     if train and (show or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))):
         y, made, idx, _ = moe_layer_kept(*arguments)
         return y, made, idx

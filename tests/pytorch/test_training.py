@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import random_routing, tiny_config
 from tiny_modules import CONFIG, make_module, tokens
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from flashmoe_numba.heap.tensors import as_tensor
@@ -246,6 +247,16 @@ def test_second_derivatives_are_refused(frozen):
     x.grad = None
     module(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_forward_mode_derivatives_are_refused(train):
+    module, x = make_module(train=train), tokens()
+    with pytest.raises(RuntimeError, match="must have no tangents: a MoE layer has no forward-mode derivatives"):
+        torch.func.jvp(module, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="must have no tangents"):
+        module.requires_grad_(False)(forward_ad.make_dual(x, x))
+    module(x)
 
 
 # weights
