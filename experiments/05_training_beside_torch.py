@@ -9,7 +9,8 @@ One rank, a thread for each core; the same for PyTorch, whose blocks are those o
 variants take turns in one process, with other tokens in each turn. A step is a forward and a backward that gives the
 gradients of tokens, router and experts anew: no sums go on, and both take new memory for them. `ratio` is the layer's
 step over the better of PyTorch's, `times_forward` over the layer's forward that keeps nothing, and `sums_go_on` the
-same of a step that goes on with the sums for weights, as micro-batches do; medians (first to third quartile). `kept_mb` is what waits for the backward, as the layer tells it. `error` is the largest difference of any
+same of a step that goes on with the sums for weights, as micro-batches do; medians (first to third quartile).
+`kept_mb` is what waits for the backward, as the layer tells it. `error` is the largest difference of any
 gradient to that of `eager` by the layer's routing, of that gradient's largest number.
 
 Measure on a machine with nothing else to do: PyTorch's threads wait for one another by spinning.
