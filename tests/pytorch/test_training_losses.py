@@ -76,7 +76,7 @@ def test_a_module_returns_the_loss_and_its_gradients():
 
 
 def test_says_what_is_wrong():
-    with pytest.raises(ValueError, match="router_z must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="router_z must be at least 0 and finite, got -1"):
         make_module(train=True, return_aux=True, router_z=-1)
     other = tiny_config(num_ranks=1, router=RouterKind(score="sqrt_softplus"))
     with pytest.raises(ValueError, match=r"none of softmax, sigmoid; got 'sqrt_softplus'"):
