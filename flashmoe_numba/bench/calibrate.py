@@ -218,8 +218,8 @@ class Tile(NamedTuple):
 
 
 def _tiles(calls: Iterable[Call], unit: int | None) -> Iterator[Tile]:
-    """One per depth, width and computed rows, of packets of one row tile."""
-    times: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
+    """One per depth, width, rows and computed rows, of packets of one row tile. What pads a tile is not read."""
+    times: dict[tuple[int, int, int, int, int], list[int]] = defaultdict(list)
     for config, rows, records, _ in calls:
         shapes = {GEMM0: (config.hidden, config.ffn), GEMM1: (config.ffn, config.hidden)}
         for record in records:
@@ -227,10 +227,10 @@ def _tiles(calls: Iterable[Call], unit: int | None) -> Iterator[Tile]:
                 depth, width = shapes[record.kind]
                 columns = min(config.tile_n, width - record.n * config.tile_n)
                 computed = max(rows, config.tile_m_min) if unit is None else -(-rows // unit) * unit
-                key = (depth, columns, computed, config.format.num_bytes)
+                key = (depth, columns, rows, computed, config.format.num_bytes)
                 times[key].append(record.end_ns - record.start_ns)
-    for (depth, columns, rows, item), durations in times.items():
-        yield Tile(2 * depth * columns * rows, item * depth * (columns + rows), median(durations))
+    for (depth, columns, rows, computed, item), durations in times.items():
+        yield Tile(2 * depth * columns * computed, item * depth * (columns + rows), median(durations))
 
 
 def fit_tiles(tiles: Sequence[Tile]) -> tuple[float, float, float, float]:

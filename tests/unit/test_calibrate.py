@@ -35,8 +35,7 @@ def config_of(hidden, ffn, num_ranks=2):
 
 
 def tile_ns(rows, depth, columns):
-    rows = -(-rows // UNIT) * UNIT
-    flops = 2 * rows * depth * columns
+    flops = 2 * -(-rows // UNIT) * UNIT * depth * columns
     return LATENCY_NS + flops / GFLOPS + 4 * depth * (rows + columns) / READ_GBPS
 
 

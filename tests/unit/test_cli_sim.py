@@ -68,7 +68,7 @@ def run_json(capsys, *flags):
     (["--set", "tile_m=0"], "argument --set: tile_m must be at least 1, got 0"),
     (["--set", "rate=1.5"], "argument --set: rate must be in (0, 1], got 1.5"),
     (["--set", "rate=fast"], "argument --set: rate must be a number or none, got 'fast'"),
-    (["--set", "ladder=yes"], "argument --set: ladder must be true or false, got 'yes'"),
+    (["--set", "ladder=yes"], "argument --set: ladder must be true or false or none, got 'yes'"),
     (["--set", "packing=loose"], "argument --set: packing must be one of arrived, per_source, per_expert; got 'loose'"),
     (["--set", "packing=per_expert", "--policy", "flashmoe,bulk,comet"], "argument --set: no knob 'packing' in bulk, "),
     (["--seed", "-1"], "argument --seed: must be an integer >= 0, got '-1'"),
