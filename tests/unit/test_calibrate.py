@@ -101,7 +101,7 @@ def test_one_rank_puts_nothing_to_another():
 
 def test_the_fit_knows_that_rows_are_multiplied_in_units():
     """With the wrong unit the same slices do not fit."""
-    assert rates(fake_calls(), 3, 100).fit_error > 0.01
+    assert rates(fake_calls(), 3, 2 * UNIT).fit_error > 0.01
 
 
 def signals(*packets):
