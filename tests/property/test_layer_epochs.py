@@ -81,10 +81,10 @@ def ahead_on_fibers(config, weights, calls, num_processors, seed, lanes, preempt
                 y, record = rank.call(x[rank.rank_idx], None, epoch, DEADLINE_NS)
                 blocks = layer._backend.blocks(record)
                 results[epoch - 1].append(y)
-                for arguments, (_, block_arguments) in zip(by_block, blocks, strict=True):
+                for arguments, (_, _, block_arguments) in zip(by_block, blocks, strict=True):
                     arguments.append(block_arguments)
             arrivals, num_threads = np.zeros(1, np.int64), lanes * len(by_block)
-            for (name, _), arguments in zip(blocks, by_block, strict=True):
+            for (name, _, _), arguments in zip(blocks, by_block, strict=True):
                 scheduler.add_block(name, call_after_call, (kernel, arguments, arrivals, num_threads), lanes)
         scheduler.run()
         layer._life.raise_if_given_up()

@@ -11,6 +11,7 @@ from cases import assert_same_bits, random_tokens, tiny_config
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.backends import cpu
+from flashmoe_numba.backends.host import FORWARD, Block
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.heap.threads import ThreadHeap
 from flashmoe_numba.kernel import control as s
@@ -177,7 +178,7 @@ def test_no_thread_outlives_a_call_that_fails(monkeypatch, failing):
     monkeypatch.setattr(cpu, "persistent", block)
     with contextlib.closing(cpu.CpuBackend()) as backend:
         with pytest.raises(Broken):
-            backend.run_blocks([(f"block {number}", (number,)) for number in range(3)], stopped.set)
+            backend.run_blocks([Block(f"block {number}", FORWARD, (number,)) for number in range(3)], stopped.set)
         assert sorted(ended) == sorted({0, 1, 2} - {failing}), "a block still runs"
 
 

@@ -9,6 +9,7 @@ from interpreted_gpu import make_layer
 
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.kernel import control as s
+from flashmoe_numba.kernel.state import Problem
 from reference import Weights
 
 CONFIG = tiny_config(num_ranks=2, num_experts=2, num_topk=1, num_tokens=4)
@@ -96,7 +97,8 @@ def test_a_call_hands_over_one_record_per_rank(layer):
     layer(random_tokens(CONFIG))
     [(rows, table_words)] = copied
     assert len(rows) == CONFIG.num_ranks and rows.size == table_words
-    assert rows[:, 1].tolist() == list(range(CONFIG.num_ranks)), "the second word is the rank"
+    word = Problem._fields.index("rank_idx")
+    assert rows[:, word].tolist() == list(range(CONFIG.num_ranks)), "a word is the rank"
 
 
 # page-locked memory

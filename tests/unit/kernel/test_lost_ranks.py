@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from flashmoe_numba import FlashMoE
+from flashmoe_numba.layer.life import Life
 
 sys.path.append(str(Path(__file__).parents[3] / "experiments"))
 from lost.faults import FAULTS
@@ -57,7 +58,7 @@ def test_giving_up_store_by_store_is_what_a_host_that_leaves_does(world):
 
 
 def test_a_host_that_does_not_look_whether_its_call_was_given_up_is_found_out(monkeypatch, world):
-    monkeypatch.setattr(FlashMoE, "_raise_if_given_up", lambda layer: None)
+    monkeypatch.setattr(Life, "raise_if_given_up", lambda life: None)
     problems = []
     for seed in range(4):
         problems += lose_one(world, FAULTS["kill"], np.random.default_rng(seed), ANY_TIME_S).problems
