@@ -38,9 +38,15 @@ def gemm0(p, segments, experts, received, queue, scratch, task):
         copy_rows(kept_rows(received, packet, tile, received.kept_rows), a, tile.rows, p.hidden)
     block_sync()
     if lane() == 0 and finished_last(received.up_done, index, up_tiles(p)):
-        place = reserve(p, queue, down_tiles(p))
-        for n in range(down_tiles(p)):
-            fill(p, queue, place + n, QueueTask(GEMM1, task.peer, task.expert, task.m, n))
+        queue_down(p, queue, QueueTask(GEMM1, task.peer, task.expert, task.m, 0))
+
+
+@jit
+def queue_down(p, queue, task):
+    """Let a row tile's second product begin: a task like this one for each of its column tiles."""
+    place = reserve(p, queue, down_tiles(p))
+    for n in range(down_tiles(p)):
+        fill(p, queue, place + n, QueueTask(task.kind, task.peer, task.expert, task.m, n))
 
 
 @jit

@@ -15,7 +15,7 @@ from flashmoe_numba.tile_gemm import tile_gemm
 from reference.task_kinds import SHARED0, SHARED1
 
 from .combine import need
-from .gemms import finished_last
+from .gemms import finished_last, queue_down
 from .in_order import nothing_kept, rooms_in_order, rows_in_order
 from .queue import QueueTask, fill, reserve
 from .sizes import down_tiles, num_gate_tasks, shared_row_tiles, shared_up_tiles
@@ -67,9 +67,7 @@ def shared0(p, tokens, experts, queue, scratch, task):
             tokens.shared_factors[token] = sigmoid(tokens.shared_factors[token], experts.rule.one)
     block_sync()
     if lane() == 0 and finished_last(tokens.shared_up_done, task.m, shared_up_tiles(p)):
-        place = reserve(p, queue, down_tiles(p))
-        for n in range(down_tiles(p)):
-            fill(p, queue, place + n, QueueTask(SHARED1, 0, 0, task.m, n))
+        queue_down(p, queue, QueueTask(SHARED1, 0, 0, task.m, 0))
 
 
 @jit

@@ -9,10 +9,10 @@ from flashmoe_numba.device import block_sync, jit, lane, lanes, load
 from flashmoe_numba.tile_gemm import Rows, hidden_gradient, tile_gemm
 from reference.task_kinds import GEMM1
 
-from ..gemms import finish_tile, finished_last
+from ..gemms import finish_tile, finished_last, queue_down
 from ..in_order import nothing_kept
 from ..peers import put_dot, result_rooms
-from ..queue import QueueTask, fill, reserve
+from ..queue import QueueTask
 from ..row_tiles import copy_rows, hidden_rooms, kept_rooms, kept_rows, read_tile, row_of, rows_in
 from ..sizes import down_tiles, up_tiles
 from ..state import IS_LAST
@@ -43,9 +43,7 @@ def gemm0(p, segments, experts, received, back, queue, scratch, box, task):
         send_dots(p, segments, received, back, packet, tile, dy, kept)
         block_sync()
         if lane() == 0:
-            place = reserve(p, queue, down_tiles(p))
-            for n in range(down_tiles(p)):
-                fill(p, queue, place + n, QueueTask(GEMM1, task.peer, task.expert, task.m, n))
+            queue_down(p, queue, QueueTask(GEMM1, task.peer, task.expert, task.m, 0))
             if p.weight_tasks > 0:
                 need_weights(p, received, queue, task.expert, -tile.rows)
 

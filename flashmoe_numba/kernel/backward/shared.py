@@ -7,9 +7,9 @@ from flashmoe_numba.tile_gemm import hidden_gradient, tile_gemm
 from reference.task_kinds import SHARED1, SHARED_WEIGHTS
 
 from ..combine import need
-from ..gemms import finished_last
+from ..gemms import finished_last, queue_down
 from ..in_order import nothing_kept, rooms_in_order, rows_in_order
-from ..queue import QueueTask, fill, reserve
+from ..queue import QueueTask, reserve
 from ..sizes import down_tiles, shared_row_tiles, shared_up_tiles
 from ..state import IS_LAST
 from ..weights import DOWN, GATE, UP, fill_weights
@@ -41,9 +41,7 @@ def shared0(p, tokens, experts, back, queue, scratch, box, task):
             make_gate_gradients(p, tokens, experts.rule, back, first, rows)
             block_sync()
         if lane() == 0:
-            place = reserve(p, queue, down_tiles(p))
-            for n in range(down_tiles(p)):
-                fill(p, queue, place + n, QueueTask(SHARED1, 0, 0, task.m, n))
+            queue_down(p, queue, QueueTask(SHARED1, 0, 0, task.m, 0))
             if p.shared_weight_tasks > 0 and finished_last(back.done, SHARED_TILES, shared_row_tiles(p)):
                 queue_shared_weights(p, queue)
 
