@@ -9,7 +9,7 @@ Source: Intel, Software Developer's Manual, volume 1, chapter "Programming with 
 
 from __future__ import annotations
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core.cgutils import global_constant
 from numba.extending import intrinsic
@@ -24,8 +24,6 @@ TILE_BYTES = 64  # of a row
 BLOCK_ROWS = 2 * TILE_ROWS
 PANEL_BYTES = 2 * TILE_BYTES  # of one word of a panel's columns
 BY_AMX = by_instruction("tiles")
-if BY_AMX:
-    binding.initialize_native_asmparser()
 
 # Palette 1: eight tiles of 16 rows of 64 bytes. Bytes 16 to 31 are widths, those from 48 on numbers of rows.
 PALETTE = bytes([1, *[0] * 15, *[TILE_BYTES, 0] * 8, *[0] * 16, *[TILE_ROWS] * 8, *[0] * 8])

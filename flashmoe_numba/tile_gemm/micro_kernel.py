@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -22,6 +22,7 @@ MICRO_VECTORS = 2
 FUSED = has_fused()
 DEPTH_BLOCK = 256
 ROW_STRIDE = DEPTH_BLOCK + 16  # a power of two would put all rows of a group into one cache set
+binding.initialize_native_asmparser()  # Numba has only what prints assembly, and some instructions are written in it
 ODD, EVEN = "odd", "even"  # halves of a word of two bfloat16, the high one and the low one
 
 
