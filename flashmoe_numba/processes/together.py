@@ -1,8 +1,8 @@
 """What the processes of a benchmark do together: meet, collect results, and leave.
 
-Everything that waits here looks at words in shared memory and gives up after a deadline without progress, as the
-kernel does; MPI's own collectives wait without a limit. A rank that leaves because of an error says so in its word, and
-the others stop at once.
+Everything that waits here looks at the words of all ranks (words.py) and gives up after a deadline without progress, as
+the kernel does; MPI's own collectives wait without a limit. A rank that leaves because of an error says so in its word,
+and the others stop at once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import numpy as np
 
 from ..errors import FlashMoEError
 from .launch import TERMINAL_VARIABLE, answer_ctrl_c, tell_begun
+from .machine import machine_name
 from .meeting import SETUP_DEADLINE_S, unlink_startup_segment, wait_for
 from .mpi_environment import begin_mpi
 from .shared_memory import Shortage
+from .words import make_words
 
-MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank, on a cache line of its own
-LINE_WORDS = 8
+MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank
 GAVE_UP, FAILED = 1, 2  # values of LEFT: another rank is to blame, or this one
 SPINS = 20
 NAP_S = 5e-4
@@ -37,6 +38,7 @@ class LocalRanks:
     """One process, whatever ranks it holds: nobody to wait for."""
 
     rank_idx, num_ranks, comm = 0, 1, None
+    num_ranks_here, machines = 1, (0,)
 
     def meet(self, what: str) -> None:
         """Nothing to wait for."""
@@ -52,24 +54,27 @@ class LocalRanks:
 
 
 class MpiRanks:
-    """The ranks of MPI's COMM_WORLD, all on one machine.
+    """The ranks of MPI's COMM_WORLD, on one machine or on several.
+
+    Attributes:
+        num_ranks_here: those that share this rank's machine.
+        machines: the lowest rank of each machine.
 
     Args:
         deadline_s: a wait fails when no rank has made progress for this long. The first meeting may take longer.
     """
 
     def __init__(self, deadline_s: float) -> None:
-        MPI = begin_mpi()
-        self.comm = MPI.COMM_WORLD
+        self.comm = begin_mpi().COMM_WORLD
         self.rank_idx, self.num_ranks = self.comm.rank, self.comm.size
         self._deadline_s = SETUP_DEADLINE_S
-        num_bytes = 8 * LINE_WORDS * self.num_ranks if self.rank_idx == 0 else 0
-        self._window = MPI.Win.Allocate_shared(num_bytes, 1, comm=self.comm)
-        self._words = np.frombuffer(self._window.Shared_query(0)[0], np.int64).reshape(self.num_ranks, LINE_WORDS)
-        self._mine = self._words[self.rank_idx]
-        self._mine[:] = 0
+        names = self.comm.allgather(machine_name())
+        self.num_ranks_here = names.count(machine_name())
+        self.machines = tuple(sorted({names.index(name) for name in names}))
+        self._line = make_words(self.comm, one_machine=len(self.machines) == 1)
+        self._words, self._mine = self._line.all, self._line.mine
         self._finish(self.comm.Ibarrier(), "at the start")
-        if self.rank_idx == 0:
+        if self.rank_idx in self.machines:
             unlink_startup_segment()
         tell_begun()
         answer_ctrl_c()
@@ -77,6 +82,8 @@ class MpiRanks:
 
     def meet(self, what: str) -> None:
         """Wait until all ranks are here, then return on all of them at the same moment, about 2 ms later.
+
+        On several machines, whose clocks differ, each returns when it hears that all are here.
 
         Args:
             what: for the message, for instance "before call 3".
@@ -86,18 +93,22 @@ class MpiRanks:
         """
         number = int(self._mine[MEETINGS]) + 1
         self._mine[MEETINGS] = number
+        self._line.tell()
         self._wait(lambda: bool((self._words[:, MEETINGS] >= number).all()), what)
         first = self._words[0]
         if self.rank_idx == 0:
             first[START_NS] = time.monotonic_ns() + HEADSTART_NS
             first[STARTS] = number
-        self._wait(lambda: bool(first[STARTS] >= number), what)
+            self._line.tell()
+        self._wait(lambda: bool(first[STARTS] >= number), what, nap_s=NAP_S if self._line.one_clock else 0)
         self._deadline_s = self._call_deadline_s
-        time.sleep(max(0, int(first[START_NS]) - time.monotonic_ns()) * 1e-9)
+        if self._line.one_clock:
+            time.sleep(max(0, int(first[START_NS]) - time.monotonic_ns()) * 1e-9)
 
     def note_progress(self) -> None:
         """Tell those who wait that this rank is at work."""
         self._mine[PROGRESS] += 1
+        self._line.tell_in_time()
 
     def gather(self, value: Any) -> list[Any] | None:
         """Everybody's `value` on rank 0, None on the others."""
@@ -122,6 +133,7 @@ class MpiRanks:
     def abandon(self, error: BaseException) -> NoReturn:
         """Say why this rank goes, let the others say what they waited for, and end all of them."""
         self._mine[LEFT] = GAVE_UP if isinstance(error, FlashMoEError) else FAILED
+        self._line.tell()
         if isinstance(error, KeyboardInterrupt):
             self._end("interrupted" if self.rank_idx == 0 else "", 130)
         if isinstance(error, FlashMoEError):
@@ -136,16 +148,20 @@ class MpiRanks:
             over = "\r\x1b[K" if os.environ.get(TERMINAL_VARIABLE) else ""  # the progress bar
             os.write(2, f"{over}flashmoe: {message}\n".encode())  # at once, so that ranks do not cut each other's lines
         sys.stdout.flush()
-        time.sleep(LAST_WORDS_S)
+        limit = time.monotonic() + LAST_WORDS_S
+        while time.monotonic() < limit:
+            self._line.look()  # MPI sends on, too
+            time.sleep(NAP_S)
         self.comm.Abort(code)
         raise SystemExit(code)  # not reached
 
     def _finish(self, request: Any, what: str) -> None:
         self._wait(request.Test, what)
 
-    def _wait(self, done: Callable[[], bool], what: str) -> None:
+    def _wait(self, done: Callable[[], bool], what: str, nap_s: float = NAP_S) -> None:
         attempt, since, seen = 0, time.monotonic(), -1
         while not done():
+            self._line.look()
             self._raise_if_left(what)
             progress = int(self._words[:, : PROGRESS + 1].sum())
             if progress != seen:
@@ -154,7 +170,7 @@ class MpiRanks:
                 silence = f"no rank made progress for {self._deadline_s:g} s"
                 raise FlashMoEError(f"rank {self.rank_idx} gave up {what}, {self._missing()}: {silence}")
             attempt += 1
-            time.sleep(NAP_S if attempt > SPINS else 0)
+            time.sleep(nap_s if attempt > SPINS else 0)
 
     def _raise_if_left(self, what: str) -> None:
         for rank, left in enumerate(self._words[:, LEFT].tolist()):
