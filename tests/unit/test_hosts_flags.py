@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from flashmoe_numba import cli
-from flashmoe_numba.commands.doctor.hosts import write_network
+from flashmoe_numba.commands.network import write_network
 from flashmoe_numba.processes import hosts, launch
 from flashmoe_numba.processes.hosts import Hosts, describe
 from sim import load_hardware

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
-from statistics import median
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-
-import sim
-from sim.world.hardware import to_toml
 
 from ...errors import UsageError
 from ...processes import launch
-from ..flags import blaming
 from ..hosts import hosts_from, started_on
+from ..network import load_machine, write_network
 from ..outputs import check_outputs, give
 from .host import OK, WARN
 
@@ -38,15 +31,8 @@ def examine_hosts(args: argparse.Namespace) -> int:
         raise UsageError(f"argument --hosts: needs two hosts or more to measure between them, got {hosts.names[0]}")
     check_outputs({"--json": args.json})
     if args.machine_file is not None:
-        _load(args.machine_file)
+        load_machine(args.machine_file)
     return started_on(hosts, len(hosts.names), args, DEADLINE_S)
-
-
-def _load(file: str) -> sim.Hardware:
-    if not file.endswith(".toml"):
-        raise UsageError(f"argument --machine-file: must end in .toml, got {file!r}")
-    with blaming("argument --machine-file"):
-        return sim.load_hardware(file)
 
 
 def _measure_as_rank(args: argparse.Namespace) -> int:
@@ -104,37 +90,3 @@ def lines(report: dict[str, Any], file: str | None) -> Iterator[str]:
         yield f"{OK:6}{name:24}{link['latency_ns'] / 1e3:8.1f} us  {link['gbps']:8.3f} GB/s"
     if file is not None:
         yield f"\nsimulate on them with\nflashmoe sim --hardware {file}"
-
-
-def write_network(file: str, report: dict[str, Any]) -> None:
-    """Give a machine's file these hosts as nodes, whose ranks share a NIC each, and medians over links as network."""
-    before, links, num_hosts = _load(file), report["links"], len(report["hosts"])
-    date = datetime.now(UTC).date().isoformat()
-    source = (
-        f"measured {date} by flashmoe doctor --hosts between {num_hosts} hosts, {report['netmod']}, median of links"
-    )
-    ranks = before.gpus_per_node
-    after = replace(
-        before,
-        name=_name(before, num_hosts),
-        num_nodes=num_hosts,
-        nic_gbps=float(f"{median(link['gbps'] for link in links):.4g}"),
-        nic_latency_ns=max(1, round(median(link["latency_ns"] for link in links))),
-        gpus_per_nic=ranks,
-        sources={**before.sources, "nic_gbps": source, "nic_latency_ns": f"half of a round trip; {source}"},
-    )
-    comments = _comments(Path(file).read_text(encoding="utf-8").splitlines())
-    Path(file).write_text("".join(f"{line}\n" for line in comments) + to_toml(after), encoding="utf-8")
-
-
-def _name(before: sim.Hardware, num_hosts: int) -> str:
-    """Of a machine that may have been given hosts already."""
-    return f"{num_hosts} x {before.name.removeprefix(f'{before.num_nodes} x ')}"
-
-
-def _comments(text: Sequence[str]) -> Iterator[str]:
-    """Those at the head of a file, where `flashmoe calibrate` says with which flags it is to be simulated."""
-    for line in text:
-        if not line.startswith("#"):
-            return
-        yield line
