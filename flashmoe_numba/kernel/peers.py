@@ -13,7 +13,7 @@ from flashmoe_numba.tile_gemm import IN_ORDER, PLACE_WORDS, RANK, ROW_OUT, Rooms
 from .control import ABORT, PROGRESS, SILENT
 from .row_tiles import is_one_run, room_row, word_of
 from .signals import signal_word
-from .wire import NO_FLAG, first_row, is_remote, put_rows, put_signal
+from .wire import NO_FLAG, PutRows, first_row, is_remote, put_rows, put_signal
 
 
 @jit(inline=True)
@@ -39,21 +39,20 @@ def tell_packet(p, segments, owner, expert, num_rows):
     """Publish a packet's rows, which may be none."""
     packet, word = p.rank_idx * p.experts_per_rank + expert, signal_word(p.epoch, p.call, num_rows)
     if is_remote(segments, owner):
-        put_packet(p, segments, owner, expert, num_rows, p.dispatch_flag_at + 8 * packet, word)
+        put_packet(p, segments, PutRows(owner, expert, 0, num_rows), p.dispatch_flag_at + 8 * packet, word)
     else:
         flags = of_peer(segments, owner, p.dispatch_flag_at, segments.dispatch_flag)
         st_release(flags, packet, word)
 
 
 @jit
-def put_packet(p, segments, owner, expert, num_rows, flag_at, word):
+def put_packet(p, segments, rows, flag_at, word):
     """The same, to another host; in a backward with what rows have beside them."""
-    first = first_row(p, segments, owner, expert)
-    if p.call != 0 and num_rows > 0:
-        put_rows(p, segments, owner, p.factors_at, p.factor_bytes, first, num_rows, NO_FLAG, 0)
+    if p.call != 0 and rows.num_rows > 0:
+        put_rows(p, segments, rows, p.factors_at, p.factor_bytes, NO_FLAG, 0)
         if p.resends:
-            put_rows(p, segments, owner, p.again_at, p.row_bytes, first, num_rows, NO_FLAG, 0)
-    put_rows(p, segments, owner, p.dispatch_at, p.row_bytes, first, num_rows, flag_at, word)
+            put_rows(p, segments, rows, p.again_at, p.row_bytes, NO_FLAG, 0)
+    put_rows(p, segments, rows, p.dispatch_at, p.row_bytes, flag_at, word)
 
 
 @jit(inline=True)
@@ -95,14 +94,18 @@ def tell_results(p, segments, source, expert, m, slot, num_rows):
     chunk = (p.rank_idx * p.experts_per_rank + expert) * p.row_blocks + m
     word = signal_word(p.epoch, 0, num_rows)
     if is_remote(segments, source):
-        first = first_row(p, segments, source, expert) + slot
-        if p.call != 0:
-            put_rows(p, segments, source, p.dots_at, p.factor_bytes, first, num_rows, NO_FLAG, 0)
-        flag_at = p.result_flag_at + 8 * chunk
-        put_rows(p, segments, source, p.result_at, p.row_bytes, first, num_rows, flag_at, word)
+        put_results(p, segments, PutRows(source, expert, slot, num_rows), p.result_flag_at + 8 * chunk, word)
     else:
         flags = of_peer(segments, source, p.result_flag_at, segments.result_flag)
         st_release(flags, chunk, word)
+
+
+@jit
+def put_results(p, segments, rows, flag_at, word):
+    """The same, to another host; in a backward with the gradients of the rows' factors."""
+    if p.call != 0:
+        put_rows(p, segments, rows, p.dots_at, p.factor_bytes, NO_FLAG, 0)
+    put_rows(p, segments, rows, p.result_at, p.row_bytes, flag_at, word)
 
 
 @jit

@@ -49,17 +49,26 @@ def first_row(p, segments, peer, expert):
     return (first * p.experts_per_rank + expert) * p.slots
 
 
+class PutRows(NamedTuple):
+    """Rows of a peer's room that follow each other, and so do where they belong in its memory."""
+
+    peer: int
+    expert: int  # as `first_row` has it
+    slot: int  # of the first row
+    num_rows: int
+
+
 @jit
-def put_rows(p, segments, peer, region_at, row_bytes, first, num_rows, flag_at, word):
-    """Put rows of a region from the stage to where they belong in a peer's memory, then a signal if there is one.
+def put_rows(p, segments, rows, region_at, row_bytes, flag_at, word):
+    """Put rows from the stage to where they belong in a peer's memory, then a signal if there is one.
 
     Args:
-        region_at, row_bytes: where the region begins in a segment, and what each of its rows takes.
-        first: the first row, as the region in the stage has it.
+        region_at, row_bytes: where the rows' region begins in a segment, and what each of its rows takes.
     """
-    there = first + (p.rank_idx - peer) * p.experts_per_rank * p.slots
-    source_at, target_at = p.stage_at + region_at + first * row_bytes, region_at + there * row_bytes
-    post(segments.wire, Put(peer, source_at, target_at, num_rows * row_bytes, flag_at, word))
+    here = first_row(p, segments, rows.peer, rows.expert) + rows.slot
+    there = (p.rank_idx * p.experts_per_rank + rows.expert) * p.slots + rows.slot
+    source_at, target_at = p.stage_at + region_at + here * row_bytes, region_at + there * row_bytes
+    post(segments.wire, Put(rows.peer, source_at, target_at, rows.num_rows * row_bytes, flag_at, word))
 
 
 @jit
