@@ -4,8 +4,8 @@
 
 Each has a host name, network, System V IPC and /dev/shm of its own; they see each other's processes and files. Their
 networks are joined by a bridge that lies in a network of its own, without a way out, so that nothing of it is seen
-outside. A host lives as long as one process, its keeper, which dies with ours: no death leaves anything behind but the
-processes that run on a host, and `close` ends these.
+outside. A host lives as long as one process, its keeper, which ends when ours does, however that dies, and takes all
+processes of the host along: nothing is left behind.
 
 Needs root and Debian's iproute2. Not real about them: one clock, one kernel, one disk.
 """
@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,13 +26,7 @@ from pathlib import Path
 
 SEPARATE = ("--net", "--uts", "--ipc", "--mount")
 TOOLS = ("ip", "tc", "nsenter", "unshare", "setpriv")
-KEEP = """set -e
-hostname "$0"
-mount -t tmpfs -o size=8g tmpfs /dev/shm
-mount --bind "$1" /etc/hosts
-ip link set lo up
-echo ready
-exec sleep infinity"""
+WITH_PARENT = ("setpriv", "--pdeathsig")
 LAUNCHER = """#!/bin/sh
 # mpirun calls it as it calls ssh: [options] HOST COMMAND..., the command in words for a shell.
 while case "$1" in -*) ;; *) false ;; esac; do shift; done
@@ -85,22 +80,22 @@ class Hosts:
         self.close()
 
     def _begin(self) -> None:
-        table = self._folder / "table"
         lines = [f"10.77.0.{i + 1} {name}" for i, name in enumerate(self.names)]
-        table.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        (self._folder / "table").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
         self.launcher.write_text(LAUNCHER)
         self.launcher.chmod(0o755)
         for name in (*self.names, "switch"):
-            self._keepers.append(self._keep(name, table))
+            self._keepers.append(self._keep(name))
         self._run("ip", "link", "add", "name", "bridge0", "type", "bridge", on=-1)
         self._run("ip", "link", "set", "bridge0", "up", on=-1)
         for i, name in enumerate(self.names):
             (self._folder / f"{name}.keeper").write_text(str(self._keepers[i].pid))
             self._join(i)
 
-    def _keep(self, name: str, table: Path) -> subprocess.Popen[str]:
+    def _keep(self, name: str) -> subprocess.Popen[str]:
         """The process that holds one host's namespaces."""
-        command = ["setpriv", "--pdeathsig", "KILL", "unshare", *SEPARATE, "sh", "-c", KEEP, name, str(table)]
+        keep = [sys.executable, "-IS", __file__, "--keep", name, str(self._folder)]
+        command = [*WITH_PARENT, "TERM", "unshare", *SEPARATE, *keep]
         keeper = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
         )  # a session of its own: a terminal's Ctrl-C is for us
@@ -120,41 +115,30 @@ class Hosts:
         self._run("ip", "link", "set", "eth0", "up", on=i)
 
     def on(self, i: int) -> list[str]:
-        """What to put before a command so that it runs on host `i`."""
+        """What to put before a command so that it runs on host `i`, and dies with who started it."""
         there = ["sh", "-c", 'cd "$0" && exec "$@"', os.getcwd()]  # a host has the root folder as its own
-        return ["nsenter", "--target", str(self._keepers[i].pid), *SEPARATE, *there]
+        return [*WITH_PARENT, "KILL", "nsenter", "--target", str(self._keepers[i].pid), *SEPARATE, *there]
 
     def _run(self, *command: str, on: int) -> None:
         done = subprocess.run([*self.on(on), *command], capture_output=True, text=True)
         if done.returncode != 0:
             raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
 
-    def mpirun(self, mpirun: str, num_ranks: int, *flags: str, hosts: Sequence[int] | None = None) -> list[str]:
-        """mpirun on the first host, for the same number of ranks on each of `hosts` (all); a command's words follow."""
+    def where(self, num_ranks: int, hosts: Sequence[int] | None = None) -> list[str]:
+        """Flags of an mpirun on any of them, for the same number of ranks on each of `hosts` (all)."""
         names = [self.names[i] for i in (range(len(self.names)) if hosts is None else hosts)]
-        where = ["-hosts", ",".join(names), "-ppn", str(num_ranks // len(names)), "-n", str(num_ranks)]
-        return [*self.on(0), mpirun, "-launcher", "ssh", "-launcher-exec", str(self.launcher), *where, *flags]
+        counts = ["-ppn", str(num_ranks // len(names)), "-n", str(num_ranks)]
+        return ["-launcher", "ssh", "-launcher-exec", str(self.launcher), "-hosts", ",".join(names), *counts]
 
     # ---- what can happen to a host
 
     def processes(self, i: int) -> list[int]:
-        """Of host `i`, without its keeper."""
-        keeper = self._keepers[i].pid
-        mine, found = os.readlink(f"/proc/{keeper}/ns/net"), []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # gone, or a zombie
-                if os.readlink(folder / "ns/net") == mine and int(folder.name) != keeper:
-                    found.append(int(folder.name))
-        return found
+        """Of host `i`, without its keeper's own."""
+        return processes_beside(self._keepers[i].pid)
 
     def kill(self, i: int) -> None:
         """All processes die; the system goes on, and tells their peers so."""
-        limit = time.monotonic() + PATIENCE_S
-        while found := self.processes(i):
-            self._signal(found, signal.SIGKILL)
-            if time.monotonic() > limit:
-                raise TimeoutError(f"processes {found} of {self.names[i]} do not die")
-            time.sleep(0.01)
+        kill_beside(self._keepers[i].pid)
 
     def power_off(self, i: int) -> None:
         """All dies at once, and nobody is told."""
@@ -163,15 +147,10 @@ class Hosts:
 
     def stop(self, i: int) -> None:
         """All processes stand still."""
-        self._signal(self.processes(i), signal.SIGSTOP)
+        send(self.processes(i), signal.SIGSTOP)
 
     def go_on(self, i: int) -> None:
-        self._signal(self.processes(i), signal.SIGCONT)
-
-    def _signal(self, pids: Sequence[int], signum: int) -> None:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
+        send(self.processes(i), signal.SIGCONT)
 
     def cut(self, i: int) -> None:
         """The cable of host `i`."""
@@ -189,16 +168,59 @@ class Hosts:
 
     def close(self) -> None:
         """End everything that runs there, and the hosts."""
-        for i in range(len(self._keepers)):
-            with contextlib.suppress(OSError):
-                self.kill(i)
         for keeper in self._keepers:
-            keeper.kill()
+            keeper.terminate()
+        for keeper in self._keepers:
             keeper.wait()
             if keeper.stdout is not None:
                 keeper.stdout.close()
         self._keepers = []
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+# ---- keepers
+
+
+def keep(name: str, folder: Path) -> None:
+    """Be the keeper of the namespaces that this process has, until it is told to end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    socket.sethostname(name)
+    for command in (
+        ["mount", "-t", "tmpfs", "-o", "size=8g", "tmpfs", "/dev/shm"],
+        ["mount", "--bind", str(folder / "table"), "/etc/hosts"],
+        ["ip", "link", "set", "lo", "up"],
+    ):
+        subprocess.run(command, check=True)
+    print("ready", flush=True)
+    signal.sigwait({signal.SIGTERM})
+    kill_beside(os.getpid())
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def processes_beside(keeper: int) -> list[int]:
+    """All of a keeper's host but itself."""
+    mine, found = os.readlink(f"/proc/{keeper}/ns/net"), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone, or a zombie
+            if os.readlink(folder / "ns/net") == mine and int(folder.name) != keeper:
+                found.append(int(folder.name))
+    return found
+
+
+def kill_beside(keeper: int) -> None:
+    """Until none is left: one may have begun another meanwhile."""
+    limit = time.monotonic() + PATIENCE_S
+    while found := processes_beside(keeper):
+        send(found, signal.SIGKILL)
+        if time.monotonic() > limit:
+            raise TimeoutError(f"processes {found} do not die")
+        time.sleep(0.01)
+
+
+def send(pids: Sequence[int], signum: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
 
 
 @contextlib.contextmanager
@@ -212,6 +234,9 @@ def some(num_hosts: int) -> Iterator[Hosts]:
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["--keep"]:
+        keep(argv[1], Path(argv[2]))
+        return 0
     if len(argv) < 3 or not argv[0].isdecimal() or int(argv[0]) < 1 or argv[1] != "--":
         print("usage: python experiments/hosts/namespaces.py NUM_HOSTS -- COMMAND...", file=sys.stderr)
         return 2
@@ -220,7 +245,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             return subprocess.run([*hosts.on(0), *argv[2:]], env=environment).returncode
         except KeyboardInterrupt:
-            return 130
+            return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

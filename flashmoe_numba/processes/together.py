@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -73,7 +74,7 @@ class MpiRanks:
         self.machines = tuple(sorted({names.index(name) for name in names}))
         self._line = make_words(self.comm, one_machine=len(self.machines) == 1)
         self._words, self._mine = self._line.all, self._line.mine
-        self._finish(self.comm.Ibarrier(), "at the start")
+        self._finish(self.comm.Ibarrier, "at the start")
         if self.rank_idx in self.machines:
             unlink_startup_segment()
         tell_begun()
@@ -100,7 +101,7 @@ class MpiRanks:
             first[START_NS] = time.monotonic_ns() + HEADSTART_NS
             first[STARTS] = number
             self._line.tell()
-        self._wait(lambda: bool(first[STARTS] >= number), what, nap_s=NAP_S if self._line.one_clock else 0)
+        self._wait(lambda: bool(first[STARTS] >= number), what)
         self._deadline_s = self._call_deadline_s
         if self._line.one_clock:
             time.sleep(max(0, int(first[START_NS]) - time.monotonic_ns()) * 1e-9)
@@ -108,17 +109,17 @@ class MpiRanks:
     def note_progress(self) -> None:
         """Tell those who wait that this rank is at work."""
         self._mine[PROGRESS] += 1
-        self._line.tell_in_time()
 
     def gather(self, value: Any) -> list[Any] | None:
         """Everybody's `value` on rank 0, None on the others."""
         self.meet("before the results are collected")
         data = np.frombuffer(pickle.dumps(value), np.uint8)
         sizes = np.empty(self.num_ranks, np.int64)
-        self._finish(self.comm.Iallgather(np.array([data.size]), sizes), "while the results are collected")
+        collected = "while the results are collected"
+        self._finish(lambda: self.comm.Iallgather(np.array([data.size]), sizes), collected)
         everything = np.empty(sizes.sum() if self.rank_idx == 0 else 0, np.uint8)
         target = (everything, sizes) if self.rank_idx == 0 else None
-        self._finish(self.comm.Igatherv(data, target), "while the results are collected")
+        self._finish(lambda: self.comm.Igatherv(data, target), collected)
         if self.rank_idx != 0:
             return None
         ends = np.cumsum(sizes)
@@ -127,7 +128,7 @@ class MpiRanks:
     def agree(self, code: int) -> int:
         """Rank 0's `code`, on all ranks; waits for it without a limit, because rank 0 may have much to compute."""
         word = np.array([code])
-        wait_for(self.comm.Ibcast(word), math.inf)
+        self._finish(lambda: self.comm.Ibcast(word), "while rank 0 looks at the results", math.inf)
         return int(word[0])
 
     def abandon(self, error: BaseException) -> NoReturn:
@@ -148,29 +149,40 @@ class MpiRanks:
             over = "\r\x1b[K" if os.environ.get(TERMINAL_VARIABLE) else ""  # the progress bar
             os.write(2, f"{over}flashmoe: {message}\n".encode())  # at once, so that ranks do not cut each other's lines
         sys.stdout.flush()
-        limit = time.monotonic() + LAST_WORDS_S
-        while time.monotonic() < limit:
-            self._line.look()  # MPI sends on, too
-            time.sleep(NAP_S)
-        self.comm.Abort(code)
-        raise SystemExit(code)  # not reached
+        time.sleep(LAST_WORDS_S)
+        threading.Thread(target=self.comm.Abort, args=(code,), daemon=True).start()
+        time.sleep(LAST_WORDS_S)
+        os._exit(code)  # without MPI, which a lost rank may hold up
 
-    def _finish(self, request: Any, what: str) -> None:
-        self._wait(request.Test, what)
+    def _finish(self, begin: Callable[[], Any], what: str, deadline_s: float | None = None) -> None:
+        """Wait for a collective that `begin` begins: in a thread, as a lost rank may hold up a call of MPI for ever."""
+        failed: list[Exception] = []
 
-    def _wait(self, done: Callable[[], bool], what: str, nap_s: float = NAP_S) -> None:
+        def work() -> None:
+            try:
+                wait_for(begin(), math.inf)
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work, name="flashmoe collective", daemon=True)
+        thread.start()
+        self._wait(lambda: not thread.is_alive(), what, deadline_s)
+        if failed:
+            raise failed[0]
+
+    def _wait(self, done: Callable[[], bool], what: str, deadline_s: float | None = None) -> None:
         attempt, since, seen = 0, time.monotonic(), -1
+        limit_s = self._deadline_s if deadline_s is None else deadline_s
         while not done():
-            self._line.look()
             self._raise_if_left(what)
             progress = int(self._words[:, : PROGRESS + 1].sum())
             if progress != seen:
                 since, seen = time.monotonic(), progress
-            elif time.monotonic() - since > self._deadline_s:
-                silence = f"no rank made progress for {self._deadline_s:g} s"
+            elif time.monotonic() - since > limit_s:
+                silence = f"no rank made progress for {limit_s:g} s"
                 raise FlashMoEError(f"rank {self.rank_idx} gave up {what}, {self._missing()}: {silence}")
             attempt += 1
-            time.sleep(nap_s if attempt > SPINS else 0)
+            self._line.nap(NAP_S if attempt > SPINS else 0)
 
     def _raise_if_left(self, what: str) -> None:
         for rank, left in enumerate(self._words[:, LEFT].tolist()):

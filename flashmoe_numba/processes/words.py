@@ -1,11 +1,15 @@
 """Words that every rank has, one line of a few each, and that all others read: what is behind a meeting of processes.
 
-Ranks of one machine share them. Ranks of several send their line to all others whenever it changes; nobody waits for
-such a message, and one that a dead rank does not take holds nobody up.
+Ranks of one machine share them. Ranks of several send their line to all others whenever it changes, and receive those
+of others, in a thread of its own: a send to a rank that is just dying may never return, and hold up every call of MPI
+in this process (seen over ofi/tcp). So nobody who waits for words calls MPI, and old words are all that can happen.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import threading
 import time
 from typing import Any, Protocol
 
@@ -14,7 +18,10 @@ import numpy as np
 from reference.arrays import Array
 
 LINE_WORDS = 8  # on a cache line of its own
-MINE_AGAIN_S = 0.05  # words that change all the time are sent so often
+MINE_AGAIN_S = 0.05  # a line that has changed without a word is sent so often
+GOODBYE_S = 2.0  # for messages that are under way when Python ends
+LINE, GOODBYE = range(2)  # tags
+HURRY_S, NO_HURRY_S = 2e-4, 5e-3  # between looks at what has come, while somebody waits for it and while nobody does
 
 
 class Words(Protocol):
@@ -31,18 +38,15 @@ class Words(Protocol):
     one_clock: bool
 
     def tell(self) -> None:
-        """This rank's line has changed: let the others know."""
+        """This rank's line has changed: let the others know at once, and not only in time."""
 
-    def tell_in_time(self) -> None:
-        """The same, where it changes all the time and only that it does is of interest."""
-
-    def look(self) -> None:
-        """Take what others have told."""
+    def nap(self, seconds: float) -> None:
+        """Wait for new words of others, at most so long."""
 
 
 def make_words(comm: Any, one_machine: bool) -> Words:
     """Lines of zeros, of the ranks of an mpi4py communicator."""
-    return SharedWords(comm) if one_machine else SentWords(comm)
+    return SharedWords(comm) if one_machine else SentWords(comm).begin()
 
 
 class SharedWords:
@@ -54,8 +58,9 @@ class SharedWords:
         from mpi4py import MPI
 
         num_bytes = 8 * LINE_WORDS * comm.size if comm.rank == 0 else 0
-        self._window = MPI.Win.Allocate_shared(num_bytes, 1, comm=comm)
-        memory: Any = self._window.Shared_query(0)[0]
+        window = MPI.Win.Allocate_shared(num_bytes, 1, comm=comm)
+        atexit.register(window.Free)  # or MPI does not end over ofi/tcp: it finds its fabric in use
+        memory: Any = window.Shared_query(0)[0]
         self.all = np.frombuffer(memory, np.int64).reshape(comm.size, LINE_WORDS)
         self.mine = self.all[comm.rank]
         self.mine[:] = 0
@@ -63,11 +68,8 @@ class SharedWords:
     def tell(self) -> None:
         """They have seen it."""
 
-    def tell_in_time(self) -> None:
-        """They have seen it."""
-
-    def look(self) -> None:
-        """It is all there."""
+    def nap(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 class SentWords:
@@ -77,25 +79,80 @@ class SentWords:
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm.Dup()
-        self.all = np.zeros((comm.size, LINE_WORDS), np.int64)
-        self.mine = self.all[comm.rank]
+        self.all: Array = np.zeros((comm.size, LINE_WORDS), np.int64)
+        self.mine: Array = self.all[comm.rank]
+        self._sent, self._sent_at = self.mine.copy(), 0.0
         self._on_their_way: list[Any] = []
-        self._told = 0.0
+        self._staying = set(range(comm.size)) - {comm.rank}
+        self._told, self._news, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._awaited_at = 0.0
+
+    def begin(self) -> SentWords:
+        """Exchange lines from now on, until Python ends, which is before MPI does."""
+        carrier = threading.Thread(target=self._carry, name="flashmoe words", daemon=True)
+        carrier.start()
+        atexit.register(self._end, carrier)
+        return self
+
+    def _end(self, carrier: threading.Thread) -> None:
+        """MPI does not end well while messages are under way."""
+        self._ended.set()
+        self._told.set()
+        carrier.join(GOODBYE_S + 1)
 
     def tell(self) -> None:
-        line = self.mine.copy()
-        others = (rank for rank in range(self._comm.size) if rank != self._comm.rank)
+        self._told.set()
+
+    def nap(self, seconds: float) -> None:
+        self._awaited_at = time.monotonic()
+        self._news.wait(seconds)
+        self._news.clear()
+
+    def _carry(self) -> None:
+        from mpi4py import MPI
+
+        while not self._ended.is_set():
+            with contextlib.suppress(MPI.Exception):  # a rank is lost: the others may still speak
+                self.exchange()
+            waits = time.monotonic() - self._awaited_at < MINE_AGAIN_S
+            self._told.wait(HURRY_S if waits else NO_HURRY_S)
+        with contextlib.suppress(MPI.Exception):
+            self.part(GOODBYE_S)
+
+    def part(self, patience_s: float) -> None:
+        """Send the last, and take the last of all others, if they come in time."""
+        until = time.monotonic() + patience_s
+        self._send(GOODBYE)
+        while self._under_way() and time.monotonic() < until:
+            self._receive()
+            time.sleep(HURRY_S)
+
+    def _under_way(self) -> bool:
+        """Is there still something to come, or to go?"""
         self._on_their_way = [request for request in self._on_their_way if not request.Test()]
-        self._on_their_way += [self._comm.Isend(line, rank) for rank in others]
-        self._told = time.monotonic()
+        return bool(self._on_their_way or self._staying)
 
-    def tell_in_time(self) -> None:
-        if time.monotonic() - self._told > MINE_AGAIN_S:
-            self.tell()
+    def exchange(self) -> None:
+        """Send this line, if the others should know it, and take theirs."""
+        late = time.monotonic() - self._sent_at > MINE_AGAIN_S and bool((self.mine != self._sent).any())
+        if self._told.is_set() or late:
+            self._told.clear()
+            self._send(LINE)
+        self._receive()
 
-    def look(self) -> None:
+    def _send(self, tag: int) -> None:
+        self._sent, self._sent_at = self.mine.copy(), time.monotonic()
+        self._on_their_way = [request for request in self._on_their_way if not request.Test()]
+        for rank in range(self._comm.size):
+            if rank != self._comm.rank:
+                self._on_their_way.append(self._comm.Isend(self._sent, rank, tag))
+
+    def _receive(self) -> None:
         from mpi4py import MPI
 
         status = MPI.Status()
         while (message := self._comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status)) is not None:
             message.Recv(self.all[status.source])
+            self._news.set()
+            if status.tag == GOODBYE:
+                self._staying.discard(status.source)
