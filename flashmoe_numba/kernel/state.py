@@ -68,6 +68,9 @@ class Problem(NamedTuple):
     again_at: int
     factors_at: int
     dots_at: int
+    stage_at: int  # of the stage, which has the shape of all that lies before it
+    row_bytes: int
+    factor_bytes: int
     deadline_ns: int
     packed: bool  # may a row tile hold rows of several packets?
 
@@ -75,7 +78,10 @@ class Problem(NamedTuple):
 class Segments(NamedTuple):
     """This rank's segment as typed views, and the addresses at which this rank sees every rank's segment."""
 
-    address: np.ndarray  # int64 [num_ranks]
+    address: np.ndarray  # int64 [num_ranks]; of a rank on another host, an image of which only control is kept fresh
+    room: np.ndarray  # int64 [num_ranks]: what this rank writes for each: into the same, or into its own stage
+    remote: np.ndarray  # int64 [num_ranks]: 1 for a rank whose memory this one cannot store into
+    wire: np.ndarray  # int64: puts for those (wire.py); empty where there are none
     dispatch: np.ndarray  # elements [num_ranks, experts_per_rank, slots, hidden]
     result: np.ndarray  # elements, likewise
     dispatch_flag: np.ndarray  # int64 [num_experts]
