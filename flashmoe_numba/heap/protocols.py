@@ -31,6 +31,12 @@ class Memory(Protocol):
     def empty(self, size: int, dtype: npt.DTypeLike) -> Array:
         """`[size]`, with whatever was there."""
 
+    def lend(self, array: Array, give_back: Callable[[Array], None]) -> Array:
+        """The same memory as an array of its own, and `give_back(array)` once nobody has that one or a view of it.
+
+        On a GPU just the array: what nobody has is taken by the next who asks for memory.
+        """
+
     def array(self, values: Array) -> Array:
         """Values from the host in an array of this memory: the same array, where the host's is that."""
 

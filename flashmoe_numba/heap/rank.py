@@ -168,6 +168,12 @@ class Rank(Owned):
         arguments = BackwardArguments(self._arguments(problem, tokens, received, experts), back, gradients)
         return (dx, pairs, None if kept.routed else logits), arguments
 
+    def idle_experts(self) -> Array:
+        """`[experts_per_rank]`: which of them had no rows in the last call?"""
+        rows = self._memory.to_host(self.received.rows).reshape(self.config.num_ranks, -1)
+        idle: Array = rows.sum(axis=0) == 0
+        return idle
+
     def _store(self, target: Array, values: Array) -> None:
         self._memory.store(target[: values.size], values.reshape(-1))
 

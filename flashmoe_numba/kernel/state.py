@@ -29,7 +29,7 @@ class Problem(NamedTuple):
     keeps: bool  # a forward whose rows, products and logits are kept for a backward, where there is room for them
     recomputes: bool  # a backward without the up-products
     resends: bool  # a backward without the rows
-    fresh: bool  # a backward that begins its gradients of weights: they are zeros, which nobody has touched
+    fresh: bool  # a backward that begins its gradients of matrices, whatever there is where they lie
     weight_tasks: int  # of a backward: of each expert that has rows, for the gradients of its weights
     router_weight_tasks: int  # of a backward, for the gradients of the router
     shared_weight_tasks: int  # likewise of the shared expert
