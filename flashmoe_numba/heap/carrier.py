@@ -171,7 +171,7 @@ class Carrier:
         while (message := self._letters.Improbe(self._MPI.ANY_SOURCE, self._MPI.ANY_TAG, status)) is not None:
             words = np.empty(status.Get_count(self._MPI.BYTE) // WORD_BYTES, np.int64)
             source, tag = status.Get_source(), status.Get_tag()
-            message.Recv([words, self._MPI.BYTE])
+            message.Recv(words)
             if tag == LETTER:
                 self._read_letter(source, words)
             elif tag == NEWS:
@@ -190,7 +190,7 @@ class Carrier:
                 continue
             if num_bytes:
                 room = self._own[target_at : target_at + num_bytes]
-                request = self._rows.Irecv([room, self._MPI.BYTE], source, ROWS)
+                request = self._rows.Irecv(room, source, ROWS)
             inbox.expect(request, flag, word)
 
     def _land_signal(self, flag: int, word: int) -> None:

@@ -43,7 +43,7 @@ class Outbox:
         return bool(self._waiting)
 
     def post(self, comm: Any, data: Array, tag: int) -> None:
-        """Send bytes when it is their turn. They must stay as they are until then."""
+        """Send an array when it is its turn. It must stay as it is until then."""
         self._waiting.append((comm, data, tag))
 
     def push(self) -> bool:
@@ -66,14 +66,12 @@ class Outbox:
         return moved
 
     def _send_next(self) -> bool:
-        from mpi4py import MPI
-
         comm, data, tag = self._waiting[0]
         start = time.monotonic()
         try:
             with self._limit:
-                request = comm.Isend([data, MPI.BYTE], self._rank_idx, tag)
-        except MPI.Exception:  # not now, and maybe never: then the ranks' own deadline says so
+                request = comm.Isend(data, self._rank_idx, tag)
+        except RuntimeError:  # mpi4py's: not now, and maybe never: then the ranks' own deadline says so
             end = time.monotonic()
             self._again = end + PATIENCE * (end - start)
             return False
