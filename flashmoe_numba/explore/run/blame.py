@@ -27,6 +27,7 @@ from .memory import Region
 from .spec import WorldSpec
 from .watched import ld_acquire
 
+LONG, LONG_APART = 17, 20  # twentieths of a deadline: silences after which all who wait are known to
 FLAGS = {s.SUBSCRIBER: (s.DISPATCH_FLAG, s.RESULT_FLAG, s.GATE_FLAG), s.PROCESSOR: (s.TASK_FLAG,)}
 
 
@@ -208,7 +209,8 @@ class Blame:
             return False
         assert self._spec.deadline is not None
         last, time = self._silences[rank]
-        is_long = 20 * (time - last) >= 17 * self._spec.deadline
+        long = LONG if self._spec.hosts == 1 else LONG_APART
+        is_long = 20 * (time - last) >= long * self._spec.deadline
         return is_long and self._memory.last_long_turn <= last + self._memory.fair_turn
 
     def _wrong_name(self, rank: int, record: s.AbortRecord) -> str | None:

@@ -55,9 +55,7 @@ class WatchedChannel:
             Actor(world.memory, index + role, self.name, self._rank, 1, nothing) for role in range(CHANNEL_ACTORS)
         ]
         self.known = nothing  # what a host knows when it has waited for this channel
-        self._of: dict[
-            Any, tuple[int, list[int]]
-        ] = {}  # of a put under way: its call, and what was known when it was put
+        self._of: dict[Any, tuple[int, list[int]]] = {}  # of a put under way: its call, and what was known of it
 
     def carry(self, host: Sender) -> None:
         """In a fiber of its own."""
@@ -75,10 +73,11 @@ class WatchedChannel:
                 attempt = pause(attempt)
 
     def _take(self, host: Sender) -> bool:
-        current().actor = taker = self._as(TAKES, host.epoch)
+        epoch = min(host.epoch, self._world.spec.epochs)
+        current().actor = taker = self._as(TAKES, epoch)
         before, flight = self.channel.taken, self.channel.take()
         if flight is not None:
-            self._of[flight] = host.epoch, taker.clock
+            self._of[flight] = epoch, taker.clock
         if self.channel.taken != before:
             self.known = taker.clock
             taker.tick()  # what it does from now on is not known
