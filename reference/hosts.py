@@ -44,6 +44,12 @@ class Hosts:
     def is_one(self) -> bool:
         return self.most_apart == 0
 
+    @property
+    def ranks(self) -> list[list[int]]:
+        """Those of each host."""
+        hosts = dict.fromkeys(self.of_rank)
+        return [[rank for rank, host in enumerate(self.of_rank) if host == each] for each in hosts]
+
     def num_apart(self, rank: int) -> int:
         """Ranks on other hosts than this one."""
         return sum(host != self.of_rank[rank] for host in self.of_rank)
