@@ -38,7 +38,7 @@ class Size:
     ranks_per_host: int = 2
     num_tokens: int = 24
     deadline_s: float = 2.0
-    slack_s: float = 3.0  # what an error may take beyond the deadline: carriers have 2 s for last words
+    slack_s: float = 2.0  # what an error may take beyond the deadline, on a busy machine
 
     @property
     def num_ranks(self) -> int:

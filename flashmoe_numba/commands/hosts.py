@@ -68,13 +68,6 @@ def check_clocks(args: argparse.Namespace) -> None:
             raise UsageError(f"argument --{flag}: goes with ranks of one machine: clocks of several do not agree")
 
 
-def share_of_cores(world: LocalRanks | MpiRanks) -> int | None:
-    """Processors of a rank of several machines, each of which has cores of its own; None: as usual."""
-    from ..processes.cores import default_processors
-
-    return default_processors(world.num_ranks_here) if len(world.machines) > 1 else None
-
-
 def between(world: LocalRanks | MpiRanks) -> dict[str, Any]:
     """What settings say of the machines."""
     if len(world.machines) == 1:

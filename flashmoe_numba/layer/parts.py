@@ -55,7 +55,8 @@ class Parts:
 
     def _processors(self, wanted: int | None, heap: Heap) -> int:
         here = len(heap.rank_indices)
-        num_processors = wanted or self.backend.default_processors(here, self.config.num_ranks)
+        sharing = max(here, len(heap.hosts.sharing(heap.rank_indices[0])))
+        num_processors = wanted or self.backend.default_processors(here, sharing)
         self.backend.check_grid(here, num_processors)
         return num_processors
 

@@ -31,7 +31,7 @@ from . import shared_memory
 from .destinations import Destinations
 from .machine import machine_name
 from .mpi_environment import RANK_VARIABLES, find_mpirun, has_launcher, rank_variable
-from .netmod import SURVIVING
+from .netmod import PREFERRED
 
 COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # not in the guards' arguments, so that these do not look like ranks
 TERMINAL_VARIABLE = "FLASHMOE_TERMINAL"  # stderr of a rank is a pipe; this says that it ends at a terminal
@@ -147,7 +147,7 @@ def _remove_unmapped(before: set[Path]) -> None:
 
 def _environment(command: list[str], hosts: Destinations | None) -> dict[str, str]:
     """What mpirun and the ranks get; the user's own settings win, but for those that lead to other machines."""
-    defaults = SURVIVING | {  # mpich's start-up segment is small then, too: 1 MB per rank instead of 5
+    defaults = PREFERRED | {  # mpich's start-up segment is small then, too: 1 MB per rank instead of 5
         "HWLOC_XMLFILE": "",  # or mpirun leaves files in /tmp when it is interrupted
         TERMINAL_VARIABLE: "1" if sys.stderr.isatty() else "",
     }
