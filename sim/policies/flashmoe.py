@@ -12,6 +12,9 @@ their expert, and are cut when its last packet is here, or when processors are i
 in it, and drawn again, until nothing changes. It may go to and fro between two, or on for `MOST_ROUNDS`: then the last
 one is taken, and some rows are held back a little longer or shorter than by the rule.
 
+In the published kernels the OS block hands tiles out, a processor at a time, and each waits before a tile for a round
+of that. Their times say so: they are a sum of products and of a time per tile that is the same for tiles of any depth.
+
 A backward is the same kernel with other tasks: rows of dy go the way of the tokens, into the same slots, each as it is
 needed for its weight; GEMM0 multiplies by the down matrices, GEMM1 by the up matrices, and rows of dx go the way of the
 results. Gradients of an expert's weights are tiles of the same queue, once all its packets and all its GEMM0 are done;
@@ -83,8 +86,8 @@ class Knobs(PolicyKnobs):
         its height, padding included.
     async_loads: a tile's operands are read while products run; False: before them, as on CPUs.
     poll_ns: the OS block's time per packet; assumption.
-    scheduler: "tickets": processors take the next tile themselves, as in this project's kernel; "os_block": the OS
-        block hands tiles out one after the other, as in the published kernels.
+    scheduler: "tickets": processors take the next tile themselves, as in this project's kernel; "os_block": a processor
+        waits before each tile until the OS block has handed one to all, as in the published kernels.
     schedule_ns: the OS block's time per tile; None: with tickets `TICKET_NS`, for which it has only to write the tile
         down, else the fitted one of the published kernel.
     save: what a forward keeps for its backward (`drafting/passes.py`): "rows+up", "rows" or "nothing".
@@ -137,7 +140,10 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
 
 def _draw(world: World, knobs: Knobs, blocks: Sequence[Blocks]) -> _Schedule:
     """With the row blocks of each pass."""
-    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), async_loads=knobs.async_loads, fixed_shares=True)
+    wait_ns = _wait_ns(world, knobs)
+    fixed = wait_ns > 0 or not knobs.async_loads  # a slot does other things before or after it reads
+    fields = {"async_loads": knobs.async_loads, "wait_ns": wait_ns, "fixed_shares": fixed}
+    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), **fields)
     drawn: list[_Drawn] = []
     for direction, of_pass in zip(world.directions, blocks, strict=True):
         before = drawn[-1].ended if drawn else None
@@ -242,8 +248,15 @@ def _row_blocks(blocks: Blocks) -> Array:
     return result
 
 
+def _wait_ns(world: World, knobs: Knobs) -> int:
+    """What a processor waits for its next tile: a round of the OS block, in which each processor gets one."""
+    return _slots(world, knobs) * _schedule_ns(world, knobs) if knobs.scheduler == "os_block" else 0
+
+
 def _hand_ns(draft: Draft, knobs: Knobs) -> int:
-    """The OS block's time for the tiles of a row block."""
+    """The OS block's time for the tiles of a row block, before any is multiplied."""
+    if knobs.scheduler == "os_block":
+        return 0
     tiles = sum(draft.column_tiles(kind, knobs.tile_n) for kind in (GEMM0, GEMM1))
     return tiles * _schedule_ns(draft.world, knobs)
 
