@@ -44,7 +44,16 @@ from ..world.world import World
 INDEX_BYTES = 4  # of a row, in the sorted order
 NUM_INDEX = 3  # kernels and copies of layer 0 that make indices of choices, beside the sort
 NUM_STAGES = 16  # of all on 8 ranks: those, a gate, 8 copies of tokens, the sort, the products, the activation
-HOPPER, AMPERE = {"tile_n": 256, "num_comm_blocks": 26}, {"tile_n": 128, "num_comm_blocks": 3}
+
+
+class _Sizes(NamedTuple):
+    """What is chosen by the GPU, unless it is set."""
+
+    tile_n: int
+    num_comm_blocks: int
+
+
+HOPPER, AMPERE = _Sizes(256, 26), _Sizes(128, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +92,13 @@ class Knobs(PolicyKnobs):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"stages": ("layer", "layer0"), "gather": ("all", "routed")}
 
     def in_world(self, world: World) -> Self:
-        usual = AMPERE if is_ampere(world) else HOPPER
-        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
+        sizes = _sizes(world, self)
+        return replace(self, tile_n=sizes.tile_n, num_comm_blocks=sizes.num_comm_blocks)
 
 
 def is_ampere(world: World) -> bool:
     """Whether the GPU has no fp8, and flux only its older kernels for it."""
     return "fp8" not in world.hardware.tflops
-
-
-class _Sizes(NamedTuple):
-    """What is chosen by the GPU, unless it is set."""
-
-    tile_n: int
-    num_comm_blocks: int
 
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
@@ -120,8 +122,8 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
 
 
 def _sizes(world: World, knobs: Knobs) -> _Sizes:
-    chosen = knobs.in_world(world)
-    return _Sizes(**{name: getattr(chosen, name) for name in _Sizes._fields})
+    usual = AMPERE if is_ampere(world) else HOPPER
+    return _Sizes(knobs.tile_n or usual.tile_n, knobs.num_comm_blocks or usual.num_comm_blocks)
 
 
 def shared_experts(world: World, size: int) -> World:

@@ -141,9 +141,15 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
 def _draw(world: World, knobs: Knobs, blocks: Sequence[Blocks]) -> _Schedule:
     """With the row blocks of each pass."""
     wait_ns = _wait_ns(world, knobs)
-    fixed = wait_ns > 0 or not knobs.async_loads  # a slot does other things before or after it reads
-    fields = {"async_loads": knobs.async_loads, "wait_ns": wait_ns, "fixed_shares": fixed}
-    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), **fields)
+    draft = Draft(
+        world,
+        knobs,
+        "flashmoe",
+        _slots(world, knobs),
+        async_loads=knobs.async_loads,
+        wait_ns=wait_ns,
+        fixed_shares=wait_ns > 0 or not knobs.async_loads,  # a slot does other things before or after it reads
+    )
     drawn: list[_Drawn] = []
     for direction, of_pass in zip(world.directions, blocks, strict=True):
         before = drawn[-1].ended if drawn else None
