@@ -1,6 +1,6 @@
 """Many simulations into one file of JSON lines, which a sweep that was stopped takes up again.
 
-A row is one object: its `key`, every parameter (see `grid.Point`), and `report`, the numbers of `report.Report`, or
+A row is one object: its `key`, every parameter (see `point.Point`), and `report`, the numbers of `report.Report`, or
 `error` for a combination that cannot be. Rows come in the order in which they finish, and the points go in a shuffled
 order: the time left is honest then, and a sweep that was stopped has something of everything.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..simulation import simulate
-from .grid import LATER, Point
+from .point import LATER, Point
 from .seeds import over_seeds
 
 Row = dict[str, Any]

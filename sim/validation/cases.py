@@ -18,8 +18,9 @@ from ..drafting.knobs import PolicyKnobs
 from ..drafting.rates import Values, fitted_values
 from ..policies import make_knobs
 from ..simulation import simulate
-from ..world.hardware import Hardware, hardware_names, load_hardware
-from ..world.machine_names import gpu_kind
+from ..world.hardware import Hardware
+from ..world.machine_files import load_hardware
+from ..world.machine_names import gpu_kind, hardware_names
 from ..world.precision import precision, with_results
 from ..world.scenario import Scenario
 from ..world.world import World

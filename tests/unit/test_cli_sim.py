@@ -410,7 +410,7 @@ def test_files_are_written_into_new_folders(capsys, tmp_path):
 
 def test_a_machine_of_ones_own(capsys, tmp_path):
     hardware = sim.load_hardware("2xH100")
-    from sim.world.hardware import to_toml
+    from sim.world.machine_files import to_toml
 
     (tmp_path / "mine.toml").write_text(to_toml(hardware).replace('name = "2xH100"', 'name = "mine"', 1))
     _, (row,) = run_json(capsys, "--hardware", str(tmp_path / "mine.toml"))

@@ -319,8 +319,8 @@ def test_a_line_that_is_no_row_is_named(tmp_path, capsys, change):
     (["ROWS", "--out", "x", "--most", "0"], "argument --most: must be an integer >= 1, got '0'"),
     (["ROWS", "--out", "x", "--error", "100"], "argument --error: must be a number in [0, 100), got '100'"),
     (["ROWS", "--out", "x", "--error", "few"], "argument --error: must be a number in [0, 100), got 'few'"),
-    (["ROWS", "--out", "x", "--where", "token=1"], "argument --where: must be KEY=VALUE with a KEY of capacity_factor"),
-    (["ROWS", "--out", "x", "--where", "tokens"], "argument --where: must be KEY=VALUE with a KEY of capacity_factor"),
+    (["ROWS", "--out", "x", "--where", "token=1"], "argument --where: must be KEY=VALUE with a KEY of capacity, "),
+    (["ROWS", "--out", "x", "--where", "tokens"], "argument --where: must be KEY=VALUE with a KEY of capacity, "),
     (["ROWS", "--out", "x", "--where", "tokens=7"], "argument --where: no row has tokens=7; tokens is one of 1, 2"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(tmp_path, capsys, monkeypatch, flags, message):

@@ -16,9 +16,10 @@ from flashmoe_numba.processes import launch
 from flashmoe_numba.processes.pools import process_pool
 from sim.policies.outside import TEMPLATE
 from sim.simulation import simulate
-from sim.studies.grid import LATER, load_grid
+from sim.studies.grid import load_grid
+from sim.studies.point import LATER
 from sim.studies.sweep import PARAMETERS, RowFile, missing, read_rows, run_point, run_points
-from sim.world.hardware import load_hardware, to_toml
+from sim.world.machine_files import load_hardware, to_toml
 
 ROOT = Path(__file__).resolve().parents[3]
 HEAD = 'schema = 1\n[grid]\npolicy = ["flashmoe"]\nhardware = ["2xH100"]\npreset = ["laptop-tiny"]\n'
@@ -62,7 +63,7 @@ def test_keys_are_of_the_parameters_alone(tmp_path, grid):
         "the same on every machine and in every version, or files could not be gone on with"
     )
     changes = ("replicas = [0]", 'rounding = ["up"]', 'terms = ["schedule"]', "layer = [0]", "seeds = [2]")
-    changes += ('passes = ["training"]',)
+    changes += ('passes = ["training"]', "capacity = [1]")
     for change in (
         *changes,
         "seed = [1]",
@@ -101,6 +102,19 @@ def test_capacity_is_that_of_the_factor(tmp_path):
     worlds = [point.world() for point in load_grid(write(tmp_path, HEAD + sizes))]
     assert [world.config.capacity for world in worlds] == [3, 6, 10, 10]
     assert worlds[0].routing.counts.max() <= 3
+
+
+def test_capacity_is_that_of_sim(tmp_path, capsys):
+    sizes = 'routing = ["hot"]\ntokens = [10]\nexperts = [4]\ntopk = [2]\ncapacity = ["none", 3, 11]\n'
+    rows = [run_point(point) for point in load_grid(write(tmp_path, HEAD + sizes))]
+    limited = [(row["capacity"], row["report"]["capacity"], row["report"]["dropped"]) for row in rows[:2]]
+    assert limited[0] == (None, None, 0) and limited[1][:2] == (3, 3) and limited[1][2] >= 2 * (10 - 3)
+    flags = ["--preset", "laptop-tiny", "--hardware", "2xH100", "--precision", "bfloat16", "--routing", "hot"]
+    flags += ["--tokens", "10", "--experts", "4", "--topk", "2", "--capacity", "3", "--json", "-"]
+    assert cli.main(["sim", *flags]) == 0
+    (same,) = json.loads(capsys.readouterr().out)
+    assert rows[1]["report"].items() <= same.items()
+    assert rows[2]["error"] == "capacity must be in [1, num_tokens=10] or None, got 11"
 
 
 def test_what_sim_can_ask_for_a_grid_can(tmp_path):
@@ -292,11 +306,17 @@ def test_rows_of_an_mpirun_are_the_same(tmp_path, grid):
     (HEAD + "replicas = [-1]", ": [grid] replicas must be at least 0, got -1"),
     (HEAD + "seeds = [0]", ": [grid] seeds must be at least 1, got 0"),
     (HEAD + 'seeds = ["none"]', ": [grid] seeds must be a list of integers, got 'none' in it"),
+    (HEAD + f"tokens = {[*range(1, 1002)]}\nhidden = {[*range(1, 1001)]}",
+     ": [grid] must have at most 1,000,000 combinations, got 1,001,000"),
     (HEAD + "tokens = []", ": [grid] tokens must be a list of integers, got []"),
     (HEAD + "tokens = [true]", ": [grid] tokens must be a list of integers, got True in it"),
     (HEAD + "tokens = [0]", ": [grid] tokens must be at least 1, got 0"),
     (HEAD + "gated = [1]", ": [grid] gated must be a list of true or false, got 1 in it"),
     (HEAD + "capacity_factor = [nan]", ": [grid] capacity_factor must be positive, got nan"),
+    (HEAD + "capacity = [0]", ": [grid] capacity must be at least 1, got 0"),
+    (HEAD + "capacity = [2.5]", """: [grid] capacity must be a list of integers, or "none", got 2.5 in it"""),
+    (HEAD + "capacity = [2]\ncapacity_factor = [1]",
+     ": [grid] must have one of capacity and capacity_factor, which say the same limit; got both"),
     (HEAD + 'routing = ["cold"]', ": [grid] routing: name must be one of: even, uniform"),
     (HEAD + 'routing = ["no.npz"]', ": [grid] routing: no such recording: no.npz"),
     (HEAD + 'precision = ["int4"]', ": [grid] precision: precision must be one of"),

@@ -16,7 +16,7 @@ from sim.validation.fit import Fit, fit_all
 from sim.validation.folds import leave_out, write_trust
 from sim.validation.tables import COLUMNS, Row, read_folder, read_table
 from sim.validation.written import write_rates
-from sim.world.hardware import load_hardware
+from sim.world.machine_files import load_hardware
 
 SCOUT = dict(
     source="README", hardware="8x H100", system="FlashMoE", dtype="bf16", metric="layer_fwd_latency_v012", unit="ms",
