@@ -41,15 +41,17 @@ INDEX_BYTES = 4  # of a row, in the sorted order
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    tile_m, tile_n: of a tile of either product; flux's tuned kernels for Hopper have 128 x 256.
-    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
-        and libraries' heuristics choose them.
-    tensor_parallel: ranks that share each expert's ffn columns; must divide the number of ranks, and ffn.
-    stages: "layer", or "layer0": up to the barrier after the first product, as flux measures it (no gate).
-    gather: "all" tokens go to every rank, as in flux, or only those "routed" to it.
-    column_blocks: column blocks of layer 1, at most one per tile; flux's n_split.
-    num_comm_blocks: blocks of layer 1 that communicate; flux's tuning gives 26, the paper 18 to 46.
-    gate: simulate the gate.
+    tile_m, tile_n: of a tile of either product. Default: those of flux's tuned kernels for Hopper.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves. Default: assumption:
+        as tuners and libraries' heuristics choose them.
+    tensor_parallel: ranks that share each expert's ffn columns; must divide the number of ranks, and ffn. Default:
+        choice: experts are whole.
+    stages: "layer", or "layer0": up to the barrier after the first product, as flux measures it (no gate). Default:
+        choice.
+    gather: "all" tokens go to every rank, or only those "routed" to it. Default: as in flux.
+    column_blocks: column blocks of layer 1, at most one per tile. Default: flux's n_split.
+    num_comm_blocks: blocks of layer 1 that communicate; the paper has 18 to 46. Default: flux's tuning.
+    gate: simulate the gate. Default: choice.
     """
 
     tile_m: int = 128
