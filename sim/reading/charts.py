@@ -171,8 +171,8 @@ def _scale_y(axes: Any, values: Sequence[float]) -> None:
     """Logarithmic where the values are far apart, with numbers that can be read; else from zero."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    if max(values) < LEAST_FACTOR * min(values):
-        axes.set_ylim(0, 1.08 * max(values))
+    if max(values) < LEAST_FACTOR * min(values) or min(values) <= 0:
+        axes.set_ylim(0, 1.08 * max(values) or 1)
         return
     axes.set_yscale("log")
     subs = next(subs for factor, subs in TICKS if max(values) < factor * min(values))

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..simulation import simulate
 from .point import LATER, Point
@@ -28,6 +28,9 @@ from .seeds import over_seeds
 
 Row = dict[str, Any]
 PARAMETERS = {"key", "ranks", *(field.name for field in fields(Point))} - {*LATER}  # that every row has
+KINDS = {"key": str, "ranks": int, **get_type_hints(Point), "knobs": dict, "capacity_factor": float | int | None}
+SHOWN = ("latency_us", "tokens_per_s", "tensor_busy", "useful", "resident")  # of a report, in figures
+MOST_SHOWN = 1e30
 BEGINNING = b'{"key": "'  # of every row; a last line that begins otherwise belongs to somebody else's file
 
 
@@ -154,6 +157,17 @@ def _value(line: bytes) -> Any:
 
 
 def _is_row(value: Any) -> bool:
-    if not isinstance(value, dict) or not value.keys() >= PARAMETERS or not isinstance(value["key"], str):
+    """Whether it has all parameters, of their types, and numbers in its report if there is one."""
+    if not isinstance(value, dict) or not value.keys() >= PARAMETERS:
         return False
-    return isinstance(value.get("report", {}), dict)
+    row = LATER | value
+    fits = all(isinstance(row[name], kind) for name, kind in KINDS.items()) and row["ranks"] > 0
+    return fits and ("report" not in row or _is_report(row["report"]))
+
+
+def _is_report(report: Any) -> bool:
+    """Whether what figures show of it are numbers that can be drawn."""
+    if not isinstance(report, dict):
+        return False
+    shown = [report.get(name) for name in SHOWN]
+    return all(type(value) in (int, float) and 0 <= value < MOST_SHOWN for value in shown)

@@ -299,6 +299,14 @@ def test_the_index_has_all_figures_and_what_is_not_drawn(tmp_path):
     assert "http" not in text
 
 
+def test_what_takes_no_time_is_drawn(drawn):
+    made, _ = drawn([row(p, tokens=t, latency=1.0) for p in POLICIES for t in (1, 2)])
+    zero = [row(p, tokens=t, latency=1.0) for p in POLICIES for t in (1, 2)]
+    for one in zero:
+        one["report"] |= {"latency_us": 0.0, "tokens_per_s": 0.0}
+    assert drawn(zero)[0].keys() == made.keys()
+
+
 def test_no_rows_no_figures(tmp_path, capsys):
     assert cli.main(["plot", str(write(tmp_path / "rows.jsonl", [])), "--out", str(tmp_path)]) == 1
     assert "no over_tokens: there are no rows with a report" in capsys.readouterr().out

@@ -18,9 +18,10 @@ from sim.policies.outside import TEMPLATE
 from sim.simulation import simulate
 from sim.studies.grid import load_grid
 from sim.studies.point import LATER
-from sim.studies.sweep import PARAMETERS, RowFile, missing, read_rows, run_point, run_points
+from sim.studies.sweep import RowFile, missing, read_rows, run_point, run_points
 from sim.world.machine_files import load_hardware, to_toml
 
+WHOLE = ("seeds", "layer", "replicas", "capacity")
 ROOT = Path(__file__).resolve().parents[3]
 HEAD = 'schema = 1\n[grid]\npolicy = ["flashmoe"]\nhardware = ["2xH100"]\npreset = ["laptop-tiny"]\n'
 GRID = (
@@ -168,9 +169,29 @@ def test_rows_from_before_an_axis_came_are_gone_on_with(tmp_path):
 @pytest.mark.parametrize("axis", sorted(LATER))
 def test_rows_that_differ_in_a_later_axis_are_all_read(tmp_path, axis):
     file = tmp_path / "rows.jsonl"
-    lines = [dict.fromkeys(PARAMETERS, 1) | {"key": key, axis: key} for key in ("a", "b", "a")]
+    (point,) = load_grid(write(tmp_path, HEAD))
+    one, two = ("a", "b") if isinstance(LATER[axis] or "", str) and axis not in WHOLE else (5, 6)
+    lines = [point.row() | {"key": str(value), axis: value} for value in (one, two, one)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [row[axis] for row in read_rows(file)] == ["a", "b"]
+    assert [row[axis] for row in read_rows(file)] == [one, two]
+
+
+@pytest.mark.parametrize("change", [
+    {"hardware": 5}, {"tokens": "7"}, {"knobs": [1]}, {"ranks": 0}, {"ranks": 1.5}, {"capacity_factor": "1"},
+    {"layer": "x"}, {"key": 3}, {"report": []}, {"report": {}}, {"report": {"latency_us": None}},
+    {"report": {"latency_us": "fast"}}, {"report": {"resident": 1e300}}, {"report": {"useful": True}},
+    {"report": {"tensor_busy": -0.1}},
+])  # fmt: skip
+def test_a_row_whose_values_cannot_be_is_named(tmp_path, change):
+    (point,) = load_grid(write(tmp_path, HEAD))
+    good, file = run_point(point), tmp_path / "rows.jsonl"
+    partial = change.get("report") or {}
+    bad = good | change | ({"report": good["report"] | partial} if partial else {})
+    file.write_text("".join(json.dumps(row) + "\n" for row in (good, bad, good)))
+    with pytest.raises(ValueError, match="line 2 is no row of a sweep"):
+        read_rows(file)
+    file.write_text(json.dumps(good) + "\n")
+    assert read_rows(file) == [good]
 
 
 def test_an_impossible_combination_is_a_row_that_says_why(grid):
