@@ -132,7 +132,7 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
     scenario = sim.Scenario(
         config=config,
         hardware=asked.hardware,
-        precision=args.precision or config.dtype,
+        precision=config.dtype if args.precision is None else args.precision,
         routing=args.routing,
         seed=seed,
         layer=_recorded_layer(args, config),

@@ -58,6 +58,7 @@ def run_json(capsys, *flags):
     (["--capacity-factor", "-1"], "argument --capacity-factor: capacity_factor must be positive and finite, got -1.0"),
     (["--capacity-factor", "0.1"], "argument --capacity-factor: capacity_factor must leave a row: 0.1 times 4"),
     (["--capacity-factor", "1", "--capacity", "2"], "argument --capacity: not allowed with argument --capacity-factor"),
+    (["--precision", ""], "argument --precision: precision must be one of bfloat16, "),
     (["--precision", "int8"], "argument --precision: precision must be one of bfloat16, "),
     (["--precision", "fp8", "--hardware", "4xA100"], "the layer: precision fp8 computes in fp8, which 4xA100 has no"),
     (["--replicas", "3"], "argument --replicas: --experts=32 + replicas must be a multiple of --ranks=4, got"),
