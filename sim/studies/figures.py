@@ -9,9 +9,9 @@
 
 A line is a policy with the knobs that were changed. What a figure does not vary is the same for all its rows and stands
 in its title; other choices of it are figures of their own. Of several seeds the median counts. Combinations that cannot
-be leave gaps. Where errors of the simulator are given, a map shows as a tie what they do not tell apart: policies whose
-shortest time by their error is not beyond the longest of the fastest. Otherwise, of equally fast policies, a map shows
-the first by name.
+be leave gaps. Where errors of the simulator are given, latencies have bands as wide, and a map shows as a tie what they
+do not tell apart: policies whose shortest time by their error is not beyond the longest of the fastest. Otherwise, of
+equally fast policies, a map shows the first by name.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from .ties import explanation, make_cell, row_error
 
 FIXED: tuple[str, ...] = ("hardware", "preset", "hidden", "ffn", "gated", "experts", "topk", "capacity_factor")
 FIXED += ("tokens", "routing", "precision", *LATER)
+LATENCY = "latency, us"
+BANDS = "; bands: errors at measurements that no fit saw"
 SHARES = {
     "tensor-busy, of the peak": "tensor_busy",
     "useful, of the peak": "useful",
@@ -185,11 +187,13 @@ def _draw_curves(kind: Kind, figure: Figure, style: Style) -> Any:
     rows = _one_machine_each(figure.rows) if x == "gpus" else figure.rows
     latency = _values(rows, (x,), "latency_us")
     millions = {key: value / 1e6 for key, value in _values(rows, (x,), "tokens_per_s").items()}
-    panels = {"latency, us": latency, "throughput, million tokens/s": millions}
+    panels = {LATENCY: latency, "throughput, million tokens/s": millions}
     if kind.name == "weak_scaling":
         efficiency = {key: latency[key[0], 2] / value for key, value in latency.items() if (key[0], 2) in latency}
         panels |= {"overlap efficiency, T(2) / T(N)": efficiency} if efficiency else {}
-    return curves(title(f"Latency and throughput over {UNITS[x]}", figure.common, figure.rows), UNITS[x], panels, style)
+    errors = {(row["line"], row[x]): row["error"] for row in rows if row["error"] is not None}
+    said = title(f"Latency and throughput over {UNITS[x]}", figure.common, figure.rows) + (BANDS if errors else "")
+    return curves(said, UNITS[x], panels, style, {LATENCY: errors})
 
 
 def _one_machine_each(rows: Sequence[Row]) -> list[Row]:

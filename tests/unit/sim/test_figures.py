@@ -65,6 +65,23 @@ def test_lines_over_tokens_are_the_rows(drawn):
     assert len(notes) == 6
 
 
+def test_latencies_have_bands_as_wide_as_their_errors(drawn):
+    rows = [row(p, tokens=t, latency=base * t) for (p, base), t in product(POLICIES.items(), (128, 256, 1024))]
+    known = {("flashmoe", 128): 0.2, ("flashmoe", 256): 0.1, ("bulk", 1024): 0.5}
+    made, _ = drawn(rows, error=lambda one: known.get((one["policy"], one["tokens"])))
+    latency, throughput = made["over_tokens.png"].axes
+    assert not throughput.collections
+    bulk, flashmoe = latency.collections  # of COMET nothing is known
+    lines = {line.get_label(): line.get_color() for line in latency.get_lines()}
+    for band, name in ((bulk, "bulk"), (flashmoe, "flashmoe")):
+        assert to_hex(band.get_facecolor()[0]).upper() == lines[name]
+    corners = sorted({(x, round(y, 6)) for path in flashmoe.get_paths() for x, y in path.vertices.tolist()})
+    assert corners == [(128, 1024), (128, 1536), (256, 2304), (256, 2816)]
+    assert title_of(made["over_tokens.png"]).endswith("; bands: errors at measurements that no fit saw")
+    made, _ = drawn(rows)
+    assert "bands" not in title_of(made["over_tokens.png"])
+
+
 def test_what_differs_is_another_figure_and_names_its_file(drawn):
     rows = [row(tokens=t, experts=e, routing=r) for t, e, r in product((1, 2), (8, 16), ("uniform", "zipf:1.0"))]
     made, notes = drawn(rows)
