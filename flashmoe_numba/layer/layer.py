@@ -22,7 +22,7 @@ from .arguments import DEADLINE_S, LayerSettings, check_flags, communicator
 from .backward import Backward, check_gradients
 from .calls import Calls
 from .forward import Forward, check_beside, check_tokens
-from .gradients import Gradients, gradient_arrays, make_gradients, no_gradients
+from .gradients import Gradients, call_sums, make_gradients, no_gradients
 from .life import Life
 from .packed import PackedWeights
 from .parts import set_up
@@ -297,14 +297,15 @@ class FlashMoE(Owned):
         with self._calls.turn():  # all of it: others may use `saved`, load weights, or want the memory of what is found
             kept, packed = saved.peek(parts.ranks), saved.packed
             tokens, said = check_gradients(parts, kept, dy, logits_gradient)
-            arrays = gradient_arrays(parts, packed, into, experts, router)
+            sums = call_sums(parts, packed, into, experts, router)
             try:
-                call = Backward(tokens, said, kept, saved.epoch, packed, arrays, fresh=into is None)
+                call = Backward(tokens, said, kept, saved.epoch, packed, sums.arrays, sums.fresh)
                 found = self._calls.run(call, self.deadline_s)
             finally:
                 if not retain:
                     saved.close()
-            return make_gradients(parts, dy, packed, arrays, found)
+            sums.settle(packed, parts.ranks)
+            return make_gradients(parts, dy, packed, sums.arrays, found)
 
     def no_gradients(
         self, weights: PackedWeights | None = None, *, experts: bool = True, router: bool = True
@@ -317,9 +318,7 @@ class FlashMoE(Owned):
         """
         self._require_backward()
         check_flags(experts=experts, router=router)
-        packed = self._parts.own("weights", weights)
-        arrays = gradient_arrays(self._parts, packed, None, experts, router)
-        return no_gradients(self._parts, packed, arrays)
+        return no_gradients(self._parts, self._parts.own("weights", weights), experts, router)
 
     def _require_backward(self) -> None:
         self._require_open()
