@@ -41,9 +41,11 @@ def knob_texts(kind: type[PolicyKnobs]) -> dict[str, KnobText]:
 def _entries(doc: str) -> Iterator[tuple[str, KnobText]]:
     """Each name of the section `Args:`, and what is said of it."""
     section = re.search(r"^Args:\n((?:.+\n?)+)", doc, re.MULTILINE)
-    entries = re.split(r"\n(?! )", inspect.cleandoc(section[1])) if section else []
-    for entry in entries:
+    if section is None:
+        return
+    for entry in re.split(r"\n(?! )", inspect.cleandoc(section.group(1))):
         match = _ENTRY.fullmatch(" ".join(entry.split()))
-        for name in match[1].split(", ") if match else ():
+        if match is not None:
             meaning, _, default = match[2].partition(" Default: ")
-            yield name, KnobText(meaning.rstrip("."), default.rstrip(".") or NOT_STATED)
+            text = KnobText(meaning.rstrip("."), default.rstrip(".") or NOT_STATED)
+            yield from ((name, text) for name in match[1].split(", "))

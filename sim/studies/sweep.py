@@ -167,7 +167,8 @@ def _is_row(value: Any) -> bool:
 
 def _is_report(report: Any) -> bool:
     """Whether what figures show of it are numbers that can be drawn."""
-    if not isinstance(report, dict):
-        return False
-    shown = [report.get(name) for name in SHOWN]
-    return all(type(value) in (int, float) and 0 <= value < MOST_SHOWN for value in shown)
+    return isinstance(report, dict) and all(_can_be_drawn(report.get(name)) for name in SHOWN)
+
+
+def _can_be_drawn(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < MOST_SHOWN
