@@ -19,6 +19,7 @@ import numpy as np
 from reference import Hosts
 from reference.arrays import Array
 
+from .machine import machine_name
 from .ownership import Owned
 
 T = TypeVar("T")
@@ -144,12 +145,6 @@ class Meeting(Owned):
 def argument_of(comm: Any) -> str:
     """What the user gave this communicator as, for messages."""
     return str(getattr(comm, "argument", "comm"))
-
-
-def machine_name() -> str:
-    """The same in all processes of this machine since it was started, and in no other's: containers are machines."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def wait_for(request: Any, deadline_s: float, check: Callable[[], None] = lambda: None) -> None:
