@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
         _check_gpus(config.num_ranks)
     if not in_process:
         return _run_under_mpirun(args, config)
-    check_memory(config)
+    check_memory(config, args.save)
     _check_outputs(args)
     return _run_here(args, config)
 
@@ -115,7 +115,7 @@ def _run_under_mpirun(args: argparse.Namespace, config: MoEConfig) -> int:
     command = [sys.executable, "-Pm", "flashmoe_numba", *args.argv]
     try:
         with launch.shared_memory_for(config.num_ranks, needed):
-            check_memory(config)
+            check_memory(config, args.save)
             _check_outputs(args)
             return launch.start(config.num_ranks, command, args.deadline_s)
     except Shortage as error:
