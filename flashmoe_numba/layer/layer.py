@@ -230,6 +230,8 @@ class FlashMoE(Owned):
     ) -> tuple[Any, SavedCall | None]:
         self._require_open()
         tokens = check_tokens(self._parts, x)
+        if keep:
+            self._backend.check_keeping(tokens)
         given = check_beside(self._parts, tokens, **beside)
         with self._calls.turn():
             packed = self._parts.own("weights", weights)
@@ -297,6 +299,7 @@ class FlashMoE(Owned):
         with self._calls.turn():  # all of it: others may use `saved`, load weights, or want the memory of what is found
             kept, packed = saved.peek(parts.ranks), saved.packed
             tokens, said = check_gradients(parts, kept, dy, logits_gradient)
+            parts.backend.check_keeping(tokens)
             arrays = gradient_arrays(parts, packed, into, experts, router)
             try:
                 call = Backward(tokens, said, kept, saved.epoch, packed, arrays, fresh=into is None)
