@@ -7,7 +7,8 @@ Expected: `times_forward` at most 3.3 and `ratio` at most 1 in float32 with save
 
 One rank, a thread for each core; the same for PyTorch, whose blocks are those of torch_block.py under autograd. All
 variants take turns in one process, with other tokens in each turn. A step is a forward and a backward that gives the
-gradients of tokens, router and experts anew: no sums go on, and both take new memory for them. `ratio` is the layer's
+gradients of tokens, router and experts anew: no sums go on. Nobody has those of the turn before any more, and it is for
+both to make of that memory what they can. `ratio` is the layer's
 step over the better of PyTorch's, `times_forward` over the layer's forward that keeps nothing, and `sums_go_on` the
 same of a step that goes on with the sums for weights, as micro-batches do; medians (first to third quartile).
 `kept_mb` is what waits for the backward, as the layer tells it. `error` is the largest difference of any

@@ -1,12 +1,13 @@
-"""Question: what do the other ranks of a layer get when one is killed, stopped or slowed down at any moment?
+"""Question: what do the other ranks of a layer get when one is killed, stopped, raises or slows down at any moment?
 
-Command:  python experiments/31_lost_ranks.py [--runs N] [--mpirun N] [--json FILE]
+Command:  python experiments/31_lost_ranks.py [--backward] [--runs N] [--mpirun N] [--json FILE]
 Expected: on every rank the undisturbed results, bit for bit, or an error that names what it waited for, not later than
           the deadline and a slack; never anything else. Exit status 1 if there was anything else.
 
 A run is 2 to 4 forked processes that make calls in a row by the compiled kernel on shared memory. At a moment drawn
-from the seed one of them suffers a fault: see experiments/lost/faults.py. With --mpirun, runs of `flashmoe run` under
-mpirun are added, of which a rank is killed or stopped.
+from the seed one of them suffers a fault: see experiments/lost/faults.py. With --backward every other call is the
+backward of the one before it. With --mpirun, runs of `flashmoe run` under mpirun are added, of which a rank is killed
+or stopped.
 
 `right` and `named` count ranks: all its results were right, or its error names the victim. `other`: it names a rank
 that waited itself, under mpirun also one that gave up between two calls and left. `over_ms` is the longest time from a
@@ -32,13 +33,17 @@ from lost.memory import PLACES
 from lost.verdict import Verdict
 from lost.world import make_trial
 
+from reference.layout import SAVES
+
 RANKS = (2, 3, 4)
 COLUMNS = {"fault": "", "runs": "d", "right": "d", "named": "d", "other": "d", "over_ms": "", "problems": "d"}
 
 
 def main() -> int:
     args = arguments()
-    worlds = {n: make_trial(n, args.calls, args.deadline_s) for n in RANKS}
+    args.backward = args.backward or args.smoke
+    save = SAVES[0] if args.backward else None
+    worlds = {n: make_trial(n, args.calls, args.deadline_s, save=save) for n in RANKS}
     names = args.fault or list(FAULTS)
     runs = list(zip(range(len(names) if args.smoke else args.runs), itertools.cycle(names), strict=False))
     runs += list(zip(range(args.mpirun), itertools.cycle(mpi.FAULTS), strict=False))
@@ -46,7 +51,7 @@ def main() -> int:
     for number, name in runs:
         rng = np.random.default_rng([args.seed, number])
         if name in mpi.FAULTS:
-            verdict = mpi.one_run(name, rng)
+            verdict = mpi.one_run(name, rng, args.backward)
         else:
             world = worlds[int(rng.choice(RANKS[1:] if name == "kill-two" else RANKS))]
             verdict = lose_one(world, FAULTS[name], rng, args.slack_s)
@@ -64,6 +69,7 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=400, help="of forked ranks, over all faults [400]")
+    parser.add_argument("--backward", action="store_true", help="every other call is a backward")
     parser.add_argument("--mpirun", type=int, default=0, metavar="N", help="runs under mpirun [0]")
     parser.add_argument("--calls", type=int, default=20, help="of each rank in a run [20]")
     parser.add_argument("--deadline-s", type=float, default=0.5, help="of a call [0.5]")
@@ -76,7 +82,7 @@ def arguments() -> argparse.Namespace:
 
 def terms(args: argparse.Namespace) -> Row:
     """What a row was measured on, and how."""
-    return machine() | {name: getattr(args, name) for name in ("calls", "deadline_s", "slack_s", "seed")}
+    return machine() | {name: getattr(args, name) for name in ("backward", "calls", "deadline_s", "slack_s", "seed")}
 
 
 def row(fault: str, verdicts: Sequence[Verdict]) -> Row:

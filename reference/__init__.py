@@ -9,6 +9,7 @@ from .config import MoEConfig
 from .experts import expert_ffn
 from .formats import DTYPES, element_dtype
 from .gradient_bounds import gradient_tolerance
+from .hosts import Hosts
 from .layer import moe_layer
 from .layer_kinds import ExpertKind, RouterKind
 from .layout import Layout, Write, num_row_blocks, tile_height, write_conflicts
@@ -41,6 +42,7 @@ __all__ = [
     "WORKLOAD_NAMES",
     "ExpertKind",
     "Gradients",
+    "Hosts",
     "Layout",
     "MoEConfig",
     "Packets",

@@ -29,7 +29,8 @@ class BackwardPlan:
         kept_bytes: of one call, from its forward to its backward, by the rank that keeps most.
         kept_total_bytes: of one call, by all ranks.
         transposed_bytes: of the weights' other copy, which gradients of rows are multiplied by.
-        gradient_bytes: of the sums for the gradients of all weights, in the type of sums.
+        gradient_bytes: of the sums for the gradients of all weights, in the type of sums. When nobody has them any
+            more, they are the next ones'.
         working_bytes: bound on the working memory that all backwards share; on a CPU the part of it that no row used
             takes none.
         max_tasks: bound on the tasks of one backward, whatever the routing.

@@ -8,23 +8,29 @@ A segment has the same shape on every rank (FlashMoE, section 3):
     result_flag   [num_experts, row_blocks]                          as dispatch_flag, of a result chunk (runs.py)
     control       [CONTROL_WORDS]                                    8-byte words: abort word, error record, progress
 
-and, where calls are kept for a backward, between result and the flags:
+and, where calls are kept for a backward, behind result:
 
     again         [num_ranks, num_experts_per_rank, slots, hidden]   as dispatch: the forward's rows, sent once more
     factors       [num_ranks, num_experts_per_rank, slots]           accumulators, as dispatch: of the rows' results
     dots          [num_ranks, num_experts_per_rank, slots]           accumulators, as result: gradients of the factors
 
-Peers store straight into the region where the reader wants the rows, so there is no outgoing staging: the original's
-stage index is always 1 and is left out. A transport that needs staging would add a region, not an index.
+Peers of the same host store straight into the region where the reader wants the rows. Where ranks are on several hosts
+there is once more, between these regions and the flags:
+
+    stage         all regions above                                  what this rank writes for ranks of other hosts
+
+Rows for such a peer are written there, at the peer's index, and a put brings them from there to where they belong. This
+is the original's stage index 0; it has a part for each rank, also for those of the same host, which is never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .config import MoEConfig
+from .hosts import Hosts
 
 ALIGNMENT = 128
 FLAG_BYTES = 8
@@ -38,6 +44,8 @@ class Write(NamedTuple):
 
     `peer` and `expert` are the region's first two indices: the source and its expert here (rounds DISPATCH, AGAIN and
     FACTORS), or the owner and its expert there (rounds RESULT and DOTS).
+
+    Where `staged`, the segment is the writer's own, and `peer` is whom the row is for.
     """
 
     writer: int
@@ -46,6 +54,7 @@ class Write(NamedTuple):
     peer: int
     expert: int
     slot: int
+    staged: bool = False
 
 
 def _aligned(num_bytes: int) -> int:
@@ -76,10 +85,12 @@ class Layout:
 
     Args:
         save: one of SAVES, if the layer's calls can have a backward.
+        staged: are its ranks on several hosts?
     """
 
     config: MoEConfig
     save: str | None = None
+    staged: bool = False
 
     @property
     def row_blocks(self) -> int:
@@ -132,8 +143,17 @@ class Layout:
         return _aligned(self.factor_elements * self.config.format.sums.num_bytes)
 
     @property
-    def dispatch_flag(self) -> int:
+    def stage(self) -> int:
+        """Where the stage begins, in which each region is as far from here as it is from 0 in the segment."""
         return self.dots + self._factor_bytes
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.stage if self.staged else 0
+
+    @property
+    def dispatch_flag(self) -> int:
+        return self.stage + self.stage_bytes
 
     @property
     def result_flag(self) -> int:
@@ -164,7 +184,8 @@ class Layout:
     def offset(self, write: Write) -> tuple[int, int]:
         """Where a write lands: (segment, byte offset of its row)."""
         region = (self.dispatch, self.result, self.again, self.factors, self.dots)[write.round]
-        return write.segment, region + self.row(write.peer, write.expert, write.slot) * self.row_bytes(write.round)
+        row = self.row(write.peer, write.expert, write.slot) * self.row_bytes(write.round)
+        return write.segment, write.staged * self.stage + region + row
 
     def row_bytes(self, round: int) -> int:
         """Of a row of a region; factors and their gradients are rows of one number."""
@@ -178,7 +199,10 @@ class Layout:
         return (DISPATCH, RESULT, *kept, *((AGAIN,) if self.save == "nothing" else ()))
 
     def is_valid(self, write: Write) -> bool:
-        """The theorem's premises for one write: indices in range, and the region's peer index is the writer."""
+        """The theorem's premises for one write: indices in range, and the region's peer index is the writer.
+
+        A stage is written by its own rank only, for others; its peer index is whom the row is for.
+        """
         c = self.config
         in_range = (
             0 <= write.segment < c.num_ranks
@@ -186,7 +210,21 @@ class Layout:
             and 0 <= write.slot < c.slots
             and write.round in self.rounds
         )
+        if write.staged:
+            is_own = write.segment == write.writer and write.peer != write.writer
+            return in_range and self.staged and is_own and 0 <= write.peer < c.num_ranks
         return in_range and write.peer == write.writer
+
+
+def staged_writes(writes: Iterable[Write], hosts: Hosts) -> Iterator[Write]:
+    """The same writes where ranks are on these hosts: a row for another host is written into the stage before.
+
+    What a put writes is a write of the rank whose put it is.
+    """
+    for write in writes:
+        if hosts.are_apart(write.writer, write.segment):
+            yield write._replace(segment=write.writer, peer=write.segment, staged=True)
+        yield write
 
 
 def write_conflicts(layout: Layout, writes: Iterable[Write]) -> list[tuple[Write, Write]]:

@@ -13,9 +13,10 @@ import numpy as np
 from .arrays import Array, check_array
 from .backward_plan import BackwardPlan, make_backward_plan
 from .config import MoEConfig
+from .hosts import Hosts
 from .layout import CONTROL_WORDS, FLAG_BYTES, Layout
 from .runs import packet_row_blocks, packet_tile_height
-from .sizes import hidden_rows, max_tasks, weight_bytes
+from .sizes import hidden_rows, max_puts, max_tasks, ring_bytes, weight_bytes
 from .task_kinds import KIND_NAMES
 from .tiles import num_token_blocks, shared_row_tiles, shared_tiles_n0, tiles_n0, tiles_n1
 
@@ -30,6 +31,7 @@ class Plan:
         weight_bytes: of one rank's experts without biases, the shared one among them, and the router.
         hidden_rows, hidden_bytes: bound on one rank's buffer between the two products.
         shared_bytes: of one rank's buffers for the hidden rows and results of the shared expert.
+        max_puts, ring_bytes: bound on the puts of one rank in a call, and the ring that holds them; 0 on one host.
         total_bytes: segments, weights and buffers of all ranks, and what `backward` counts of them, with one call kept.
         num_packets: (source, expert) pairs with at least one row, over all ranks.
         num_dropped: (token, expert) pairs beyond the capacity, over all ranks.
@@ -51,6 +53,8 @@ class Plan:
     hidden_rows: int
     hidden_bytes: int
     shared_bytes: int
+    max_puts: int
+    ring_bytes: int
     total_bytes: int
     num_packets: int
     num_dropped: int
@@ -73,6 +77,7 @@ def make_plan(
     routing_counts: Array | None = None,
     num_tokens: Sequence[int] | None = None,
     save: str | None = None,
+    hosts: Hosts | None = None,
 ) -> Plan:
     """The plan for `routing_counts` `[num_ranks, num_experts]`, pairs routed by each source to each expert.
 
@@ -82,6 +87,7 @@ def make_plan(
         num_tokens: tokens of each rank, for counts of a routing in which some pairs chose no expert; without it every
             token has all its `num_topk`.
         save: what the layer keeps of a call for its backward, one of SAVES; None: there is no backward.
+        hosts: which ranks share one; None: all do.
 
     Raises:
         TypeError, ValueError: the counts have another shape, are no integers, or no routing can give them; there is no
@@ -98,8 +104,9 @@ def make_plan(
     hidden_bytes = hidden_rows(config) * config.ffn * config.format.num_bytes
     rows_of_owner = sent.reshape(config.num_ranks, config.num_ranks, -1).sum(axis=(0, 2)).tolist()
     backward = None if save is None else make_backward_plan(config, save, tokens.tolist(), rows_of_owner)
-    layout = Layout(config, save)
-    of_rank = layout.num_bytes + weight_bytes(config) + hidden_bytes + shared_bytes(config)
+    hosts = hosts or Hosts.one(config.num_ranks)
+    layout, ring = Layout(config, save, not hosts.is_one), ring_bytes(config, hosts, save)
+    of_rank = layout.num_bytes + weight_bytes(config) + hidden_bytes + shared_bytes(config) + ring
     of_rank += backward.fixed_bytes if backward else 0
     return Plan(
         segment_bytes=_segment_bytes(layout),
@@ -108,6 +115,8 @@ def make_plan(
         hidden_rows=hidden_rows(config),
         hidden_bytes=hidden_bytes,
         shared_bytes=shared_bytes(config),
+        max_puts=max_puts(config, hosts, save),
+        ring_bytes=ring,
         total_bytes=config.num_ranks * of_rank + (backward.kept_total_bytes if backward else 0),
         num_packets=int((sent > 0).sum()),
         num_dropped=int((counts - sent).sum()),
@@ -159,6 +168,7 @@ def _segment_bytes(layout: Layout) -> dict[str, int]:
     rows = {"dispatch": region, "result": region}
     rows |= {"again": region} if layout.save == "nothing" else {}
     rows |= {} if layout.save is None else {"factors": factors, "dots": factors}
+    rows |= {"stage": sum(rows.values())} if layout.staged else {}
     return rows | {
         "dispatch_flag": layout.num_dispatch_flags * FLAG_BYTES,
         "result_flag": layout.num_result_flags * FLAG_BYTES,

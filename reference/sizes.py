@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from .config import MoEConfig
+from .hosts import Hosts
 from .layout import Layout
 from .tiles import num_token_blocks, shared_row_tiles, shared_tiles_n0, tiles_n0, tiles_n1
+
+RING_HEAD_BYTES, PUT_BYTES = 128, 64  # of a ring of puts, before its first place, and of a place
 
 
 def hidden_rows(config: MoEConfig) -> int:
@@ -18,9 +21,14 @@ def max_row_blocks(config: MoEConfig) -> int:
     Cut on its own a packet of r rows has at most 1 + r // tile_m tiles, and the r of one source sum to at most
     `_source_rows`. Packets that share tiles have no more: one that is not full ends at the end of a packet.
     """
+    return config.num_ranks * _source_row_blocks(config)
+
+
+def _source_row_blocks(config: MoEConfig) -> int:
+    """Of the rows of one source; likewise its result chunks, which are the tiles of packets that are cut alone."""
     packets = _source_packets(config)
     by_rows = packets + _source_rows(config) // config.tile_m
-    return config.num_ranks * min(packets * Layout(config).row_blocks, by_rows)
+    return min(packets * Layout(config).row_blocks, by_rows)
 
 
 def max_tasks(config: MoEConfig) -> int:
@@ -28,6 +36,23 @@ def max_tasks(config: MoEConfig) -> int:
     tiles = max_row_blocks(config) * (tiles_n0(config) + tiles_n1(config))
     shared = len(shared_row_tiles(config.num_tokens, config)) * (shared_tiles_n0(config) + tiles_n1(config))
     return 2 * num_token_blocks(config.num_tokens, config) + config.num_experts + tiles + shared
+
+
+def max_puts(config: MoEConfig, hosts: Hosts, save: str | None = None) -> int:
+    """Bound on the puts of one rank in one call, whatever the routing; 0 where all ranks are on one host.
+
+    For each rank of another host: one of each packet and one of each result chunk, to which a backward adds those of
+    factors and their gradients, and of rows that are sent again; and one that says that this rank gave up.
+    """
+    of_packet = 1 + (save is not None) + (save == "nothing")
+    of_chunk = 1 + (save is not None)
+    puts = config.num_experts_per_rank * of_packet + _source_row_blocks(config) * of_chunk + 1
+    return hosts.most_apart * puts
+
+
+def ring_bytes(config: MoEConfig, hosts: Hosts, save: str | None = None) -> int:
+    """Bytes of one rank's ring of puts, which has room for all of a call."""
+    return RING_HEAD_BYTES + max_puts(config, hosts, save) * PUT_BYTES if not hosts.is_one else 0
 
 
 def _source_rows(config: MoEConfig) -> int:

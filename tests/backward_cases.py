@@ -32,7 +32,7 @@ def is_replicated(name):
     return name in REPLICATED or name.startswith("shared_")
 
 
-def gradients_of(world, save, data_seed, accumulate=False, outside=False, **settings):
+def gradients_of(world, save, data_seed, accumulate=False, outside=False, make=FlashMoE, **settings):
     """(Call, (x, what was given)) of each call of a world; all are kept before any has its backward.
 
     Args:
@@ -40,7 +40,7 @@ def gradients_of(world, save, data_seed, accumulate=False, outside=False, **sett
     """
     draw = np.random.default_rng(data_seed)
     calls, kept, sums = list(world.calls()), [], None
-    with FlashMoE(world.config, world.weights, num_processors=world.num_processors, save=save, **settings) as layer:
+    with make(world.config, world.weights, num_processors=world.num_processors, save=save, **settings) as layer:
         for i, (x, given) in enumerate(calls):
             if outside:
                 layer(x, **given)

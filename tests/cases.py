@@ -15,7 +15,6 @@ import pytest
 from flashmoe_numba.kernel.control import RECORD_FIELDS, AbortRecord
 from flashmoe_numba.tile_gemm.arithmetic import ARITHMETICS, PAIRED_DTYPE, why_not
 from reference import (
-    Layout,
     MoEConfig,
     check_routing,
     make_packets,
@@ -149,10 +148,13 @@ def finfo(dtype):
 
 
 class Regions:
-    """The segments of a layer that runs in this process, seen from outside by the layout's own offsets."""
+    """The segments of a layer that runs in this process, seen from outside by the layout's own offsets.
+
+    Of ranks on several hosts the stages, too, and what each sees of the others.
+    """
 
     def __init__(self, layer):
-        self.layer, self.config, self.layout = layer, layer.config, Layout(layer.config)
+        self.layer, self.config, self.layout = layer, layer.config, layer._parts.layout
         self.segments = layer._parts.heap.segments
 
     def rows(self, rank, round):
@@ -166,9 +168,8 @@ class Regions:
 
     def poison(self):
         """NaN wherever rows may lie: a row read before it was written, or one that was never sent, shows."""
-        for rank in range(self.config.num_ranks):
-            for round in range(2):
-                self.rows(rank, round).view(np.uint8)[:] = 0xFF
+        for segment in self.segments:
+            segment[: self.layout.dispatch_flag] = 0xFF
 
     def check(self, x, y, routings, epoch):
         """After one call on poisoned regions: every row, flag and sum is where and what it should be, bit for bit."""
@@ -177,6 +178,21 @@ class Regions:
             for expert in range(c.num_experts):
                 self._check_packet(source, expert, self._rows_sent(part, routings[source]), packet, epoch)
             self._check_combine(source, part, y[source], routings[source], packet)
+        self._check_hosts()
+
+    def _check_hosts(self):
+        """Nobody wrote into what it sees of ranks on other hosts, but control words, nor staged rows for its own."""
+        heap, layout = self.layer._parts.heap, self.layout
+        for rank in range(self.config.num_ranks):
+            for peer, seen in enumerate(heap.segments_of(rank)):
+                if heap.hosts.are_apart(rank, peer):
+                    assert not seen[: layout.control].any(), f"rank {rank} wrote at its image of rank {peer}"
+                elif layout.staged:
+                    for region in (layout.dispatch, layout.result):
+                        part = layout.region_elements * self.config.numpy_dtype.itemsize // self.config.num_ranks
+                        first = layout.stage + region + peer * part
+                        staged = self.segments[rank][first : first + part]
+                        assert (staged == 0xFF).all(), f"rank {rank} staged rows for rank {peer}, which it can reach"
 
     def check_signal(self, words, i, value):
         """At the moment of a release, on poisoned regions: the rows that the word tells of are all there."""

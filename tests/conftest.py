@@ -18,7 +18,7 @@ settings.register_profile("mutants", settings.get_profile("fast"), phases=[Phase
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 COMPILES_S = 600  # the first test that runs a kernel compiles it, half a minute for each element type
-RUN_KERNELS = {"property", "kernel", "mpi", "ptx", "test_cli.py", "test_trace.py"}  # folders and files
+RUN_KERNELS = {"property", "kernel", "mpi", "hosts", "ptx", "test_cli.py", "test_trace.py"}  # folders and files
 
 
 def pytest_collection_modifyitems(items):

@@ -127,10 +127,10 @@ def watched_signals(regions):
             module.st_release = st_release
 
 
-def run_world(world, **settings):
+def run_world(world, make=FlashMoE, **settings):
     """Every call of the world on one layer, each checked; returns (routings, y) of each call."""
     results = []
-    with FlashMoE(world.config, world.weights, num_processors=world.num_processors, **settings) as layer:
+    with make(world.config, world.weights, num_processors=world.num_processors, **settings) as layer:
         regions = Regions(layer)
         for epoch, (x, routing) in enumerate(world.calls(), start=1):
             regions.poison()

@@ -63,6 +63,14 @@ def die_giving_up(run: Run, victim: int) -> None:
     run.memory.words[victim, m.LAST_STEP] = run.rng.integers(1, steps + 1)
 
 
+def raise_error(run: Run, victim: int) -> None:
+    """Code of the rank's own raises an error, in the midst of whatever it is at."""
+    run.send(victim, signal.SIGSTOP)  # to see what that is
+    run.send(victim, signal.SIGUSR1)
+    run.send(victim, signal.SIGCONT)
+    run.raised.add(victim)
+
+
 def kill_two(run: Run, victim: int) -> None:
     """SIGKILL; and another one for the first rank that gives up because of it, as soon as it begins to."""
     run.send(victim, signal.SIGKILL)
@@ -81,6 +89,7 @@ FAULTS: dict[str, Fault] = {
     "pulses": pulses,
     "delay": delay,
     "die-giving-up": die_giving_up,
+    "raise": raise_error,
     "kill-two": kill_two,
 }
 

@@ -14,19 +14,20 @@ import numpy as np
 from flashmoe_numba.kernel import control as s
 from flashmoe_numba.kernel import queue as q
 from reference import Layout, MoEConfig
-from reference.task_kinds import KIND_NAMES
+from reference.task_kinds import BACKWARD_NAMES, KIND_NAMES
 
 Array = np.ndarray[Any, Any]
 
 # words of a rank
 PHASE, CALLS, OUTCOME, ENDED_NS, COUNTERS, TASKS, TASKS_BEFORE, DELAY_NS, LAST_STEP, FAULT_NS, LATE_NS = range(11)
 SETTING_UP, BETWEEN_CALLS, IN_A_CALL, DONE = range(4)  # values of PHASE
-NONE, RIGHT, GIVEN_UP, WRONG, FAILED = range(5)  # values of OUTCOME
+NONE, RIGHT, GIVEN_UP, WRONG, FAILED, RAISED = range(6)  # values of OUTCOME
 NUM_WORDS, TEXT_BYTES, ARENA_BYTES, ALIGNMENT = 16, 4000, 1 << 24, 128
 
 BETWEEN, ENTERING, WAITING = "between", "entering", "waiting"
 RETURNING, GIVING_UP, AFTER = "returning", "giving_up", "after"
-PLACES = (BETWEEN, ENTERING, *KIND_NAMES, WAITING, RETURNING, GIVING_UP, AFTER)
+TASKS_BY_KIND = dict(enumerate(KIND_NAMES)) | BACKWARD_NAMES
+PLACES = (BETWEEN, ENTERING, *TASKS_BY_KIND.values(), WAITING, RETURNING, GIVING_UP, AFTER)
 
 
 def shared_bytes(size: int) -> Array:
@@ -37,8 +38,8 @@ def shared_bytes(size: int) -> Array:
 class Memory:
     """`words[rank]` and `texts[rank]` are written by the rank (the faults' words by the parent); `go` by the parent."""
 
-    def __init__(self, config: MoEConfig) -> None:
-        self.layout, n = Layout(config), config.num_ranks
+    def __init__(self, config: MoEConfig, save: str | None = None) -> None:
+        self.layout, n = Layout(config, save), config.num_ranks
         self.segments = [shared_bytes(self.layout.num_bytes) for _ in range(n)]
         self.words: Array = shared_bytes(8 * NUM_WORDS * n).view(np.int64).reshape(n, NUM_WORDS)
         self.texts = shared_bytes(TEXT_BYTES * n).reshape(n, TEXT_BYTES)
@@ -84,7 +85,9 @@ class Memory:
             return RETURNING
         tasks = _words_at(int(words[TASKS]), head * q.TASK_WORDS).reshape(head, q.TASK_WORDS)
         begun = tasks[tasks[:, q.STAMP] == words[CALLS]]
-        return KIND_NAMES[q.task_of(*begun[-1, [q.WHO, q.WHERE]].tolist()).kind] if len(begun) > finished else WAITING
+        if len(begun) <= finished:
+            return WAITING
+        return TASKS_BY_KIND[q.task_of(*begun[-1, [q.WHO, q.WHERE]].tolist()).kind]
 
 
 def _words_at(address: int, size: int) -> Array:

@@ -30,13 +30,17 @@ MEETING = re.compile(
 )
 
 
-def one_run(fault: str, rng: np.random.Generator) -> Verdict:
-    """Start `flashmoe run`, lose a rank of it within its first second of measured calls, and hear the others."""
+def one_run(fault: str, rng: np.random.Generator, backward: bool) -> Verdict:
+    """Start `flashmoe run`, lose a rank of it within its first second of measured calls, and hear the others.
+
+    Args:
+        backward: has the run backwards?
+    """
     ranks = int(rng.choice(RANKS))
     mapped: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         stderr = Path(folder) / "stderr"
-        process = _start(ranks, folder, stderr)
+        process = _start(ranks, folder, stderr, ["--backward"] if backward else [])
         try:
             _wait_for(lambda: "layer and BLAS" in stderr.read_text() or process.poll() is not None, START_LIMIT_S)
             mapped = _shared_memory(folder)
@@ -62,12 +66,12 @@ def one_run(fault: str, rng: np.random.Generator) -> Verdict:
     return verdict
 
 
-def _start(ranks: int, folder: str, stderr: Path) -> subprocess.Popen[bytes]:
+def _start(ranks: int, folder: str, stderr: Path, more: list[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-Pm", "flashmoe_numba", "run", "--preset", "laptop-tiny", "--ranks", str(ranks), *SIZES]
     environment = {name: value for name, value in os.environ.items() if name not in launch.RANK_VARIABLES}
     with stderr.open("w") as file:
         return subprocess.Popen(
-            [*command, "--deadline-s", str(DEADLINE_S)],
+            [*command, *more, "--deadline-s", str(DEADLINE_S)],
             env=environment | {MARK: folder, launch.TERMINAL_VARIABLE: "1", "HWLOC_XMLFILE": ""},
             stdout=subprocess.DEVNULL, stderr=file, start_new_session=True,
         )  # fmt: skip

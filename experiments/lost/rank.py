@@ -23,9 +23,13 @@ from flashmoe_numba.kernel import control as s
 
 from . import memory as m
 from .memory import Memory
-from .world import Trial
+from .world import Trial, make_call
 
 NAP_S = 1e-4
+
+
+class Raised(Exception):
+    """An error of a rank's own."""
 
 
 class InheritedHeap(ThreadHeap):
@@ -43,26 +47,37 @@ class InheritedHeap(ThreadHeap):
 
 
 class SeenBackend(CpuBackend):
-    """Its arrays lie where the parent can see them."""
+    """The arrays that it makes for a layer, before any call, lie where the parent can see them."""
 
     def __init__(self, memory: Memory, rank_idx: int) -> None:
         super().__init__()
         self._memory, self._rank_idx = memory, rank_idx
+        self.has_layer = False
 
     def zeros(self, size: int, dtype: Any) -> m.Array:
+        if self.has_layer:
+            return super().zeros(size, dtype)
         return self._memory.zeros(self._rank_idx, size, dtype)
 
 
 def be_rank(world: Trial, memory: Memory, rank_idx: int) -> NoReturn:
     """Run as rank `rank_idx`, and end this process."""
     words = memory.words[rank_idx]
+    signal.signal(signal.SIGUSR1, lambda *_: _raise(words))
     try:
         words[m.OUTCOME] = _make_calls(world, memory, rank_idx)
     except BaseException as error:
         memory.say(rank_idx, str(error) if isinstance(error, FlashMoEError) else traceback.format_exc())
-        words[m.OUTCOME] = m.GIVEN_UP if isinstance(error, FlashMoEError) else m.FAILED
+        known = m.GIVEN_UP if isinstance(error, FlashMoEError) else m.RAISED if isinstance(error, Raised) else m.FAILED
+        words[m.OUTCOME] = known
     finally:
         os._exit(0)
+
+
+def _raise(words: m.Array) -> None:
+    if words[m.PHASE] in (m.BETWEEN_CALLS, m.IN_A_CALL):
+        words[m.PHASE] = m.DONE  # once
+        raise Raised
 
 
 def _make_calls(world: Trial, memory: Memory, rank_idx: int) -> int:
@@ -73,7 +88,7 @@ def _make_calls(world: Trial, memory: Memory, rank_idx: int) -> int:
         while memory.go[0] == 0:
             time.sleep(NAP_S)
         try:
-            wrong = next((call for call in range(world.num_calls) if not _call(world, memory, layer, call)), None)
+            wrong = _first_wrong(world, memory, layer)
         finally:
             words[m.ENDED_NS] = time.monotonic_ns()
             words[m.PHASE] = m.DONE
@@ -91,22 +106,28 @@ def _make_layer(world: Trial, memory: Memory, rank_idx: int) -> FlashMoE:
         backend,
         num_processors=world.num_processors,
         deadline_s=world.deadline_s,
+        save=world.save,
     )
+    backend.has_layer = True
     queue = layer._ranks[0].queue
     memory.words[rank_idx, [m.COUNTERS, m.TASKS]] = queue.counters.ctypes.data, queue.tasks.ctypes.data
     return layer
 
 
-def _call(world: Trial, memory: Memory, layer: FlashMoE, call: int) -> bool:
-    """Is the result of this call the undisturbed one, bit for bit?"""
-    rank = layer._ranks[0]
+def _first_wrong(world: Trial, memory: Memory, layer: FlashMoE) -> int | None:
+    """The first call whose results are not the undisturbed ones, bit for bit."""
+    rank, saved = layer._ranks[0], None
     words = memory.words[rank.rank_idx]
-    _suffer(memory, rank)
-    words[m.CALLS], words[m.TASKS_BEFORE] = call + 1, rank.control[s.PROGRESS]
-    words[m.PHASE] = m.IN_A_CALL
-    y = layer(world.tokens[call % len(world.tokens)][rank.rank_idx])
-    words[m.PHASE] = m.BETWEEN_CALLS
-    return bool(y.tobytes() == world.expected[call % len(world.expected)][rank.rank_idx].tobytes())
+    for call in range(world.num_calls):
+        tokens, expected = (each[call % len(world.tokens)][rank.rank_idx] for each in (world.tokens, world.expected))
+        _suffer(memory, rank)
+        words[m.CALLS], words[m.TASKS_BEFORE] = call + 1, rank.control[s.PROGRESS]
+        words[m.PHASE] = m.IN_A_CALL
+        found, saved = make_call(layer, tokens, saved, world.save)
+        words[m.PHASE] = m.BETWEEN_CALLS
+        if found != [expected]:
+            return call
+    return None
 
 
 def _suffer(memory: Memory, rank: Any) -> None:

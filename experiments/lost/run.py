@@ -37,12 +37,13 @@ class Run:
     """
 
     def __init__(self, world: Trial, rng: np.random.Generator) -> None:
-        self.world, self.rng, self.memory = world, rng, Memory(world.config)
+        self.world, self.rng, self.memory = world, rng, Memory(world.config, world.save)
         self.num_ranks = world.config.num_ranks
         self.fell: list[str] = []
         self.began_ns = 0
         self.faults_ns: list[int] = []
         self.lost: set[int] = set()  # ranks of which nothing more is expected
+        self.raised: set[int] = set()  # ranks that may end with an error of their own
         self.pids: list[int] = []
         self._ended: dict[int, int] = {}  # rank -> wait status
 
@@ -69,7 +70,7 @@ class Run:
             self.lost.add(victim)
         self.faults_ns.append(time.monotonic_ns())  # before it: a rank that continues may end at once
         os.kill(self.pids[victim], signum)
-        if signum != signal.SIGCONT:
+        if signum in (signal.SIGKILL, signal.SIGSTOP):
             _, status = os.waitpid(self.pids[victim], os.WUNTRACED)
             if not os.WIFSTOPPED(status):
                 self._ended[victim] = status

@@ -45,6 +45,8 @@ def _judge_rank(run: Run, rank_idx: int, victims: set[int], slack_s: float, verd
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     if words[m.OUTCOME] == m.NONE and rank_idx in run.lost and killed:
         return
+    if words[m.OUTCOME] == m.RAISED and rank_idx in run.raised:
+        return
     if words[m.OUTCOME] == m.RIGHT:
         verdict.right += 1
     elif words[m.OUTCOME] == m.GIVEN_UP:

@@ -45,6 +45,7 @@ class Settings:
         trace: keep the records of the last call.
         packing, arithmetic: as `FlashMoE` has them.
         save: what calls keep for their backwards, which are run, too; None: there are none.
+        hosts, netmod: of ranks as processes: how many machines they are on, and what is between these (netmod.py).
     """
 
     config: MoEConfig
@@ -63,6 +64,8 @@ class Settings:
     packing: str
     arithmetic: str = AUTO
     save: str | None = None
+    hosts: int = 1
+    netmod: str | None = None
 
     @property
     def transport(self) -> str:

@@ -39,6 +39,8 @@ def make_report(
     return {
         "backend": settings.backend,
         "transport": settings.transport,
+        "hosts": settings.hosts,
+        "netmod": settings.netmod,
         "ranks": settings.config.num_ranks,
         "processors": parts[0].processors,
         "packing": settings.packing,
@@ -142,6 +144,7 @@ def table(report: dict[str, Any], describe_sizes: str) -> Iterator[str]:
         "virtual": "virtual ranks of one GPU",
         "fibers": "interpreted fibers",
     }[report["transport"]]
+    where += f" on {report['hosts']} hosts ({report['netmod']})" if report["hosts"] > 1 else ""
     yield _row(
         "ranks", f"{report['ranks']} as {where}, with {report['processors']} processor blocks and an OS block each"
     )

@@ -1,6 +1,7 @@
 """What a layer needs, without running it: bytes of every region per rank, packets, tiles, padding, operations.
 
-All ranks bring all their tokens, spread evenly over the experts. With --save also what its backwards need.
+All ranks bring all their tokens, spread evenly over the experts. With --save also what its backwards need, and with
+--ranks-per-host what tells ranks on other hosts.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from reference import MoEConfig, Plan, make_plan
+from reference import Hosts, MoEConfig, Plan, make_plan
 from reference.backward_plan import BackwardPlan
 from reference.layout import SAVES
 
 from ..errors import UsageError
 from ..processes import launch, shared_memory
+from .flags import integer
 from .outputs import add_json_argument, check_outputs, give
 from .sizes import add_size_arguments, config_from, layer_name
 
@@ -26,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
     kept = "with backwards, for which a call keeps these: rows and their products with the up matrices, rows, no rows"
     parser.add_argument("--save", choices=SAVES, help=f"{kept} [no backwards]")
+    what = "ranks that share a host; others are reached by puts, from a stage [all]"
+    parser.add_argument("--ranks-per-host", type=integer(1), metavar="N", help=what)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -35,7 +39,8 @@ def main(args: argparse.Namespace) -> int:
     if config.num_ranks * config.num_experts > MOST_PACKETS:
         rule = f"--ranks x --experts, the packets, must be at most {MOST_PACKETS:,}"
         raise UsageError(f"{rule}, got {config.num_ranks:,} x {config.num_experts:,}")
-    plan = make_plan(config, save=args.save)
+    hosts = Hosts.even(config.num_ranks, args.ranks_per_host or config.num_ranks)
+    plan = make_plan(config, save=args.save, hosts=hosts)
     value = {"preset": layer_name(args), "config": asdict(config), **asdict(plan)}
     give(args.json, lines(layer_name(args), config, plan), value)
     return 0
@@ -54,6 +59,8 @@ def lines(preset: str, config: MoEConfig, plan: Plan) -> Iterator[str]:
     yield _row("  between the two products", f"{readable(plan.hidden_bytes)}, {plan.hidden_rows:,} rows at most")
     if plan.shared_bytes:
         yield _row("  rows of the shared expert", readable(plan.shared_bytes))
+    if plan.max_puts:
+        yield _row("  puts to other hosts", f"{readable(plan.ring_bytes)}, {plan.max_puts:,} in a call at most")
     if plan.backward is not None:
         yield from _of_backwards(plan.backward)
     yield "all ranks"

@@ -1,6 +1,7 @@
-"""Run one layer on this machine, check every result against the float64 reference, and time it beside plain BLAS.
+"""Run one layer here or on several hosts, check every result against the float64 reference, time it beside plain BLAS.
 
-With several ranks each is a process, and mpirun is started for them; inside an mpirun its ranks are used. With
+With several ranks each is a process, and mpirun is started for them; inside an mpirun its ranks are used, wherever they
+are. With --hosts they are spread over hosts, which need the same files in the same places (docs/clusters.md). With
 --backward each call that is timed is followed by one that keeps, and by its backward. The exit status is 0 only if the
 routing, the results and the gradients are right and all calls gave the same bits.
 """
@@ -23,6 +24,7 @@ from ..processes.mpi_environment import unless_left_over
 from ..processes.shared_memory import Shortage
 from ..tile_gemm.arithmetic import AUTO, NAMES, choose
 from .flags import blaming, check_backend_flag, in_flags, integer
+from .hosts import add_hosts_arguments, between, check_clocks, hosts_from, share_of_cores, start_on_hosts
 from .outputs import add_json_argument, check_outputs
 from .sizes import (
     MODEL_TOKENS,
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--threads", action="store_true", help="all ranks in this process")
     where.add_argument("--mpi", action="store_true", help="a process for every rank, even for a single one")
+    add_hosts_arguments(where, add, "ranks there, as many on each")
     add_json_argument(parser)
     last = "the last call, which is a backward if there are any"
     add("--trace", metavar="FILE", help=f"write {last}, for https://ui.perfetto.dev; costs a little time")
@@ -85,6 +88,7 @@ def _deadline(text: str) -> float:
 
 def main(args: argparse.Namespace) -> int:
     """Run what the flags describe, here or under mpirun."""
+    hosts = hosts_from(args)
     if args.backend == "fibers" and args.mpi:
         raise UsageError("argument --mpi: fibers run all ranks in one process, so --backend must be cpu")
     _take_virtual_ranks(args)
@@ -93,6 +97,9 @@ def main(args: argparse.Namespace) -> int:
         return _run_as_rank(args)
     config = _validate(args, args.ranks)
     in_process = args.threads or args.backend == "fibers" or (config.num_ranks == 1 and not args.mpi)
+    if hosts is not None:
+        _check_outputs(args)
+        return start_on_hosts(args, config, hosts)
     if args.backend == "cuda" and not in_process:
         _check_gpus(config.num_ranks)
     if not in_process:
@@ -218,7 +225,10 @@ def _run_as_rank(args: argparse.Namespace) -> int:
             rule = f"must be the number of ranks of this mpirun, {world.num_ranks}, got {args.ranks}"
             raise UsageError(f"argument --ranks: {rule}{unless_left_over(world.num_ranks)}")
         config = _validate(args, world.num_ranks)
-        _check_outputs(args)
+        if len(world.machines) > 1:
+            check_clocks(args)
+        if world.rank_idx < world.num_ranks_here:  # so rank 0 and those beside it: it writes
+            _check_outputs(args)
         return _run(args, config, world)
     except UsageError:
         raise  # all ranks have it
@@ -239,7 +249,7 @@ def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRan
         num_tokens=_num_tokens(args),
         backend=args.backend,
         in_process=world.comm is None,
-        num_processors=args.processors,
+        num_processors=args.processors or share_of_cores(world),
         iterations=args.iterations,
         seed=args.seed,
         deadline_s=args.deadline_s,
@@ -247,6 +257,7 @@ def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRan
         packing=args.packing,
         arithmetic=args.arithmetic,
         save=args.save,
+        **between(world),
     )
     terminal = sys.stderr.isatty() or bool(os.environ.get(launch.TERMINAL_VARIABLE))
     parts = world.gather(measure(settings, world, show=terminal and world.rank_idx == 0))

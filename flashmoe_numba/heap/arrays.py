@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from reference import Layout, MoEConfig
-from reference.sizes import hidden_rows, max_tasks
+from reference import Hosts, Layout, MoEConfig
+from reference.sizes import hidden_rows, max_tasks, ring_bytes
 
 from ..kernel.queue import COUNTER_STRIDE, NUM_COUNTERS, TASK_WORDS
 from ..kernel.row_tiles import STREAM_WORDS, TILE_WORDS
@@ -17,23 +17,31 @@ from .rules import num_factors, num_values
 
 
 def make_segments(
-    config: MoEConfig, rank_idx: int, segments: list[np.ndarray], memory: Memory, save: str | None = None
+    config: MoEConfig, rank_idx: int, segments: list[np.ndarray], memory: Memory, save: str | None, hosts: Hosts
 ) -> Segments:
-    """Views of this rank's segment, whose flags are cleared.
+    """Views of this rank's segment, whose flags are cleared, and a ring for its puts.
 
     Args:
         segments: every rank's, as bytes.
     """
-    own, layout = segments[rank_idx], Layout(config, save)
+    own, layout = segments[rank_idx], Layout(config, save, not hosts.is_one)
     element, sums = config.format.storage, config.accumulator
+
+    def words(numbers: list[int]) -> np.ndarray:
+        return memory.array(np.array(numbers, np.int64))
 
     def view(offset: int, num_elements: int, dtype: np.dtype) -> np.ndarray:
         return own[offset : offset + num_elements * dtype.itemsize].view(dtype)
 
-    word = np.dtype(np.int64)
+    word, remote = np.dtype(np.int64), [hosts.are_apart(rank_idx, peer) for peer in range(config.num_ranks)]
+    address = [memory.address(segment) for segment in segments]
+    stage = address[rank_idx] + layout.stage
     own[layout.dispatch_flag :] = 0  # MPI promises no zeroed memory; peers write only after all ranks are ready
     return Segments(
-        address=memory.array(np.array([memory.address(segment) for segment in segments], np.int64)),
+        address=words(address),
+        room=words([stage if apart else there for apart, there in zip(remote, address, strict=True)]),
+        remote=words([int(apart) for apart in remote]),
+        wire=memory.zeros(ring_bytes(config, hosts, save) // 8, word),
         dispatch=view(layout.dispatch, layout.region_elements, element),
         result=view(layout.result, layout.region_elements, element),
         dispatch_flag=view(layout.dispatch_flag, layout.num_dispatch_flags, word),

@@ -148,7 +148,13 @@ def back_of(working: Working, transposed: Transposed, **of_call: Array) -> Back:
 def zero_gradients(
     config: MoEConfig, weights: Weights, memory: Memory, experts: bool = True, router: bool = True
 ) -> WeightGradients:
-    """Zeros for the gradients of one rank's weights.
+    """Zeros for the gradients of one rank's weights; arguments as `gradient_sizes` has them."""
+    sizes = gradient_sizes(config, weights, experts, router)
+    return WeightGradients(**{name: memory.zeros(size, config.accumulator) for name, size in sizes.items()})
+
+
+def gradient_sizes(config: MoEConfig, weights: Weights, experts: bool = True, router: bool = True) -> dict[str, int]:
+    """Elements of the arrays in `WeightGradients` of one rank's weights.
 
     Args:
         weights: those that there are; which experts' biases, say.
@@ -160,7 +166,7 @@ def zero_gradients(
     shared_ups = c.shared_kind.num_ups * c.shared_ffn
     here, shared = (c.num_experts_per_rank, weights.shared_up_proj is not None) if experts else (0, False)
     choices = c.num_choices if router else 0
-    sizes = dict(
+    return dict(
         router=choices * c.hidden,
         logit_bias=choices if c.router_kind.logit_bias else 0,
         expert_scale=choices if c.router_kind.expert_scale else 0,
@@ -176,7 +182,6 @@ def zero_gradients(
         shared_down_bias=shared * c.hidden if weights.shared_down_bias is not None else 0,
         shared_gate=shared * c.hidden if c.shared_gate else 0,
     )
-    return WeightGradients(**{name: memory.zeros(size, c.accumulator) for name, size in sizes.items()})
 
 
 def num_weight_tasks(config: MoEConfig, gradients: WeightGradients, kept: Kept) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import numpy.typing as npt
 
 from reference import MoEConfig
 from reference.arrays import Array
+from reference.layout import ALIGNMENT
 
 from ..device.storage import as_storage
 from ..processes.ownership import Owned
@@ -16,15 +19,20 @@ from .tensors import as_array
 
 
 class HostMemory(Owned):
-    """NumPy's arrays, which the kernel reads where they are."""
+    """NumPy's arrays, which the kernel reads where they are. They begin with a line of the caches."""
 
     grows = True  # the system gives memory as it is touched
 
     def zeros(self, size: int, dtype: npt.DTypeLike) -> Array:
-        return np.zeros(size, dtype)
+        return _aligned(np.zeros, size, dtype)
 
     def empty(self, size: int, dtype: npt.DTypeLike) -> Array:
-        return np.empty(size, dtype)
+        return _aligned(np.empty, size, dtype)
+
+    def lend(self, array: Array, give_back: Callable[[Array], None]) -> Array:
+        lent = np.frombuffer(array.data, array.dtype)  # views hold it: its own base is no array
+        weakref.finalize(lent, give_back, array).atexit = False
+        return lent
 
     def array(self, values: Array) -> Array:
         return values
@@ -74,3 +82,10 @@ class HostMemory(Owned):
 
     def join(self, x: Any, parts: list[Any]) -> Any:
         return parts if isinstance(x, (list, tuple)) else np.stack(parts)
+
+
+def _aligned(make: Callable[[int, npt.DTypeLike], Array], size: int, dtype: npt.DTypeLike) -> Array:
+    item_bytes = np.dtype(dtype).itemsize
+    array = make(size + ALIGNMENT // item_bytes, dtype)
+    first = -array.ctypes.data % ALIGNMENT // item_bytes
+    return array[first : first + size]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from reference import Layout, MoEConfig
+from reference.layout import DISPATCH, FACTORS
 
 from ..kernel.state import Problem
 
 
 def fixed_problem(
-    config: MoEConfig, rank_idx: int, num_processors: int, packed: bool, save: str | None = None
+    config: MoEConfig, rank_idx: int, num_processors: int, packed: bool, save: str | None, staged: bool
 ) -> Problem:
     """With no call's numbers in it.
 
     Args:
         packed: may a row tile hold rows of several sources?
         save: what is kept of a call for its backward.
+        staged: are ranks on several hosts?
     """
-    c, layout = config, Layout(config, save)
+    c, layout = config, Layout(config, save, staged)
     return Problem(
         epoch=0,
         call=0,
@@ -62,6 +64,9 @@ def fixed_problem(
         again_at=layout.again,
         factors_at=layout.factors,
         dots_at=layout.dots,
+        stage_at=layout.stage,
+        row_bytes=layout.row_bytes(DISPATCH),
+        factor_bytes=layout.row_bytes(FACTORS),
         deadline_ns=0,
         packed=packed,
     )

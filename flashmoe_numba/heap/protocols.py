@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from reference import MoEConfig
+from reference import Hosts, MoEConfig
 from reference.arrays import Array
 
 T = TypeVar("T")
@@ -35,6 +35,12 @@ class Memory(Protocol):
 
     def empty(self, size: int, dtype: npt.DTypeLike) -> Array:
         """`[size]`, with whatever was there."""
+
+    def lend(self, array: Array, give_back: Callable[[Array], None]) -> Array:
+        """The same memory as an array of its own, and `give_back(array)` once nobody has that one or a view of it.
+
+        On a GPU just the array: what nobody has is taken by the next who asks for memory.
+        """
 
     def array(self, values: Array) -> Array:
         """Values from the host in an array of this memory: the same array, where the host's is that."""
@@ -108,12 +114,14 @@ class Heap(Protocol):
     Attributes:
         num_ranks: of the layer.
         rank_indices: those that live in this process.
+        hosts: which ranks share one: known before `allocate`.
         all_here: a call takes and returns the tokens of all ranks, and not those of this process's one.
         segments: rank -> bytes, of all ranks; empty before `allocate` and after `close`.
     """
 
     num_ranks: int
     rank_indices: range
+    hosts: Hosts
     all_here: bool
     segments: list[Array]
 
@@ -137,6 +145,12 @@ class Heap(Protocol):
 
         Raises:
             MemoryError, ValueError: on every rank, naming what is missing.
+        """
+
+    def segments_of(self, rank_idx: int) -> list[Array]:
+        """Every rank's segment as a rank of this process reaches it: of one on another host, an image.
+
+        Of images only control words are kept fresh, by whoever carries puts between hosts.
         """
 
     def close(self, check: Callable[[], None] | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from reference import MoEConfig, Routing, Weights
+from reference import Hosts, MoEConfig, Routing, Weights
 from reference.arrays import Array
 from reference.backward_plan import max_weight_tasks
 from reference.runs import RowTile
@@ -39,6 +39,7 @@ class Rank(Owned):
         trace_events: events to keep per block and call, 0 for none.
         packed: may a row tile hold rows of several sources?
         save: one of SAVES, if calls can have a backward.
+        hosts: which ranks share one; None: all do.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Rank(Owned):
         trace_events: int,
         packed: bool = True,
         save: str | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
-        self.save = save
+        self.save, hosts = save, hosts or Hosts.one(config.num_ranks)
         self.config, self.rank_idx, self.num_processors, self._memory = config, rank_idx, num_processors, memory
-        self.segments = make_segments(config, rank_idx, segments, memory, save)
+        self.segments = make_segments(config, rank_idx, segments, memory, save, hosts)
         self.received = make_received(config, memory)
         self.tokens = make_tokens(config, memory)
         self.working = None if save is None else make_working(config, save, memory)
@@ -64,7 +66,7 @@ class Rank(Owned):
         self.queue = make_queue(config, memory, max_weight_tasks(config) if save else 0)
         self.traces = make_traces(num_processors + 1, trace_events, memory)
         self.left = memory.zeros(1, np.int64)
-        self.problem = fixed_problem(config, rank_idx, num_processors, packed, save)
+        self.problem = fixed_problem(config, rank_idx, num_processors, packed, save, not hosts.is_one)
         self.last_tokens = self.tokens  # of the last call
         self.keeping = None if save is None else Keeping(config, save, memory, self.tokens)
         self.kept: Kept  # by the last call that did
@@ -181,6 +183,12 @@ class Rank(Owned):
         if self.config.shared_ffn:
             self._memory.aim(transposed.shared_down, dy)
             self._memory.aim(experts.shared_up, tokens.x)
+
+    def idle_experts(self) -> Array:
+        """`[experts_per_rank]`: which of them had no rows in the last call?"""
+        rows = self._memory.to_host(self.received.rows).reshape(self.config.num_ranks, -1)
+        idle: Array = rows.sum(axis=0) == 0
+        return idle
 
     def _store(self, target: Array, values: Array) -> None:
         self._memory.store(target[: values.size], values.reshape(-1))

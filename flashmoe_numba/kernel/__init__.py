@@ -2,7 +2,8 @@
 
 from .backward import grid_block_backward, persistent_backward
 from .grid import grid_block
+from .network import Channel
 from .persistent import persistent
 from .waits import leave
 
-__all__ = ["grid_block", "grid_block_backward", "leave", "persistent", "persistent_backward"]
+__all__ = ["Channel", "grid_block", "grid_block_backward", "leave", "persistent", "persistent_backward"]

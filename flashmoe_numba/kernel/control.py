@@ -47,14 +47,16 @@ RECORD_FIELDS = slice(RECORD + 1, RECORD + 1 + len(AbortRecord._fields))
 
 @jit
 def write_record(control, record):
-    """Leave this record, unless the rank has one; it is complete then. One lane calls it."""
-    if cas(control, RECORD, 0, WRITING) == 0:
+    """Leave this record, unless the rank has one; it is complete then. True: this one is it. One lane calls it."""
+    is_first = cas(control, RECORD, 0, WRITING) == 0
+    if is_first:
         for i in range(len(record)):
             control[RECORD + 1 + i] = record[i]
         st_release(control, RECORD, COMPLETE)
     attempt = 0
     while ld_acquire(control, RECORD) != COMPLETE:  # another block of this rank is at it
         attempt = pause(attempt)
+    return is_first
 
 
 def departure(rank_idx: int, epoch: int, why: int, deadline_ns: int) -> AbortRecord:

@@ -6,24 +6,24 @@ from flashmoe_numba.device import block_sync, copy_row, jit, lane, lanes, load, 
 
 from .peers import packet_room, tell_packet
 from .sizes import num_token_blocks
+from .wire import first_row
 
 
 @jit
 def dispatch(p, tokens, segments, owner, expert):
-    """Put one packet into its owner's segment and signal it, also when it is empty."""
+    """Write one packet for its owner and tell it, also when it is empty."""
     e = owner * p.experts_per_rank + expert
-    packet = p.rank_idx * p.experts_per_rank + expert
-    room = packet_room(p, segments, owner)
+    room, first_slot = packet_room(p, segments, owner), first_row(p, segments, owner, expert)
     for b in range(num_token_blocks(p)):
         i = b * p.num_experts + e
         slot = tokens.bases[i]
         first = b * p.token_block * p.num_topk + tokens.starts[i]
         for place in range(first, first + min(tokens.counts[i], p.slots - slot)):
-            copy_token(p, room, (packet * p.slots + slot) * p.hidden, tokens, tokens.order[place])
+            copy_token(p, room, (first_slot + slot) * p.hidden, tokens, tokens.order[place])
             slot += 1
     block_sync()
     if lane() == 0:
-        tell_packet(p, segments, owner, packet, tokens.sent[e])
+        tell_packet(p, segments, owner, expert, tokens.sent[e])
 
 
 @jit

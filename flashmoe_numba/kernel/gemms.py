@@ -86,13 +86,13 @@ def finish_tile(p, segments, received, expert, tile):
 @jit
 def count_run(p, segments, received, source, expert, first, end):
     """Tell the source of every chunk that these slots of its packet complete."""
-    packet, e = source * p.experts_per_rank + expert, p.rank_idx * p.experts_per_rank + expert
+    packet = source * p.experts_per_rank + expert
     height = tile_height(received.rows[packet], p.tile_m_min, p.tile_m)
     for m in range(first // height, (end - 1) // height + 1):
         chunk = min(height, received.rows[packet] - m * height)
         rows = min(end, (m + 1) * height) - max(first, m * height)
         if finished_rows(received.chunk_done, packet * p.row_blocks + m, rows, chunk):
-            tell_results(p, segments, source, e, m, chunk)
+            tell_results(p, segments, source, expert, m, m * height, chunk)
 
 
 @jit

@@ -17,6 +17,7 @@ from flashmoe_numba.tile_gemm import rows as of_rows
 
 from .in_order import rooms_in_order, rows_in_order
 from .queue import HIDDEN_ROWS, counter
+from .wire import first_row
 
 row_of, room_row, word_of = map(jit, (of_rows.row_of, of_rows.room_row, of_rows.word_of))
 
@@ -87,15 +88,15 @@ def tile_name(p, received, expert, i):
 
 
 @jit
-def cut_tiles(p, received, queue, expert, least):
+def cut_tiles(p, segments, received, queue, expert, least):
     """Cut tiles while at least so many rows wait."""
     at = expert * STREAM_WORDS
     while received.streams[at + WAITING] >= least:
-        cut_tile(p, received, queue, expert, min(received.streams[at + WAITING], p.tile_m))
+        cut_tile(p, segments, received, queue, expert, min(received.streams[at + WAITING], p.tile_m))
 
 
 @jit
-def cut_tile(p, received, queue, expert, rows):
+def cut_tile(p, segments, received, queue, expert, rows):
     """The next `rows` rows of the stream become a tile."""
     at = expert * STREAM_WORDS
     tile = CutTile(
@@ -110,7 +111,7 @@ def cut_tile(p, received, queue, expert, rows):
     received.streams[at + TILES] += 1
     received.streams[at + WAITING] -= rows
     if not is_one_run(received, packet, tile):
-        write_places(p, received, expert, tile)
+        write_places(p, segments, received, expert, tile)
     arrival, slot = tile.arrival, tile.slot + rows
     while arrival < received.streams[at + ARRIVED] and slot >= rows_of_arrival(p, received, expert, arrival):
         slot -= rows_of_arrival(p, received, expert, arrival)
@@ -143,15 +144,15 @@ def is_one_run(received, packet, tile):
 
 
 @jit
-def write_places(p, received, expert, tile):
+def write_places(p, segments, received, expert, tile):
     """Say of each row where it lies here, where its result goes, and where it is kept."""
-    e = p.rank_idx * p.experts_per_rank + expert
     while tile.rows > 0:
         source, packet, rows = next_run(p, received, expert, tile)
+        first = first_row(p, segments, source, expert)
         for r in range(rows):
             at, slot = tile.hidden + r, tile.slot + r
             received.places[word_of(at, ROW_IN)] = packet * p.slots + slot
-            received.places[word_of(at, ROW_OUT)] = e * p.slots + slot
+            received.places[word_of(at, ROW_OUT)] = first + slot
             received.places[word_of(at, RANK)] = source
             received.places[word_of(at, KEPT)] = received.first[packet] + slot
         tile = without_run(tile, rows)

@@ -29,7 +29,7 @@ class Problem(NamedTuple):
     keeps: bool  # a forward whose rows, products and logits are kept for a backward, where there is room for them
     recomputes: bool  # a backward without the up-products
     resends: bool  # a backward without the rows
-    fresh: bool  # a backward that begins its gradients of weights: they are zeros, which nobody has touched
+    fresh: bool  # a backward that begins its gradients of matrices, whatever there is where they lie
     weight_tasks: int  # of a backward: of each expert that has rows, for the gradients of its weights
     router_weight_tasks: int  # of a backward, for the gradients of the router
     shared_weight_tasks: int  # likewise of the shared expert
@@ -68,6 +68,9 @@ class Problem(NamedTuple):
     again_at: int
     factors_at: int
     dots_at: int
+    stage_at: int  # of the stage, which has the shape of all that lies before it
+    row_bytes: int
+    factor_bytes: int
     deadline_ns: int
     packed: bool  # may a row tile hold rows of several packets?
 
@@ -75,7 +78,10 @@ class Problem(NamedTuple):
 class Segments(NamedTuple):
     """This rank's segment as typed views, and the addresses at which this rank sees every rank's segment."""
 
-    address: np.ndarray  # int64 [num_ranks]
+    address: np.ndarray  # int64 [num_ranks]; of a rank on another host, an image of which only control is kept fresh
+    room: np.ndarray  # int64 [num_ranks]: what this rank writes for each: into the same, or into its own stage
+    remote: np.ndarray  # int64 [num_ranks]: 1 for a rank whose memory this one cannot store into
+    wire: np.ndarray  # int64: puts for those (wire.py); empty where there are none
     dispatch: np.ndarray  # elements [num_ranks, experts_per_rank, slots, hidden]
     result: np.ndarray  # elements, likewise
     dispatch_flag: np.ndarray  # int64 [num_experts]

@@ -86,7 +86,7 @@ def subscribe(block, rank, trace):
             results_left -= landed
             seen += arrived + landed
         if seen == 0 and has_settled(wait.attempt):
-            seen = cut_rests(p, rank.received, queue)
+            seen = cut_rests(p, segments, rank.received, queue)
         if seen > 0:
             wait = begin_wait()
         else:
@@ -112,7 +112,8 @@ def poll_packets(p, segments, received, queue, block, trace):
                 if not open_packet(p, segments, received, queue, expert, source):
                     refuse_packet(block, p, segments, expert, source)
                     return seen
-                cut_tiles(p, received, queue, expert, p.tile_m if is_held_back(p, received, expert) else 1)
+                least = p.tile_m if is_held_back(p, received, expert) else 1
+                cut_tiles(p, segments, received, queue, expert, least)
                 note_event(trace, QueueTask(RECEIVE, source, expert, 0, received.rows[packet]), start)
                 seen += 1
         if seen > before:
@@ -171,13 +172,13 @@ def is_held_back(p, received, expert):
 
 
 @jit
-def cut_rests(p, received, queue):
+def cut_rests(p, segments, received, queue):
     """Processors run idle, and nothing comes: multiply what waits; returns how many tiles that were."""
     cut = 0
     for expert in range(lane(), p.experts_per_rank, lanes()):
         rows = rows_waiting(received, expert)  # fewer than a tile has
         if rows > 0 and is_idle(p, queue):
-            cut_tile(p, received, queue, expert, rows)
+            cut_tile(p, segments, received, queue, expert, rows)
             cut += queue_tiles(p, received, queue, expert)
     return cut
 

@@ -2,8 +2,9 @@
 
 The deadline is for silence: a wait goes on as long as some rank finishes tasks. When no rank has for a deadline (seen
 to a sixteenth of it), the waiting block writes what it waits for into its rank's control words and sets the abort word
-of every rank; all waits look at their own rank's abort word. Rank 0's abort word decides whom all ranks name: the first
-to set it has its record complete by then.
+of every rank of its host; all waits look at their own rank's abort word. That of a host's first rank decides whom its
+ranks name: the first to set it has its record complete by then. Ranks of other hosts are told by a signal that comes
+after the record, and may name another.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import NamedTuple
 from flashmoe_numba.device import fetch_add, jit, ld_relaxed, now, pause, st_release
 
 from .control import ABORT, FAILED, PROGRESS, SILENT, departure, write_record
-from .peers import progress_of, silence_of, tell_abort
+from .peers import progress_of, silence_of, tell_abort, tell_other_hosts
+from .wire import is_remote
 
 LOOKS_PER_DEADLINE = 16
 
@@ -89,18 +91,25 @@ def waits_itself(p, segments, rank_idx):
 @jit
 def give_up(p, segments, record):
     """Leave a record of the wait that failed, and stop every rank. One lane calls it."""
-    write_record(segments.control, record)
+    is_first = write_record(segments.control, record)
     abort(p, segments)
+    if is_first:
+        tell_other_hosts(p, segments)
 
 
 @jit
 def abort(p, segments):
-    """Set every rank's abort word to the rank that was the first to set rank 0's."""
-    culprit = p.rank_idx + 1
+    """Set the abort word of every rank of this host to the rank that was the first to set that of its first rank.
+
+    Unless that is a rank of another host, whose record need not have come to all of this one.
+    """
+    culprit, decided = p.rank_idx + 1, False
     for rank_idx in range(p.num_ranks):
-        before = tell_abort(p, segments, rank_idx, culprit)
-        if rank_idx == 0 and before != 0:
-            culprit = before
+        if not is_remote(segments, rank_idx):
+            before = tell_abort(p, segments, rank_idx, culprit)
+            if not decided and before != 0 and not is_remote(segments, before - 1):
+                culprit = before
+            decided = True
 
 
 @jit(entry=True)

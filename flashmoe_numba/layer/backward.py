@@ -29,7 +29,7 @@ class Backward:
         said: of each, gradients of logits by way of other losses, or None.
         kept, epoch, packed: what each kept, of which call, and of which weights.
         gradients: of each, arrays that sums go on in.
-        fresh: are these zeros that this call begins with?
+        fresh: does this call begin these sums, whatever there is where they lie?
     """
 
     tokens: Sequence[Any]

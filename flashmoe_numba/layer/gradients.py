@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from reference import ExpertKind, MoEConfig, Weights
 from reference.arrays import Array
 
-from ..heap.back import zero_gradients
+from ..heap.back import gradient_sizes, zero_gradients
 from ..heap.protocols import Memory
 from ..heap.tensors import like_given
 from ..kernel.backward.state import WeightGradients
@@ -45,25 +45,47 @@ class Gradients:
     arrays: Sequence[WeightGradients]
 
 
-def gradient_arrays(
-    parts: Parts, packed: PackedWeights, into: Gradients | None, experts: bool, router: bool
-) -> Sequence[WeightGradients]:
-    """Where each rank here adds up the gradients of these weights: in those of an earlier call, or from zero.
+class CallSums(NamedTuple):
+    """Where each rank here adds up the gradients of its weights in a call.
+
+    Args:
+        fresh: does the call begin these sums?
+        used: of each rank, is there something of earlier sums, then?
+    """
+
+    arrays: Sequence[WeightGradients]
+    fresh: bool
+    used: Sequence[bool]
+
+    def settle(self, parts: Parts, packed: PackedWeights) -> None:
+        """After the call; where memory does not grow it is under way, and none comes back that would want it."""
+        if not parts.backend.grows:
+            return
+        for sums, rank, arrays, used in zip(packed.sums, parts.ranks, self.arrays, self.used, strict=True):
+            if self.fresh and arrays.up.size:
+                sums.settle(arrays, used, rank.idle_experts())
+
+
+def call_sums(parts: Parts, packed: PackedWeights, into: Gradients | None, experts: bool, router: bool) -> CallSums:
+    """Those of an earlier call, or new ones.
 
     Raises:
         TypeError, ValueError: `into` is no gradients, or of other arrays than these are.
     """
-    zeros = [zero_gradients(parts.config, outline, parts.backend, experts, router) for outline in packed.outlines]
     if into is None:
-        return zeros
+        sizes = [gradient_sizes(parts.config, outline, experts, router) for outline in packed.outlines]
+        pairs = zip(packed.sums, sizes, strict=True)
+        taken = [sums.take(parts.backend, of_rank, parts.config.accumulator) for sums, of_rank in pairs]
+        return CallSums([arrays for arrays, _ in taken], True, [used for _, used in taken])
     if not isinstance(into, Gradients):
         raise TypeError(f"into must be what backward() returned, got {type(into).__name__}")
-    wanted, found = _weights(parts, packed, zeros), into.weights if parts.all_here else [into.weights]
+    wanted = _weights(parts, packed, _zeros(parts, packed, experts, router))
+    found = into.weights if parts.all_here else [into.weights]
     if list(map(_outline, found)) != list(map(_outline, wanted)):
         raise ValueError("into must be gradients of the same arrays as this call's weights have, got those of others")
     if not all(_are_views(parts.backend, *of_rank) for of_rank in zip(found, into.arrays, strict=True)):
         raise ValueError("into must be what backward() returned, got a copy, whose weights are not where its sums are")
-    return into.arrays
+    return CallSums(into.arrays, False, [False] * len(into.arrays))
 
 
 def _are_views(memory: Memory, weights: Weights, arrays: WeightGradients) -> bool:
@@ -87,10 +109,15 @@ def make_gradients(
     return Gradients(like_given(dy, dxs[0]), pairs[0], logits[0], weights[0], arrays)
 
 
-def no_gradients(parts: Parts, packed: PackedWeights, arrays: Sequence[WeightGradients]) -> Gradients:
+def no_gradients(parts: Parts, packed: PackedWeights, experts: bool, router: bool) -> Gradients:
     """Of no call yet: weights alone."""
+    arrays = _zeros(parts, packed, experts, router)
     weights = _weights(parts, packed, arrays)
     return Gradients(None, None, None, weights if parts.all_here else weights[0], arrays)
+
+
+def _zeros(parts: Parts, packed: PackedWeights, experts: bool, router: bool) -> list[WeightGradients]:
+    return [zero_gradients(parts.config, outline, parts.backend, experts, router) for outline in packed.outlines]
 
 
 def _weights(parts: Parts, packed: PackedWeights, arrays: Sequence[WeightGradients]) -> list[Weights]:

@@ -22,7 +22,7 @@ from .arguments import DEADLINE_S, LayerSettings, check_flags, communicator
 from .backward import Backward, check_gradients
 from .calls import Calls
 from .forward import Forward, check_beside, check_tokens
-from .gradients import Gradients, gradient_arrays, make_gradients, no_gradients
+from .gradients import Gradients, call_sums, make_gradients, no_gradients
 from .life import Life
 from .packed import PackedWeights
 from .parts import set_up
@@ -300,14 +300,15 @@ class FlashMoE(Owned):
             kept, packed = saved.peek(parts.ranks), saved.packed
             tokens, said = check_gradients(parts, kept, dy, logits_gradient)
             parts.backend.check_keeping(tokens)
-            arrays = gradient_arrays(parts, packed, into, experts, router)
+            sums = call_sums(parts, packed, into, experts, router)
             try:
-                call = Backward(tokens, said, kept, saved.epoch, packed, arrays, fresh=into is None)
+                call = Backward(tokens, said, kept, saved.epoch, packed, sums.arrays, sums.fresh)
                 found = self._calls.run(call, self.deadline_s)
             finally:
                 if not retain:
                     saved.close()
-            return make_gradients(parts, dy, packed, arrays, found)
+            sums.settle(parts, packed)
+            return make_gradients(parts, dy, packed, sums.arrays, found)
 
     def no_gradients(
         self, weights: PackedWeights | None = None, *, experts: bool = True, router: bool = True
@@ -320,9 +321,7 @@ class FlashMoE(Owned):
         """
         self._require_backward()
         check_flags(experts=experts, router=router)
-        packed = self._parts.own("weights", weights)
-        arrays = gradient_arrays(self._parts, packed, None, experts, router)
-        return no_gradients(self._parts, packed, arrays)
+        return no_gradients(self._parts, self._parts.own("weights", weights), experts, router)
 
     def _require_backward(self) -> None:
         self._require_open()

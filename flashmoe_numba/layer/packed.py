@@ -11,6 +11,7 @@ import numpy as np
 from reference import MoEConfig, Weights
 
 from ..heap.rank import Rank
+from ..heap.sums import Sums
 from ..kernel.state import Experts
 from ..processes.ownership import Owned
 
@@ -22,6 +23,7 @@ class PackedWeights(Owned):
         of_ranks: of each rank, as its kernel multiplies by them.
         transposed: likewise in a backward; none, where there is none.
         outlines: of each rank's weights, their arrays without what is in them.
+        sums: of each, memory for their gradients.
         version: how often other weights were loaded into this.
     """
 
@@ -45,6 +47,7 @@ class PackedWeights(Owned):
             if rank.save is not None
         ]
         self.outlines = [outline(of_rank) for _, of_rank in shards]
+        self.sums = [Sums() for _ in shards]
 
     def load(self, weights: Weights) -> None:
         """Fill this with other weights, where it is. No call may be under way.

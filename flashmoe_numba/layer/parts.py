@@ -34,7 +34,7 @@ class Parts:
     def __init__(self, settings: LayerSettings, heap: Heap, backend: Backend) -> None:
         """All steps that take memory or compile, each with all ranks."""
         self.config, self.backend = settings.config, backend
-        self.layout = Layout(settings.config, settings.save)
+        self.layout = Layout(settings.config, settings.save, not heap.hosts.is_one)
         self.heap: Heap | None = heap
         self.all_here = heap.all_here
         folder = Path(heap.from_first(lambda: str(usable_cache_folder())))
@@ -59,12 +59,12 @@ class Parts:
         return num_processors
 
     def _make_ranks(self, settings: LayerSettings, heap: Heap) -> list[Rank]:
-        config, memory = self.config, (heap.segments, self.num_processors, self.backend)
+        config = self.config
         events = max_tasks(config) + config.num_experts if settings.trace else 0
         events += max_weight_tasks(config) if events and settings.save else 0
         packed, shard = settings.packing == "sources", settings.weights.shard
-        more = events, packed, settings.save
-        return [Rank(config, i, shard(i, config.num_ranks), *memory, *more) for i in heap.rank_indices]
+        more = self.num_processors, self.backend, events, packed, settings.save, heap.hosts
+        return [Rank(config, i, shard(i, config.num_ranks), heap.segments_of(i), *more) for i in heap.rank_indices]
 
     def own(self, name: str, packed: PackedWeights | None) -> PackedWeights:
         """`packed`, or the weights that the layer was made with.

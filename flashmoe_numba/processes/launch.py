@@ -1,10 +1,10 @@
 """Ranks as processes: how they are started, and how they end together.
 
-`start` runs a command on n ranks of this machine under mpirun, whatever a batch system says of other machines, and ends
-it if ranks do not begin. Each rank is the child of a guard, a small shell: mpirun ends all ranks
-as soon as it sees one die, before the others can say what they waited for, so the guard of a rank that was killed
-waits until they should have. Whoever dies takes its children along: mpirun ends the guards, a rank dies with
-its guard, and mpirun with whoever started it. Linux; elsewhere the last two are left out.
+`start` runs a command on n ranks of this machine, or of several hosts, under mpirun, whatever a batch system says of
+other machines, and ends it if ranks do not begin. Each rank is the child of a guard, a small shell: mpirun ends all
+ranks as soon as it sees one die, before the others can say what they waited for, so the guard of a rank that was killed
+waits until they should have. Whoever dies takes its children along: mpirun ends the guards, a rank dies with its guard,
+and mpirun with whoever started it. Linux; elsewhere the last two are left out.
 
 A rank begins with Ctrl-C ignored: an interrupt while MPI starts would leave its shared memory behind. `answer_ctrl_c`
 ends that.
@@ -28,13 +28,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import shared_memory
+from .hosts import Hosts
+from .machine import machine_name
 from .mpi_environment import RANK_VARIABLES, find_mpirun, has_launcher, rank_variable
+from .netmod import SURVIVING
 
 COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # not in the guards' arguments, so that these do not look like ranks
 TERMINAL_VARIABLE = "FLASHMOE_TERMINAL"  # stderr of a rank is a pipe; this says that it ends at a terminal
 BEGUN_VARIABLE = "FLASHMOE_BEGUN"  # a file into which each guard writes a letter, and each rank once all have begun
 GUARD = """trap '' INT
-[ -z "$FLASHMOE_BEGUN" ] || printf g >> "$FLASHMOE_BEGUN"
+[ ! -w "$FLASHMOE_BEGUN" ] || printf g >> "$FLASHMOE_BEGUN" # on another host there is no such file
 eval "$FLASHMOE_RANK_COMMAND"
 code=$?
 if [ $code -ge 128 ] && [ $code -ne 130 ]; then
@@ -56,38 +59,53 @@ def inside_mpirun() -> bool:
     return rank_variable() is not None
 
 
+def started_by_us() -> bool:
+    """Has `start` started this rank, which has not begun yet (see `guard_this_rank`)?"""
+    return COMMAND_VARIABLE in os.environ
+
+
 def is_first_rank() -> bool:
     """Is this rank 0, or no rank of a launcher? Who only seems to be another one must not be silent."""
     return not has_launcher() or all((os.environ.get(name) or "0") == "0" for name in RANK_VARIABLES)
 
 
-def start(num_ranks: int, command: list[str], deadline_s: float) -> int:
+def start(num_ranks: int, command: list[str], deadline_s: float, hosts: Hosts | None = None) -> int:
     """Run `command` as each of `num_ranks` ranks; returns mpirun's exit status, 130 after Ctrl-C, 143 after SIGTERM.
 
+    Args:
+        hosts: where they run, as many on each, in a folder of this one's name; None: all on this machine.
+
     Raises:
-        TimeoutError: no further rank began for `START_PATIENCE_S`.
+        ConnectionError, ValueError: a host cannot be reached, or is there twice.
+        TimeoutError: no further rank of this machine began for `START_PATIENCE_S`.
         UsageError: mpirun or mpi4py is missing.
     """
     mpirun = find_mpirun()
+    where, num_here = ([], num_ranks) if hosts is None else (hosts.flags(num_ranks), _num_here(num_ranks, hosts))
     with tempfile.NamedTemporaryFile(prefix="flashmoe_") as begun, _sigterm_as_exit():
         process = subprocess.Popen(
-            [mpirun, "-n", str(num_ranks), *_guard(deadline_s)],
-            env=_environment(command) | {BEGUN_VARIABLE: begun.name},
+            [mpirun, *where, "-n", str(num_ranks), *_guard(deadline_s)],
+            env=_environment(command, hosts) | {BEGUN_VARIABLE: begun.name},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a terminal's Ctrl-C comes here once, and mpirun gets it from here once
             preexec_fn=functools.partial(_die_with_parent, signal.SIGTERM),
         )
         before, code = _startup_segments(), 1
         try:
-            code = _wait(process, lambda: _wait_for_ranks(process, mpirun, Path(begun.name), num_ranks))
+            code = _wait(process, lambda: _wait_for_ranks(process, mpirun, Path(begun.name), num_here))
         finally:
             if code != 0:
                 _remove_unmapped(before)
     return code
 
 
+def _num_here(num_ranks: int, hosts: Hosts) -> int:
+    """Ranks that will run on this machine."""
+    return num_ranks // len(hosts.names) if machine_name() in hosts.ask().values() else 0
+
+
 def _wait_for_ranks(process: subprocess.Popen[bytes], mpirun: str, begun: Path, num_ranks: int) -> None:
-    """Until MPI has begun in all ranks, or mpirun is over; as long as further ones come."""
+    """Until MPI has begun in all ranks of this machine, or mpirun is over; as long as further ones come."""
     patience_s = START_PATIENCE_S * -(-num_ranks // 64)
     seen, since = "", time.monotonic()
     while process.poll() is None and seen.count("r") < num_ranks:
@@ -104,7 +122,7 @@ def _wait_for_ranks(process: subprocess.Popen[bytes], mpirun: str, begun: Path, 
 def tell_begun() -> None:
     """MPI has begun in all ranks: tell whoever has started this one."""
     name = os.environ.pop(BEGUN_VARIABLE, None)
-    if name:
+    if name and os.path.exists(name):  # it is on the host of mpirun
         with contextlib.suppress(OSError), open(name, "a") as begun:
             begun.write("r")
 
@@ -127,18 +145,19 @@ def _remove_unmapped(before: set[Path]) -> None:
                 path.unlink()
 
 
-def _environment(command: list[str]) -> dict[str, str]:
+def _environment(command: list[str], hosts: Hosts | None) -> dict[str, str]:
     """What mpirun and the ranks get; the user's own settings win, but for those that lead to other machines."""
-    defaults = {
-        "MPIR_CVAR_CH4_NETMOD": "ofi",  # mpich's small start-up segment: 1 MB per rank instead of 5
+    defaults = SURVIVING | {  # mpich's start-up segment is small then, too: 1 MB per rank instead of 5
         "HWLOC_XMLFILE": "",  # or mpirun leaves files in /tmp when it is interrupted
         TERMINAL_VARIABLE: "1" if sys.stderr.isatty() else "",
     }
-    own = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
-    return defaults | own | START_HERE | _path_of_package() | {COMMAND_VARIABLE: shlex.join(command)}
+    not_own = ELSEWHERE if hosts is None else ELSEWHERE[:1]
+    own = {name: value for name, value in os.environ.items() if name not in not_own}
+    where = START_HERE if hosts is None else {"HYDRA_RMK": "user"}
+    return defaults | own | where | path_of_package() | {COMMAND_VARIABLE: shlex.join(command)}
 
 
-def _path_of_package() -> dict[str, str]:
+def path_of_package() -> dict[str, str]:
     """Ranks look for modules in the caller's folder no more (`python -P`), where this package may lie uninstalled."""
     root = str(Path(__file__).parents[2])
     if root in sys.path[1:]:

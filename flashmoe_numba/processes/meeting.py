@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from reference import Hosts
 from reference.arrays import Array
 
+from .machine import machine_name
 from .ownership import Owned
 
 T = TypeVar("T")
@@ -37,6 +39,7 @@ class Meeting(Owned):
     def __init__(self, comm: Any, setup_deadline_s: float) -> None:
         self.segments: list[Array] = []
         self.num_ranks = comm.size
+        self.hosts = Hosts.one(comm.size)
         self.rank_indices = range(comm.rank, comm.rank + 1)
         self._setup_deadline_s = setup_deadline_s
         self._comm, request = comm.Idup()  # its messages cannot meet the caller's
@@ -66,6 +69,9 @@ class Meeting(Owned):
             raise RuntimeError(f"another rank could not start: {failed[0]}")
         if different:
             raise ValueError(f"all ranks must be given the same: {'; '.join(different)}")
+
+    def segments_of(self, rank_idx: int) -> list[Array]:
+        return self.segments
 
     def together(self, step: Callable[[], T]) -> T:
         """What this rank's step returns; if it fails on any rank, raise on all as `agree` does."""
@@ -139,12 +145,6 @@ class Meeting(Owned):
 def argument_of(comm: Any) -> str:
     """What the user gave this communicator as, for messages."""
     return str(getattr(comm, "argument", "comm"))
-
-
-def machine_name() -> str:
-    """The same in all processes of this machine since it was started, and in no other's: containers are machines."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def wait_for(request: Any, deadline_s: float, check: Callable[[], None] = lambda: None) -> None:

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .machine import machine_name
+from .netmod import prefer_surviving
 
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 CONNECTION_VARIABLE = "PMI_FD"  # a socket to mpich's mpirun
 LAUNCHER_VARIABLES = (CONNECTION_VARIABLE, "PMI_PORT", "PMIX_NAMESPACE", "OMPI_COMM_WORLD_SIZE")
+VARIABLES = tuple(dict.fromkeys((*RANK_VARIABLES, *SIZE_VARIABLES, *LAUNCHER_VARIABLES)))  # that make a rank of us
 NOT_OF_MPICH = "OMPI_COMM_WORLD_RANK"
 SPLITTING_VARIABLES = ("MPIR_CVAR_NOLOCAL", "MPIR_CVAR_NUM_CLIQUES", "MPIR_CVAR_ODD_EVEN_CLIQUES")
 
@@ -57,10 +60,11 @@ def find_mpirun() -> str:
 
 
 def begin_mpi() -> Any:
-    """mpi4py's `MPI`, begun.
+    """mpi4py's `MPI`, begun, for calls from several threads.
 
     Raises:
-        UsageError: whoever set this rank's variables is not the mpirun of this MPI, or the ranks share no memory.
+        UsageError: whoever set this rank's variables is not the mpirun of this MPI, ranks of one machine share no
+            memory, or threads may not call this MPI.
     """
     import mpi4py
 
@@ -70,9 +74,10 @@ def begin_mpi() -> Any:
     vendor = MPI.get_vendor()[0]
     if not MPI.Is_initialized():
         _raise_if_strange(strange_variable(vendor), vendor)
+        prefer_surviving()
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
     _raise_if_strange(lonely_variable(MPI.COMM_WORLD.size), vendor)
-    _check_one_machine(MPI)
+    _check_machines(MPI)
     return MPI
 
 
@@ -129,11 +134,16 @@ def unless_left_over(num_ranks: int) -> str:
     return f"; {name} in the environment makes this a rank: unset it if left over" if num_ranks == 1 else ""
 
 
-def _check_one_machine(MPI: Any) -> None:
+def _check_machines(MPI: Any) -> None:
+    """That ranks share memory where they share a machine, and that messages may come from threads where they do not."""
     local = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
     num_local, num_ranks = local.size, MPI.COMM_WORLD.size
     local.Free()
-    if num_local != num_ranks:
+    names = MPI.COMM_WORLD.allgather(machine_name())
+    num_here = names.count(machine_name())
+    if num_local != num_here:
         blamed = [name for name in SPLITTING_VARIABLES if name in os.environ]
         cure = f": unset {', '.join(blamed)}" if blamed else ""
-        raise UsageError(f"all ranks must share one machine's memory, but only {num_local} of {num_ranks} do{cure}")
+        raise UsageError(f"all ranks of a machine must share its memory, but only {num_local} of {num_here} do{cure}")
+    if num_here != num_ranks and MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+        raise UsageError("ranks on several hosts need an MPI that threads may call: it does not give THREAD_MULTIPLE")

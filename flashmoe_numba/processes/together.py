@@ -1,8 +1,8 @@
 """What the processes of a benchmark do together: meet, collect results, and leave.
 
-Everything that waits here looks at words in shared memory and gives up after a deadline without progress, as the
-kernel does; MPI's own collectives wait without a limit. A rank that leaves because of an error says so in its word, and
-the others stop at once.
+Everything that waits here looks at the words of all ranks (words.py) and gives up after a deadline without progress, as
+the kernel does; MPI's own collectives wait without a limit. A rank that leaves because of an error says so in its word,
+and the others stop at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,12 +21,13 @@ import numpy as np
 
 from ..errors import FlashMoEError
 from .launch import TERMINAL_VARIABLE, answer_ctrl_c, tell_begun
+from .machine import machine_name
 from .meeting import SETUP_DEADLINE_S, unlink_startup_segment, wait_for
 from .mpi_environment import begin_mpi
 from .shared_memory import Shortage
+from .words import make_words
 
-MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank, on a cache line of its own
-LINE_WORDS = 8
+MEETINGS, STARTS, START_NS, PROGRESS, LEFT = range(5)  # words of a rank
 GAVE_UP, FAILED = 1, 2  # values of LEFT: another rank is to blame, or this one
 SPINS = 20
 NAP_S = 5e-4
@@ -37,6 +39,7 @@ class LocalRanks:
     """One process, whatever ranks it holds: nobody to wait for."""
 
     rank_idx, num_ranks, comm = 0, 1, None
+    num_ranks_here, machines = 1, (0,)
 
     def meet(self, what: str) -> None:
         """Nothing to wait for."""
@@ -52,24 +55,27 @@ class LocalRanks:
 
 
 class MpiRanks:
-    """The ranks of MPI's COMM_WORLD, all on one machine.
+    """The ranks of MPI's COMM_WORLD, on one machine or on several.
+
+    Attributes:
+        num_ranks_here: those that share this rank's machine.
+        machines: the lowest rank of each machine.
 
     Args:
         deadline_s: a wait fails when no rank has made progress for this long. The first meeting may take longer.
     """
 
     def __init__(self, deadline_s: float) -> None:
-        MPI = begin_mpi()
-        self.comm = MPI.COMM_WORLD
+        self.comm = begin_mpi().COMM_WORLD
         self.rank_idx, self.num_ranks = self.comm.rank, self.comm.size
         self._deadline_s = SETUP_DEADLINE_S
-        num_bytes = 8 * LINE_WORDS * self.num_ranks if self.rank_idx == 0 else 0
-        self._window = MPI.Win.Allocate_shared(num_bytes, 1, comm=self.comm)
-        self._words = np.frombuffer(self._window.Shared_query(0)[0], np.int64).reshape(self.num_ranks, LINE_WORDS)
-        self._mine = self._words[self.rank_idx]
-        self._mine[:] = 0
-        self._finish(self.comm.Ibarrier(), "at the start")
-        if self.rank_idx == 0:
+        names = self.comm.allgather(machine_name())
+        self.num_ranks_here = names.count(machine_name())
+        self.machines = tuple(sorted({names.index(name) for name in names}))
+        self._line = make_words(self.comm, one_machine=len(self.machines) == 1)
+        self._words, self._mine = self._line.all, self._line.mine
+        self._finish(self.comm.Ibarrier, "at the start")
+        if self.rank_idx in self.machines:
             unlink_startup_segment()
         tell_begun()
         answer_ctrl_c()
@@ -77,6 +83,8 @@ class MpiRanks:
 
     def meet(self, what: str) -> None:
         """Wait until all ranks are here, then return on all of them at the same moment, about 2 ms later.
+
+        On several machines, whose clocks differ, each returns when it hears that all are here.
 
         Args:
             what: for the message, for instance "before call 3".
@@ -86,14 +94,17 @@ class MpiRanks:
         """
         number = int(self._mine[MEETINGS]) + 1
         self._mine[MEETINGS] = number
+        self._line.tell()
         self._wait(lambda: bool((self._words[:, MEETINGS] >= number).all()), what)
         first = self._words[0]
         if self.rank_idx == 0:
             first[START_NS] = time.monotonic_ns() + HEADSTART_NS
             first[STARTS] = number
+            self._line.tell()
         self._wait(lambda: bool(first[STARTS] >= number), what)
         self._deadline_s = self._call_deadline_s
-        time.sleep(max(0, int(first[START_NS]) - time.monotonic_ns()) * 1e-9)
+        if self._line.one_clock:
+            time.sleep(max(0, int(first[START_NS]) - time.monotonic_ns()) * 1e-9)
 
     def note_progress(self) -> None:
         """Tell those who wait that this rank is at work."""
@@ -104,10 +115,11 @@ class MpiRanks:
         self.meet("before the results are collected")
         data = np.frombuffer(pickle.dumps(value), np.uint8)
         sizes = np.empty(self.num_ranks, np.int64)
-        self._finish(self.comm.Iallgather(np.array([data.size]), sizes), "while the results are collected")
+        collected = "while the results are collected"
+        self._finish(lambda: self.comm.Iallgather(np.array([data.size]), sizes), collected)
         everything = np.empty(sizes.sum() if self.rank_idx == 0 else 0, np.uint8)
         target = (everything, sizes) if self.rank_idx == 0 else None
-        self._finish(self.comm.Igatherv(data, target), "while the results are collected")
+        self._finish(lambda: self.comm.Igatherv(data, target), collected)
         if self.rank_idx != 0:
             return None
         ends = np.cumsum(sizes)
@@ -116,12 +128,13 @@ class MpiRanks:
     def agree(self, code: int) -> int:
         """Rank 0's `code`, on all ranks; waits for it without a limit, because rank 0 may have much to compute."""
         word = np.array([code])
-        wait_for(self.comm.Ibcast(word), math.inf)
+        self._finish(lambda: self.comm.Ibcast(word), "while rank 0 looks at the results", math.inf)
         return int(word[0])
 
     def abandon(self, error: BaseException) -> NoReturn:
         """Say why this rank goes, let the others say what they waited for, and end all of them."""
         self._mine[LEFT] = GAVE_UP if isinstance(error, FlashMoEError) else FAILED
+        self._line.tell()
         if isinstance(error, KeyboardInterrupt):
             self._end("interrupted" if self.rank_idx == 0 else "", 130)
         if isinstance(error, FlashMoEError):
@@ -137,24 +150,39 @@ class MpiRanks:
             os.write(2, f"{over}flashmoe: {message}\n".encode())  # at once, so that ranks do not cut each other's lines
         sys.stdout.flush()
         time.sleep(LAST_WORDS_S)
-        self.comm.Abort(code)
-        raise SystemExit(code)  # not reached
+        threading.Thread(target=self.comm.Abort, args=(code,), daemon=True).start()
+        time.sleep(LAST_WORDS_S)
+        os._exit(code)  # without MPI, which a lost rank may hold up
 
-    def _finish(self, request: Any, what: str) -> None:
-        self._wait(request.Test, what)
+    def _finish(self, begin: Callable[[], Any], what: str, deadline_s: float | None = None) -> None:
+        """Wait for a collective that `begin` begins: in a thread, as a lost rank may hold up a call of MPI for ever."""
+        failed: list[Exception] = []
 
-    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        def work() -> None:
+            try:
+                wait_for(begin(), math.inf)
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work, name="flashmoe collective", daemon=True)
+        thread.start()
+        self._wait(lambda: not thread.is_alive(), what, deadline_s)
+        if failed:
+            raise failed[0]
+
+    def _wait(self, done: Callable[[], bool], what: str, deadline_s: float | None = None) -> None:
         attempt, since, seen = 0, time.monotonic(), -1
+        limit_s = self._deadline_s if deadline_s is None else deadline_s
         while not done():
             self._raise_if_left(what)
             progress = int(self._words[:, : PROGRESS + 1].sum())
             if progress != seen:
                 since, seen = time.monotonic(), progress
-            elif time.monotonic() - since > self._deadline_s:
-                silence = f"no rank made progress for {self._deadline_s:g} s"
+            elif time.monotonic() - since > limit_s:
+                silence = f"no rank made progress for {limit_s:g} s"
                 raise FlashMoEError(f"rank {self.rank_idx} gave up {what}, {self._missing()}: {silence}")
             attempt += 1
-            time.sleep(NAP_S if attempt > SPINS else 0)
+            self._line.nap(NAP_S if attempt > SPINS else 0)
 
     def _raise_if_left(self, what: str) -> None:
         for rank, left in enumerate(self._words[:, LEFT].tolist()):

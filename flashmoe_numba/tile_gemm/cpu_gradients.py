@@ -1,8 +1,9 @@
 """The backward's verbs on CPUs (gradients.py): registers the overloads.
 
 A hidden gradient is the tile GEMM's product, and behind it loops over a row that are vectorised. A weight gradient is
-the micro-kernel of `fma` for every element type: up to DEPTH_BLOCK rows are copied (and converted), those of the left
-side transposed, those of the right side as a panel, and sums resume from where they lie in memory.
+a micro-kernel of `fma` for every element type: up to DEPTH_BLOCK rows are copied (and converted), those of the left
+side as they are, which are columns to the micro-kernel, those of the right side as panels, and sums resume from where
+they lie in memory.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from .cpu_activations import activate, activate_slope
 from .forms import CLAMP, SOFTCAP
 from .gradients import GRADIENT_COLUMNS, GRADIENT_ROWS
 from .lanes.derivatives import bounded_slopes, soft_capped_slopes
-from .micro_kernel import DEPTH_BLOCK, MICRO_ROWS, ROW_STRIDE, fma_kernel
+from .micro_kernel import DEPTH_BLOCK, LINE_BYTES, MICRO_ROWS, drain_stores, outer_kernel, outer_stream
 
-LINES = 128  # of the copy, that rows are spread over at a time
 # In `scratch.sums`, behind the panels: of more room in `scratch.rows` the tile GEMM would make use, to no good.
+STREAM_BYTES = 1 << 24
 LEFT_AT = GRADIENT_COLUMNS * DEPTH_BLOCK  # the left side's copy
-EDGE_AT = LEFT_AT + GRADIENT_ROWS * ROW_STRIDE  # sums of a panel that is not full
+EDGE_AT = LEFT_AT + GRADIENT_ROWS * DEPTH_BLOCK  # sums of a panel that is not full
 ROW_BUFFERS = 4  # behind the sums of a tile: as many columns each
 
 _row_of, _at_most = jit(of_rows.row_of), jit(forms.at_most)
@@ -162,41 +163,60 @@ def _store_product(out, out_at, sums, at, other, columns):
 @overload(gradients.weight_gradient, target="cpu", jit_options=PART_OPTIONS)
 def _weight_gradient(
     out, out_at, out_stride, left, left_stride, left_at, num_left,
-    right, right_stride, right_at, num_right, runs, scratch,
+    right, right_stride, right_at, num_right, runs, fresh, scratch,
 ):  # fmt: skip
     width = panel_width(np.dtype(np.float64 if out.dtype == types.float64 else np.float32))
 
     def meaning(
         out, out_at, out_stride, left, left_stride, left_at, num_left,
-        right, right_stride, right_at, num_right, runs, scratch,
+        right, right_stride, right_at, num_right, runs, fresh, scratch,
     ):  # fmt: skip
-        filled = 0
+        filled, first = 0, fresh
+        streams = fresh and _can_stream(out, out_at, out_stride, width) and _num_rows(runs) <= DEPTH_BLOCK
         for q in range(runs.number):
             run = runs.at + q * runs.step
             row, end = runs.first[run], runs.first[run] + runs.rows[run]
             while row < end:
                 rows = min(end - row, DEPTH_BLOCK - filled)
                 left_first, right_first = row * left_stride + left_at, row * right_stride + right_at
-                _copy_across(scratch.sums, LEFT_AT + filled, left, left_first, left_stride, rows, num_left)
+                _copy_rows(
+                    scratch.sums, LEFT_AT + filled * GRADIENT_ROWS, left, left_first, left_stride, rows, num_left
+                )
                 _copy_panels(scratch.sums, filled, width, right, right_first, right_stride, rows, num_right)
                 row += rows
                 filled += rows
                 if filled == DEPTH_BLOCK:
-                    _add_block(out, out_at, out_stride, num_left, num_right, filled, width, scratch)
-                    filled = 0
+                    _add_block(out, out_at, out_stride, num_left, num_right, filled, width, first, streams, scratch)
+                    filled, first = 0, False
         if filled > 0:
-            _add_block(out, out_at, out_stride, num_left, num_right, filled, width, scratch)
+            _add_block(out, out_at, out_stride, num_left, num_right, filled, width, first, streams, scratch)
+        if streams:
+            drain_stores()
 
     return meaning
 
 
 @jit
-def _copy_across(copy, at, source, source_at, stride, rows, columns):
-    """Rows become columns of the copy, from `at` on; its rows are `ROW_STRIDE` apart."""
-    for first in range(0, columns, LINES):
-        for r in range(rows):
-            for c in range(first, min(first + LINES, columns)):
-                store(copy, at + c * ROW_STRIDE + r, load(source, source_at + r * stride + c))
+def _can_stream(out, at, stride, width):
+    """Panels are whole lines, of an array that no cache would hold until it is read."""
+    starts = out.ctypes.data + at * out.itemsize, stride * out.itemsize, width * out.itemsize
+    in_lines = starts[0] % LINE_BYTES == 0 and starts[1] % LINE_BYTES == 0 and starts[2] % LINE_BYTES == 0
+    return in_lines and out.nbytes >= STREAM_BYTES
+
+
+@jit
+def _num_rows(runs):
+    total = 0
+    for q in range(runs.number):
+        total += runs.rows[runs.at + q * runs.step]
+    return total
+
+
+@jit
+def _copy_rows(copy, at, source, source_at, stride, rows, columns):
+    """Rows of the copy are `GRADIENT_ROWS` apart."""
+    for r in range(rows):
+        _load_row(copy, at + r * GRADIENT_ROWS, source, source_at + r * stride, columns)
 
 
 @jit
@@ -211,22 +231,25 @@ def _copy_panels(copy, filled, width, source, source_at, stride, rows, columns):
 
 
 @jit
-def _add_block(out, out_at, out_stride, num_left, num_right, rows, width, scratch):
-    """The products of the copied rows; rows of `out` one after the other, as they are read from memory."""
+def _add_block(out, out_at, out_stride, num_left, num_right, rows, width, first, streams, scratch):
+    """The products of the copied rows, to 0 if they are the first; rows of `out` one after the other, as they are read
+    from memory. Sums that nobody adds to are streamed: a store that is not has its line read first.
+    """
     for group in range(0, num_left, MICRO_ROWS):
+        height, left_at = min(MICRO_ROWS, num_left - group), LEFT_AT + group
         for panel in range((num_right + width - 1) // width):
-            columns = min(width, num_right - panel * width)
-            height, at = min(MICRO_ROWS, num_left - group), out_at + group * out_stride + panel * width
-            sums, sums_at, stride = out, at, out_stride
+            columns, panel_at = min(width, num_right - panel * width), panel * width * DEPTH_BLOCK
+            at = out_at + group * out_stride + panel * width
             if columns < width:
-                sums, sums_at, stride = scratch.sums, EDGE_AT, width
-                _copy_block(sums, sums_at, stride, out, at, out_stride, height, columns)
-            fma_kernel(
-                scratch.sums, LEFT_AT + group * ROW_STRIDE, height, scratch.sums, panel * width * DEPTH_BLOCK, rows,
-                sums, sums_at, stride, False,
-            )  # fmt: skip
-            if columns < width:
-                _copy_block(out, at, out_stride, sums, sums_at, stride, height, columns)
+                _copy_block(scratch.sums, EDGE_AT, width, out, at, out_stride, height, columns)
+                outer_kernel(
+                    scratch.sums, left_at, height, scratch.sums, panel_at, rows, scratch.sums, EDGE_AT, width, first
+                )
+                _copy_block(out, at, out_stride, scratch.sums, EDGE_AT, width, height, columns)
+            elif streams and height == MICRO_ROWS:
+                outer_stream(scratch.sums, left_at, height, scratch.sums, panel_at, rows, out, at, out_stride, first)
+            else:
+                outer_kernel(scratch.sums, left_at, height, scratch.sums, panel_at, rows, out, at, out_stride, first)
 
 
 @jit

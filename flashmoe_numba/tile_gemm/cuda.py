@@ -40,15 +40,15 @@ def _hidden_gradient(kept, out, active, dots, factors, parts, a, rows, matrices,
 @overload(weight_gradient)
 def _weight_gradient(
     out, out_at, out_stride, left, left_stride, left_at, num_left,
-    right, right_stride, right_at, num_right, runs, scratch,
+    right, right_stride, right_at, num_right, runs, fresh, scratch,
 ):  # fmt: skip
     def meaning(
         out, out_at, out_stride, left, left_stride, left_at, num_left,
-        right, right_stride, right_at, num_right, runs, scratch,
+        right, right_stride, right_at, num_right, runs, fresh, scratch,
     ):  # fmt: skip
         add_outer_products(
             out, out_at, out_stride, left, left_stride, left_at, num_left,
-            right, right_stride, right_at, num_right, runs, scratch,
+            right, right_stride, right_at, num_right, runs, fresh, scratch,
         )  # fmt: skip
 
     return meaning

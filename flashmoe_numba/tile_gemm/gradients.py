@@ -70,12 +70,12 @@ def hidden_gradient(kept, out, active, dots, factors, parts, a, rows, matrices, 
 
 def weight_gradient(
     out, out_at, out_stride, left, left_stride, left_at, num_left,
-    right, right_stride, right_at, num_right, runs, scratch,
+    right, right_stride, right_at, num_right, runs, fresh, scratch,
 ):  # fmt: skip
     """Add left.T @ right over some rows: out[i, j] += sum of left[r, i] * right[r, j], a block of it.
 
-    Each sum is one chain of multiply-adds that begins with what `out` holds, in the order of the rows: its bits depend
-    neither on the block, nor on where runs, or calls, end.
+    Each sum is one chain of multiply-adds that begins with what `out` holds, or with 0, in the order of the rows: its
+    bits depend neither on the block, nor on where runs, or calls, end.
 
     Args:
         out, out_at, out_stride: accumulator; element (i, j) is `out[out_at + i * out_stride + j]`.
@@ -84,12 +84,13 @@ def weight_gradient(
         right, right_stride, right_at: likewise.
         num_right: at most GRADIENT_COLUMNS.
         runs: the rows, as `Runs`.
+        fresh: do sums begin with 0, whatever `out` holds? Then there is a row.
         scratch: the block's `Scratch`.
     """
     for i in range((verbs.lane() + 1) % verbs.lanes(), num_left, verbs.lanes()):
         fibers.preempt()
         at = out_at + i * out_stride
-        sums = np.array(out[at : at + num_right])
+        sums = np.zeros(num_right, out.dtype) if fresh else np.array(out[at : at + num_right])
         with np.errstate(over="ignore", invalid="ignore"):
             for q in range(runs.number):
                 run = runs.at + q * runs.step

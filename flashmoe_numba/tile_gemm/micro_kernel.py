@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 from llvmlite import binding, ir
@@ -14,6 +15,7 @@ from numba.extending import intrinsic
 
 from ..device.cpu import bfloat_to_float, element_pointer, half_to_float
 from .arithmetic import by_instruction, has_fused, target_features
+from .gradients import GRADIENT_ROWS
 from .panels import TILE_WORDS
 
 VECTOR_BYTES = 64 if "+avx512f" in target_features() else 32 if "+avx2" in target_features() else 16
@@ -23,6 +25,7 @@ FUSED = has_fused()
 DEPTH_BLOCK = 256
 ROW_STRIDE = DEPTH_BLOCK + 16  # a power of two would put all rows of a group into one cache set
 binding.initialize_native_asmparser()  # Numba has only what prints assembly, and some instructions are written in it
+LINE_BYTES = 64  # of a cache
 ODD, EVEN = "odd", "even"  # halves of a word of two bfloat16, the high one and the low one
 
 
@@ -81,16 +84,16 @@ class _Operands(NamedTuple):
 # Steps: (builder, operands, height, k, sums) -> all sums after the products from depth index (or word) k on.
 
 
-def _fma_step(builder, o, height, k, sums):
+def _fma_step(builder, o, height, k, sums, row_stride=ROW_STRIDE, depth_stride=1):
     count, word = o.vector.count, ir.IntType(64)
     panel_at = builder.mul(k, word(count * MICRO_VECTORS))
     b = [
         _weight_vector(builder, o.weights, builder.add(panel_at, word(v * count)), o.weight_type, o.vector)
         for v in range(MICRO_VECTORS)
     ]
-    found = []
+    found, rows_at = [], builder.mul(k, word(depth_stride))
     for m in range(height):
-        a = _broadcast(builder, o.rows, builder.add(k, word(m * ROW_STRIDE)), o.vector)
+        a = _broadcast(builder, o.rows, builder.add(rows_at, word(m * row_stride)), o.vector)
         found += [_multiply_add(builder, a, b[v], sums[m * MICRO_VECTORS + v]) for v in range(MICRO_VECTORS)]
     return found
 
@@ -200,7 +203,7 @@ def _first_sums(builder, o, height, cells):
     return [_phi(builder, {start: _zero(o), resume: value}) for value in partial]
 
 
-def _emit_kernel(builder, o, height, step, stride, end):
+def _emit_kernel(builder, o, height, step, stride, end, streams):
     """sums[height, panel] (+)= rows[height, depth] @ weights[depth, panel], all sums in registers; then to `end`."""
     word, count = ir.IntType(64), o.vector.count
 
@@ -212,15 +215,31 @@ def _emit_kernel(builder, o, height, step, stride, end):
     sums = _emit_loop(builder, height, o.depth, stride, sums, lambda k, sums: step(builder, o, height, k, sums))
     for offset, value in zip(cells(), sums, strict=True):
         address = builder.bitcast(builder.gep(o.sums, [offset]), o.vector.as_pointer())
-        builder.store(value, address, align=o.item_bytes)
+        stored = builder.store(value, address, align=VECTOR_BYTES if streams else o.item_bytes)
+        if streams:
+            stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
     builder.branch(end)
 
 
-def _make_micro_kernel(step, stride=1):
+@intrinsic
+def drain_stores(typing):
+    """What was streamed is seen before what this thread stores from now on."""
+
+    def codegen(context, builder, sig, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _make_micro_kernel(step, stride=1, least_height=1, streams=False):
     """An intrinsic with a loop for each height: sums[height, panel] (+)= rows[height, depth] @ weights[depth, panel].
 
     Args:
         step, stride: what one turn of the loop does, and how many depth indices (or words) it takes.
+        least_height: of the heights that it has, up to MICRO_ROWS.
+        streams: are sums stored past the caches? They lie at multiples of LINE_BYTES then, and others see them after
+            `drain_stores`.
     """
 
     @intrinsic
@@ -243,11 +262,11 @@ def _make_micro_kernel(step, stride=1):
             )
             end = builder.append_basic_block("end")
             switch = builder.switch(args[2], end)
-            for height in range(1, MICRO_ROWS + 1):
+            for height in range(least_height, MICRO_ROWS + 1):
                 case = builder.append_basic_block(f"height_{height}")
                 switch.add_case(height, case)
                 builder.position_at_end(case)
-                _emit_kernel(builder, operands, height, step, stride, end)
+                _emit_kernel(builder, operands, height, step, stride, end, streams)
             builder.position_at_end(end)
             return context.get_dummy_value()
 
@@ -257,5 +276,8 @@ def _make_micro_kernel(step, stride=1):
 
 
 fma_kernel = _make_micro_kernel(_fma_step)
+_outer_step = partial(_fma_step, row_stride=1, depth_stride=GRADIENT_ROWS)
+outer_kernel = _make_micro_kernel(_outer_step)  # of rows that are columns: k of row m lies at k * GRADIENT_ROWS + m
+outer_stream = _make_micro_kernel(_outer_step, least_height=MICRO_ROWS, streams=True)
 pair_kernel = _make_micro_kernel(_pair_instruction if by_instruction("pairs") else _pair_step)
 tile_kernel = _make_micro_kernel(_tile_step, TILE_WORDS)

@@ -14,7 +14,7 @@ from children import printed
 
 from flashmoe_numba import FlashMoE, FlashMoEError, cli
 from flashmoe_numba.processes import launch, mpi_environment
-from reference import ACTIVATIONS, Layout, Weights, load_preset, make_plan, make_workload
+from reference import ACTIVATIONS, Hosts, Layout, Weights, load_preset, make_plan, make_workload
 
 TINY = ["run", "--preset", "laptop-tiny", "--threads", "--iterations", "2"]
 ISSUE_KEYS = {
@@ -325,6 +325,18 @@ def test_importing_the_command_line_is_cheap():
     costly = ["numpy", "numba", "mpi4py", "matplotlib", "greenlet", "tqdm", "threadpoolctl"]
     program = "import sys, flashmoe_numba.cli; print(*sorted(set(sys.modules) & set(sys.argv[1:])))"
     assert printed("-c", program, *costly).strip() == ""
+
+
+def test_plan_of_ranks_on_several_hosts(capsys):
+    flags = ["--preset", "laptop-tiny", "--ranks", "4", "--save", "nothing"]
+    assert cli.main(["plan", *flags, "--ranks-per-host", "2"]) == 0
+    text = capsys.readouterr().out
+    plan = make_plan(load_preset("laptop-tiny", num_ranks=4), save="nothing", hosts=Hosts.even(4, 2))
+    assert f"{plan.max_puts:,} in a call at most" in text and plan.max_puts > 0 and "segment: stage" in text
+    assert cli.main(["plan", *flags, "--ranks-per-host", "4"]) == 0
+    assert "puts" not in (one := capsys.readouterr().out) and "stage" not in one
+    assert cli.main(["plan", *flags, "--ranks-per-host", "0"]) == 2
+    assert "argument --ranks-per-host: " in capsys.readouterr().err
 
 
 def test_plan_counts_all_ranks(capsys):

@@ -99,7 +99,7 @@ def test_the_python_of_ranks_imports_nothing_from_the_current_folder(folder, mon
     assert cli.main(["run", "--preset", "laptop-tiny", "--ranks", "2"]) == 0
     by_hand = [sys.executable, "-m", "flashmoe_numba"]
     for command in (by_hand, commands[0][: commands[0].index("run")]):
-        environment = os.environ | launch._path_of_package()
+        environment = os.environ | launch.path_of_package()
         plan = [*command, "plan", "--preset", "laptop-tiny", "--json", "-"]
         done = subprocess.run(plan, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -116,6 +116,6 @@ def test_workers_import_nothing_from_the_current_folder(folder, monkeypatch):
 def test_an_uninstalled_package_is_found_by_ranks(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.setattr(sys, "path", ["", "/elsewhere", str(ROOT)])
-    assert launch._path_of_package() == {}
+    assert launch.path_of_package() == {}
     monkeypatch.setattr(sys, "path", [str(ROOT), "/elsewhere"])
-    assert launch._path_of_package() == {"PYTHONPATH": f"/elsewhere{os.pathsep}{ROOT}"}
+    assert launch.path_of_package() == {"PYTHONPATH": f"/elsewhere{os.pathsep}{ROOT}"}

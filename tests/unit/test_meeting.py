@@ -12,7 +12,8 @@ from cases import tiny_config
 from children import printed
 from fake_comm import Comm
 
-from flashmoe_numba.processes.meeting import Meeting, machine_name
+from flashmoe_numba.processes.machine import machine_name
+from flashmoe_numba.processes.meeting import Meeting
 
 
 def errors_of(steps):
@@ -88,7 +89,7 @@ def test_ranks_on_several_machines_are_told_so(monkeypatch, elsewhere, said, arg
 
 
 def test_a_machine_has_one_name():
-    elsewhere = printed("-c", "from flashmoe_numba.processes.meeting import *; print(machine_name())")
+    elsewhere = printed("-c", "from flashmoe_numba.processes.machine import machine_name; print(machine_name())")
     assert elsewhere.strip() == machine_name().strip() and machine_name().startswith(platform.node())
 
 

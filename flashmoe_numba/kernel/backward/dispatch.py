@@ -9,6 +9,7 @@ from ..gate import open_gate
 from ..peers import again_room, factor_room, packet_room, tell_packet
 from ..queue import GATES_DONE, counter
 from ..sizes import num_token_blocks
+from ..wire import first_row
 
 
 @jit
@@ -21,9 +22,8 @@ def reopen_gate(p, tokens, queue):
 
 @jit
 def dispatch(p, tokens, segments, experts, back, owner, expert):
-    """Put one packet into its owner's segment and signal it, also when it is empty."""
-    e = owner * p.experts_per_rank + expert
-    packet = p.rank_idx * p.experts_per_rank + expert
+    """Write one packet for its owner and tell it, also when it is empty."""
+    e, first_slot = owner * p.experts_per_rank + expert, first_row(p, segments, owner, expert)
     room, factors = packet_room(p, segments, owner), factor_room(p, segments, owner)
     again = again_room(p, segments, owner)
     for b in range(num_token_blocks(p)):
@@ -31,7 +31,7 @@ def dispatch(p, tokens, segments, experts, back, owner, expert):
         slot = tokens.bases[i]
         first = b * p.token_block * p.num_topk + tokens.starts[i]
         for place in range(first, first + min(tokens.counts[i], p.slots - slot)):
-            pair, row = tokens.order[place], packet * p.slots + slot
+            pair, row = tokens.order[place], first_slot + slot
             copy_row(room, row * p.hidden, back.dy, pair // p.num_topk * p.hidden, p.hidden)
             if p.resends:
                 copy_token(p, again, row * p.hidden, tokens, pair)
@@ -40,7 +40,7 @@ def dispatch(p, tokens, segments, experts, back, owner, expert):
             slot += 1
     block_sync()
     if lane() == 0:
-        tell_packet(p, segments, owner, packet, tokens.sent[e])
+        tell_packet(p, segments, owner, expert, tokens.sent[e])
 
 
 @jit

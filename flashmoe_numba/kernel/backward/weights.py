@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashmoe_numba.device import block_sync, jit, lane, lanes, load
+from flashmoe_numba.device import jit, lane, lanes, load
 from flashmoe_numba.tile_gemm import GRADIENT_COLUMNS, GRADIENT_ROWS, Runs, weight_gradient
 
 from ..router_gradient import scale_gradient
@@ -61,23 +61,13 @@ def all_tokens(back):
 
 @jit
 def add_tile(out, first_row, left, num_left, right, num_right, task, runs, scratch, fresh):
-    """Tile (m, n) of left.T @ right, added to rows from `first_row` on of an array `[.., num_right]`."""
+    """Tile (m, n) of left.T @ right, added to rows from `first_row` on of an array `[.., num_right]`, or stored."""
     row, column = task.m * GRADIENT_ROWS, task.n * GRADIENT_COLUMNS
-    at, rows = (first_row + row) * num_right + column, min(GRADIENT_ROWS, num_left - row)
-    if fresh:
-        touch_rows(out, at, num_right, rows)
     weight_gradient(
-        out, at, num_right, left, num_left, row, rows,
-        right, num_right, column, min(GRADIENT_COLUMNS, num_right - column), runs, scratch,
+        out, (first_row + row) * num_right + column, num_right,
+        left, num_left, row, min(GRADIENT_ROWS, num_left - row),
+        right, num_right, column, min(GRADIENT_COLUMNS, num_right - column), runs, fresh, scratch,
     )  # fmt: skip
-
-
-@jit
-def touch_rows(out, at, stride, rows):
-    """Write a zero where there is one: a page that is read first is given twice, and all threads wait for it."""
-    for r in range(lane(), rows, lanes()):
-        out[at + r * stride] = 0
-    block_sync()
 
 
 @jit

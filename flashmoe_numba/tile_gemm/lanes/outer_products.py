@@ -1,5 +1,5 @@
 """Sums of outer products by multiply-adds of single lanes, in the passes of products.py: what is the depth there are
-rows here, and sums begin with what there is.
+rows here, and sums begin with what there is, or with 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flashmoe_numba.tile_gemm.matrices import (
 @jit
 def add_outer_products(
     out, out_at, out_stride, left, left_stride, left_at, num_left,
-    right, right_stride, right_at, num_right, runs, scratch,
+    right, right_stride, right_at, num_right, runs, fresh, scratch,
 ):  # fmt: skip
     """`gradients.weight_gradient`."""
     for i in range(0, num_left, PASS_ROWS):
@@ -29,14 +29,14 @@ def add_outer_products(
                     out, out_at + i * out_stride + j, out_stride,
                     left, left_stride, left_at + i, min(PASS_ROWS, num_left - i),
                     right, right_stride, right_at + j, min(PASS_COLUMNS, num_right - j),
-                    runs, scratch.rows, skip + lane(),
+                    runs, fresh, scratch.rows, skip + lane(),
                 )  # fmt: skip
 
 
 @jit
 def outer_pass(
     out, out_at, out_stride, left, left_stride, left_at, num_left,
-    right, right_stride, right_at, num_right, runs, staged, virtual_lane,
+    right, right_stride, right_at, num_right, runs, fresh, staged, virtual_lane,
 ):  # fmt: skip
     """The sums of one lane: rows and columns of `out` CELLS apart from those of its neighbours."""
     cells = local_array(out)
@@ -44,7 +44,7 @@ def outer_pass(
     for i in range(CELLS):
         for j in range(CELLS):
             r, c = row + i * (PASS_ROWS // CELLS), column + j * LANES_ACROSS
-            if r < num_left and c < num_right:
+            if not fresh and r < num_left and c < num_right:
                 cells[i * CELLS + j] = out[out_at + r * out_stride + c]
     for q in range(runs.number):
         run = runs.at + q * runs.step

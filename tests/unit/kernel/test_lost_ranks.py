@@ -29,17 +29,24 @@ def world():
     return make_trial(NUM_RANKS, num_calls=10, deadline_s=DEADLINE_S)
 
 
+@pytest.fixture(scope="module")
+def world_of_backwards():
+    return make_trial(NUM_RANKS, num_calls=10, deadline_s=DEADLINE_S, save="rows+up")
+
+
+@pytest.mark.parametrize("calls", ["world", "world_of_backwards"])
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name != "none"])
-def test_every_rank_has_the_right_results_or_an_error_with_a_name(fault, world):
+def test_every_rank_has_the_right_results_or_an_error_with_a_name(fault, calls, request):
     for seed in range(NUM_RUNS):
-        verdict = lose_one(world, FAULTS[fault], np.random.default_rng(seed), ANY_TIME_S)
+        verdict = lose_one(request.getfixturevalue(calls), FAULTS[fault], np.random.default_rng(seed), ANY_TIME_S)
         assert verdict.problems == [], "\n".join(verdict.problems)
         assert verdict.right + verdict.named + len(verdict.other) >= NUM_RANKS - 2
         assert set(verdict.fell) <= set(PLACES)
 
 
-def test_ranks_that_nobody_disturbs_are_right_and_nothing_is_left():
-    with running(make_trial(NUM_RANKS, num_calls=10, deadline_s=60), np.random.default_rng(0)) as run:
+@pytest.mark.parametrize("save", [None, "nothing"])
+def test_ranks_that_nobody_disturbs_are_right_and_nothing_is_left(save):
+    with running(make_trial(NUM_RANKS, num_calls=10, deadline_s=60, save=save), np.random.default_rng(0)) as run:
         run.wait_for_all()
         assert [run.memory.place(rank) for rank in range(NUM_RANKS)] == [AFTER] * NUM_RANKS
     for pid in run.pids:

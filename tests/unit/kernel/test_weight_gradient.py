@@ -19,9 +19,12 @@ from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.cpu import JIT_OPTIONS
 from flashmoe_numba.device.fibers import Scheduler
 from flashmoe_numba.device.storage import as_storage
+from flashmoe_numba.heap.host import HostMemory
 from flashmoe_numba.tile_gemm import GRADIENT_COLUMNS, GRADIENT_ROWS, Runs, Scratch, weight_gradient
+from flashmoe_numba.tile_gemm.cpu import panel_width
+from flashmoe_numba.tile_gemm.cpu_gradients import STREAM_BYTES
 from flashmoe_numba.tile_gemm.matrices import STAGE_ELEMENTS, SUMS_ELEMENTS
-from flashmoe_numba.tile_gemm.micro_kernel import DEPTH_BLOCK, FUSED
+from flashmoe_numba.tile_gemm.micro_kernel import DEPTH_BLOCK, FUSED, MICRO_ROWS, VECTOR_BYTES
 from reference import MoEConfig, element_dtype
 from reference.formats import FORMATS
 
@@ -31,11 +34,11 @@ SENTINEL = 77
 
 def add(
     out, out_at, out_stride, left, left_stride, left_at, num_left,
-    right, right_stride, right_at, num_right, runs, scratch,
+    right, right_stride, right_at, num_right, runs, fresh, scratch,
 ):  # fmt: skip
     weight_gradient(
         out, out_at, out_stride, left, left_stride, left_at, num_left,
-        right, right_stride, right_at, num_right, runs, scratch,
+        right, right_stride, right_at, num_right, runs, fresh, scratch,
     )  # fmt: skip
 
 
@@ -73,12 +76,15 @@ def function_of(target):
     return partial(on_fibers, interpreted("flashmoe_numba.tile_gemm.lanes").add_outer_products, 128)
 
 
-def gradient(target, begin, left, right, runs, block=(GRADIENT_ROWS, GRADIENT_COLUMNS), place=lambda array: array):
+def gradient(
+    target, begin, left, right, runs, block=(GRADIENT_ROWS, GRADIENT_COLUMNS), place=lambda array: array, fresh=False
+):
     """`begin` plus left.T @ right over the rows of each of `runs`, a call for each; in larger arrays, in blocks.
 
     Args:
         begin: accumulator `[num_left, num_right]`.
         left, right: elements or accumulator, `[rows, num_left]` and `[rows, num_right]`.
+        fresh: does the first call begin with 0?
         runs: lists of (first row, number of rows).
     """
     function, scratch = function_of(target), Scratch(*map(place, make_scratch(target, begin.dtype)))
@@ -88,7 +94,7 @@ def gradient(target, begin, left, right, runs, block=(GRADIENT_ROWS, GRADIENT_CO
     out = place(out.reshape(-1)[: out.size - 1])  # the last row ends with the last element
     sides = [np.concatenate([np.full((len(side), 2), np.nan, side.dtype), side], axis=1) for side in (left, right)]
     sides = [place(as_storage(side)) for side in sides]
-    for of_call in runs:
+    for call, of_call in enumerate(runs):
         words = np.zeros(2 + 2 * len(of_call), np.int64)
         words[1 : 1 + 2 * len(of_call) : 2], words[2 : 2 + 2 * len(of_call) : 2] = np.reshape(of_call, (-1, 2)).T
         first, rows = place(words), place(words[1:].copy())  # run q at word 1 + 2 q of both
@@ -97,7 +103,7 @@ def gradient(target, begin, left, right, runs, block=(GRADIENT_ROWS, GRADIENT_CO
                 function(
                     out, (1 + i) * stride + 2 + j, stride, sides[0], num_left + 2, 2 + i, min(block[0], num_left - i),
                     sides[1], num_right + 2, 2 + j, min(block[1], num_right - j),
-                    Runs(first, rows, 1, 2, len(of_call)), scratch,
+                    Runs(first, rows, 1, 2, len(of_call)), fresh and call == 0, scratch,
                 )  # fmt: skip
     whole = np.append(out, begin.dtype.type(SENTINEL)).reshape(num_left + 1, stride)
     got = whole[1:, 2:-1].copy()
@@ -172,6 +178,40 @@ def test_no_rows_change_nothing(target):
     left[:], begin[2, 3] = np.nan, -0.0
     for runs in ([], [[]], [[(2, 0)]], [[(0, 0), (4, 0)]]):
         assert_same_bits(gradient(target, begin, left, right, runs), begin, f"{target}, {runs}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_fresh_sums_begin_with_zeros_whatever_there_is(target, dtype):
+    """In the first call, and in its first block of rows; panels full and not."""
+    deep = DEPTH_BLOCK + 3 if target == "cpu" else 9
+    for num_left, num_right, runs in ((5, 67, [[(1, 2)], [(0, 1), (3, 2)]]), (13, 32, [[(0, 0), (0, deep)]])):
+        rows = max(first + number for of_call in runs for first, number in of_call)
+        begin, left, right = make_sides(rows, num_left, num_right, (dtype, dtype), seed=3)
+        zeros = gradient(target, np.zeros_like(begin), left, right, runs)
+        begin[:], begin[1, 2] = np.nan, np.inf
+        assert_same_bits(gradient(target, begin, left, right, runs, fresh=True), zeros, f"{target}, {runs}")
+
+
+@pytest.mark.parametrize("at", [1024, 1024 + 3])  # in lines of the cache, and not
+def test_large_fresh_sums_are_streamed(at):
+    """Past the caches, whole panels of full height; more rows than a block of them go on with the sums."""
+    num_left, num_right, stride = 2 * MICRO_ROWS + 3, 2 * panel_width(np.dtype(np.float32)) + 5, 1024
+    out = HostMemory().empty(STREAM_BYTES // 4, np.float32)
+    for rows in (3, DEPTH_BLOCK + 2):
+        begin, left, right = make_sides(rows, num_left, num_right, ("float32", "float32"), seed=4)
+        expected = gradient("cpu", np.zeros_like(begin), left, right, [[(0, rows)]])
+        out[:] = SENTINEL
+        compiled(
+            out, at, stride, left.reshape(-1), num_left, 0, num_left, right.reshape(-1), num_right, 0, num_right,
+            Runs(np.zeros(1, np.int64), np.array([rows]), 0, 1, 1), True, make_scratch("cpu", begin.dtype),
+        )  # fmt: skip
+        block = np.lib.stride_tricks.as_strided(out[at:], begin.shape, (4 * stride, 4))
+        assert_same_bits(block, expected, f"{rows} rows at {at}")
+        block[:] = SENTINEL
+        assert (out == SENTINEL).all(), "written beside the block"
+    if VECTOR_BYTES > 16:
+        assert "vmovntps" in "".join(compiled.inspect_asm().values())
 
 
 @st.composite

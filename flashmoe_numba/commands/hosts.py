@@ -1,0 +1,90 @@
+"""How commands go to other hosts, and what is to be known of ranks on several."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from reference import MoEConfig
+
+from ..errors import UsageError
+from ..processes import launch
+from ..processes.hosts import LAUNCHERS, Hosts, check_launcher
+from .flags import blaming
+
+if TYPE_CHECKING:
+    from ..processes.together import LocalRanks, MpiRanks
+
+
+def add_hosts_arguments(where: Any, add: Any, what: str) -> None:
+    """`--hosts` and `--launcher`; `where` is what the former is added to, and `add` adds the latter."""
+    where.add_argument("--hosts", metavar="A,B", help=f"{what}; see docs/clusters.md")
+    ways = f"how to get there: {', '.join(LAUNCHERS)}, or a program that is called as ssh is"
+    add("--launcher", metavar="NAME", help=f"{ways} [ssh]")
+
+
+def hosts_from(args: argparse.Namespace) -> Hosts | None:
+    """Those of the flags, if there are any and this is no rank that was started there."""
+    if args.hosts is None:
+        if args.launcher is not None:
+            raise UsageError(f"argument --launcher: goes with --hosts, got {args.launcher} without")
+        return None
+    if launch.inside_mpirun():
+        if not launch.started_by_us():
+            raise UsageError("argument --hosts: the hosts are those of this mpirun: start this without --hosts")
+        return None
+    launcher = args.launcher or LAUNCHERS[0]
+    with blaming("argument --launcher"):
+        check_launcher(launcher)
+    with blaming("argument --hosts"):
+        return Hosts(tuple(name.strip() for name in args.hosts.split(",")), launcher)
+
+
+def start_on_hosts(args: argparse.Namespace, config: MoEConfig, hosts: Hosts) -> int:
+    """Start the ranks of `flashmoe run` there; each host finds out for itself whether it has the memory."""
+    if args.backend != "cpu":
+        raise UsageError(f"argument --hosts: goes with --backend cpu, got {args.backend}")
+    if config.num_ranks % len(hosts.names):
+        rule = f"must be a multiple of the {len(hosts.names)} hosts, which get as many ranks each"
+        raise UsageError(f"argument --ranks: {rule}; got {config.num_ranks}")
+    check_clocks(args)
+    return started_on(hosts, config.num_ranks, args, args.deadline_s)
+
+
+def started_on(hosts: Hosts, num_ranks: int, args: argparse.Namespace, deadline_s: float) -> int:
+    """The exit status of this command as ranks on hosts."""
+    command = [sys.executable, "-Pm", "flashmoe_numba", *args.argv]
+    try:
+        return launch.start(num_ranks, command, deadline_s, hosts)
+    except (ConnectionError, ValueError) as error:
+        raise UsageError(f"argument --hosts: {error}") from None
+
+
+def check_clocks(args: argparse.Namespace) -> None:
+    """That no picture is wanted of ranks on several machines."""
+    for flag in ("trace", "plot"):
+        if getattr(args, flag):
+            raise UsageError(f"argument --{flag}: goes with ranks of one machine: clocks of several do not agree")
+
+
+def share_of_cores(world: LocalRanks | MpiRanks) -> int | None:
+    """Processors of a rank of several machines, each of which has cores of its own; None: as usual."""
+    from ..processes.cores import default_processors
+
+    return default_processors(world.num_ranks_here) if len(world.machines) > 1 else None
+
+
+def between(world: LocalRanks | MpiRanks) -> dict[str, Any]:
+    """What settings say of the machines; a warning, if what is between them ends all ranks when one is lost."""
+    if len(world.machines) == 1:
+        return {}
+    from mpi4py import MPI
+
+    from ..processes.netmod import netmod
+
+    found = netmod(MPI)
+    if found.warning() and world.rank_idx == 0:
+        warnings.warn(found.warning(), stacklevel=2)
+    return {"hosts": len(world.machines), "netmod": found.name}

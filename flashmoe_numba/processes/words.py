@@ -1,0 +1,136 @@
+"""Words that every rank has, one line of a few each, and that all others read: what is behind a meeting of processes.
+
+Ranks of one machine share them. Ranks of several send their line to all others whenever it changes, and receive those
+of others, in a thread of its own: a send to a rank that is just dying may never return, and hold up every call of MPI
+in this process (seen over ofi/tcp). So nobody who waits for words calls MPI, and old words are all that can happen.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import threading
+import time
+from typing import Any, Protocol
+
+import numpy as np
+
+from reference.arrays import Array
+
+LINE_WORDS = 8  # on a cache line of its own
+MINE_AGAIN_S = 0.05  # a line that has changed without a word is sent so often
+HURRY_S, NO_HURRY_S = 2e-4, 5e-3  # between looks at what has come, while somebody waits for it and while nobody does
+
+
+class Words(Protocol):
+    """Lines of all ranks.
+
+    Attributes:
+        all: `[num_ranks, LINE_WORDS]`.
+        mine: this rank's line, to be changed by it alone.
+        one_clock: `time.monotonic_ns` is the same on all ranks.
+    """
+
+    all: Array
+    mine: Array
+    one_clock: bool
+
+    def tell(self) -> None:
+        """This rank's line has changed: let the others know at once, and not only in time."""
+
+    def nap(self, seconds: float) -> None:
+        """Wait for new words of others, at most so long."""
+
+
+def make_words(comm: Any, one_machine: bool) -> Words:
+    """Lines of zeros, of the ranks of an mpi4py communicator."""
+    return SharedWords(comm) if one_machine else SentWords(comm).begin()
+
+
+class SharedWords:
+    """Of ranks that share memory: a change is seen at once."""
+
+    one_clock = True
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI
+
+        num_bytes = 8 * LINE_WORDS * comm.size if comm.rank == 0 else 0
+        self._window = MPI.Win.Allocate_shared(num_bytes, 1, comm=comm)
+        memory: Any = self._window.Shared_query(0)[0]
+        self.all = np.frombuffer(memory, np.int64).reshape(comm.size, LINE_WORDS)
+        self.mine = self.all[comm.rank]
+        self.mine[:] = 0
+
+    def tell(self) -> None:
+        """They have seen it."""
+
+    def nap(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class SentWords:
+    """Of ranks on several machines: each has a copy of all lines."""
+
+    one_clock = False
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm.Dup()
+        self.all: Array = np.zeros((comm.size, LINE_WORDS), np.int64)
+        self.mine: Array = self.all[comm.rank]
+        self._sent, self._sent_at = self.mine.copy(), 0.0
+        self._on_their_way: list[Any] = []
+        self._told, self._news, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._awaited_at = 0.0
+
+    def begin(self) -> SentWords:
+        """Exchange lines from now on, until Python ends, which is before MPI does."""
+        carrier = threading.Thread(target=self._carry, name="flashmoe words", daemon=True)
+        carrier.start()
+        atexit.register(self._end, carrier)
+        return self
+
+    def _end(self, carrier: threading.Thread) -> None:
+        self._ended.set()
+        self._told.set()
+        carrier.join(1.0)
+
+    def tell(self) -> None:
+        self._told.set()
+
+    def nap(self, seconds: float) -> None:
+        self._awaited_at = time.monotonic()
+        self._news.wait(seconds)
+        self._news.clear()
+
+    def _carry(self) -> None:
+        from mpi4py import MPI
+
+        while not self._ended.is_set():
+            with contextlib.suppress(MPI.Exception):  # a rank is lost: the others may still speak
+                self.exchange()
+            waits = time.monotonic() - self._awaited_at < MINE_AGAIN_S
+            self._told.wait(HURRY_S if waits else NO_HURRY_S)
+
+    def exchange(self) -> None:
+        """Send this line, if the others should know it, and take theirs."""
+        late = time.monotonic() - self._sent_at > MINE_AGAIN_S and bool((self.mine != self._sent).any())
+        if self._told.is_set() or late:
+            self._told.clear()
+            self._send()
+        self._receive()
+
+    def _send(self) -> None:
+        self._sent, self._sent_at = self.mine.copy(), time.monotonic()
+        self._on_their_way = [request for request in self._on_their_way if not request.Test()]
+        for rank in range(self._comm.size):
+            if rank != self._comm.rank:
+                self._on_their_way.append(self._comm.Isend(self._sent, rank))
+
+    def _receive(self) -> None:
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        while (message := self._comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status)) is not None:
+            message.Recv(self.all[status.source])
+            self._news.set()
