@@ -14,3 +14,4 @@ ALL = [variant for architecture in ARCHITECTURES for variant in all_variants(arc
 IS_FAST = os.environ.get("HYPOTHESIS_PROFILE", "fast") == "fast"
 VARIANTS = FAST if IS_FAST else ALL
 BACKWARDS = [replace(variant, backward=True) for variant in (FAST[:2] if IS_FAST else ALL)]  # tensor cores and lanes
+LINKED_BACKWARDS = BACKWARDS[:1] if IS_FAST else BACKWARDS  # to machine code, which takes longest
