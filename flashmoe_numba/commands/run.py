@@ -137,8 +137,6 @@ def _take_save(args: argparse.Namespace) -> None:
         if args.save is not None:
             raise UsageError(f"argument --save: goes with --backward, got {args.save} without")
         return
-    if args.backend == "cuda":
-        raise UsageError("argument --backward: goes with --backend cpu or fibers: there is no backward on GPUs yet")
     args.save = args.save or SAVES[0]
 
 

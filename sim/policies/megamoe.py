@@ -60,8 +60,8 @@ class Knobs(PolicyKnobs):
         are multiplied as there are, in steps of 16 on Blackwell, and of 8, 16, 32 or 64 on Hopper, up to 128 tokens of
         a rank; but where `tile_m` is set. Default: as in DeepGEMM.
     tile_n: columns of a tile of either product; None: by `tile_columns`. Default: DeepGEMM's heuristics.
-    cluster: multiprocessors side by side that share the reading of a row tile; None: 2 on Blackwell, else 1. Default: as
-        in DeepGEMM.
+    cluster: multiprocessors side by side that share the reading of a row tile; None: 2 on Blackwell, else 1. Default:
+        as in DeepGEMM.
     experts_per_wave: None: the fewest local experts whose first products fill the GPU twice; on Hopper all, but for a
         few expected rows. Default: DeepGEMM's heuristics.
     pull_rows: rows that one multiprocessor pulls at a time. Default: one per pulling warp of DeepGEMM's kernel.

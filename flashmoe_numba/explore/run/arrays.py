@@ -17,7 +17,7 @@ from reference.backward_plan import max_weight_tasks
 from reference.sizes import max_tasks
 
 from ...backends.protocols import Arguments
-from ...heap.back import Transposed, pack_transposed, zero_gradients
+from ...heap.back import Transposed, zero_gradients
 from ...heap.kept import Keeping, Kept
 from ...heap.rank import Rank
 from ...heap.sums import LARGE
@@ -134,7 +134,7 @@ class Arrays:
         config = self.spec.config
         for rank in self.ranks:
             weights = self.weights.shard(rank.rank_idx, config.num_ranks)
-            self._transposed.append(pack_transposed(config, self.backend, weights, rank.segments.dispatch))
+            self._transposed.append(rank.packing.transpose(weights, rank.experts))
             wanted = not self.spec.frozen_experts, not self.spec.frozen_router
             self.gradients.append(zero_gradients(config, weights, self.backend, *wanted))
             for name in LARGE:  # as in memory that was used before
@@ -148,7 +148,8 @@ class Arrays:
                 _, arguments = self.begin_call(rank, call, 0, kept)
                 if call in kept:
                     own = kept[call].arrays
-                    self.backend.note_filled(own.tokens["x"])
+                    for filled in ("x", "shared_factors"):
+                        self.backend.note_filled(own.tokens[filled])
                     self._watch_all(rank.rank_idx, "kept", own.tokens | own.received, f"room {call}")
                 if not isinstance(arguments, RankArguments):
                     self._watch_all(rank.rank_idx, "back", arguments.back._asdict(), f"call {call}")
