@@ -37,11 +37,11 @@ def jit(function: Any = None, *, entry: bool = False, inline: bool = False) -> A
         return function
     from numba import njit
 
-    from .cpu import JIT_OPTIONS, part  # and registers the overloads
+    from .cpu import ENTRY_OPTIONS, part  # and registers the overloads
 
     if entry:
         # On GPUs an entry goes into the kernel's however large it is: wgmma behind a call is serialised.
-        return njit(**JIT_OPTIONS, forceinline=True, no_cfunc_wrapper=True)(function)
+        return njit(**ENTRY_OPTIONS, forceinline=True)(function)
     return part(function, inline="always" if inline else "never")
 
 
