@@ -40,6 +40,10 @@ class Hosts:
         """Are these ranks on different hosts?"""
         return self.of_rank[a] != self.of_rank[b]
 
+    def sharing(self, rank: int) -> list[int]:
+        """The ranks of this one's host, in order."""
+        return [other for other, host in enumerate(self.of_rank) if host == self.of_rank[rank]]
+
     @property
     def is_one(self) -> bool:
         return self.most_apart == 0
