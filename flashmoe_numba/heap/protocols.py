@@ -19,7 +19,13 @@ T = TypeVar("T")
 
 
 class Memory(Protocol):
-    """Where a rank's arrays lie, and those that its user brings."""
+    """Where a rank's arrays lie, and those that its user brings.
+
+    Attributes:
+        grows: does an array take room only as it is written?
+    """
+
+    grows: bool
 
     def zeros(self, size: int, dtype: npt.DTypeLike) -> Array:
         """`[size]`, each 0.
@@ -48,6 +54,9 @@ class Memory(Protocol):
 
     def store(self, target: Array, values: Array) -> None:
         """Copy values from the host into an array of this memory, as a part of the call that began."""
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Copy an array of this memory into another, as a part of the call that began."""
 
     def pack(
         self,
@@ -79,6 +88,12 @@ class Memory(Protocol):
 
     def aim(self, matrices: Any, rows: Array) -> None:
         """In the call that began, these weights, which `pack` returned, multiply rows that lie here."""
+
+    def beside(self, matrices: Any) -> Any:
+        """The same weights, where they are, for other rows: `aim` says which, in each call."""
+
+    def no_tokens(self, config: MoEConfig) -> Any:
+        """What `check_tokens` returns of a rank that has none."""
 
     def check_tokens(self, name: str, x: Any, config: MoEConfig) -> Any:
         """One rank's tokens, as `adopt` wants them. Errors call them `name`.

@@ -38,7 +38,7 @@ class Parts:
         self.heap: Heap | None = heap
         self.all_here = heap.all_here
         folder = Path(heap.from_first(lambda: str(usable_cache_folder())))
-        _one_first(heap, lambda: backend.load(folder))
+        _one_first(heap, lambda: backend.load(folder, settings.save is not None))
         self.num_processors = heap.together(lambda: self._processors(settings.num_processors, heap))
         heap.allocate(self.layout.num_bytes, backend)
         self.ranks = heap.together(lambda: self._make_ranks(settings, heap))

@@ -10,7 +10,7 @@ from flashmoe_numba.commands.network import write_network
 from flashmoe_numba.processes import destinations, launch
 from flashmoe_numba.processes.destinations import Destinations, describe
 from sim import load_hardware
-from sim.world.hardware import to_toml
+from sim.world.machine_files import to_toml
 
 pytestmark = pytest.mark.usefixtures("outside_mpirun")
 

@@ -17,9 +17,10 @@ from reference.backward_plan import max_weight_tasks
 from reference.sizes import max_tasks
 
 from ...backends.protocols import Arguments
-from ...heap.back import Transposed, pack_transposed, zero_gradients
+from ...heap.back import Transposed, zero_gradients
 from ...heap.kept import Keeping, Kept
 from ...heap.rank import Rank
+from ...heap.sums import LARGE
 from ...kernel.backward.state import WeightGradients
 from ...kernel.grid import RankArguments
 from ...kernel.state import Experts, Problem
@@ -133,8 +134,11 @@ class Arrays:
         config = self.spec.config
         for rank in self.ranks:
             weights = self.weights.shard(rank.rank_idx, config.num_ranks)
-            self._transposed.append(pack_transposed(config, self.backend, weights, rank.segments.dispatch))
-            self.gradients.append(zero_gradients(config, weights, self.backend))
+            self._transposed.append(rank.packing.transpose(weights, rank.experts))
+            wanted = not self.spec.frozen_experts, not self.spec.frozen_router
+            self.gradients.append(zero_gradients(config, weights, self.backend, *wanted))
+            for name in LARGE:  # as in memory that was used before
+                getattr(self.gradients[-1], name)[:] = np.nan
             assert rank.working is not None, "its layer has a backward"
             working = rank.working._asdict() | self._transposed[-1]._asdict()
             self._watch_all(rank.rank_idx, "back", {OF_ROWS.get(name, name): each for name, each in working.items()})
@@ -144,7 +148,8 @@ class Arrays:
                 _, arguments = self.begin_call(rank, call, 0, kept)
                 if call in kept:
                     own = kept[call].arrays
-                    self.backend.note_filled(own.tokens["x"])
+                    for filled in ("x", "shared_factors"):
+                        self.backend.note_filled(own.tokens[filled])
                     self._watch_all(rank.rank_idx, "kept", own.tokens | own.received, f"room {call}")
                 if not isinstance(arguments, RankArguments):
                     self._watch_all(rank.rank_idx, "back", arguments.back._asdict(), f"call {call}")
@@ -173,7 +178,13 @@ class Arrays:
         own = self._transposed[rank.rank_idx], self.gradients[rank.rank_idx]
         assert rank.keeping is not None, "its layer has a backward"
         rank.keeping.give_back(kept[forward])  # for the next forward
-        return rank.call_back(tokens, None, kept[forward], forward, call, deadline, rank.experts, *own)
+        said, fresh = self.said(rank.rank_idx, call), self.spec.begins_sums(rank.rank_idx, call)
+        return rank.call_back(tokens, said, kept[forward], forward, call, deadline, rank.experts, *own, fresh)
+
+    def said(self, rank_idx: int, call: int) -> np.ndarray | None:
+        """Gradients of logits that a rank's backward is given."""
+        routing = self.data[self.spec.forward_of(rank_idx, call) - 1][1][rank_idx]
+        return self.spec.logits_gradients(call, routing, rank_idx, len(self.data[call - 1][0][rank_idx]))
 
     def watched(self, value: Any) -> Any:
         """Kernel arguments with regions for arrays; sizes, and weights, which nobody writes, stay as they are."""

@@ -16,6 +16,7 @@ from ...device.fibers import Fiber, Scheduler, clock, current, note_progress
 from ...device.records import record_words
 from ...heap.kept import Kept
 from ...heap.rank import Rank
+from ...heap.sums import Sums
 from ...kernel.grid import HEADER_WORDS, RankArguments
 from .arrays import NO_DEADLINE, Arrays
 from .blame import Blame
@@ -179,4 +180,6 @@ class Host:
     def _end(self) -> None:
         epoch = self.epoch  # it counts calls that ended
         for rank, (y, gradients), calls in zip(self.ranks, self._results, self.calls, strict=True):
+            if self.world.spec.begins_sums(rank.rank_idx, epoch) and not self.world.spec.frozen_experts:
+                Sums().settle(self.world.gradients[rank.rank_idx], True, rank.idle_experts())
             calls.append(call_of(rank, y, epoch, gradients))

@@ -15,7 +15,7 @@ from ..choose.schedules import Choice
 from ..plants import PLANTS
 from ..run.network import channel_name
 from ..run.program import Astray
-from ..run.spec import GivenCall, Lost, WorldSpec
+from ..run.spec import OF_BACKWARDS, GivenCall, Lost, WorldSpec
 
 KIND = "flashmoe explore case"
 VERSION = 5
@@ -79,7 +79,7 @@ def _spec(world: Any) -> WorldSpec:
     _check_keys("world.config", world["config"], [field.name for field in fields(MoEConfig)])
     for name, least in (("num_processors", 1), ("lanes", 1), ("epochs", 1), ("hosts", 1), ("data_seed", 0)):
         _check_integer(name, world[name], least)
-    for name in ("grid", "ties"):
+    for name in ("grid", "ties", *OF_BACKWARDS):
         if not isinstance(world[name], bool):
             raise ValueError(f"{name} must be true or false, got {world[name]!r}")
     try:
