@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import sim
-from sim.drafting import comm_sms, cost, draft, rates
+from sim.drafting import comm_sms, cost, draft, rank_draft, rates
 from sim.drafting.knob_texts import KnobText, knob_texts
 from sim.policies import describe
 from sim.policies.outside import is_file
@@ -30,7 +30,7 @@ CONSTANTS = {  # of the model of costs: what it is, its value, where it is from
     ),
     "bytes that a multiprocessor draws from the L2 in a clock": (cost.PORT_BYTES, ASSUMED),
     "part of the L2 that weights may keep": (cost.L2_SHARE, f"{ASSUMED}: the rest is rows and results in flight"),
-    "least depth of a part of a router's product that is split": (draft.SPLIT_DEPTH, ASSUMED),
+    "least depth of a part of a router's product that is split": (rank_draft.SPLIT_DEPTH, ASSUMED),
     "widths of tiles that are tried": (f"{min(draft.TUNED_WIDTHS)} to {max(draft.TUNED_WIDTHS)}", "DeepGEMM's"),
     "most of its tensor peak that a tile reaches on a GPU without measurements": (
         rates.MOST_RATE,

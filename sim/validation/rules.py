@@ -129,6 +129,7 @@ CUTLASS = {"num_ops": 85}  # as the paper counted them
 
 MEGA = {"gate": False, "cuda_graph": True}  # a routing is there, and kernels are timed back to back
 CUTEDSL = "FlashInfer CuTeDSL MegaMoE"
+PADDED = {"pad": True}
 PAIRED = {"tile_m": 256, "tile_n": 128, "cluster": 2}  # by its public configurations: two SMs multiply 256 x 256
 MEGATRON = r"Megatron(-LM|-TE|-CUTLASS)?"
 COMET = r"COMET|flux\(COMET\)"
@@ -166,9 +167,11 @@ RULES = (
         columns={"tensor_parallel": "tp"},
     ),
     megamoe(system=r"MegaMoE.*split.*", knobs=MEGA | {"split": True}),
+    megamoe(system=r"MegaMoE.*\bPR 36\b.*", knobs=MEGA | PADDED),  # before its products of few rows were swapped
     megamoe(system=r"MegaMoE.*"),
-    flashinfer(system=rf"{CUTEDSL} \+in-kernel fc2 reduce", formats="nvfp4", knobs=MEGA | {"reduce": "add"}),
-    flashinfer(system=CUTEDSL, formats="nvfp4"),  # rows and columns swapped, tiles tuned for each number of tokens
+    flashinfer(system=rf"{CUTEDSL} \+in-kernel fc2 reduce", formats="nvfp4", knobs=MEGA | PADDED | {"reduce": "add"}),
+    # rows and columns swapped, tiles tuned for each number of tokens
+    flashinfer(system=CUTEDSL, formats="nvfp4", knobs=MEGA | PADDED),
     flashinfer(system=CUTEDSL, formats="bf16|mxfp8", knobs=MEGA | PAIRED),
     flashinfer(system=r"DeepGEMM MegaMoE \(via FlashInfer moe_ep\)"),
     *(
