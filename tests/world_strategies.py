@@ -70,6 +70,7 @@ def specs(draw, max_ranks=4, max_calls=3, max_tokens=4, **fixed):
         data_seed=draw(st.integers(0, 9)),
         given=tuple(calls),
         packing=draw(st.sampled_from(PACKINGS)),
+        hosts=min(draw(st.sampled_from([1, 1, 2, 3])), config.num_ranks),
     )
 
 

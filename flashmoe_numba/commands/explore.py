@@ -65,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ties", action=argparse.BooleanOptionalAction, help="every other expert has the logits of the one before it")
     what = "sources: rows of several share row tiles; none: each packet has its own"
     add("--packing", choices=PACKINGS, help=what)
+    what = "that the ranks are spread over: between them a network carries puts, late and in any order that is allowed"
+    add("--hosts", type=integer(1), metavar="N", help=what)
     add("--data-seed", type=integer(0), metavar="N", help="of weights, tokens, counts and routing")
     add("--save", choices=SAVES, help="what forwards keep for their backwards")
     what = "calls: 0 for a forward, N for the backward of call N: 0,0,2,1 for two of each"
@@ -221,7 +223,7 @@ def _specs(args: argparse.Namespace) -> dict[str, WorldSpec]:
 
 def _in_flags(message: str) -> str:
     """A message of WorldSpec in the words of the command line."""
-    for name in ("lost", "grid", "deadline", "save", "program", "astray", *OF_BACKWARDS):
+    for name in ("lost", "grid", "hosts", "deadline", "save", "program", "astray", *OF_BACKWARDS):
         flag = f"--{name.replace('_', '-')}"
         message = re.sub(rf"^{name}\b|(?<=needs a ){name}|(?<=needs ){name}\b", flag, message)
     return in_flags(re.sub(r"^leavers", "--leaver", message)).replace("num_processors", "--processors")

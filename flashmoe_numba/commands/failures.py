@@ -175,7 +175,8 @@ def describe_world(spec: WorldSpec) -> str:
     capacity = "no limit" if c.capacity is None else f"capacity {c.capacity}"
     sizes = f"{c.num_tokens} tokens a rank, top {c.num_topk} of {c.num_experts} experts, {capacity}"
     blocks = f"{c.num_ranks} ranks x {spec.num_processors} processors + 1, {spec.lanes} lanes"
-    told = [f"rank {rank} gives up" for rank in spec.leavers]
+    told = [f"on {spec.hosts} hosts"] if spec.hosts > 1 else []
+    told += [f"rank {rank} gives up" for rank in spec.leavers]
     told += [f"rank {lost.rank} is lost in call {lost.call} after {lost.tasks} tasks" for lost in spec.lost]
     told += [f"deadline {spec.deadline}"] if spec.deadline is not None else []
     told += [f"{in_words(spec.program)} (save {spec.save})"] if spec.save else []

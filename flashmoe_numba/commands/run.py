@@ -24,7 +24,7 @@ from ..processes.mpi_environment import unless_left_over
 from ..processes.shared_memory import Shortage
 from ..tile_gemm.arithmetic import AUTO, NAMES, choose
 from .flags import blaming, check_backend_flag, in_flags, integer
-from .hosts import add_hosts_arguments, between, check_clocks, hosts_from, share_of_cores, start_on_hosts
+from .hosts import add_hosts_arguments, between, check_clocks, hosts_from, start_on_hosts
 from .outputs import add_json_argument, check_outputs
 from .sizes import (
     MODEL_TOKENS,
@@ -137,8 +137,6 @@ def _take_save(args: argparse.Namespace) -> None:
         if args.save is not None:
             raise UsageError(f"argument --save: goes with --backward, got {args.save} without")
         return
-    if args.backend == "cuda":
-        raise UsageError("argument --backward: goes with --backend cpu or fibers: there is no backward on GPUs yet")
     args.save = args.save or SAVES[0]
 
 
@@ -251,7 +249,7 @@ def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRan
         num_tokens=_num_tokens(args),
         backend=args.backend,
         in_process=world.comm is None,
-        num_processors=args.processors or share_of_cores(world),
+        num_processors=args.processors,
         iterations=args.iterations,
         seed=args.seed,
         deadline_s=args.deadline_s,

@@ -146,7 +146,6 @@ def test_other_bits_of_the_last_backward_do_not_pass(capsys, monkeypatch):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--save", "rows"], "argument --save: goes with --backward, got rows without"),
     (["--backward", "--save", "all"], "argument --save: invalid choice: 'all'"),
-    (["--backward", "--backend", "cuda"], "argument --backward: goes with --backend cpu or fibers: there is no "),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_start_nothing(capsys, monkeypatch, flags, message):
     monkeypatch.setattr(launch, "start", lambda *_: pytest.fail("mpirun was started"))

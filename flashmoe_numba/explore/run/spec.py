@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reference import Layout, MoEConfig, Routing, Weights, external_routing
+from reference import Hosts, Layout, MoEConfig, Routing, Weights, external_routing
 from reference.runs import PACKINGS
 from reference.scalars import check_one_of
 from reference.task_kinds import ROUTER_WEIGHTS, SHARED_WEIGHTS, WEIGHTS
@@ -61,6 +61,7 @@ class WorldSpec:
         deadline: of every wait, on a clock that counts switches; None: waits that nobody can end are found at once.
         grid: the blocks of all ranks are one launch, as on a GPU, and a call begins when all have left the last one.
         ties: every other expert has the logits of the one before it.
+        hosts: on which ranks are spread out evenly; a network carries puts between them (network.py).
         packing: as `FlashMoE` has it.
         save: likewise.
         program: which calls are forwards and which backwards (program.py); none: all are forwards. A backward has dy of
@@ -86,6 +87,7 @@ class WorldSpec:
     deadline: int | None = None
     grid: bool = False
     ties: bool = False
+    hosts: int = 1
     packing: str = PACKINGS[0]
     save: str | None = None
     program: Program = ()
@@ -129,6 +131,10 @@ class WorldSpec:
             raise ValueError("lost needs a deadline, which ends the others' waits")
         if self.deadline is not None and self.deadline < LEAST_DEADLINE:
             raise ValueError(f"deadline must be at least {LEAST_DEADLINE} switches, got {self.deadline}")
+        if not 1 <= self.hosts <= self.config.num_ranks:
+            raise ValueError(f"hosts must be in [1, num_ranks={self.config.num_ranks}], got {self.hosts}")
+        if self.grid and self.hosts > 1:
+            raise ValueError(f"grid must be on one host, got hosts={self.hosts}")
         if self.grid and (self.leavers or self.deadline is not None):
             raise ValueError("grid must be without leavers and without a deadline")
         if self.grid and self.program:
@@ -147,9 +153,21 @@ class WorldSpec:
         if self.epochs > MOST_EPOCHS:
             raise ValueError(f"epochs must be at most {MOST_EPOCHS}, got {self.epochs}")
         weights = c.hidden * (c.num_experts * c.ffn + c.num_ranks * c.shared_ffn)
-        num_bytes = c.num_ranks * Layout(c, self.save).num_bytes + weights
+        num_bytes = c.num_ranks * Layout(c, self.save, self.hosts > 1).num_bytes + weights
         if num_bytes > MOST_BYTES:
             raise ValueError(f"segments and weights must be at most {MOST_BYTES:,} bytes, got {num_bytes:,}")
+
+    @property
+    def of_hosts(self) -> Hosts:
+        """Which ranks share one."""
+        num_ranks = self.config.num_ranks
+        return Hosts(tuple(rank * self.hosts // num_ranks for rank in range(num_ranks)))
+
+    @property
+    def pairs_apart(self) -> list[tuple[int, int]]:
+        """Ranks on different hosts, in both orders."""
+        ranks = range(self.config.num_ranks)
+        return [(a, b) for a in ranks for b in ranks if self.of_hosts.are_apart(a, b)]
 
     def weights(self) -> Weights:
         """Of all experts."""

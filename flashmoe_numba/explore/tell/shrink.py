@@ -182,6 +182,8 @@ def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:
     for name in ("grid", "ties", *OF_BACKWARDS):
         if getattr(spec, name):
             yield replace(spec, **{name: False})  # type: ignore[arg-type]
+    for hosts in range(1, spec.hosts):
+        yield replace(spec, hosts=hosts)
     if spec.packing != "none":
         yield replace(spec, packing="none")
     for changes in _other_programs(spec):
@@ -223,4 +225,5 @@ def _resized(spec: WorldSpec, name: str, value: int) -> WorldSpec:
     lost = tuple(each for each in spec.lost if each.rank < most)
     astray = tuple(each for each in spec.astray if each.rank < most)
     config = replace(spec.config, **{name: value})  # type: ignore[arg-type]
-    return replace(spec, config=config, leavers=leavers, lost=lost, astray=astray)
+    hosts = min(spec.hosts, most)
+    return replace(spec, config=config, leavers=leavers, lost=lost, astray=astray, hosts=hosts)
