@@ -80,7 +80,7 @@ class CudaBackend(CudaWeights):
             kernel = build(replace(self.variant, backward=which), folder)
             self._functions[which] = self.gpu.load(kernel.path, kernel.entry, self.shared_bytes)
 
-    def default_processors(self, num_ranks_here: int, num_ranks: int) -> int:
+    def default_processors(self, num_ranks_here: int, num_ranks_sharing: int) -> int:
         """All blocks that can be resident, shared out among the ranks here, but for an OS block each."""
         return max(1, self.resident_blocks() // num_ranks_here - 1)
 

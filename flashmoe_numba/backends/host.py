@@ -60,9 +60,9 @@ class HostBackend(HostMemory, ABC):
     def load(self, folder: Path, backward: bool) -> None:
         """Nothing to load before the arguments' types are known: `prepare` does it."""
 
-    def default_processors(self, num_ranks_here: int, num_ranks: int) -> int:
-        """The cores, shared out among the ranks of the layer, at least one."""
-        return default_processors(num_ranks)
+    def default_processors(self, num_ranks_here: int, num_ranks_sharing: int) -> int:
+        """The cores, shared out among the ranks of this host, at least one."""
+        return default_processors(num_ranks_sharing)
 
     def check_grid(self, num_ranks_here: int, num_processors: int) -> None:
         """Any number of blocks will do."""

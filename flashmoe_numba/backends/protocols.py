@@ -30,12 +30,12 @@ class Backend(Memory, Protocol):
             backward: is that of gradients needed, too?
         """
 
-    def default_processors(self, num_ranks_here: int, num_ranks: int) -> int:
+    def default_processors(self, num_ranks_here: int, num_ranks_sharing: int) -> int:
         """Processors of a rank for which the user named no number.
 
         Args:
             num_ranks_here: ranks of this process.
-            num_ranks: of the layer.
+            num_ranks_sharing: ranks of this host.
         """
 
     def check_grid(self, num_ranks_here: int, num_processors: int) -> None:

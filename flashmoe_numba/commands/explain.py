@@ -18,7 +18,7 @@ from sim.reading.report import left_out_error
 from sim.studies.what_if import changes, gain_lines, gains
 from sim.world.world import FORWARD
 
-from .patience import shown_when_slow
+from .patience import shown_when_slow, ticking
 from .simulation_flags import (
     add_simulation_arguments,
     ask,
@@ -61,7 +61,9 @@ def _print_gains(simulation: sim.Simulation) -> None:
     from tqdm import tqdm
 
     candidates = tqdm(changes(simulation), desc="changes simulated", unit="change", leave=False, disable=None)
-    print("\n".join(gain_lines(gains(simulation, candidates))))
+    with candidates, ticking(candidates):
+        found = gains(simulation, candidates)
+    print("\n".join(gain_lines(found)))
 
 
 def _path(preset: str, simulation: sim.Simulation) -> Iterator[str]:

@@ -38,11 +38,11 @@ def jit(function: Any = None, *, entry: bool = False, inline: bool = False, larg
         return function
     from numba import njit
 
-    from .cpu import JIT_OPTIONS, part  # and registers the overloads
+    from .cpu import ENTRY_OPTIONS, part  # and registers the overloads
 
     if entry:
         # On GPUs an entry goes into the kernel's, for the same reason.
-        return njit(**JIT_OPTIONS, forceinline=True, no_cfunc_wrapper=True)(function)
+        return njit(**ENTRY_OPTIONS, forceinline=True)(function)
     return part(function, inline="always" if inline else "never", forceinline=large)
 
 

@@ -16,10 +16,11 @@ from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
 from . import vocabulary as verbs
-from .parts import PartCompiler, as_part
+from .parts import EntryCompiler, PartCompiler, as_part
 
 # Kernel code allocates nothing, so it needs no reference counts: without them it compiles in a third of the time.
 JIT_OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
+ENTRY_OPTIONS = JIT_OPTIONS | {"no_cfunc_wrapper": True, "pipeline_class": EntryCompiler}
 # Of functions that only kernels call. What is not said here Numba takes from the caller's options.
 NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 PART_OPTIONS = JIT_OPTIONS | NO_WRAPPERS | {"forceinline": False, "pipeline_class": PartCompiler}
@@ -156,7 +157,7 @@ keep_denormals = _write_float_control(0x1F80, 0)  # what a process starts with
 flush_denormals = _write_float_control(0x9FC0, 1 << 24)  # those that are read and those that are made are zeros
 
 
-@njit(**JIT_OPTIONS, no_cfunc_wrapper=True)
+@njit(**ENTRY_OPTIONS)
 def reset_float_control():
     """Make this thread round and keep denormals as any does; it inherits from the one that started it.
 

@@ -3,10 +3,15 @@
 By itself Numba optimises every function, together with all that it calls, and makes machine code of it. In a kernel
 whose innermost loop is eight calls away from its entry that was two thirds of the time that compiling took, and only
 the entry's machine code is ever run. So it alone is made, of one module that holds all parts.
+
+Parts are the module's own. Numba names them by numbers that count a process's functions and lets modules share what has
+one name, so of two kernels that were compiled in different processes and are loaded from the disk in one, one would
+call parts of the other.
 """
 
 from __future__ import annotations
 
+from llvmlite.binding import Linkage
 from numba import _dynfunc
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
@@ -24,6 +29,28 @@ class PartLibrary(JITCodeLibrary):
             self._reload_init.update(library._reload_init)
             self._final_module.link_in(library._get_module_for_linking(), preserve=True)
         self._finalized = True
+
+
+class EntryLibrary(JITCodeLibrary):
+    """An entry's code with all of its parts."""
+
+    def _optimize_final_module(self):
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
+                function.linkage = "internal"
+        super()._optimize_final_module()
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class LowerEntry(NativeLowering):
+    """`NativeLowering` into such a library."""
+
+    _name = "lower_entry"
+
+    def run_pass(self, state):
+        state.library = EntryLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library.enable_object_caching()
+        return super().run_pass(state)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -45,14 +72,28 @@ class LowerPart(NativeLowering):
         return True
 
 
-class PartCompiler(CompilerBase):
-    """Numba's compiler with that one pass in place of its own: `njit(pipeline_class=PartCompiler)`."""
+class _KernelCompiler(CompilerBase):
+    """Numba's compiler with another pass in the place of `NativeLowering`."""
+
+    lowering: type[NativeLowering]
 
     def define_pipelines(self):
         pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        pipeline.passes = [(LowerPart if made is NativeLowering else made, name) for made, name in pipeline.passes]
+        pipeline.passes = [(self.lowering if made is NativeLowering else made, name) for made, name in pipeline.passes]
         pipeline.finalize()
         return [pipeline]
+
+
+class PartCompiler(_KernelCompiler):
+    """Of parts: `njit(pipeline_class=PartCompiler)`."""
+
+    lowering = LowerPart
+
+
+class EntryCompiler(_KernelCompiler):
+    """Of entries."""
+
+    lowering = LowerEntry
 
 
 class Part(CPUDispatcher):

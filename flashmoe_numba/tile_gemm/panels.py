@@ -170,5 +170,5 @@ def unpack_matrices(panels: Panels, out: Sequence[np.ndarray], width: int) -> No
         bits = target.view(storage_dtype(target.dtype))
         for expert, tile in np.ndindex(experts, tiles):
             first, last = tile * tile_n, min((tile + 1) * tile_n, columns)
-            rows = in_panels[expert, tile, part].transpose(0, 2, 1).reshape(-1, words)
+            rows = np.ascontiguousarray(in_panels[expert, tile, part].transpose(0, 2, 1)).reshape(-1, words)
             bits[expert, first:last] = rows.view(bits.dtype)[: last - first, :depth]

@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike
 from ..engine.graph import Array
 from ..engine.kinds import ELEMENTWISE, GEMM0, GEMM1, ROUTER_WEIGHTS, SHARED1, SHARED_WEIGHTS, WEIGHTS
 from .blocks import Blocks
-from .draft import SPLIT_DEPTH, Draft
+from .draft import Draft
+from .rank_draft import SPLIT_DEPTH
 from .shared import Begin, shared_kernels
 
 SUM_BYTES = 4  # of an accumulator

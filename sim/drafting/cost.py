@@ -10,8 +10,8 @@ A processor that cannot load operands while it multiplies takes the sum of produ
 Tiles that stream (`streaming_tile`) share the memory as they run: the engine's memory is shared by tasks, and each
 gets what one multiprocessor can draw at most. Tiles whose products hide their weights even where all slots stream are
 left off it, and so is their traffic. The L2's share is fixed, by as many tiles as run at a time on average: tiles over
-the waves that they take. With `fixed_shares` the memory's is, too, where times must be known before the graph runs: the
-error is that where stages overlap, the memory gives up to a part of a wave more than it has.
+the waves that they take. With `fixed_shares` the memory's is, too, where a slot does something else before its tile
+reads, or after it: the error is that where stages overlap, the memory gives up to a part of a wave more than it has.
 
 Weights come from memory once per wave: row blocks of one expert that run at the same time read them from the L2. If an
 expert's matrix fits into half of the L2, all its row blocks are one wave.
@@ -47,6 +47,7 @@ class Cost:
         cluster: multiprocessors side by side that read a row tile from the L2 once for all of them.
         fixed_shares: of the memory, by `tile`; see above.
         async_loads: reading goes on beside the products; False on processors without a way to do so, such as CPUs.
+        wait_ns: that a slot is held before each tile of a product.
     """
 
     world: World
@@ -55,6 +56,7 @@ class Cost:
     tile_latency_ns: int
     cluster: int = 1
     async_loads: bool = True
+    wait_ns: int = 0
     fixed_shares: bool = False
 
     def tile(
@@ -81,7 +83,7 @@ class Cost:
         gbps = self.weights_gbps if self.async_loads else self.memory_gbps
         reading = np.maximum(memory * self._active(tiles) / gbps, cache)
         time = np.maximum(tensor, reading) if self.async_loads else tensor + reading
-        return _whole(time) + self.tile_latency_ns
+        return _whole(time) + self.tile_latency_ns + self.wait_ns
 
     def node_of_tile(self, *args: Any, **named: Any) -> dict[str, Array]:
         """The arguments of `tile`: how long it holds its slot and what it streams meanwhile, as fields of a node."""
@@ -98,7 +100,7 @@ class Cost:
         tensor, memory, cache = self._parts(*args, **named)
         time, slots = np.maximum(tensor, cache), max(self.slots, self.world.hardware.sms)
         hidden = memory * slots / self.weights_gbps <= time
-        return _whole(time) + self.tile_latency_ns, np.where(hidden, 0, np.ceil(memory)).astype(np.int64)
+        return _whole(time) + self.tile_latency_ns + self.wait_ns, np.where(hidden, 0, np.ceil(memory)).astype(np.int64)
 
     def _parts(
         self,

@@ -1,8 +1,8 @@
 """The fitted numbers of each (policy, GPU): at most two knobs that a policy leaves to measurements.
 
 `rate`, of every policy, is the share of the tensor peak that its tiles reach. FlashMoE has a second, the time per tile
-of its scheduler, which is a serial part. (Megatron-LM's host time is another; fitted as well, it made rows that the fit
-had not seen worse, because two models of one table ask for numbers that are a factor of two apart.)
+of its scheduler, for which processors wait. (Megatron-LM's host time is another; fitted as well, it made rows that the
+fit had not seen worse, because two models of one table ask for numbers that are a factor of two apart.)
 `flashmoe validate --fit` fits them to the published tables and writes rates.toml beside this file; nobody does by hand.
 
 A GPU for which nothing is published gets the mean of what the policy has on GPUs of the same chip, and without these on
@@ -20,8 +20,9 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from ..world.hardware import Hardware, hardware_names, load_hardware
-from ..world.machine_names import gpu_kind
+from ..world.hardware import Hardware
+from ..world.machine_files import load_hardware
+from ..world.machine_names import gpu_kind, hardware_names
 
 RATE = "rate"
 SCHEDULE = "schedule_ns"

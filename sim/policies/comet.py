@@ -7,13 +7,18 @@ and waits for the counts before it can launch the kernel. A barrier and an activ
 column block by column block; `num_comm_blocks` of the kernel's blocks sum the results of a finished column block over
 the experts of their rank, one row per token, and store them at the token's rank, which adds up what the ranks sent.
 
+On Ampere, layer 1 is another kernel: three blocks beside its products hand the sums of all tokens round a ring of ranks
+(`drafting/ring.py`), and tiles are narrower.
+
 A shared expert is three kernels before the gate, as in Megatron-LM, of which COMET replaces the routed experts.
 
 With `tensor_parallel`, a group of that many ranks owns together what its ranks own by blocked placement: each computes
 ffn / tensor_parallel columns of all rows of the group's experts.
 
 Source: COMET (arXiv 2502.19811) and the public code bytedance/flux: src/moe_ag_scatter (copies, sort by source, counts
-read back by the host), src/moe_gather_rs (column blocks, communication blocks), docs/tuning_guide.md (tiles, blocks).
+read back by the host), src/moe_gather_rs (column blocks, communication blocks; on Ampere FLUX_RS_BLOCKS of
+ths_op/gemm_grouped_v2_gather_rs.cc), docs/tuning_guide.md (tiles, blocks). Kernels of a layer as FlashMoE's authors
+counted them: 33 (arXiv 2506.04667, table 1).
 Knobs: see `Knobs`. Leaves out: two hops for results between nodes, tiles that wait in their slot for rows instead of
 letting others run, and the tuning of tiles and `num_comm_blocks` for each shape.
 """
@@ -21,7 +26,7 @@ letting others run, and the tuning of tiles and `num_comm_blocks` for each shape
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -29,6 +34,7 @@ from ..drafting.blocks import Blocks, tuned_blocks
 from ..drafting.draft import Draft
 from ..drafting.hops import relay, token_copies
 from ..drafting.knobs import PolicyKnobs
+from ..drafting.ring import TILE_COLUMNS, ring_sums
 from ..drafting.shared import shared_kernels
 from ..engine.graph import Array, TaskGraph
 from ..engine.kinds import COMBINE, ELEMENTWISE, GEMM0, GEMM1, JOIN, SEND
@@ -36,33 +42,67 @@ from ..world.routing import SimRouting
 from ..world.world import World
 
 INDEX_BYTES = 4  # of a row, in the sorted order
+NUM_INDEX = 3  # kernels and copies of layer 0 that make indices of choices, beside the sort
+NUM_STAGES = 16  # of all on 8 ranks: those, a gate, 8 copies of tokens, the sort, the products, the activation
+
+
+class _Sizes(NamedTuple):
+    """What is chosen by the GPU, unless it is set."""
+
+    tile_n: int
+    num_comm_blocks: int
+
+
+HOPPER, AMPERE = _Sizes(256, 26), _Sizes(128, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    tile_m, tile_n: of a tile of either product; flux's tuned kernels for Hopper have 128 x 256.
-    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
-        and libraries' heuristics choose them.
-    tensor_parallel: ranks that share each expert's ffn columns; must divide the number of ranks, and ffn.
-    stages: "layer", or "layer0": up to the barrier after the first product, as flux measures it (no gate).
-    gather: "all" tokens go to every rank, as in flux, or only those "routed" to it.
-    column_blocks: column blocks of layer 1, at most one per tile; flux's n_split.
-    num_comm_blocks: blocks of layer 1 that communicate; flux's tuning gives 26, the paper 18 to 46.
-    gate: simulate the gate.
+    tile_m, tile_n: of a tile of either product; None: 256 columns, on Ampere 128. Default: those of flux's tuned
+        kernels for Hopper, on Ampere flux's default.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves. Default: assumption:
+        as tuners and libraries' heuristics choose them.
+    tensor_parallel: ranks that share each expert's ffn columns; must divide the number of ranks, and ffn. Default:
+        choice: experts are whole.
+    stages: "layer", or "layer0": up to the barrier after the first product, as flux measures it (no gate). Default:
+        choice.
+    gather: "all" tokens go to every rank, or only those "routed" to it. Default: as in flux.
+    column_blocks: column blocks of layer 1, at most one per tile. Default: flux's n_split.
+    num_comm_blocks: blocks of layer 1 that communicate; the paper has 18 to 46; None: 26, on Ampere 3. Default: flux's
+        tuning, on Ampere flux's default.
+    num_ops: kernels and copies of the layer on 8 ranks. Those beyond its stages are small: half come before layer 0,
+        half before layer 1. Default: as FlashMoE's authors counted them.
+    framework_ns: host time of a small one beside its launch; its time on the GPU does not matter. Default: as in
+        `bulk.py`.
+    read_ns: until what a communicating block on Ampere reads from memory is there, beside products. Default:
+        assumption.
+    gate: simulate the gate. Default: choice.
     """
 
     tile_m: int = 128
     least_tile_m: int = 16
-    tile_n: int = 256
+    tile_n: int | None = None
     tensor_parallel: int = 1
     stages: str = "layer"
     gather: str = "all"
     column_blocks: int = 4
-    num_comm_blocks: int = 26
+    num_comm_blocks: int | None = None
+    num_ops: int = 33
+    framework_ns: int = 5000
+    read_ns: int = 700
     gate: bool = True
 
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"stages": ("layer", "layer0"), "gather": ("all", "routed")}
+
+    def in_world(self, world: World) -> Self:
+        sizes = _sizes(world, self)
+        return replace(self, tile_n=sizes.tile_n, num_comm_blocks=sizes.num_comm_blocks)
+
+
+def is_ampere(world: World) -> bool:
+    """Whether the GPU has no fp8, and flux only its older kernels for it."""
+    return "fp8" not in world.hardware.tflops
 
 
 def build(world: World, knobs: Knobs) -> TaskGraph:
@@ -71,18 +111,23 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
     Raises:
         ValueError: `tensor_parallel` or `num_comm_blocks` does not fit the world.
     """
-    sms = world.hardware.sms
-    if knobs.num_comm_blocks >= sms:
-        raise ValueError(f"num_comm_blocks must be less than the {sms} SMs of a GPU, got {knobs.num_comm_blocks}")
+    sms, sizes = world.hardware.sms, _sizes(world, knobs)
+    if sizes.num_comm_blocks >= sms:
+        raise ValueError(f"num_comm_blocks must be less than the {sms} SMs of a GPU, got {sizes.num_comm_blocks}")
     world = shared_experts(world, knobs.tensor_parallel)
     draft = Draft(world, knobs, "comet", sms)
     routing = world.routing
     order = fetch_order(world)[:, routing.owner]
     blocks = tuned_blocks(routing.counts, knobs.tile_m, knobs.least_tile_m, order)
-    met = _layer0(draft, blocks, knobs)
+    met = _layer0(draft, blocks, knobs, sizes.tile_n)
     if knobs.stages == "layer":
-        _layer1(draft, blocks, _activate(draft, met), knobs)
+        _layer1(draft, blocks, _activate(draft, met), knobs, sizes)
     return draft.builder.build()
+
+
+def _sizes(world: World, knobs: Knobs) -> _Sizes:
+    usual = AMPERE if is_ampere(world) else HOPPER
+    return _Sizes(knobs.tile_n or usual.tile_n, knobs.num_comm_blocks or usual.num_comm_blocks)
 
 
 def shared_experts(world: World, size: int) -> World:
@@ -110,24 +155,43 @@ def routed_tokens(routing: SimRouting) -> Array:
 # ---- layer 0
 
 
-def _layer0(draft: Draft, blocks: Blocks, knobs: Knobs) -> Array:
+def _layer0(draft: Draft, blocks: Blocks, knobs: Knobs, tile_n: int) -> Array:
     """`[num_ranks]`: all ranks are through with layer 0."""
     world = draft.world
-    shared = shared_kernels(draft, None, (knobs.tile_m, knobs.tile_n)) if knobs.stages == "layer" else None
-    gated = draft.gate(draft.begin(shared)) if knobs.gate and knobs.stages == "layer" else shared
+    prepared = _prepare(draft, knobs, tile_n) if knobs.stages == "layer" else None
     own_bytes = np.full(world.num_ranks, world.routing.num_tokens * world.config.hidden * world.precision.token_bytes)
-    ready = draft.barrier(draft.stream(draft.begin(gated), own_bytes))  # the own rows are where peers fetch them
+    ready = draft.barrier(draft.stream(draft.begin(prepared), own_bytes))  # the own rows are where peers fetch them
     arrived = _gather(draft, ready, knobs)
-    rows_sorted = draft.stream(draft.begin(ready), INDEX_BYTES * world.rows)
+    indexed = _small_kernels(draft, ready, NUM_INDEX, knobs)
+    rows_sorted = draft.stream(draft.begin(indexed), INDEX_BYTES * world.rows)
     draft.sync(rows_sorted)  # the host needs the counts to set the products up
     owner = world.routing.owner[blocks.expert]
     turn = arrival_turn(world, blocks)
-    width = draft.tuned_width(GEMM0, blocks, knobs.tile_m, knobs.tile_n)
+    width = draft.tuned_width(GEMM0, blocks, knobs.tile_m, tile_n)
     products = draft.gemm(GEMM0, blocks, width, priority=turn)
     draft.builder.edge(arrived[blocks.piece_source, owner[blocks.piece_block]], products[blocks.piece_block])
     order = np.argsort(turn, kind="stable")  # also of those that are ready when the kernel begins
     done = draft.kernel(draft.begin(rows_sorted), products[order], owner[order])
     return draft.barrier(np.concatenate([done, arrived.ravel()]))
+
+
+def _prepare(draft: Draft, knobs: Knobs, tile_n: int) -> Array | None:
+    """`[num_ranks]`, what comes before layer 0: the shared expert, the gate, and half of the small kernels."""
+    last = shared_kernels(draft, None, (knobs.tile_m, tile_n))
+    if knobs.gate:
+        last = draft.gate(draft.begin(last))
+    return _small_kernels(draft, last, _num_small(knobs) // 2, knobs)
+
+
+def _num_small(knobs: Knobs) -> int:
+    return max(0, knobs.num_ops - NUM_STAGES)
+
+
+def _small_kernels(draft: Draft, last: Array | None, number: int, knobs: Knobs) -> Array | None:
+    """`[num_ranks]`: so many are through, one after the other behind `last`."""
+    for _ in range(number):
+        last = draft.begin(last, draft.world.hardware.launch_ns + knobs.framework_ns)
+    return last
 
 
 def fetch_order(world: World) -> Array:
@@ -188,21 +252,32 @@ def _activate(draft: Draft, met: Array) -> Array:
     return draft.stream(draft.begin(met), nbytes, ELEMENTWISE)
 
 
-def _layer1(draft: Draft, blocks: Blocks, activated: Array, knobs: Knobs) -> None:
-    world, sms = draft.world, draft.world.hardware.sms
+def _layer1(draft: Draft, blocks: Blocks, activated: Array, knobs: Knobs, sizes: _Sizes) -> None:
+    world, sms, num_comm = draft.world, draft.world.hardware.sms, sizes.num_comm_blocks
     owner = world.routing.owner[blocks.expert]
-    width = draft.tuned_width(GEMM1, blocks, knobs.tile_m, knobs.tile_n, sms - knobs.num_comm_blocks)
+    width = draft.tuned_width(GEMM1, blocks, knobs.tile_m, sizes.tile_n, sms - num_comm)
     tiles = draft.column_tiles(GEMM1, width)
-    column = np.arange(min(knobs.column_blocks, tiles))[:, None]  # column blocks
+    column = np.arange(_column_blocks(world, knobs, tiles))[:, None]
     count = np.diff(np.arange(len(column) + 1) * tiles // len(column))[:, None]
-    compute = draft.on(draft.servers("compute blocks", sms - knobs.num_comm_blocks), sms)  # a slot is still one SM
+    compute = draft.on(draft.servers("compute blocks", sms - num_comm), sms)  # a slot is still one SM
     products = compute.gemm(GEMM1, blocks, width, priority=column, count=count)
-    begun = draft.begin(activated)
+    begun = draft.begin(_small_kernels(draft, activated, _num_small(knobs) - _num_small(knobs) // 2, knobs))
     draft.builder.edge(begun[owner], products)
     complete = draft.after(begun, draft.builder.add(JOIN, draft.ranks, m=column))
     draft.builder.edge(products, complete[:, owner])
-    comm = draft.on(draft.servers("communication blocks", knobs.num_comm_blocks), knobs.num_comm_blocks)
-    _reduce(comm, complete, count / tiles)
+    comm = draft.on(draft.servers("communication blocks", num_comm), num_comm)
+    if is_ampere(world):
+        ring_sums(comm, complete, knobs.read_ns)
+    else:
+        _reduce(comm, complete, count / tiles)
+
+
+def _column_blocks(world: World, knobs: Knobs, tiles: int) -> int:
+    """How many; on Ampere of whole tiles of the ring."""
+    number = knobs.column_blocks
+    if is_ampere(world) and world.config.hidden % (number * TILE_COLUMNS):
+        number = max(1, world.config.hidden // TILE_COLUMNS)
+    return min(number, tiles)
 
 
 def _reduce(draft: Draft, complete: Array, share: Array) -> None:

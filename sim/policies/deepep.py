@@ -36,12 +36,11 @@ from ..drafting.backward import GradientTile, backward_kernels, dense_kernels, r
 from ..drafting.blocks import tuned_blocks
 from ..drafting.comm_sms import analytic_comm_sms
 from ..drafting.draft import Draft
-from ..drafting.hops import make_hops
+from ..drafting.hop_kernels import HopKernels
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.passes import backward_pass
 from ..drafting.shared import shared_kernels
-from ..engine.graph import NONE, Array, TaskGraph
-from ..engine.kinds import COMBINE, DISPATCH, SEND
+from ..engine.graph import Array, TaskGraph
 from ..world.world import BACKWARD, FORWARD, TRAINING, World
 from ..world.world import PASSES as PASSES
 
@@ -52,20 +51,22 @@ MASKED_TILE_M = 64  # DeepGEMM's lowest on Hopper
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    mode: "normal" or "low_latency"; None: low_latency below 256 tokens of a rank, the batches that DeepEP means it for.
-        A backward has the normal mode only.
-    stages: what is simulated: the whole "layer", or "dispatch" or "combine" alone, as DeepEP's tests time them, with
-        a layout that is known and kernels that are launched already.
-    comm_sms: multiprocessors of normal mode's kernels; None: DeepEP V2's count, see `analytic_comm_sms`.
-    micro_batches: 1, or 2 halves of the tokens.
+    mode: "normal" or "low_latency"; None: low_latency below 256 tokens of a rank. A backward has the normal mode only.
+        Default: the batches that DeepEP means its low-latency kernels for.
+    stages: what is simulated: the whole "layer", or "dispatch" or "combine" alone, as DeepEP's tests time them, with a
+        layout that is known and kernels that are launched already. Default: choice.
+    comm_sms: multiprocessors of normal mode's kernels; None: see `analytic_comm_sms`. Default: DeepEP V2's count.
+    micro_batches: 1, or 2 halves of the tokens. Default: choice.
     combine: "kernel", or "row_block": results leave as soon as their row block is done (low-latency mode only).
-    chunk_rows: rows that one multiprocessor sends at a time.
-    window_rows: rows under way between two ranks; DeepEP's receive buffers hold 128 to 512.
-    tile_m, tile_n: of a tile of either product.
+        Default: as in DeepEP.
+    chunk_rows: rows that one multiprocessor sends at a time. Default: assumption.
+    window_rows: rows under way between two ranks. Default: DeepEP's receive buffers hold 128 to 512.
+    tile_m, tile_n: of a tile of either product. Default: row blocks of DeepGEMM's contiguous layout; that they are as
+        wide is an assumption.
     least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; None: 64 with
-        low_latency, as DeepGEMM's masked products, else tile_m, to which its contiguous layout is aligned.
-    cluster: multiprocessors side by side that share the reading of a row tile.
-    gate: simulate the gate, and its gradients; published figures of layers leave it out.
+        low_latency, else tile_m. Default: DeepGEMM's masked products, and what its contiguous layout is aligned to.
+    cluster: multiprocessors side by side that share the reading of a row tile. Default: as DeepGEMM's multicast.
+    gate: simulate the gate, and its gradients; published figures of layers leave it out. Default: choice.
     """
 
     mode: str | None = None
@@ -191,23 +192,13 @@ def _low_latency(world: World, knobs: Knobs) -> list[_LowLatency]:
     return [_LowLatency(part, knobs) for part in draft.parts(knobs.micro_batches)]
 
 
-class _Normal:
+class _Normal(HopKernels):
     """Kernels of normal mode for one micro-batch; methods take and give what is complete, `[num_ranks]`."""
 
     def __init__(self, draft: Draft, comm: Array, knobs: Knobs) -> None:
-        self.draft = draft
-        self.world = draft.world
-        self.comm = comm
-        self.hops = make_hops(draft.world, knobs.chunk_rows, draft.token_block)
+        super().__init__(draft, comm, knobs.chunk_rows, knobs.window_rows // knobs.chunk_rows)
         self.blocks = tuned_blocks(draft.world.routing.counts, knobs.tile_m, knobs.least_tile_m or knobs.tile_m)
         self.tile = knobs.tile_n, knobs.tile_m
-        self.window = knobs.window_rows // knobs.chunk_rows
-        self.one_node = self.world.num_nodes == 1
-
-    def meet(self, begun: Array) -> Array:
-        """A barrier with which dispatch and combine begin."""
-        network = 0 if self.one_node else self.world.hardware.nic_latency_ns
-        return self.draft.barrier(begun, self.world.hardware.barrier_ns + network)
 
     def notify(self, after: ArrayLike) -> Array:
         """Choices are counted, the counts exchanged and read by the host, and the dispatch kernel begins."""
@@ -216,17 +207,6 @@ class _Normal:
         met = self.meet(self.draft.begin(counted))
         self.draft.sync(met)
         return self.draft.begin(met)
-
-    def dispatch(self, begun: Array) -> Array:
-        """Each row to the relay of each node, from there to each rank."""
-        hops, size = self.hops, self.world.config.hidden * self.world.precision.token_bytes
-        rows, shares = hops.rows * size, hops.share_rows * size
-        first = self._send(DISPATCH, hops.source, hops.relay, rows, read=None if self.one_node else rows)
-        self.draft.after(begun[hops.source], first)
-        relay = hops.relay[hops.share_chunk]
-        second = self._send(DISPATCH, relay, hops.share_rank, shares, read=shares, of=hops.source[hops.share_chunk])
-        self.draft.after(first[hops.share_chunk], second)
-        return self.draft.after(begun, self.draft.gather(second, hops.share_rank))
 
     def turn_back(self) -> None:
         """What follows is of a backward."""
@@ -256,48 +236,6 @@ class _Normal:
     def results(self, computed: Array) -> Array:
         """What combine waits for."""
         return computed
-
-    def combine(self, begun: Array) -> Array:
-        """The way back, with sums at the relays and at the source."""
-        hops, size = self.hops, self.world.config.hidden * self.world.precision.result_bytes
-        met, relay, shares = self.meet(begun), hops.relay[hops.share_chunk], hops.share_rows * size
-        first = self._send(SEND, hops.share_rank, relay, shares, read=shares, of=hops.source[hops.share_chunk])
-        self.draft.after(met[hops.share_rank], first)
-        read = None if self.one_node else np.bincount(hops.share_chunk, hops.share_rows, len(hops.rows)) * size
-        second = self._send(SEND, hops.relay, hops.source, hops.rows * size, read=read)
-        self.draft.builder.edge(first, second[hops.share_chunk])
-        return self._sum(met, second, size)
-
-    def _sum(self, met: Array, arrived: Array, size: float) -> Array:
-        """Blocks of tokens are summed when `arrived` `[num_chunks]` has their rows."""
-        hops, draft = self.hops, self.draft
-        rows = hops.copies if self.one_node else hops.visits
-        block = np.arange(rows.shape[1])
-        tokens = np.minimum(draft.token_block, self.world.routing.num_tokens - block * draft.token_block)
-        read = rows + tokens if self.world.config.shared_ffn else rows
-        time = self._time(read * size, tokens * size)
-        sums = draft.builder.add(COMBINE, draft.ranks[:, None], m=block, server=self.comm[:, None], duration_ns=time)
-        draft.builder.edge(arrived[hops.block_chunk], sums[hops.block_source, hops.block])
-        return draft.kernel(met, sums.ravel(), np.repeat(draft.ranks, len(block)))
-
-    def _send(
-        self, kind: int, source: Array, target: Array, nbytes: Array, read: Array | None, of: Array | int = 0
-    ) -> Array:
-        """Chunks on one hop, a window of them under way in each stream (source, target, `of`).
-
-        A multiprocessor reads `read` bytes and writes `nbytes`; None: there is nothing to do on this hop.
-        """
-        time, server = (0, NONE) if read is None else (self._time(read, nbytes), self.comm[source])
-        nodes = self.draft.send(kind, source, target, nbytes, server=server, duration_ns=time)
-        stream = (source * self.world.num_ranks + target) * self.world.num_ranks + of
-        self.draft.in_window(nodes, stream, self.window)
-        return nodes
-
-    def _time(self, read: ArrayLike, written: ArrayLike) -> Array:
-        """One multiprocessor reads and writes this many bytes."""
-        hardware = self.world.hardware
-        time = np.maximum(np.asarray(read) / hardware.sm_read_gbps, np.asarray(written) / hardware.sm_write_gbps)
-        return np.asarray(np.ceil(time))
 
 
 class _LowLatency:

@@ -12,6 +12,9 @@ their expert, and are cut when its last packet is here, or when processors are i
 in it, and drawn again, until nothing changes. It may go to and fro between two, or on for `MOST_ROUNDS`: then the last
 one is taken, and some rows are held back a little longer or shorter than by the rule.
 
+In the published kernels the OS block hands tiles out, a processor at a time, and each waits before a tile for a round
+of that. Their times say so: they are a sum of products and of a time per tile that is the same for tiles of any depth.
+
 A backward is the same kernel with other tasks: rows of dy go the way of the tokens, into the same slots, each as it is
 needed for its weight; GEMM0 multiplies by the down matrices, GEMM1 by the up matrices, and rows of dx go the way of the
 results. Gradients of an expert's weights are tiles of the same queue, once all its packets and all its GEMM0 are done;
@@ -35,6 +38,7 @@ import numpy as np
 
 from reference.layout import SAVES
 
+from ..drafting.arrived import SHORTEST, hold_back, row_blocks_at_once, told_by_chunks
 from ..drafting.backward import GradientTile, reduce_gradients
 from ..drafting.backward_tiles import (
     expert_tiles,
@@ -44,7 +48,7 @@ from ..drafting.backward_tiles import (
     shared_gradient_tiles,
 )
 from ..drafting.blocks import Blocks, blocks_per_expert, blocks_per_source, ladder
-from ..drafting.cuts import CutBlocks, as_if_at_once, chunk_pieces, cut_blocks
+from ..drafting.cuts import CutBlocks, as_if_at_once, cut_blocks
 from ..drafting.draft import Draft
 from ..drafting.knobs import PolicyKnobs
 from ..drafting.owner import Rules, cuts_of_all
@@ -52,42 +56,43 @@ from ..drafting.passes import UP, Pass, backward_pass, forward_pass
 from ..drafting.rates import SCHEDULE, fitted_values
 from ..drafting.shared import shared_tiles
 from ..engine.graph import NONE, Array, TaskGraph
-from ..engine.kinds import GEMM0, GEMM1, JOIN, RECEIVE
+from ..engine.kinds import GEMM0, GEMM1, RECEIVE
 from ..world.world import BACKWARD, FORWARD, TRAINING, World
 from ..world.world import PASSES as PASSES
 
 FIRST = -1  # rows go before tiles, which wait for nothing else
 MOST_ROUNDS = 8
-SHORTEST = 16  # of the ladder
 TICKET_NS = 10  # assumption: warps of the OS block write the tiles of a row block into the queue side by side
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    blocks_per_sm: resident blocks, each of which runs one tile at a time. Of version 0.1.2's, with three stages of
-        128 x 128 tiles, one fits an H100's multiprocessor; two fit an A100's, but share its tensor cores, and one slot
-        of the whole is nearer than two halves. The paper's version had two.
-    tile_m, tile_n: of a tile of either product.
+    blocks_per_sm: resident blocks, each of which runs one tile at a time. Default: of version 0.1.2's, with three
+        stages of 128 x 128 tiles, one fits an H100's multiprocessor; two fit an A100's, but share its tensor cores, and
+        one slot of the whole is nearer than two halves. The paper's version had two.
+    tile_m, tile_n: of a tile of either product. Default: version 0.1.2's.
     ladder: tiles take the lowest of tile_m, half of it, ... (16 at least) that holds their packet, or where tiles are
-        packed all rows of their expert or, as they arrive, their own, instead of always tile_m. None: where they
-        arrive, as in this project's kernel; the published ones had 128 at all measured batches.
-    packing: "arrived": rows of all sources of an expert share tiles, as they come, nobody waits for counts; this
-        project's kernel does so. "per_source": a packet has tiles of its own, as in the published kernels.
-        "per_expert": tiles as if all counts were known before.
+        packed all rows of their expert or, as they arrive, their own, instead of always tile_m; None: where they
+        arrive. Default: as in this project's kernel; the published ones had 128 at all measured batches.
+    packing: "arrived": rows of all sources of an expert share tiles, as they come, nobody waits for counts.
+        "per_source": a packet has tiles of its own, as in the published kernels. "per_expert": tiles as if all counts
+        were known before. Default: as in this project's kernel.
     settle_ns: with packing="arrived", a tile that is not full goes to an idle processor when no packet of its expert
-        came for so long; the kernel's on GPUs.
-    gate: simulate the gate, and its gradients; the published v0.1.2 benchmark leaves it out.
-    dispatch_rows: rows of a packet that one block stores at a time.
+        came for so long. Default: this project's kernel on GPUs.
+    gate: simulate the gate, and its gradients; the published v0.1.2 benchmark leaves it out. Default: choice.
+    dispatch_rows: rows of a packet that one block stores at a time. Default: assumption.
     row_unit: rows that are multiplied together: a tile computes its real rows, rounded up to whole units; None: all of
-        its height, padding included.
-    async_loads: a tile's operands are read while products run; False: before them, as on CPUs.
-    poll_ns: the OS block's time per packet; assumption.
-    scheduler: "tickets": processors take the next tile themselves, as in this project's kernel; "os_block": the OS
-        block hands tiles out one after the other, as in the published kernels.
+        its height, padding included. Default: as tensor cores do.
+    async_loads: a tile's operands are read while products run; False: before them, as on CPUs. Default: as on GPUs.
+    poll_ns: the OS block's time per packet. Default: assumption: a round trip to the L2.
+    scheduler: "tickets": processors take the next tile themselves; "os_block": a processor waits before each tile until
+        the OS block has handed one to all, as in the published kernels. Default: as in this project's kernel.
     schedule_ns: the OS block's time per tile; None: with tickets `TICKET_NS`, for which it has only to write the tile
-        down, else the fitted one of the published kernel.
-    save: what a forward keeps for its backward (`drafting/passes.py`): "rows+up", "rows" or "nothing".
+        down, else the fitted one of the published kernel. Default: assumption with tickets, else fitted to published
+        tables.
+    save: what a forward keeps for its backward (`drafting/passes.py`): "rows+up", "rows" or "nothing". Default: as in
+        this project's layer.
     """
 
     blocks_per_sm: int = 1
@@ -137,7 +142,16 @@ def build(world: World, knobs: Knobs) -> TaskGraph:
 
 def _draw(world: World, knobs: Knobs, blocks: Sequence[Blocks]) -> _Schedule:
     """With the row blocks of each pass."""
-    draft = Draft(world, knobs, "flashmoe", _slots(world, knobs), async_loads=knobs.async_loads, fixed_shares=True)
+    wait_ns = _wait_ns(world, knobs)
+    draft = Draft(
+        world,
+        knobs,
+        "flashmoe",
+        _slots(world, knobs),
+        async_loads=knobs.async_loads,
+        wait_ns=wait_ns,
+        fixed_shares=wait_ns > 0 or not knobs.async_loads,  # a slot does other things before or after it reads
+    )
     drawn: list[_Drawn] = []
     for direction, of_pass in zip(world.directions, blocks, strict=True):
         before = drawn[-1].ended if drawn else None
@@ -170,7 +184,7 @@ def _draw_pass(draft: Draft, knobs: Knobs, blocks: Blocks, direction: str, befor
         draft.builder.edge(launched[world.routing.owner[packets[1]]], received[packets])
     draft.builder.edge(received[blocks.piece_source, blocks.expert[blocks.piece_block]], hidden[blocks.piece_block])
     if isinstance(blocks, CutBlocks):
-        _hold_back(draft, received, blocks, hidden)
+        hold_back(draft, received, blocks, hidden)
     combined = draft.combine(told, results, gated, **(router_product(draft) if back and knobs.gate else {}))
     shared: list[Array] = []
     if world.config.shared_ffn:
@@ -216,7 +230,7 @@ def _receive(draft: Draft, sent: Array, packets: tuple[Array, ...], blocks: Bloc
     """The OS block of the owner sees each packet's signal and queues its tiles, or its share of those it is part of."""
     world, (source, expert) = draft.world, packets
     owner = world.routing.owner[expert]
-    work = _row_blocks(blocks)[source, expert] * _hand_ns(draft, knobs)
+    work = row_blocks_at_once(blocks)[source, expert] * _hand_ns(draft, knobs)
     nodes = draft.builder.add(
         RECEIVE,
         owner,
@@ -228,22 +242,15 @@ def _receive(draft: Draft, sent: Array, packets: tuple[Array, ...], blocks: Bloc
     return draft.after(sent, nodes)
 
 
-def _row_blocks(blocks: Blocks) -> Array:
-    """`[num_ranks, num_experts]`: row blocks that are handed out when a packet arrives."""
-    shape = blocks.piece_start.shape
-    if isinstance(blocks, CutBlocks):
-        at_once = blocks.held_ns == NONE
-        packet = blocks.last_source[at_once] * shape[1] + blocks.expert[at_once]
-        at_once_of: Array = np.bincount(packet, minlength=blocks.piece_start.size).reshape(shape)
-        return at_once_of
-    share = 1 / np.bincount(blocks.piece_block)[blocks.piece_block]
-    total = np.append(0, np.cumsum(share))
-    result: Array = np.diff(total[np.append(blocks.piece_start.ravel(), len(share))]).reshape(shape)
-    return result
+def _wait_ns(world: World, knobs: Knobs) -> int:
+    """What a processor waits for its next tile: a round of the OS block, in which each processor gets one."""
+    return _slots(world, knobs) * _schedule_ns(world, knobs) if knobs.scheduler == "os_block" else 0
 
 
 def _hand_ns(draft: Draft, knobs: Knobs) -> int:
-    """The OS block's time for the tiles of a row block."""
+    """The OS block's time for the tiles of a row block, before any is multiplied."""
+    if knobs.scheduler == "os_block":
+        return 0
     tiles = sum(draft.column_tiles(kind, knobs.tile_n) for kind in (GEMM0, GEMM1))
     return tiles * _schedule_ns(draft.world, knobs)
 
@@ -257,7 +264,7 @@ def _schedule_ns(world: World, knobs: Knobs) -> int:
 def _results(draft: Draft, blocks: Blocks, hidden: Array, knobs: Knobs) -> tuple[Blocks, Array]:
     """What sources are told of, and of each piece of that the node with which its results are there."""
     if isinstance(blocks, CutBlocks):
-        return _told_by_chunks(draft, blocks, hidden, knobs)
+        return told_by_chunks(draft, blocks, hidden, knobs.tile_m, knobs.tile_n)
     if knobs.packing == "per_source":  # pieces are blocks
         source = blocks.piece_source
         return blocks, draft.after(hidden, draft.gemm(GEMM1, blocks, knobs.tile_n, source=source))
@@ -303,38 +310,3 @@ def _rules(draft: Draft, blocks: CutBlocks, height: Array, rows: Array, knobs: K
         settle_ns=knobs.settle_ns,
         hand_ns=_hand_ns(draft, knobs),
     )
-
-
-def _hold_back(draft: Draft, received: Array, blocks: CutBlocks, hidden: Array) -> None:
-    """Rests wait for idle processors, counted from the last packet in them."""
-    held = np.flatnonzero(blocks.held_ns != NONE)
-    expert, source = blocks.expert[held], blocks.last_source[held]
-    waits = draft.builder.add(
-        JOIN,
-        draft.world.routing.owner[expert],
-        peer=source,
-        expert=draft.local[expert],
-        m=blocks.m[held],
-        duration_ns=blocks.held_ns[held],
-    )
-    draft.builder.edge(received[source, expert], waits)
-    draft.builder.edge(waits, hidden[held])
-
-
-def _told_by_chunks(draft: Draft, blocks: CutBlocks, hidden: Array, knobs: Knobs) -> tuple[Blocks, Array]:
-    """A source is told of a chunk of its packet when all blocks that hold rows of it have stored them."""
-    counts, owner = draft.world.routing.counts, draft.world.routing.owner
-    alone = np.bincount(blocks.piece_block, minlength=len(blocks.expert)) == 1
-    target = np.where(alone, blocks.last_source, owner[blocks.expert])
-    down = draft.after(hidden, draft.gemm(GEMM1, blocks, knobs.tile_n, source=target, peer=blocks.first_source))
-    stored, mixed = down[blocks.piece_block], ~alone[blocks.piece_block]
-    pieces = {name: getattr(blocks, name)[mixed] for name in ("piece_block", "piece_source", "piece_rows")}
-    stored[mixed] = draft.send_pieces(replace(blocks, **pieces), down)
-    chunks = blocks_per_source(counts, ladder(counts, min(SHORTEST, knobs.tile_m), knobs.tile_m))
-    expert = chunks.expert[chunks.piece_block]
-    told = draft.builder.add(
-        JOIN, owner[expert], peer=chunks.piece_source, expert=draft.local[expert], m=chunks.m[chunks.piece_block]
-    )
-    piece, chunk = chunk_pieces(blocks, chunks)
-    draft.builder.edge(stored[piece], told[chunk])
-    return chunks, told

@@ -26,7 +26,7 @@ PULL = 0.1
 PULL_ALONE = 0.02
 NODES = {
     RATE: (0.12, 0.17, 0.24, 0.33, 0.45, 0.63, MOST_RATE),
-    SCHEDULE: (100, 200, 300, 400, 550, 750),
+    SCHEDULE: (40, 80, 130, 200, 300, 400, 600),
 }
 POINTS = 121  # of the fine grid, for each knob
 

@@ -16,13 +16,13 @@ from ...device.fibers import Fiber, Scheduler, clock, current, note_progress
 from ...device.records import record_words
 from ...heap.kept import Kept
 from ...heap.rank import Rank
+from ...heap.sums import Sums
 from ...kernel.grid import HEADER_WORDS, RankArguments
-from .arrays import Arrays
+from .arrays import NO_DEADLINE, Arrays
 from .blame import Blame
 from .calls import Call, call_of
 from .memory import Actor, joined
-
-NO_DEADLINE = 1 << 62  # the scheduler finds deadlocks by itself
+from .network import Network
 
 
 class Table:
@@ -55,10 +55,16 @@ class Host:
     """Makes the calls of these ranks. `calls[i]` are those that ended of the i-th one."""
 
     def __init__(
-        self, world: Arrays, table: Table | None, blame: Blame, scheduler: Scheduler, ranks: Sequence[Rank]
+        self,
+        world: Arrays,
+        table: Table | None,
+        blame: Blame,
+        network: Network,
+        scheduler: Scheduler,
+        ranks: Sequence[Rank],
     ) -> None:
         self.world, self.scheduler, self.ranks = world, scheduler, ranks
-        self._table, self._blame = table, blame
+        self._table, self._blame, self._network = table, blame, network
         self.calls: list[list[Call]] = [[] for _ in ranks]
         self.fibers: list[Fiber] = []  # of this call
         self._results: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []  # of the call: y, and gradients by name
@@ -72,6 +78,11 @@ class Host:
     def epoch(self) -> int:
         """The call that has not ended yet."""
         return len(self.calls[0]) + 1
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing of it runs any more."""
+        return all(fiber.dead for fiber in self.fibers + self.leaving)
 
     def begin(self) -> None:
         """Start the next call, if there is one."""
@@ -127,7 +138,9 @@ class Host:
             fiber.actor.take_time(clock())
         self._running -= 1
         if self._running == 0:
-            self._clock = joined([fiber.actor.clock for fiber in self.fibers])
+            self._clock = joined(
+                [fiber.actor.clock for fiber in self.fibers] + self._network.wait_until_taken(rank_idx)
+            )
             if not self._given_up():
                 self._end()
                 if not self._given_up():  # as the next call begins
@@ -167,4 +180,6 @@ class Host:
     def _end(self) -> None:
         epoch = self.epoch  # it counts calls that ended
         for rank, (y, gradients), calls in zip(self.ranks, self._results, self.calls, strict=True):
+            if self.world.spec.begins_sums(rank.rank_idx, epoch) and not self.world.spec.frozen_experts:
+                Sums().settle(self.world.gradients[rank.rank_idx], True, rank.idle_experts())
             calls.append(call_of(rank, y, epoch, gradients))

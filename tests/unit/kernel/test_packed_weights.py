@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from cases import DTYPES, assert_same_bits, random_routing, random_tokens, tiny_config
+from cases import DTYPES, assert_same_bits, random_routing, random_tokens, tiny_config, usable_arithmetics
 
 from flashmoe_numba import FlashMoE, FlashMoEError
+from flashmoe_numba.tile_gemm.arithmetic import PAIRED_DTYPE
 from flashmoe_numba.tile_gemm.packing import fill_compiled
 from flashmoe_numba.tile_gemm.panels import fill_panels, num_tiles, panels_per_tile
 from reference import Weights
@@ -52,15 +53,19 @@ def test_a_routing_from_outside_goes_to_the_other_weights():
         assert_same_bits(layer(x, weights=layer.pack(second), **routing), other(x, **routing))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["cpu", "fibers"])
-def test_unpacks_what_was_packed(dtype, backend):
+PACKED = [("fibers", dtype, {}) for dtype in DTYPES]
+PACKED += [("cpu", dtype, {}) for dtype in DTYPES if dtype != PAIRED_DTYPE]
+PACKED += [("cpu", PAIRED_DTYPE, {"arithmetic": name}) for name in usable_arithmetics()]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "setting"), PACKED)
+def test_unpacks_what_was_packed(backend, dtype, setting):
     config = tiny_config(dtype=dtype, hidden=19, ffn=11)
     weights = Weights.random(config, 2)
     fused = np.zeros((config.num_experts, 2 * config.ffn, config.hidden), config.numpy_dtype)
     down = np.zeros((config.num_experts, config.ffn, config.hidden), config.numpy_dtype).transpose(0, 2, 1)
     out = Weights(router=weights.router, gate_proj=fused[:, ::2], up_proj=fused[:, 1::2], down_proj=down)
-    with FlashMoE(config, Weights.random(config, 3), backend=backend) as layer:
+    with FlashMoE(config, Weights.random(config, 3), backend=backend, **setting) as layer:
         layer.pack(weights).unpack(out)
     for name in MATRICES:
         assert_same_bits(np.ascontiguousarray(getattr(out, name)), getattr(weights, name), name)

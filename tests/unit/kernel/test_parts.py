@@ -1,7 +1,11 @@
 """Kernel functions are parts of a kernel (device/parts.py): machine code is made of its entries alone."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
+from numba.core.bytecode import FunctionIdentity
 from numba.core.codegen import CPUCodeLibrary
 
 from flashmoe_numba.device import jit
@@ -84,3 +88,35 @@ def test_parts_do_not_take_over_that_an_entry_is_always_inlined(optimised):
     for function in (add, add_twice):
         for made in function.overloads.values():
             assert "alwaysinline" not in made.library.get_llvm_str()
+
+
+def entry_with_a_part(number):
+    """An entry that stores `number` twice by way of a part that is too long to be inlined, and has a namesake."""
+
+    @jit
+    def store_sum(words, i):
+        total = 1.0 * i - i
+        for _ in range(2):
+            total = math.sin(math.exp(math.cos(math.log1p(math.sinh(math.tan(math.asinh(math.atan(total))))))))
+            total = math.sin(math.exp(math.cos(math.log1p(math.sinh(math.tan(math.asinh(math.atan(total))))))))
+            total = math.sin(math.exp(math.cos(math.log1p(math.sinh(math.tan(math.asinh(math.atan(total))))))))
+        words[i] = number if total < 2 else 0
+
+    @jit(entry=True)
+    def store_both(words):
+        store_sum(words, 0)
+        store_sum(words, words.size - 1)
+
+    return store_both
+
+
+def test_kernels_that_other_processes_compiled_keep_their_parts(tmp_path, monkeypatch):
+    """Numba counts functions, and parts of two kernels from two processes may have one number and so one name."""
+    found = []
+    for number in (3, 4):
+        monkeypatch.setattr(FunctionIdentity, "_unique_ids", itertools.count(10**6))
+        entry, words = entry_with_a_part(number), np.zeros(2, np.int64)
+        compile_for(entry, (words,), tmp_path / str(number))
+        entry(words)
+        found.append(words.tolist())
+    assert found == [[3, 3], [4, 4]]

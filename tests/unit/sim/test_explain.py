@@ -18,7 +18,7 @@ from sim.engine.plain import run
 from sim.reading.explain import CATEGORIES, explain, held_by, lines, merged
 from sim.simulation import simulate
 from sim.studies import what_if
-from sim.world.hardware import load_hardware
+from sim.world.machine_files import load_hardware
 from sim.world.precision import precision
 from sim.world.routing import make_routing
 from sim.world.world import World

@@ -11,6 +11,7 @@ from policy_worlds import assert_computed_once, carried_bytes, kind_nodes, make_
 
 from sim.drafting.blocks import blocks_per_expert
 from sim.engine.kinds import BARRIER, COMBINE, ELEMENTWISE, GATE, GEMM0, GEMM1, LAUNCH, SEND
+from sim.policies import make_knobs
 from sim.policies.comet import fetch_order
 
 WORLDS = odd_worlds()
@@ -159,6 +160,7 @@ def test_tiles_wait_for_their_last_source_and_go_in_the_order_of_arrival(nvlink_
 
 def test_the_host_reads_the_counts_before_it_launches_the_products():
     world = small_world()
+    world = replace(world, hardware=replace(world.hardware, host_sync_ns=12_345))  # unlike all other times of hosts
     graph = graph_of(world, stages="layer0")
     timeline = run_both(graph)
     launches = kind_nodes(graph, LAUNCH)
@@ -251,6 +253,89 @@ def test_layer0_ends_at_the_barrier_without_a_gate():
     timeline = run_both(graph)
     assert timeline.makespan_ns == timeline.done_ns[kind_nodes(graph, BARRIER)[-1]]
     assert_moved(graph, timeline, world, layer1=False)
+
+
+def test_a_layer_on_eight_ranks_has_as_many_kernels_and_copies_as_were_counted():
+    world = small_world(num_ranks=8)
+    launches = kind_nodes(graph_of(world), LAUNCH, 0)
+    assert len(launches) == 33 - 7 + 1 + 1  # seven copies are issued at once, and the host reads the counts
+    layer0 = kind_nodes(graph_of(world, stages="layer0"), LAUNCH, 0)
+    assert len(layer0) == 1 + 1 + 3 + 1 + 1 + 1  # own rows, copies, indices, sort, reading, product
+    assert len(kind_nodes(graph_of(world, num_ops=40), LAUNCH, 0)) == len(launches) + 7
+    assert len(kind_nodes(graph_of(world, num_ops=1), LAUNCH, 0)) == len(launches) - 17
+
+
+# ---- Ampere
+
+
+def on_ampere(routing="uniform", **sizes):
+    return small_world(routing, hardware="4xA100", **({"num_tokens": 300, "hidden": 2048} | sizes))
+
+
+def test_sums_of_all_tokens_go_round_a_ring():
+    world = on_ampere()
+    graph = graph_of(world)
+    timeline = run_both(graph)
+    token_bytes = world.routing.num_tokens * world.config.hidden * 2
+    assert (carried_bytes(graph, timeline, 4) == 2 * 3 * token_bytes).all()  # gathered, and round the ring
+    comm = next(index for index, server in enumerate(graph.servers) if server.name == "communication blocks")
+    assert graph.servers[comm].slots == 3
+    sends = kind_nodes(graph, SEND)
+    ring = sends[graph.nodes["server"][sends] >= 0]
+    assert len(ring) == 2 * 3 * 4  # splits of 1,024 columns, stages, ranks
+    assert (graph.nodes["peer"][ring] == (graph.nodes["rank"][ring] - 1) % 4).all()
+    assert set(graph.nodes["count"][ring]) == {3}  # tiles of 128 tokens
+    sums = kind_nodes(graph, COMBINE)
+    assert len(sums) == 2 * 4 and timeline.makespan_ns == timeline.done_ns[sums].max()
+
+
+def test_a_rank_adds_to_what_the_next_one_has_added_up():
+    world = on_ampere(hidden=1024)
+    graph = graph_of(world)
+    for last in kind_nodes(graph, COMBINE):
+        node, rank = last, int(graph.nodes["rank"][last])
+        for step in range(1, 4):
+            before = [n for n in graph.predecessors(node) if graph.nodes["kind"][n] == SEND]
+            assert len(before) == 1
+            node = before[0]
+            assert graph.nodes["rank"][node] == (rank + step) % 4
+        assert not any(graph.nodes["kind"][n] == SEND for n in graph.predecessors(node))
+
+
+def test_a_block_waits_for_each_result_that_it_reads_and_for_the_sum_so_far():
+    world = on_ampere("to-rank-0", hidden=1024, num_tokens=100)
+    graph = graph_of(world, read_ns=1000)
+    store_ns = 100 * 1024 * 2 / world.hardware.sm_write_gbps
+    rows = np.count_nonzero(world.routing.topk_idx >= 0, axis=(1, 2)) / 100  # of a token of each source, all on rank 0
+    ring = np.concatenate([kind_nodes(graph, kind) for kind in (SEND, COMBINE)])
+    ring = ring[graph.nodes["server"][ring] >= 0]
+    for rank in range(4):
+        mine = ring[graph.nodes["rank"][ring] == rank]
+        stages = mine[np.argsort(graph.nodes["priority"][mine])]
+        reads = 1 + (np.roll(rows, -1 - rank) if rank == 0 else np.zeros(4))  # the next rank's tokens come first
+        assert graph.nodes["duration_ns"][stages] == pytest.approx(17 * reads * 1000 + store_ns, abs=1)  # 6 at a time
+
+
+@pytest.mark.parametrize(("hidden", "splits"), [(192, 1), (1024, 1), (2048, 2), (3072, 3), (4096, 4), (8192, 4)])
+def test_splits_of_columns_are_whole_tiles_of_the_ring(hidden, splits):
+    sums = kind_nodes(graph_of(on_ampere(hidden=hidden, num_tokens=16)), COMBINE)
+    assert len(sums) == splits * 4
+
+
+def test_what_is_not_set_is_the_systems_on_that_gpu():
+    for world, tile_n, blocks in ((small_world(), 256, 26), (on_ampere(), 128, 3)):
+        knobs = make_knobs("comet", {}).in_world(world)
+        assert (knobs.tile_n, knobs.num_comm_blocks) == (tile_n, blocks)
+        knobs = make_knobs("comet", {"tile_n": 64, "num_comm_blocks": 5}).in_world(world)
+        assert (knobs.tile_n, knobs.num_comm_blocks) == (64, 5)
+
+
+@pytest.mark.parametrize("routing", ["even", "zipf:1.2", "to-rank-0"])
+def test_on_ampere_every_row_is_computed_once(routing):
+    world = on_ampere(routing, num_tokens=67)
+    graph = graph_of(world)
+    run_both(graph)
+    assert_computed_once(graph, world)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,15 @@ from functools import partial
 
 import numpy as np
 import pytest
-from policy_worlds import assert_computed_once, kind_nodes, make_graph, odd_worlds, run_both, small_world
+from policy_worlds import (
+    assert_computed_once,
+    kind_nodes,
+    make_graph,
+    odd_worlds,
+    on_few_sms,
+    run_both,
+    small_world,
+)
 
 from sim.engine.kinds import COMBINE, DISPATCH, GATE, GEMM0, GEMM1, RECEIVE
 from sim.policies import build, make_knobs
@@ -181,3 +189,17 @@ def test_one_rank_and_eight_differ_little():
     knobs = dict(rate=0.22, gate=False)
     times = [simulate("flashmoe", world, make_knobs("flashmoe", knobs)).latency_us for world in (one, eight)]
     np.testing.assert_allclose(times[0], times[1], rtol=0.03)
+
+
+@pytest.mark.parametrize("packing", ["per_source", "per_expert"])
+def test_a_processor_waits_for_a_round_of_the_os_block(packing):
+    """Before each tile of a product, as long as the OS block takes for one to each processor."""
+    world = on_few_sms(small_world(), 5)
+    none, some = (graph_of(world, packing=packing, scheduler="os_block", schedule_ns=ns) for ns in (0, 100))
+    for kind in (GEMM0, GEMM1):
+        nodes = kind_nodes(none, kind)
+        longer = some.nodes["duration_ns"][nodes] - none.nodes["duration_ns"][nodes]
+        assert (longer == 4 * 100).all()  # one of five is the OS block
+    for kind in (RECEIVE, COMBINE):
+        nodes = kind_nodes(none, kind)
+        np.testing.assert_array_equal(some.nodes["duration_ns"][nodes], none.nodes["duration_ns"][nodes])

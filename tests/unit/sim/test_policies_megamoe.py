@@ -10,7 +10,7 @@ from policy_worlds import kind_nodes, make_graph, odd_worlds, on_few_sms, run_bo
 
 from sim.engine.kinds import BARRIER, COMBINE, DISPATCH, GEMM0, GEMM1, SEND
 from sim.policies import make_knobs
-from sim.policies.megamoe import Knobs, tile_columns, tile_height
+from sim.policies.megamoe import Knobs, multiplied_rows, tile_columns, tile_height
 
 WORLDS = odd_worlds()
 
@@ -156,9 +156,68 @@ def test_tile_heights_follow_the_expected_rows(tokens, fused):
 def test_tile_columns_follow_the_expected_rows_and_the_ffn(tokens, ffn, columns):
     world = small_world("even", num_tokens=tokens, num_experts=32, ffn=ffn)
     assert tile_columns(world, Knobs(split=True)) == columns
-    assert tile_columns(world, Knobs()) == (256, 256)
     assert tile_columns(on_blackwell(world), Knobs()) == (128, 128)
     assert tile_columns(world, Knobs(split=True, tile_n=64)) == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ffn", "columns"),
+    [
+        (255, 80, 128),  # just below 64 rows per expert
+        (256, 80, 256),
+        (1, 3072, 256),  # a quarter of a row
+        (1, 3071, 128),
+    ],
+)
+def test_columns_of_hoppers_fused_tiles(tokens, ffn, columns):
+    world = small_world("even", num_tokens=tokens, num_experts=32, ffn=ffn)
+    assert tile_columns(world, Knobs()) == (columns, columns)
+    fewer = small_world("even", num_tokens=tokens, num_experts=64, ffn=ffn)
+    assert tile_columns(fewer, Knobs()) == (128, 128)  # 32 rows, or an eighth of a row
+
+
+@pytest.mark.parametrize(
+    ("rows", "swapped", "blackwell"),
+    [(1, 8, 16), (8, 8, 16), (9, 16, 16), (16, 16, 16), (17, 32, 32), (33, 64, 48), (49, 64, 64), (64, 64, 64)],
+)
+def test_few_rows_are_multiplied_with_little_padding(rows, swapped, blackwell):
+    hopper = small_world("even", num_tokens=128)
+    real = np.array([rows, 64])
+    assert multiplied_rows(hopper, real, 64, Knobs()).tolist() == [swapped, 64]
+    assert multiplied_rows(on_blackwell(hopper), real, 64, Knobs()).tolist() == [blackwell, 64]
+    assert multiplied_rows(hopper, real, 64, Knobs(pad=True)).tolist() == [64, 64]
+    assert multiplied_rows(hopper, real, 64, Knobs(tile_m=64)).tolist() == [64, 64]
+    assert multiplied_rows(hopper, real, 64, Knobs(tile_m=64, pad=False)).tolist() == [swapped, 64]
+    assert multiplied_rows(hopper, real, 128, Knobs()).tolist() == [128, 128]
+    more = small_world("even", num_tokens=129)
+    assert multiplied_rows(more, real, 64, Knobs()).tolist() == [64, 64]
+
+
+def test_padding_that_is_not_multiplied_takes_no_operations():
+    world = small_world("zipf:1.2", num_tokens=61, num_experts=32)
+    graph = graph_of(world)
+    products = kind_nodes(graph, GEMM0)
+    padded = graph_of(world, pad=True)
+    assert (graph.nodes["flops"][products] <= padded.nodes["flops"][products]).all()
+    assert graph.nodes["flops"][products].sum() < padded.nodes["flops"][products].sum()
+    np.testing.assert_array_equal(graph.nodes["useful_flops"], padded.nodes["useful_flops"])
+
+
+@pytest.mark.parametrize(("tokens", "waves"), [(3, 1), (4, 4), (16, 4), (17, 1), (300, 1)])
+def test_hoppers_kernel_has_one_wave_but_for_a_few_rows(tokens, waves):
+    """Tokens / 4 are the rows per expert; two of the 8 local experts fill two multiprocessors twice."""
+    world = on_few_sms(small_world("even", num_tokens=tokens, num_experts=32), 2)
+    graph = graph_of(world)
+    assert len(set(graph.nodes["priority"][kind_nodes(graph, GEMM0)])) == waves
+
+
+def test_two_multiprocessors_share_rows_on_blackwell_alone():
+    world = small_world("even", num_tokens=8192, num_experts=4, hidden=2048, ffn=64, num_topk=1)
+    for slow in (world, on_blackwell(world)):
+        slow = replace(slow, hardware=replace(slow.hardware, l2_gbps=100.0))
+        chosen, alone, pair = (graph_of(slow, **knobs) for knobs in ({}, {"cluster": 1}, {"cluster": 2}))
+        times = [int(graph.nodes["duration_ns"][kind_nodes(graph, GEMM0)[0]]) for graph in (chosen, alone, pair)]
+        assert times[0] == times[1 if slow.hardware.tflops.get("fp4") is None else 2] and times[1] != times[2]
 
 
 def test_a_cluster_reads_its_rows_once():

@@ -12,13 +12,11 @@ from sim import POLICY_NAMES
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 SLACK = {  # by policy: the largest cost of 1 % more columns at decode, where it is more than 3 %; see docs/simulator.md
-    "flashmoe": 1.05,
-    "sonic": 1.05,
-    "t3": 1.06,
-    "megamoe": 1.06,
+    "sonic": 1.04,
+    "t3": 1.05,
+    "megamoe": 1.07,
 }
-PRODUCTS = ("megamoe", "olmoe-1b-7b", "8xH20", "zipf:1")  # one wave of 64 rows becomes two, and products bound it
-MOST_JUMPS = 20
+MOST_JUMPS = 8
 
 
 @pytest.fixture
@@ -33,9 +31,8 @@ def scan(monkeypatch):
 
 def check(rows, most):
     for row in rows:
-        cell = row["policy"], row["model"], row["machine"], row["routing"]
         assert row["over_roof"] >= 1, row
-        assert row["jump"] <= (1.32 if cell == PRODUCTS else SLACK.get(row["policy"], 1.03)), row
+        assert row["jump"] <= SLACK.get(row["policy"], 1.03), row
     assert sum(row["jump"] > 1.03 for row in rows) <= most
 
 
