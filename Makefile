@@ -1,4 +1,4 @@
-# make run | test | lint | smoke | conformance | mutants | compare | compile-test | ptx-worlds | ptx-faults | clean.
+# make run | test | lint | smoke | conformance | mutants | hosts-soak | compare | compile-test | ptx-worlds | ptx-faults | clean
 # Everything is installed into .venv and nothing outside this folder is changed.
 PYTHON ?= python3
 PRESET ?= laptop-text
@@ -8,13 +8,14 @@ SEED ?= 0
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: help run test lint smoke conformance mutants compare compile-test ptx-worlds ptx-faults clean
+.PHONY: help run test lint smoke conformance mutants hosts-soak compare compile-test ptx-worlds ptx-faults clean
 
 help:
 	@echo "make run    one MoE layer on $(RANKS) ranks of this machine (PRESET=$(PRESET) RANKS=$(RANKS) WORKLOAD=$(WORKLOAD))"
 	@echo "make test   all tests            make lint    ruff and mypy"
 	@echo "make smoke  every experiment, small              make clean   remove what make made"
 	@echo "make mutants   small faults in copies of the source, which tests must notice (SEED=$(SEED); for a night)"
+	@echo "make hosts-soak   layers on hosts that lose ranks, hosts and cables, and 10,000 calls there (as root; for a night)"
 	@echo "make compare BASE=COMMIT   do HEAD and that commit compute the same? with their lines of code, and speeds in turn"
 	@echo "make ptx-faults     faults planted in the linked kernels, which their machine must find (for a night)"
 	@echo "make conformance   beside PyTorch and transformers: models generate the same text"
@@ -48,6 +49,10 @@ conformance: .venv/for-conformance
 
 mutants: .venv/for-dev
 	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED)
+
+hosts-soak: .venv/for-dev
+	HYPOTHESIS_PROFILE=nightly .venv/bin/python -m pytest tests/hosts
+	.venv/bin/python experiments/34_lost_hosts.py --runs 200 --calls 10000
 
 compare: .venv/for-dev
 	.venv/bin/python tests/compare_commits.py $(BASE) --speed 5

@@ -1,6 +1,6 @@
 """Question: is the kernel clean under very many interleavings of many small worlds?
 
-Command:  python experiments/32_clean_worlds.py [--seeds N] [--backward] [--jobs N] [--json FILE]
+Command:  python experiments/32_clean_worlds.py [--seeds N] [--backward] [--hosts] [--jobs N] [--json FILE]
           (or under mpirun, without --jobs)
 Expected: no report in any world; exit status 1, with the command that replays it, if there is one.
 
@@ -29,7 +29,7 @@ from explore_common import search_of
 from flashmoe_numba.commands.spread import STOPS, add_jobs_argument, open_pool, progress, stopped_status, why_stopped
 from flashmoe_numba.errors import UsageError
 from flashmoe_numba.explore import worlds
-from flashmoe_numba.explore.backward_worlds import BACKWARD_WORLDS
+from flashmoe_numba.explore.run.spec import WorldSpec
 from flashmoe_numba.explore.search import explore
 from flashmoe_numba.processes import launch
 
@@ -42,6 +42,7 @@ def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=10_000, metavar="N", help="of each world [10000]")
     parser.add_argument("--backward", action="store_true", help="only worlds that have backwards")
+    parser.add_argument("--hosts", action="store_true", help="only worlds of several hosts")
     add_jobs_argument(parser.add_argument)
     args = parser.parse_args()
     alone = args.smoke and not launch.inside_mpirun()
@@ -53,7 +54,7 @@ def main() -> int:
 
 
 def run_all(args: argparse.Namespace, pool: Executor | None) -> int:
-    names = [name for name in WORLDS if name in BACKWARD_WORLDS or not args.backward][:: 5 if args.smoke else 1]
+    names = [name for name in WORLDS if fits(args, search_of(WORLDS[name]).spec)][:: 5 if args.smoke else 1]
     done = rows_of(args.json)
     rows: list[Row] = []
     try:
@@ -70,6 +71,11 @@ def run_all(args: argparse.Namespace, pool: Executor | None) -> int:
     bad = [row for row in rows if row["reports"]]
     print("\n".join(f"replay: {row['replay']}" for row in bad) or f"\nall {len(names)} worlds are clean")
     return 1 if bad else 0
+
+
+def fits(args: argparse.Namespace, spec: WorldSpec) -> bool:
+    """Is it one of the worlds that are asked for?"""
+    return (any(spec.program) or not args.backward) and (spec.hosts > 1 or not args.hosts)
 
 
 def rows_of(file: Path | None) -> list[Row]:

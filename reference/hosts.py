@@ -40,9 +40,19 @@ class Hosts:
         """Are these ranks on different hosts?"""
         return self.of_rank[a] != self.of_rank[b]
 
+    def sharing(self, rank: int) -> list[int]:
+        """The ranks of this one's host, in order."""
+        return [other for other, host in enumerate(self.of_rank) if host == self.of_rank[rank]]
+
     @property
     def is_one(self) -> bool:
         return self.most_apart == 0
+
+    @property
+    def ranks(self) -> list[list[int]]:
+        """Those of each host."""
+        hosts = dict.fromkeys(self.of_rank)
+        return [[rank for rank, host in enumerate(self.of_rank) if host == each] for each in hosts]
 
     def num_apart(self, rank: int) -> int:
         """Ranks on other hosts than this one."""

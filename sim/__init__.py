@@ -18,7 +18,9 @@ from .reading.plots import plot_timeline
 from .reading.report import Report, report
 from .reading.trace import write_chrome_trace
 from .simulation import Simulation, simulate
-from .world.hardware import Hardware, hardware_names, load_hardware
+from .world.hardware import Hardware
+from .world.machine_files import load_hardware
+from .world.machine_names import hardware_names
 from .world.placement import balance
 from .world.precision import PRECISIONS, Precision, precision
 from .world.rounding import round_tokens

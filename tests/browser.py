@@ -126,7 +126,8 @@ class Browser:
 
 if __name__ == "__main__":
     page, picture, width, height = sys.argv[1:5]
-    with tempfile.TemporaryDirectory() as folder, Browser(folder, int(width), int(height)) as browser:
+    made = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # Chromium writes into it while it ends
+    with made as folder, Browser(folder, int(width), int(height)) as browser:
         browser.open(page)
         browser.frame()
         browser.picture(picture)

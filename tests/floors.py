@@ -18,7 +18,8 @@ FLOORS = {  # of what lies in a folder, from the ground; what shares a floor doe
     "sim": "world engine / drafting / policies / simulation / reading / studies validation",
     "flashmoe_numba": "errors / processes device checkpoints / gpu tile_gemm / kernel / heap seeing / build / "
     "backends ptx / layer / bench torch / explore / commands / cli / __main__",
-    "flashmoe_numba/explore": "run / choose backward_worlds / worlds / plants / search / exhaustive hunt tell",
+    "flashmoe_numba/explore": "run / choose backward_worlds / host_worlds / worlds / plants / search / "
+    "exhaustive hunt tell",
 }
 
 

@@ -207,7 +207,7 @@ def _field(load, fields):
 
 
 def _fields_of(variant):
-    return {8 * HEADER_WORDS + at: name for at, name in places(like_arguments(variant))}
+    return {8 * HEADER_WORDS + at: name.removeprefix("forward.") for at, name in places(like_arguments(variant))}
 
 
 def _told(instructions, gap):

@@ -1,6 +1,7 @@
 """Stand-ins for a GPU in tests: a plain arena, and launches of the layer's kernel that are interpreted on fibers."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from flashmoe_numba.tile_gemm.matrices import STAGE_ELEMENTS, SUMS_ELEMENTS
 
 LANES = 32
 ENTRY = "kernel"
+TEXT = f".visible .entry {ENTRY}( .visible .entry {ENTRY}_backward("
 ALIGNMENT, RED_ZONE, POISON = 256, 64, 0xFF  # bytes; floats of the poison are NaN
 
 
@@ -60,9 +62,13 @@ def nothing(*_):
     """A launch that does nothing."""
 
 
+def entry_of(backward):
+    return f"{ENTRY}_backward" if backward else ENTRY
+
+
 def make_stand_in(launch=nothing, arena=None, **how):
     arena = PlainArena() if arena is None else arena
-    return StandIn(arena, launch, texts=lambda path: f".visible .entry {ENTRY}(", **how)
+    return StandIn(arena, launch, texts=lambda path: TEXT, **how)
 
 
 def refused(name):
@@ -85,15 +91,18 @@ class InterpretedGrid:
 
     def __init__(self, config, seed=0, **patience):
         self.config, self.seed, self.launches, self.patience = config, seed, 0, patience
-        self.like = like_arguments(Variant(dtype=config.dtype, architecture="sm_80", tensor_cores=False))
+        variant = Variant(dtype=config.dtype, architecture="sm_80", tensor_cores=False)
+        variants = {entry_of(backward): replace(variant, backward=backward) for backward in (False, True)}
+        self.like = {entry: like_arguments(variant) for entry, variant in variants.items()}
 
     def __call__(self, text, entry, num_blocks, threads, arguments, shared):
         table, kernel = memory_view(*arguments, np.dtype(np.int64)), interpreted("flashmoe_numba.kernel")
+        run_block = kernel.grid_block if entry == ENTRY else kernel.grid_block_backward
         scheduler = Scheduler(self.seed + self.launches, **self.patience)
         self.launches += 1
         for index in range(num_blocks):
-            block = (index, table, self.like, self._scratch(), np.zeros(BOX_WORDS, np.int64))
-            scheduler.add_block(f"block {index}", kernel.grid_block, block, LANES)
+            block = (index, table, self.like[entry], self._scratch(), np.zeros(BOX_WORDS, np.int64))
+            scheduler.add_block(f"block {index}", run_block, block, LANES)
         scheduler.run()
 
     def _scratch(self):
@@ -104,7 +113,7 @@ class InterpretedGrid:
 def build_nothing(variant, folder):
     """In place of build.build: no compiler is there."""
     facts = dict(registers=0, spill_bytes=0, stack_bytes=0, shared_bytes=0, warnings=())
-    return build.Kernel(variant=variant, path=Path(folder, "none.cubin"), entry=ENTRY, **facts)
+    return build.Kernel(variant=variant, path=Path(folder, "none.cubin"), entry=entry_of(variant.backward), **facts)
 
 
 @contextlib.contextmanager

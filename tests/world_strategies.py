@@ -4,6 +4,8 @@ Beside them one example for each case that matters (`watched_runs.CASES`). All i
 what Hypothesis shrinks to can be copied into a test.
 """
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 from worlds import configs
 
@@ -11,6 +13,7 @@ from flashmoe_numba.explore.choose.strategies import STRATEGIES
 from flashmoe_numba.explore.run.spec import GivenCall, WorldSpec
 from flashmoe_numba.explore.search import Search
 from reference import MoEConfig
+from reference.layout import SAVES
 from reference.runs import PACKINGS
 
 TINY = dict(
@@ -67,6 +70,31 @@ def specs(draw, max_ranks=4, max_calls=3, max_tokens=4, **fixed):
         data_seed=draw(st.integers(0, 9)),
         given=tuple(calls),
         packing=draw(st.sampled_from(PACKINGS)),
+        hosts=min(draw(st.sampled_from([1, 1, 2, 3])), config.num_ranks),
+    )
+
+
+@st.composite
+def programs(draw, num_calls):
+    """Forwards, and backwards of those that wait for one, in any order; the first call is a forward."""
+    program = []
+    for call in range(num_calls):
+        waiting = [number for number in range(1, call + 1) if not program[number - 1] and number not in program]
+        program.append(draw(st.sampled_from([*waiting, 0])))
+    return tuple(program)
+
+
+@st.composite
+def specs_of_programs(draw, **options):
+    """The same layers and calls, of which some are backwards, of float64 so that all gradients are compared."""
+    spec = draw(specs(dtypes=("float64",), **options))
+    return replace(
+        spec,
+        program=draw(programs(spec.epochs)),
+        save=draw(st.sampled_from(SAVES)),
+        logits_gradient=draw(st.booleans()),
+        frozen_experts=draw(st.sampled_from([False, False, True])),
+        frozen_router=draw(st.sampled_from([False, False, True])),
     )
 
 

@@ -16,6 +16,7 @@ from ..device.compilation import compile_for
 from ..device.cpu import reset_float_control
 from ..kernel import leave, persistent, persistent_backward
 from ..kernel.control import FAILED
+from ..kernel.grid import RankArguments
 from ..kernel.state import Problem, Segments
 from ..processes.cores import count_cores
 from ..tile_gemm import Panels, Scratch, pack_matrices, unpack_matrices
@@ -74,6 +75,12 @@ class CpuBackend(HostBackend):
         backward = max((rows + ROW_BUFFERS) * max(padded), gradient_elements(config.accumulator))
         sums = max(rows * columns, config.hidden, backward)
         return Scratch(np.empty(copied, config.accumulator), np.empty(sums, config.accumulator))
+
+    def prepare(self, config: MoEConfig, of_ranks: Sequence[RankArguments], folder: Path) -> None:
+        if len(of_ranks) > 1 and any(of_rank.segments.remote.any() for of_rank in of_ranks):
+            rule = "heap must have all ranks of this process on one host, unless blocks are fibers"
+            raise ValueError(f"{rule}: nothing carries their puts")
+        super().prepare(config, of_ranks, folder)
 
     def compile(self, block: Block, folder: Path) -> None:
         compile_for(reset_float_control, (), folder)

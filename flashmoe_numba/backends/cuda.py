@@ -1,4 +1,4 @@
-"""Blocks as thread blocks of a GPU: all of this process's ranks in one cooperative launch.
+"""Blocks as thread blocks of a GPU: all of this process's ranks in one cooperative launch, forwards and backwards.
 
 A call is, in the caller's stream: wait for the last call, copy a routing from outside and the table (kernel/grid.py)
 from page-locked memory, launch, copy the abort word back. Nobody waits for it. Where the stream is being captured into
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -25,17 +26,18 @@ from ..kernel.backward.arguments import BackwardArguments
 from ..kernel.control import ABORT, FAILED, RECORD, departure, record_stores
 from ..kernel.grid import HEADER_WORDS, RankArguments
 from ..kernel.state import Problem, Segments
-from ..processes.ownership import Owned
-from ..tile_gemm import as_matrices
-from ..tile_gemm.hopper import DEPTH_BYTES, HALF_COLUMNS, ROWS, SHARED_BYTES, THREADS, TmaMatrices, tma_matrices
+from ..tile_gemm.hopper import SHARED_BYTES, THREADS
 from ..tile_gemm.matrices import MAX_TILE_COLUMNS, STAGE_ELEMENTS, SUMS_ELEMENTS
+from .cuda_weights import CudaWeights
 from .protocols import Arguments
 
 CALLS_AHEAD = 64  # calls for which page-locked memory is taken before the first one: taking more may wait for the GPU
 
 
-class CudaBackend(Owned):
+class CudaBackend(CudaWeights):
     """The blocks of some ranks on one GPU.
+
+    Arrays that a call takes are made in CuPy's current stream, which may be another one than the call's.
 
     Args:
         config: of the layer.
@@ -49,10 +51,12 @@ class CudaBackend(Owned):
     def __init__(self, config: MoEConfig, gpu: Gpu, tf32: bool = False) -> None:
         if config.tile_n > MAX_TILE_COLUMNS:
             raise ValueError(f"tile_n must be at most {MAX_TILE_COLUMNS} on a GPU, got {config.tile_n}")
-        self.gpu, self._config = gpu, config
-        self.variant: Variant = choose_variant(config, architecture_of(gpu.capability), tf32)
+        super().__init__(gpu, choose_variant(config, architecture_of(gpu.capability), tf32))
+        self._config = config
         self.shared_bytes = shared_bytes(config, self.variant)
+        self._functions: dict[bool, Any] = {}  # the kernels: of forwards, and of backwards (True) if there are any
         self._table: Any = None
+        self._num_words = 0  # of a rank's arguments in the table
         self._aborted = gpu.pinned(1, np.int64)  # an abort word of this process, as the last copy found it
         self._aborted[0] = 0
         self._last: Any = None  # an event behind the last call
@@ -61,26 +65,28 @@ class CudaBackend(Owned):
         self._captured: list[Any] = []  # all that replays of captured calls use again and nobody else may hold
         self._stream, self._capturing = 0, False
         self.zeros, self.empty, self.address, self.to_host = gpu.zeros, gpu.empty, gpu.address, gpu.to_host
-        self.array = gpu.to_device
+        self.array, self.grows = gpu.to_device, False
 
     def lend(self, array: Any, give_back: Callable[[Any], None]) -> Any:
         return array
 
     # setting up
 
-    def load(self, folder: Path) -> None:
-        """Build the kernel or find it in `folder`, and load it."""
+    def load(self, folder: Path, backward: bool) -> None:
+        """Build the kernels or find them in `folder`, and load them."""
         from ..build.build import build
 
-        kernel = build(self.variant, folder)
-        self._function = self.gpu.load(kernel.path, kernel.entry, self.shared_bytes)
+        for which in (False, True) if backward else (False,):
+            kernel = build(replace(self.variant, backward=which), folder)
+            self._functions[which] = self.gpu.load(kernel.path, kernel.entry, self.shared_bytes)
 
-    def default_processors(self, num_ranks_here: int, num_ranks: int) -> int:
+    def default_processors(self, num_ranks_here: int, num_ranks_sharing: int) -> int:
         """All blocks that can be resident, shared out among the ranks here, but for an OS block each."""
         return max(1, self.resident_blocks() // num_ranks_here - 1)
 
     def resident_blocks(self) -> int:
-        return int(self.gpu.resident_blocks(self._function, THREADS, self.shared_bytes))
+        """Of each kernel."""
+        return min(self.gpu.resident_blocks(each, THREADS, self.shared_bytes) for each in self._functions.values())
 
     def check_grid(self, num_ranks_here: int, num_processors: int) -> None:
         """Raise a ValueError if not all blocks can be resident: they wait for each other, so all must be."""
@@ -90,63 +96,23 @@ class CudaBackend(Owned):
             why = f"{self.gpu.name} holds {most} blocks of this kernel at a time"
             raise ValueError(f"{rule}, because {why}; got {num_processors}")
 
-    def pack(
-        self,
-        matrices: Sequence[Any],
-        biases: Sequence[np.ndarray | None],
-        tile_n: int,
-        accumulator: np.dtype,
-        rows: Any,
-        into: Any = None,
-    ) -> Any:
-        packed = as_matrices(matrices, biases, tile_n, accumulator, self.gpu.to_device)
-        if into is not None:  # where it is: captured graphs have its addresses, and maps too
-            with self.gpu.here:
-                for old, new in zip(_arrays(into), _arrays(packed), strict=True):
-                    old[...] = new
-            return into
-        if rows is None or not self.variant.tensor_cores:
-            return packed
-        return tma_matrices(packed, self._maps(packed, rows))
-
-    def unpack(self, packed: Any, out: Sequence[Array]) -> None:
-        for array, target in zip(_arrays(packed), out, strict=False):
-            target[...] = self.to_host(array).view(target.dtype).reshape(target.shape)
-
-    def _maps(self, packed: Any, rows: Any) -> Any:
-        """Maps of the weights, and of the rows that they multiply for each height of a tile (hopper.py)."""
-        depth, columns, block = packed.depth, packed.columns, DEPTH_BYTES // packed.first.dtype.itemsize
-        experts = packed.first.size // (depth * columns)
-        second = packed.second if packed.parts == 2 else packed.first
-        weights = [((depth, columns, experts), (block, HALF_COLUMNS, 1), array) for array in (packed.first, second)]
-        data = b"".join(self.gpu.tensor_map(array, shape, box) for shape, box, array in weights)
-        return self.gpu.to_device(np.concatenate([np.frombuffer(data, np.int64), self._row_maps(rows, depth)]))
-
-    def _row_maps(self, rows: Any, depth: int) -> Array:
-        """Maps of these rows for each height of a tile, and of a single row."""
-        block, num_rows = DEPTH_BYTES // rows.dtype.itemsize, rows.size // depth
-        boxes = [(block, height) for height in (*ROWS, 1)]
-        data = b"".join(self.gpu.tensor_map(rows, (depth, num_rows), box) for box in boxes)
-        return np.frombuffer(data, np.int64)
-
-    def aim(self, matrices: Any, rows: Any) -> None:
-        """Maps of the call's rows, for weights that multiply others in each call; a part of the call that began."""
-        if isinstance(matrices, TmaMatrices) and rows.size > 0:
-            maps = self._row_maps(rows, matrices.depth)
-            self.store(matrices.maps[matrices.maps.size - maps.size :], maps)
-
     def prepare(self, config: MoEConfig, of_ranks: Sequence[RankArguments], folder: Path) -> None:
         """Make the table, and wait until weights and segments are where they belong."""
-        rows = self._rows(of_ranks)
+        self._make_table(len(of_ranks), of_ranks[0])
+
+    def prepare_backward(self, of_rank: BackwardArguments, folder: Path) -> None:
+        """Make a table of wider rows, whose first words are those of forwards."""
+        self._make_table((self._table.size - HEADER_WORDS) // self._num_words, of_rank)
+
+    def _make_table(self, num_ranks: int, of_rank: Arguments) -> None:
+        """For ranks with such arguments, which every call brings; only epochs are never copied (`run`)."""
+        self._num_words = len(record_words(of_rank, self.address))
+        rows = np.zeros((num_ranks, self._num_words), np.int64)
         rows[:, 0] = 1  # the epoch of the first call; the kernel counts it up
-        header = np.array([_num_blocks(of_ranks), rows.shape[1]], np.int64)
+        header = np.array([of_rank.problem.num_processors + 1, self._num_words], np.int64)
         self._table = self.gpu.to_device(np.concatenate([header, rows.reshape(-1)]))
         [self.gpu.pinned(rows.size, np.int64) for _ in range(CALLS_AHEAD)]  # a pool has them from now on
         self.gpu.synchronize()
-
-    def prepare_backward(self, of_rank: BackwardArguments, folder: Path) -> None:
-        """Raise a ValueError: its kernel has no backward."""
-        raise ValueError("save must be None for a CudaBackend: there is no backward on GPUs yet")
 
     def deadline_ns(self, deadline_s: float) -> int:
         return int(deadline_s * 1e9)
@@ -155,6 +121,18 @@ class CudaBackend(Owned):
 
     def check_tokens(self, name: str, x: Any, config: MoEConfig) -> GpuTokens:
         return check_gpu_tokens(name, x, config, self.gpu)
+
+    def no_tokens(self, config: MoEConfig) -> GpuTokens:
+        with self.gpu.here:
+            none = self.gpu.cupy.empty((0, config.hidden), config.format.exchanged)
+        return self.check_tokens("x", none, config)
+
+    def check_keeping(self, tokens: Sequence[GpuTokens]) -> None:
+        """Raise a ValueError if the caller's stream is being captured: each call keeps in, or begins from, memory of
+        its own, which replays would share.
+        """
+        if self.gpu.is_capturing(current_stream(tokens[0].original, self.gpu)):
+            raise ValueError("forward() and backward() must not be captured in a CUDA graph: call the layer itself")
 
     def begin(self, tokens: Sequence[GpuTokens]) -> None:
         """Learn the call's stream, and let it wait for the last call, which uses the same arrays."""
@@ -166,6 +144,18 @@ class CudaBackend(Owned):
             self._under_way.popleft()
         if self._last is not None:
             self.gpu.wait_for(self._last, self._stream)
+        self._wait_for_cupy()
+
+    def _wait_for_cupy(self) -> None:
+        """Arrays that were made in CuPy's stream, or given back to its pool there, are this call's from now on."""
+        own = self.gpu.current_stream()
+        if own != self._stream and not self._capturing:
+            self.gpu.wait_for(self.gpu.record(own), self._stream)
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy an array into another, in the order of the call's stream."""
+        if source.size > 0:
+            self.gpu.copy_on_device(target, source, self._stream)
 
     def store(self, target: Any, values: np.ndarray) -> None:
         """Copy values from the host into an array, in the order of the call's stream."""
@@ -185,7 +175,7 @@ class CudaBackend(Owned):
         if self._config.shared_ffn and self.variant.tensor_cores and self.address(x) % TMA_ALIGNMENT:
             with self.gpu.here:
                 unaligned, x = x, self.gpu.cupy.empty(x.shape, x.dtype)  # a map cannot begin there: `aim`
-                x[:] = unaligned
+            self.copy(x, unaligned)
         if self._capturing:  # a copy of tokens, and what `join` puts together: a pool would give them to others
             self._captured += [x, y]
         return x.reshape(-1), self.check_tokens("y", y, self._config).storage.reshape(-1), y
@@ -195,13 +185,14 @@ class CudaBackend(Owned):
 
     def run(self, of_ranks: Sequence[Arguments], stop: Callable[[], None]) -> None:
         """Launch all blocks in the caller's stream, behind the last call, and return."""
-        of_ranks = cast("Sequence[RankArguments]", of_ranks)  # there are no others: see `prepare_backward`
+        self._wait_for_cupy()
         rows = self._rows(of_ranks)
         staged = self._stage(rows, np.int64).reshape(rows.shape)
         self.gpu.copy_rows(self._table[HEADER_WORDS:], staged, 1, self._stream)  # the kernel counts the epoch itself
-        num_blocks = len(of_ranks) * _num_blocks(of_ranks)
+        num_blocks = len(of_ranks) * (of_ranks[0].problem.num_processors + 1)
+        function = self._functions[isinstance(of_ranks[0], BackwardArguments)]
         arguments = (self.address(self._table), self._table.size)
-        self.gpu.launch(self._function, num_blocks, THREADS, arguments, self.shared_bytes, self._stream)
+        self.gpu.launch(function, num_blocks, THREADS, arguments, self.shared_bytes, self._stream)
         control = self.address(of_ranks[0].segments.control)  # who gives up sets the abort words of all ranks
         self.gpu.copy_out(self._aborted, control + 8 * ABORT, self._stream)
         self._keep_staged()
@@ -214,9 +205,13 @@ class CudaBackend(Owned):
             self._under_way.append((self._last, self._staged))
         self._staged = []
 
-    def _rows(self, of_ranks: Sequence[RankArguments]) -> Array:
+    def _rows(self, of_ranks: Sequence[Arguments]) -> Array:
         """int64 `[ranks here, words of a rank's arguments]`: the table without its header."""
-        return np.array([record_words(of_rank, self.address) for of_rank in of_ranks], np.int64)
+        rows = np.zeros((len(of_ranks), self._num_words), np.int64)
+        for row, of_rank in zip(rows, of_ranks, strict=True):
+            words = record_words(of_rank, self.address)
+            row[: len(words)] = words
+        return rows
 
     def may_have_failed(self) -> bool:
         """Could a call have been given up, as far as is known without waiting? No time to ask while capturing."""
@@ -262,15 +257,6 @@ class CudaBackend(Owned):
             self._table = self._last = None
             self._under_way.clear()
             self._captured.clear()
-
-
-def _arrays(packed: Any) -> tuple[Any, Any, Any]:
-    return packed.first, packed.second, packed.bias
-
-
-def _num_blocks(of_ranks: Sequence[RankArguments]) -> int:
-    """Blocks of each rank."""
-    return of_ranks[0].problem.num_processors + 1
 
 
 def shared_bytes(config: MoEConfig, variant: Variant) -> int:

@@ -57,12 +57,12 @@ class HostBackend(HostMemory, ABC):
     def run_blocks(self, blocks: Sequence[Block], stop: Callable[[], None]) -> None:
         """Run these to their end. `stop` makes them leave early; it is called if this thread is interrupted."""
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, backward: bool) -> None:
         """Nothing to load before the arguments' types are known: `prepare` does it."""
 
-    def default_processors(self, num_ranks_here: int, num_ranks: int) -> int:
-        """The cores, shared out among the ranks of the layer, at least one."""
-        return default_processors(num_ranks)
+    def default_processors(self, num_ranks_here: int, num_ranks_sharing: int) -> int:
+        """The cores, shared out among the ranks of this host, at least one."""
+        return default_processors(num_ranks_sharing)
 
     def check_grid(self, num_ranks_here: int, num_processors: int) -> None:
         """Any number of blocks will do."""
@@ -100,6 +100,9 @@ class HostBackend(HostMemory, ABC):
             groups = problem, of_rank.segments, of_rank.experts, of_rank.tokens, of_rank.received, of_rank.queue
             found.append(Block(name, entry, (block, *groups, *more, *room)))
         return found
+
+    def check_keeping(self, tokens: Sequence[Any]) -> None:
+        """Any can."""
 
     def begin(self, tokens: Sequence[Any]) -> None:
         """Nothing: calls come one after the other."""

@@ -23,15 +23,19 @@ Arguments = RankArguments | BackwardArguments
 class Backend(Memory, Protocol):
     """A memory whose kernels can be run. The order: load, prepare, then begin and run for each call, close."""
 
-    def load(self, folder: Path) -> None:
-        """Build the kernel, or find it in `folder`; nothing, where that needs the types of arguments: see `prepare`."""
+    def load(self, folder: Path, backward: bool) -> None:
+        """Build the kernel, or find it in `folder`; nothing, where that needs the types of arguments: see `prepare`.
 
-    def default_processors(self, num_ranks_here: int, num_ranks: int) -> int:
+        Args:
+            backward: is that of gradients needed, too?
+        """
+
+    def default_processors(self, num_ranks_here: int, num_ranks_sharing: int) -> int:
         """Processors of a rank for which the user named no number.
 
         Args:
             num_ranks_here: ranks of this process.
-            num_ranks: of the layer.
+            num_ranks_sharing: ranks of this host.
         """
 
     def check_grid(self, num_ranks_here: int, num_processors: int) -> None:
@@ -45,10 +49,13 @@ class Backend(Memory, Protocol):
         """
 
     def prepare_backward(self, of_rank: BackwardArguments, folder: Path) -> None:
-        """Compile what runs backwards, for arguments like these; only where a layer is made for them."""
+        """The same for backwards, of which a rank has arguments like these; only where a layer is made for them."""
 
     def deadline_ns(self, deadline_s: float) -> int:
         """The same by the kernel's clock; as good as none, where the clock does not count time."""
+
+    def check_keeping(self, tokens: Sequence[Any]) -> None:
+        """Raise a ValueError if no call with these tokens of each rank here can be kept for a backward, or be one."""
 
     def begin(self, tokens: Sequence[Any]) -> None:
         """A call begins, with these tokens of each rank here; nothing, where calls have no order to keep."""

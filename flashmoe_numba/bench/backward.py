@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from reference import Weights
+from reference.arrays import Array
 
 from ..layer.gradients import Gradients
 from .calls import Call, digest
@@ -53,7 +54,7 @@ class Backwards:
         """One backward, whose gradients are kept."""
         saved = call.keep()
         self.kept_bytes = saved.num_bytes
-        self.gradients = _of_ranks(call, call.backward(saved, self.dy))
+        self.gradients = self._on_host(call, call.backward(saved, self.dy))
         self._note(self.gradients)
 
     def measure(self, call: Call, world: Any, which: str) -> None:
@@ -68,7 +69,11 @@ class Backwards:
         gradients, backward_ns = _timed(lambda: call.backward(saved, self.dy))
         self.forward_ns.append(forward_ns)
         self.backward_ns.append(backward_ns)
-        self._note(_of_ranks(call, gradients))
+        self._note(self._on_host(call, gradients))
+
+    @staticmethod
+    def _on_host(call: Call, found: Gradients) -> list[RankGradients]:
+        return of_ranks(found, call.per_rank, call.on_host)
 
     def _note(self, gradients: Sequence[RankGradients]) -> None:
         self.digests.append(digest([array for of_rank in gradients for array in of_rank.arrays()]))
@@ -90,6 +95,19 @@ def _timed(run: Callable[[], Any]) -> tuple[Any, int]:
     return result, time.perf_counter_ns() - start
 
 
-def _of_ranks(call: Call, found: Gradients) -> list[RankGradients]:
-    fields = (call.per_rank(value) for value in (found.x, found.topk_weights, found.logits, found.weights))
-    return [RankGradients(*of_rank) for of_rank in zip(*fields, strict=True)]
+def of_ranks(
+    found: Gradients, per_rank: Callable[[Any], list[Any]], to_host: Callable[[Any], Array]
+) -> list[RankGradients]:
+    """What a backward returned, in this process's memory.
+
+    Args:
+        per_rank: a field of it as a list over ranks.
+        to_host: an array of it in this process's memory.
+    """
+    gradients = []
+    fields = map(per_rank, (found.x, found.topk_weights, found.logits, found.weights))
+    for x, pairs, logits, weights in zip(*fields, strict=True):
+        arrays = {name: to_host(array) for name, array in vars(weights).items() if hasattr(array, "dtype")}
+        of_logits = None if logits is None else to_host(logits)
+        gradients.append(RankGradients(to_host(x), to_host(pairs), of_logits, replace(weights, **arrays)))
+    return gradients

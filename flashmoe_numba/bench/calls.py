@@ -45,13 +45,17 @@ class Call:
 
     def backward(self, saved: SavedCall, dy: Sequence[np.ndarray]) -> Gradients:
         """The backward of a call, to its end; `dy` is a list over this process's ranks."""
-        gradients = self._layer.backward(saved, self._of_layer(dy))
+        gradients = self._layer.backward(saved, self._of_layer([self._memory.to_device(part) for part in dy]))
         self._layer.synchronize()
         return gradients
 
     def results(self) -> list[np.ndarray]:
         """Of the last call that was no backward, in this process's memory."""
-        return [self._memory.to_host(part) for part in self.per_rank(self._y)]
+        return [self.on_host(part) for part in self.per_rank(self._y)]
+
+    def on_host(self, array: Any) -> np.ndarray:
+        """A result or a gradient in this process's memory."""
+        return self._memory.to_host(array)
 
     def per_rank(self, value: Any) -> list[Any]:
         """`value` of every rank here, from a property or result of the layer."""

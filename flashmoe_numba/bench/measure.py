@@ -113,8 +113,11 @@ def measure(settings: Settings, world: Any, show: bool = False) -> Measurement:
     weights = make_weights(settings, ranks)
     workload = make_workload(settings.workload, config, settings.num_tokens, settings.seed, ranks)
     threads = ThreadpoolController()
-    with make_layer(settings, weights, world.comm) as layer, threads.limit(limits=num_blas_threads(settings)):
-        return _measure(layer, workload, weights, settings, world, show)
+    with make_layer(settings, weights, world.comm) as layer:
+        blas_threads = num_blas_threads(settings, layer.num_processors)
+        with threads.limit(limits=blas_threads):
+            settle_s = SETTLE_S if blas_threads > 1 else 0
+            return _measure(layer, workload, weights, settings, world, settle_s, show)
 
 
 def make_weights(settings: Settings, ranks: range) -> Weights:
@@ -149,14 +152,13 @@ def experts_of(ranks: range, config: MoEConfig) -> range:
     return range(ranks.start * config.num_experts_per_rank, ranks.stop * config.num_experts_per_rank)
 
 
-def num_blas_threads(settings: Settings) -> int:
+def num_blas_threads(settings: Settings, processors: int) -> int:
     """As many as the layer's processors in this process, up to the cores."""
-    processors = settings.num_processors or default_processors(settings.config.num_ranks)
-    return processors if not settings.in_process else min(default_processors(1), settings.config.num_ranks * processors)
+    return min(default_processors(1), processors * (settings.config.num_ranks if settings.in_process else 1))
 
 
 def _measure(
-    layer: FlashMoE, workload: Workload, weights: Weights, settings: Settings, world: Any, show: bool
+    layer: FlashMoE, workload: Workload, weights: Weights, settings: Settings, world: Any, settle_s: float, show: bool
 ) -> Measurement:
     call = Call(layer, workload, settings.backend, settings.in_process)
     world.meet("before the warm-up")
@@ -179,7 +181,7 @@ def _measure(
         seen.backwards = Backwards(random_gradients(workload.x, first, settings.seed))
         seen.backwards.warm_up(call)
     for iteration in _progress(range(settings.iterations), show):
-        time.sleep(SETTLE_S if num_blas_threads(settings) > 1 else 0)
+        time.sleep(settle_s)
         which = f"{iteration + 1} of {settings.iterations}"
         world.meet(f"before call {which}")
         start = time.perf_counter_ns()

@@ -32,8 +32,9 @@ class GpuArrays:
         return self._cupy.asarray(array.view(self._format.exchanged))
 
     def to_host(self, array: Any) -> np.ndarray:
-        elements: Array = self._cupy.asnumpy(array).view(self._format.dtype)
-        return elements
+        """Elements, or sums, which have a type of their own."""
+        copy: Array = self._cupy.asnumpy(array)
+        return copy.view(self._format.dtype) if copy.dtype == self._format.exchanged else copy
 
 
 def make_memory(backend: str, config: MoEConfig) -> HostArrays | GpuArrays:

@@ -11,13 +11,14 @@ from typing import Any
 from ..device import array_at
 from ..device.cuda import co_resident, undefined
 from ..device.cuda_api import cuda, types
+from ..kernel.backward.grid import grid_block_backward
 from ..kernel.grid import grid_block
 from ..kernel.state import BOX_WORDS
 from ..tile_gemm import Scratch
 from ..tile_gemm import cuda as _registers_the_tile_gemm  # noqa: F401
 from ..tile_gemm.hopper import SHARED_ALIGNMENT
 from ..tile_gemm.matrices import SUMS_ELEMENTS
-from .likeness import like_arguments
+from .likeness import forward_of, like_arguments
 from .variants import Variant
 
 ROWS_AT = SUMS_ELEMENTS  # in the block's shared memory, elements: behind the sums that lanes make
@@ -26,14 +27,14 @@ ROWS_AT = SUMS_ELEMENTS  # in the block's shared memory, elements: behind the su
 def make_entry(variant: Variant) -> tuple[Callable[..., None], tuple[Any, ...]]:
     """(kernel, signature): the kernel takes the table's address and its number of words."""
     record_type, accumulator = record_types(variant)
-    like = undefined(record_type)
+    like, run_block = undefined(record_type), grid_block_backward if variant.backward else grid_block
 
     def flashmoe(table_address, num_words):
         co_resident()
         box = cuda.shared.array(BOX_WORDS, types.int64)
         shared = cuda.shared.array(0, accumulator, alignment=SHARED_ALIGNMENT)
         table = array_at(table_address, num_words, box)
-        grid_block(cuda.blockIdx.x, table, like(), Scratch(shared[ROWS_AT:], shared), box)
+        run_block(cuda.blockIdx.x, table, like(), Scratch(shared[ROWS_AT:], shared), box)
 
     return flashmoe, (types.int64, types.int64)
 
@@ -43,4 +44,4 @@ def record_types(variant: Variant) -> tuple[Any, Any]:
     from numba import typeof
 
     record = like_arguments(variant)
-    return typeof(record), typeof(record.tokens.logits).dtype
+    return typeof(record), typeof(forward_of(record).tokens.logits).dtype

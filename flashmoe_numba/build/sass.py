@@ -119,6 +119,8 @@ def failures(kernel: Kernel, facts: Facts) -> list[str]:
         found.append(f"no main loop with {' or '.join(multiplying)}")
     for loop in facts.main_loops:
         found += [f"main loop {loop.label} ({loop.shape}): {wrong}" for wrong in _wrong(loop)]
+    if kernel.spill_bytes or kernel.stack_bytes:
+        found.append(f"{kernel.spill_bytes} bytes of registers spilled, {kernel.stack_bytes} bytes of stack")
     return found + [f"the linker warned: {warning}" for warning in kernel.warnings]
 
 

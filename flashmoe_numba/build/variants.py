@@ -12,6 +12,7 @@ from ..tile_gemm.matrices import MAX_TILE_COLUMNS
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
 TMA_ALIGNMENT = 16  # bytes, of a row
 TENSOR_DTYPES = tuple(INSTRUCTIONS)
+BACKWARD = "-backward"  # ends the names of kernels of gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Variant:
         architecture: one of ARCHITECTURES.
         tensor_cores: expert products by TMA and wgmma (hopper.py), else by multiply-adds of single lanes (lanes/).
             float32 elements are then multiplied as TF32.
+        backward: the kernel of gradients, which layers with `save` have besides.
 
     Raises:
         ValueError: there is no such variant.
@@ -31,6 +33,7 @@ class Variant:
     dtype: str
     architecture: str
     tensor_cores: bool
+    backward: bool = False
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -45,7 +48,7 @@ class Variant:
     @property
     def name(self) -> str:
         kind = {True: "tf32" if self.dtype == "float32" else "wgmma", False: "lanes"}[self.tensor_cores]
-        return f"{self.architecture}-{self.dtype}-{kind}"
+        return f"{self.architecture}-{self.dtype}-{kind}{BACKWARD if self.backward else ''}"
 
 
 def has_tensor_cores(architecture: str, dtype: str) -> bool:

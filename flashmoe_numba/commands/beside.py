@@ -22,6 +22,7 @@ from .columns import Rows
 from .flags import blaming, integer
 
 CONTEXT = 4096
+MOST = 1e9  # watts or dollars, so that sums of any run are numbers
 ALL = "all"
 Beside = dict[str, Any]  # what comes to a report's row of the JSON
 
@@ -101,6 +102,6 @@ def _positive(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    if not 0 < value <= MOST:
+        raise argparse.ArgumentTypeError(f"must be a positive number of at most {MOST:g}, got {text!r}")
     return value

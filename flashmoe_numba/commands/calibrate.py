@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import sim
 from reference import DTYPES
-from sim.world.hardware import to_toml
+from sim.world.machine_files import to_toml
 
 from ..errors import UsageError
 from ..processes import launch

@@ -72,6 +72,12 @@ def _fitted(rows: Rows) -> bool:
     return any(row["knobs"]["rate"] is None for row in rows)
 
 
+def _place(row: Row) -> str:
+    if row.get("over_fastest") is None:
+        return "-"
+    return f"{row['over_fastest']:.2f}x{ {True: ' tie', None: ' ?', False: ''}[row['tie']] }"
+
+
 def unfitted(row: Row) -> bool:
     """Neither fitted to its policy on its GPU nor set."""
     return not row["rate_fitted"] and row["knobs"]["rate"] is None
@@ -93,6 +99,13 @@ RESULTS: tuple[Column, ...] = (
         _error,
         "mean error at measurements that no fit saw: the policy's system, this GPU, about as many tokens",
         _fitted,
+    ),
+    Column(
+        "over",
+        "fastest",
+        _place,
+        "T / the shortest T of these policies; tie: not told apart from it within the errors; ?: an error is not known",
+        _any("over_fastest"),
     ),
     Column(
         "tokens",

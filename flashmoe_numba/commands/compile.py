@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ARCHITECTURE = "sm_90a"
 COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], object]], ...] = (  # name, alignment, what of a row
-    ("variant", "<23", lambda row: row["variant"]),
+    ("variant", "<31", lambda row: row["variant"]),
     ("registers", ">9", lambda row: row["registers"]),
     ("spill B", ">7", lambda row: row["spill_bytes"]),
     ("stack B", ">7", lambda row: row["stack_bytes"]),
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tf32", action="store_true", help="multiply float32 as TF32, where there are tensor cores")
     which.add_argument("--all", action="store_true", help="every kernel there is; with --dtype, of that type only")
+    add("--backward", action="store_true", help="the kernels of gradients; with --all, only these")
     add_size_arguments(parser)
     small = ", ".join(f"--{flag} {size}" for flag, size in SMALL.items())
     add(
@@ -94,17 +95,18 @@ def variants_of(args: argparse.Namespace, config: MoEConfig) -> list[Variant]:
     """For each architecture the config's variant, or with --all every one there is."""
     architectures = list(ARCHITECTURES) if args.arch == "all" else [args.arch]
     if not args.all:
-        return [choose_variant(config, architecture, args.tf32) for architecture in architectures]
-    dtypes = [args.dtype] if args.dtype else list(DTYPES)
-    return [variant for architecture in architectures for variant in all_variants(architecture, dtypes)]
+        chosen = [choose_variant(config, architecture, args.tf32) for architecture in architectures]
+        return [replace(variant, backward=args.backward) for variant in chosen]
+    dtypes, directions = [args.dtype] if args.dtype else list(DTYPES), (True,) if args.backward else (False, True)
+    of_all = [(architecture, direction) for architecture in architectures for direction in directions]
+    return [variant for architecture, backward in of_all for variant in all_variants(architecture, dtypes, backward)]
 
 
-def all_variants(architecture: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Variant]:
-    """Every variant of an architecture for some element types."""
+def all_variants(architecture: str, dtypes: Sequence[str] = DTYPES, backward: bool = False) -> Iterator[Variant]:
+    """Every variant of an architecture for some element types: of forwards, or of backwards."""
     for dtype in dtypes:
-        yield Variant(dtype=dtype, architecture=architecture, tensor_cores=False)
-        if has_tensor_cores(architecture, dtype):
-            yield Variant(dtype=dtype, architecture=architecture, tensor_cores=True)
+        for tensor_cores in (False, True) if has_tensor_cores(architecture, dtype) else (False,):
+            yield Variant(dtype=dtype, architecture=architecture, tensor_cores=tensor_cores, backward=backward)
 
 
 def _check_installed() -> None:

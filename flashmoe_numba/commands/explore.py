@@ -25,7 +25,7 @@ from ..explore.choose.strategies import STRATEGIES
 from ..explore.exhaustive import EXHAUSTIVE, check_search, explore_all
 from ..explore.plants import PLANTS
 from ..explore.run.program import Astray, Program
-from ..explore.run.spec import Lost, WorldSpec
+from ..explore.run.spec import OF_BACKWARDS, Lost, WorldSpec
 from ..explore.search import SEEDS_PER_BATCH, Outcome, Search, explore, search_of
 from ..explore.worlds import PLAIN, WORLDS
 from ..processes import launch
@@ -65,10 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ties", action=argparse.BooleanOptionalAction, help="every other expert has the logits of the one before it")
     what = "sources: rows of several share row tiles; none: each packet has its own"
     add("--packing", choices=PACKINGS, help=what)
+    what = "that the ranks are spread over: between them a network carries puts, late and in any order that is allowed"
+    add("--hosts", type=integer(1), metavar="N", help=what)
     add("--data-seed", type=integer(0), metavar="N", help="of weights, tokens, counts and routing")
     add("--save", choices=SAVES, help="what forwards keep for their backwards")
     what = "calls: 0 for a forward, N for the backward of call N: 0,0,2,1 for two of each"
     add("--program", type=_program, metavar="N,...", help=what)
+    what = "backwards are given gradients of the logits, too, by way of other losses"
+    add("--logits-gradient", action=argparse.BooleanOptionalAction, help=what)
+    for part in ("experts", "router"):
+        what = f"backwards make no gradients of the weights of the {part}"
+        add(f"--frozen-{part}", action=argparse.BooleanOptionalAction, help=what)
     what = "this rank, or several, makes a forward as its last call, or the backward of CALL, where others do not"
     add("--astray", type=_astray, action="append", metavar="RANK[:CALL]", help=what)
     what = "this rank, or several, gives up in the last call, and all must stop"
@@ -216,8 +223,9 @@ def _specs(args: argparse.Namespace) -> dict[str, WorldSpec]:
 
 def _in_flags(message: str) -> str:
     """A message of WorldSpec in the words of the command line."""
-    for name in ("lost", "grid", "deadline", "save", "program", "astray"):
-        message = re.sub(rf"^{name}\b|(?<=needs a ){name}|(?<=needs ){name}\b", f"--{name}", message)
+    for name in ("lost", "grid", "hosts", "deadline", "save", "program", "astray", *OF_BACKWARDS):
+        flag = f"--{name.replace('_', '-')}"
+        message = re.sub(rf"^{name}\b|(?<=needs a ){name}|(?<=needs ){name}\b", flag, message)
     return in_flags(re.sub(r"^leavers", "--leaver", message)).replace("num_processors", "--processors")
 
 

@@ -16,7 +16,7 @@ from ..explore.choose.schedules import Scheduled
 from ..explore.run.checks import Checker
 from ..explore.run.program import in_words
 from ..explore.run.reports import Report
-from ..explore.run.spec import WorldSpec
+from ..explore.run.spec import OF_BACKWARDS, WorldSpec
 from ..explore.run.world import WatchedWorld
 from ..explore.search import Explorer, Outcome, Search, watched_kernel
 from ..explore.tell.cases import Case, load, save
@@ -175,10 +175,12 @@ def describe_world(spec: WorldSpec) -> str:
     capacity = "no limit" if c.capacity is None else f"capacity {c.capacity}"
     sizes = f"{c.num_tokens} tokens a rank, top {c.num_topk} of {c.num_experts} experts, {capacity}"
     blocks = f"{c.num_ranks} ranks x {spec.num_processors} processors + 1, {spec.lanes} lanes"
-    told = [f"rank {rank} gives up" for rank in spec.leavers]
+    told = [f"on {spec.hosts} hosts"] if spec.hosts > 1 else []
+    told += [f"rank {rank} gives up" for rank in spec.leavers]
     told += [f"rank {lost.rank} is lost in call {lost.call} after {lost.tasks} tasks" for lost in spec.lost]
     told += [f"deadline {spec.deadline}"] if spec.deadline is not None else []
     told += [f"{in_words(spec.program)} (save {spec.save})"] if spec.save else []
+    told += [name.replace("_", " ") for name in OF_BACKWARDS if getattr(spec, name)]
     told += [f"rank {own.rank} makes a {in_words((own.call,))} last" for own in spec.astray]
     told += [f"packing {spec.packing}"] if spec.packing != PACKINGS[0] else []
     told += [word for word, is_so in (("ties", spec.ties), ("in one grid", spec.grid)) if is_so]

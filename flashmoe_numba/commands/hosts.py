@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from reference import MoEConfig
 
 from ..errors import UsageError
 from ..processes import launch
-from ..processes.hosts import LAUNCHERS, Hosts, check_launcher
+from ..processes.destinations import LAUNCHERS, Destinations, check_launcher
 from .flags import blaming
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def add_hosts_arguments(where: Any, add: Any, what: str) -> None:
     add("--launcher", metavar="NAME", help=f"{ways} [ssh]")
 
 
-def hosts_from(args: argparse.Namespace) -> Hosts | None:
+def hosts_from(args: argparse.Namespace) -> Destinations | None:
     """Those of the flags, if there are any and this is no rank that was started there."""
     if args.hosts is None:
         if args.launcher is not None:
@@ -39,10 +38,10 @@ def hosts_from(args: argparse.Namespace) -> Hosts | None:
     with blaming("argument --launcher"):
         check_launcher(launcher)
     with blaming("argument --hosts"):
-        return Hosts(tuple(name.strip() for name in args.hosts.split(",")), launcher)
+        return Destinations(tuple(name.strip() for name in args.hosts.split(",")), launcher)
 
 
-def start_on_hosts(args: argparse.Namespace, config: MoEConfig, hosts: Hosts) -> int:
+def start_on_hosts(args: argparse.Namespace, config: MoEConfig, hosts: Destinations) -> int:
     """Start the ranks of `flashmoe run` there; each host finds out for itself whether it has the memory."""
     if args.backend != "cpu":
         raise UsageError(f"argument --hosts: goes with --backend cpu, got {args.backend}")
@@ -53,7 +52,7 @@ def start_on_hosts(args: argparse.Namespace, config: MoEConfig, hosts: Hosts) ->
     return started_on(hosts, config.num_ranks, args, args.deadline_s)
 
 
-def started_on(hosts: Hosts, num_ranks: int, args: argparse.Namespace, deadline_s: float) -> int:
+def started_on(hosts: Destinations, num_ranks: int, args: argparse.Namespace, deadline_s: float) -> int:
     """The exit status of this command as ranks on hosts."""
     command = [sys.executable, "-Pm", "flashmoe_numba", *args.argv]
     try:
@@ -69,22 +68,12 @@ def check_clocks(args: argparse.Namespace) -> None:
             raise UsageError(f"argument --{flag}: goes with ranks of one machine: clocks of several do not agree")
 
 
-def share_of_cores(world: LocalRanks | MpiRanks) -> int | None:
-    """Processors of a rank of several machines, each of which has cores of its own; None: as usual."""
-    from ..processes.cores import default_processors
-
-    return default_processors(world.num_ranks_here) if len(world.machines) > 1 else None
-
-
 def between(world: LocalRanks | MpiRanks) -> dict[str, Any]:
-    """What settings say of the machines; a warning, if what is between them ends all ranks when one is lost."""
+    """What settings say of the machines."""
     if len(world.machines) == 1:
         return {}
     from mpi4py import MPI
 
     from ..processes.netmod import netmod
 
-    found = netmod(MPI)
-    if found.warning() and world.rank_idx == 0:
-        warnings.warn(found.warning(), stacklevel=2)
-    return {"hosts": len(world.machines), "netmod": found.name}
+    return {"hosts": len(world.machines), "netmod": netmod(MPI).name}

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 import sim
-from sim.world.hardware import to_toml
+from sim.world.machine_files import to_toml
 
 from ..errors import UsageError
 from .flags import blaming

@@ -1,4 +1,4 @@
-"""What is shown while a simulation lasts: how many of its tasks are done, on stderr."""
+"""What is shown on stderr while work lasts: how many tasks of a simulation are done, and that time goes on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sim.engine.progress import tasks_done
 
@@ -27,6 +28,36 @@ def shown_when_slow(policy: str, always: bool) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+@contextmanager
+def ticking(bar: Any) -> Iterator[None]:
+    """A bar whose clock goes on while the next of its items lasts; nothing if it is not shown."""
+    if bar.disable:
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(target=_tick, args=(bar, over), name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def clock(what: str) -> Iterator[None]:
+    """The time that something has lasted which has no parts to count, where stderr ends at a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar, ticking(bar):
+        yield
+
+
+def _tick(bar: Any, over: threading.Event) -> None:
+    while not over.wait(EVERY_S):
+        bar.refresh()
 
 
 def _show(policy: str, over: threading.Event) -> None:

@@ -6,14 +6,19 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from reference import MoEConfig, Weights, make_workload, max_rel_error, moe_layer, tolerance
+from reference import MoEConfig, Weights, Workload, make_workload, max_rel_error, moe_layer, tolerance
+from reference.layout import SAVES
 from reference.sizes import weight_bytes
 
+from ..bench.memory import GpuArrays
 from ..build.variants import Variant
 from ..errors import UsageError
 from .plan import describe
+
+if TYPE_CHECKING:
+    from ..layer.layer import FlashMoE
 
 SMALL = {"ranks": 2, "tokens": 32, "hidden": 128, "ffn": 128, "experts": 4, "topk": 2}
 PROCESSORS, SEED, WORST = 2, 0, 8
@@ -63,26 +68,29 @@ def check_sizes(config: MoEConfig) -> None:
 
 
 def run_variant(variant: Variant, config: MoEConfig) -> dict[str, Any]:
-    """One call of a layer on this kernel: a JSON object, whose "failures" say what was wrong."""
+    """One call of a layer on this kernel, and for one of gradients its backward: a JSON object, whose "failures" say
+    what was wrong.
+    """
     from ..layer.layer import FlashMoE
     from ..ptx.faults import PtxFault
     from ..ptx.profile import ProfilingMachine
     from ..ptx.simulated import simulated_gpu
 
     config = _fitting(variant, config)
-    weights, x = Weights.random(config, SEED), make_workload("uniform", config, None, SEED).x
+    weights, workload = Weights.random(config, SEED), make_workload("uniform", config, None, SEED)
     settings: dict[str, Any] = dict(backend="cuda", num_processors=PROCESSORS, tf32=_is_tf32(variant))
+    settings["save"] = SAVES[0] if variant.backward else None
     blocks = config.num_ranks * (PROCESSORS + 1)
-    memory_bytes = ROOM_BYTES + 2 * config.num_ranks * weight_bytes(config)
+    memory_bytes = ROOM_BYTES + (8 if variant.backward else 2) * config.num_ranks * weight_bytes(config)
     how: dict[str, Any] = dict(seed=SEED, blocks_per_gpu=PROCESSORS + 1, multiprocessors=min(56, blocks))
     with simulated_gpu(variant.architecture, **how, memory_bytes=memory_bytes, profile=variant) as gpu:
         machine, began = gpu.machine, time.perf_counter()
         assert isinstance(machine, ProfilingMachine)
         try:
             with FlashMoE(config, weights, **settings) as layer:
-                y = layer([gpu.cupy.asarray(part) for part in x])
-                layer.synchronize()
-                failures = _failures(variant, config, weights, x, [gpu.cupy.asnumpy(part) for part in y], layer.routing)
+                judge = _judge_backward if variant.backward else _judge
+                judged_as = replace(config, dtype="float16") if _is_tf32(variant) else config
+                failures = judge(layer, weights, workload, judged_as)
         except PtxFault as fault:
             failures = [str(fault)]
         seconds = time.perf_counter() - began
@@ -102,12 +110,33 @@ def _is_tf32(variant: Variant) -> bool:
     return variant.tensor_cores and variant.dtype == "float32"
 
 
-def _failures(variant: Variant, config: MoEConfig, weights: Weights, x: Any, y: Any, routing: Any) -> list[str]:
-    """Against the oracle with the same routing; TF32 has the ten bits of float16's mantissa."""
-    idx, factors = [part.topk_idx for part in routing], [part.topk_weights for part in routing]
-    error = max_rel_error(y, moe_layer(x, weights, config, topk_idx=idx, topk_weights=factors))
-    limit = tolerance(replace(config, dtype="float16") if _is_tf32(variant) else config)
+def _judge(layer: FlashMoE, weights: Weights, workload: Workload, judged_as: MoEConfig) -> list[str]:
+    """What is wrong with a call, against the oracle with the same routing.
+
+    Args:
+        judged_as: the config, but for TF32, which has the ten bits of float16's mantissa.
+    """
+    memory = GpuArrays(layer.config)
+    y = [memory.to_host(part) for part in layer([memory.to_device(part) for part in workload.x])]
+    layer.synchronize()
+    idx, factors = [part.topk_idx for part in layer.routing], [part.topk_weights for part in layer.routing]
+    error = max_rel_error(y, moe_layer(workload.x, weights, layer.config, topk_idx=idx, topk_weights=factors))
+    limit = tolerance(judged_as)
     return [] if error <= limit else [f"max_rel_error must be at most {limit:.2e}, got {error:.2e}"]
+
+
+def _judge_backward(layer: FlashMoE, weights: Weights, workload: Workload, judged_as: MoEConfig) -> list[str]:
+    """The same of gradients, each by its own bound."""
+    from ..bench.backward import of_ranks, random_gradients
+    from ..bench.check_gradients import check_gradients
+
+    memory = GpuArrays(layer.config)
+    y, saved = layer.forward([memory.to_device(part) for part in workload.x])
+    dy, routing = random_gradients([memory.to_host(part) for part in y], 0, SEED), layer.routing
+    gradients = layer.backward(saved, [memory.to_device(part) for part in dy])
+    layer.synchronize()
+    found = of_ranks(gradients, list, memory.to_host)
+    return check_gradients(judged_as, weights, workload, routing, dy, found).failures
 
 
 def table(variant: Variant, run: dict[str, Any]) -> Iterator[str]:

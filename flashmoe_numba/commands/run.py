@@ -24,7 +24,7 @@ from ..processes.mpi_environment import unless_left_over
 from ..processes.shared_memory import Shortage
 from ..tile_gemm.arithmetic import AUTO, NAMES, choose
 from .flags import blaming, check_backend_flag, in_flags, integer
-from .hosts import add_hosts_arguments, between, check_clocks, hosts_from, share_of_cores, start_on_hosts
+from .hosts import add_hosts_arguments, between, check_clocks, hosts_from, start_on_hosts
 from .outputs import add_json_argument, check_outputs
 from .sizes import (
     MODEL_TOKENS,
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
         _check_gpus(config.num_ranks)
     if not in_process:
         return _run_under_mpirun(args, config)
-    check_memory(config)
+    check_memory(config, args.save)
     _check_outputs(args)
     return _run_here(args, config)
 
@@ -115,7 +115,7 @@ def _run_under_mpirun(args: argparse.Namespace, config: MoEConfig) -> int:
     command = [sys.executable, "-Pm", "flashmoe_numba", *args.argv]
     try:
         with launch.shared_memory_for(config.num_ranks, needed):
-            check_memory(config)
+            check_memory(config, args.save)
             _check_outputs(args)
             return launch.start(config.num_ranks, command, args.deadline_s)
     except Shortage as error:
@@ -137,8 +137,6 @@ def _take_save(args: argparse.Namespace) -> None:
         if args.save is not None:
             raise UsageError(f"argument --save: goes with --backward, got {args.save} without")
         return
-    if args.backend == "cuda":
-        raise UsageError("argument --backward: goes with --backend cpu or fibers: there is no backward on GPUs yet")
     args.save = args.save or SAVES[0]
 
 
@@ -251,7 +249,7 @@ def _run(args: argparse.Namespace, config: MoEConfig, world: LocalRanks | MpiRan
         num_tokens=_num_tokens(args),
         backend=args.backend,
         in_process=world.comm is None,
-        num_processors=args.processors or share_of_cores(world),
+        num_processors=args.processors,
         iterations=args.iterations,
         seed=args.seed,
         deadline_s=args.deadline_s,

@@ -18,17 +18,27 @@ from sim.policies import passes_of
 from sim.policies.outside import SUFFIX, TEMPLATE, is_file
 from sim.reading.page.gather import gather
 from sim.reading.page.write import join
+from sim.reading.places import compared
 from sim.studies.seeds import over_seeds
 from sim.world.recorded import is_recorded
 
 from ..errors import UsageError
 from .beside import add_beside_arguments, beside, shape_from
+from .catalogue import catalogue, details
 from .columns import column_lines
 from .flags import blaming
 from .outputs import add_json_argument, check_outputs, give, make_folder
 from .patience import shown_when_slow
-from .simulated import catalogue, tables
-from .simulation_flags import Asked, add_simulation_arguments, ask, load_engine, simulate_asked, simulated_config
+from .simulated import tables
+from .simulation_flags import (
+    Asked,
+    add_simulation_arguments,
+    ask,
+    load_engine,
+    saving,
+    simulate_asked,
+    simulated_config,
+)
 from .sizes import layer_name
 
 
@@ -44,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", metavar="FILE", help="draw the one simulation; as PNG, or .pdf, .svg")
     add("--html", metavar="FILE", help="write all simulations as one page for a browser, with timelines")
     add("--new-policy", metavar="FILE.py", help="write a schedule to begin with, for --policy FILE.py; no simulation")
-    add("--list", action="store_true", help="say what there is, with all knobs, and simulate nothing")
+    there = "say what there is, with all knobs, or where the values of a policy, a machine, ... are from; no simulation"
+    add("--list", nargs="?", const="", metavar="NAME", help=there)
     parser.epilog = "\n".join(["columns:", *column_lines()])
 
 
@@ -52,8 +63,8 @@ def main(args: argparse.Namespace) -> int:
     """Simulate what the flags describe."""
     from tqdm import tqdm
 
-    if args.list:
-        print("\n".join(catalogue()))
+    if args.list is not None:
+        print("\n".join(details(args.list) if args.list else catalogue()))
         return 0
     if args.new_policy:
         return _write_policy(Path(args.new_policy))
@@ -71,6 +82,7 @@ def main(args: argparse.Namespace) -> int:
             simulation, report = _simulate(asked, policy, config)
         rows.append(asdict(report) | _about(asked, config, report) | beside(args, shape, simulation))
         gathered += [gather(simulation, len(points))] if args.html else []
+    rows = compared(rows, lambda row: row["tokens"])
     _write(asked, configs, rows)
     if args.html:
         join(rows, gathered, args.html)
@@ -156,7 +168,8 @@ def _about(asked: Asked, config: MoEConfig, report: sim.Report) -> dict[str, Any
 def _write(asked: Asked, configs: Sequence[MoEConfig], rows: list[dict[str, Any]]) -> None:
     args = asked.args
     seeds = f"seed {args.seed}" if args.seeds == 1 else f"seeds {args.seed} to {args.seed + args.seeds - 1}"
-    about = {"preset": layer_name(args), "terms": args.terms, "seeds": seeds, "set": args.set}
+    kept = [f"save={args.save} of {', '.join(saving(asked.knobs))}"] if args.save else []
+    about = {"preset": layer_name(args), "terms": args.terms, "seeds": seeds, "set": [*args.set, *kept]}
     give(args.json, [*tables(about, configs[0], rows), *_chosen(asked, rows)], rows)
 
 

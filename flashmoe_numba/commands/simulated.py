@@ -1,20 +1,16 @@
-"""What `flashmoe sim` prints: the tables of reports, and the list of what there is."""
+"""What `flashmoe sim` prints: the tables of reports."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
 from typing import Any
 
-import sim
 from reference import MoEConfig
-from sim.policies import SAME, describe
+from sim.policies import SAME
 
 from .beside import notes
-from .columns import TABLES, WIDTH, Rows, table_lines, unfitted
+from .columns import TABLES, Rows, table_lines, unfitted
 
-INDENT = "      "
 TERMS = {
     "system": "terms system: each policy's own tiles, and the rate fitted to its system",
     "schedule": "terms schedule: tiles of {tile_m} x {tile_n} and a rate of {rate:.3f} for all".format_map(SAME),
@@ -55,24 +51,3 @@ def _sizes(config: MoEConfig) -> str:
     parts += [f"{config.num_zero} zero experts"] if config.num_zero else []
     parts += [f"shared ffn {config.shared_ffn}"] if config.shared_ffn else []
     return ", ".join([*parts, f"top-{config.num_topk}"])
-
-
-def catalogue() -> Iterator[str]:
-    """Policies with their knobs, hardware, routings, precisions."""
-    yield "policies, with their knobs and the defaults; or the path of a .py file, which --new-policy begins"
-    for policy in sim.policy_names():
-        yield f"  {policy:10} {describe(policy)}"
-        yield from textwrap.wrap(", ".join(_knobs(policy)), WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
-    yield "hardware: 8xKIND is one node, 2x8xKIND two; or the path of a .toml file, 2xFILE.toml two of its nodes"
-    yield from (f"  {name}" for name in sim.hardware_names())
-    yield "routings"
-    yield from (f"  {name}" for name in sim.ROUTING_NAMES)
-    yield "precisions"
-    yield from (f"  {name}" for name in sim.PRECISIONS)
-
-
-def _knobs(policy: str) -> Iterator[str]:
-    knobs = sim.make_knobs(policy, {})
-    for field in fields(knobs):
-        words = knobs.choices.get(field.name, ())
-        yield f"{field.name}={asdict(knobs)[field.name]}" + (f" ({'|'.join(words)})" if words else "")

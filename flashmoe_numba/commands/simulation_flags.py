@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import sim
 from reference import MoEConfig
+from reference.layout import SAVES
 from sim.policies import TERMS, row_tile
 from sim.world.recorded import has_layers, is_recorded
 from sim.world.rounding import WAYS
@@ -17,12 +18,13 @@ from sim.world.world import FORWARD, PASSES
 
 from ..errors import UsageError
 from .flags import blaming, integer
-from .knobs import knobs_from
+from .knobs import knob_types, knobs_from
 from .sizes import add_size_arguments, config_from
 
 DEFAULT_PRESET = "llama-4-scout"
 DEFAULT_HARDWARE = "8xH100"
 PATIENCE_S = 3.0
+SAVE = "save"  # a knob
 FLAGS = {"rounding": "argument --round-tokens", "layer": "the layer"}  # of the other parts of a scenario: their names
 TRAINED = "what is simulated; training: forward, backward, and the sum over ranks of dense gradients"
 RECORDED = """\
@@ -45,6 +47,8 @@ def add_simulation_arguments(parser: argparse.ArgumentParser, many: bool = False
     machine = f"a machine of {kinds} like 8xH100 or 2x8xH100, or a .toml file, or 2xFILE.toml; its GPUs are the ranks"
     add("--hardware", default=DEFAULT_HARDWARE, metavar="NAME|FILE", help=f"{machine} [{DEFAULT_HARDWARE}]")
     add("--pass", dest="passes", choices=PASSES, default=FORWARD, help=f"{TRAINED} [{FORWARD}]")
+    kept = "what forwards keep for backwards, of schedules with that knob: rows and their up products, rows, no rows"
+    add("--save", choices=SAVES, help=f"{kept} [{SAVES[0]}]")
     add("--precision", metavar="NAME", help=f"{', '.join(sim.PRECISIONS)} [the layer's dtype]")
     add("--progress", action="store_true", help="show that of a long simulation though stderr is no terminal")
     add_size_arguments(parser, DEFAULT_PRESET, many_tokens=many, layer_of="the model, or of a routing from a file")
@@ -81,7 +85,29 @@ def ask(args: argparse.Namespace, policies: Sequence[str]) -> Asked:
         check_policy("--policy", name)
     with blaming("argument --hardware"):
         hardware = sim.load_hardware(args.hardware)
-    return Asked(args=args, hardware=hardware, knobs=knobs_from(policies, args.set, args.terms))
+    knobs = knobs_from(policies, args.set, args.terms)
+    return Asked(args=args, hardware=hardware, knobs=_with_save(args, knobs))
+
+
+def _with_save(args: argparse.Namespace, knobs: dict[str, sim.PolicyKnobs]) -> dict[str, sim.PolicyKnobs]:
+    """`--save` as the knob of those that have it, which only a backward asks for."""
+    given = [f"--set {pair}" for pair in args.set if pair.startswith(f"{SAVE}=")]
+    given += [f"--save {args.save}"] if args.save else []
+    if given and args.passes == FORWARD:
+        raise UsageError(f"argument --save: goes with --pass backward or training, got {given[-1]} without")
+    if args.save is None:
+        return knobs
+    if len(given) > 1:
+        raise UsageError(f"argument --save: is the same as {given[0]}, got both")
+    able = saving(knobs)
+    if not able:
+        raise UsageError(f"argument --save: no knob {SAVE!r} in {', '.join(knobs)}; what their forward keeps is fixed")
+    return knobs | {name: replace(knobs[name], **{SAVE: args.save}) for name in able}
+
+
+def saving(policies: Iterable[str]) -> list[str]:
+    """Those of the policies that have a choice of what a forward keeps."""
+    return [name for name in policies if SAVE in knob_types(name)]
 
 
 def simulated_config(asked: Asked, tokens: int | None) -> MoEConfig:
@@ -106,7 +132,7 @@ def simulate_asked(asked: Asked, policy: str, config: MoEConfig, replicas: int |
     scenario = sim.Scenario(
         config=config,
         hardware=asked.hardware,
-        precision=args.precision or config.dtype,
+        precision=config.dtype if args.precision is None else args.precision,
         routing=args.routing,
         seed=seed,
         layer=_recorded_layer(args, config),

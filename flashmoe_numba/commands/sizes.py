@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from reference import ACTIVATIONS, DTYPES, MoEConfig, load_preset, preset_names
+from reference import ACTIVATIONS, DTYPES, MoEConfig, load_preset, make_plan, preset_names
 from reference.config import expert_capacity
 from reference.families import read_family
 from reference.sizes import weight_bytes
@@ -125,17 +125,27 @@ def layer_name(args: argparse.Namespace) -> str:
     return str(args.model_config or args.preset)
 
 
-def check_memory(config: MoEConfig) -> None:
-    """Nothing, if the weights and the tokens of all ranks fit this machine; segments are taken only as touched.
+def check_memory(config: MoEConfig, save: str | None = None) -> None:
+    """Nothing, if the weights and the tokens of all ranks fit this machine, with `save` also those of their backwards;
+    segments and working memory are taken only as touched.
 
     Raises:
         UsageError: naming what is needed and what there is.
     """
     rows = 2 * config.num_ranks * config.num_tokens * config.hidden * config.format.num_bytes
-    needed = (config.num_ranks * weight_bytes(config) + rows) / 2**30
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    num_bytes, what = config.num_ranks * weight_bytes(config) + rows, "the weights and tokens"
+    if save is not None:
+        num_bytes, what = num_bytes + rows + _backward_bytes(config, save), f"{what}, and the backwards,"
+    needed, there = num_bytes / 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     if needed > there:
         raise UsageError(
-            f"the weights and tokens of {config.num_ranks} ranks need {needed:,.0f} GiB, and this machine has "
+            f"{what} of {config.num_ranks} ranks need {needed:,.0f} GiB, and this machine has "
             f"{there:,.0f} GiB: choose smaller sizes, or see what they need with `flashmoe plan`"
         )
+
+
+def _backward_bytes(config: MoEConfig, save: str) -> int:
+    """Of all ranks: weights transposed, what a call keeps, and gradients of two backwards, as the first is checked."""
+    plan = make_plan(config, save=save).backward
+    assert plan is not None
+    return config.num_ranks * (plan.transposed_bytes + 2 * plan.gradient_bytes) + plan.kept_total_bytes

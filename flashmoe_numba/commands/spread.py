@@ -15,6 +15,7 @@ from ..processes.cores import count_cores
 from ..processes.mpi_environment import begin_mpi
 from ..processes.pools import Pool, mpi_pool, process_pool
 from .flags import integer
+from .patience import ticking
 
 STOPS = (KeyboardInterrupt, BrokenExecutor, MemoryError)  # end the work early; what was done till then counts
 T = TypeVar("T")
@@ -51,11 +52,13 @@ def num_processes(pool: Pool | None) -> int:
 
 
 def progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
-    """The items, with their number, their rate and the time left where stderr ends at a terminal."""
+    """The items, with their number, their rate, the time so far and the time left where stderr ends at a terminal."""
     from tqdm import tqdm
 
     disable = None if not os.environ.get(launch.TERMINAL_VARIABLE) else False
-    yield from tqdm(items, total=total, unit=f" {unit}", disable=disable, dynamic_ncols=True, leave=False)
+    bar = tqdm(items, total=total, unit=f" {unit}", disable=disable, dynamic_ncols=True, leave=False)
+    with bar, ticking(bar):
+        yield from bar
 
 
 def why_stopped(error: BaseException) -> str:

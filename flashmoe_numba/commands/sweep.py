@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sim.studies.grid import Point, load_grid
+from sim.studies.grid import load_grid
+from sim.studies.point import Point
 from sim.studies.sweep import Row, RowFile, missing, run_points
 
 from ..errors import UsageError

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sim.validation.cases import Reason, sort_rows
+from sim.validation.cases import Case, Reason, sort_rows
 from sim.validation.compare import Group, Result, compare
 from sim.validation.fit import Fit, fit_all
 from sim.validation.folds import Fold, leave_out, write_trust
@@ -24,6 +24,8 @@ from sim.validation.written import table, write_rates
 from ..errors import UsageError
 from .left_out import fold_json, fold_lines
 from .outputs import add_json_argument, check_outputs, give
+from .patience import clock
+from .spread import progress
 
 WIDTH = 120
 NotCompared = Sequence[tuple[Row, Reason]]
@@ -51,18 +53,30 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error).replace("data must be", "--data must be", 1)) from None
     cases, rest = sort_rows(rows)
-    groups, refused = compare(cases)
-    fits = []
+    groups, refused = _compared(cases)
+    fits, folds = [], []
     if args.fit:
-        fits = fit_all(result.case for group in groups for result in group.results)
+        with clock("fitting"):
+            fits = fit_all(_cases_of(groups))
         write_rates(fits, keep=args.data != FOLDER)
-        groups, refused = compare(cases)
+        groups, refused = _compared(cases)
     rest += refused
-    folds = leave_out(result.case for group in groups for result in group.results) if args.folds else []
+    if args.folds:
+        with clock("leaving out one (source, model) at a time"):
+            folds = leave_out(_cases_of(groups))
     if folds and args.data == FOLDER:
         write_trust(folds)
     give(args.json, lines(len(rows), groups, rest, fits, folds), as_json(groups, rest, fits, folds))
     return 0
+
+
+def _compared(cases: Sequence[Case]) -> tuple[list[Group], list[tuple[Row, Reason]]]:
+    """The groups, and how many rows are simulated meanwhile."""
+    return compare(progress(cases, len(cases), "rows"))
+
+
+def _cases_of(groups: Sequence[Group]) -> Iterator[Case]:
+    return (result.case for group in groups for result in group.results)
 
 
 # ---- what people read ----

@@ -25,14 +25,15 @@ _switch = threading.local()  # .interpreting: this thread loads kernel source to
 _lock = threading.RLock()  # of twins in the making, and of the cache that a dispatcher has at the moment
 
 
-def jit(function: Any = None, *, entry: bool = False, inline: bool = False) -> Any:
+def jit(function: Any = None, *, entry: bool = False, inline: bool = False, large: bool = False) -> Any:
     """Compile a kernel function on its first call; inside `interpreted`, leave it as it is.
 
     Only an `entry` has machine code, and can be called from Python when compiled; the others refuse (parts.py).
     A function that returns an array that it made, a view of a peer's memory, must be put into its callers (`inline`).
+    So must one that is too `large` for the compiler to do so, and holds wgmma: behind a call that is serialised.
     """
     if function is None:
-        return lambda function: jit(function, entry=entry, inline=inline)
+        return lambda function: jit(function, entry=entry, inline=inline, large=large)
     if getattr(_switch, "interpreting", False):
         return function
     from numba import njit
@@ -40,9 +41,9 @@ def jit(function: Any = None, *, entry: bool = False, inline: bool = False) -> A
     from .cpu import ENTRY_OPTIONS, part  # and registers the overloads
 
     if entry:
-        # On GPUs an entry goes into the kernel's however large it is: wgmma behind a call is serialised.
+        # On GPUs an entry goes into the kernel's, for the same reason.
         return njit(**ENTRY_OPTIONS, forceinline=True)(function)
-    return part(function, inline="always" if inline else "never")
+    return part(function, inline="always" if inline else "never", forceinline=large)
 
 
 def interpreted(package: str) -> ModuleType:

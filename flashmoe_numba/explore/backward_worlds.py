@@ -4,8 +4,8 @@ Together they have: every kind of saving; two calls open at once, and gradients 
 backward; a rank that is a call ahead; row tiles of several sources, also of kept rows, and tiles of their own; several
 column tiles of hidden rows; shared experts with a gate and without; zero-computation experts; drops; k = E; routings
 from outside, without gradients of a router; a router whose logits have a bias, and its experts scales; weights that are
-applied to what goes in; ranks without tokens; three lanes; a rank that is lost in a backward; and ranks that make
-different calls.
+applied to what goes in; gradients of logits by way of other losses; frozen experts, and a frozen router; grids; ranks
+without tokens; three lanes; a rank that is lost in a backward; and ranks that make different calls.
 
 All but one are of float64, whose gradients are all compared with the reference's.
 """
@@ -53,6 +53,28 @@ BACKWARD_WORLDS: dict[str, WorldSpec] = {
     ),
     "scaled router": world(BASE | dict(num_experts=4, num_topk=2, router=SCALED), (0, 1), lanes=2),
     "weights on rows": world(WIDE | dict(router=RouterKind(weight_input=True)), (0, 1), "rows", lanes=3),
+    "logits of other losses": world(
+        BASE | dict(num_experts=4, num_topk=2), (0, 0, 2, 1), processors=2, logits_gradient=True, data_seed=4
+    ),
+    "other losses and a bias": world(
+        BASE | dict(num_tokens=3, num_experts=4, router=SCALED), (0, 1, 0, 3), "nothing", logits_gradient=True
+    ),
+    "frozen experts": world(
+        BASE | dict(shared_ffn=3, shared_gate=True), (0, 1, 0, 3), "nothing", lanes=2, frozen_experts=True
+    ),
+    "frozen router": world(WIDE, (0, 0, 1, 2), "rows", processors=2, frozen_router=True),
+    "all frozen": world(
+        BASE | dict(num_experts=4, num_topk=2),
+        (0, 1, 0, 0, 4, 3),
+        data_seed=6,
+        logits_gradient=True,
+        frozen_experts=True,
+        frozen_router=True,
+    ),
+    "grid of both": world(BASE | dict(num_tokens=3), (0, 0, 2, 0, 4, 1), lanes=3, grid=True, data_seed=1),
+    "grid of the frozen": world(
+        WIDE, (0, 1, 0, 3), "nothing", lanes=2, grid=True, logits_gradient=True, frozen_router=True
+    ),
     "back and ahead": world(BASE | dict(num_experts=4), (0, 0, 1, 0, 2), data_seed=5),
     "lost on the way back": world(
         BASE | dict(num_ranks=3, num_experts=3), (0, 1), lost=(Lost(1, 2, 3),), deadline=1000

@@ -17,7 +17,14 @@ EXHAUSTIVE = "exhaustive"  # beside strategies.STRATEGIES
 
 def check_search(search: Search) -> None:
     """Raises ValueError where the tree would not hold everything."""
-    needs = {"lanes": 1, "leavers": (), "deadline": None, "grid": False, "weak": False}  # classes know no time
+    needs = {
+        "lanes": 1,
+        "leavers": (),
+        "deadline": None,
+        "grid": False,
+        "hosts": 1,
+        "weak": False,
+    }  # classes know no time
     for name, needed in needs.items():
         given = search.weak if name == "weak" else getattr(search.spec, name)
         if given != needed:

@@ -17,7 +17,7 @@ from reference.arrays import Array
 from ..processes.ownership import Owned
 from . import libcuda
 
-H2D, D2H = 1, 2  # cudaMemcpyKind
+H2D, D2H, D2D = 1, 2, 3  # cudaMemcpyKind
 SIDE_WORDS = 1024  # most that is read beside a kernel at once: control words, or an address of every rank
 OWN_BYTES = 2 << 20  # the driver puts smaller allocations together into one of this size, which IPC would share whole
 
@@ -135,6 +135,11 @@ class Gpu(Owned):
         """Fill a pinned array from an address, in a stream's order."""
         with self.here:
             self.runtime.memcpyAsync(values.ctypes.data, address, values.nbytes, D2H, stream)
+
+    def copy_on_device(self, target: Any, source: Any, stream: int) -> None:
+        """Copy a contiguous array into another, in a stream's order."""
+        with self.here:
+            self.runtime.memcpyAsync(self.address(target), self.address(source), source.nbytes, D2D, stream)
 
     def read_now(self, address: int, num_words: int) -> np.ndarray:
         """int64 words as they are at this moment, beside whatever kernel runs."""

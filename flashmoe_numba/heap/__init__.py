@@ -9,6 +9,7 @@ from typing import Any
 
 from reference import MoEConfig
 
+from ..processes.meeting import argument_of
 from .protocols import Heap
 from .threads import ThreadHeap
 
@@ -21,6 +22,10 @@ def make_heap(config: MoEConfig, comm: Any, backend: str, setup_deadline_s: floa
         return GpuHeap(config.num_ranks) if comm is None else GpuIpcHeap(comm, setup_deadline_s)
     if comm is None:
         return ThreadHeap(config.num_ranks)
-    from .mpi import MpiHeap
+    if argument_of(comm) == "comm":
+        from .hosts import HostsHeap
+
+        return HostsHeap(comm, setup_deadline_s)
+    from .mpi import MpiHeap  # a process group has no messages
 
     return MpiHeap(comm, setup_deadline_s)

@@ -13,6 +13,7 @@ from reference.sizes import hidden_rows
 from reference.tiles import shared_tiles_n0, tiles_n0
 
 from ..kernel.backward.state import Back, WeightGradients
+from ..kernel.state import Experts
 from .kept import Kept
 from .protocols import Memory
 
@@ -20,6 +21,7 @@ from .protocols import Memory
 class Transposed(NamedTuple):
     """The fields of `Back` that are weights: `[in, out]` in place of `[out, in]`, as gradients go through them."""
 
+    up_again: Any  # but for this one, as a forward multiplies by it
     up: Any
     down: Any
     shared_up: Any
@@ -31,17 +33,25 @@ class Transposed(NamedTuple):
 
 
 def pack_transposed(
-    config: MoEConfig, memory: Memory, weights: Weights, rows: Array, into: Transposed | None = None
+    config: MoEConfig,
+    memory: Memory,
+    weights: Weights,
+    experts: Experts,
+    dy: Array,
+    working: Working,
+    into: Transposed | None = None,
 ) -> Transposed:
     """Weights of one rank's experts.
 
     Args:
-        rows: that they multiply: of dy, as they come in.
+        experts: the same, packed for forwards.
+        dy: its rows as they come in, which the down matrices multiply; the shared expert's lie elsewhere in each call.
+        working: has the rows that the up matrices multiply.
         into: what this returned for other weights, to be filled anew.
     """
     c = config
 
-    def pack(matrix: Array, tile_n: int, old: Any) -> Any:
+    def pack(matrix: Array, tile_n: int, rows: Array | None, old: Any) -> Any:
         return memory.pack([matrix], [None], tile_n, c.accumulator, rows, old)
 
     def numbers(values: Array | None, old: Array | None) -> Array:
@@ -51,22 +61,24 @@ def pack_transposed(
         memory.store(old, array)
         return old
 
-    def both(of: Weights, old: tuple[Any, Any]) -> tuple[Any, Any]:
+    def both(of: Weights, up_gradients: Array, old: tuple[Any, Any]) -> tuple[Any, Any]:
         ups = np.concatenate([matrix.transpose(0, 2, 1) for matrix, _ in of.ups], axis=2)
-        return pack(ups, c.tile_n, old[0]), pack(of.down_proj.transpose(0, 2, 1), c.tile_ffn, old[1])
+        up = pack(ups, c.tile_n, up_gradients, old[0])
+        return up, pack(of.down_proj.transpose(0, 2, 1), c.tile_ffn, dy, old[1])
 
     old = into or Transposed(*[None] * len(Transposed._fields))  # type: ignore[arg-type]
-    up, down = both(weights, (old.up, old.down))
+    up, down = both(weights, working.up_gradients, (old.up, old.down))
     shared_up, shared_down = up, down
     if weights.shared is not None:
-        shared_up, shared_down = both(weights.shared, (old.shared_up, old.shared_down))
+        shared_up, shared_down = both(weights.shared, working.shared_up_gradients, (old.shared_up, old.shared_down))
     router = np.ascontiguousarray(weights.router.T.astype(c.accumulator))[None]
     return Transposed(
+        up_again=memory.beside(experts.up) if into is None else into.up_again,
         up=up,
         down=down,
         shared_up=shared_up,
         shared_down=shared_down,
-        router=pack(router, c.tile_n, old.router),
+        router=pack(router, c.tile_n, None, old.router),
         down_bias=numbers(weights.down_bias, old.down_bias),
         shared_down_bias=numbers(weights.shared_down_bias, old.shared_down_bias),
         shared_gate=numbers(weights.shared_gate_weight, old.shared_gate),
@@ -76,8 +88,6 @@ def pack_transposed(
 class Working(NamedTuple):
     """Arrays that all backwards of a rank use in turn; on a CPU only what was used takes memory."""
 
-    weight_gradients: Array
-    logits_gradient: Array
     bias_rows: Array
     router_rows: Array
     dy_rows: Array
@@ -104,8 +114,6 @@ def make_working(config: MoEConfig, save: str, memory: Memory) -> Working:
     logits = tokens * c.num_choices
     shared = tokens * c.shared_ffn
     return Working(
-        weight_gradients=memory.empty(tokens * c.num_topk, sums),
-        logits_gradient=memory.empty(logits, sums),
         bias_rows=memory.empty(logits if c.router_kind.logit_bias else 0, sums),
         router_rows=memory.empty(tokens * c.hidden, sums),
         dy_rows=memory.empty(rows * c.hidden, element),
@@ -127,10 +135,14 @@ def make_working(config: MoEConfig, save: str, memory: Memory) -> Working:
     )
 
 
-def back_of(working: Working, transposed: Transposed, dy: Array, dx: Array, said: Array, kept_logits: Array) -> Back:
-    """The group of one backward."""
+def back_of(working: Working, transposed: Transposed, **of_call: Array) -> Back:
+    """The group of one backward.
+
+    Args:
+        of_call: all other fields, which are of this one only.
+    """
     own = {name: array for name, array in working._asdict().items() if name in Back._fields}
-    return Back(**own, **transposed._asdict(), dy=dy, dx=dx, said=said, kept_logits=kept_logits)
+    return Back(**own, **transposed._asdict(), **of_call)
 
 
 def zero_gradients(

@@ -21,6 +21,8 @@ from .tensors import as_array
 class HostMemory(Owned):
     """NumPy's arrays, which the kernel reads where they are. They begin with a line of the caches."""
 
+    grows = True  # the system gives memory as it is touched
+
     def zeros(self, size: int, dtype: npt.DTypeLike) -> Array:
         return _aligned(np.zeros, size, dtype)
 
@@ -44,8 +46,18 @@ class HostMemory(Owned):
     def store(self, target: Array, values: Array) -> None:
         target[...] = values
 
+    def copy(self, target: Array, source: Array) -> None:
+        target[...] = source
+
     def aim(self, matrices: Any, rows: Array) -> None:
         """Nothing: the kernel is told of rows when it multiplies them."""
+
+    def beside(self, matrices: Any) -> Any:
+        """The same object, for the same reason."""
+        return matrices
+
+    def no_tokens(self, config: MoEConfig) -> Array:
+        return np.empty((0, config.hidden), config.numpy_dtype)
 
     def check_tokens(self, name: str, x: Any, config: MoEConfig) -> Array:
         """One rank's tokens, as `adopt` wants them: the same array if it is contiguous and writable, else a copy.

@@ -22,7 +22,7 @@ ROUTING = ("topk_idx", "topk_weights", "place", "order", "counts", "starts", "ba
 class KeptArrays:
     """Room for what a rank keeps of one call, however many tokens it has.
 
-    Room for rows is taken for all that a rank can receive; on a CPU only those that come take memory.
+    Room for rows is taken for all that a rank can receive; where memory grows only those that come take any.
 
     Args:
         tokens: replacements for fields of `Tokens`, by name.
@@ -66,7 +66,7 @@ class Keeping:
         """For a call with these tokens, as the kernel sees them."""
         arrays = self._free.pop() if self._free else make_arrays(self._config, self._save, self._memory, self._tokens)
         own = arrays.tokens["x"][: x.size]
-        own[:] = x
+        self._memory.copy(own, x)
         num_tokens = x.size // self._config.hidden
         return Kept(arrays=arrays, x=own, num_tokens=num_tokens, routed=routed, has_logits=has_logits)
 
@@ -74,12 +74,15 @@ class Keeping:
         self._free.append(kept.arrays)
 
     def num_bytes(self, kept: Kept, received: Received) -> int:
-        """Of what was kept, once the call has ended."""
+        """Of what was kept, once the call has ended; where memory does not grow, of all that was taken for it."""
+        if not self._memory.grows:
+            return sum(array.nbytes for group in vars(kept.arrays).values() for array in group.values())
         rows = int(self._memory.to_host(received.rows).sum())
         return kept_bytes(self._config, self._save, kept.num_tokens, rows)
 
 
 def make_arrays(config: MoEConfig, save: str, memory: Memory, tokens: Tokens) -> KeptArrays:
+    """A part of the call that began."""
     c, element, sums = config, config.format.storage, config.accumulator
     own = {name: memory.zeros(getattr(tokens, name).size, getattr(tokens, name).dtype) for name in ROUTING}
     keeps_rows, keeps_ups = save != "nothing", save == "rows+up"
@@ -88,8 +91,9 @@ def make_arrays(config: MoEConfig, save: str, memory: Memory, tokens: Tokens) ->
         "x": memory.empty(c.num_tokens * c.hidden, element),
         "kept_logits": memory.empty(c.num_tokens * c.num_choices, sums),
         "shared_ups": memory.empty(shared_ups, element),
-        "shared_factors": memory.array(np.ones(c.num_tokens if c.shared_ffn else 0, sums)),
+        "shared_factors": memory.empty(c.num_tokens if c.shared_ffn else 0, sums),
     }
+    memory.store(own["shared_factors"], np.ones(own["shared_factors"].size, sums))
     rows = hidden_rows(c)
     received = {
         "first": memory.zeros(c.num_experts, np.int64),

@@ -17,6 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from reference.arrays import Array
+
 from ..processes import shared_memory
 from ..processes.meeting import Meeting
 from .protocols import Memory
@@ -34,22 +36,26 @@ class MpiHeap(Meeting):
             ValueError: ranks on several machines, or not enough shared memory.
         """
         self.require_one_machine()
+        self.segments = self._share(self.num_ranks, num_bytes)
+        self.barrier()
+
+    def _share(self, num_ranks: int, num_bytes: int) -> list[Array]:
+        """Segments of this host's ranks, of which there are so many."""
         stride = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         folder = shared_memory.FOLDER if shared_memory.FOLDER.is_dir() else Path(tempfile.gettempdir())
         with ExitStack() as stack:
             file = self._open_together(folder, stack)
-            self._claim(file, stride * self.num_ranks, folder)
-            mapped = self.together(lambda: mmap.mmap(file.fileno(), stride * self.num_ranks))
-        self.segments = [np.frombuffer(mapped, np.uint8, num_bytes, i * stride) for i in range(self.num_ranks)]
-        self.barrier()
+            self._claim(file, num_ranks, stride, folder)
+            mapped = self.together(lambda: mmap.mmap(file.fileno(), stride * num_ranks))
+        return [np.frombuffer(mapped, np.uint8, num_bytes, i * stride) for i in range(num_ranks)]
 
     def _open_together(self, folder: Path, opened: ExitStack) -> BinaryIO:
-        """One empty file, opened by every rank; without a name when this returns."""
+        """One empty file of a host, opened by every rank there; without a name when this returns."""
         with ExitStack() as named:
             name = self.from_first(lambda: _make_file(folder, named))
             return self.together(lambda: opened.enter_context(open(name, "r+b")))
 
-    def _claim(self, file: BinaryIO, num_bytes: int, folder: Path) -> None:
+    def _claim(self, file: BinaryIO, num_ranks: int, stride: int, folder: Path) -> None:
         """Give the file its size. The system would also give one beyond what there is, and ranks die as they touch it.
 
         Raises:
@@ -58,8 +64,8 @@ class MpiHeap(Meeting):
 
         def try_to_claim() -> str:
             try:
-                who = f"the segments of {self.num_ranks} ranks need"
-                return str(shared_memory.claim(file.fileno(), num_bytes, who, CURE, folder) or "")
+                who = f"the segments of {num_ranks} ranks need"
+                return str(shared_memory.claim(file.fileno(), num_ranks * stride, who, CURE, folder) or "")
             except OSError as error:
                 return str(error)
 

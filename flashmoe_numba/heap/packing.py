@@ -9,7 +9,7 @@ import numpy as np
 from reference import MoEConfig, Weights
 
 from ..kernel.state import Experts, Received, Segments, Tokens
-from .back import Transposed, pack_transposed
+from .back import Transposed, Working, pack_transposed
 from .protocols import Memory
 from .rules import fill_kinds, make_kinds
 
@@ -18,10 +18,17 @@ class Packing:
     """Of one rank, whose arrays these are: they hold the rows that the weights will multiply."""
 
     def __init__(
-        self, config: MoEConfig, memory: Memory, segments: Segments, tokens: Tokens, received: Received
+        self,
+        config: MoEConfig,
+        memory: Memory,
+        segments: Segments,
+        tokens: Tokens,
+        received: Received,
+        working: Working | None,
     ) -> None:
         self._config, self._memory, self._kinds = config, memory, make_kinds(config)
         self._dispatch, self._hidden, self._shared_hidden = segments.dispatch, received.hidden, tokens.shared_hidden
+        self._working = working
 
     def pack(self, weights: Weights, into: Experts | None = None) -> Experts:
         """Weights in the form of the backend's tile GEMM, told which rows they will multiply where these stay put.
@@ -61,9 +68,14 @@ class Packing:
         c = self._config
         return self._memory.pack([matrix.astype(c.accumulator)[None]], [None], c.tile_n, c.accumulator, None, into)
 
-    def transpose(self, weights: Weights, into: Transposed | None = None) -> Transposed:
-        """The same as a backward multiplies by them."""
-        return pack_transposed(self._config, self._memory, weights, self._dispatch, into)
+    def transpose(self, weights: Weights, experts: Experts, into: Transposed | None = None) -> Transposed:
+        """The same as a backward multiplies by them.
+
+        Args:
+            experts: what `pack` returned for them.
+        """
+        assert self._working is not None, "the layer was made for it"
+        return pack_transposed(self._config, self._memory, weights, experts, self._dispatch, self._working, into)
 
     def unpack(self, experts: Experts, weights: Weights) -> None:
         """The matrices of what `pack` returned, but for the router, written into those of `weights`."""

@@ -6,6 +6,7 @@ Arrays are NumPy's, or on a GPU CuPy's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,7 +19,13 @@ T = TypeVar("T")
 
 
 class Memory(Protocol):
-    """Where a rank's arrays lie, and those that its user brings."""
+    """Where a rank's arrays lie, and those that its user brings.
+
+    Attributes:
+        grows: does an array take room only as it is written?
+    """
+
+    grows: bool
 
     def zeros(self, size: int, dtype: npt.DTypeLike) -> Array:
         """`[size]`, each 0.
@@ -47,6 +54,9 @@ class Memory(Protocol):
 
     def store(self, target: Array, values: Array) -> None:
         """Copy values from the host into an array of this memory, as a part of the call that began."""
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Copy an array of this memory into another, as a part of the call that began."""
 
     def pack(
         self,
@@ -79,6 +89,12 @@ class Memory(Protocol):
     def aim(self, matrices: Any, rows: Array) -> None:
         """In the call that began, these weights, which `pack` returned, multiply rows that lie here."""
 
+    def beside(self, matrices: Any) -> Any:
+        """The same weights, where they are, for other rows: `aim` says which, in each call."""
+
+    def no_tokens(self, config: MoEConfig) -> Any:
+        """What `check_tokens` returns of a rank that has none."""
+
     def check_tokens(self, name: str, x: Any, config: MoEConfig) -> Any:
         """One rank's tokens, as `adopt` wants them. Errors call them `name`.
 
@@ -100,6 +116,7 @@ class Heap(Protocol):
         num_ranks: of the layer.
         rank_indices: those that live in this process.
         hosts: which ranks share one: known before `allocate`.
+        first_here: the lowest rank of this host.
         all_here: a call takes and returns the tokens of all ranks, and not those of this process's one.
         segments: rank -> bytes, of all ranks; empty before `allocate` and after `close`.
     """
@@ -109,6 +126,9 @@ class Heap(Protocol):
     hosts: Hosts
     all_here: bool
     segments: list[Array]
+
+    @property
+    def first_here(self) -> int: ...
 
     def agree(self, error: Exception | None, same: Mapping[str, Any] | None = None) -> None:
         """Raise on every rank if any brings an error, or if values by name are not the `same` on all ranks.
@@ -123,7 +143,9 @@ class Heap(Protocol):
         """
 
     def from_first(self, make: Callable[[], str]) -> str:
-        """Rank 0's text on all ranks; only there it is made. If that fails, raise on all as `agree` does."""
+        """The text of this host's first rank on all of its ranks; only there it is made. If that fails anywhere, raise
+        on all as `agree` does.
+        """
 
     def allocate(self, num_bytes: int, memory: Memory) -> None:
         """Take zeroed segments of `num_bytes` each: in `memory`, or in what processes can share.
@@ -137,6 +159,17 @@ class Heap(Protocol):
 
         Of images only control words are kept fresh, by whoever carries puts between hosts.
         """
+
+    def carry(self, control_at: int, wires: Sequence[Array]) -> None:
+        """Be ready to bring puts to other hosts; nothing, where all ranks share one.
+
+        Args:
+            control_at: where the control words begin in a segment, in bytes.
+            wires: of each rank of this process, the ring into which it posts puts (kernel/wire.py).
+        """
+
+    def carrying(self, deadline_s: float) -> AbstractContextManager[None]:
+        """While this lasts puts come and go. Its end takes all that were posted in it, however it ends."""
 
     def close(self, check: Callable[[], None] | None) -> None:
         """Give everything back, which takes all ranks, or with `check=None` leave it to the end of the process.

@@ -60,14 +60,14 @@ class Rank(Owned):
         self.segments = make_segments(config, rank_idx, segments, memory, save, hosts)
         self.received = make_received(config, memory)
         self.tokens = make_tokens(config, memory)
-        self.packing = Packing(config, memory, self.segments, self.tokens, self.received)
+        self.working = None if save is None else make_working(config, save, memory)
+        self.packing = Packing(config, memory, self.segments, self.tokens, self.received, self.working)
         self.experts = self.packing.pack(weights)
         self.queue = make_queue(config, memory, max_weight_tasks(config) if save else 0)
         self.traces = make_traces(num_processors + 1, trace_events, memory)
         self.left = memory.zeros(1, np.int64)
         self.problem = fixed_problem(config, rank_idx, num_processors, packed, save, not hosts.is_one)
         self.last_tokens = self.tokens  # of the last call
-        self.working = None if save is None else make_working(config, save, memory)
         self.keeping = None if save is None else Keeping(config, save, memory, self.tokens)
         self.kept: Kept  # by the last call that did
 
@@ -148,9 +148,16 @@ class Rank(Owned):
             received = received._replace(kept_rows=working.kept_rows)
         self.last_tokens = tokens
         dy_storage, dx_storage, dx = memory.adopt(dy)
-        others = memory.empty(0, c.accumulator) if said is None else memory.array(said.reshape(-1))
+        pairs, logits = (memory.empty(kept.num_tokens * width, c.accumulator) for width in (c.num_topk, c.num_choices))
+        others = memory.empty(0 if said is None else said.size, c.accumulator)
+        if said is not None:
+            self._store(others, said)
         self._store(working.num_rows, np.array([kept.num_tokens]))
-        back = back_of(working, transposed, dy_storage, dx_storage, others, tokens.kept_logits)
+        self._aim_back(experts, transposed, tokens, received, dy_storage)
+        back = back_of(
+            working, transposed, dy=dy_storage, dx=dx_storage, said=others, kept_logits=tokens.kept_logits,
+            weight_gradients=pairs, logits_gradient=logits,
+        )  # fmt: skip
         problem = self.problem._replace(
             epoch=epoch,
             call=backward_of(forward),
@@ -163,10 +170,19 @@ class Rank(Owned):
             fresh=fresh,
             **num_weight_tasks(c, gradients, kept),
         )
-        pairs = working.weight_gradients[: kept.num_tokens * c.num_topk].reshape(-1, c.num_topk)
-        logits = working.logits_gradient[: kept.num_tokens * c.num_choices].reshape(-1, c.num_choices)
         arguments = BackwardArguments(self._arguments(problem, tokens, received, experts), back, gradients)
-        return (dx, pairs, None if kept.routed else logits), arguments
+        of_logits = None if kept.routed else logits.reshape(kept.num_tokens, c.num_choices)
+        return (dx, pairs.reshape(kept.num_tokens, c.num_topk), of_logits), arguments
+
+    def _aim_back(
+        self, experts: Experts, transposed: Transposed, tokens: Tokens, received: Received, dy: Array
+    ) -> None:
+        """Say of weights that multiply other rows in each backward which."""
+        if self.save != "rows+up":
+            self._memory.aim(transposed.up_again, received.kept_rows if self.save == "rows" else self.segments.again)
+        if self.config.shared_ffn:
+            self._memory.aim(transposed.shared_down, dy)
+            self._memory.aim(experts.shared_up, tokens.x)
 
     def idle_experts(self) -> Array:
         """`[experts_per_rank]`: which of them had no rows in the last call?"""
@@ -181,6 +197,10 @@ class Rank(Owned):
         """What blocks are given before any call, with tokens of size 0."""
         return self._arguments(self.problem, self.last_tokens, self.received)
 
+    def to_host(self, array: Array) -> Array:
+        """A copy, when all work on it so far is done."""
+        return self._memory.to_host(array)
+
     def kept_bytes(self) -> int:
         """Of what the last call kept."""
         assert self.keeping is not None, "the layer was made for it"
@@ -188,7 +208,7 @@ class Rank(Owned):
 
     def first_backward(self, weights: Weights, transposed: Transposed) -> BackwardArguments:
         """What blocks are given in a backward before any call: arguments of the types that all have."""
-        none = np.empty((0, self.config.hidden), self.config.numpy_dtype)
+        none = self._memory.no_tokens(self.config)
         self.call(none, None, 0, 0, keep=True)
         gradients = zero_gradients(self.config, weights, self._memory)
         assert self.keeping is not None, "the layer was made for it"

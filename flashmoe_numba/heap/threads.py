@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ class ThreadHeap(Owned):
             must carry puts (`FiberBackend` does). None: all do.
     """
 
-    all_here = True
+    all_here, first_here = True, 0
 
     def __init__(self, num_ranks: int, hosts: Hosts | None = None) -> None:
         self.num_ranks = num_ranks
@@ -69,6 +70,12 @@ class ThreadHeap(Owned):
 
     def segments_of(self, rank_idx: int) -> list[Array]:
         return self.segments if self.hosts.is_one else self._seen[rank_idx]
+
+    def carry(self, control_at: int, wires: Sequence[Array]) -> None:
+        """Nothing is carried."""
+
+    def carrying(self, deadline_s: float) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def close(self, check: Callable[[], None] | None) -> None:
         self.segments, self._seen = [], []

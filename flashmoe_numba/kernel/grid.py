@@ -1,8 +1,8 @@
-"""Many ranks' blocks in one launch, which find their arguments in a table: how a GPU runs `persistent`.
+"""Many ranks' blocks in one launch, which find their arguments in a table: how a GPU runs an entry of the kernel.
 
 The table is an array of words: a header, then the arguments of each rank that this launch runs. So a launch has one
 argument, whatever the layer's size, and a recorded launch (a CUDA graph) can be replayed: epochs are counted where the
-kernel runs, by the last block of a rank to leave.
+kernel runs, by the last block of a rank to leave. Forwards and backwards of a layer share a table, and so its epochs.
 """
 
 from __future__ import annotations
@@ -34,17 +34,35 @@ class RankArguments(NamedTuple):
 
 @jit
 def grid_block(index, table, like, scratch, box):
-    """Run block `index` of the launch; `like` is any value of the record's type."""
-    num_blocks = table[BLOCKS_PER_RANK]
-    rank, block = index // num_blocks, index % num_blocks
-    at = HEADER_WORDS + rank * table[WORDS_PER_RANK]
+    """Run block `index` of a forward's launch; `like` is any value of the type `RankArguments`."""
+    at, block = find_record(index, table)
     r = record_at(table, at, like)
-    trace_words = r.traces.size // num_blocks
-    trace = r.traces[block * trace_words : (block + 1) * trace_words]
-    if trace_words > 0 and lane() == 0:
-        trace[0] = 0
+    trace = begin_trace(r.traces, table, block)
     persistent(block, r.problem, r.segments, r.experts, r.tokens, r.received, r.queue, scratch, box, trace)
+    leave_epoch(table, at, r.left)
+
+
+@jit
+def find_record(index, table):
+    """(where the arguments of this block's rank begin, which of the rank's blocks it is)."""
+    num_blocks = table[BLOCKS_PER_RANK]
+    return HEADER_WORDS + index // num_blocks * table[WORDS_PER_RANK], index % num_blocks
+
+
+@jit(inline=True)
+def begin_trace(traces, table, block):
+    """The block's own buffer, cleared."""
+    words = traces.size // table[BLOCKS_PER_RANK]
+    trace = traces[block * words : (block + 1) * words]
+    if words > 0 and lane() == 0:
+        trace[0] = 0
+    return trace
+
+
+@jit
+def leave_epoch(table, at, left):
+    """The rank's last block to leave counts up its epoch: nobody needs this one's number any more."""
     block_sync()
-    if lane() == 0 and fetch_add(r.left, 0, 1) + 1 == num_blocks:  # nobody needs this epoch's number any more
-        r.left[0] = 0
+    if lane() == 0 and fetch_add(left, 0, 1) + 1 == table[BLOCKS_PER_RANK]:
+        left[0] = 0
         table[at] += 1

@@ -23,18 +23,20 @@ from .wire import NO_FLAG, PEER, STAMP, WORD, Put, place_at
 PIECE = 4  # elements that land together
 WINDOW = 3  # puts whose rows land in turns
 TAKES_MORE = 0.5  # how often a put is taken while others are under way
+MOST_LATE = 80  # steps of a put before its rows are looked at; most have a few
 PUSHES_PER_DEADLINE = 32
 
 
 class Flight:
-    """A put under way. Whoever runs a channel may note whose call it is of."""
+    """A put under way; `late` is how many steps it still takes before its rows are looked at."""
 
-    def __init__(self, put: Put) -> None:
-        self.put, self.landed, self.epoch = put, 0, 0
+    def __init__(self, put: Put, late: int) -> None:
+        self.put, self.late, self.landed = put, late, 0
 
     @property
     def has_landed(self) -> bool:
-        return self.landed == self.put.num_bytes
+        """All of its rows."""
+        return self.late == 0 and self.landed == self.put.num_bytes
 
 
 class Channel:
@@ -80,7 +82,7 @@ class Channel:
             put = Put(*(int(wire[i]) for i in range(at + PEER, at + WORD + 1)))
             self.taken += 1
             if put.peer == self.peer:
-                self._flights.append(Flight(put))
+                self._flights.append(Flight(put, int(self._draw() ** 3 * MOST_LATE) if self._draw else 0))
                 return self._flights[-1]
             at = place_at(wire, self.taken)
         return None
@@ -93,11 +95,17 @@ class Channel:
         return late[int(self._draw() * len(late)) if self._draw else 0]
 
     def move(self, flight: Flight) -> None:
-        """Land a piece of its rows; when none is left, its signal."""
-        if flight.has_landed:
+        """One step of a put: nothing, while it is late, then a piece of its rows; when none is left, its signal."""
+        if flight.late > 0:
+            flight.late -= 1
+            ld_relaxed(self.source.wire, 0)
+        elif flight.has_landed:
             self._flights.remove(flight)
             self._signal(flight.put)
-            return
+        else:
+            self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
         put, at = flight.put, flight.landed
         rows, first = self._locate(self.source, put.source_at + at)
         room, room_first = self._locate(self.target, put.target_at + at)

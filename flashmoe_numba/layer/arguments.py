@@ -89,8 +89,6 @@ class LayerSettings:
         if self.save is None:
             return
         check_name("save", self.save, SAVES)
-        if self.backend == "cuda":
-            raise ValueError("save must be None for backend 'cuda': there is no backward on GPUs yet")
         if self.config.expert_kind.norm_eps is not None:
             raise ValueError("save must be None for experts with a norm (norm_eps): kernels have no backward of it")
 

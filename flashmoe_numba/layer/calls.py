@@ -68,15 +68,22 @@ class Calls:
             raise FlashMoEError(f"a layer makes at most {LAST_EPOCH} calls, because flags count them: make a new one")
         life.epoch += 1
         self._num_tokens = [len(x) for x in call.tokens]
-        deadline_ns = parts.backend.deadline_ns(deadline_s)
+        assert parts.heap is not None, "it goes when the layer is closed"
+        with parts.heap.carrying(deadline_s):
+            begun = self._run(call, parts.backend.deadline_ns(deadline_s))
+        life.raise_if_known()
+        return [result for result, _ in begun]
+
+    def _run(self, call: Call, deadline_ns: int) -> list[tuple[Any, Arguments]]:
+        """What each rank here returns, and what its blocks were given."""
+        parts, life = self._parts, self._life
         try:
             begun = [call.begin(i, rank, life.epoch, deadline_ns) for i, rank in enumerate(parts.ranks)]
             parts.backend.run([of_rank for _, of_rank in begun], life.leave)
         except BaseException as error:
             life.interrupt(error)
             raise
-        life.raise_if_known()
-        return [result for result, _ in begun]
+        return begun
 
     def last(self) -> list[tuple[Rank, int, int]]:
         """(rank, epoch, number of tokens) of each rank here in its last call."""

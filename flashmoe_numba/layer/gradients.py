@@ -12,7 +12,7 @@ from reference import ExpertKind, MoEConfig, Weights
 from reference.arrays import Array
 
 from ..heap.back import gradient_sizes, zero_gradients
-from ..heap.rank import Rank
+from ..heap.protocols import Memory
 from ..heap.tensors import like_given
 from ..kernel.backward.state import WeightGradients
 from .packed import PackedWeights
@@ -23,7 +23,8 @@ from .parts import Parts
 class Gradients:
     """What `FlashMoE.backward` returns.
 
-    Without `comm` every field has one entry per rank (x: in the form of dy); with it, this rank's.
+    Without `comm` every field has one entry per rank (x: in the form of dy); with it, this rank's. On a GPU all other
+    arrays are CuPy's, those of `weights` too; they are filled in the order of the caller's stream.
 
     Args:
         x: of the tokens, in their element type.
@@ -56,9 +57,11 @@ class CallSums(NamedTuple):
     fresh: bool
     used: Sequence[bool]
 
-    def settle(self, packed: PackedWeights, ranks: Sequence[Rank]) -> None:
-        """After the call."""
-        for sums, rank, arrays, used in zip(packed.sums, ranks, self.arrays, self.used, strict=True):
+    def settle(self, parts: Parts, packed: PackedWeights) -> None:
+        """After the call; where memory does not grow it is under way, and none comes back that would want it."""
+        if not parts.backend.grows:
+            return
+        for sums, rank, arrays, used in zip(packed.sums, parts.ranks, self.arrays, self.used, strict=True):
             if self.fresh and arrays.up.size:
                 sums.settle(arrays, used, rank.idle_experts())
 
@@ -80,18 +83,18 @@ def call_sums(parts: Parts, packed: PackedWeights, into: Gradients | None, exper
     found = into.weights if parts.all_here else [into.weights]
     if list(map(_outline, found)) != list(map(_outline, wanted)):
         raise ValueError("into must be gradients of the same arrays as this call's weights have, got those of others")
-    if not all(map(_are_views, found, into.arrays)):
+    if not all(_are_views(parts.backend, *of_rank) for of_rank in zip(found, into.arrays, strict=True)):
         raise ValueError("into must be what backward() returned, got a copy, whose weights are not where its sums are")
     return CallSums(into.arrays, False, [False] * len(into.arrays))
 
 
-def _are_views(weights: Weights, arrays: WeightGradients) -> bool:
+def _are_views(memory: Memory, weights: Weights, arrays: WeightGradients) -> bool:
     pairs = (weights.router, arrays.router), (weights.down_proj, arrays.down)
-    return all(np.may_share_memory(view, array) for view, array in pairs if array.size)
+    return all(memory.address(view) == memory.address(array) for view, array in pairs if array.size)
 
 
 def _outline(weights: Weights) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    arrays = {name: array for name, array in vars(weights).items() if isinstance(array, np.ndarray)}
+    arrays = {name: array for name, array in vars(weights).items() if hasattr(array, "dtype")}
     return {name: (array.shape, array.dtype) for name, array in arrays.items()}
 
 
@@ -99,9 +102,7 @@ def make_gradients(
     parts: Parts, dy: Any, packed: PackedWeights, arrays: Sequence[WeightGradients], found: Sequence[Any]
 ) -> Gradients:
     """Of what each rank here returned: (dx, gradients of weights of pairs, of logits)."""
-    host = parts.backend.to_host
     dxs, pairs, logits = map(list, zip(*found, strict=True))
-    pairs, logits = [host(part) for part in pairs], [None if part is None else host(part) for part in logits]
     weights = _weights(parts, packed, arrays)
     if parts.all_here:
         return Gradients(like_given(dy, parts.backend.join(dy, dxs)), pairs, logits, weights, arrays)

@@ -230,6 +230,8 @@ class FlashMoE(Owned):
     ) -> tuple[Any, SavedCall | None]:
         self._require_open()
         tokens = check_tokens(self._parts, x)
+        if keep:
+            self._backend.check_keeping(tokens)
         given = check_beside(self._parts, tokens, **beside)
         with self._calls.turn():
             packed = self._parts.own("weights", weights)
@@ -297,6 +299,7 @@ class FlashMoE(Owned):
         with self._calls.turn():  # all of it: others may use `saved`, load weights, or want the memory of what is found
             kept, packed = saved.peek(parts.ranks), saved.packed
             tokens, said = check_gradients(parts, kept, dy, logits_gradient)
+            parts.backend.check_keeping(tokens)
             sums = call_sums(parts, packed, into, experts, router)
             try:
                 call = Backward(tokens, said, kept, saved.epoch, packed, sums.arrays, sums.fresh)
@@ -304,7 +307,7 @@ class FlashMoE(Owned):
             finally:
                 if not retain:
                     saved.close()
-            sums.settle(packed, parts.ranks)
+            sums.settle(parts, packed)
             return make_gradients(parts, dy, packed, sums.arrays, found)
 
     def no_gradients(

@@ -41,7 +41,11 @@ class PackedWeights(Owned):
         self._config, self._ranks, self.version = config, ranks, 0
         shards = _shards(config, ranks, weights)
         self.of_ranks = of_ranks or [rank.packing.pack(of_rank) for rank, of_rank in shards]
-        self.transposed = [rank.packing.transpose(of_rank) for rank, of_rank in shards if rank.save is not None]
+        self.transposed = [
+            rank.packing.transpose(of_rank, experts)
+            for (rank, of_rank), experts in zip(shards, self.of_ranks, strict=True)
+            if rank.save is not None
+        ]
         self.outlines = [outline(of_rank) for _, of_rank in shards]
         self.sums = [Sums() for _ in shards]
 
@@ -54,8 +58,8 @@ class PackedWeights(Owned):
         shards = _shards(self._config, self._ranks, weights)
         for (rank, of_rank), experts in zip(shards, self.of_ranks, strict=True):
             rank.packing.pack(of_rank, experts)
-        for (rank, of_rank), transposed in zip(shards, self.transposed, strict=False):
-            rank.packing.transpose(of_rank, transposed)
+        for (rank, of_rank), experts, transposed in zip(shards, self.of_ranks, self.transposed, strict=False):
+            rank.packing.transpose(of_rank, experts, transposed)
         self.version += 1
 
     def unpack(self, weights: Weights) -> None:

@@ -38,10 +38,11 @@ class Parts:
         self.heap: Heap | None = heap
         self.all_here = heap.all_here
         folder = Path(heap.from_first(lambda: str(usable_cache_folder())))
-        _one_first(heap, lambda: backend.load(folder))
+        _one_first(heap, lambda: backend.load(folder, settings.save is not None))
         self.num_processors = heap.together(lambda: self._processors(settings.num_processors, heap))
         heap.allocate(self.layout.num_bytes, backend)
         self.ranks = heap.together(lambda: self._make_ranks(settings, heap))
+        heap.together(lambda: heap.carry(self.layout.control, [rank.segments.wire for rank in self.ranks]))
         of_ranks = [rank.first_arguments() for rank in self.ranks]
         _one_first(heap, lambda: backend.prepare(self.config, of_ranks, folder))
         experts = [rank.experts for rank in self.ranks]
@@ -54,7 +55,8 @@ class Parts:
 
     def _processors(self, wanted: int | None, heap: Heap) -> int:
         here = len(heap.rank_indices)
-        num_processors = wanted or self.backend.default_processors(here, self.config.num_ranks)
+        sharing = max(here, len(heap.hosts.sharing(heap.rank_indices[0])))
+        num_processors = wanted or self.backend.default_processors(here, sharing)
         self.backend.check_grid(here, num_processors)
         return num_processors
 
@@ -117,6 +119,6 @@ def set_up(settings: LayerSettings, heap: Heap, backend: Backend | None = None) 
 
 def _one_first(heap: Heap, step: Callable[[], None]) -> None:
     """Take a step that may compile: one rank of a machine does, the others then find its kernel on the disk."""
-    first = heap.rank_indices[0] == 0
+    first = heap.rank_indices[0] == heap.first_here
     heap.together(lambda: step() if first else None)
     heap.together(lambda: None if first else step())

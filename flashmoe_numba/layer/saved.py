@@ -20,7 +20,7 @@ class SavedCall(Owned):
     Attributes:
         epoch: number of the call.
         num_tokens: of each rank here.
-        num_bytes: kept by all ranks here.
+        num_bytes: kept by all ranks here; on a GPU all room that was taken for it.
     """
 
     def __init__(self, ranks: Sequence[Rank], packed: PackedWeights, epoch: int) -> None:
@@ -39,7 +39,9 @@ class SavedCall(Owned):
 
     @property
     def topk_idx(self) -> list[Array]:
-        """`[num_tokens, num_topk]` of each rank here: a copy of the choices, -1 for none."""
+        """`[num_tokens, num_topk]` of each rank here: a copy of the choices, -1 for none; on the host, once the call is
+        done.
+        """
         return self._of_tokens("topk_idx", lambda rank: rank.config.num_topk)
 
     @property
@@ -54,7 +56,8 @@ class SavedCall(Owned):
         for rank, of_rank in zip(self._ranks, self.peek(self._ranks), strict=True):
             rows, columns, array = of_rank.num_tokens, width(rank), of_rank.arrays.tokens[name]
             columns = 0 if name == "kept_logits" and of_rank.routed else columns
-            found.append(array[: rows * columns].reshape(rows, columns).copy())  # calls after its backward write there
+            copy = rank.to_host(array[: rows * columns])  # calls after its backward write there
+            found.append(copy.reshape(rows, columns))
         return found
 
     def close(self) -> None:

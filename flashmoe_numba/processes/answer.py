@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from .hosts import describe
+from .destinations import describe
 
 if __name__ == "__main__":
     print(json.dumps(describe()))

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import shared_memory
-from .hosts import Hosts
+from .destinations import Destinations
 from .machine import machine_name
 from .mpi_environment import RANK_VARIABLES, find_mpirun, has_launcher, rank_variable
-from .netmod import SURVIVING
+from .netmod import PREFERRED
 
 COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # not in the guards' arguments, so that these do not look like ranks
 TERMINAL_VARIABLE = "FLASHMOE_TERMINAL"  # stderr of a rank is a pipe; this says that it ends at a terminal
@@ -69,7 +69,7 @@ def is_first_rank() -> bool:
     return not has_launcher() or all((os.environ.get(name) or "0") == "0" for name in RANK_VARIABLES)
 
 
-def start(num_ranks: int, command: list[str], deadline_s: float, hosts: Hosts | None = None) -> int:
+def start(num_ranks: int, command: list[str], deadline_s: float, hosts: Destinations | None = None) -> int:
     """Run `command` as each of `num_ranks` ranks; returns mpirun's exit status, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
@@ -99,7 +99,7 @@ def start(num_ranks: int, command: list[str], deadline_s: float, hosts: Hosts | 
     return code
 
 
-def _num_here(num_ranks: int, hosts: Hosts) -> int:
+def _num_here(num_ranks: int, hosts: Destinations) -> int:
     """Ranks that will run on this machine."""
     return num_ranks // len(hosts.names) if machine_name() in hosts.ask().values() else 0
 
@@ -145,9 +145,9 @@ def _remove_unmapped(before: set[Path]) -> None:
                 path.unlink()
 
 
-def _environment(command: list[str], hosts: Hosts | None) -> dict[str, str]:
+def _environment(command: list[str], hosts: Destinations | None) -> dict[str, str]:
     """What mpirun and the ranks get; the user's own settings win, but for those that lead to other machines."""
-    defaults = SURVIVING | {  # mpich's start-up segment is small then, too: 1 MB per rank instead of 5
+    defaults = PREFERRED | {  # mpich's start-up segment is small then, too: 1 MB per rank instead of 5
         "HWLOC_XMLFILE": "",  # or mpirun leaves files in /tmp when it is interrupted
         TERMINAL_VARIABLE: "1" if sys.stderr.isatty() else "",
     }

@@ -39,13 +39,12 @@ class Meeting(Owned):
     def __init__(self, comm: Any, setup_deadline_s: float) -> None:
         self.segments: list[Array] = []
         self.num_ranks = comm.size
-        self.hosts = Hosts.one(comm.size)
         self.rank_indices = range(comm.rank, comm.rank + 1)
         self._setup_deadline_s = setup_deadline_s
-        self._comm, request = comm.Idup()  # its messages cannot meet the caller's
-        self._wait_for_all(request)
+        self._comm = self._duplicate(comm)  # its messages cannot meet the caller's
         self.barrier()
-        if comm.rank == 0:
+        self.hosts = self._find_hosts()
+        if comm.rank == self.first_here:
             unlink_startup_segment()
 
     def agree(self, error: Exception | None, same: Mapping[str, Any] | None = None) -> None:
@@ -83,16 +82,33 @@ class Meeting(Owned):
         self.agree(error)
         return result
 
+    @property
+    def first_here(self) -> int:
+        """The lowest rank of this one's host."""
+        return self.hosts.sharing(self._comm.rank)[0]
+
     def from_first(self, make: Callable[[], str]) -> str:
-        """Rank 0's text, on all ranks; if it cannot make one, raise on all as `agree` does."""
-        return self._gather(self.together(lambda: make() if self._comm.rank == 0 else ""))[0]
+        """The text of this host's first rank, on all of its ranks; if one cannot be made, raise on all as `agree`."""
+        is_first = self._comm.rank == self.first_here
+        return self._gather(self.together(lambda: make() if is_first else ""))[self.first_here]
 
     def require_one_machine(self) -> None:
         """Raise a ValueError on every rank, if the ranks do not share a machine."""
-        num_local = self._gather(machine := machine_name()).count(machine)
+        num_local = len(self.hosts.sharing(self._comm.rank))
         where = f"{argument_of(self._comm)} must lie on one machine"
         rule = f"{where}, but {num_local} of {self.num_ranks} ranks share this one, {platform.node()}"
         self.agree(ValueError(rule) if num_local != self.num_ranks else None)
+
+    def _find_hosts(self) -> Hosts:
+        """By machines, which are numbered by their first ranks."""
+        machines = self._gather(machine_name())
+        return Hosts(tuple(machines.index(machine) for machine in machines))
+
+    def _duplicate(self, comm: Any) -> Any:
+        """A communicator of the same ranks for messages of other kinds."""
+        made, request = comm.Idup()
+        self._wait_for_all(request)
+        return made
 
     def _gather(self, text: str) -> list[str]:
         """Everybody's text."""
@@ -126,6 +142,12 @@ class Meeting(Owned):
                 "`mpirun -n N python -m mpi4py SCRIPT` and torchrun end all ranks when one fails"
             ) from None
 
+    def carry(self, control_at: int, wires: Sequence[Array]) -> None:
+        """Nothing is carried between ranks that share memory."""
+
+    def carrying(self, deadline_s: float) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def close(self, check: Callable[[], None] | None) -> None:
         """Give everything back, which takes all ranks, or with `check=None` leave it to the end of the process.
 
@@ -133,9 +155,13 @@ class Meeting(Owned):
             check: called while waiting for the others; raises if one of them will not come.
         """
         if check is not None and self.segments:
-            wait_for(self._comm.Ibarrier(), CLOSE_DEADLINE_S, check)
+            self._come_to_close(check)
             self._free()
         self.segments = []
+
+    def _come_to_close(self, check: Callable[[], None]) -> None:
+        """Wait until all ranks close."""
+        wait_for(self._comm.Ibarrier(), CLOSE_DEADLINE_S, check)
 
     def _free(self) -> None:
         """Give back what this rank holds, as all ranks do now."""

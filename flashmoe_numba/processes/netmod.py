@@ -11,6 +11,7 @@ import re
 from typing import Any, NamedTuple
 
 SURVIVING = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}  # before MPI begins
+PREFERRED = SURVIVING | {"FI_TCP_MAX_SAVED": "4096"}  # messages that a rank may have sent before they are asked for
 PROVIDER_VARIABLES = ("FI_PROVIDER", "MPIR_CVAR_OFI_USE_PROVIDER")
 CURE = " ".join(f"{name}={value}" for name, value in SURVIVING.items())
 
@@ -48,7 +49,7 @@ def netmod(MPI: Any) -> Netmod:
 
 def prefer_surviving() -> None:
     """Where the user has chosen nothing: what outlives a lost rank. To be called before MPI begins."""
-    for name, value in SURVIVING.items():
+    for name, value in PREFERRED.items():
         os.environ.setdefault(name, value)
 
 

@@ -19,6 +19,8 @@ from reference.arrays import Array
 
 LINE_WORDS = 8  # on a cache line of its own
 MINE_AGAIN_S = 0.05  # a line that has changed without a word is sent so often
+GOODBYE_S = 2.0  # for messages that are under way when Python ends
+LINE, GOODBYE = range(2)  # tags
 HURRY_S, NO_HURRY_S = 2e-4, 5e-3  # between looks at what has come, while somebody waits for it and while nobody does
 
 
@@ -56,8 +58,9 @@ class SharedWords:
         from mpi4py import MPI
 
         num_bytes = 8 * LINE_WORDS * comm.size if comm.rank == 0 else 0
-        self._window = MPI.Win.Allocate_shared(num_bytes, 1, comm=comm)
-        memory: Any = self._window.Shared_query(0)[0]
+        window = MPI.Win.Allocate_shared(num_bytes, 1, comm=comm)
+        atexit.register(window.Free)  # or MPI does not end over ofi/tcp: it finds its fabric in use
+        memory: Any = window.Shared_query(0)[0]
         self.all = np.frombuffer(memory, np.int64).reshape(comm.size, LINE_WORDS)
         self.mine = self.all[comm.rank]
         self.mine[:] = 0
@@ -80,6 +83,7 @@ class SentWords:
         self.mine: Array = self.all[comm.rank]
         self._sent, self._sent_at = self.mine.copy(), 0.0
         self._on_their_way: list[Any] = []
+        self._staying = set(range(comm.size)) - {comm.rank}
         self._told, self._news, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._awaited_at = 0.0
 
@@ -91,9 +95,10 @@ class SentWords:
         return self
 
     def _end(self, carrier: threading.Thread) -> None:
+        """MPI does not end well while messages are under way."""
         self._ended.set()
         self._told.set()
-        carrier.join(1.0)
+        carrier.join(GOODBYE_S + 1)
 
     def tell(self) -> None:
         self._told.set()
@@ -111,21 +116,36 @@ class SentWords:
                 self.exchange()
             waits = time.monotonic() - self._awaited_at < MINE_AGAIN_S
             self._told.wait(HURRY_S if waits else NO_HURRY_S)
+        with contextlib.suppress(MPI.Exception):
+            self.part(GOODBYE_S)
+
+    def part(self, patience_s: float) -> None:
+        """Send the last, and take the last of all others, if they come in time."""
+        until = time.monotonic() + patience_s
+        self._send(GOODBYE)
+        while self._under_way() and time.monotonic() < until:
+            self._receive()
+            time.sleep(HURRY_S)
+
+    def _under_way(self) -> bool:
+        """Is there still something to come, or to go?"""
+        self._on_their_way = [request for request in self._on_their_way if not request.Test()]
+        return bool(self._on_their_way or self._staying)
 
     def exchange(self) -> None:
         """Send this line, if the others should know it, and take theirs."""
         late = time.monotonic() - self._sent_at > MINE_AGAIN_S and bool((self.mine != self._sent).any())
         if self._told.is_set() or late:
             self._told.clear()
-            self._send()
+            self._send(LINE)
         self._receive()
 
-    def _send(self) -> None:
+    def _send(self, tag: int) -> None:
         self._sent, self._sent_at = self.mine.copy(), time.monotonic()
         self._on_their_way = [request for request in self._on_their_way if not request.Test()]
         for rank in range(self._comm.size):
             if rank != self._comm.rank:
-                self._on_their_way.append(self._comm.Isend(self._sent, rank))
+                self._on_their_way.append(self._comm.Isend(self._sent, rank, tag))
 
     def _receive(self) -> None:
         from mpi4py import MPI
@@ -134,3 +154,5 @@ class SentWords:
         while (message := self._comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status)) is not None:
             message.Recv(self.all[status.source])
             self._news.set()
+            if status.tag == GOODBYE:
+                self._staying.discard(status.source)

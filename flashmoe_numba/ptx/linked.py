@@ -14,7 +14,7 @@ from pathlib import Path
 from reference.cache_folder import note_use
 
 from ..build.build import compiled, found_or_made, stem_of
-from ..build.variants import Variant
+from ..build.variants import BACKWARD, Variant
 
 SUFFIX = ".ptx"
 DIGEST, VARIANT = "// sha256 ", "// variant "
@@ -44,9 +44,20 @@ def check_text(text: str, variant: Variant) -> None:
     target = re.search(r"^\s*\.target\s+(\w+)", text, re.MULTILINE)
     if target is not None and target[1] != variant.architecture:
         raise ValueError(f"text must be PTX for {variant.architecture}, as this layer's kernel, got {target[1]}")
+    name = name_in(text)
+    if name is not None and name != variant.name:
+        raise ValueError(f"text must be this layer's kernel, {variant.name}, got {name}")
+
+
+def name_in(text: str) -> str | None:
+    """Of the variant that this PTX is of, by what it says of itself."""
     name = re.search(rf"^{VARIANT}(\S+)$", text, re.MULTILINE)
-    if name is not None and name[1] != variant.name:
-        raise ValueError(f"text must be this layer's kernel, {variant.name}, got {name[1]}")
+    return None if name is None else name[1]
+
+
+def is_backward(text: str) -> bool:
+    """Is it a kernel of gradients? What says nothing of itself is none."""
+    return (name_in(text) or "").endswith(BACKWARD)
 
 
 def _link(variant: Variant) -> bytes:

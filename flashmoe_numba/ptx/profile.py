@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 
 from reference.arrays import Array
-from reference.task_kinds import KIND_NAMES
+from reference.task_kinds import BACKWARD_NAMES, KIND_NAMES
 
-from ..build.likeness import like_arguments
+from ..build.likeness import forward_of, like_arguments
 from ..build.variants import Variant
 from ..device.records import read_record
 from ..kernel.grid import BLOCKS_PER_RANK, HEADER_WORDS, WORDS_PER_RANK
 from ..kernel.queue import TASK_WORDS, WHO
 from . import in_step, state
 from .in_step import FIRST_KIND, NUM_ACTIVITIES, NUM_COUNTERS, OS_BLOCK, WAITING, Profile, run_in_step
+from .linked import name_in
 from .machine import Machine, run_to_end
 from .state import State
 
 WORD_BYTES = 8
-ACTIVITIES = {WAITING: "waiting", OS_BLOCK: "OS block"} | {FIRST_KIND + i: name for i, name in enumerate(KIND_NAMES)}
+KINDS = dict(enumerate(KIND_NAMES)) | BACKWARD_NAMES
+ACTIVITIES = {WAITING: "waiting", OS_BLOCK: "OS block"} | {FIRST_KIND + kind: name for kind, name in KINDS.items()}
 
 
 @dataclass(kw_only=True)
@@ -30,8 +32,8 @@ class ProfilingMachine(Machine):
     """A machine that runs warps in step and counts; slower than one that does not.
 
     Args:
-        variant: of the kernel, whose table of arguments it reads.
-        counts: int64 `[NUM_ACTIVITIES, NUM_COUNTERS]` of in_step.py, of all launches so far.
+        variant: of the kernel, whose table of arguments it reads. Launches of others it just runs.
+        counts: int64 `[NUM_ACTIVITIES, NUM_COUNTERS]` of in_step.py, of all its launches so far.
         by_step: int64 `[steps, 3]`: requests of global memory, sectors, and how many fewer the same bytes could have
             been, by the program's steps.
     """
@@ -40,8 +42,19 @@ class ProfilingMachine(Machine):
     counts: Array = field(default_factory=lambda: np.zeros((NUM_ACTIVITIES, NUM_COUNTERS), np.int64))
     by_step: Array = field(default_factory=lambda: np.zeros((0, in_step.STEP_COUNTERS), np.int64))
 
+    def _launch(self, text: str, *grid: Any) -> tuple[int, str]:
+        self._counts = self._is_its(text)
+        return super()._launch(text, *grid)
+
+    def _is_its(self, text: str) -> bool:
+        """Is this PTX of the variant? What says nothing of itself is."""
+        return name_in(text) in (None, self.variant.name)
+
     def execute(self, S: State, arguments: Sequence[int]) -> None:
         """Run and count."""
+        if not self._counts:
+            super().execute(S, arguments)
+            return
         if not self.by_step.size:
             self.by_step = np.zeros((S.executed.size, in_step.STEP_COUNTERS), np.int64)
         run_to_end(run_in_step, S, self._profile(S, *arguments))
@@ -64,7 +77,7 @@ class ProfilingMachine(Machine):
 
     def _queues(self, table: Array, num_ranks: int) -> Array:
         """(address, bytes) of each rank's queue."""
-        like, found = like_arguments(self.variant), []
+        like, found = forward_of(like_arguments(self.variant)), []
         for rank in range(num_ranks):
             at = HEADER_WORDS + rank * int(table[WORDS_PER_RANK])
             arguments: Any = read_record(table, at, like, lambda address, size, dtype: (address, WORD_BYTES * size))
@@ -77,9 +90,10 @@ class ProfilingMachine(Machine):
 
     def most_waste(self, most: int) -> list[dict[str, Any]]:
         """The accesses to global memory with the most sectors that the same bytes need not have, as JSON objects."""
-        if len(self._programs) != 1:
+        found = [program for text, program in self._programs.items() if self._is_its(text)]
+        if len(found) != 1:
             return []
-        (program,) = self._programs.values()
+        (program,) = found
         requests, sectors, excess = self.by_step.T
         worst = np.argsort(-excess, kind="stable")[:most]
         return [

@@ -11,7 +11,7 @@ from reference.scalars import check_one_of, check_whole
 
 from ..build import build as building
 from ..build.variants import ARCHITECTURES, Variant
-from .linked import check_text, linked_ptx
+from .linked import check_text, is_backward, linked_ptx
 from .machine import Machine
 from .memory import Arena
 from .profile import ProfilingMachine
@@ -56,7 +56,8 @@ def simulated_gpu(
         blocks_per_gpu: so many blocks count as a GPU of their own, for what scopes mean; None: all are one.
         multiprocessors: of the GPU, at most 56; two blocks of most kernels are resident on one.
         memory_bytes: of all arrays together.
-        text: the PTX to run instead of the kernel's own, of the same variant.
+        text: the PTX to run instead of the kernel's own, of the same variant; of two kernels, of a layer with `save`,
+            instead of the one that it says it is of.
         profile: count what this kernel does: the machine is then a `ProfilingMachine`.
 
     Raises:
@@ -80,9 +81,10 @@ def simulated_gpu(
     def build(variant: Variant, folder: Path) -> building.Kernel:
         """The kernel as the machine takes it: its text."""
         path = folder / f"{variant.name}.ptx"
-        if text is not None:
-            check_text(text, variant)
-        texts[str(path)] = linked_ptx(variant, folder) if text is None else text
+        given = text if text is not None and is_backward(text) == variant.backward else None
+        if given is not None:
+            check_text(given, variant)
+        texts[str(path)] = linked_ptx(variant, folder) if given is None else given
         entry = machine.program(texts[str(path)]).listing.entry
         return building.Kernel(
             variant=variant,

@@ -204,7 +204,10 @@ def _store_sums(rows: int) -> list[str]:
     return lines
 
 
-def tma_matrices(matrices: Any, maps: Any) -> TmaMatrices:
-    """`Matrices` of tiles of 128 columns in all, with maps; a tile is not cut where a matrix has fewer columns."""
-    wide = matrices._replace(tile_n=MAX_TILE_COLUMNS // matrices.parts, group_rows=max(ROWS))
-    return TmaMatrices._make((*wide, maps))
+def tma_matrices(matrices: Any, maps: Any, tile_n: int) -> TmaMatrices:
+    """`Matrices` with maps, and with tiles of so many columns: one is not cut where a matrix has fewer.
+
+    Args:
+        tile_n: HALF_COLUMNS of each part, or all 128 of the only one.
+    """
+    return TmaMatrices._make((*matrices._replace(tile_n=tile_n, group_rows=max(ROWS)), maps))

@@ -228,6 +228,8 @@ def _make_layer(
     given: dict[str, Any] = {"save": save, **({} if ranks is None else ranks.given)}
     if device.type == "cpu":
         return FlashMoE(config, weights, **given)
+    if device.type == "cuda" and save is not None:
+        raise ValueError("train must be False for tensors on a GPU: their gradients are those of FlashMoE.backward")
     if device.type == "cuda":
         return FlashMoE(config, weights, backend="cuda", device=device.index, **given)
     raise ValueError(f"tensors must be on the host (cpu) or a CUDA GPU, got device {str(device)!r}")

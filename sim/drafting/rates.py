@@ -20,8 +20,9 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from ..world.hardware import Hardware, hardware_names, load_hardware
-from ..world.machine_names import gpu_kind
+from ..world.hardware import Hardware
+from ..world.machine_files import load_hardware
+from ..world.machine_names import gpu_kind, hardware_names
 
 RATE = "rate"
 SCHEDULE = "schedule_ns"

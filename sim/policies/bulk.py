@@ -49,18 +49,20 @@ NUM_STAGES = 11  # kernels and collectives of `build`; the gate is one, the prod
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    tile_m, tile_n: of a tile of either product; rows are packed over sources.
-    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
-        and libraries' heuristics choose them.
-    num_ops: kernels of the whole layer, and of its backward; 261 are those of Megatron's forward with Transformer
-        Engine, counted with 32 experts per GPU. Those beyond the 11 stages are small: half make indices before the
-        counts are exchanged, half after the rows are back.
-    op_ns: time of a small one on the GPU; assumption: less than its launch takes, so that it does not matter.
-    framework_ns: host time per kernel beside its launch, in Python and a framework's dispatcher; assumption: with the
-        launch about 10 us, what Triton-distributed says of slicing or reading one value on H800.
-    collective_ns: floor of an all-to-all.
-    straggler_ns: mean of a random delay of each launch on each rank, exponentially distributed.
-    straggler_seed: of those delays.
+    tile_m, tile_n: of a tile of either product; rows are packed over sources. Default: assumption: the usual tile of
+        large products.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves. Default: assumption:
+        as tuners and libraries' heuristics choose them.
+    num_ops: kernels of the whole layer, and of its backward. Those beyond the 11 stages are small: half make indices
+        before the counts are exchanged, half after the rows are back. Default: those of Megatron's forward with
+        Transformer Engine, counted with 32 experts per GPU (arXiv 2506.04667, table 1); an assumption for other layers,
+        and for backwards.
+    op_ns: time of a small one on the GPU. Default: assumption: less than its launch takes, so that it does not matter.
+    framework_ns: host time per kernel beside its launch, in Python and a framework's dispatcher. Default: assumption:
+        with the launch about 10 us, what Triton-distributed says of slicing or reading one value on H800.
+    collective_ns: floor of an all-to-all. Default: 30 to 41 us for few tokens on 8 H100 (data/nccl_nvshmem.csv).
+    straggler_ns: mean of a random delay of each launch on each rank, exponentially distributed. Default: choice: none.
+    straggler_seed: of those delays. Default: choice.
     """
 
     tile_m: int = 128

@@ -59,21 +59,25 @@ HOPPER, AMPERE = _Sizes(256, 26), _Sizes(128, 3)
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    tile_m, tile_n: of a tile of either product; flux's tuned kernels for Hopper have 128 x 256. None: 256, on Ampere
-        its default of 128.
-    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
-        and libraries' heuristics choose them.
-    tensor_parallel: ranks that share each expert's ffn columns; must divide the number of ranks, and ffn.
-    stages: "layer", or "layer0": up to the barrier after the first product, as flux measures it (no gate).
-    gather: "all" tokens go to every rank, as in flux, or only those "routed" to it.
-    column_blocks: column blocks of layer 1, at most one per tile; flux's n_split.
-    num_comm_blocks: blocks of layer 1 that communicate; flux's tuning gives 26, the paper 18 to 46. None: 26, on Ampere
-        flux's default of 3.
-    num_ops: kernels and copies of the layer on 8 ranks, as FlashMoE's authors counted them. Those beyond its stages are
-        small: half come before layer 0, half before layer 1.
-    framework_ns: host time of a small one beside its launch, as in `bulk.py`; its time on the GPU does not matter.
-    read_ns: until what a communicating block on Ampere reads from memory is there, beside products; assumption.
-    gate: simulate the gate.
+    tile_m, tile_n: of a tile of either product; None: 256 columns, on Ampere 128. Default: those of flux's tuned
+        kernels for Hopper, on Ampere flux's default.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves. Default: assumption:
+        as tuners and libraries' heuristics choose them.
+    tensor_parallel: ranks that share each expert's ffn columns; must divide the number of ranks, and ffn. Default:
+        choice: experts are whole.
+    stages: "layer", or "layer0": up to the barrier after the first product, as flux measures it (no gate). Default:
+        choice.
+    gather: "all" tokens go to every rank, or only those "routed" to it. Default: as in flux.
+    column_blocks: column blocks of layer 1, at most one per tile. Default: flux's n_split.
+    num_comm_blocks: blocks of layer 1 that communicate; the paper has 18 to 46; None: 26, on Ampere 3. Default: flux's
+        tuning, on Ampere flux's default.
+    num_ops: kernels and copies of the layer on 8 ranks. Those beyond its stages are small: half come before layer 0,
+        half before layer 1. Default: as FlashMoE's authors counted them.
+    framework_ns: host time of a small one beside its launch; its time on the GPU does not matter. Default:
+        assumption, as in `bulk.py`.
+    read_ns: until what a communicating block on Ampere reads from memory is there, beside products. Default:
+        assumption.
+    gate: simulate the gate. Default: choice.
     """
 
     tile_m: int = 128

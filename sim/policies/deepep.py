@@ -51,20 +51,22 @@ MASKED_TILE_M = 64  # DeepGEMM's lowest on Hopper
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    mode: "normal" or "low_latency"; None: low_latency below 256 tokens of a rank, the batches that DeepEP means it for.
-        A backward has the normal mode only.
-    stages: what is simulated: the whole "layer", or "dispatch" or "combine" alone, as DeepEP's tests time them, with
-        a layout that is known and kernels that are launched already.
-    comm_sms: multiprocessors of normal mode's kernels; None: DeepEP V2's count, see `analytic_comm_sms`.
-    micro_batches: 1, or 2 halves of the tokens.
+    mode: "normal" or "low_latency"; None: low_latency below 256 tokens of a rank. A backward has the normal mode only.
+        Default: the batches that DeepEP means its low-latency kernels for.
+    stages: what is simulated: the whole "layer", or "dispatch" or "combine" alone, as DeepEP's tests time them, with a
+        layout that is known and kernels that are launched already. Default: choice.
+    comm_sms: multiprocessors of normal mode's kernels; None: see `analytic_comm_sms`. Default: DeepEP V2's count.
+    micro_batches: 1, or 2 halves of the tokens. Default: choice.
     combine: "kernel", or "row_block": results leave as soon as their row block is done (low-latency mode only).
-    chunk_rows: rows that one multiprocessor sends at a time.
-    window_rows: rows under way between two ranks; DeepEP's receive buffers hold 128 to 512.
-    tile_m, tile_n: of a tile of either product.
+        Default: as in DeepEP.
+    chunk_rows: rows that one multiprocessor sends at a time. Default: assumption.
+    window_rows: rows under way between two ranks. Default: DeepEP's receive buffers hold 128 to 512.
+    tile_m, tile_n: of a tile of either product. Default: row blocks of DeepGEMM's contiguous layout; that they are as
+        wide is an assumption.
     least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; None: 64 with
-        low_latency, as DeepGEMM's masked products, else tile_m, to which its contiguous layout is aligned.
-    cluster: multiprocessors side by side that share the reading of a row tile.
-    gate: simulate the gate, and its gradients; published figures of layers leave it out.
+        low_latency, else tile_m. Default: DeepGEMM's masked products, and what its contiguous layout is aligned to.
+    cluster: multiprocessors side by side that share the reading of a row tile. Default: as DeepGEMM's multicast.
+    gate: simulate the gate, and its gradients; published figures of layers leave it out. Default: choice.
     """
 
     mode: str | None = None

@@ -68,29 +68,31 @@ TICKET_NS = 10  # assumption: warps of the OS block write the tiles of a row blo
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    blocks_per_sm: resident blocks, each of which runs one tile at a time. Of version 0.1.2's, with three stages of
-        128 x 128 tiles, one fits an H100's multiprocessor; two fit an A100's, but share its tensor cores, and one slot
-        of the whole is nearer than two halves. The paper's version had two.
-    tile_m, tile_n: of a tile of either product.
+    blocks_per_sm: resident blocks, each of which runs one tile at a time. Default: of version 0.1.2's, with three
+        stages of 128 x 128 tiles, one fits an H100's multiprocessor; two fit an A100's, but share its tensor cores, and
+        one slot of the whole is nearer than two halves. The paper's version had two.
+    tile_m, tile_n: of a tile of either product. Default: version 0.1.2's.
     ladder: tiles take the lowest of tile_m, half of it, ... (16 at least) that holds their packet, or where tiles are
-        packed all rows of their expert or, as they arrive, their own, instead of always tile_m. None: where they
-        arrive, as in this project's kernel; the published ones had 128 at all measured batches.
-    packing: "arrived": rows of all sources of an expert share tiles, as they come, nobody waits for counts; this
-        project's kernel does so. "per_source": a packet has tiles of its own, as in the published kernels.
-        "per_expert": tiles as if all counts were known before.
+        packed all rows of their expert or, as they arrive, their own, instead of always tile_m; None: where they
+        arrive. Default: as in this project's kernel; the published ones had 128 at all measured batches.
+    packing: "arrived": rows of all sources of an expert share tiles, as they come, nobody waits for counts.
+        "per_source": a packet has tiles of its own, as in the published kernels. "per_expert": tiles as if all counts
+        were known before. Default: as in this project's kernel.
     settle_ns: with packing="arrived", a tile that is not full goes to an idle processor when no packet of its expert
-        came for so long; the kernel's on GPUs.
-    gate: simulate the gate, and its gradients; the published v0.1.2 benchmark leaves it out.
-    dispatch_rows: rows of a packet that one block stores at a time.
+        came for so long. Default: this project's kernel on GPUs.
+    gate: simulate the gate, and its gradients; the published v0.1.2 benchmark leaves it out. Default: choice.
+    dispatch_rows: rows of a packet that one block stores at a time. Default: assumption.
     row_unit: rows that are multiplied together: a tile computes its real rows, rounded up to whole units; None: all of
-        its height, padding included.
-    async_loads: a tile's operands are read while products run; False: before them, as on CPUs.
-    poll_ns: the OS block's time per packet; assumption.
-    scheduler: "tickets": processors take the next tile themselves, as in this project's kernel; "os_block": a processor
-        waits before each tile until the OS block has handed one to all, as in the published kernels.
+        its height, padding included. Default: as tensor cores do.
+    async_loads: a tile's operands are read while products run; False: before them, as on CPUs. Default: as on GPUs.
+    poll_ns: the OS block's time per packet. Default: assumption: a round trip to the L2.
+    scheduler: "tickets": processors take the next tile themselves; "os_block": a processor waits before each tile until
+        the OS block has handed one to all, as in the published kernels. Default: as in this project's kernel.
     schedule_ns: the OS block's time per tile; None: with tickets `TICKET_NS`, for which it has only to write the tile
-        down, else the fitted one of the published kernel.
-    save: what a forward keeps for its backward (`drafting/passes.py`): "rows+up", "rows" or "nothing".
+        down, else the fitted one of the published kernel. Default: assumption with tickets, else fitted to published
+        tables.
+    save: what a forward keeps for its backward (`drafting/passes.py`): "rows+up", "rows" or "nothing". Default: as in
+        this project's layer.
     """
 
     blocks_per_sm: int = 1
@@ -203,7 +205,10 @@ def _draw_pass(draft: Draft, knobs: Knobs, blocks: Blocks, direction: str, befor
 
 
 def _slots(world: World, knobs: Knobs) -> int:
-    return world.hardware.sms * knobs.blocks_per_sm - 1  # one is the OS block
+    blocks = world.hardware.sms * knobs.blocks_per_sm
+    if blocks < 2:
+        raise ValueError(f"blocks_per_sm times the {world.hardware.sms} SM must be at least 2, one is the OS block")
+    return blocks - 1
 
 
 def _blocks(world: World, knobs: Knobs) -> Blocks:

@@ -53,22 +53,25 @@ MOST_IN_WAVES = 4  # expected rows, up to which Hopper's fused kernel has waves 
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    split: two kernels instead of one.
+    split: two kernels instead of one. Default: choice: published tables are of either.
     tile_m: rows of a tile; None: 64 split, else by the expected rows per expert: 16 to 192, on Hopper 64 or 128.
+        Default: DeepGEMM's heuristics.
     pad: tiles multiply their padding. None: not where products' instructions have rows for columns, so that as many
         are multiplied as there are, in steps of 16 on Blackwell, and of 8, 16, 32 or 64 on Hopper, up to 128 tokens of
-        a rank; but where `tile_m` is set.
-    tile_n: columns of a tile of either product; None: by `tile_columns`.
-    cluster: multiprocessors side by side that share the reading of a row tile; None: 2 on Blackwell, else 1.
-    experts_per_wave: None: the fewest local experts whose first products fill the GPU twice; on Hopper all, but for
-        a few expected rows.
-    pull_rows: rows that one multiprocessor pulls at a time, one per pulling warp.
+        a rank; but where `tile_m` is set. Default: as in DeepGEMM.
+    tile_n: columns of a tile of either product; None: by `tile_columns`. Default: DeepGEMM's heuristics.
+    cluster: multiprocessors side by side that share the reading of a row tile; None: 2 on Blackwell, else 1. Default:
+        as in DeepGEMM.
+    experts_per_wave: None: the fewest local experts whose first products fill the GPU twice; on Hopper all, but for a
+        few expected rows. Default: DeepGEMM's heuristics.
+    pull_rows: rows that one multiprocessor pulls at a time. Default: one per pulling warp of DeepGEMM's kernel.
     reduce: "slots": results are summed when all are there; "add": they are added to their token where they arrive.
+        Default: as in DeepGEMM.
     exchange_ns, tail_ns: until all ranks know what comes, beside the way of the counts; and from a rank's last result
-        until all are published (8 us) and drained (15 to 18). Of FlashInfer's kernel on eight B200, by its markers
-        (data/moe_ep_2026.csv); an assumption for DeepGEMM's and on other GPUs.
-    cuda_graph: the host's launches are hidden, as where kernels are timed back to back.
-    gate: simulate the gate; the published figures leave it out.
+        until all are published (8 us) and drained (15 to 18). Default: of FlashInfer's kernel on eight B200, by its
+        markers (data/moe_ep_2026.csv); an assumption for DeepGEMM's and on other GPUs.
+    cuda_graph: the host's launches are hidden, as where kernels are timed back to back. Default: choice.
+    gate: simulate the gate; the published figures leave it out. Default: choice.
     """
 
     split: bool = False

@@ -31,13 +31,15 @@ from ..world.world import World
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    tile_m, tile_n: of a tile of either product.
-    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
-        and libraries' heuristics choose them.
-    nano_batches: 1 to 4; at most one for each token of a rank.
+    tile_m, tile_n: of a tile of either product. Default: assumption: the usual tile of large products.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves. Default: assumption:
+        as tuners and libraries' heuristics choose them.
+    nano_batches: 1 to 4; at most one for each token of a rank. Default: assumption: the fewest that overlap.
     overlap: nano-batches run beside each other; if not, one after the other, with all multiprocessors for each kernel.
-    compute_share, transfer_share: of the multiprocessors, where nano-batches overlap; together at most 1.
-    send_rows: rows that one block stores at a time.
+        Default: as in NanoFlow.
+    compute_share, transfer_share: of the multiprocessors, where nano-batches overlap; together at most 1. Default:
+        assumption: few fill the links.
+    send_rows: rows that one block stores at a time. Default: assumption.
     """
 
     tile_m: int = 128

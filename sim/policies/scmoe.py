@@ -41,17 +41,18 @@ DENSE_STAGES = ("ffn", "qkv", "output", "ffn")
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    tile_m, tile_n: of a tile of any product.
-    least_tile_m: where rows of experts are few, their tiles are lower, this at least, and as wide as fills waves;
-        assumption: as tuners and libraries' heuristics choose them.
-    zero_share: share of the choices, in [0, 1], that are of zero-computation experts. By default none, so that all
-        policies compute the same; LongCat-Flash has about a third.
-    zero_seed: which ones.
-    dense_ffn: inner size of the dense FFNs; None: twice the hidden size, as in LongCat-Flash.
-    overlap: the dense work runs beside the MoE layer; if not, after it.
-    order: "staged", as above; "free": neither waits for the other.
+    tile_m, tile_n: of a tile of any product. Default: assumption: the usual tile of large products.
+    least_tile_m: where rows of experts are few, their tiles are lower, this at least, and as wide as fills waves.
+        Default: assumption: as tuners and libraries' heuristics choose them.
+    zero_share: share of the choices, in [0, 1], that are of zero-computation experts. Default: choice: none, so that
+        all policies compute the same; LongCat-Flash has about a third.
+    zero_seed: which ones. Default: choice.
+    dense_ffn: inner size of the dense FFNs; None: twice the hidden size. Default: as in LongCat-Flash.
+    overlap: the dense work runs beside the MoE layer; if not, after it. Default: as in ScMoE.
+    order: "staged", as above; "free": neither waits for the other. Default: as in LongCat-Flash with SGLang.
     stages_beside_dispatch: of `DENSE_STAGES`, how many run beside the dispatch where staged; the rest come later.
-    first: "moe" or "dense", whose tiles take free slots first; the other has those that are idle.
+        Default: as in LongCat-Flash with SGLang.
+    first: "moe" or "dense", whose tiles take free slots first; the other has those that are idle. Default: assumption.
     """
 
     tile_m: int = 128

@@ -39,11 +39,13 @@ PRODUCT, LAST = -1, -2  # priorities, for stages that share slots: a tile is fin
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    tile_m, tile_n: of a tile of either product.
-    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
-        and libraries' heuristics choose them.
-    ping_pong: the stages of a tile run beside those of others; if not, one after the other in its slot.
-    save_up: the first product is written out too, beside the activation, as it always is for a backward.
+    tile_m, tile_n: of a tile of either product. Default: assumption: the usual tile of large products.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves. Default: assumption:
+        as tuners and libraries' heuristics choose them.
+    ping_pong: the stages of a tile run beside those of others; if not, one after the other in its slot. Default: as in
+        SonicMoE.
+    save_up: the first product is written out too, beside the activation, as it always is for a backward. Default:
+        choice.
     """
 
     tile_m: int = 128

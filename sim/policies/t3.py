@@ -31,13 +31,15 @@ from ..world.world import World
 @dataclass(frozen=True, kw_only=True)
 class Knobs(PolicyKnobs):
     """Args:
-    tile_m, tile_n: of a tile of either product.
-    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves; assumption: as tuners
-        and libraries' heuristics choose them.
-    trigger_tiles: column tiles of a row block that are sent at once.
+    tile_m, tile_n: of a tile of either product. Default: assumption: the usual tile of large products.
+    least_tile_m: where rows are few, tiles are lower, this at least, and as wide as fills waves. Default: assumption:
+        as tuners and libraries' heuristics choose them.
+    trigger_tiles: column tiles of a row block that are sent at once. Default: assumption.
     tracker_entries: parts of row blocks that a rank can have under way; an entry is free when its copy is triggered.
-    op_and_store: results are added where they arrive; if not, a COMBINE kernel sums them when all are there.
-    stagger: ranks begin with different destinations; if not, all with rank 0.
+        Default: assumption.
+    op_and_store: results are added where they arrive; if not, a COMBINE kernel sums them when all are there. Default:
+        as in T3.
+    stagger: ranks begin with different destinations; if not, all with rank 0. Default: as in T3.
     """
 
     tile_m: int = 128

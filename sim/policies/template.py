@@ -24,8 +24,11 @@ from sim.world.world import World
 class Knobs(PolicyKnobs):
     """What `--set NAME=VALUE`, a grid's [knobs] and what-if can change; those of `PolicyKnobs` come on top.
 
+    Each says where its default is from, for `flashmoe sim --list`: a source, or an assumption or a choice.
+
     Args:
-        tile_m, tile_n: rows and columns of a tile of either product.
+        tile_m, tile_n: rows and columns of a tile of either product. Default: assumption: the usual tile of large
+            products.
     """
 
     tile_m: int = 128

@@ -23,6 +23,7 @@ DPI = 130
 LEAST_FACTOR = 4  # between the ends of an axis that is logarithmic
 TICKS = ((20, (1, 1.5, 2, 3, 5, 7)), (500, (1, 2, 5)), (float("inf"), (1,)))  # below that factor, in each decade
 MOST_TICKS = 9
+BAND_ALPHA = 0.12
 LEGEND_ROW = 0.19  # inches
 
 
@@ -64,14 +65,24 @@ class Style:
         return MARKERS[(self.index[line] + self.index[line] // len(COLOURS)) % len(MARKERS)]
 
 
-def curves(title: str, x_label: str, panels: Mapping[str, Mapping[tuple[Any, ...], float]], style: Style) -> Any:
-    """A panel for each quantity, side by side, a line for each policy; x in powers of two."""
+Values = Mapping[tuple[Any, ...], float]  # by (line, x)
+
+
+def curves(
+    title: str, x_label: str, panels: Mapping[str, Values], style: Style, errors: Mapping[str, Values] | None = None
+) -> Any:
+    """A panel for each quantity, side by side, a line for each policy; x in powers of two.
+
+    Args:
+        errors: of quantities of which they are known, shares: bands around the lines, where they are known.
+    """
     figure = _figure(5.2 * len(panels), 4.6, title)
     lines = sorted({key[0] for values in panels.values() for key in values}, key=style.index.__getitem__)
     for axes, (y_label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for line in lines:
             points = sorted((x, value) for (name, x), value in values.items() if name == line)
             axes.plot(*zip(*points, strict=True), color=style.colour(line), marker=style.marker(line), label=line)
+            _draw_band(axes, line, points, (errors or {}).get(y_label, {}), style)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(color="0.9")
@@ -80,6 +91,15 @@ def curves(title: str, x_label: str, panels: Mapping[str, Mapping[tuple[Any, ...
         _scale_y(axes, list(values.values()))
     legend(figure, axes)
     return figure
+
+
+def _draw_band(axes: Any, line: str, points: Sequence[tuple[Any, float]], errors: Values, style: Style) -> None:
+    """How far off a line may be; a gap where nobody knows."""
+    share = np.array([errors.get((line, x), np.nan) for x, _ in points])
+    if not np.isnan(share).all():
+        at, value = np.array(points, float).T
+        look = {"color": style.colour(line), "alpha": BAND_ALPHA, "linewidth": 0}
+        axes.fill_between(at, value * (1 - share), value * (1 + share), **look)
 
 
 def bars(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]]) -> Any:
@@ -171,8 +191,8 @@ def _scale_y(axes: Any, values: Sequence[float]) -> None:
     """Logarithmic where the values are far apart, with numbers that can be read; else from zero."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    if max(values) < LEAST_FACTOR * min(values):
-        axes.set_ylim(0, 1.08 * max(values))
+    if max(values) < LEAST_FACTOR * min(values) or min(values) <= 0:
+        axes.set_ylim(0, 1.08 * max(values) or 1)
         return
     axes.set_yscale("log")
     subs = next(subs for factor, subs in TICKS if max(values) < factor * min(values))

@@ -9,15 +9,14 @@
 
 A line is a policy with the knobs that were changed. What a figure does not vary is the same for all its rows and stands
 in its title; other choices of it are figures of their own. Of several seeds the median counts. Combinations that cannot
-be leave gaps. Where errors of the simulator are given, a map shows as a tie what they do not tell apart: policies whose
-shortest time by their error is not beyond the longest of the fastest. Otherwise, of equally fast policies, a map shows
-the first by name.
+be leave gaps. Where errors of the simulator are given, latencies have bands as wide, and a map shows as a tie what they
+do not tell apart: policies whose shortest time by their error is not beyond the longest of the fastest. Otherwise, of
+equally fast policies, a map shows the first by name.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,31 +26,16 @@ from typing import Any
 
 from ..reading.charts import Style, bars, curves, save, table
 from ..world.machine_names import gpu_kind
-from .grid import LATER
+from .captions import UNITS, in_file_name, ordered, title
 from .index import write_index
+from .point import LATER
+from .sweep import Row
 from .ties import explanation, make_cell, row_error
 
-Row = dict[str, Any]
 FIXED: tuple[str, ...] = ("hardware", "preset", "hidden", "ffn", "gated", "experts", "topk", "capacity_factor")
 FIXED += ("tokens", "routing", "precision", *LATER)
-WORDS = {
-    "experts": "{} experts",
-    "experts_per_gpu": "{:g} experts per GPU",
-    "topk": "top-{}",
-    "tokens": "{:,} tokens per GPU",
-    "routing": "routing {}",
-}
-WORDS |= {"hidden": "hidden {}", "ffn": "ffn {}", "capacity_factor": "capacity factor {}"}
-WORDS |= {
-    "layer": "layer {}",
-    "replicas": "{} replicas",
-    "rounding": "rows rounded ({})",
-    "terms": "terms {}",
-    "passes": "{}",
-    "seeds": "median of {} seeds",
-}
-UNITS = {"tokens": "tokens per GPU", "experts": "experts over all GPUs", "gpus": "GPUs"}
-SKEW = ("even", "uniform", "zipf", "text", "hot-rank", "hot")
+LATENCY = "latency, us"
+BANDS = "; bands: errors at measurements that no fit saw"
 SHARES = {
     "tensor-busy, of the peak": "tensor_busy",
     "useful, of the peak": "useful",
@@ -164,7 +148,7 @@ def _figures(rows: Sequence[Row], kind: Kind) -> list[Figure]:
     for values, group in groups.items():
         if _lacks(group, kind) is None:
             named = dict(zip(common, values, strict=True))
-            file = "_".join([kind.name, *(_in_file_name(name, named[name]) for name in different)])
+            file = "_".join([kind.name, *(in_file_name(name, named[name]) for name in different)])
             found.append(Figure(name=file, rows=group, common=named))
     return sorted(found, key=lambda figure: (-len(figure.rows), figure.name))
 
@@ -187,36 +171,7 @@ def _reason(rows: Sequence[Row], kind: Kind) -> str:
     return f"it needs several values of {lacking}, and all rows have {values.pop()}"
 
 
-def _in_file_name(name: str, value: object) -> str:
-    if value is None and name in LATER:
-        return f"no-{name}"
-    prefix = {
-        "experts": "E",
-        "topk": "top",
-        "tokens": "T",
-        "capacity_factor": "capacity",
-        "experts_per_gpu": "E-per-GPU",
-        "gated": "gated-",
-    }
-    value = f"{value:g}" if isinstance(value, float) else value
-    return re.sub(r"[^\w.-]+", "-", f"{prefix.get(name, name if isinstance(value, int) else '')}{value}")
-
-
 # ---- how they are drawn
-
-
-def _title(what: str, figure: Figure, **more: object) -> str:
-    common = figure.common | more
-    where = common.get("hardware", f"{common['gpu']} GPUs" if "gpu" in common else None)
-    parts = [str(common[name]) for name in ("preset", "precision") if name in common]
-    said = {name: word for name, word in WORDS.items() if common.get(name) not in (None, LATER.get(name))}
-    parts += [word.format(common[name]) for name, word in said.items()]
-    parts += ["gated"] if common.get("gated") else []
-    knobs = figure.rows[0]["common_knobs"]
-    parts += [f"all with {knobs}"] if knobs else []
-    seeds = len({row["seed"] for row in figure.rows})
-    parts += [f"median of {seeds} seeds"] if seeds > 1 else []
-    return f"{what}, simulated{f' on {where}' if where else ''}\n{', '.join(parts)}"
 
 
 def _values(rows: Iterable[Row], x: Sequence[str], value: str) -> dict[tuple[Any, ...], float]:
@@ -232,11 +187,13 @@ def _draw_curves(kind: Kind, figure: Figure, style: Style) -> Any:
     rows = _one_machine_each(figure.rows) if x == "gpus" else figure.rows
     latency = _values(rows, (x,), "latency_us")
     millions = {key: value / 1e6 for key, value in _values(rows, (x,), "tokens_per_s").items()}
-    panels = {"latency, us": latency, "throughput, million tokens/s": millions}
+    panels = {LATENCY: latency, "throughput, million tokens/s": millions}
     if kind.name == "weak_scaling":
         efficiency = {key: latency[key[0], 2] / value for key, value in latency.items() if (key[0], 2) in latency}
         panels |= {"overlap efficiency, T(2) / T(N)": efficiency} if efficiency else {}
-    return curves(_title(f"Latency and throughput over {UNITS[x]}", figure), UNITS[x], panels, style)
+    errors = {(row["line"], row[x]): row["error"] for row in rows if row["error"] is not None}
+    said = title(f"Latency and throughput over {UNITS[x]}", figure.common, figure.rows) + (BANDS if errors else "")
+    return curves(said, UNITS[x], panels, style, {LATENCY: errors})
 
 
 def _one_machine_each(rows: Sequence[Row]) -> list[Row]:
@@ -251,7 +208,7 @@ def _draw_bars(_: Kind, figure: Figure, style: Style) -> Any:
     shares = {
         name: {key[0]: value for key, value in _values(rows, (), field).items()} for name, field in SHARES.items()
     }
-    return bars(_title("Utilisation", figure, tokens=tokens), "share, %", shares)
+    return bars(title("Utilisation", figure.common | {"tokens": tokens}, figure.rows), "share, %", shares)
 
 
 def _draw_table(kind: Kind, figure: Figure, style: Style) -> Any:
@@ -262,21 +219,10 @@ def _draw_table(kind: Kind, figure: Figure, style: Style) -> Any:
     for place in {key[1:] for key in latency}:
         found = {key[0]: (value, error[key]) for key, value in latency.items() if key[1:] == place}
         cells[place] = make_cell(found, judged)
-    title = _title("Fastest policy, its time, ratio of the next one", figure)
-    title += explanation(cells.values())
-    sides = {UNITS.get(name, name): _ordered(figure.rows, name) for name in (x, y)}
-    return table(title, sides, cells, style)
-
-
-def _ordered(rows: Sequence[Row], name: str) -> list[Any]:
-    """The values of a parameter in the order of an axis: routings by skew, machines by GPU and size."""
-    first = {row[name]: row for row in rows}
-    if name == "routing":
-        kinds = {kind: place for place, kind in enumerate(SKEW)}
-        return sorted(first, key=lambda value: (kinds.get(value.partition(":")[0], -1), len(value), value))
-    if name == "hardware":
-        return sorted(first, key=lambda value: (first[value]["gpu"], first[value]["gpus"], value))
-    return sorted(first)
+    said = title("Fastest policy, its time, ratio of the next one", figure.common, figure.rows)
+    said += explanation(cells.values())
+    sides = {UNITS.get(name, name): ordered(figure.rows, name) for name in (x, y)}
+    return table(said, sides, cells, style)
 
 
 PER_GPU = {"hardware": "gpu", "experts": "experts_per_gpu"}

@@ -1,6 +1,6 @@
 """Many simulations into one file of JSON lines, which a sweep that was stopped takes up again.
 
-A row is one object: its `key`, every parameter (see `grid.Point`), and `report`, the numbers of `report.Report`, or
+A row is one object: its `key`, every parameter (see `point.Point`), and `report`, the numbers of `report.Report`, or
 `error` for a combination that cannot be. Rows come in the order in which they finish, and the points go in a shuffled
 order: the time left is honest then, and a sweep that was stopped has something of everything.
 
@@ -20,14 +20,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..simulation import simulate
-from .grid import LATER, Point
+from .point import LATER, Point
 from .seeds import over_seeds
 
 Row = dict[str, Any]
 PARAMETERS = {"key", "ranks", *(field.name for field in fields(Point))} - {*LATER}  # that every row has
+KINDS = {"key": str, "ranks": int, **get_type_hints(Point), "knobs": dict, "capacity_factor": float | int | None}
+SHOWN = ("latency_us", "tokens_per_s", "tensor_busy", "useful", "resident")  # of a report, in figures
+MOST_SHOWN = 1e30
 BEGINNING = b'{"key": "'  # of every row; a last line that begins otherwise belongs to somebody else's file
 
 
@@ -154,6 +157,18 @@ def _value(line: bytes) -> Any:
 
 
 def _is_row(value: Any) -> bool:
-    if not isinstance(value, dict) or not value.keys() >= PARAMETERS or not isinstance(value["key"], str):
+    """Whether it has all parameters, of their types, and numbers in its report if there is one."""
+    if not isinstance(value, dict) or not value.keys() >= PARAMETERS:
         return False
-    return isinstance(value.get("report", {}), dict)
+    row = LATER | value
+    fits = all(isinstance(row[name], kind) for name, kind in KINDS.items()) and row["ranks"] > 0
+    return fits and ("report" not in row or _is_report(row["report"]))
+
+
+def _is_report(report: Any) -> bool:
+    """Whether what figures show of it are numbers that can be drawn."""
+    return isinstance(report, dict) and all(_can_be_drawn(report.get(name)) for name in SHOWN)
+
+
+def _can_be_drawn(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < MOST_SHOWN

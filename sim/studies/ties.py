@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..reading.charts import Cell
+from ..reading.places import places
 
 TIE, DOUBT = "; tie: not told apart within the simulator's errors", "; ?: its error is not known"
 
@@ -16,8 +17,8 @@ def row_error(row: dict[str, Any]) -> float | None:
     return float(found) if isinstance(found, (int, float)) else None
 
 
-def make_cell(found: dict[str, tuple[float, float | None]], judged: bool = True) -> Cell:
-    """A cell of a map: a tie of the fastest and of all whose shortest time is not beyond the longest of the fastest.
+def make_cell(found: Mapping[str, tuple[float, float | None]], judged: bool = True) -> Cell:
+    """A cell of a map: the fastest and all that tie with it; equal times in the order of their names.
 
     It is in doubt where the error of one of these, or of the next one, is not known.
 
@@ -25,13 +26,12 @@ def make_cell(found: dict[str, tuple[float, float | None]], judged: bool = True)
         found: latency in microseconds and its error, a share or None, by line.
         judged: some error of the map is known; otherwise nothing is in doubt, as nobody asked.
     """
-    ranked = sorted(found, key=lambda line: (found[line][0], line))
-    best, best_error = found[ranked[0]]
-    longest = best * (1 + (best_error or 0))
-    ties = [line for line in ranked[1:] if found[line][0] * (1 - (found[line][1] or 0)) < longest]
-    ratio = found[ranked[1]][0] / best if len(ranked) > 1 else None
-    missing = [found[line][1] is None for line in ranked[: 2 + len(ties)]]
-    return Cell((ranked[0], *ties), best, ratio, known=not (judged and any(missing)))
+    placed = places({line: found[line] for line in sorted(found)}, judged)
+    best, *others = placed
+    ties = [line for line in others if placed[line].tie]
+    ratio = placed[others[0]].ratio if others else None
+    missing = [found[line][1] is None for line in [*placed][: 2 + len(ties)]]
+    return Cell((best, *ties), found[best][0], ratio, known=not (judged and any(missing)))
 
 
 def explanation(cells: Iterable[Cell]) -> str:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..drafting.roof import memory_ns, products_ns
 from ..simulation import Simulation
 from ..world.model_shape import Shape
 from ..world.world import FORWARD, World
@@ -114,6 +115,4 @@ def _dense_us(world: World, weights: int) -> float:
 
 
 def _roof_us(world: World, operations: float, nbytes: float) -> float:
-    hardware = world.hardware
-    peak = hardware.tflops[world.precision.mma_type] * 1e6  # per microsecond
-    return max(operations / peak, nbytes / (hardware.hbm_gbps * hardware.hbm_achieved * 1e3))
+    return float(max(products_ns(world, operations), memory_ns(world, nbytes))) / 1000

@@ -18,11 +18,13 @@ from ..drafting.knobs import PolicyKnobs
 from ..drafting.rates import Values, fitted_values
 from ..policies import make_knobs
 from ..simulation import simulate
-from ..world.hardware import Hardware, hardware_names, load_hardware
-from ..world.machine_names import gpu_kind
+from ..world.hardware import Hardware
+from ..world.machine_files import load_hardware
+from ..world.machine_names import gpu_kind, hardware_names
 from ..world.precision import precision, with_results
 from ..world.scenario import Scenario
 from ..world.world import World
+from .reasons import known_reason
 from .rules import NORMAL, RULES, Rule
 from .tables import Row
 
@@ -121,6 +123,9 @@ def make_case(row: Row) -> Case | Reason:
 
 
 def _no_rule(row: Row) -> Reason:
+    why = known_reason(row)
+    if why is not None:
+        return Reason(why, row.system)
     known = any(re.fullmatch(rule.system, row.system, re.IGNORECASE) for rule in RULES)
     if known:
         return Reason("the quantity is not simulated", row.metric)

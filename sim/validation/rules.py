@@ -33,7 +33,8 @@ class Measure:
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Args:
-    system, metric: patterns that must match all of the row's text; case does not matter.
+    system, metric: patterns that must match all of the row's text; case does not matter. A named group of `metric` is
+        the knob of that name.
     routing: that of the benchmark, where its public code says it.
     columns: knobs whose value a column of the row has.
     gated, dtype, sizes: of rows that do not say it; sizes by the names of `MoEConfig`.
@@ -65,7 +66,9 @@ class Rule:
 
     def knobs_for(self, row: Row) -> dict[str, Any]:
         """The knobs of a row; a column whose cell is empty leaves the policy's default."""
-        cells = {knob: getattr(row, column) for knob, column in self.columns.items()}
+        match = re.fullmatch(self.metric, row.metric, re.IGNORECASE)
+        cells = match.groupdict() if match else {}
+        cells |= {knob: getattr(row, column) for knob, column in self.columns.items()}
         return {**self.knobs, **{knob: int(value) for knob, value in cells.items() if value is not None}}
 
 
@@ -115,6 +118,7 @@ SPEEDUP = _rate("speedup over DeepEP + DeepGEMM", "x", _speedup)
 OLDER = "an older version of the code, in tf32"
 OFF = "10 to 25 times off any model"
 NO_PRODUCT = "there is no product in it"
+OTHER_CODE = "other kernels with the same way of rows, which they move by TMA"
 OF_FORWARDS = "rates are those of forwards"
 SAME_TIME = "it follows from the latency"
 
@@ -185,6 +189,17 @@ RULES = (
             knobs=NORMAL | {"stages": stage},
             dtype="fp8",
         )
+        for stage, measure in (("dispatch", DISPATCH), ("combine", COMBINE))
+    ),
+    *(  # their "algorithm bandwidth" has the bytes of DeepEP's bottleneck bandwidth (tests/test_hybrid_ep.py)
+        deepep(
+            system=system,
+            metric=f"{stage}_algo_bw_(torch_api|kernel_only)_(?P<comm_sms>[0-9]+)sms",
+            measure=measure,
+            knobs=NORMAL | {"stages": stage},
+            why_not=why_not,
+        )
+        for system, why_not in ((r"DeepEP \(V1\) as HybridEP baseline", NO_PRODUCT), ("DeepEP HybridEP", OTHER_CODE))
         for stage, measure in (("dispatch", DISPATCH), ("combine", COMBINE))
     ),
     *(

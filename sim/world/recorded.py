@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ from reference.arrays import Array, check_array
 from reference.config import MoEConfig
 from reference.workloads import read_recording, recorded_routing
 
+from .checks import naming
+
+MOST = 10**7  # numbers of a table
 INDICES = ("layer", "rank", "expert")  # columns of a .csv with a header, in this order
 _NAME = re.compile(r"(?P<path>.*\.(?P<kind>npz|safetensors|npy|csv))(?::(?P<key>[^:/]+))?")
 
@@ -84,7 +88,7 @@ def _arrays(name: str, config: MoEConfig) -> tuple[Array, Array | None]:
         raise ValueError(f"{parts['path']} must have {key}; it has {sorted(arrays)}")
     array = arrays[key]
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"{name} must have numbers, got dtype {array.dtype}")
+        raise TypeError(f"{name} must have numbers, got {array.dtype}")
     if parts["kind"] == "csv" and array.ndim == 1 and config.num_topk == 1 and len(array) != config.num_choices:
         array = array[:, None]  # a choice in each line
     return array, arrays.get("topk_weights") if key == "topk_idx" else None
@@ -116,13 +120,16 @@ def _read_csv(path: Path, num_experts: int) -> Array:
 
 def _table(lines: Array, num_experts: int) -> Array:
     """`[layers, ranks, experts]`, those of these that lines have: their last numbers by the others; else 0."""
-    index = lines[:, :-1].astype(np.int64)
-    if (index != lines[:, :-1]).any() or (index < 0).any():
-        raise ValueError("indices must be integers >= 0")
+    given = lines[:, :-1]
+    if not ((given >= 0) & (given < MOST) & (given == np.floor(given))).all():
+        raise ValueError(f"indices must be integers in [0, {MOST})")
+    index = given.astype(np.int64)
     if len(np.unique(index, axis=0)) < len(index):
         raise ValueError("every number must be named once")
     shape = index.max(axis=0, initial=-1) + 1
     shape[-1] = max(shape[-1], num_experts)
+    if prod(shape.tolist()) > MOST:
+        raise ValueError(f"indices must be of at most {MOST} numbers, got {shape.tolist()}")
     result = np.zeros(shape)
     result[tuple(index.T)] = lines[:, -1]
     return result
@@ -172,9 +179,13 @@ def _is_by_rank(name: str, array: Array, num_axes: int, config: MoEConfig) -> bo
 
 
 def _choices(name: str, array: Array, weights: Array | None, config: MoEConfig) -> Array:
+    if array.dtype.kind == "f":
+        raise TypeError(f"{name} must have integers as choices, got {array.dtype}")
     name = f"{name}: topk_idx"
     weights = np.zeros(array.shape) if weights is None else check_array(f"{name}, topk_weights", weights, array.shape)
-    return recorded_routing(name, _flat(name, array, config), _flat(name, weights, config), config).topk_idx
+    flat = _flat(name, array, config), _flat(name, weights, config)
+    with naming(name.removesuffix(": topk_idx")):
+        return recorded_routing("the recording", *flat, config).topk_idx
 
 
 def _flat(name: str, array: Array, config: MoEConfig) -> Array:
@@ -193,8 +204,10 @@ def _drawn(name: str, array: Array, config: MoEConfig, random: np.random.Generat
     """Choices whose numbers by expert are those of the histogram, scaled to the tokens asked for."""
     if array.shape[-1] != config.num_choices:
         raise ValueError(f"{name} must have num_choices={config.num_choices} experts, got {array.shape[-1]}")
-    if not (np.isfinite(array).all() and (array >= 0).all() and (array.sum(axis=-1) > 0).all()):
-        raise ValueError(f"{name} must have numbers of tokens >= 0, and some for each rank")
+    with np.errstate(over="ignore"):
+        total = array.sum(axis=-1)
+    if not (np.isfinite(total).all() and (array >= 0).all() and (total > 0).all()):
+        raise ValueError(f"{name} must have finite numbers of tokens >= 0, and some for each rank")
     rows = np.atleast_2d(array)
     tokens = config.num_ranks * config.num_tokens // len(rows)
     return np.concatenate([_drawn_to(name, row, tokens, config.num_topk, random) for row in rows])

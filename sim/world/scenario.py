@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from reference import MoEConfig
 from reference.scalars import check_one_of
 
-from .hardware import Hardware, load_hardware
+from .hardware import Hardware
+from .machine_files import load_hardware
 from .placement import balance
 from .precision import Precision, precision
 from .rounding import WAYS, round_tokens

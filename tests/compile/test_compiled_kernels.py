@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+from built_variants import LINKED_BACKWARDS
 from children import printed
 
 if not importlib.util.find_spec("numba_cuda"):
@@ -65,6 +66,24 @@ def test_the_products_are_made_by_the_right_instructions(kernel, facts):
         for loop in loops:
             assert (loop.products, loop.tensor_loads, loop.waits) == (8, 3, 1), loop
     assert len(facts.main_loops) == 5 * len(ROWS)
+
+
+@pytest.mark.parametrize("variant", LINKED_BACKWARDS, ids=lambda variant: variant.name)
+def test_a_backward_spills_nothing_and_multiplies_by_the_right_instructions(variant, folder):
+    """On Hopper dA, dx and the products that are made again; gradients of weights are made by lanes."""
+    kernel = building.build(variant, folder)
+    facts = read_facts(disassemble(kernel.path))
+    assert (kernel.spill_bytes, kernel.stack_bytes, facts.counts["LDL"], facts.counts["STL"]) == (0, 0, 0, 0)
+    assert kernel.registers <= MOST_REGISTERS and failures(kernel, facts) == []
+    if not variant.tensor_cores:
+        assert [facts.counts[name] for name in ("HGMMA", "HMMA", "UTMALDG")] == [0, 0, 0]
+        return
+    for rows in ROWS:
+        loops = [loop for loop in facts.main_loops if loop.shape == f"HGMMA.64x{rows}x{SHAPES[variant.dtype]}"]
+        what = "one for each of an expert's three products, in order and of several sources, and of the shared one's"
+        assert len(loops) == 9, what
+        assert {(loop.products, loop.tensor_loads, loop.waits) for loop in loops} == {(8, 3, 1)}
+    assert len(facts.main_loops) == 9 * len(ROWS)
 
 
 @pytest.mark.parametrize(("planted", "failure"), [

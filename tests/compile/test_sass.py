@@ -1,5 +1,6 @@
 """Reading SASS: on texts written by hand, so that it runs everywhere."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,14 @@ def test_what_is_wrong_is_said(lines, failure):
 def test_warnings_of_the_linker_are_failures():
     warning = "wgmma.mma_async instructions are serialized due to insufficient register resources"
     assert failures(kernel(warnings=(warning,)), read_facts(listing(*GOOD))) == [f"the linker warned: {warning}"]
+
+
+@pytest.mark.parametrize("what", ["spill_bytes", "stack_bytes"])
+def test_spills_and_stacks_are_failures_wherever_they_are(what):
+    """Outside of main loops, too."""
+    spilled, stack = (4 * (name == what) for name in ("spill_bytes", "stack_bytes"))
+    found = failures(replace(kernel(), **{what: 4}), read_facts(listing(*GOOD)))
+    assert found == [f"{spilled} bytes of registers spilled, {stack} bytes of stack"]
 
 
 def test_without_a_disassembler_the_error_names_the_wheel(monkeypatch, tmp_path):

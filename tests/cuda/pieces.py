@@ -211,7 +211,7 @@ class Launcher:
 
 def like_matrices(dtype: str, tensor_cores: bool, accumulator: np.dtype) -> Any:
     packed = as_matrices([np.zeros((1, 8, 8), element_dtype(dtype))], [None], 128, accumulator, np.ascontiguousarray)
-    return tma_matrices(packed, np.zeros(NUM_MAPS * MAP_WORDS, np.int64)) if tensor_cores else packed
+    return tma_matrices(packed, np.zeros(NUM_MAPS * MAP_WORDS, np.int64), 128) if tensor_cores else packed
 
 
 def sums_piece(dtype: str, tensor_cores: bool) -> Piece:

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from meeting_worker import DEADLINE_S, SILENT, VICTIM
+from running_on_hosts import ROOT
 
 from flashmoe_numba.processes.launch import find_mpirun
 from sim import load_hardware
-from sim.world.hardware import to_toml
+from sim.world.machine_files import to_toml
 
 pytestmark = pytest.mark.mpi
 pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")

@@ -96,7 +96,12 @@ def assert_named(message, *parts):
 def test_results_are_those_of_threads(num_ranks, tmp_path):
     status, err, errors = run("results", num_ranks, tmp_path)
     assert status == 0 and not errors, f"{errors}\n{err}"
-    saved = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(num_ranks)]
+    assert_results_of_threads(num_ranks, tmp_path)
+
+
+def assert_results_of_threads(num_ranks, folder):
+    """What ranks have saved of "results"."""
+    saved = [np.load(folder / f"rank{rank}.npz") for rank in range(num_ranks)]
     for dtype in DTYPES:
         config = make_config(num_ranks, dtype=dtype)
         weights = make_weights(config)

@@ -39,7 +39,12 @@ def one_rank():
 def test_gradients_have_the_bits_of_one_rank(num_ranks, one_rank, tmp_path):
     status, err, errors = run("gradients", num_ranks, tmp_path, worker=WORKER)
     assert status == 0 and not errors, f"{errors}\n{err}"
-    saved = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(num_ranks)]
+    assert_gradients_of_one_rank(one_rank, num_ranks, tmp_path)
+
+
+def assert_gradients_of_one_rank(one_rank, num_ranks, folder):
+    """What ranks have saved of "gradients"."""
+    saved = [np.load(folder / f"rank{rank}.npz") for rank in range(num_ranks)]
     assert sum(len(part["float32 rows x"]) for part in saved) == NUM_GLOBAL
     for dtype, expected in one_rank.items():
         for save in SAVES:

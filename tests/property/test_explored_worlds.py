@@ -5,9 +5,9 @@ from cases import assert_same_bits
 from hypothesis import event, given, settings, target
 from run_properties import check_run
 from watched_runs import CASES, happened, watch_run
-from world_strategies import EXAMPLES, explored_worlds, schedules
+from world_strategies import EXAMPLES, explored_worlds, schedules, specs_of_programs
 
-from flashmoe_numba.explore.search import Search, watched_kernel
+from flashmoe_numba.explore.search import Explorer, Search, watched_kernel
 
 NUM_SEEDS = 50  # a signal is overtaken in about a quarter of them; all else happens in the first
 few = settings(max_examples=max(5, settings().max_examples // 5))
@@ -27,6 +27,22 @@ def test_everything_holds(kernel, world):
     for case in happened(run):
         event(case)
     target(float(run.story.overtaken), label="overtaken signals")
+
+
+@settings(max_examples=max(5, settings().max_examples // 3))
+@given(specs_of_programs(max_ranks=3, max_calls=5, max_tokens=3), schedules(), schedules())
+def test_backwards_are_clean_and_have_the_same_bits_under_every_schedule(kernel, spec, one, other):
+    target(float(sum(forward > 0 for forward in spec.program)), label="backwards")
+    calls = []
+    for schedule, seed in (one, other):
+        explorer = Explorer(Search(spec=spec, **schedule), kernel)
+        run = explorer.world.run(explorer.strategy(seed), explorer.late_seed(seed))
+        assert explorer.checker.check(run) == []
+        calls.append([call for of_rank in run.calls for call in of_rank])
+    assert len(calls[0]) == spec.epochs * spec.config.num_ranks
+    for number, (first, second) in enumerate(zip(*calls, strict=True)):
+        for name, array in first.gradients.items():
+            assert_same_bits(array, second.gradients[name], f"{name}, call {number % spec.epochs + 1}")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,6 +16,7 @@ from flashmoe_numba import FlashMoE
 from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import Deadlock
 from flashmoe_numba.explore.backward_worlds import BACKWARD_WORLDS
+from flashmoe_numba.explore.host_worlds import HOST_WORLDS
 from flashmoe_numba.explore.plants import KERNEL, PLANTS, Plant, planted
 from flashmoe_numba.explore.run.reports import KINDS
 from flashmoe_numba.layer.failures import explain
@@ -33,7 +34,8 @@ ELSEWHERE = (
 SELDOM = ("no-barrier-before-gates-done", "packets-seen-before-queued")  # lanes far apart: left to the explorer
 UNSEEN = [name for name, plant in PLANTS.items() if plant.found_by == ("race",) or plant.weak]
 BACKWARDS = [name for name, plant in PLANTS.items() if plant.world in BACKWARD_WORLDS]  # no world here has them
-NOT_HERE = {*BACKWARDS, *UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED, *ELSEWHERE, *SELDOM}
+PUTS = [name for name, plant in PLANTS.items() if plant.world in HOST_WORLDS]  # nor these
+NOT_HERE = {*BACKWARDS, *PUTS, *UNSEEN, *OVERTAKEN, *ABORTED, *BLAMED, *ELSEWHERE, *SELDOM}
 MORE = (
     dict(shared_ffn=7, shared_gate=True, num_zero=2, tile_m=2),
     dict(shared_ffn=3, num_zero=2, zero="none"),

@@ -146,7 +146,6 @@ def test_other_bits_of_the_last_backward_do_not_pass(capsys, monkeypatch):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--save", "rows"], "argument --save: goes with --backward, got rows without"),
     (["--backward", "--save", "all"], "argument --save: invalid choice: 'all'"),
-    (["--backward", "--backend", "cuda"], "argument --backward: goes with --backend cpu or fibers: there is no "),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_start_nothing(capsys, monkeypatch, flags, message):
     monkeypatch.setattr(launch, "start", lambda *_: pytest.fail("mpirun was started"))
@@ -186,3 +185,19 @@ def test_plan_refuses_other_words(capsys):
     assert "argument --save: invalid choice: 'all'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="save must be one of rows"):
         make_plan(CONFIG, save="all")
+
+
+def test_a_backward_s_memory_is_counted_before_anything_is_made(capsys, monkeypatch):
+    """Weights a second time, gradients twice in the type of sums, what a call keeps, dy and dx."""
+    plan = make_plan(CONFIG, save="rows")
+    rows = 2 * 2 * CONFIG.num_tokens * CONFIG.hidden * 4
+    forward = 2 * plan.weight_bytes + rows
+    backward = forward + 2 * (plan.weight_bytes + 2 * plan.weight_bytes) + plan.backward.kept_total_bytes + rows
+    for num_bytes, flags, expected in (
+        (forward, [], 0), (forward, ["--backward", "--save", "rows"], 2),
+        (backward - 1, ["--backward", "--save", "rows"], 2), (backward, ["--backward", "--save", "rows"], 0),
+    ):  # fmt: skip
+        monkeypatch.setattr("os.sysconf", lambda name, size=num_bytes: {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}[name])
+        assert cli.main([*TINY, *flags]) == expected, f"{num_bytes} bytes, {flags}"
+        if expected:
+            assert "the weights and tokens, and the backwards, of 2 ranks need" in capsys.readouterr().err

@@ -122,11 +122,20 @@ def test_the_variant_of_the_config_is_built(capsys, linked):
 
 def test_every_variant_of_every_architecture_is_built(capsys, linked):
     run_json(capsys, "compile", "--arch", "all", "--all")
-    assert linked[0] == [variant for architecture in ARCHITECTURES for variant in all_variants(architecture)]
-    assert len(linked[0]) == 4 + 7 + 4
+    forwards = {variant for architecture in ARCHITECTURES for variant in all_variants(architecture)}
+    assert len(forwards) == 4 + 7 + 4
+    backwards = {replace(variant, backward=True) for variant in forwards}
+    assert set(linked[0]) == forwards | backwards and len(linked[0]) == 2 * len(forwards)
     linked[0].clear()
     run_json(capsys, "compile", "--arch", "sm_90a", "--all", "--dtype", "float16")
-    assert [variant.name for variant in linked[0]] == ["sm_90a-float16-lanes", "sm_90a-float16-wgmma"]
+    names = ["sm_90a-float16-lanes", "sm_90a-float16-wgmma"]
+    assert [variant.name for variant in linked[0]] == [*names, *(f"{name}-backward" for name in names)]
+    linked[0].clear()
+    run_json(capsys, "compile", "--arch", "all", "--all", "--backward")
+    assert set(linked[0]) == backwards
+    linked[0].clear()
+    run_json(capsys, "compile", "--dtype", "float32", "--tf32", "--backward")
+    assert [variant.name for variant in linked[0]] == ["sm_90a-float32-tf32-backward"]
 
 
 @pytest.mark.parametrize(("planted", "failure"), [
@@ -241,7 +250,9 @@ def test_the_table_and_the_disassembly(capsys, linked, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["variant", "registers"]
     assert re.match(r"sm_90a-float16-wgmma +200 +0 +0 .* 1 of 4 instructions, 1 HGMMA and 1 UTMALDG", lines[2])
-    assert re.findall(r"^// (\S+):", file.read_text(), re.MULTILINE) == ["sm_90a-float16-lanes", "sm_90a-float16-wgmma"]
+    names = ["sm_90a-float16-lanes", "sm_90a-float16-wgmma"]
+    names += [f"{name}-backward" for name in names]
+    assert re.findall(r"^// (\S+):", file.read_text(), re.MULTILINE) == names
 
 
 # cache

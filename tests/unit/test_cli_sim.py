@@ -3,7 +3,9 @@
 import itertools
 import json
 import re
+import tomllib
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from flashmoe_numba.commands.columns import TABLES
 from flashmoe_numba.commands.knobs import knob_types, knobs_from, parse
 from flashmoe_numba.errors import UsageError
 from reference import load_preset
+from sim.policies.outside import TEMPLATE
 
 SMALL = ["sim", "--preset", "laptop-text", "--hardware", "4xH100", "--tokens", "64"]
 KEYS = {
@@ -55,6 +58,7 @@ def run_json(capsys, *flags):
     (["--capacity-factor", "-1"], "argument --capacity-factor: capacity_factor must be positive and finite, got -1.0"),
     (["--capacity-factor", "0.1"], "argument --capacity-factor: capacity_factor must leave a row: 0.1 times 4"),
     (["--capacity-factor", "1", "--capacity", "2"], "argument --capacity: not allowed with argument --capacity-factor"),
+    (["--precision", ""], "argument --precision: precision must be one of bfloat16, "),
     (["--precision", "int8"], "argument --precision: precision must be one of bfloat16, "),
     (["--precision", "fp8", "--hardware", "4xA100"], "the layer: precision fp8 computes in fp8, which 4xA100 has no"),
     (["--replicas", "3"], "argument --replicas: --experts=32 + replicas must be a multiple of --ranks=4, got"),
@@ -86,6 +90,13 @@ def run_json(capsys, *flags):
     (["--pass", "training", "--policy", "comet"], "policy comet: passes must be forward with "),
     (["--pass", "backward", "--precision", "fp8"], "the layer: passes must be forward with "),
     (["--pass", "training", "--layers", "all"], "argument --layers: a step that decodes needs --pass forward, got "),
+    (["--save", "rows"], "argument --save: goes with --pass backward or training, got --save rows without"),
+    (["--set", "save=rows"], "argument --save: goes with --pass backward or training, got --set save=rows without"),
+    (["--save", "all", "--pass", "training"], "argument --save: invalid choice: 'all'"),
+    (["--save", "rows", "--pass", "training", "--policy", "bulk,sonic"],
+     "argument --save: no knob 'save' in bulk, sonic; what their forward keeps is fixed"),
+    (["--save", "rows", "--pass", "training", "--set", "save=nothing"],
+     "argument --save: is the same as --set save=nothing, got both"),
     (["--pass", "training", "--set", "save=all"], "argument --set: save must be one of rows+up, rows, "),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(capsys, tmp_path, monkeypatch, flags, message):
@@ -345,13 +356,51 @@ def test_the_header_says_what_is_simulated_beside_a_forward(capsys, tmp_path):
     assert capsys.readouterr().out.splitlines()[1].startswith("float32, routing")
 
 
+def test_what_a_forward_keeps_is_asked_for_by_a_flag(capsys):
+    """The same as the knob; of several schedules those have it that have the choice."""
+    flags = ["--pass", "training", "--policy", "flashmoe,sonic"]
+    kept = {}
+    for save in ("rows+up", "rows", "nothing"):
+        _, (one, other) = run_json(capsys, *flags, "--save", save)
+        _, (same,) = run_json(capsys, "--pass", "training", "--set", f"save={save}")
+        assert (one["knobs"]["save"], "save" in other["knobs"]) == (save, False)
+        assert one["latency_us"] == same["latency_us"]
+        kept[save] = one["latency_us"], other["latency_us"]
+    assert len({one for one, _ in kept.values()}) == 3 and len({other for _, other in kept.values()}) == 1
+    _, (default, _) = run_json(capsys, *flags)
+    assert default["latency_us"] == kept["rows+up"][0]
+    assert cli.main([*SMALL, *flags, "--save", "rows"]) == 0
+    assert "set save=rows of flashmoe\n" in capsys.readouterr().out
+
+
+def test_a_win_within_the_errors_is_a_tie(capsys, monkeypatch):
+    """With 40 % off each, those within 7 / 3 of the fastest are not told apart; without errors nobody asked."""
+    errors = {"flashmoe": {"H100": {"up to 128": 0.4}}, "megamoe": {"H100": {"up to 128": 0.4}}}
+    monkeypatch.setattr("sim.drafting.trust.left_out_errors", lambda: errors)
+    flags = ["--policy", "flashmoe,megamoe,bulk"]
+    _, rows = run_json(capsys, *flags)
+    latencies = [row["latency_us"] for row in rows]
+    assert min(latencies) in latencies[:2] and max(latencies[:2]) < 7 / 3 * min(latencies) < latencies[2]
+    assert [row["over_fastest"] for row in rows] == [latency / min(latencies) for latency in latencies]
+    assert [row["tie"] for row in rows] == [True, True, None]
+    assert cli.main([*SMALL, *flags]) == 0
+    names, units, *lines = capsys.readouterr().out.splitlines()[4:9]
+    assert " over " in names and " fastest " in units
+    for row, line, end in zip(rows, lines, ("x tie", "x tie", "x ?"), strict=True):
+        assert f" {row['over_fastest']:.2f}{end} " in line
+    _, rows = run_json(capsys, *flags, "--terms", "schedule")
+    assert {row["tie"] for row in rows} == {False}
+    _, rows = run_json(capsys, "--tokens", "64,32")
+    assert not any("tie" in row for row in rows), "one schedule is compared with nothing"
+
+
 def test_the_table_says_simulated_and_has_units(capsys):
     assert cli.main([*SMALL, "--policy", "flashmoe,bulk"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("simulated on 4xH100: laptop-text on 4 ranks, hidden ")
     names, units, first, second = out.splitlines()[4:8]
-    assert names.split()[:5] == ["policy", "tokens", "latency", "error", "tokens"]
-    assert units.split()[:5] == ["/rank", "us", "+-%", "M/s", "%"]
+    assert names.split()[:6] == ["policy", "tokens", "latency", "error", "over", "tokens"]
+    assert units.split()[:5] == ["/rank", "us", "+-%", "fastest", "M/s"]
     assert first.split()[:2] == ["flashmoe", "64"]
     assert second.split()[:2] == ["bulk", "64"]
     assert len({line.rindex(line.split()[-1]) for line in (first, second)}) == 1
@@ -394,6 +443,53 @@ def test_list_has_policies_knobs_hardware_and_routings(capsys):
     assert "packing=arrived (arrived|per_source|per_expert)" in out.replace("\n      ", " ")
 
 
+def test_list_marks_what_is_assumed_and_names_the_source_of_all_else(capsys):
+    assert cli.main(["sim", "--list"]) == 0
+    values = capsys.readouterr().out.replace("\n      ", " ")
+    for name in sim.POLICY_NAMES:
+        (line,) = [line for line in values.splitlines() if line.startswith(f"  {name} ")]
+        assert cli.main(["sim", "--list", name]) == 0
+        said = capsys.readouterr().out.replace("\n      ", " ")
+        for knob, value in asdict(sim.make_knobs(name, {})).items():
+            (text,) = [text for text in said.splitlines() if text.startswith(f"  {knob} = {value} ")]
+            (marked,) = re.findall(rf" {knob}={re.escape(str(value))}(\*?)[, (]", f"{line},")
+            assert ("default: assumption" in text) == (marked == "*")
+    assert "fitted to published tables" in said and "fitted: 0." in said, "of DeepEP, the last one"
+
+
+@pytest.mark.parametrize("kind", sim.hardware_names())
+def test_list_marks_what_is_assumed_of_a_machine(capsys, kind):
+    sources = tomllib.loads((ROOT / f"sim/presets/{kind}.toml").read_text(encoding="utf-8"))["sources"]
+    assert cli.main(["sim", "--list"]) == 0
+    (line,) = re.findall(rf"^  {kind} (.*)$", capsys.readouterr().out.replace("\n      ", " "), re.MULTILINE)
+    marks = {part.partition("=")[0]: part.endswith("*") for part in line.strip().split(", ")}
+    assert marks == {name: text.startswith("assumption:") for name, text in sources.items()}
+    assert cli.main(["sim", "--list", f"2x4x{kind}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(" ".join(text.split()) in said for text in sources.values())
+
+
+def test_list_has_policies_and_machines_of_ones_own(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sim", "--new-policy", "my.py"]) == 0
+    Path("bare.py").write_text(TEMPLATE.read_text().replace(" Default: assumption: the usual tile of large", ""))
+    Path("my.toml").write_text((ROOT / "sim/presets/A100.toml").read_text().replace('"A100"', '"mine"'))
+    capsys.readouterr()
+    for name, text in (("my.py", "default: assumption: the usual tile"), ("bare.py", "default: not stated")):
+        assert cli.main(["sim", "--list", name]) == 0
+        assert text in capsys.readouterr().out
+    assert cli.main(["sim", "--list", "2xmy.toml"]) == 0
+    assert capsys.readouterr().out.startswith("2x8xmine: 2 x 8 GPUs, fitted rates of mine\n  sms = 108\n")
+    for name, text in (("model", "bytes that a multiprocessor draws"), ("nvfp4", "weight 0.5625, token 0.5625")):
+        assert cli.main(["sim", "--list", name]) == 0
+        assert text in capsys.readouterr().out
+    wrong = {"H999": "must be a policy (flashmoe, ", "no.py": "policy file no.py: no such file"}
+    wrong |= {"no.toml": "hardware file no.toml: no such file", "99xh100": "hardware '99xh100': H100 has at least"}
+    for name, text in wrong.items():
+        assert cli.main(["sim", "--list", name]) == 2
+        assert capsys.readouterr().err.startswith(f"flashmoe sim: error: argument --list: {text}")
+
+
 def test_files_are_written_into_new_folders(capsys, tmp_path):
     files = {flag: tmp_path / "new" / flag for flag in ("json", "trace", "plot")}
     flags = [str(part) for flag, file in files.items() for part in (f"--{flag}", file)]
@@ -410,7 +506,7 @@ def test_files_are_written_into_new_folders(capsys, tmp_path):
 
 def test_a_machine_of_ones_own(capsys, tmp_path):
     hardware = sim.load_hardware("2xH100")
-    from sim.world.hardware import to_toml
+    from sim.world.machine_files import to_toml
 
     (tmp_path / "mine.toml").write_text(to_toml(hardware).replace('name = "2xH100"', 'name = "mine"', 1))
     _, (row,) = run_json(capsys, "--hardware", str(tmp_path / "mine.toml"))
@@ -422,6 +518,17 @@ def test_a_recorded_routing(capsys, tmp_path):
     _, (row,) = run_json(capsys, "--routing", str(tmp_path / "recorded.npz"), "--topk", "1", "--set", "gate=false")
     assert row["routing"].endswith("recorded.npz")
     assert row["nvlink_bytes_max"] > 0
+
+
+def test_the_help_says_what_a_file_of_a_routing_may_be(capsys):
+    for command in ("sim", "explain"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        for text in ("[tokens, topk]", "[ranks, tokens, topk]", "[experts]", "[ranks, experts]", "FILE.npz:KEY"):
+            assert text in said
+        for text in ("-1 and the number of experts are none", "--layer says which", "[layer,][rank,]expert,tokens"):
+            assert text in said
 
 
 def test_a_recording_of_ranks_that_keep_to_themselves_sends_nothing_with_fewer_tokens(capsys, tmp_path):

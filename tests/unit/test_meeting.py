@@ -16,11 +16,12 @@ from flashmoe_numba.processes.machine import machine_name
 from flashmoe_numba.processes.meeting import Meeting
 
 
-def errors_of(steps):
-    """What `step(meeting)` raises on each rank, or None; all steps at once."""
+def errors_of(steps, begin=lambda rank: None):
+    """What `step(meeting)` raises on each rank, or None; all steps at once, each behind `begin` in its thread."""
     arrived = {}
 
     def one(rank):
+        begin(rank)
         try:
             steps[rank](Meeting(Comm(rank, len(steps), arrived), 30.0))
         except Exception as error:
@@ -78,14 +79,26 @@ def test_ranks_on_several_machines_are_told_so(monkeypatch, elsewhere, said, arg
     here = threading.local()
     monkeypatch.setattr("flashmoe_numba.processes.meeting.machine_name", lambda: f"machine {here.rank in elsewhere}")
 
-    def step(meeting):
-        here.rank = meeting.rank_indices[0]
-        meeting.require_one_machine()
-
-    errors = errors_of([step] * 3)
+    errors = errors_of([Meeting.require_one_machine] * 3, begin=lambda rank: setattr(here, "rank", rank))
     begin = f"{argument} must lie on one machine, but"
     parts = [f"{begin} {many} ranks share this one, {platform.node()}" for many in said or []]
     assert [error and str(error) for error in errors] == (parts or [None] * 3)
+
+
+def test_each_host_has_a_first_rank(monkeypatch):
+    """Its text is for the ranks of that host; an error of any is an error of all."""
+    here, found = threading.local(), {}
+    monkeypatch.setattr("flashmoe_numba.processes.meeting.machine_name", lambda: f"machine {here.rank % 2}")
+
+    def step(meeting):
+        text = meeting.from_first(lambda: f"of rank {here.rank}")
+        found[here.rank] = (meeting.hosts.of_rank, meeting.first_here, text)
+        meeting.from_first(lambda: "" if here.rank == 0 else {}["nothing"])
+
+    errors = errors_of([step] * 4, begin=lambda rank: setattr(here, "rank", rank))
+    assert found == {rank: ((0, 1, 0, 1), rank % 2, f"of rank {rank % 2}") for rank in range(4)}
+    assert [type(error) for error in errors] == [RuntimeError, KeyError, RuntimeError, RuntimeError]
+    assert "rank 1: 'nothing'" in str(errors[0])
 
 
 def test_a_machine_has_one_name():

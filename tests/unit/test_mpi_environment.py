@@ -19,7 +19,7 @@ from flashmoe_numba.processes.mpi_environment import (
     strange_variable,
     why_alone,
 )
-from flashmoe_numba.processes.netmod import SURVIVING
+from flashmoe_numba.processes.netmod import PREFERRED, SURVIVING
 from reference import MoEConfig, Weights
 
 pytestmark = pytest.mark.usefixtures("outside_mpirun")
@@ -103,7 +103,7 @@ def test_a_left_over_connection_is_one_sentence():
 @pytest.fixture
 def mpi(monkeypatch):
     """An MPICH that has not begun, of two ranks on one machine."""
-    for name in SURVIVING:  # what beginning sets is taken back
+    for name in PREFERRED:  # what beginning sets is taken back
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     begun = []
@@ -141,6 +141,7 @@ def test_before_mpi_begins_what_outlives_a_lost_rank_is_chosen_unless_the_user_h
     monkeypatch.setenv("FI_PROVIDER", "verbs")
     begin_mpi()
     assert {name: os.environ[name] for name in SURVIVING} == {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "verbs"}
+    assert os.environ["FI_TCP_MAX_SAVED"] == PREFERRED["FI_TCP_MAX_SAVED"]
 
 
 @pytest.mark.parametrize(

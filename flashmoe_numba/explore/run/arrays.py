@@ -17,9 +17,10 @@ from reference.backward_plan import max_weight_tasks
 from reference.sizes import max_tasks
 
 from ...backends.protocols import Arguments
-from ...heap.back import Transposed, pack_transposed, zero_gradients
+from ...heap.back import Transposed, zero_gradients
 from ...heap.kept import Keeping, Kept
 from ...heap.rank import Rank
+from ...heap.sums import LARGE
 from ...kernel.backward.state import WeightGradients
 from ...kernel.grid import RankArguments
 from ...kernel.state import Experts, Problem
@@ -28,7 +29,10 @@ from .backend import WatchedBackend
 from .memory import NEVER, Memory, Region
 from .spec import WorldSpec
 
-ROWS = tuple(f"segments.{name}" for name in ("dispatch", "result", "again", "factors", "dots"))  # a part for each rank
+REGIONS = ("dispatch", "result", "again", "factors", "dots")
+ROWS = tuple(f"segments.{name}" for name in REGIONS)  # a part for each rank
+NO_DEADLINE = 1 << 62  # the scheduler finds deadlocks by itself
+CHANNEL_ACTORS = 2  # of the network between two ranks (network.py)
 OF_ROWS = {"dots": "row_dots", "factors": "row_factors"}  # of working memory, where segments have the same names
 ARRIVES = 64  # stores arrive within this part of a deadline
 FAIR = 20  # where all is fair, every fiber comes round at least so often in a deadline
@@ -53,11 +57,15 @@ class Arrays:
         self.num_blocks = spec.num_processors + 1
         self.num_lanes = c.num_ranks * self.num_blocks * spec.lanes
         hosts = c.num_ranks + len(spec.leavers) if spec.can_stop else 0  # those that look, then those that give up
-        self.memory = Memory(self.num_lanes + hosts, *patience(spec))
+        self.first_channel = self.num_lanes + hosts
+        self.memory = Memory(self.first_channel + CHANNEL_ACTORS * len(spec.pairs_apart), *patience(spec))
         self.regions: dict[int, Region] = {}  # by id of the array
+        self.images: dict[tuple[int, int], Region] = {}  # by who looks and whose: control words of a rank elsewhere
         self.backend = WatchedBackend()
-        segments = [np.empty(Layout(c, spec.save).num_bytes, np.uint8) for _ in range(c.num_ranks)]
+        self.layout = Layout(c, spec.save, spec.hosts > 1)
+        segments = [np.empty(self.layout.num_bytes, np.uint8) for _ in range(c.num_ranks)]
         self.ranks = [self._make_rank(rank_idx, segments) for rank_idx in range(c.num_ranks)]
+        self.longest: Arguments = self.ranks[0].first_arguments()  # that a call's blocks are given
         self._make_tokens()
         self._transposed: list[Transposed] = []  # of each rank
         self.gradients: list[WeightGradients] = []  # the same: in which all backwards of a run go on
@@ -69,7 +77,10 @@ class Arrays:
         weights = self.weights.shard(rank_idx, c.num_ranks)
         events = max_tasks(c) + c.num_experts + (max_weight_tasks(c) if spec.save else 0)
         packed = spec.packing == "sources"
-        rank = Rank(c, rank_idx, weights, segments, spec.num_processors, self.backend, events, packed, spec.save)
+        how = spec.num_processors, self.backend, events, packed, spec.save, spec.of_hosts
+        rank = Rank(c, rank_idx, weights, self._seen_by(rank_idx, segments), *how)
+        if spec.hosts > 1:
+            self._watch_stage(rank, segments[rank_idx])
         for group in (rank.segments, rank.tokens, rank.received, rank.queue):
             self._watch_all(rank_idx, type(group).__name__.lower(), group._asdict())
         rooms = self.backend.make_rooms(c, rank.first_arguments())
@@ -80,6 +91,24 @@ class Arrays:
             self._watch(rank_idx, f"scratch.rows of block {block}", room.scratch.rows)
             self._watch(rank_idx, f"scratch.sums of block {block}", room.scratch.sums)
         return rank
+
+    def _seen_by(self, rank_idx: int, segments: list[np.ndarray]) -> list[np.ndarray]:
+        """Every rank's segment; of those on other hosts an image, whose control words are watched."""
+        seen = list(segments)
+        for peer in [peer for rank, peer in self.spec.pairs_apart if rank == rank_idx]:
+            seen[peer] = np.zeros(self.layout.num_bytes, np.uint8)
+            control = seen[peer][self.layout.control :].view(np.int64)
+            name = f"rank {rank_idx} image of rank {peer}"
+            self.images[rank_idx, peer] = self.regions[id(control)] = self.memory.region(name, control)
+        return seen
+
+    def _watch_stage(self, rank: Rank, segment: np.ndarray) -> None:
+        """What a rank writes for others on other hosts, it alone, and each place once in a call."""
+        for region in REGIONS:
+            own, first = getattr(rank.segments, region), self.layout.stage + getattr(self.layout, region)
+            staged = segment[first : first + own.nbytes].view(own.dtype)
+            name, how = f"rank {rank.rank_idx} segments.staged_{region}", dict(num_writers=1, writer=rank.rank_idx)
+            self.regions[id(staged)] = self.memory.region(name, staged, initialised=False, **how)
 
     def _watch_all(self, rank_idx: int, group: str, arrays: Mapping[str, Any], of: str = "") -> None:
         for name, array in arrays.items():
@@ -106,8 +135,11 @@ class Arrays:
         config = self.spec.config
         for rank in self.ranks:
             weights = self.weights.shard(rank.rank_idx, config.num_ranks)
-            self._transposed.append(pack_transposed(config, self.backend, weights, rank.segments.dispatch))
-            self.gradients.append(zero_gradients(config, weights, self.backend))
+            self._transposed.append(rank.packing.transpose(weights, rank.experts))
+            wanted = not self.spec.frozen_experts, not self.spec.frozen_router
+            self.gradients.append(zero_gradients(config, weights, self.backend, *wanted))
+            for name in LARGE:  # as in memory that was used before
+                getattr(self.gradients[-1], name)[:] = np.nan
             assert rank.working is not None, "its layer has a backward"
             working = rank.working._asdict() | self._transposed[-1]._asdict()
             self._watch_all(rank.rank_idx, "back", {OF_ROWS.get(name, name): each for name, each in working.items()})
@@ -117,9 +149,12 @@ class Arrays:
                 _, arguments = self.begin_call(rank, call, 0, kept)
                 if call in kept:
                     own = kept[call].arrays
-                    self.backend.note_filled(own.tokens["x"])
+                    for filled in ("x", "shared_factors"):
+                        self.backend.note_filled(own.tokens[filled])
                     self._watch_all(rank.rank_idx, "kept", own.tokens | own.received, f"room {call}")
                 if not isinstance(arguments, RankArguments):
+                    self.longest = arguments
+                    self.backend.note_filled(arguments.back.said)
                     self._watch_all(rank.rank_idx, "back", arguments.back._asdict(), f"call {call}")
 
     def begin_run(self) -> None:
@@ -146,7 +181,13 @@ class Arrays:
         own = self._transposed[rank.rank_idx], self.gradients[rank.rank_idx]
         assert rank.keeping is not None, "its layer has a backward"
         rank.keeping.give_back(kept[forward])  # for the next forward
-        return rank.call_back(tokens, None, kept[forward], forward, call, deadline, rank.experts, *own)
+        said, fresh = self.said(rank.rank_idx, call), self.spec.begins_sums(rank.rank_idx, call)
+        return rank.call_back(tokens, said, kept[forward], forward, call, deadline, rank.experts, *own, fresh)
+
+    def said(self, rank_idx: int, call: int) -> np.ndarray | None:
+        """Gradients of logits that a rank's backward is given."""
+        routing = self.data[self.spec.forward_of(rank_idx, call) - 1][1][rank_idx]
+        return self.spec.logits_gradients(call, routing, rank_idx, len(self.data[call - 1][0][rank_idx]))
 
     def watched(self, value: Any) -> Any:
         """Kernel arguments with regions for arrays; sizes, and weights, which nobody writes, stay as they are."""

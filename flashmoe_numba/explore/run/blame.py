@@ -27,6 +27,7 @@ from .memory import Region
 from .spec import WorldSpec
 from .watched import ld_acquire
 
+LONG, LONG_APART = 17, 20  # twentieths of a deadline: silences after which all who wait are known to
 FLAGS = {s.SUBSCRIBER: (s.DISPATCH_FLAG, s.RESULT_FLAG, s.GATE_FLAG), s.PROCESSOR: (s.TASK_FLAG,)}
 
 
@@ -46,33 +47,47 @@ class Blame:
 
     Args:
         segments: `Segments` of each rank, of watched regions.
+        images: control words of a rank on another host, as a rank sees them: by that one and the other.
     """
 
-    def __init__(self, spec: WorldSpec, segments: Sequence[Any]) -> None:
-        self._spec, self._segments = spec, segments
+    def __init__(self, spec: WorldSpec, segments: Sequence[Any], images: Mapping[tuple[int, int], Region]) -> None:
+        self._spec, self._segments, self._images = spec, segments, images
         self._controls: list[Region] = [each.control for each in segments]
         self._memory = self._controls[0].memory
         if spec.can_stop:
             for rank_idx, control in enumerate(self._controls):
                 control.on_store = partial(self._stored, rank_idx)
+            for (rank_idx, _), image in images.items():
+                image.on_store = partial(self._heard, rank_idx)
 
     def begin(self, hosts: Mapping[int, CallingHost]) -> None:
         """A new run; `hosts` by the first rank of each."""
         self._hosts = hosts
-        self._ended: list[int] = []  # when tasks did, of any rank
+        self._ended: list[list[int]] = [[] for _ in self._controls]  # when tasks did, as far as each rank can see
         self._silences: dict[int, tuple[int, int]] = {}  # last task, and when a rank gave up
 
     # ---- while the kernel runs
 
     def _stored(self, rank_idx: int, i: int, value: int) -> None:
         if i == s.PROGRESS:
-            self._ended.append(clock())
+            for other in range(len(self._ended)):
+                if (other, rank_idx) not in self._images:
+                    self._ended[other].append(clock())
             self._hosts[rank_idx].finished_task()
         elif i == s.RECORD and value == s.WRITING:
             self._check_silence(rank_idx)
-        elif i == s.ABORT and self._controls[value - 1].array[s.RECORD] != s.COMPLETE:
+        elif i == s.ABORT and self._seen(rank_idx, value - 1).array[s.RECORD] != s.COMPLETE:
             who = getcurrent().actor.rank
             self._report(f"rank {who} tells rank {rank_idx} of rank {value - 1}, whose record is not complete")
+
+    def _heard(self, rank_idx: int, i: int, _: int) -> None:
+        """News of a rank on another host."""
+        if i == s.PROGRESS:
+            self._ended[rank_idx].append(clock())
+
+    def _seen(self, rank_idx: int, other: int) -> Region:
+        """The control words of another rank, where this one looks for them."""
+        return self._images.get((rank_idx, other), self._controls[other])
 
     def _check_silence(self, rank_idx: int) -> None:
         """A block gives up: when it took the time last, nobody had finished a task for long.
@@ -83,8 +98,9 @@ class Blame:
         time, deadline = getcurrent().actor.time, self._spec.deadline
         if time is None or deadline is None:  # a host that leaves
             return
-        before = bisect_right(self._ended, time)
-        last = self._ended[before - 1] if before else 0
+        ended = self._ended[rank_idx]
+        before = bisect_right(ended, time)
+        last = ended[before - 1] if before else 0
         self._silences[rank_idx] = last, time
         if time - last < deadline // 2 - self._memory.arrives_within:
             self._report(f"rank {rank_idx} gives up {time - last} switches after a task, of a deadline of {deadline}")
@@ -104,7 +120,7 @@ class Blame:
         return True
 
     def _read_record(self, reader: int, rank_idx: int, must_be: bool) -> None:
-        control = self._controls[rank_idx]
+        control = self._seen(reader, rank_idx)
         if ld_acquire(control, s.RECORD) != s.COMPLETE:
             if must_be:
                 self._report(f"rank {reader} names rank {rank_idx}, whose record is not complete")
@@ -149,14 +165,21 @@ class Blame:
         return self._words() or self._ends() or self._names()
 
     def _words(self) -> str | None:
-        """Who gave up and was not lost has told all; if all were in the midst of it, not all need have been told."""
+        """Who gave up and was not lost has told all; if all were in the midst of it, not all need have been told.
+
+        One host has one of its own ranks to name, unless its first rank had heard of another host's before.
+        """
         named = [int(control.array[s.ABORT]) - 1 for control in self._controls]
         gave_up = [rank for rank, control in enumerate(self._controls) if s.record_in(control.array)]
         may_be_silent = all(self._hosts[rank].is_lost for rank in gave_up)
-        culprits = set(named) - {-1}
-        if len(culprits) <= 1 and culprits <= set(gave_up) and (may_be_silent or -1 not in named):
+        agreed = all(self._is_one_culprit(named, ranks) for ranks in self._spec.of_hosts.ranks)
+        if agreed and set(named) - {-1} <= set(gave_up) and (may_be_silent or -1 not in named):
             return None
         return ", ".join(f"rank {i} names {f'rank {who}' if who >= 0 else 'nobody'}" for i, who in enumerate(named))
+
+    def _is_one_culprit(self, named: list[int], ranks: Sequence[int]) -> bool:
+        """Of those on one host whom these name, there is one at most."""
+        return named[ranks[0]] not in (-1, *ranks) or len({named[rank] for rank in ranks} & set(ranks)) <= 1
 
     def _ends(self) -> str | None:
         """Nobody can end a call that a lost rank never began; and whose calls have not ended was told why."""
@@ -186,7 +209,8 @@ class Blame:
             return False
         assert self._spec.deadline is not None
         last, time = self._silences[rank]
-        is_long = 20 * (time - last) >= 17 * self._spec.deadline
+        long = LONG if self._spec.hosts == 1 else LONG_APART
+        is_long = 20 * (time - last) >= long * self._spec.deadline
         return is_long and self._memory.last_long_turn <= last + self._memory.fair_turn
 
     def _wrong_name(self, rank: int, record: s.AbortRecord) -> str | None:

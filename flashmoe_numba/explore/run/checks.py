@@ -32,7 +32,7 @@ class Checker:
         self.world = world
         self._right: dict[int, list[Call]] = {}  # by call: of all ranks, found to be right
         self._packets: dict[int, list[Packets]] = {}  # the same
-        self._counts = Counts(world.spec.config)
+        self._counts = Counts(world.spec.config, world.spec.frozen_kinds)
         self._reference = Reference(world)
         rows = world.weights.router
         self._twins = [{low for low in range(e) if np.array_equal(rows[low], rows[e])} for e in range(len(rows))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from reference import GATE, KIND_NAMES, MoEConfig, Packets, Task, task_graph
@@ -19,10 +19,14 @@ MOST_TASKS = 4  # named in a report
 
 
 class Counts:
-    """Remembers the tasks that tiles have: runs have the same ones again and again."""
+    """Remembers the tasks that tiles have: runs have the same ones again and again.
 
-    def __init__(self, config: MoEConfig) -> None:
-        self._config = config
+    Args:
+        frozen: kinds of tasks that backwards have not.
+    """
+
+    def __init__(self, config: MoEConfig, frozen: Collection[int]) -> None:
+        self._config, self._frozen = config, frozen
         self._tasks: dict[tuple[Any, ...], list[Counter[Task]]] = {}  # by call and tiles: of all ranks
 
     def wrong(
@@ -46,6 +50,7 @@ class Counts:
             else:
                 step = GRADIENT_ROWS, GRADIENT_COLUMNS
                 graph = backward_task_graph(packets, self._config, tiles, routed=routed, gradient_tile=step)
+                graph = {task: needs for task, needs in graph.items() if task.kind not in self._frozen}
             self._tasks[key] = [_tasks_of(rank, graph) for rank in range(self._config.num_ranks)]
         for rank, (call, tasks) in enumerate(zip(calls, self._tasks[key], strict=True)):
             yield from _miscounts(f"rank {rank}, call {epoch}:", call, tasks)

@@ -14,6 +14,7 @@ from .calls import Call
 from .world import WatchedWorld
 
 TOLERANCE = 1e-12  # of float64, times the largest element, or 1
+OF_ROUTER = ("router", "logit_bias", "expert_scale")
 Arrays = dict[str, np.ndarray]  # by the names that kernel/backward/state.py has for them
 
 
@@ -56,7 +57,9 @@ class Reference:
         rounds = config.dtype != "float64"
         routings = [own.routing for own in ranks] if rounds else [part for part in given if part is not None]
         idx, factors = [part.topk_idx for part in routings], [part.topk_weights for part in routings]
-        exact = moe_layer_backward(x, dy, weights, config, idx or None, factors or None)
+        said = [self._world.said(rank, call) for rank in range(0 if rounds else config.num_ranks)]
+        logits = [part for part in said if part is not None] or None
+        exact = moe_layer_backward(x, dy, weights, config, idx or None, factors or None, logits_gradient=logits)
         return exact, gradient_tolerance(x, dy, weights, config, idx, factors) if rounds else None
 
     def _sum(self, call: int, rank: int = -1, num_ranks: int = 0, of_bounds: bool = False) -> Arrays:
@@ -66,7 +69,10 @@ class Reference:
             found = self._found[i][int(of_bounds)]
             assert found is not None, "a world has one element type"
             parts.append(_of_all(found.weights) if rank < 0 else _of_experts(found.weights.shard(rank, num_ranks)))
-        return {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]}
+        return {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0] if self._is_wanted(name)}
+
+    def _is_wanted(self, name: str) -> bool:
+        return not (self._spec.frozen_router if name in OF_ROUTER else self._spec.frozen_experts)
 
 
 def _of_rank(of_ranks: Gradients, names: Sequence[str], rank: int) -> Arrays:

@@ -98,13 +98,16 @@ class Region:
         initialised: False if nothing may be read before it is written.
         num_writers: if not 0, the array has one part for each of that many ranks, who alone may write there, and each
             place once in a call.
+        writer: with one part, the rank whose it is.
     """
 
-    def __init__(self, memory: Memory, name: str, array: np.ndarray, initialised: bool, num_writers: int = 0) -> None:
+    def __init__(
+        self, memory: Memory, name: str, array: np.ndarray, initialised: bool, num_writers: int = 0, writer: int = 0
+    ) -> None:
         self.memory, self.name, self.array, self.initialised = memory, name, array, initialised
         self.size, self.dtype = array.size, array.dtype
         self.cells: Any = array.data if array.dtype.kind in "iu" else array  # integers as Python's: much faster
-        self.writer_cells = array.size // num_writers if num_writers else 0
+        self.writer_cells, self.first_writer = array.size // num_writers if num_writers else 0, writer
         self.on_store: Callable[[int, int], None] | None = None  # is told every atomic store after it was made
         self.forget()
 
@@ -283,7 +286,7 @@ class Region:
                 self._race(i, before, one, access, other)
 
     def _check_layout(self, i: int, access: Access, before: Access | None) -> None:
-        owner = i // self.writer_cells
+        owner = self.first_writer + i // self.writer_cells
         if owner != access[0].rank:
             self._report("conflict", i, access, f"written by rank {access[0].rank}, but it is rank {owner}'s to write:")
         if before is not None and before[0].epoch == access[0].epoch:
@@ -341,9 +344,11 @@ class Memory:
         self._regions: dict[int, Region] = {}  # by address
         self.nothing = Region(self, "no array", np.empty(0, np.int64), initialised=False)  # where none is wanted
 
-    def region(self, name: str, array: np.ndarray, *, initialised: bool = True, num_writers: int = 0) -> Region:
+    def region(
+        self, name: str, array: np.ndarray, *, initialised: bool = True, num_writers: int = 0, writer: int = 0
+    ) -> Region:
         """Watch an array; it must stay where it is."""
-        region = Region(self, name, array, initialised, num_writers)
+        region = Region(self, name, array, initialised, num_writers, writer)
         if array.size:  # an empty one may lie where another begins
             self._regions[array.ctypes.data] = region
         return region
@@ -369,9 +374,11 @@ class Memory:
 
     def _view(self, address: int, num_elements: int, dtype: Any) -> Any:
         region = self._regions.get(address)
+        if num_elements == 0:
+            return self.nothing
         if region is None:  # weights, which nobody writes
             return memory_view(address, num_elements, dtype)
-        return region if region.size == num_elements else Parts(self, address, num_elements)
+        return Parts(self, address, num_elements) if num_elements > region.size else region  # all, or the first ones
 
     def begin(self, with_places: bool = True, late_seed: int | None = None) -> None:
         """A new run: no access, no report. The arrays' contents are the caller's.

@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reference import Layout, MoEConfig, Routing, Weights, external_routing
+from reference import Hosts, Layout, MoEConfig, Routing, Weights, external_routing
 from reference.runs import PACKINGS
 from reference.scalars import check_one_of
+from reference.task_kinds import ROUTER_WEIGHTS, SHARED_WEIGHTS, WEIGHTS
 
 from .program import FORWARD, Astray, Program, check_program
 
 LEAST_DEADLINE = 100  # kernel/waits.py looks at the time sixteen times in it
 NO_CHOICE_SHARE = 1 / 8  # of the pairs that a routing from outside has
+OF_BACKWARDS = ("logits_gradient", "frozen_experts", "frozen_router")  # fields
 MOST_FIBERS, MOST_EPOCHS, MOST_BYTES = 1000, 1000, 1 << 22  # every access is a Python call, every cell has its history
 
 
@@ -59,10 +61,13 @@ class WorldSpec:
         deadline: of every wait, on a clock that counts switches; None: waits that nobody can end are found at once.
         grid: the blocks of all ranks are one launch, as on a GPU, and a call begins when all have left the last one.
         ties: every other expert has the logits of the one before it.
+        hosts: on which ranks are spread out evenly; a network carries puts between them (network.py).
         packing: as `FlashMoE` has it.
         save: likewise.
         program: which calls are forwards and which backwards (program.py); none: all are forwards. A backward has dy of
-            normal numbers, and its gradients of weights go on from those of the rank's earlier backwards.
+            normal numbers. A rank's first one begins the gradients of weights, and the others go on with them.
+        logits_gradient: backwards are given gradients of the logits, too, where a routing was not.
+        frozen_experts, frozen_router: no gradients of these weights are wanted.
         astray: ranks whose last call is another one than the program's: all must give up.
 
     Raises:
@@ -82,9 +87,13 @@ class WorldSpec:
     deadline: int | None = None
     grid: bool = False
     ties: bool = False
+    hosts: int = 1
     packing: str = PACKINGS[0]
     save: str | None = None
     program: Program = ()
+    logits_gradient: bool = False
+    frozen_experts: bool = False
+    frozen_router: bool = False
     astray: tuple[Astray, ...] = ()
 
     def __post_init__(self) -> None:
@@ -95,6 +104,9 @@ class WorldSpec:
         check_one_of("packing", self.packing, PACKINGS)
         check_program(self.program, self.save, self.astray, self.epochs)
         self._check_ranks("astray", [own.rank for own in self.astray])
+        for name in OF_BACKWARDS:
+            if getattr(self, name) and not self.program:
+                raise ValueError(f"{name} needs a program, whose backwards it changes")
         if self.given and len(self.given) != self.epochs:
             raise ValueError(f"epochs must be the number of given calls, {len(self.given)}, got {self.epochs}")
         c = self.config
@@ -119,10 +131,12 @@ class WorldSpec:
             raise ValueError("lost needs a deadline, which ends the others' waits")
         if self.deadline is not None and self.deadline < LEAST_DEADLINE:
             raise ValueError(f"deadline must be at least {LEAST_DEADLINE} switches, got {self.deadline}")
+        if not 1 <= self.hosts <= self.config.num_ranks:
+            raise ValueError(f"hosts must be in [1, num_ranks={self.config.num_ranks}], got {self.hosts}")
+        if self.grid and self.hosts > 1:
+            raise ValueError(f"grid must be on one host, got hosts={self.hosts}")
         if self.grid and (self.leavers or self.deadline is not None):
             raise ValueError("grid must be without leavers and without a deadline")
-        if self.grid and self.program:
-            raise ValueError("grid must be without a program: it makes forwards only")
         if self.astray and (self.leavers or self.lost):
             raise ValueError("astray must be without leavers and lost ranks")
 
@@ -137,9 +151,21 @@ class WorldSpec:
         if self.epochs > MOST_EPOCHS:
             raise ValueError(f"epochs must be at most {MOST_EPOCHS}, got {self.epochs}")
         weights = c.hidden * (c.num_experts * c.ffn + c.num_ranks * c.shared_ffn)
-        num_bytes = c.num_ranks * Layout(c, self.save).num_bytes + weights
+        num_bytes = c.num_ranks * Layout(c, self.save, self.hosts > 1).num_bytes + weights
         if num_bytes > MOST_BYTES:
             raise ValueError(f"segments and weights must be at most {MOST_BYTES:,} bytes, got {num_bytes:,}")
+
+    @property
+    def of_hosts(self) -> Hosts:
+        """Which ranks share one."""
+        num_ranks = self.config.num_ranks
+        return Hosts(tuple(rank * self.hosts // num_ranks for rank in range(num_ranks)))
+
+    @property
+    def pairs_apart(self) -> list[tuple[int, int]]:
+        """Ranks on different hosts, in both orders."""
+        ranks = range(self.config.num_ranks)
+        return [(a, b) for a in ranks for b in ranks if self.of_hosts.are_apart(a, b)]
 
     def weights(self) -> Weights:
         """Of all experts."""
@@ -157,6 +183,24 @@ class WorldSpec:
     def keeps(self, call: int) -> bool:
         """Is there a backward of it?"""
         return call in self.program or call in [own.call for own in self.astray]
+
+    def begins_sums(self, rank: int, call: int) -> bool:
+        """Is this rank's call its first backward?"""
+        backwards = [number for number in range(1, call + 1) if self.forward_of(rank, number)]
+        return backwards == [call]
+
+    @property
+    def frozen_kinds(self) -> set[int]:
+        """Kinds of tasks that its backwards have not."""
+        of_experts = {WEIGHTS, SHARED_WEIGHTS} if self.frozen_experts else set()
+        return of_experts | ({ROUTER_WEIGHTS} if self.frozen_router else set())
+
+    def logits_gradients(self, call: int, routing: Routing | None, rank: int, num_tokens: int) -> np.ndarray | None:
+        """`[num_tokens, num_choices]` that a rank's backward is given, whose forward had this routing from outside."""
+        if not self.logits_gradient or routing is not None:
+            return None
+        draw = np.random.default_rng([self.data_seed, call, rank, 0])
+        return draw.standard_normal((num_tokens, self.config.num_choices)).astype(self.config.accumulator)
 
     @property
     def can_stop(self) -> bool:

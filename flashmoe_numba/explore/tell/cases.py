@@ -13,11 +13,12 @@ from reference.scalars import is_whole
 from ...seeing.trace import block_name
 from ..choose.schedules import Choice
 from ..plants import PLANTS
+from ..run.network import channel_name
 from ..run.program import Astray
-from ..run.spec import GivenCall, Lost, WorldSpec
+from ..run.spec import OF_BACKWARDS, GivenCall, Lost, WorldSpec
 
 KIND = "flashmoe explore case"
-VERSION = 4
+VERSION = 5
 NAMED = (("lost", Lost), ("astray", Astray))
 KEYS = ("file", "version", "report", "world", "plant", "late_seed", "schedule")
 
@@ -76,9 +77,9 @@ def load(path: Path) -> Case:
 def _spec(world: Any) -> WorldSpec:
     _check_keys("world", world, [field.name for field in fields(WorldSpec)])
     _check_keys("world.config", world["config"], [field.name for field in fields(MoEConfig)])
-    for name, least in (("num_processors", 1), ("lanes", 1), ("epochs", 1), ("data_seed", 0)):
+    for name, least in (("num_processors", 1), ("lanes", 1), ("epochs", 1), ("hosts", 1), ("data_seed", 0)):
         _check_integer(name, world[name], least)
-    for name in ("grid", "ties"):
+    for name in ("grid", "ties", *OF_BACKWARDS):
         if not isinstance(world[name], bool):
             raise ValueError(f"{name} must be true or false, got {world[name]!r}")
     try:
@@ -118,7 +119,9 @@ def _fibers(spec: WorldSpec) -> set[str]:
     roles = [block_name(block, spec.num_processors) for block in range(spec.num_processors + 1)]
     blocks = [f"rank {rank_idx} {role}" for rank_idx in range(spec.config.num_ranks) for role in roles]
     lanes = [f" lane {lane}" for lane in range(spec.lanes)] if spec.lanes > 1 else [""]
-    return {block + lane for block in blocks for lane in lanes} | {f"rank {rank} host" for rank in spec.leavers}
+    hosts = {f"rank {rank} host" for rank in spec.leavers}
+    network = {channel_name(*pair) for pair in spec.pairs_apart}
+    return {block + lane for block in blocks for lane in lanes} | hosts | network
 
 
 def _check_keys(what: str, parts: Any, wanted: Any) -> None:

@@ -22,7 +22,7 @@ from ..choose.strategies import make_strategy
 from ..run.checks import Checker
 from ..run.program import FORWARD, without
 from ..run.reports import Report, finding
-from ..run.spec import WorldSpec
+from ..run.spec import OF_BACKWARDS, WorldSpec
 from ..run.world import Run, WatchedWorld
 from .cases import Case
 from .ddmin import ddmin
@@ -179,9 +179,11 @@ def smaller(spec: WorldSpec) -> Iterator[WorldSpec]:
         yield replace(spec, lost=others)
         for tasks in sorted({0, lost.tasks // 2, max(0, lost.tasks - 1)} - {lost.tasks}):
             yield replace(spec, lost=(*others, lost._replace(tasks=tasks)))
-    for name in ("grid", "ties"):
+    for name in ("grid", "ties", *OF_BACKWARDS):
         if getattr(spec, name):
             yield replace(spec, **{name: False})  # type: ignore[arg-type]
+    for hosts in range(1, spec.hosts):
+        yield replace(spec, hosts=hosts)
     if spec.packing != "none":
         yield replace(spec, packing="none")
     for changes in _other_programs(spec):
@@ -201,7 +203,7 @@ def _other_programs(spec: WorldSpec) -> Iterator[dict[str, Any]]:
     if spec.astray:
         yield dict(astray=())
     if spec.save is not None and not any(spec.program):
-        yield dict(save=None, program=())
+        yield dict(save=None, program=()) | dict.fromkeys(OF_BACKWARDS, False)
     if spec.save not in (None, SAVES[0]):
         yield dict(save=SAVES[0])
     simple = not (spec.lost or spec.given or spec.astray)  # which name calls by their numbers
@@ -223,4 +225,5 @@ def _resized(spec: WorldSpec, name: str, value: int) -> WorldSpec:
     lost = tuple(each for each in spec.lost if each.rank < most)
     astray = tuple(each for each in spec.astray if each.rank < most)
     config = replace(spec.config, **{name: value})  # type: ignore[arg-type]
-    return replace(spec, config=config, leavers=leavers, lost=lost, astray=astray)
+    hosts = min(spec.hosts, most)
+    return replace(spec, config=config, leavers=leavers, lost=lost, astray=astray, hosts=hosts)

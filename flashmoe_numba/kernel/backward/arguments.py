@@ -10,7 +10,10 @@ from .state import Back, WeightGradients
 
 
 class BackwardArguments(NamedTuple):
-    """What `persistent_backward` has in common with `persistent`, and what it has besides."""
+    """What `persistent_backward` has in common with `persistent`, and what it has besides.
+
+    As words they begin with those of a forward, so that both find their epoch in one place.
+    """
 
     forward: RankArguments
     back: Back

@@ -28,7 +28,7 @@ def gemm0(p, segments, experts, received, back, queue, scratch, box, task):
     dy = rows_in(p, segments, received, packet, tile)
     kept = kept_rows(received, packet, tile, received.kept_ups)
     if p.recomputes:
-        make_ups(p, segments, experts, received, scratch, task, packet, tile, dy)
+        make_ups(p, segments, experts, received, back, scratch, task, packet, tile, dy)
     if task.n == 0:
         keep_packet_rows(p, segments, received, back, packet, tile, dy)
     hidden_gradient(
@@ -49,14 +49,14 @@ def gemm0(p, segments, experts, received, back, queue, scratch, box, task):
 
 
 @jit
-def make_ups(p, segments, experts, received, scratch, task, packet, tile, dy):
+def make_ups(p, segments, experts, received, back, scratch, task, packet, tile, dy):
     """This tile's products with the up matrices, as the forward made them, and its hidden rows, which nobody needs."""
     rows = kept_rows(received, packet, tile, received.kept_rows)
     if p.resends:
         rows = Rows(segments.again, dy.first, dy.places, dy.at)
     tile_gemm(
         hidden_rooms(received, tile), kept_rooms(received, packet, tile), rows, tile.rows,
-        experts.up, task.expert, task.n, experts.form, scratch,
+        back.up_again, task.expert, task.n, experts.form, scratch,
     )  # fmt: skip
     block_sync()
 

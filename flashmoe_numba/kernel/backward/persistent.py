@@ -25,7 +25,7 @@ def persistent_backward(
         backward_processor(block, rank, back, gradients, scratch, box, trace)
 
 
-@jit
+@jit(large=True)
 def backward_processor(block, rank, back, gradients, scratch, box, trace):
     while True:
         place = next_task(rank.problem, block, rank.segments, rank.queue, box)

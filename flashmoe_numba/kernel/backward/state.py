@@ -22,6 +22,7 @@ class Back(NamedTuple):
     kept_logits: np.ndarray  # accumulator, likewise: the logits, before routing spent them
     weight_gradients: np.ndarray  # accumulator [pairs]: of topk_weights
     router_rows: np.ndarray  # accumulator [num_tokens, hidden]: the part of dx that comes by the router
+    up_again: Any  # the up matrices as a forward has them, for rows that were kept or are sent again
     up: Any  # [experts, hidden, parts * ffn]: the up matrices transposed, side by side
     down: Any  # [experts, ffn, hidden]: the down matrices transposed
     shared_up: Any

@@ -27,7 +27,7 @@ from .shared import shared0, shared1
 from .weights import router_weights, shared_weights, weights
 
 
-@jit
+@jit(large=True)
 def run_backward_task(rank, back, gradients, scratch, box, task):
     """All lanes of a block do what the task's kind says, and tell who waits for it."""
     p, segments, experts = rank.problem, rank.segments, rank.experts

@@ -19,7 +19,7 @@ from ..explain import CATEGORIES, LATENCY, SLOT, TRANSFER, Explanation, Step, ex
 from ..measures import check_runs, horizon_ns, num_slots, places
 from ..steps import levels
 from .fold import Series, series
-from .roofline import roofline
+from .roofline import doubt, roofline
 
 MOST_LEVELS = 400_000  # of a whole page: some 3 MB
 MOST_RANKS = 16
@@ -40,6 +40,7 @@ def gather(simulation: Simulation, num_simulations: int = 1) -> Gathered:
     check_runs(simulation)
     found = explain(simulation.graph, simulation.timeline)
     lanes, notes = _lanes(simulation, found.steps, MOST_LEVELS // num_simulations)
+    below = doubt(simulation)
     return {
         "policy": simulation.policy,
         "latency_us": simulation.latency_us,
@@ -49,7 +50,7 @@ def gather(simulation: Simulation, num_simulations: int = 1) -> Gathered:
         "path": _path(simulation, found),
         "links": list(_links(simulation)),
         "roofline": roofline(simulation),
-        "notes": notes,
+        "notes": notes + ([below] if below else []),
     }
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from ...simulation import Simulation
 from ..palette import COLOUR_OF_CATEGORY, COLOUR_OF_CAUSE, COLOUR_OF_KIND, RESIDENT
+from ..places import compared
 from ..report import report
 from .gather import Gathered, gather
 
 TEMPLATE = Path(__file__).parent / "page.html"
 PLACE = "@DATA@"
+WORLD = ("hardware", "precision", "routing", "passes", "tokens")  # what is compared has these in common, as on the page
 
 
 def write_page(simulations: Sequence[Simulation], file: Path | str) -> None:
@@ -23,15 +25,16 @@ def write_page(simulations: Sequence[Simulation], file: Path | str) -> None:
     Raises:
         ValueError: there are none, or their runs were not kept.
     """
-    join([asdict(report(one)) for one in simulations], [gather(one, len(simulations)) for one in simulations], file)
+    rows = compared([asdict(report(one)) for one in simulations], lambda row: tuple(row[name] for name in WORLD))
+    join(rows, [gather(one, len(simulations)) for one in simulations], file)
 
 
 def join(rows: Sequence[Mapping[str, Any]], gathered: Sequence[Gathered], file: Path | str) -> None:
     """Write the page of what was gathered.
 
     Args:
-        rows: the report of each as JSON has it, with what is beside it: `preset`, `seed`, `layer`. Its
-            `left_out_error` may be words, too.
+        rows: the report of each as JSON has it, with what is beside it: `preset`, `seed`, `layer`, and its place
+            (`over_fastest`, `tie`). Its `left_out_error` may be words, too.
     """
     if not rows:
         raise ValueError("a page must have at least one simulation, got none")

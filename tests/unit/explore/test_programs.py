@@ -53,7 +53,7 @@ def one_run(kernel, spec, seed=0):
         (dict(astray=(Astray(2),)), "astray must be different ranks in [0, 1], got 2"),
         (dict(astray=(Astray(0), Astray(0))), "astray must be different ranks, and needs a program"),
         (dict(astray=(Astray(0),), leavers=(1,)), "astray must be without leavers and lost ranks"),
-        (dict(grid=True), "grid must be without a program: it makes forwards only"),
+        (dict(program=(), frozen_router=True), "frozen_router needs a program, whose backwards it changes"),
     ],
 )
 def test_programs_that_there_are_not(changes, message):
@@ -84,8 +84,15 @@ def test_smaller_programs():
     assert replace(TWO, save=None, program=(), epochs=4) in smaller(world(BASE, (0, 0, 0, 0)))
 
 
+def test_smaller_worlds_without_what_changes_backwards():
+    found = list(smaller(replace(TWO, logits_gradient=True, frozen_experts=True)))
+    assert replace(TWO, logits_gradient=True) in found and replace(TWO, frozen_experts=True) in found
+    forwards = world(BASE, (0, 0), frozen_router=True)
+    assert replace(forwards, save=None, program=(), frozen_router=False) in smaller(forwards)
+
+
 def test_a_file_holds_a_program(tmp_path):
-    spec = world(BASE, (0, 0, 2), "rows", astray=(Astray(1, 1),))
+    spec = world(BASE, (0, 0, 2), "rows", astray=(Astray(1, 1),), logits_gradient=True)
     case = Case(spec=spec, plant=None, late_seed=None, schedule=(), report="")
     save(case, tmp_path / "case.json")
     assert load(tmp_path / "case.json") == case
@@ -97,6 +104,11 @@ def test_flags_make_a_program(capsys):
     assert status == 0 and "forward, forward, backward of 2 (save rows)" in out
     status, out, _ = flashmoe(capsys, *flags, "--astray", "1:1")
     assert status == 0 and "rank 1 makes a backward of 1 last" in out
+    flags += ["--logits-gradient", "--frozen-experts"]
+    status, out, _ = flashmoe(capsys, *flags)
+    assert status == 0 and "(save rows), logits gradient, frozen experts; strategy" in out
+    status, _, err = flashmoe(capsys, "--world", "plain", "--frozen-router")
+    assert status == 2 and "--frozen-router needs a --program, whose backwards" in err
     for wrong in ("a", "0,", "0;1"):
         assert flashmoe(capsys, "--program", wrong)[0] == 2
     status, _, err = flashmoe(capsys, "--world", "plain", "--program", "0,1")
@@ -117,6 +129,11 @@ def test_named_worlds_have_what_they_should():
     assert any(spec.program[:4] == (0, 0, 2, 1) for spec in found), "two handles, used in the other order"
     assert any(spec.program == (0, 1, 0, 3) for spec in found), "gradients that go on"
     assert {own.call > 0 for spec in found for own in spec.astray} == {False, True}
+    flags = {(spec.logits_gradient, spec.frozen_experts, spec.frozen_router) for spec in found}
+    assert flags >= {(True, False, False), (False, True, False), (False, False, True), (True, True, True)}
+    several = [spec for spec in found if spec.frozen_experts and sum(forward > 0 for forward in spec.program) > 1]
+    assert any(spec.grid and spec.frozen_router for spec in found)
+    assert several and any(spec.logits_gradient and spec.config.router_kind.logit_bias for spec in found)
 
 
 @pytest.mark.parametrize("name", BACKWARD_WORLDS)
@@ -157,6 +174,38 @@ def test_tasks_of_a_backward(kernel):
     kinds = Counter(task.kind for calls in run.calls for task in calls[1].tasks)
     busy = sum(int((calls[1].rows.sum(axis=0) > 0).sum()) for calls in run.calls)
     assert (kinds[WEIGHTS], kinds[ROUTER_WEIGHTS], kinds[SHARED_WEIGHTS]) == (2 * busy, 2, 2 * 3)
+
+
+def test_frozen_weights_have_no_tasks_and_no_gradients(kernel):
+    sizes, kinds = BASE | dict(shared_ffn=2), {}
+    for name in ("frozen_experts", "frozen_router"):
+        explorer, run = one_run(kernel, world(sizes, (0, 1), **{name: True}))
+        assert explorer.checker.check(run) == []
+        (gradients,) = {tuple(key for key, array in calls[1].gradients.items() if array.size) for calls in run.calls}
+        kinds[name] = {task.kind for calls in run.calls for task in calls[1].tasks}
+        assert ("down" in gradients, "router" in gradients) == (name == "frozen_router", name == "frozen_experts")
+    assert kinds["frozen_experts"] ^ kinds["frozen_router"] == {WEIGHTS, SHARED_WEIGHTS, ROUTER_WEIGHTS}
+
+
+def test_gradients_of_logits_come_in_where_the_router_chose(kernel):
+    spec = world(BASE, (0, 1), logits_gradient=True)
+    explorer, run = one_run(kernel, spec)
+    assert explorer.checker.check(run) == []
+    plain = one_run(kernel, replace(spec, logits_gradient=False))[1]
+    for rank, (one, other) in enumerate(zip(run.calls, plain.calls, strict=True)):
+        said = explorer.world.said(rank, 2)
+        np.testing.assert_allclose(one[1].gradients["logits"], other[1].gradients["logits"] + said, rtol=1e-14)
+    routed = replace(spec, given=(GivenCall((2, 2), (((0,), (1,)), ((1,), (0,)))),) * 2)
+    assert one_run(kernel, routed)[0].world.said(0, 2) is None
+
+
+def test_a_first_backward_begins_with_whatever_there_is(kernel):
+    """In worlds that is NaN, but for experts without rows, which the host clears."""
+    spec = world(BASE, (0, 1, 0, 3), given=(GivenCall((2, 1), (((0,), (0,)), ((0,),))),) * 4)
+    explorer, run = one_run(kernel, spec)
+    assert explorer.checker.check(run) == []
+    assert not run.calls[1][1].gradients["up"].any(), "expert 1 has no rows"
+    assert [spec.begins_sums(0, call) for call in (1, 2, 3, 4)] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["up", "down_bias", "router", "topk_weights", "logits", "x"])

@@ -159,7 +159,7 @@ def test_a_file_holds_all_of_a_case(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda case: case.update(version=7), "version must be 4, got 7"),
+        (lambda case: case.update(version=7), "version must be 5, got 7"),
         (lambda case: case.pop("plant"), f"the file must have just these: {', '.join(KEYS)}"),
         (
             lambda case: case.update(plant="no-such"),

@@ -3,7 +3,7 @@
 import contextlib
 
 import numpy as np
-from stand_ins import ENTRY, InterpretedGrid, make_stand_in
+from stand_ins import InterpretedGrid, entry_of, make_stand_in
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.backends.cuda import CudaBackend
@@ -11,7 +11,9 @@ from flashmoe_numba.gpu.gpu import Gpu
 from flashmoe_numba.heap.gpus import GpuHeap
 from flashmoe_numba.ptx.stand_in import installed
 
-LOGGED = {"copy_in": 2, "copy_out": 2, "copy_rows": 3, "launch": 5, "record": 0, "wait_for": 1}  # where the stream is
+LOGGED = {  # where the stream is
+    "copy_in": 2, "copy_out": 2, "copy_rows": 3, "copy_on_device": 2, "launch": 5, "record": 0, "wait_for": 1,
+}  # fmt: skip
 
 
 def logged(verb):
@@ -27,7 +29,7 @@ def logged(verb):
 class LoggedGpu(Gpu):
     """`log` has what was put on a stream, as (verb, stream); `caller` is the caller's stream."""
 
-    copy_in, copy_out, copy_rows, launch, record, wait_for = map(logged, LOGGED)
+    copy_in, copy_out, copy_rows, copy_on_device, launch, record, wait_for = map(logged, LOGGED)
 
     def __init__(self, config, seed):
         grid = InterpretedGrid(config, seed)
@@ -56,8 +58,9 @@ class InterpretedCuda(CudaBackend):
     def join(self, x, parts):
         return [part.get() for part in parts] if isinstance(x[0], np.ndarray) else super().join(x, parts)
 
-    def load(self, folder):
-        self._function = self.gpu.load("none.cubin", ENTRY, self.shared_bytes)
+    def load(self, folder, backward):
+        for which in (False, True) if backward else (False,):
+            self._functions[which] = self.gpu.load("none.cubin", entry_of(which), self.shared_bytes)
 
 
 def make_layer(config, weights, seed=0, **how):

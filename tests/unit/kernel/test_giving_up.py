@@ -40,7 +40,7 @@ class Ranks:
         return SimpleNamespace(rank_idx=rank_idx, epoch=epoch, deadline_ns=DEADLINE, **sizes)
 
     def segments(self, rank_idx):
-        return SimpleNamespace(control=self.controls[rank_idx], address=self.addresses)
+        return SimpleNamespace(control=self.controls[rank_idx], address=self.addresses, remote=[0] * len(self.controls))
 
     def words(self, word):
         return [int(control[word]) for control in self.controls]

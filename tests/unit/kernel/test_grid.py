@@ -63,7 +63,9 @@ def test_a_replayed_launch_counts_its_own_epochs():
             part.view(np.uint8)[:] = 0xFF
         arguments = (backend.address(backend._table), backend._table.size)
         for _ in range(2):
-            backend.gpu.launch(backend._function, 4, 128, arguments, backend.shared_bytes, backend.gpu.caller.ptr)
+            backend.gpu.launch(
+                backend._functions[False], 4, 128, arguments, backend.shared_bytes, backend.gpu.caller.ptr
+            )
         assert_same_bits([part.get() for part in y], expected)
         assert [stats.epoch for stats in layer.stats] == [3, 3]
         assert_same_bits(layer(x), expected)

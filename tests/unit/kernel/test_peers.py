@@ -6,7 +6,8 @@ import pytest
 
 from flashmoe_numba.device.compilation import PACKAGE
 
-ADDRESSES = {"address", "array_at", "dispatch_at", "result_at", "dispatch_flag_at", "result_flag_at", "control_at"}
+OFFSETS = {"dispatch_at", "result_at", "dispatch_flag_at", "result_flag_at", "control_at", "again_at", "factors_at"}
+ADDRESSES = {"address", "array_at", "dots_at", "stage_at"} | OFFSETS
 
 
 def sees(source):
@@ -20,7 +21,11 @@ def sees(source):
 
 def test_no_module_but_peers_sees_an_address():
     modules = {file.name: sees(file.read_text(encoding="utf-8")) for file in (PACKAGE / "kernel").glob("*.py")}
-    assert modules.pop("peers.py") == modules.pop("state.py") | {"array_at"}, "state.py declares them"
+    declared = modules.pop("state.py")
+    assert declared == ADDRESSES - {"array_at"}
+    assert modules.pop("peers.py") == ADDRESSES - {"stage_at"}
+    assert modules.pop("wire.py") == {"stage_at"}, "where rows lie that a put brings"
+    assert modules.pop("network.py") <= ADDRESSES, "it stands for what carries puts, and is in no kernel"
     assert {name: seen for name, seen in modules.items() if seen} == {}
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from pretended import apart, hosts_of
 from worlds import worlds
 
+from flashmoe_numba import FlashMoE
+from flashmoe_numba.backends.cpu import CpuBackend
 from flashmoe_numba.heap.threads import ThreadHeap
 from flashmoe_numba.kernel import wire
 from flashmoe_numba.kernel.control import ABORT, CLOSED_FLAG, FAILED, RECORD, record_in
@@ -164,6 +166,12 @@ def test_a_byte_of_no_array_is_refused():
         end = Layout(config, None, True).num_bytes
         with pytest.raises(IndexError, match=f"byte {end} of a segment is in no array"):
             channel._locate(arguments[2].segments, end)
+
+
+def test_compiled_blocks_of_several_hosts_in_one_process_are_refused():
+    config = tiny_config(**FOUR_RANKS)
+    with pytest.raises(ValueError, match="heap must have all ranks of this process on one host"):
+        FlashMoE.from_parts(config, Weights.random(config), ThreadHeap(4, TWO), CpuBackend())
 
 
 def test_hosts_of_other_ranks_are_refused():

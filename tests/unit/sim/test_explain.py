@@ -18,7 +18,7 @@ from sim.engine.plain import run
 from sim.reading.explain import CATEGORIES, explain, held_by, lines, merged
 from sim.simulation import simulate
 from sim.studies import what_if
-from sim.world.hardware import load_hardware
+from sim.world.machine_files import load_hardware
 from sim.world.precision import precision
 from sim.world.routing import make_routing
 from sim.world.world import World
@@ -240,6 +240,17 @@ def test_the_command_explains_what_sim_simulates(capsys):
     assert sum(map(float, totals)) == pytest.approx(report["latency_us"], abs=0.05 * len(CATEGORIES))
     assert "changes that would help most" in said
     assert errors == "", "progress is drawn though stderr is no terminal"
+
+
+def test_the_command_says_what_was_computed(capsys):
+    """All first choices are expert 0, which has room for 16 rows of each rank: 4 * 48 of 256 are dropped."""
+    flags = ["explain", "--preset", "laptop-text", "--hardware", "4xH100", "--tokens", "64", "--topk", "1"]
+    for command in ([], ["--against", "bulk"]):
+        assert cli.main([*flags, "--routing", "hot", "--capacity", "16", *command]) == 0
+        line = "64 rows, 192 dropped, capacity 16 rows; busiest rank 4.00 of the mean, busiest expert 32.00"
+        assert capsys.readouterr().out.splitlines().count(line) == 1 + bool(command)
+    assert cli.main([*flags, "--routing", "even"]) == 0
+    assert "\n256 rows, no capacity; busiest rank 1.00 of the mean, busiest expert 1.00\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -65,6 +65,23 @@ def test_lines_over_tokens_are_the_rows(drawn):
     assert len(notes) == 6
 
 
+def test_latencies_have_bands_as_wide_as_their_errors(drawn):
+    rows = [row(p, tokens=t, latency=base * t) for (p, base), t in product(POLICIES.items(), (128, 256, 1024))]
+    known = {("flashmoe", 128): 0.2, ("flashmoe", 256): 0.1, ("bulk", 1024): 0.5}
+    made, _ = drawn(rows, error=lambda one: known.get((one["policy"], one["tokens"])))
+    latency, throughput = made["over_tokens.png"].axes
+    assert not throughput.collections
+    bulk, flashmoe = latency.collections  # of COMET nothing is known
+    lines = {line.get_label(): line.get_color() for line in latency.get_lines()}
+    for band, name in ((bulk, "bulk"), (flashmoe, "flashmoe")):
+        assert to_hex(band.get_facecolor()[0]).upper() == lines[name]
+    corners = sorted({(x, round(y, 6)) for path in flashmoe.get_paths() for x, y in path.vertices.tolist()})
+    assert corners == [(128, 1024), (128, 1536), (256, 2304), (256, 2816)]
+    assert title_of(made["over_tokens.png"]).endswith("; bands: errors at measurements that no fit saw")
+    made, _ = drawn(rows)
+    assert "bands" not in title_of(made["over_tokens.png"])
+
+
 def test_what_differs_is_another_figure_and_names_its_file(drawn):
     rows = [row(tokens=t, experts=e, routing=r) for t, e, r in product((1, 2), (8, 16), ("uniform", "zipf:1.0"))]
     made, notes = drawn(rows)
@@ -299,6 +316,14 @@ def test_the_index_has_all_figures_and_what_is_not_drawn(tmp_path):
     assert "http" not in text
 
 
+def test_what_takes_no_time_is_drawn(drawn):
+    made, _ = drawn([row(p, tokens=t, latency=1.0) for p in POLICIES for t in (1, 2)])
+    zero = [row(p, tokens=t, latency=1.0) for p in POLICIES for t in (1, 2)]
+    for one in zero:
+        one["report"] |= {"latency_us": 0.0, "tokens_per_s": 0.0}
+    assert drawn(zero)[0].keys() == made.keys()
+
+
 def test_no_rows_no_figures(tmp_path, capsys):
     assert cli.main(["plot", str(write(tmp_path / "rows.jsonl", [])), "--out", str(tmp_path)]) == 1
     assert "no over_tokens: there are no rows with a report" in capsys.readouterr().out
@@ -319,8 +344,8 @@ def test_a_line_that_is_no_row_is_named(tmp_path, capsys, change):
     (["ROWS", "--out", "x", "--most", "0"], "argument --most: must be an integer >= 1, got '0'"),
     (["ROWS", "--out", "x", "--error", "100"], "argument --error: must be a number in [0, 100), got '100'"),
     (["ROWS", "--out", "x", "--error", "few"], "argument --error: must be a number in [0, 100), got 'few'"),
-    (["ROWS", "--out", "x", "--where", "token=1"], "argument --where: must be KEY=VALUE with a KEY of capacity_factor"),
-    (["ROWS", "--out", "x", "--where", "tokens"], "argument --where: must be KEY=VALUE with a KEY of capacity_factor"),
+    (["ROWS", "--out", "x", "--where", "token=1"], "argument --where: must be KEY=VALUE with a KEY of capacity, "),
+    (["ROWS", "--out", "x", "--where", "tokens"], "argument --where: must be KEY=VALUE with a KEY of capacity, "),
     (["ROWS", "--out", "x", "--where", "tokens=7"], "argument --where: no row has tokens=7; tokens is one of 1, 2"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(tmp_path, capsys, monkeypatch, flags, message):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from sim.world import hardware as module
-from sim.world.hardware import hardware_names, load_hardware, to_toml
+from sim.world.machine_files import load_hardware, to_toml
+from sim.world.machine_names import hardware_names
 from sim.world.machine_schema import MMA_TYPES, VALUES
 
 NVLINK_PEAK = {"A100": 300, "B200": 900, "GB200": 900, "GB300": 900, "H100": 450, "H20": 450, "H200": 450, "H800": 200}

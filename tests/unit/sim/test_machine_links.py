@@ -16,7 +16,7 @@ from sim.policies import POLICY_NAMES
 from sim.reading.bands import link_bands
 from sim.reading.measures import transfers
 from sim.studies.what_if import changes
-from sim.world.hardware import to_toml
+from sim.world.machine_files import to_toml
 
 NBYTES = 10**6
 

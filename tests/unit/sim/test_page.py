@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from policy_worlds import demanded_link_bytes, odd_worlds, small_world
 
 import sim
+from sim.drafting.roof import operations
 from sim.engine import kinds
 from sim.engine.graph import NONE, GraphBuilder
-from sim.policies import POLICY_NAMES
+from sim.policies import POLICY_NAMES, make_knobs
 from sim.reading.bands import BESIDE, bands, each_rank, server_bands
 from sim.reading.explain import explain
 from sim.reading.page import gather as gathering
 from sim.reading.page.fold import series
 from sim.reading.page.gather import gather
+from sim.reading.page.roofline import multiplied
 from sim.reading.page.write import join, page
 from sim.reading.steps import levels
 from sim.simulation import simulate
@@ -162,18 +164,42 @@ def test_links_are_those_of_the_routing():
 
 def test_floors_by_hand():
     world = small_world(hardware="4xH100", num_topk=1)  # bfloat16, gated, 2 experts to a rank
-    roof = gather(simulate("flashmoe", world))["roofline"]
-    rows = np.bincount(world.routing.topk_idx.ravel() // 2, minlength=4)
-    operations = rows * 6 * 192 * 80 + 67 * 2 * 192 * 8
-    nbytes = 2 * 3 * 192 * 80 * 2 + rows * 2 * 192 * 2
+    simulation = simulate("flashmoe", world)
+    roof = gather(simulation)["roofline"]
+    operations = np.bincount(world.routing.topk_idx.ravel() // 2, minlength=4) * 6 * 192 * 80
+    nbytes = 2 * 3 * 192 * 80 * 2
     assert roof["operations"] == pytest.approx(operations.mean())
-    assert roof["memory_bytes"] == pytest.approx(nbytes.mean())
+    assert roof["tflops"] == pytest.approx(operations.mean() / simulation.timeline.makespan_ns / 1e3)
+    assert roof["memory_bytes"] == nbytes
     assert roof["floors_us"]["products"] == pytest.approx(operations.max() / (roof["peak_tflops"] * 1e6))
-    assert roof["floors_us"]["memory"] == pytest.approx(nbytes.max() / (roof["memory_gbps"] * 1e3))
+    assert roof["floors_us"]["weights"] == pytest.approx(nbytes / (roof["memory_gbps"] * 1e3))
     idle = small_world("to-rank-0")
     weights = 192 * 80 * 3 * 2
-    nbytes = gather(simulate("flashmoe", idle))["roofline"]["memory_bytes"] * 4
-    assert nbytes == 2 * weights + (idle.routing.topk_idx >= 0).sum() * 192 * 4  # of one rank's experts only
+    assert gather(simulate("flashmoe", idle))["roofline"]["memory_bytes"] * 4 == 2 * weights, "of one rank's experts"
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("name", ODD_WORLDS)
+def test_every_schedule_multiplies_what_the_roof_counts(policy, name):
+    world = ODD_WORLDS[name]
+    assert multiplied(simulate(policy, world)).sum() == pytest.approx(operations(world).sum())
+
+
+def test_what_a_knob_leaves_out_may_be_below_the_roof_and_the_page_says_so():
+    world = small_world()
+    said = {}
+    for policy, knob, value in (
+        ("deepep", "stages", "dispatch"),
+        ("scmoe", "zero_share", 0.75),
+        ("deepep", "gate", False),
+    ):
+        notes = gather(simulate(policy, world, make_knobs(policy, {knob: value})))["notes"]
+        said[knob] = [note for note in notes if note.endswith("so it may be below the roof")]
+    assert said["gate"] == []
+    assert said["stages"] == [
+        "the busiest rank multiplies 0 % of what the roof counts there, so it may be below the roof"
+    ]
+    assert 10 < float(re.search(r"(\d+) %", said["zero_share"][0])[1]) < 40
 
 
 @pytest.mark.parametrize(("most", "ranks"), [(50_000, 4), (900, 4), (400, 2), (200, 0)])

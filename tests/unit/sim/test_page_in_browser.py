@@ -74,8 +74,9 @@ def test_the_table_is_that_of_the_rows(page, rows):
     head = [re.sub(r"\s+", " ", text) for text in texts(page, "#table th button, #table th:first-child")]
     cells = texts(page, "#table tbody td")
     table = [cells[at : at + len(head)] for at in range(0, len(cells), len(head))]
-    assert head[:5] == ["policy", "tokens", "latency", "error", "tokens"]
+    assert head[:6] == ["policy", "tokens", "latency", "error", "over", "tokens"]
     assert len(table) == len(rows[1]) == 6
+    assert {row["tie"] for row in rows[1]} & {True, None}, "or there is nothing to say"
     for shown, row in zip(table, rows[1], strict=True):
         idle = [f"{100 * row['idle'][cause]:.1f}" for cause in ("launch", "barrier", "waiting", "dependency", "tail")]
         assert shown == [
@@ -83,6 +84,7 @@ def test_the_table_is_that_of_the_rows(page, rows):
             f"{row['tokens']:,}",
             f"{row['latency_us']:,.1f}",
             "no measurement" if row["left_out_error"] is None else f"± {100 * row['left_out_error']:.1f} %",
+            f"{row['over_fastest']:.2f}x{ {True: ' tie', None: ' ?', False: ''}[row['tie']] }",
             f"{row['tokens_per_s'] / 1e6:,.2f}",
             *(f"{100 * row[name]:.1f}" for name in ("tensor_busy", "useful")),
             f"{row['host_us']:,.1f}",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from reference import DTYPES, element_dtype
-from sim.world.hardware import load_hardware
+from sim.world.machine_files import load_hardware
 from sim.world.machine_schema import MMA_TYPES
 from sim.world.precision import PRECISIONS, precision, with_results
 

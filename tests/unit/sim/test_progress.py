@@ -10,7 +10,7 @@ import pytest
 from policy_worlds import make_graph, small_world
 
 from flashmoe_numba import cli
-from flashmoe_numba.commands import patience
+from flashmoe_numba.commands import patience, spread
 from sim.engine import compiled, loop
 from sim.engine.progress import tasks_done, watched
 from sim.policies.outside import TEMPLATE
@@ -75,6 +75,27 @@ def test_a_quick_one_is_not(monkeypatch):
     monkeypatch.setattr("sys.stderr", stream)
     with patience.shown_when_slow("mine.py", True):
         pass
+    assert stream.getvalue() == ""
+
+
+def test_a_clock_goes_on_while_nothing_comes(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(patience, "EVERY_S", 0.01)
+    monkeypatch.setattr("sys.stderr", stream)
+    with patience.clock("fitting"):
+        wait_for("fitting: 00:01", stream)
+    for number in spread.progress(range(2), 2, "points"):
+        wait_for(f"{number}/2 [00:0{number + 1}<", stream)
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
+
+
+def test_no_clock_where_there_is_no_terminal(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    with patience.clock("fitting"):
+        assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
+    for _ in spread.progress(range(2), 2, "points"):
+        assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
     assert stream.getvalue() == ""
 
 

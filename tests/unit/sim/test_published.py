@@ -8,7 +8,7 @@ import pytest
 import sim
 from reference import MoEConfig
 from sim.validation.published import megamoe_columns
-from sim.world.hardware import load_hardware
+from sim.world.machine_files import load_hardware
 from sim.world.precision import precision
 from sim.world.routing import make_routing
 from sim.world.world import World

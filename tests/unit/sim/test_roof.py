@@ -30,6 +30,30 @@ def test_a_token_crosses_once_for_all_experts_of_a_rank():
     assert roof_ns(both)["links"] == roof_ns(one)["links"] > 0
 
 
+def test_between_nodes_a_token_crosses_once_to_each_by_any_nic():
+    """Three nodes of 2, 2 and 1 ranks; rank 0 sends its 10 tokens to ranks 2 and 3, 7 of them to rank 4 as well."""
+    world = small_world(num_ranks=5, num_tokens=10, hidden=64, num_experts=5, num_topk=3, hardware="3x2xH100")
+    topk_idx = np.full_like(world.routing.topk_idx, -1)
+    topk_idx[0, :, :2] = 2, 3
+    topk_idx[0, :7, 2] = 4
+    crossing = replace(world, routing=replace(world.routing, topk_idx=topk_idx))
+    nic = world.hardware.nic_gbps
+    assert roof_ns(crossing)["links"] == pytest.approx(max(17 / (2 * nic), 10 / (2 * nic), 7 / nic) * 64 * 2)
+    shared = replace(crossing, hardware=replace(world.hardware, gpus_per_nic=2))
+    assert roof_ns(shared)["links"] == pytest.approx(17 / nic * 64 * 2)
+    topk_idx[0] = [0, 1, -1]
+    within = roof_ns(replace(world, routing=replace(world.routing, topk_idx=topk_idx)))["links"]
+    assert within == pytest.approx(10 * 64 * 2 / world.hardware.nvlink_gbps)
+
+
+def test_a_shared_expert_is_under_the_roof():
+    world = small_world(num_ranks=2, num_tokens=10, hidden=64, ffn=32, num_experts=2, num_topk=1, gated=False)
+    both = replace(world, config=replace(world.config, shared_ffn=96))
+    for name, more in (("weights", 64 * 96 * 2 * 2), ("products", 2 * 10 * 64 * 96 * 2)):
+        rate = world.hardware.hbm_gbps * world.hardware.hbm_achieved if name == "weights" else 989.4e3
+        assert roof_ns(both)[name] - roof_ns(world)[name] == pytest.approx(more / rate)
+
+
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 @pytest.mark.parametrize(
     ("tokens", "hidden", "hardware"), [(1, 4096, "8xH100"), (5, 1088, "8xA100"), (33, 2048, "8xH20")]
@@ -37,7 +61,20 @@ def test_a_token_crosses_once_for_all_experts_of_a_rank():
 def test_no_schedule_is_below_the_roof(policy, tokens, hidden, hardware):
     sizes = {"num_ranks": 8, "num_tokens": tokens, "hidden": hidden, "ffn": 1536, "num_experts": 64, "num_topk": 3}
     world = small_world(**sizes, hardware=hardware)
-    assert 1000 * simulate(policy, world, keep_runs=False).latency_us >= max(roof_ns(world).values())
+    shared = replace(world, config=replace(world.config, shared_ffn=2048))
+    for each in (world, shared):
+        assert 1000 * simulate(policy, each, keep_runs=False).latency_us >= max(roof_ns(each).values())
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("routing", ["uniform", "hot"])
+def test_no_schedule_of_several_nodes_is_below_the_roof(policy, routing):
+    """Few products, so that the NICs bound it."""
+    sizes = {"num_ranks": 8, "num_tokens": 700, "hidden": 4096, "ffn": 64, "num_experts": 64, "num_topk": 6}
+    world = small_world(routing, **sizes, hardware="2x4xH100")
+    roof = roof_ns(world)
+    assert max(roof, key=roof.get) == "links"
+    assert 1000 * simulate(policy, world, keep_runs=False).latency_us >= roof["links"]
 
 
 @pytest.mark.parametrize("policy", ["flashmoe", "megamoe", "deepep", "bulk", "sonic"])

@@ -12,7 +12,8 @@ from reference import COMBINE, GEMM1, MoEConfig, make_packets, make_workload, ta
 from reference.arrays import stream
 from reference.runs import packet_tile_height
 from sim.drafting.blocks import token_block_packets
-from sim.world.routing import SimRouting, _raced, _redrawn, make_routing, packet_slots
+from sim.world.drawn import _raced, _redrawn
+from sim.world.routing import SimRouting, make_routing, packet_slots
 
 NAMES = ("even", "uniform", "zipf:0.7", "zipf:3", "hot", "hot-rank", "text")
 

@@ -8,7 +8,7 @@ from policy_worlds import small_world
 
 from sim.engine import compiled, plain
 from sim.policies import build, make_knobs
-from sim.world.hardware import load_hardware, to_toml
+from sim.world.machine_files import load_hardware, to_toml
 from sim.world.placement import balance
 from sim.world.precision import precision
 from sim.world.rounding import round_tokens

@@ -16,10 +16,12 @@ from flashmoe_numba.processes import launch
 from flashmoe_numba.processes.pools import process_pool
 from sim.policies.outside import TEMPLATE
 from sim.simulation import simulate
-from sim.studies.grid import LATER, load_grid
-from sim.studies.sweep import PARAMETERS, RowFile, missing, read_rows, run_point, run_points
-from sim.world.hardware import load_hardware, to_toml
+from sim.studies.grid import load_grid
+from sim.studies.point import LATER
+from sim.studies.sweep import RowFile, missing, read_rows, run_point, run_points
+from sim.world.machine_files import load_hardware, to_toml
 
+WHOLE = ("seeds", "layer", "replicas", "capacity")
 ROOT = Path(__file__).resolve().parents[3]
 HEAD = 'schema = 1\n[grid]\npolicy = ["flashmoe"]\nhardware = ["2xH100"]\npreset = ["laptop-tiny"]\n'
 GRID = (
@@ -62,7 +64,7 @@ def test_keys_are_of_the_parameters_alone(tmp_path, grid):
         "the same on every machine and in every version, or files could not be gone on with"
     )
     changes = ("replicas = [0]", 'rounding = ["up"]', 'terms = ["schedule"]', "layer = [0]", "seeds = [2]")
-    changes += ('passes = ["training"]',)
+    changes += ('passes = ["training"]', "capacity = [1]")
     for change in (
         *changes,
         "seed = [1]",
@@ -101,6 +103,19 @@ def test_capacity_is_that_of_the_factor(tmp_path):
     worlds = [point.world() for point in load_grid(write(tmp_path, HEAD + sizes))]
     assert [world.config.capacity for world in worlds] == [3, 6, 10, 10]
     assert worlds[0].routing.counts.max() <= 3
+
+
+def test_capacity_is_that_of_sim(tmp_path, capsys):
+    sizes = 'routing = ["hot"]\ntokens = [10]\nexperts = [4]\ntopk = [2]\ncapacity = ["none", 3, 11]\n'
+    rows = [run_point(point) for point in load_grid(write(tmp_path, HEAD + sizes))]
+    limited = [(row["capacity"], row["report"]["capacity"], row["report"]["dropped"]) for row in rows[:2]]
+    assert limited[0] == (None, None, 0) and limited[1][:2] == (3, 3) and limited[1][2] >= 2 * (10 - 3)
+    flags = ["--preset", "laptop-tiny", "--hardware", "2xH100", "--precision", "bfloat16", "--routing", "hot"]
+    flags += ["--tokens", "10", "--experts", "4", "--topk", "2", "--capacity", "3", "--json", "-"]
+    assert cli.main(["sim", *flags]) == 0
+    (same,) = json.loads(capsys.readouterr().out)
+    assert rows[1]["report"].items() <= same.items()
+    assert rows[2]["error"] == "capacity must be in [1, num_tokens=10] or None, got 11"
 
 
 def test_what_sim_can_ask_for_a_grid_can(tmp_path):
@@ -154,9 +169,29 @@ def test_rows_from_before_an_axis_came_are_gone_on_with(tmp_path):
 @pytest.mark.parametrize("axis", sorted(LATER))
 def test_rows_that_differ_in_a_later_axis_are_all_read(tmp_path, axis):
     file = tmp_path / "rows.jsonl"
-    lines = [dict.fromkeys(PARAMETERS, 1) | {"key": key, axis: key} for key in ("a", "b", "a")]
+    (point,) = load_grid(write(tmp_path, HEAD))
+    one, two = ("a", "b") if isinstance(LATER[axis] or "", str) and axis not in WHOLE else (5, 6)
+    lines = [point.row() | {"key": str(value), axis: value} for value in (one, two, one)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [row[axis] for row in read_rows(file)] == ["a", "b"]
+    assert [row[axis] for row in read_rows(file)] == [one, two]
+
+
+@pytest.mark.parametrize("change", [
+    {"hardware": 5}, {"tokens": "7"}, {"knobs": [1]}, {"ranks": 0}, {"ranks": 1.5}, {"capacity_factor": "1"},
+    {"layer": "x"}, {"key": 3}, {"report": []}, {"report": {}}, {"report": {"latency_us": None}},
+    {"report": {"latency_us": "fast"}}, {"report": {"resident": 1e300}}, {"report": {"useful": True}},
+    {"report": {"tensor_busy": -0.1}},
+])  # fmt: skip
+def test_a_row_whose_values_cannot_be_is_named(tmp_path, change):
+    (point,) = load_grid(write(tmp_path, HEAD))
+    good, file = run_point(point), tmp_path / "rows.jsonl"
+    partial = change.get("report") or {}
+    bad = good | change | ({"report": good["report"] | partial} if partial else {})
+    file.write_text("".join(json.dumps(row) + "\n" for row in (good, bad, good)))
+    with pytest.raises(ValueError, match="line 2 is no row of a sweep"):
+        read_rows(file)
+    file.write_text(json.dumps(good) + "\n")
+    assert read_rows(file) == [good]
 
 
 def test_an_impossible_combination_is_a_row_that_says_why(grid):
@@ -292,11 +327,17 @@ def test_rows_of_an_mpirun_are_the_same(tmp_path, grid):
     (HEAD + "replicas = [-1]", ": [grid] replicas must be at least 0, got -1"),
     (HEAD + "seeds = [0]", ": [grid] seeds must be at least 1, got 0"),
     (HEAD + 'seeds = ["none"]', ": [grid] seeds must be a list of integers, got 'none' in it"),
+    (HEAD + f"tokens = {[*range(1, 1002)]}\nhidden = {[*range(1, 1001)]}",
+     ": [grid] must have at most 1,000,000 combinations, got 1,001,000"),
     (HEAD + "tokens = []", ": [grid] tokens must be a list of integers, got []"),
     (HEAD + "tokens = [true]", ": [grid] tokens must be a list of integers, got True in it"),
     (HEAD + "tokens = [0]", ": [grid] tokens must be at least 1, got 0"),
     (HEAD + "gated = [1]", ": [grid] gated must be a list of true or false, got 1 in it"),
     (HEAD + "capacity_factor = [nan]", ": [grid] capacity_factor must be positive, got nan"),
+    (HEAD + "capacity = [0]", ": [grid] capacity must be at least 1, got 0"),
+    (HEAD + "capacity = [2.5]", """: [grid] capacity must be a list of integers, or "none", got 2.5 in it"""),
+    (HEAD + "capacity = [2]\ncapacity_factor = [1]",
+     ": [grid] must have one of capacity and capacity_factor, which say the same limit; got both"),
     (HEAD + 'routing = ["cold"]', ": [grid] routing: name must be one of: even, uniform"),
     (HEAD + 'routing = ["no.npz"]', ": [grid] routing: no such recording: no.npz"),
     (HEAD + 'precision = ["int4"]', ": [grid] precision: precision must be one of"),

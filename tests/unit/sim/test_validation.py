@@ -9,14 +9,16 @@ import pytest
 
 from flashmoe_numba import cli
 from sim.drafting import rates, trust
+from sim.policies import make_knobs
 from sim.simulation import simulate
 from sim.validation.cases import Case, Reason, make_case, sort_rows
 from sim.validation.compare import compare, mean_error
 from sim.validation.fit import Fit, fit_all
 from sim.validation.folds import leave_out, write_trust
+from sim.validation.reasons import known_reason
 from sim.validation.tables import COLUMNS, Row, read_folder, read_table
 from sim.validation.written import write_rates
-from sim.world.hardware import load_hardware
+from sim.world.machine_files import load_hardware
 
 SCOUT = dict(
     source="README", hardware="8x H100", system="FlashMoE", dtype="bf16", metric="layer_fwd_latency_v012", unit="ms",
@@ -73,6 +75,10 @@ def test_a_row_is_what_it_says():
           hardware="8x B200"), "megamoe", {"reduce": "add"}),
     (dict(system="DeepEP high-throughput + DeepGEMM", metric="layer_latency", dtype="fp8"), "deepep", {}),
     (dict(system="DeepEP + DeepGEMM (baseline of PR 352)", metric="layer_latency", dtype="fp8"), "deepep", {}),
+    (dict(system="DeepEP (V1) as HybridEP baseline", metric="dispatch_algo_bw_torch_api_28sms", unit="GB/s",
+          intermediate=None), "deepep", {"mode": "normal", "stages": "dispatch", "comm_sms": 28}),
+    (dict(system="DeepEP HybridEP", metric="combine_algo_bw_kernel_only_16sms", unit="GB/s", intermediate=None),
+     "deepep", {"mode": "normal", "stages": "combine", "comm_sms": 16}),
 ])  # fmt: skip
 def test_each_system_has_its_policy(changes, policy, knobs):
     case = make_case(row(**changes))
@@ -123,7 +129,7 @@ def test_notes_say_whether_experts_are_gated():
 
 @pytest.mark.parametrize(("changes", "why"), [
     (dict(system="Tutel"), "no policy stands for the system"),
-    (dict(metric="sm_utilization"), "the quantity is not simulated"),
+    (dict(metric="power_draw"), "the quantity is not simulated"),
     (dict(hardware="8x L20"), "no hardware preset"),
     (dict(hardware="H100", ep=None), "the number of ranks is not stated, or not whole"),
     (dict(ep=12), "its ranks do not fill their nodes"),
@@ -142,6 +148,38 @@ def test_what_cannot_be_compared_has_a_reason(changes, why):
     reason = make_case(row(**changes))
     assert isinstance(reason, Reason)
     assert reason.why == why
+
+
+@pytest.mark.parametrize(("changes", "why"), [
+    (dict(system="NCCL-EP low-latency dispatch+combine, identity experts", metric="dispatch_plus_combine_latency"),
+     "host launches and a kernel of identity experts are in it, without a time"),
+    (dict(system="DeepEP", metric="combine_latency", hardware="8 GPUs per node, CX7"), "its GPU is not named"),
+    (dict(system="FlashInfer CuTeDSL MegaMoE", metric="phase_tail_nvlink_drain", dtype="nvfp4"),
+     "the simulation starts from it: knobs exchange_ns, tail_ns, num_ops"),
+    (dict(system="ScatterMoE", metric="moe_bwd_throughput"), "no policy stands for the system"),
+    (dict(system="COMET", metric="e2e_latency_reduction_vs_Tutel"), "a summary over layers without names"),
+])  # fmt: skip
+def test_what_is_known_of_a_row_is_its_reason(changes, why):
+    made = row(**changes)
+    assert make_case(made) == Reason(why, made.system)
+
+
+def test_no_reason_is_given_for_rows_that_are_compared():
+    assert not [case.row for case in sort_rows(read_folder())[0] if known_reason(case.row)]
+
+
+@pytest.mark.parametrize(("stage", "dtype", "size"), [("dispatch", "fp8", 1 + 4 / 128), ("combine", "bf16", 2)])
+def test_algorithm_bandwidth_has_each_token_once_for_each_rank_it_goes_to(stage, dtype, size):
+    """As HybridEP's test counts it: received rows of all sources, the own rank among them; and by fewer SMs slower."""
+    about = dict(system="DeepEP (V1) as HybridEP baseline", hardware="8x B200", dtype=dtype, unit="GB/s", topk=8)
+    about |= dict(intermediate=None, hidden=7168, experts=64, ep=8, tokens_per_rank=512)
+    cases = [make_case(row(**about, metric=f"{stage}_algo_bw_torch_api_{sms}sms")) for sms in (8, 32)]
+    few, many = (case.simulated() for case in cases)
+    world = cases[1].world
+    copies = sum(len({int(expert) // 8 for expert in choices}) for choices in world.routing.topk_idx.reshape(-1, 8))
+    time_ns = simulate("deepep", world, make_knobs("deepep", cases[1].knobs)).timeline.makespan_ns
+    assert many == pytest.approx(copies / 8 * 7168 * size / time_ns, rel=1e-3)
+    assert few < 0.6 * many
 
 
 def test_no_row_of_the_published_tables_is_lost():

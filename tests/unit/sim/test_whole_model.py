@@ -195,9 +195,9 @@ def test_the_table_has_the_columns_and_says_what_they_are(capsys):
     (["--layers", "2", "--hidden", "256"], "argument --layers: --hidden must be the model's 2048, got 256"),
     (["--context", "9"], "argument --context: goes with --layers"),
     (["--layers", "2", "--context", "0"], "argument --context: must be an integer >= 1, got '0'"),
-    (["--watts", "0"], "argument --watts: must be a positive number, got '0'"),
-    (["--watts", "inf"], "argument --watts: must be a positive number, got 'inf'"),
-    (["--dollars-per-gpu-hour", "two"], "argument --dollars-per-gpu-hour: must be a positive number, got 'two'"),
+    (["--watts", "0"], "argument --watts: must be a positive number of at most 1e+09, got '0'"),
+    (["--watts", "inf"], "argument --watts: must be a positive number of at most 1e+09, got 'inf'"),
+    (["--dollars-per-gpu-hour", "two"], "argument --dollars-per-gpu-hour: must be a positive number of at most "),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(capsys, flags, message):
     assert cli.main([*FLAGS, *OLMOE, "--tokens", "8", *flags]) == 2

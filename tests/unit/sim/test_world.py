@@ -10,7 +10,7 @@ from reference import load_preset
 from sim.drafting.cost import Cost
 from sim.drafting.machine import add_machine
 from sim.engine.graph import NONE, GraphBuilder
-from sim.world.hardware import load_hardware
+from sim.world.machine_files import load_hardware
 from sim.world.precision import precision
 from sim.world.routing import make_routing
 from sim.world.world import World

@@ -7,10 +7,10 @@ import pytest
 
 from flashmoe_numba import cli
 from flashmoe_numba.commands.network import write_network
-from flashmoe_numba.processes import hosts, launch
-from flashmoe_numba.processes.hosts import Hosts, describe
+from flashmoe_numba.processes import destinations, launch
+from flashmoe_numba.processes.destinations import Destinations, describe
 from sim import load_hardware
-from sim.world.hardware import to_toml
+from sim.world.machine_files import to_toml
 
 pytestmark = pytest.mark.usefixtures("outside_mpirun")
 
@@ -51,20 +51,20 @@ def answer(machine, **changed):
 ])  # fmt: skip
 def test_names_that_cannot_be(names, launcher, message):
     with pytest.raises(ValueError, match="^" + message):
-        Hosts(names, launcher)
+        Destinations(names, launcher)
 
 
 def test_mpirun_is_told_hosts_counts_and_launcher(launcher):
-    assert Hosts(("a", "b"), "slurm").flags(6) == ["-launcher", "slurm", "-hosts", "a,b", "-ppn", "3"]
-    by_program = Hosts(("a",), launcher.path).flags(6)
+    assert Destinations(("a", "b"), "slurm").flags(6) == ["-launcher", "slurm", "-hosts", "a,b", "-ppn", "3"]
+    by_program = Destinations(("a",), launcher.path).flags(6)
     assert by_program == ["-launcher", "ssh", "-launcher-exec", launcher.path, "-hosts", "a", "-ppn", "6"]
 
 
 def test_hosts_say_which_machine_they_are(launcher):
     launcher("a", "echo 'Welcome to a!'; " + answer("one"))
     launcher("b", 'eval "$1"')  # runs the question
-    assert Hosts(("a", "b"), launcher.path).ask() == {"a": "one", "b": describe()["machine"]}
-    assert Hosts(("a", "b"), "slurm").ask() == {}
+    assert Destinations(("a", "b"), launcher.path).ask() == {"a": "one", "b": describe()["machine"]}
+    assert Destinations(("a", "b"), "slurm").ask() == {}
 
 
 @pytest.mark.parametrize(("line", "error", "message"), [
@@ -79,12 +79,12 @@ def test_hosts_say_which_machine_they_are(launcher):
     ("sleep 9", ConnectionError, "b has not answered within 0.5 s"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_host_is_said(launcher, monkeypatch, line, error, message):
-    monkeypatch.setattr(hosts, "ANSWER_PATIENCE_S", 0.5 if line == "sleep 9" else 30.0)
+    monkeypatch.setattr(destinations, "ANSWER_PATIENCE_S", 0.5 if line == "sleep 9" else 30.0)
     launcher("a", answer("one"))
     if line is not None:
         launcher("b", line)
     with pytest.raises(error, match=f"^{message}$"):
-        Hosts(("a", "b"), launcher.path).ask()
+        Destinations(("a", "b"), launcher.path).ask()
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -119,7 +119,7 @@ def test_run_starts_the_ranks_there(launcher, monkeypatch):
         return popen(["true"], **settings)
 
     monkeypatch.setattr(launch.subprocess, "Popen", start)
-    monkeypatch.setattr(hosts.Hosts, "ask", lambda self: {"a": describe()["machine"], "b": "another"})
+    monkeypatch.setattr(destinations.Destinations, "ask", lambda self: {"a": describe()["machine"], "b": "another"})
     assert cli.main([*TINY, "--hosts", "a,b", "--launcher", launcher.path]) == 0
     (command, environment), num_here = started
     where = ["-launcher", "ssh", "-launcher-exec", launcher.path, "-hosts", "a,b", "-ppn", "3", "-n", "6"]

@@ -31,7 +31,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
-class Hosts:
+class Destinations:
     """Where ranks run: the same number of consecutive ones on each host.
 
     Args:

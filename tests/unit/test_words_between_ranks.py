@@ -18,18 +18,18 @@ class Post:
     def of(self, rank):
         return SimpleNamespace(
             rank=rank, size=len(self.boxes), Dup=lambda: self.of(rank), Improbe=lambda *a: self._take(rank, a[-1]),
-            Isend=lambda line, target: self._send(rank, line, target),
+            Isend=lambda line, target, tag: self._send(rank, line, target, tag),
         )  # fmt: skip
 
-    def _send(self, source, line, target):
+    def _send(self, source, line, target, tag):
         self.sent += 1
-        self.boxes[target].append((source, line))  # not a copy: MPI reads it late
+        self.boxes[target].append((source, line, tag))  # not a copy: MPI reads it late
         return SimpleNamespace(Test=lambda: target not in self.deaf)
 
     def _take(self, rank, status):
         if not self.boxes[rank]:
             return None
-        status.source, line = self.boxes[rank].pop(0)
+        status.source, line, status.tag = self.boxes[rank].pop(0)
         return SimpleNamespace(Recv=lambda target: target.__setitem__(slice(None), line))
 
 
@@ -81,3 +81,17 @@ def test_who_naps_is_woken_by_news(monkeypatch):
     lines[0].exchange()
     lines[1].exchange()
     lines[1].nap(1000.0)
+
+
+def test_who_parts_takes_all_that_is_under_way(monkeypatch):
+    lines = lines_of(Post(3), monkeypatch)
+    for line in lines[1:]:
+        line.mine[2] = 9
+        line.part(0.0)  # does not wait for the others
+        assert line._under_way()
+    lines[0].part(1000.0)
+    assert lines[0].all[1:, 2].tolist() == [9, 9] and not lines[0]._under_way()
+
+
+def test_who_parts_waits_for_a_dead_rank_no_longer_than_it_is_patient(monkeypatch):
+    lines_of(Post(3, deaf={1}), monkeypatch)[0].part(0.05)
