@@ -12,7 +12,7 @@ from .trace import note_event
 from .waits import aborted, begin_wait, give_up, keep_waiting, note_progress, silence_ns
 
 
-@jit
+@jit(large=True)
 def processor(block, rank, scratch, box, trace):
     while True:
         place = next_task(rank.problem, block, rank.segments, rank.queue, box)
