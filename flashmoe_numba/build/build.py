@@ -176,7 +176,7 @@ def _facts(cubin: bytes, log: str) -> dict[str, object]:
     def total(pattern: str) -> int:
         return sum(int(number) for number in re.findall(pattern, log))
 
-    entries = set(re.findall(rb"\.nv\.constant0\.(\w+)", cubin))  # only an entry has parameters there
+    entries = set(re.findall(rb"\.text\.(\w+)", cubin))
     if len(entries) != 1:
         raise RuntimeError(f"the linked kernel must have one entry, got {sorted(entries)}")
     return {
