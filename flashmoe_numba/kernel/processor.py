@@ -23,7 +23,7 @@ def processor(block, rank, scratch, box, trace):
         run_task(rank, scratch, box, task)
         if lane() == 0:
             note_event(trace, task, start)
-            note_progress(rank.segments)
+            note_progress(rank.problem, rank.segments)
 
 
 @jit
