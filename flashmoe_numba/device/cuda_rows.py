@@ -217,6 +217,34 @@ def _stores(num_bytes):
     return store
 
 
+@intrinsic
+def _add_at(typing, sums, c, source, source_at, weight):
+    """Add `weight` times one element to sum c, as the others do."""
+
+    def codegen(context, builder, sig, args):
+        pointer = element_pointer(context, builder, sums, args[0], args[1])
+        element = builder.load(element_pointer(context, builder, source, args[2], args[3]))
+        value = _widened(builder, source.dtype, element)
+        builder.store(builder.fma(args[4], value, builder.load(pointer)), pointer)
+        return context.get_dummy_value()
+
+    return types.void(sums, types.intp, source, types.intp, sums.dtype), codegen
+
+
+@intrinsic
+def _store_at(typing, target, target_at, sums, c):
+    """Round sum c to the element type, and store it."""
+
+    def codegen(context, builder, sig, args):
+        value = builder.load(element_pointer(context, builder, sums, args[2], args[3]))
+        builder.store(
+            _rounded(builder, target.dtype, value), element_pointer(context, builder, target, args[0], args[1])
+        )
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, sums, types.intp), codegen
+
+
 _add_vector, _add_element = _adds(VECTOR_BYTES), _adds(0)
 _store_vector, _store_element = _stores(VECTOR_BYTES), _stores(0)
 
@@ -234,11 +262,17 @@ def _part_columns(target, source, num_columns):
 
 @overload(verbs.add_part, inline="always")
 def _add_part(sums, num_sums, source, source_at, weight):
+    whole = _elements_per(VECTOR_BYTES, source)
+
     def meaning(sums, num_sums, source, source_at, weight):
         if num_sums == 1:
             _add_element(sums, source, source_at, weight)
-        else:
+        elif num_sums == whole:
             _add_vector(sums, source, source_at, weight)
+        else:  # of a row whose elements are smaller than those of another that is added
+            for c in range(MOST_SUMS):  # unrolled, so that sums stay in registers
+                if c < num_sums:
+                    _add_at(sums, c, source, source_at + c, weight)
 
     return meaning
 
@@ -255,10 +289,16 @@ def _scale_part(sums, num_sums, scale, scale_at):
 
 @overload(verbs.store_part, inline="always")
 def _store_part(target, target_at, sums, num_sums):
+    whole = _elements_per(VECTOR_BYTES, target)
+
     def meaning(target, target_at, sums, num_sums):
         if num_sums == 1:
             _store_element(target, target_at, sums)
-        else:
+        elif num_sums == whole:
             _store_vector(target, target_at, sums)
+        else:
+            for c in range(MOST_SUMS):  # likewise
+                if c < num_sums:
+                    _store_at(target, target_at + c, sums, c)
 
     return meaning

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(600)  # the first one compiles the machine, a m
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fast")
 LANES = Variant(dtype="float32", architecture="sm_80", tensor_cores=False, backward=True)
 TENSOR = Variant(dtype="float16", architecture="sm_90a", tensor_cores=True, backward=True)
-FAST = [(LANES, 1), (LANES, 6), (TENSOR, 2), (TENSOR, 4), (TENSOR, 18)]
+FAST = [(LANES, 1), (LANES, 4), (TENSOR, 2), (TENSOR, 4), (TENSOR, 18)]
 NUMBERS = {"nightly": range(WORLDS), "ci": range(0, WORLDS, 6)}.get(PROFILE, ())
 CASES = [(variant, number) for variant in BACKWARDS for number in NUMBERS] or FAST
 SAME_BITS = [(variant, what) for variant in BACKWARDS for what in CHECKS]
@@ -73,8 +73,7 @@ def tile_rows(rows):
     return [128] * (rows // 128) + ([rows % 128] if rows % 128 else [])
 
 
-@pytest.mark.parametrize("name", ["down", "up"])
-def test_a_wrong_product_is_not_equal_to_the_oracles(name, folder):
+def test_a_wrong_product_is_not_equal_to_the_oracles(folder):
     text = linked_ptx(LANES, folder)
     wrong = re.sub(r"fma\.rn\.f32 \t(%\w+), (%\w+), %\w+,", r"fma.rn.f32 \t\1, \2, \2,", text)
     assert wrong != text
