@@ -4,8 +4,8 @@ Together they have: every kind of saving; two calls open at once, and gradients 
 backward; a rank that is a call ahead; row tiles of several sources, also of kept rows, and tiles of their own; several
 column tiles of hidden rows; shared experts with a gate and without; zero-computation experts; drops; k = E; routings
 from outside, without gradients of a router; a router whose logits have a bias, and its experts scales; weights that are
-applied to what goes in; gradients of logits by way of other losses; frozen experts, and a frozen router; ranks without
-tokens; three lanes; a rank that is lost in a backward; and ranks that make different calls.
+applied to what goes in; gradients of logits by way of other losses; frozen experts, and a frozen router; grids; ranks
+without tokens; three lanes; a rank that is lost in a backward; and ranks that make different calls.
 
 All but one are of float64, whose gradients are all compared with the reference's.
 """
@@ -70,6 +70,10 @@ BACKWARD_WORLDS: dict[str, WorldSpec] = {
         logits_gradient=True,
         frozen_experts=True,
         frozen_router=True,
+    ),
+    "grid of both": world(BASE | dict(num_tokens=3), (0, 0, 2, 0, 4, 1), lanes=3, grid=True, data_seed=1),
+    "grid of the frozen": world(
+        WIDE, (0, 1, 0, 3), "nothing", lanes=2, grid=True, logits_gradient=True, frozen_router=True
     ),
     "back and ahead": world(BASE | dict(num_experts=4), (0, 0, 1, 0, 2), data_seed=5),
     "lost on the way back": world(

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from ..heap.tensors import as_tensor
+from ..layer.gradients import Gradients
 from .description import FUSED, read
 from .kept_calls import KeptCalls, kept_for, ticket_for
 from .operator import moe_layer, parts_of, run
@@ -121,11 +122,17 @@ def moe_layer_backward(
         kept = kept_for(ticket)
         calls = nullcontext() if ranks is None else ranks.call(fields["module"], len(kept.saved), BACKWARD)
         with calls, torch.no_grad():
-            sums = kept.entry.shared.layer.no_gradients(kept.entry.packed, **which)
-            begin_from(sums, asked, begin, fields)
-            found = [_back(kept, i, dy, logits_gradient, sums, which) for i in range(len(kept.saved))]
+            sums = None
+            if begin:
+                sums = kept.entry.shared.layer.no_gradients(kept.entry.packed, **which)
+                begin_from(sums, asked, begin, fields)
+            parts = []
+            for call in range(len(kept.saved)):
+                part, sums = _back(kept, call, dy, logits_gradient, sums, which)
+                parts.append(part)
+            assert sums is not None, "a forward has made a call"
             fill(outs, sums, asked, fields)
-    dx, pairs, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
+    dx, pairs, logits = (torch.cat(each) for each in zip(*parts, strict=True))
     return [dx, pairs.to(dy.device), logits.to(dy.device), *outs]
 
 
@@ -134,10 +141,10 @@ def _back(
     call: int,
     dy: torch.Tensor,
     logits_gradient: torch.Tensor | None,
-    sums: Any,
+    sums: Gradients | None,
     which: dict[str, bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(gradients of x, of topk_weights, of logits) of one call, whose sums go on with those before."""
+) -> tuple[tuple[torch.Tensor, ...], Gradients]:
+    """((gradients of x, of topk_weights, of logits) of one call, all), whose sums go on with those before, if any."""
     layer, alone = kept.entry.shared.layer, kept.entry.shared.ranks is None
     part = parts_of(len(kept.saved), layer.config.num_tokens)[call]
     given: list[Any] = [None if tensor is None else tensor[part] for tensor in (dy, logits_gradient)]
@@ -145,7 +152,7 @@ def _back(
     found = layer.backward(kept.saved[call], given[0], logits_gradient=given[1], into=sums, retain=True, **which)
     x, pairs, logits = (of[0] if alone else of for of in (found.x, found.topk_weights, found.logits))
     pairs = as_tensor(pairs)
-    return x, pairs, pairs.new_zeros((len(pairs), 0)) if logits is None else as_tensor(logits)
+    return (x, pairs, pairs.new_zeros((len(pairs), 0)) if logits is None else as_tensor(logits)), found
 
 
 @moe_layer_kept.register_fake

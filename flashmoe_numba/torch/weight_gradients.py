@@ -32,10 +32,9 @@ def groups(texts: Sequence[str]) -> dict[str, bool]:
 def begin_from(
     sums: Gradients, texts: Sequence[str], tensors: Sequence[torch.Tensor], fields: Mapping[str, Any]
 ) -> None:
-    """Let the sums begin with what these tensors hold; with zeros if there are none."""
-    if tensors:
-        for array, tensor in _pairs(sums, texts, tensors, fields):
-            array.copy_(tensor)
+    """Let the sums begin with what these tensors hold."""
+    for array, tensor in _pairs(sums, texts, tensors, fields):
+        array.copy_(tensor)
 
 
 def fill(tensors: Sequence[torch.Tensor], sums: Gradients, texts: Sequence[str], fields: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from cases import DTYPES, bits, random_tokens, tiny_config
-from conftest import ROOT, require_hosts
+from running_on_hosts import ROOT, require_hosts
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.processes.launch import TERMINAL_VARIABLE, find_mpirun

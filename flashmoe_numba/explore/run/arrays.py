@@ -65,6 +65,7 @@ class Arrays:
         self.layout = Layout(c, spec.save, spec.hosts > 1)
         segments = [np.empty(self.layout.num_bytes, np.uint8) for _ in range(c.num_ranks)]
         self.ranks = [self._make_rank(rank_idx, segments) for rank_idx in range(c.num_ranks)]
+        self.longest: Arguments = self.ranks[0].first_arguments()  # that a call's blocks are given
         self._make_tokens()
         self._transposed: list[Transposed] = []  # of each rank
         self.gradients: list[WeightGradients] = []  # the same: in which all backwards of a run go on
@@ -152,6 +153,8 @@ class Arrays:
                         self.backend.note_filled(own.tokens[filled])
                     self._watch_all(rank.rank_idx, "kept", own.tokens | own.received, f"room {call}")
                 if not isinstance(arguments, RankArguments):
+                    self.longest = arguments
+                    self.backend.note_filled(arguments.back.said)
                     self._watch_all(rank.rank_idx, "back", arguments.back._asdict(), f"call {call}")
 
     def begin_run(self) -> None:

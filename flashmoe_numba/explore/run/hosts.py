@@ -26,28 +26,34 @@ from .network import Network
 
 
 class Table:
-    """The words in which blocks of a grid find their arguments (kernel/grid.py), watched; the kernel counts epochs."""
+    """The words in which blocks of a grid find their arguments (kernel/grid.py), watched; the kernel counts epochs.
+
+    A rank has as many as the longest record takes, whose first words are those of the shorter one.
+    """
 
     def __init__(self, world: Arrays) -> None:
         self._world = world
+        self._width = len(self._words(world.longest))
         words = [self._words(rank.first_arguments()) for rank in world.ranks]
-        header = [world.num_blocks, len(words[0])]
-        self.array = np.array(header + [word for row in words for word in [1, *row[1:]]], np.int64)
+        rows = [[1, *row[1:], *[0] * (self._width - len(row))] for row in words]
+        self.array = np.array([world.num_blocks, self._width, *(word for row in rows for word in row)], np.int64)
         self.region = world.memory.region("table", self.array)
         world.regions[id(self.array)] = self.region
         for rank in world.ranks:
             world.regions[id(rank.left)] = world.memory.region(f"rank {rank.rank_idx} left", rank.left)
 
-    def arguments(self, of_rank: RankArguments, block: int, of_persistent: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Of `grid_block`, for a block that would have these of `persistent`; the host writes the rank's part."""
+    def arguments(self, of_rank: Arguments, block: int, of_persistent: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Of `grid_block`, for a block that would have these of `persistent`, or of both for backwards; the host writes
+        the rank's part.
+        """
         words, rank_idx = self._words(of_rank), of_rank.problem.rank_idx
-        at = HEADER_WORDS + rank_idx * len(words)
+        at = HEADER_WORDS + rank_idx * self._width
         self.array[at + 1 : at + len(words)] = words[1:]
         scratch, box = self._world.watched(of_persistent[-3:-1])
         return rank_idx * self._world.num_blocks + block, self.region, of_rank, scratch, box
 
     @staticmethod
-    def _words(of_rank: RankArguments) -> list[int]:
+    def _words(of_rank: Arguments) -> list[int]:
         return record_words(of_rank, lambda array: array.ctypes.data)
 
 
@@ -116,8 +122,9 @@ class Host:
     ) -> tuple[Callable[..., None], tuple[Any, ...]]:
         """What a block of a call enters, and what it is given."""
         if self._table:
-            assert isinstance(of_rank, RankArguments), "a grid makes forwards only"
-            return self.world.kernel.grid_block, self._table.arguments(of_rank, block, arguments)
+            kernel = self.world.kernel
+            enter = kernel.grid_block if isinstance(of_rank, RankArguments) else kernel.grid_block_backward
+            return enter, self._table.arguments(of_rank, block, arguments)
         return getattr(self.world.kernel, name), self.world.watched(arguments)
 
     def _leave(self, rank_idx: int, epoch: int, *arguments: Any) -> None:

@@ -374,9 +374,11 @@ class Memory:
 
     def _view(self, address: int, num_elements: int, dtype: Any) -> Any:
         region = self._regions.get(address)
+        if num_elements == 0:
+            return self.nothing
         if region is None:  # weights, which nobody writes
             return memory_view(address, num_elements, dtype)
-        return region if region.size == num_elements else Parts(self, address, num_elements)
+        return Parts(self, address, num_elements) if num_elements > region.size else region  # all, or the first ones
 
     def begin(self, with_places: bool = True, late_seed: int | None = None) -> None:
         """A new run: no access, no report. The arrays' contents are the caller's.

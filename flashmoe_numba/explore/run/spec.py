@@ -137,8 +137,6 @@ class WorldSpec:
             raise ValueError(f"grid must be on one host, got hosts={self.hosts}")
         if self.grid and (self.leavers or self.deadline is not None):
             raise ValueError("grid must be without leavers and without a deadline")
-        if self.grid and self.program:
-            raise ValueError("grid must be without a program: it makes forwards only")
         if self.astray and (self.leavers or self.lost):
             raise ValueError("astray must be without leavers and lost ranks")
 

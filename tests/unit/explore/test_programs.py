@@ -53,7 +53,6 @@ def one_run(kernel, spec, seed=0):
         (dict(astray=(Astray(2),)), "astray must be different ranks in [0, 1], got 2"),
         (dict(astray=(Astray(0), Astray(0))), "astray must be different ranks, and needs a program"),
         (dict(astray=(Astray(0),), leavers=(1,)), "astray must be without leavers and lost ranks"),
-        (dict(grid=True), "grid must be without a program: it makes forwards only"),
         (dict(program=(), frozen_router=True), "frozen_router needs a program, whose backwards it changes"),
     ],
 )
@@ -133,6 +132,7 @@ def test_named_worlds_have_what_they_should():
     flags = {(spec.logits_gradient, spec.frozen_experts, spec.frozen_router) for spec in found}
     assert flags >= {(True, False, False), (False, True, False), (False, False, True), (True, True, True)}
     several = [spec for spec in found if spec.frozen_experts and sum(forward > 0 for forward in spec.program) > 1]
+    assert any(spec.grid and spec.frozen_router for spec in found)
     assert several and any(spec.logits_gradient and spec.config.router_kind.logit_bias for spec in found)
 
 
