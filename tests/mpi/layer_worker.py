@@ -180,9 +180,8 @@ def main(scenarios, scenario, folder, *arguments):
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    comm.Barrier()  # all ranks have mpich's own segment, which would outlive a rank that dies
-    if comm.rank == 0:
-        unlink_startup_segment()
+    comm.Barrier()  # all ranks have mpich's own segment, or each one of its own, which would outlive a rank that dies
+    unlink_startup_segment()
     try:
         scenarios[scenario](comm, folder, *arguments)
     except Exception as error:
