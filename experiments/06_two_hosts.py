@@ -39,7 +39,7 @@ from flashmoe_numba.commands.calibrate import hardware_of, knobs_of
 from flashmoe_numba.commands.flags import integer
 from flashmoe_numba.processes.cores import count_cores
 from reference import Weights, load_preset, make_workload
-from sim.world.hardware import to_toml
+from sim.world.machine_files import to_toml
 from sim.world.routing import blocked_owner
 
 NUM_HOSTS, RANKS_PER_HOST = 2, 2

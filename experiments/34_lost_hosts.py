@@ -43,13 +43,16 @@ def main() -> int:
     names = args.fault or list(FAULTS)
     runs: list[tuple[int, str]] = list(zip(range(1 if args.smoke else args.runs), itertools.cycle(names), strict=False))
     verdicts: dict[str, list[Verdict]] = {name: [] for _, name in runs}
-    for number, name in runs:
-        tell(number, name, verdicts[name], one_trial(name, size, np.random.default_rng([args.seed, number])))
-    if args.calls and not args.smoke:
-        verdicts[NONE] = []
-        verdict = one_trial(None, size, np.random.default_rng(args.seed), args.calls)
-        tell(len(runs), NONE, verdicts[NONE], verdict)
-    rows = [row(name, of_fault) for name, of_fault in verdicts.items()]
+    try:
+        for number, name in runs:
+            tell(number, name, verdicts[name], one_trial(name, size, np.random.default_rng([args.seed, number])))
+        if args.calls and not args.smoke:
+            verdicts[NONE] = []
+            verdict = one_trial(None, size, np.random.default_rng(args.seed), args.calls)
+            tell(len(runs), NONE, verdicts[NONE], verdict)
+    except KeyboardInterrupt:
+        print("interrupted: what was done until then", flush=True)
+    rows = [row(name, of_fault) for name, of_fault in verdicts.items() if of_fault]
     show([row | {"over_ms": "" if row["over_ms"] is None else f"{row['over_ms']:.0f}"} for row in rows], COLUMNS)
     store([row | terms(args) for row in rows], args.json)
     return 1 if any(row["problems"] for row in rows) else 0

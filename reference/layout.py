@@ -35,6 +35,7 @@ from .hosts import Hosts
 ALIGNMENT = 128
 FLAG_BYTES = 8
 CONTROL_WORDS = 32
+CONTROL_BYTES = CONTROL_WORDS * FLAG_BYTES
 DISPATCH, RESULT, AGAIN, FACTORS, DOTS = range(5)  # regions, and the rounds in which they are written
 SAVES = ("rows+up", "rows", "nothing")  # what a rank keeps of a call: rows and their products with the up matrices
 
@@ -174,7 +175,7 @@ class Layout:
     @property
     def num_bytes(self) -> int:
         """Size of one rank's segment."""
-        return self.control + _aligned(CONTROL_WORDS * FLAG_BYTES)
+        return self.control + _aligned(CONTROL_BYTES)
 
     def row(self, peer: int, expert: int, slot: int) -> int:
         """Row index in either region of `[peer, expert, slot]`; times `hidden` gives its first element."""

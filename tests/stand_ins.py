@@ -89,9 +89,9 @@ class InterpretedGrid:
     `patience`: of the scheduler, where other processes write, too.
     """
 
-    def __init__(self, config, seed=0, **patience):
+    def __init__(self, config, seed=0, heap="ipc", **patience):
         self.config, self.seed, self.launches, self.patience = config, seed, 0, patience
-        variant = Variant(dtype=config.dtype, architecture="sm_80", tensor_cores=False)
+        variant = Variant(dtype=config.dtype, architecture="sm_80", tensor_cores=False, heap=heap)
         variants = {entry_of(backward): replace(variant, backward=backward) for backward in (False, True)}
         self.like = {entry: like_arguments(variant) for entry, variant in variants.items()}
 

@@ -23,7 +23,7 @@ from .namespaces import Hosts
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-START_LIMIT_S = 120.0
+START_LIMIT_S = 300.0
 BEGIN_CALLS = 5  # before anything is done
 MORE_CALLS = 60  # after what does no lasting harm
 MOST_LATER_S = 1.0

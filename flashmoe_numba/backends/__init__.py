@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from reference import MoEConfig
+from reference import Hosts, MoEConfig
 from reference.code_cache import compiler_is_off
 
 if TYPE_CHECKING:
@@ -33,11 +33,12 @@ def check_backend(name: Any, settings: Mapping[str, Any]) -> None:
         raise ValueError(f'backend {name!r} {rule}: unset it, or use backend="fibers", which needs no compiler')
 
 
-def make_backend(name: str, config: MoEConfig, first_rank: int, **settings: Any) -> Backend:
+def make_backend(name: str, config: MoEConfig, first_rank: int, hosts: Hosts, **settings: Any) -> Backend:
     """The backend of that name; imports what it needs only now.
 
     Args:
-        first_rank: of this process, which decides about its GPU where the settings do not.
+        first_rank: of this process. Its place among the ranks of its host decides about its GPU where the settings do
+            not.
     """
     if name == "cpu":
         from .cpu import CpuBackend
@@ -51,6 +52,7 @@ def make_backend(name: str, config: MoEConfig, first_rank: int, **settings: Any)
     from .cuda import CudaBackend
 
     device = settings.get("device")
-    if device is None and first_rank > 0:
-        device = first_rank % max(1, Gpu.count())
-    return CudaBackend(config, Gpu(device), settings.get("tf32", False))
+    place = hosts.of_rank[:first_rank].count(hosts.of_rank[first_rank])
+    if device is None and place > 0:
+        device = place % max(1, Gpu.count())
+    return CudaBackend(config, Gpu(device), settings.get("tf32", False), "ipc" if hosts.is_one else "nvshmem")

@@ -15,13 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from reference import MoEConfig
+from reference import Layout, MoEConfig
 from reference.arrays import Array
+from reference.layout import CONTROL_BYTES
 
-from ..build.variants import TMA_ALIGNMENT, Variant, architecture_of, choose_variant
+from ..build.variants import HEAPS, TMA_ALIGNMENT, Variant, architecture_of, choose_variant
 from ..device.records import record_words
 from ..gpu.arrays import GpuTokens, check_gpu_tokens, current_stream, empty_like, stack
 from ..gpu.gpu import Gpu
+from ..gpu.nvshmem import Nvshmem
+from ..heap.nvshmem import IMAGE_AT, OWN, wire_words
 from ..kernel.backward.arguments import BackwardArguments
 from ..kernel.control import ABORT, FAILED, RECORD, departure, record_stores
 from ..kernel.grid import HEADER_WORDS, RankArguments
@@ -43,19 +46,21 @@ class CudaBackend(CudaWeights):
         config: of the layer.
         gpu: the device (gpu/gpu.py).
         tf32: multiply float32 as TF32 on tensor cores.
+        heap: one of HEAPS: are there ranks on other hosts?
 
     Raises:
         ValueError: the layer does not fit this kind of kernel.
     """
 
-    def __init__(self, config: MoEConfig, gpu: Gpu, tf32: bool = False) -> None:
+    def __init__(self, config: MoEConfig, gpu: Gpu, tf32: bool = False, heap: str = HEAPS[0]) -> None:
         if config.tile_n > MAX_TILE_COLUMNS:
             raise ValueError(f"tile_n must be at most {MAX_TILE_COLUMNS} on a GPU, got {config.tile_n}")
-        super().__init__(gpu, choose_variant(config, architecture_of(gpu.capability), tf32))
+        super().__init__(gpu, choose_variant(config, architecture_of(gpu.capability), tf32, heap))
         self._config = config
         self.shared_bytes = shared_bytes(config, self.variant)
         self._functions: dict[bool, Any] = {}  # the kernels: of forwards, and of backwards (True) if there are any
         self._table: Any = None
+        self._nvshmem: Nvshmem | None = None
         self._num_words = 0  # of a rank's arguments in the table
         self._aborted = gpu.pinned(1, np.int64)  # an abort word of this process, as the last copy found it
         self._aborted[0] = 0
@@ -79,6 +84,24 @@ class CudaBackend(CudaWeights):
         for which in (False, True) if backward else (False,):
             kernel = build(replace(self.variant, backward=which), folder)
             self._functions[which] = self.gpu.load(kernel.path, kernel.entry, self.shared_bytes)
+
+    def make_wire(self, num_words: int, own: Any, layout: Layout, rank_idx: int) -> Any:
+        """What the kernel needs to reach ranks of other hosts itself; it has no ring of puts."""
+        if self.variant.heap == HEAPS[0]:
+            return self.array(np.empty(0, np.int64))
+        return self.array(wire_words(self.address(own), layout, rank_idx))
+
+    def join_network(self, nvshmem: Nvshmem) -> None:
+        """Let the kernels reach the ranks that have met by it.
+
+        Raises:
+            ValueError: they were built to reach none.
+        """
+        if self.variant.heap != "nvshmem":
+            raise ValueError(f"heap must be 'nvshmem' in a CudaBackend of several hosts, got {self.variant.heap!r}")
+        for function in self._functions.values():
+            nvshmem.admit(self.gpu.module_of(function))
+        self._nvshmem = nvshmem
 
     def default_processors(self, num_ranks_here: int, num_ranks_sharing: int) -> int:
         """All blocks that can be resident, shared out among the ranks here, but for an OS block each."""
@@ -227,7 +250,7 @@ class CudaBackend(CudaWeights):
         return int(words[HEADER_WORDS + position * words[1]]) - 1
 
     def leave(self, problem: Problem, segments: Segments, why: int = FAILED) -> None:
-        """Stop every rank, from outside of a kernel; as `give_up` and `abort` do inside, but without a cas."""
+        """Stop every rank, from outside of a kernel; as `give_up` does inside, but without a cas."""
         control = self.address(segments.control)
         own = self.gpu.read_now(control, segments.control.size)
         if own[ABORT] != 0:  # somebody stopped all ranks before
@@ -236,18 +259,26 @@ class CudaBackend(CudaWeights):
             record = departure(problem.rank_idx, problem.epoch, why, problem.deadline_ns)
             for word, value in record_stores(record):
                 self.gpu.write_word(control + 8 * word, value)
-        culprit = problem.rank_idx + 1
-        for rank_idx, address in enumerate(self._addresses(segments)):
-            word = address + problem.control_at + 8 * ABORT
+        address, remote = self._words_now(segments.address), self._words_now(segments.remote)
+        culprit, decided = problem.rank_idx + 1, False
+        for rank_idx in np.flatnonzero(remote == 0).tolist():  # those of this host
+            word = int(address[rank_idx]) + problem.control_at + 8 * ABORT
             before = int(self.gpu.read_now(word, 1)[0])
             if before == 0:
                 self.gpu.write_word(word, culprit)
-            elif rank_idx == 0:  # it decides whom all name
+            elif not decided and not remote[before - 1]:  # the first one decides whom all name
                 culprit = before
+            decided = True
+        if self._nvshmem is not None and own[RECORD] == 0:  # else the kernel tells them
+            wire = self._words_now(segments.wire)
+            image = int(wire[OWN] + wire[IMAGE_AT])
+            for peer in np.flatnonzero(remote).tolist():
+                abort_at = control + 8 * ABORT
+                self._nvshmem.put_signal(image, control, CONTROL_BYTES, abort_at, problem.rank_idx + 1, peer)
 
-    def _addresses(self, segments: Segments) -> list[int]:
-        addresses: list[int] = self.gpu.read_now(self.address(segments.address), segments.address.size).tolist()
-        return addresses
+    def _words_now(self, array: Any) -> Array:
+        """An array of a few int64 as it is at this moment."""
+        return self.gpu.read_now(self.address(array), array.size)
 
     def close(self) -> None:
         """Wait for the last call; memory goes with the arrays."""

@@ -24,9 +24,11 @@ from reference.code_cache import compiler_is_off, gpu_settings
 
 from ..device.compilation import source_hash
 from ..tile_gemm.hopper import THREADS
+from .nvshmem import network_codes
 from .variants import ARCHITECTURES, Variant
 
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
+NETWORK = ("nvidia-cuda-nvrtc", "nvidia-nvshmem-cu13")  # what kernels with NVSHMEM depend on beside these
 BLOCKS_PER_MULTIPROCESSOR = 2  # one computes while the other waits or stores
 SUFFIX, FACTS = ".cubin", ".json"
 T = TypeVar("T")
@@ -113,7 +115,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _stamp(variant: Variant) -> str:
-    facts = f"{source_hash()} {_entry_hash()} {variant} {_versions()} {gpu_settings()}"
+    packages = COMPILERS if variant.heap == "ipc" else COMPILERS + NETWORK
+    facts = f"{source_hash()} {_entry_hash()} {variant} {_versions(packages)} {gpu_settings()}"
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
@@ -121,14 +124,15 @@ def _stamp(variant: Variant) -> str:
 def _entry_hash() -> str:
     """Of the sources that only GPU kernels depend on: the entry, its options, and what makes the record's type."""
     folder = Path(__file__).parent
-    files = [*sorted(folder.glob("*.py")), *(folder.parent / "heap" / name for name in ("host.py", "rank.py"))]
+    sources = sorted(file for file in folder.iterdir() if file.suffix in (".py", ".cu"))
+    files = [*sources, *(folder.parent / "heap" / name for name in ("host.py", "rank.py"))]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @cache
-def _versions() -> tuple[str, ...]:
+def _versions(packages: tuple[str, ...]) -> tuple[str, ...]:
     versions = []
-    for package in COMPILERS:
+    for package in packages:
         try:
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
@@ -156,7 +160,8 @@ def compiled(variant: Variant, extra: str = "cuda") -> list[tuple[str, bytes]]:
         raise ImportError(f"kernels for GPUs are compiled by numba-cuda: {fix} ({error})") from error
     kernel, signature = make_entry(variant)
     capability = ARCHITECTURES[variant.architecture]
-    return compile_to_ltoir(kernel, signature, capability, (THREADS, BLOCKS_PER_MULTIPROCESSOR))
+    codes = compile_to_ltoir(kernel, signature, capability, (THREADS, BLOCKS_PER_MULTIPROCESSOR))
+    return codes if variant.heap == "ipc" else codes + network_codes(variant.architecture)
 
 
 def _link(variant: Variant) -> tuple[bytes, str]:

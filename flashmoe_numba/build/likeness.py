@@ -57,5 +57,8 @@ class _Likeness(HostMemory):
             return packed
         return tma_matrices(packed, np.zeros(NUM_MAPS * MAP_WORDS, np.int64), tile_n)
 
+    def make_wire(self, num_words: int, own: Array, layout: Layout, rank_idx: int) -> Array:
+        return np.zeros(0, np.uint64 if self._variant.heap == "nvshmem" else np.int64)
+
     def unpack(self, packed: Any, out: Sequence[Array]) -> None:
         """Nothing to unpack: there are types only."""

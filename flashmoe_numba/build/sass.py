@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .build import Kernel
+from .nvshmem import CALLED, PUT_SIGNAL
 
 TOOL = "nvdisasm"
 TOOLKIT = Path("/usr/local/cuda/bin")
@@ -62,11 +63,13 @@ class Facts:
         num_instructions: of all functions.
         counts: how often each of COUNTED occurs.
         main_loops: in the order of their places.
+        calls: how often each function is called, from anywhere.
     """
 
     num_instructions: int
     counts: dict[str, int]
     main_loops: tuple[MainLoop, ...]
+    calls: dict[str, int]
 
 
 def find_nvdisasm() -> Path:
@@ -106,12 +109,13 @@ def read_facts(sass: str) -> Facts:
         num_instructions=len(names),
         counts={kind: _count(names, kind) for kind in COUNTED},
         main_loops=tuple(_main_loops(instructions, labels)),
+        calls=dict(Counter(target for name, operands in instructions if (target := _called(name, operands)))),
     )
 
 
 def failures(kernel: Kernel, facts: Facts) -> list[str]:
     """What is wrong with a kernel, a line each: what its variant promises, read off the linker's log and the SASS."""
-    found = []
+    found, calls = [], kernel.variant.heap == "nvshmem"  # and what is called has a stack
     if kernel.variant.tensor_cores:
         found += [f"no {kind}" for kind in (TENSOR, TENSOR_LOAD) if not facts.counts[kind]]
     multiplying = (TENSOR,) if kernel.variant.tensor_cores else LANES
@@ -119,8 +123,11 @@ def failures(kernel: Kernel, facts: Facts) -> list[str]:
         found.append(f"no main loop with {' or '.join(multiplying)}")
     for loop in facts.main_loops:
         found += [f"main loop {loop.label} ({loop.shape}): {wrong}" for wrong in _wrong(loop)]
-    if kernel.spill_bytes or kernel.stack_bytes:
+    if kernel.spill_bytes or (kernel.stack_bytes and not calls):
         found.append(f"{kernel.spill_bytes} bytes of registers spilled, {kernel.stack_bytes} bytes of stack")
+    if calls:
+        missing = [part for part in (*CALLED, PUT_SIGNAL) if not any(part in name for name in facts.calls)]
+        found += [f"no call of {part}" for part in missing]
     return found + [f"the linker warned: {warning}" for warning in kernel.warnings]
 
 
@@ -141,6 +148,13 @@ def _parse(sass: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
         elif found := _INSTRUCTION.match(line):
             instructions.append((found[1], found[2]))
     return instructions, labels
+
+
+def _called(name: str, operands: str) -> str | None:
+    """The function that an instruction calls, if it is a call of one, and not of the assembler's own (__...)."""
+    target = _TARGET.search(operands) if _is(name, "CALL") else None
+    function = target[1].rpartition("$")[2] if target else ""
+    return function if function and not function.startswith(("__", ".")) else None
 
 
 def _main_loops(instructions: Sequence[tuple[str, str]], labels: dict[str, int]) -> Iterator[MainLoop]:

@@ -9,6 +9,7 @@ from reference import DTYPES, MoEConfig
 from ..tile_gemm.hopper import INSTRUCTIONS
 from ..tile_gemm.matrices import MAX_TILE_COLUMNS
 
+HEAPS = ("ipc", "nvshmem")  # how peers' memory is reached: mapped here, or on other hosts by puts, too
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
 TMA_ALIGNMENT = 16  # bytes, of a row
 TENSOR_DTYPES = tuple(INSTRUCTIONS)
@@ -24,6 +25,7 @@ class Variant:
         architecture: one of ARCHITECTURES.
         tensor_cores: expert products by TMA and wgmma (hopper.py), else by multiply-adds of single lanes (lanes/).
             float32 elements are then multiplied as TF32.
+        heap: one of HEAPS.
         backward: the kernel of gradients, which layers with `save` have besides.
 
     Raises:
@@ -33,6 +35,7 @@ class Variant:
     dtype: str
     architecture: str
     tensor_cores: bool
+    heap: str = HEAPS[0]
     backward: bool = False
 
     def __post_init__(self) -> None:
@@ -40,6 +43,8 @@ class Variant:
             raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}; got {self.architecture!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if self.heap not in HEAPS:
+            raise ValueError(f"heap must be one of {', '.join(HEAPS)}; got {self.heap!r}")
         if self.tensor_cores and self.architecture != "sm_90a":
             raise ValueError(f"tensor_cores need architecture sm_90a, got {self.architecture}")
         if self.tensor_cores and self.dtype not in TENSOR_DTYPES:
@@ -48,7 +53,8 @@ class Variant:
     @property
     def name(self) -> str:
         kind = {True: "tf32" if self.dtype == "float32" else "wgmma", False: "lanes"}[self.tensor_cores]
-        return f"{self.architecture}-{self.dtype}-{kind}{BACKWARD if self.backward else ''}"
+        heap = "" if self.heap == HEAPS[0] else f"-{self.heap}"
+        return f"{self.architecture}-{self.dtype}-{kind}{heap}{BACKWARD if self.backward else ''}"
 
 
 def has_tensor_cores(architecture: str, dtype: str) -> bool:
@@ -56,7 +62,7 @@ def has_tensor_cores(architecture: str, dtype: str) -> bool:
     return architecture == "sm_90a" and dtype in TENSOR_DTYPES
 
 
-def choose_variant(config: MoEConfig, architecture: str, tf32: bool = False) -> Variant:
+def choose_variant(config: MoEConfig, architecture: str, tf32: bool = False, heap: str = HEAPS[0]) -> Variant:
     """The fastest variant that can run this layer.
 
     TMA wants rows whose bytes are a multiple of 16, and the tile of tensor cores has 128 columns. float32 is rounded to
@@ -69,7 +75,7 @@ def choose_variant(config: MoEConfig, architecture: str, tf32: bool = False) -> 
         and all(num_bytes % TMA_ALIGNMENT == 0 for num_bytes in row_bytes)
         and config.tile_n == MAX_TILE_COLUMNS
     )
-    return Variant(dtype=config.dtype, architecture=architecture, tensor_cores=possible)
+    return Variant(dtype=config.dtype, architecture=architecture, tensor_cores=possible, heap=heap)
 
 
 def architecture_of(capability: tuple[int, int]) -> str:

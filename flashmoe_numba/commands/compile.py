@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from reference import DTYPES, MoEConfig
 
+from ..build.nvshmem import CALLED, header_folders
 from ..build.sass import TENSOR_LOAD, Facts, MainLoop, disassemble, failures, find_nvdisasm, read_facts
-from ..build.variants import ARCHITECTURES, Variant, choose_variant, has_tensor_cores
+from ..build.variants import ARCHITECTURES, HEAPS, Variant, choose_variant, has_tensor_cores
 from ..errors import UsageError
 from .outputs import add_json_argument, check_outputs, write_json
 from .plan import readable
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     architectures = (*ARCHITECTURES, "all")
     add("--arch", choices=architectures, default=DEFAULT_ARCHITECTURE, help=f"[{DEFAULT_ARCHITECTURE}]")
+    add("--heap", choices=HEAPS, default=HEAPS[0], help=f"nvshmem: of layers on GPUs of several hosts [{HEAPS[0]}]")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tf32", action="store_true", help="multiply float32 as TF32, where there are tensor cores")
     which.add_argument("--all", action="store_true", help="every kernel there is; with --dtype, of that type only")
@@ -76,10 +78,12 @@ def main(args: argparse.Namespace) -> int:
     config = config_from(args)
     if args.run:
         check_sizes(config)
+    if args.run and args.heap != HEAPS[0]:
+        raise UsageError(f"argument --run: --heap must be {HEAPS[0]}, because NVSHMEM is machine code and no PTX")
     if args.tf32 and config.dtype != "float32":
         raise UsageError(f"argument --tf32: --dtype must be float32, got {config.dtype!r}")
     check_outputs({"--sass": args.sass, "--json": args.json})
-    _check_installed()
+    _check_installed(args.heap)
     rows: list[dict[str, Any]] = []
     for variant in variants_of(args, config):
         rows.append(_report(variant, replace(config, dtype=variant.dtype), args.sass, append=bool(rows)))
@@ -95,28 +99,33 @@ def variants_of(args: argparse.Namespace, config: MoEConfig) -> list[Variant]:
     """For each architecture the config's variant, or with --all every one there is."""
     architectures = list(ARCHITECTURES) if args.arch == "all" else [args.arch]
     if not args.all:
-        chosen = [choose_variant(config, architecture, args.tf32) for architecture in architectures]
+        chosen = [choose_variant(config, architecture, args.tf32, args.heap) for architecture in architectures]
         return [replace(variant, backward=args.backward) for variant in chosen]
     dtypes, directions = [args.dtype] if args.dtype else list(DTYPES), (True,) if args.backward else (False, True)
     of_all = [(architecture, direction) for architecture in architectures for direction in directions]
-    return [variant for architecture, backward in of_all for variant in all_variants(architecture, dtypes, backward)]
+    return [variant for each in of_all for variant in all_variants(each[0], dtypes, each[1], args.heap)]
 
 
-def all_variants(architecture: str, dtypes: Sequence[str] = DTYPES, backward: bool = False) -> Iterator[Variant]:
-    """Every variant of an architecture for some element types: of forwards, or of backwards."""
+def all_variants(
+    architecture: str, dtypes: Sequence[str] = DTYPES, backward: bool = False, heap: str = HEAPS[0]
+) -> Iterator[Variant]:
+    """Every variant of an architecture for some element types and a heap: of forwards, or of backwards."""
     for dtype in dtypes:
         for tensor_cores in (False, True) if has_tensor_cores(architecture, dtype) else (False,):
-            yield Variant(dtype=dtype, architecture=architecture, tensor_cores=tensor_cores, backward=backward)
+            way = dict(tensor_cores=tensor_cores, backward=backward)
+            yield Variant(dtype=dtype, architecture=architecture, heap=heap, **way)
 
 
-def _check_installed() -> None:
+def _check_installed(heap: str) -> None:
     """Raise a UsageError if something is missing, before anything takes time."""
     if not importlib.util.find_spec("numba_cuda"):
         fix = "pip install 'flashmoe-numba[cuda]', or 'flashmoe-numba[compile]' to build only"
         raise UsageError(f"kernels for GPUs are built by numba-cuda, not found here: {fix}")
     try:
         find_nvdisasm()
-    except FileNotFoundError as error:
+        if heap == "nvshmem":
+            header_folders()
+    except (FileNotFoundError, ImportError) as error:
         raise UsageError(str(error)) from None
 
 
@@ -174,6 +183,7 @@ def _numbers(kernel: Kernel, config: MoEConfig, facts: Facts, seconds: float | N
         "dynamic_shared_bytes": shared_bytes(config, kernel.variant),
         "instructions": facts.num_instructions,
         "counts": facts.counts,
+        "calls": facts.calls,
         "main_loops": [asdict(loop) for loop in facts.main_loops],
         "main_loops_summary": summary(facts.main_loops),
         "cubin_bytes": kernel.path.stat().st_size,
@@ -207,5 +217,7 @@ def _say(rows: Sequence[dict[str, Any]], as_table: bool) -> None:
     row = rows[-1]
     if as_table and "registers" in row:
         print("  ".join(f"{what(row)!s:{alignment}}" for _, alignment, what in COLUMNS).rstrip(), flush=True)
+        if row["heap"] == "nvshmem":
+            print("  calls", ", ".join(f"{name} ({row['calls'].get(name, 0)} x)" for name in CALLED), flush=True)
     for failure in row["failures"]:
         print(f"FAILED {row['variant']}: {failure}", file=sys.stderr)

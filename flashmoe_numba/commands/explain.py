@@ -88,7 +88,16 @@ def _heading(preset: str, simulation: sim.Simulation) -> str:
     passes = "" if world.passes == FORWARD else f", {world.passes}"
     about = f"routing {world.routing.name}, {world.precision.name}{passes}"
     what = f"{simulation.policy}, simulated on {world.hardware.name}: {layer}, {about}"
-    return f"{what}: {simulation.latency_us:,.1f} us{_error(simulation)}\n"
+    return f"{what}: {simulation.latency_us:,.1f} us{_error(simulation)}\n{_computed(simulation)}\n"
+
+
+def _computed(simulation: sim.Simulation) -> str:
+    """What of the routing was computed, and how unevenly."""
+    said = sim.report(simulation)
+    capacity = "no capacity" if said.capacity is None else f"capacity {said.capacity:,} rows"
+    lost = f", {said.dropped:,} dropped" if said.dropped else ""
+    uneven = f"busiest rank {said.rank_imbalance:.2f} of the mean, busiest expert {said.expert_imbalance:.2f}"
+    return f"{said.rows:,} rows{lost}, {capacity}; {uneven}"
 
 
 def _error(simulation: sim.Simulation) -> str:

@@ -2,6 +2,7 @@
 
 from .compilation import jit
 from .vocabulary import (
+    acquire_told,
     add_part,
     array_at,
     block_sync,
@@ -18,8 +19,10 @@ from .vocabulary import (
     now,
     part_columns,
     pause,
+    push_control,
     record_at,
     scale_part,
+    send_put,
     st_release,
     store,
     store_part,
@@ -27,6 +30,7 @@ from .vocabulary import (
 )
 
 __all__ = [
+    "acquire_told",
     "add_part",
     "array_at",
     "block_sync",
@@ -44,8 +48,10 @@ __all__ = [
     "now",
     "part_columns",
     "pause",
+    "push_control",
     "record_at",
     "scale_part",
+    "send_put",
     "st_release",
     "store",
     "store_part",

@@ -232,6 +232,9 @@ _meaning(verbs.ld_relaxed)(lambda words, i: lambda words, i: _ld_relaxed(words, 
 _meaning(verbs.st_release)(lambda words, i, value: lambda words, i, value: _st_release(words, i, value))
 _meaning(verbs.fetch_add)(lambda words, i, value: lambda words, i, value: _fetch_add(words, i, value))
 _meaning(verbs.cas)(lambda words, i, expected, value: lambda words, i, expected, value: _cas(words, i, expected, value))
+_meaning(verbs.send_put)(lambda wire, put: lambda wire, put: False)
+_meaning(verbs.acquire_told)(lambda wire, words, i: lambda wire, words, i: _ld_acquire(words, i))
+_meaning(verbs.push_control)(lambda wire, remote, every_ns: lambda wire, remote, every_ns: None)
 _meaning(verbs.now)(lambda: lambda: _monotonic_ns())
 _meaning(verbs.array_at, _nrt=True)(  # Numba lets no other function return an array of its own making
     lambda address, num_elements, like: lambda address, num_elements, like: _array_at(address, num_elements, like)

@@ -6,6 +6,7 @@ of one GPU.
 
 from __future__ import annotations
 
+from . import cuda_network as _registers_the_network  # noqa: F401
 from . import cuda_rows as _registers_elements_and_rows  # noqa: F401
 from . import vocabulary as verbs
 from .cuda_api import cgutils, cuda, element_pointer, intrinsic, ir, make_array, overload, populate_array, types

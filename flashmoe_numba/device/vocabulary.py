@@ -82,6 +82,35 @@ def cas(words: Any, i: int, expected: int, value: int) -> Any:
     return old
 
 
+def send_put(wire: Any, put: Any) -> bool:
+    """Do a `Put` (kernel/wire.py), where this device reaches other hosts itself.
+
+    One lane calls it. What it, and its block before a barrier, stored is what is put; memory may be written again when
+    the peer has answered.
+
+    Args:
+        wire: the ring of puts, or what such a device has in its place (heap/nvshmem.py).
+
+    Returns:
+        Was it done? Else somebody must carry it: the ring is for that.
+    """
+    return False
+
+
+def acquire_told(wire: Any, words: Any, i: int) -> Any:
+    """`ld_acquire` of a flag that a put has set: rows that came by the network are visible, too."""
+    return ld_acquire(words, i)
+
+
+def push_control(wire: Any, remote: Any, every_ns: int) -> None:
+    """Show ranks of other hosts this rank's control words, unless that was less than `every_ns` ago; nothing, where
+    whoever carries puts does that.
+
+    Args:
+        remote: `[num_ranks]`, which ranks those are.
+    """
+
+
 def pause(attempt: int) -> int:
     """Give way while polling. `attempt` counts the polls since the last success; returns it plus one."""
     fibers.idle()

@@ -5,8 +5,9 @@ Memory for arrays comes from CuPy's pool, except what other processes map.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,17 @@ class Gpu(Owned):
             self._side_words[0] = value
             self.copy_in(address, self._side_words[:1], self._side.ptr)
             self._side.synchronize()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[int]:
+        """A stream for what is to go on beside whatever kernel runs, and is not waited for."""
+        with self._side_lock, self.here:
+            yield int(self._side.ptr)
+
+    def module_of(self, function: Any) -> int:
+        """The driver's handle (CUmodule) of what a kernel was loaded with."""
+        with self.here:
+            return int(function.kernel.module.ptr)
 
     # memory of other processes
 

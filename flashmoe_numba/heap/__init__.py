@@ -17,9 +17,10 @@ from .threads import ThreadHeap
 def make_heap(config: MoEConfig, comm: Any, backend: str, setup_deadline_s: float) -> Heap:
     """A heap without memory yet: of ranks in this process, or of the ranks of an MPI communicator."""
     if backend == "cuda":
-        from .gpus import GpuHeap, GpuIpcHeap
+        from .gpus import GpuHeap
+        from .nvshmem import NvshmemHeap
 
-        return GpuHeap(config.num_ranks) if comm is None else GpuIpcHeap(comm, setup_deadline_s)
+        return GpuHeap(config.num_ranks) if comm is None else NvshmemHeap(comm, setup_deadline_s)
     if comm is None:
         return ThreadHeap(config.num_ranks)
     if argument_of(comm) == "comm":

@@ -41,7 +41,7 @@ def make_segments(
         address=words(address),
         room=words([stage if apart else there for apart, there in zip(remote, address, strict=True)]),
         remote=words([int(apart) for apart in remote]),
-        wire=memory.zeros(ring_bytes(config, hosts, save) // 8, word),
+        wire=memory.make_wire(ring_bytes(config, hosts, save) // 8, own, layout, rank_idx),
         dispatch=view(layout.dispatch, layout.region_elements, element),
         result=view(layout.result, layout.region_elements, element),
         dispatch_flag=view(layout.dispatch_flag, layout.num_dispatch_flags, word),

@@ -52,7 +52,8 @@ class CarrierThread:
     def _take_rest(self, patience_s: float) -> None:
         """Of a call that was given up: if MPI comes back. There may be a rank that does not answer."""
         if self._error is not None:
-            raise FlashMoEError("messages to ranks of other hosts could not be carried") from self._error
+            rule = "messages to ranks of other hosts must be carried, and were not"
+            raise FlashMoEError(f"{rule}: {type(self._error).__name__}: {self._error}") from self._error
         start = time.monotonic()
         while not self._turn.acquire(timeout=LOOK_S):
             silent_s = time.monotonic() - start

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reference import MoEConfig
+from reference import Layout, MoEConfig
 from reference.arrays import Array
 from reference.layout import ALIGNMENT
 
@@ -36,6 +36,9 @@ class HostMemory(Owned):
 
     def array(self, values: Array) -> Array:
         return values
+
+    def make_wire(self, num_words: int, own: Array, layout: Layout, rank_idx: int) -> Array:
+        return np.zeros(num_words, np.int64)
 
     def address(self, array: Array) -> int:
         return array.ctypes.data

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from reference import Hosts, MoEConfig
+from reference import Hosts, Layout, MoEConfig
 from reference.arrays import Array
 
 T = TypeVar("T")
@@ -45,6 +45,14 @@ class Memory(Protocol):
 
     def array(self, values: Array) -> Array:
         """Values from the host in an array of this memory: the same array, where the host's is that."""
+
+    def make_wire(self, num_words: int, own: Array, layout: Layout, rank_idx: int) -> Array:
+        """What a rank's kernel has to do puts: an empty ring of so many words, or what it must know to do them itself.
+
+        Args:
+            num_words: 0, if all ranks are on one host.
+            own: the rank's segment.
+        """
 
     def address(self, array: Array) -> int:
         """Where the array begins, as the kernel sees it."""

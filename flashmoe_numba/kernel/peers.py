@@ -7,13 +7,25 @@ telling is a put (wire.py). Of a rank on another host only the control words can
 
 from __future__ import annotations
 
-from flashmoe_numba.device import array_at, cas, jit, ld_relaxed, st_release
+from flashmoe_numba.device import (
+    acquire_told,
+    array_at,
+    cas,
+    jit,
+    ld_acquire,
+    ld_relaxed,
+    push_control,
+    st_release,
+    store,
+)
 from flashmoe_numba.tile_gemm import IN_ORDER, PLACE_WORDS, RANK, ROW_OUT, Rooms
 
 from .control import ABORT, PROGRESS, SILENT
 from .row_tiles import is_one_run, room_row, word_of
 from .signals import signal_word
 from .wire import NO_FLAG, PutRows, first_row, is_remote, put_rows, put_signal
+
+SHOWN_PER_DEADLINE = 32
 
 
 @jit(inline=True)
@@ -85,7 +97,7 @@ def put_dot(p, segments, received, packet, tile, r, value):
     if rooms.at >= 0:
         source = received.places[rooms.at - ROW_OUT + RANK + r * PLACE_WORDS]
     room = room_of(segments, source, p.dots_at, segments.dots)
-    room[room_row(rooms, r)] = value
+    store(room, room_row(rooms, r), value)  # by a verb: compilers for GPUs see no reader of this view, and leave it out
 
 
 @jit
@@ -109,6 +121,14 @@ def put_results(p, segments, rows, flag_at, word):
 
 
 @jit
+def acquire_flag(segments, peer, flags, i):
+    """Acquire a flag of this rank that `peer` has set: what it was to tell is visible after."""
+    if is_remote(segments, peer):
+        return acquire_told(segments.wire, flags, i)
+    return ld_acquire(flags, i)
+
+
+@jit
 def tell_abort(p, segments, peer, culprit):
     """Set the abort word of a peer on this host to 1 + the rank to name, unless it is set; returns what it held."""
     return cas(of_peer(segments, peer, p.control_at, segments.control), ABORT, 0, culprit)
@@ -120,6 +140,12 @@ def tell_other_hosts(p, segments):
     for peer in range(p.num_ranks):
         if is_remote(segments, peer):
             put_signal(segments, peer, p.control_at + 8 * ABORT, p.rank_idx + 1)
+
+
+@jit
+def show_control(p, segments):
+    """Let ranks of other hosts see, now and then, how far this one is."""
+    push_control(segments.wire, segments.remote, p.deadline_ns // SHOWN_PER_DEADLINE)
 
 
 @jit

@@ -12,7 +12,7 @@ from .trace import note_event
 from .waits import aborted, begin_wait, give_up, keep_waiting, note_progress, silence_ns
 
 
-@jit
+@jit(large=True)
 def processor(block, rank, scratch, box, trace):
     while True:
         place = next_task(rank.problem, block, rank.segments, rank.queue, box)
@@ -23,7 +23,7 @@ def processor(block, rank, scratch, box, trace):
         run_task(rank, scratch, box, task)
         if lane() == 0:
             note_event(trace, task, start)
-            note_progress(rank.segments)
+            note_progress(rank.problem, rank.segments)
 
 
 @jit

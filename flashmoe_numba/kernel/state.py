@@ -81,7 +81,7 @@ class Segments(NamedTuple):
     address: np.ndarray  # int64 [num_ranks]; of a rank on another host, an image of which only control is kept fresh
     room: np.ndarray  # int64 [num_ranks]: what this rank writes for each: into the same, or into its own stage
     remote: np.ndarray  # int64 [num_ranks]: 1 for a rank whose memory this one cannot store into
-    wire: np.ndarray  # int64: puts for those (wire.py); empty where there are none
+    wire: np.ndarray  # int64: puts for those (wire.py), empty where there are none; uint64: heap/nvshmem.py
     dispatch: np.ndarray  # elements [num_ranks, experts_per_rank, slots, hidden]
     result: np.ndarray  # elements, likewise
     dispatch_flag: np.ndarray  # int64 [num_experts]

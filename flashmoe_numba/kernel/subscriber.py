@@ -14,6 +14,7 @@ from reference.task_kinds import GATE, GEMM0, RECEIVE
 
 from .combine import need
 from .control import DISPATCH_FLAG, GATE_FLAG, OTHER_CALL, RESULT_FLAG, SUBSCRIBER, AbortRecord
+from .peers import acquire_flag
 from .queue import (
     GATE_OPEN,
     GEMM_TASKS,
@@ -132,7 +133,7 @@ def poll_packets(p, segments, received, queue, block, trace):
 def open_packet(p, segments, received, queue, expert, source):
     """Take note of a packet that is here: its rows join the expert's stream. False: it is of another call than ours."""
     packet = source * p.experts_per_rank + expert
-    word = ld_acquire(segments.dispatch_flag, packet)
+    word = acquire_flag(segments, source, segments.dispatch_flag, packet)
     # A word of the next epoch: its sender has left this one, so its packet held nothing that we had to answer.
     rows = word_rows(word) if word_epoch(word) == p.epoch else 0
     if word_epoch(word) == p.epoch and word_call(word) != p.call:
@@ -220,7 +221,7 @@ def poll_results(p, segments, tokens, queue):
             for m in range(num_row_blocks(tokens.sent[e], p.tile_m_min, p.tile_m)):
                 i = e * p.row_blocks + m
                 if tokens.result_seen[i] != p.epoch and word_epoch(ld_relaxed(segments.result_flag, i)) == p.epoch:
-                    ld_acquire(segments.result_flag, i)
+                    acquire_flag(segments, e // p.experts_per_rank, segments.result_flag, i)
                     tokens.result_seen[i] = p.epoch
                     tokens.results_left[e] -= 1
                     land(p, tokens, queue, e, m)

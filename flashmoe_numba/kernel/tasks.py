@@ -12,7 +12,7 @@ from .gemms import gemm0, gemm1
 from .shared import shared0, shared1
 
 
-@jit
+@jit(large=True)
 def run_task(rank, scratch, box, task):
     """All lanes of a block do what the task's kind says, and tell who waits for it."""
     p, segments, experts = rank.problem, rank.segments, rank.experts

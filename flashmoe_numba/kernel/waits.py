@@ -14,7 +14,7 @@ from typing import NamedTuple
 from flashmoe_numba.device import fetch_add, jit, ld_relaxed, now, pause, st_release
 
 from .control import ABORT, FAILED, PROGRESS, SILENT, departure, write_record
-from .peers import progress_of, silence_of, tell_abort, tell_other_hosts
+from .peers import progress_of, show_control, silence_of, tell_abort, tell_other_hosts
 from .wire import is_remote
 
 LOOKS_PER_DEADLINE = 16
@@ -28,8 +28,9 @@ def aborted(segments):
 
 
 @jit
-def note_progress(segments):
+def note_progress(p, segments):
     fetch_add(segments.control, PROGRESS, 1)
+    show_control(p, segments)
 
 
 @jit
@@ -63,6 +64,7 @@ def keep_waiting(p, segments, wait):
     time = now()
     if time - wait.looked < p.deadline_ns // LOOKS_PER_DEADLINE:
         return Wait(attempt, wait.since, wait.looked, wait.progress)
+    show_control(p, segments)
     progress = total_progress(p, segments)
     slept = time - wait.looked > p.deadline_ns // 4  # the process was stopped: it cannot tell of the others
     moved = slept or (wait.progress >= 0 and progress != wait.progress)

@@ -1,10 +1,10 @@
 """Puts: what a rank does for peers whose memory it cannot store into, because they are on other hosts.
 
 Rows for such a peer are laid out in this rank's own *stage*, which has the shape of the regions that they are for, and
-whose first index is the peer. From there a *put* brings them: it goes into a ring of puts, out of which whoever carries
-puts between hosts takes them in order. Word 0 of the ring counts places that were given out. A place holds its number
-plus one as a stamp, which is released after the fields of the put. The ring has room for all puts of a call, and all
-have been taken when the call ends, so nobody waits for a place.
+whose first index is the peer. From there a *put* brings them. With NVSHMEM a GPU does it itself. Else it goes into a
+ring of puts, out of which whoever carries puts between hosts takes them in order. Word 0 of the ring counts places that
+were given out. A place holds its number plus one as a stamp, which is released after the fields of the put. The ring
+has room for all puts of a call, and all have been taken when the call ends, so nobody waits for a place.
 
 A put's rows land before its signal, and before the signals of all later puts to the same peer.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmoe_numba.device import fetch_add, jit, st_release
+from flashmoe_numba.device import fetch_add, jit, send_put, st_release
 
 # words of a place
 PUT_WORDS = 8
@@ -78,7 +78,14 @@ def put_signal(segments, peer, flag_at, word):
 
 @jit
 def post(wire, put):
-    """Hand a put to whoever carries puts. One lane calls it, after a barrier behind what the put reads."""
+    """Do a put, or hand it to whoever carries puts. One lane calls it, after a barrier behind what the put reads."""
+    if not send_put(wire, put):
+        queue_put(wire, put)
+
+
+@jit
+def queue_put(wire, put):
+    """Let it be carried: into the ring."""
     number = fetch_add(wire, 0, 1)
     at = place_at(wire, number)
     for i in range(len(put)):

@@ -111,8 +111,13 @@ class Life:
         self.raise_if_given_up()
 
     def _abandon(self, heap: Heap) -> None:
-        """The same after an error, which was told already: tell the others, wait for nobody, and raise nothing more."""
-        self.leave()
+        """The same after an error, which was told already: tell the others, wait for nobody, and raise nothing more.
+
+        After a call that was given up they know: whoever did so tells all. To ranks of other hosts that takes a while,
+        in which this one must not seem to be the first.
+        """
+        if not self.closed:
+            self.leave()
         with contextlib.suppress(Exception):
             self._parts.backend.close()
         heap.close(None)

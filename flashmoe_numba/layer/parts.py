@@ -101,7 +101,7 @@ def set_up(settings: LayerSettings, heap: Heap, backend: Backend | None = None) 
     def make() -> None:
         if settings.backend is not None:
             first_rank, how = heap.rank_indices[0], settings.backend_settings
-            made.append(make_backend(settings.backend, settings.config, first_rank, **how))
+            made.append(make_backend(settings.backend, settings.config, first_rank, heap.hosts, **how))
 
     try:
         heap.together(lambda: settings.check(heap))  # the other ranks must hear of a problem, too

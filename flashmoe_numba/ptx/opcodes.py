@@ -61,7 +61,7 @@ PLAIN = {
     "cvt.rn.f16.f32": F16_OF_F32, "cvt.rn.bf16.f32": BF16_OF_F32,
     "cvta.to.global.u64": MOVE, "cvta.to.shared.u64": TO_SHARED, "cvta.shared.u64": FROM_SHARED,
     "mov.b64": MOVE, "mov.u64": MOVE, "mov.f64": MOVE, "mov.b32": MOVE, "mov.u32": MOVE, "mov.f32": MOVE,
-    "mov.pred": MOVE,
+    "mov.u16": MOVE, "mov.b16": MOVE, "mov.pred": MOVE,
 }  # fmt: skip
 
 # Comparisons by operator and type: (code, are the operands exchanged).

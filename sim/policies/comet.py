@@ -73,8 +73,8 @@ class Knobs(PolicyKnobs):
         tuning, on Ampere flux's default.
     num_ops: kernels and copies of the layer on 8 ranks. Those beyond its stages are small: half come before layer 0,
         half before layer 1. Default: as FlashMoE's authors counted them.
-    framework_ns: host time of a small one beside its launch; its time on the GPU does not matter. Default: as in
-        `bulk.py`.
+    framework_ns: host time of a small one beside its launch; its time on the GPU does not matter. Default:
+        assumption, as in `bulk.py`.
     read_ns: until what a communicating block on Ampere reads from memory is there, beside products. Default:
         assumption.
     gate: simulate the gate. Default: choice.

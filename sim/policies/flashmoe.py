@@ -205,7 +205,10 @@ def _draw_pass(draft: Draft, knobs: Knobs, blocks: Blocks, direction: str, befor
 
 
 def _slots(world: World, knobs: Knobs) -> int:
-    return world.hardware.sms * knobs.blocks_per_sm - 1  # one is the OS block
+    blocks = world.hardware.sms * knobs.blocks_per_sm
+    if blocks < 2:
+        raise ValueError(f"blocks_per_sm times the {world.hardware.sms} SM must be at least 2, one is the OS block")
+    return blocks - 1
 
 
 def _blocks(world: World, knobs: Knobs) -> Blocks:

@@ -23,8 +23,8 @@ def listing(*lines):
     return "\n".join(text)
 
 
-def kernel(tensor_cores=True, warnings=()):
-    variant = Variant(dtype="float16", architecture="sm_90a", tensor_cores=tensor_cores)
+def kernel(tensor_cores=True, warnings=(), heap="ipc"):
+    variant = Variant(dtype="float16", architecture="sm_90a", tensor_cores=tensor_cores, heap=heap)
     facts = dict(registers=200, spill_bytes=0, stack_bytes=0, shared_bytes=1024, warnings=warnings)
     return Kernel(variant=variant, path=Path("k.cubin"), entry="k", **facts)
 
@@ -40,6 +40,35 @@ def test_a_loop_in_numbers():
     shape = "HGMMA.64x128x16.F32"
     numbers = dict(num_instructions=5, products=2, tensor_loads=1, local_loads=0, local_stores=0, waits=1)
     assert facts.main_loops == (MainLoop(label=".L_x_1", shape=shape, **numbers),)
+
+
+PUT = "nvshmemi_transfer_put_signal_dispatchIL13threadgroup_t0EE"
+CALLS = [
+    "CALL.REL.NOINC `($flashmoe$flashmoe_put_signal)",
+    "@P0 CALL.REL.NOINC `($flashmoe$flashmoe_acquire)",
+    "CALL.REL.NOINC `($flashmoe$flashmoe_acquire)",
+    "CALL.ABS.NOINC R20 `(flashmoe_push_control)",
+    f"CALL.REL.NOINC `($flashmoe$_Z37{PUT}vPvS1_)",
+    "CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_u64)",
+    "CALL.REL.NOINC `(.L_x_1)",
+]
+
+
+def test_functions_that_are_called_have_names():
+    """Those of the kernel and of NVSHMEM; not the assembler's own, and no jumps."""
+    calls = read_facts(listing(*GOOD, *CALLS)).calls
+    functions = {"flashmoe_put_signal": 1, "flashmoe_acquire": 2, "flashmoe_push_control": 1, f"_Z37{PUT}vPvS1_": 1}
+    assert calls == functions
+
+
+@pytest.mark.parametrize("lacking", ["flashmoe_put_signal", "flashmoe_acquire", "flashmoe_push_control", PUT])
+def test_a_kernel_with_nvshmem_that_does_not_call_it_fails(lacking):
+    assert failures(kernel(heap="nvshmem"), read_facts(listing(*GOOD, *CALLS))) == []
+    facts = read_facts(listing(*GOOD, *[call for call in CALLS if lacking not in call]))
+    assert failures(kernel(heap="nvshmem"), facts) == [
+        f"no call of {lacking.removesuffix('_dispatchIL13threadgroup_t0EE')}"
+    ]
+    assert failures(kernel(), facts) == []
 
 
 def test_only_innermost_loops_that_multiply_count():

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from meeting_worker import DEADLINE_S, SILENT, VICTIM
+from running_on_hosts import ROOT
 
 from flashmoe_numba.processes.launch import find_mpirun
 from sim import load_hardware

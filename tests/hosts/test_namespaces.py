@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, namespaces, require_hosts
+from running_on_hosts import ROOT, namespaces, require_hosts
 
 SCRIPT = ROOT / "experiments/hosts/namespaces.py"
 APART = "hostname; readlink /proc/self/ns/net /proc/self/ns/ipc; ls /dev/shm; touch /dev/shm/$0; ls /dev/shm"

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.mpi
 pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
 
 HOSTS = [(4, 2), (6, 2), (8, 4)]  # (ranks, ranks of a host)
+MOMENTS = ["before its blocks", "after its dispatch"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,11 +48,10 @@ def test_results_are_those_of_threads(hosts, tmp_path):
     assert_results_of_threads(hosts[0], tmp_path)
 
 
-@pytest.mark.parametrize("hosts", [(4, 2), (8, 4)])
-def test_gradients_have_the_bits_of_one_rank(hosts, one_rank, tmp_path):  # noqa: F811
-    status, err, errors = run_on_hosts("gradients", hosts, tmp_path)
+def test_gradients_have_the_bits_of_one_rank(one_rank, tmp_path):  # noqa: F811
+    status, err, errors = run_on_hosts("gradients", (4, 2), tmp_path)
     assert status == 0 and not errors, f"{errors}\n{err}"
-    assert_gradients_of_one_rank(one_rank, hosts[0], tmp_path)
+    assert_gradients_of_one_rank(one_rank, 4, tmp_path)
 
 
 @pytest.mark.parametrize("environment", [{}, TCP], ids=["shared memory", "tcp"])
@@ -112,11 +112,14 @@ def test_a_rank_that_comes_too_late_is_named_by_all_others_and_told(tmp_path):
         assert_named(message, f"the dispatch flag of rank {VICTIM}", "it holds epoch 1", f"{layer_worker.DEADLINE_S} s")
 
 
-@pytest.mark.parametrize("environment", [{}, TCP], ids=["shared memory", "tcp"])
-@pytest.mark.parametrize("signum", ["SIGKILL", "SIGSTOP"])
-@pytest.mark.parametrize("moment", ["before its blocks", "after its dispatch"])
-@pytest.mark.parametrize("scenario", ["lost", "lost_in_a_backward"])
-def test_a_rank_lost_in_a_call_is_named_by_all_others(scenario, moment, signum, environment, tmp_path):
+LOST = [(TCP, "lost", moment, signum) for moment in MOMENTS for signum in ("SIGKILL", "SIGSTOP")]
+
+
+@pytest.mark.parametrize(
+    ("environment", "scenario", "moment", "signum"),
+    [*LOST, ({}, "lost", MOMENTS[0], "SIGKILL"), (TCP, "lost_in_a_backward", MOMENTS[1], "SIGKILL")],
+)
+def test_a_rank_lost_in_a_call_is_named_by_all_others(environment, scenario, moment, signum, tmp_path):
     arguments = scenario, (4, 2), tmp_path, moment, signum
     status, err, errors = run_on_hosts(*arguments, **environment, **{GUARDED: "1"})
     assert status != 0, err

@@ -38,6 +38,7 @@ PRODUCTS = Stage(
     180,
     f"{UNIT}/test_tile_gemm.py {UNIT}/test_micro_kernels.py {UNIT}/test_guard_pages.py {UNIT}/test_arithmetics.py",
 )
+HOSTS = Stage(0, f"{UNIT}/test_puts.py {PROPERTY}/test_pretended_hosts.py {EXPLORE}/test_hosts_explored.py")
 ROUTERS_BACK = Stage(30, f"{UNIT}/test_router_gradient.py {UNIT}/test_router_gradient_limits.py")
 GRADIENTS = Stage(120, f"{UNIT}/test_weight_gradient.py {UNIT}/test_hidden_gradient.py")
 VERBS = Stage(30, f"{UNIT}/test_device_verbs.py {UNIT}/test_float_control.py")
@@ -62,8 +63,11 @@ SIMULATOR = Stage(
 SUITES = {
     "flashmoe_numba/kernel/*.py": [INTERPRETED, COMPILED],
     "flashmoe_numba/kernel/grid.py": [GRIDS],
+    "flashmoe_numba/kernel/network.py": [HOSTS],
+    "flashmoe_numba/kernel/peers.py": [INTERPRETED, HOSTS, COMPILED],
     "flashmoe_numba/kernel/router_gradient.py": [ROUTERS_BACK],
     "flashmoe_numba/kernel/slopes.py": [ROUTERS_BACK],
+    "flashmoe_numba/kernel/wire.py": [HOSTS],
     "flashmoe_numba/heap/*.py": [LAYERS, PROCESSES],
     "flashmoe_numba/layer/layer.py": [LAYERS, PROCESSES],
     "flashmoe_numba/layer/calls.py": [LAYERS, PROCESSES],

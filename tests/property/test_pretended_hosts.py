@@ -22,6 +22,7 @@ several = worlds(max_ranks=6).filter(lambda world: world.config.num_ranks > 1)
 few = settings(max_examples=max(6, settings().max_examples // 2))
 
 
+@few
 @given(several, st.data(), fibers, st.sampled_from(["sources", "none"]))
 def test_a_forward_has_the_bits_of_one_host(world, data, fibers, packing):
     hosts = data.draw(hosts_of(world.config.num_ranks))

@@ -14,6 +14,7 @@ import pytest
 from flashmoe_numba import cli
 from flashmoe_numba.build import build, sass
 from flashmoe_numba.build.build import Kernel
+from flashmoe_numba.build.nvshmem import CALLED, PUT_SIGNAL
 from flashmoe_numba.build.variants import ARCHITECTURES
 from flashmoe_numba.commands import compile as compiling
 from flashmoe_numba.commands import profiled
@@ -60,7 +61,7 @@ def linked(monkeypatch, tmp_path):
         facts = dict(registers=200, spill_bytes=0, stack_bytes=0, shared_bytes=1024, warnings=())
         return Kernel(variant=variant, path=path, entry="k", **facts)
 
-    monkeypatch.setattr(compiling, "_check_installed", lambda: None)
+    monkeypatch.setattr(compiling, "_check_installed", lambda heap: None)
     monkeypatch.setattr(build, "build", fake_build)
     monkeypatch.setattr(compiling, "disassemble", lambda path: texts[0])
     backend = SimpleNamespace(shared_bytes=lambda config, variant: 4 * config.hidden)
@@ -76,6 +77,8 @@ def run_json(capsys, *argv):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--arch", "sm_70"], "argument --arch: invalid choice: 'sm_70'"),
+    (["--heap", "mpi"], "argument --heap: invalid choice: 'mpi'"),
+    (["--run", "--heap", "nvshmem"], "argument --run: --heap must be ipc, because NVSHMEM"),
     (["--tf32", "--all"], "argument --all: not allowed with argument --tf32"),
     (["--tf32", "--dtype", "float16"], "argument --tf32: --dtype must be float32, got 'float16'"),
     (["--dtype", "int8"], "--dtype must be one of float32, float64, float16, bfloat16; got 'int8'"),
@@ -118,6 +121,33 @@ def test_the_variant_of_the_config_is_built(capsys, linked):
     assert rows[0]["passed"] is True
     run_json(capsys, "compile", "--dtype", "float32", "--tf32")
     assert linked[0][-1].name == "sm_90a-float32-tf32"
+
+
+def test_kernels_with_nvshmem_are_built_and_what_they_call_is_said(capsys, linked):
+    called = [f"CALL.REL.NOINC `($k${name})" for name in (*CALLED, f"_Z37{PUT_SIGNAL}_x")]
+    linked[1][0] = LOOP.format(" ;\n /*0020*/ ".join(called))
+    flags = ["compile", "--heap", "nvshmem", "--dtype", "float16"]
+    code, rows, err = run_json(capsys, *flags)
+    assert (code, err) == (0, "")
+    assert [row["variant"] for row in rows] == ["sm_90a-float16-wgmma-nvshmem"]
+    assert rows[0]["calls"] == dict.fromkeys(CALLED, 1) | {f"_Z37{PUT_SIGNAL}_x": 1}
+    assert cli.main(flags) == 0
+    said = "\n  calls flashmoe_put_signal (1 x), flashmoe_acquire (1 x), flashmoe_push_control (1 x)\n"
+    assert said in capsys.readouterr().out
+    linked[1][0] = LOOP.format("NOP")
+    assert cli.main(flags) == 1
+    assert "FAILED sm_90a-float16-wgmma-nvshmem: no call of flashmoe_put_signal\n" in capsys.readouterr().err
+    run_json(capsys, "compile", "--heap", "nvshmem", "--arch", "all", "--all")
+    assert {variant.heap for variant in linked[0][-15:]} == {"nvshmem"}
+
+
+def test_without_nvshmem_the_error_names_the_extra(capsys, monkeypatch):
+    missing = ImportError("headers: pip install it")
+    monkeypatch.setattr(compiling, "header_folders", lambda: (_ for _ in ()).throw(missing))
+    monkeypatch.setattr(compiling, "find_nvdisasm", lambda: None)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: True)
+    assert cli.main(["compile", "--heap", "nvshmem"]) == 2
+    assert capsys.readouterr().err == "flashmoe compile: error: headers: pip install it\n"
 
 
 def test_every_variant_of_every_architecture_is_built(capsys, linked):
@@ -401,7 +431,7 @@ def test_doctor_json_has_the_keys(capsys):
     code, report, _ = run_json(capsys, "doctor")
     assert report.keys() == {"machine", "can_run", "checks", "driver"}
     assert code == 0
-    assert report["can_run"].keys() == {"cpu", "mpi", "compile", "cuda"}
+    assert report["can_run"].keys() == {"cpu", "mpi", "compile", "cuda", "nvshmem"}
     assert report["can_run"]["cpu"] is True
     for check in report["checks"]:
         assert check.keys() == {"name", "needed_for", "status", "found", "fix"}

@@ -22,6 +22,7 @@ MEANING = {
     "mpi": "layers on CPUs, ranks as processes under mpirun",
     "compile": "building for GPUs: flashmoe compile",
     "cuda": "layers on GPUs",
+    "nvshmem": "layers on GPUs of several hosts",
 }
 
 
@@ -50,9 +51,10 @@ def examine() -> dict[str, Any]:
     from ...gpu.driver import ask_driver
     from .gpus import check_gpus
     from .host import USES, can_run, check_host
+    from .nvshmem import check_nvshmem
 
     driver = ask_driver()
-    checks = [*check_host(), *check_gpus(driver)]
+    checks = [*check_host(), *check_gpus(driver), *check_nvshmem()]
     return {
         "machine": f"{platform.platform()}, {count_cores()} cores",
         "can_run": {use: can_run(checks, use) for use in USES},

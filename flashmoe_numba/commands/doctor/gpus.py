@@ -14,7 +14,8 @@ from ...gpu.driver import Device, Driver
 from .host import OK, WARN, Check, check_package, judged, one_line
 
 OLDEST_DRIVER = (13, 0)  # CUDA's, of the compilers that setup.cfg asks for
-BUILDING = ("compile", "cuda")
+BUILDING = ("compile", "cuda", "nvshmem")
+RUNNING = ("cuda", "nvshmem")
 BUILD_FIX, FIX = "pip install 'flashmoe-numba[compile]'", "pip install 'flashmoe-numba[cuda]'"
 
 
@@ -23,7 +24,7 @@ def check_gpus(driver: Driver) -> Iterator[Check]:
     yield check_numba_cuda()
     yield check_linker()
     yield check_disassembler()
-    yield check_package("cupy-cuda13x", "14", ("cuda",), FIX, "cupy")
+    yield check_package("cupy-cuda13x", "14", RUNNING, FIX, "cupy")
     yield check_driver(driver)
     yield check_devices(driver)
     for index, device in enumerate(driver.devices):
@@ -46,7 +47,7 @@ def check_numba_cuda() -> Check:
 
 def check_linker() -> Check:
     try:
-        return judged("nvJitLink", BUILDING, _dotted(importlib.import_module("cuda.bindings.nvjitlink").version()))
+        return judged("nvJitLink", BUILDING, dotted(importlib.import_module("cuda.bindings.nvjitlink").version()))
     except Exception as error:  # the bindings are there without the library, say
         return judged("nvJitLink", BUILDING, one_line(error), BUILD_FIX)
 
@@ -61,10 +62,10 @@ def check_disassembler() -> Check:
 def check_driver(driver: Driver) -> Check:
     name = "NVIDIA driver"
     if driver.version is None:
-        return judged(name, ("cuda",), driver.error, "install it; in a container: docker run --gpus all")
-    fix = f"install one for CUDA {_dotted(OLDEST_DRIVER)} or newer"
-    found = f"runs CUDA {_dotted(driver.version)}"
-    return judged(name, ("cuda",), found, fix if driver.version < OLDEST_DRIVER else "")
+        return judged(name, RUNNING, driver.error, "install it; in a container: docker run --gpus all")
+    fix = f"install one for CUDA {dotted(OLDEST_DRIVER)} or newer"
+    found = f"runs CUDA {dotted(driver.version)}"
+    return judged(name, RUNNING, found, fix if driver.version < OLDEST_DRIVER else "")
 
 
 def check_devices(driver: Driver) -> Check:
@@ -73,19 +74,19 @@ def check_devices(driver: Driver) -> Check:
     limited = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible!r}"
     usable = [device for device in driver.devices if not _no_kernel(device)]
     if usable:
-        return judged("GPUs", ("cuda",), f"{len(usable)} usable of {len(driver.devices)}{limited}")
+        return judged("GPUs", RUNNING, f"{len(usable)} usable of {len(driver.devices)}{limited}")
     refused = f", {driver.error}" if driver.version and driver.error else ""
     found = f"{'none usable' if driver.devices else 'none'}{limited}{refused}"
     fix = "unset CUDA_VISIBLE_DEVICES" if limited else "see what nvidia-smi says; in a container: docker run --gpus all"
     if driver.devices:
         fix = f"use one for which there are kernels: {', '.join(ARCHITECTURES)}"
-    return judged("GPUs", ("cuda",), found, fix)
+    return judged("GPUs", RUNNING, found, fix)
 
 
 def check_device(index: int, device: Device) -> Check:
     """Is there a kernel for it? One that has none can be left out."""
     name, lacking = f"GPU {index}", _no_kernel(device)
-    found = f"{device.name}, {device.memory_bytes / 2**30:.1f} GiB, compute capability {_dotted(device.capability)}"
+    found = f"{device.name}, {device.memory_bytes / 2**30:.1f} GiB, compute capability {dotted(device.capability)}"
     if not lacking:
         return judged(name, (), f"{found}, kernels for {architecture_of(device.capability)}")
     return judged(name, (), f"{found}, {lacking}", "use another, by CUDA_VISIBLE_DEVICES or FlashMoE(..., device=N)")
@@ -110,5 +111,5 @@ def check_peers(driver: Driver) -> Check:
     return judged("peer access", (), f"none between GPUs {', '.join(apart)}", fix, WARN)
 
 
-def _dotted(version: tuple[int, ...]) -> str:
+def dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))

@@ -26,7 +26,7 @@ from ...processes import launch, mpi_environment, netmod, shared_memory
 from ...tile_gemm.arithmetic import ARITHMETICS, by_instruction, fastest, tiles_refused
 from ..sizes import DEFAULT_PRESET
 
-USES = ("cpu", "mpi", "compile", "cuda")  # layers as threads, as processes; building for GPUs; running there
+USES = ("cpu", "mpi", "compile", "cuda", "nvshmem")  # see MEANING in __init__.py
 OK, WARN, NO = "ok", "warn", "no"
 ENLARGE = "docker run --shm-size 8g"
 OLDEST_PYTHON = (3, 11)
@@ -144,7 +144,7 @@ def check_mpirun() -> Check:
         found, _, fix = str(error).partition(": ")
     except metadata.PackageNotFoundError:  # a module without an installation's record
         found, fix = "mpi4py is there without its version", "pip install 'flashmoe-numba[mpi]'"
-    return judged("mpirun", ("mpi",), found, fix)
+    return judged("mpirun", ("mpi", "nvshmem"), found, fix)
 
 
 def check_one_mpi() -> Check:

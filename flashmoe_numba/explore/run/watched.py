@@ -25,6 +25,10 @@ def ld_acquire(words: Region, i: int) -> int:
     return words.load(i, acquire=True)
 
 
+def acquire_told(wire: Region, words: Region, i: int) -> int:
+    return ld_acquire(words, i)
+
+
 def ld_relaxed(words: Region, i: int) -> int:
     preempt()
     return words.load(i, acquire=False)
@@ -116,7 +120,10 @@ def tile_gemm(*arguments: Any) -> None:
     stub.multiply(array_at, *arguments)
 
 
-WATCHED = (ld_acquire, ld_relaxed, st_release, fetch_add, cas, pause, now, block_sync, array_at, record_at, tile_gemm)
+WATCHED = (
+    ld_acquire, acquire_told, ld_relaxed, st_release, fetch_add, cas, pause, now, block_sync, array_at, record_at,
+    tile_gemm,
+)  # fmt: skip
 
 
 def watch(kernel: ModuleType) -> ModuleType:

@@ -36,4 +36,4 @@ def backward_processor(block, rank, back, gradients, scratch, box, trace):
         run_backward_task(rank, back, gradients, scratch, box, task)
         if lane() == 0:
             note_event(trace, task, start)
-            note_progress(rank.segments)
+            note_progress(rank.problem, rank.segments)

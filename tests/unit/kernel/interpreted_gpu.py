@@ -31,8 +31,8 @@ class LoggedGpu(Gpu):
 
     copy_in, copy_out, copy_rows, copy_on_device, launch, record, wait_for = map(logged, LOGGED)
 
-    def __init__(self, config, seed):
-        grid = InterpretedGrid(config, seed)
+    def __init__(self, config, seed, heap="ipc"):
+        grid = InterpretedGrid(config, seed, heap)
         with installed(make_stand_in(grid, capability=(8, 0), multiprocessors=5)):
             super().__init__(0)
         self.log, self.caller = [], self.cupy.cuda.Stream(non_blocking=True)

@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.heap.threads import ThreadHeap
 from flashmoe_numba.kernel import control as s
 from flashmoe_numba.kernel.signals import EPOCH_SHIFT
+from flashmoe_numba.layer.life import Life
 from reference import Weights
 
 LONG_S = 20  # a deadline that no test waits for, unless the layer is wrong
@@ -283,3 +285,16 @@ def test_close_inside_a_call_is_refused_and_ends_the_call(monkeypatch):
     with pytest.raises(FlashMoEError, match="this layer is closed: its last call was interrupted by FlashMoEError"):
         layer(random_tokens(config, [3]))
     layer.close()
+
+
+@pytest.mark.parametrize(("closed", "leaves"), [(None, 1), ("a call was given up", 0)])
+def test_a_rank_that_was_told_to_stop_does_not_seem_to_be_the_first(closed, leaves):
+    """Ranks of other hosts hear of whoever was, and not all at the same time."""
+    left = []
+    backend = SimpleNamespace(leave=lambda *arguments: left.append(arguments), close=lambda: None)
+    heap = SimpleNamespace(close=lambda check: None)
+    rank = SimpleNamespace(leaving=lambda epoch: (epoch, "segments"))
+    life = Life(SimpleNamespace(heap=heap, backend=backend, ranks=[rank], drop=lambda: None))
+    life.closed = closed
+    life.end(orderly=False)
+    assert len(left) == leaves and life.closed

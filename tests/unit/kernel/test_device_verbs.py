@@ -14,6 +14,7 @@ import pytest
 from numba import njit, types
 
 from flashmoe_numba.device import (
+    acquire_told,
     add_part,
     array_at,
     cas,
@@ -28,7 +29,9 @@ from flashmoe_numba.device import (
     now,
     part_columns,
     pause,
+    push_control,
     scale_part,
+    send_put,
     st_release,
     store,
     store_part,
@@ -36,6 +39,7 @@ from flashmoe_numba.device import (
 )
 from flashmoe_numba.device.cpu import JIT_OPTIONS, SETTLED_POLLS, SHORTEST_SLEEP_US, SPINS, YIELDS
 from flashmoe_numba.device.fibers import Scheduler
+from flashmoe_numba.kernel.wire import Put
 
 compiled = njit(**JIT_OPTIONS)
 
@@ -59,6 +63,23 @@ def load_all(source, target):
 def store_all(source, target):
     for i in range(source.size):
         store(target, i, source[i])
+
+
+def use_network(wire, put, words, said):
+    said[0] = send_put(wire, put)
+    said[1] = acquire_told(wire, words, 1)
+    push_control(wire, words, 7)
+
+
+def test_on_a_host_somebody_must_carry_puts():
+    """No verb of the network does anything there: the ring is the kernel's, and what is acquired a word of its own."""
+    put = Put(1, 0, 8, 16, 24, 99)
+    for name, function in both(use_network):
+        wire, words, said = np.arange(32), np.array([5, 6]), np.full(2, -1)
+        function(wire, put, words, said)
+        assert said.tolist() == [False, 6], name
+        assert wire.tolist() == list(range(32)), name
+        assert words.tolist() == [5, 6], name
 
 
 HALVES = {"float16": (np.uint16, np.float16), "bfloat16": (np.int16, ml_dtypes.bfloat16)}

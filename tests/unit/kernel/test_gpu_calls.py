@@ -1,16 +1,19 @@
 """What a call on a GPU puts on which stream, what it waits for, and how it ends badly; on a stand-in."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cases import assert_equals_oracle, assert_same_bits, random_routing, random_tokens, record_words, tiny_config
-from interpreted_gpu import make_layer
+from interpreted_gpu import InterpretedCuda, LoggedGpu, make_layer
+from pretended_gpus import ImagesHeap
 
+from flashmoe_numba import FlashMoE
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.kernel import control as s
 from flashmoe_numba.kernel.state import Problem
-from reference import Weights
+from reference import Hosts, Weights
 
 CONFIG = tiny_config(num_ranks=2, num_experts=2, num_topk=1, num_tokens=4)
 COPIES = ["copy_in"] * 2 * CONFIG.num_ranks  # choices and weights of each rank
@@ -206,7 +209,7 @@ def test_leaving_says_why(layer):
         layer.synchronize()
 
 
-@pytest.mark.parametrize(("before", "after"), [([5, 5], [5, 5]), ([5, 0], [5, 5]), ([0, 5], [2, 5]), ([0, 0], [2, 2])])
+@pytest.mark.parametrize(("before", "after"), [([1, 1], [1, 1]), ([1, 0], [1, 1]), ([0, 1], [2, 1]), ([0, 0], [2, 2])])
 def test_leaving_overwrites_no_stop(layer, before, after):
     """The first word is rank 0's, which decides whom all name; rank 1 leaves, and does nothing if it was stopped."""
     layer(random_tokens(CONFIG))
@@ -216,6 +219,41 @@ def test_leaving_overwrites_no_stop(layer, before, after):
     assert stop_words(layer) == (before if before[1] else after)
     assert (layer._ranks[1].control.get()[s.RECORD] == s.COMPLETE) == (before[1] == 0)
     layer._life.closed = "tested"
+
+
+class Recorder:
+    """In place of NVSHMEM: what was put by whom to whom, and what the source held then."""
+
+    def __init__(self, gpu):
+        self.gpu, self.puts = gpu, []
+
+    def put_signal(self, target, source, num_bytes, flag, word, rank_idx):
+        self.puts.append((target, flag, word, rank_idx, self.gpu.read_now(source, num_bytes // 8)))
+
+
+def test_leaving_puts_the_reason_to_other_hosts_with_the_stop():
+    config = replace(CONFIG, num_ranks=4, num_experts=4)
+    backend = InterpretedCuda(config, LoggedGpu(config, 0, "nvshmem"), heap="nvshmem")
+    heap = ImagesHeap(4, Hosts((0, 1, 0, 1)))
+    with FlashMoE.from_parts(config, Weights.random(config), heap, backend, num_processors=1) as layer:
+        backend._nvshmem = recorder = Recorder(backend.gpu)
+        rank = layer._ranks[3]
+        backend.leave(*rank.leaving(1), s.CLOSED_BY_THREAD)
+        assert stop_words(layer) == [0, 4, 0, 4], "those of other hosts are not within reach"
+        for (target, flag, word, peer, control), expected in zip(recorder.puts, (0, 2), strict=True):
+            own, control_at = backend.address(heap.segments[3]), rank.problem.control_at
+            assert (peer, word, flag) == (expected, 4, own + control_at + 8 * s.ABORT)
+            looked_at = backend.address(heap.segments_of(peer)[3]) - backend.address(heap.segments[peer])
+            assert target == own + looked_at + control_at, "the image where the peer looks, by its place in a segment"
+            assert s.record_fields(control).m == s.CLOSED_BY_THREAD and control[s.RECORD] == s.COMPLETE
+        backend.leave(*rank.leaving(1))
+        assert len(recorder.puts) == 2
+        layer._life.closed = "tested"
+
+
+def test_a_kernel_that_reaches_no_other_hosts_joins_no_network(layer):
+    with pytest.raises(ValueError, match="heap must be 'nvshmem' in a CudaBackend of several hosts, got 'ipc'"):
+        layer._backend.join_network(Recorder(layer._backend.gpu))
 
 
 class Broken(RuntimeError):

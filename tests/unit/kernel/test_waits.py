@@ -14,6 +14,7 @@ WAITS = interpreted("flashmoe_numba.kernel").waits
 PROCESSOR = interpreted("flashmoe_numba.kernel").processor
 QUEUE = interpreted("flashmoe_numba.kernel").queue
 PARAMETERS = SimpleNamespace(deadline_ns=DEADLINE, num_ranks=0, epoch=1)  # no ranks: nobody makes progress
+SEGMENTS = SimpleNamespace(wire=None, remote=None)  # nobody looks at them
 
 
 def run(body):
@@ -35,7 +36,7 @@ def silences(pauses):
         wait = WAITS.begin_wait()
         for nanoseconds in pauses:
             sleep(nanoseconds)
-            wait = WAITS.keep_waiting(PARAMETERS, None, wait)
+            wait = WAITS.keep_waiting(PARAMETERS, SEGMENTS, wait)
             said.append(WAITS.silence_ns(wait))
 
     run(body)

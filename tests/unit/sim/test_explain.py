@@ -242,6 +242,17 @@ def test_the_command_explains_what_sim_simulates(capsys):
     assert errors == "", "progress is drawn though stderr is no terminal"
 
 
+def test_the_command_says_what_was_computed(capsys):
+    """All first choices are expert 0, which has room for 16 rows of each rank: 4 * 48 of 256 are dropped."""
+    flags = ["explain", "--preset", "laptop-text", "--hardware", "4xH100", "--tokens", "64", "--topk", "1"]
+    for command in ([], ["--against", "bulk"]):
+        assert cli.main([*flags, "--routing", "hot", "--capacity", "16", *command]) == 0
+        line = "64 rows, 192 dropped, capacity 16 rows; busiest rank 4.00 of the mean, busiest expert 32.00"
+        assert capsys.readouterr().out.splitlines().count(line) == 1 + bool(command)
+    assert cli.main([*flags, "--routing", "even"]) == 0
+    assert "\n256 rows, no capacity; busiest rank 1.00 of the mean, busiest expert 1.00\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--policy", "all"], "argument --policy: policy must be one of flashmoe, "),
     (["--policy", "flashmoe,bulk"], "argument --policy: policy must be one of flashmoe, "),

@@ -203,3 +203,9 @@ def test_a_processor_waits_for_a_round_of_the_os_block(packing):
     for kind in (RECEIVE, COMBINE):
         nodes = kind_nodes(none, kind)
         np.testing.assert_array_equal(some.nodes["duration_ns"][nodes], none.nodes["duration_ns"][nodes])
+
+
+def test_one_block_is_too_few():
+    with pytest.raises(ValueError, match="blocks_per_sm times the 1 SM must be at least 2, one is the OS block"):
+        make_graph("flashmoe", on_few_sms(small_world(), 1))
+    assert make_graph("flashmoe", on_few_sms(small_world(), 1), blocks_per_sm=2).num_tasks

@@ -1,0 +1,36 @@
+"""What a heap of several hosts asks of MPI before anything starts, and what it warns of."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from flashmoe_numba.heap import hosts
+
+LEVELS = {f"THREAD_{name}": number for number, name in enumerate(["SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE"])}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_threads_must_be_allowed(level, monkeypatch):
+    mpi = SimpleNamespace(Query_thread=lambda: LEVELS[level], **LEVELS)
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
+    if level == "THREAD_MULTIPLE":
+        hosts._require_threads()
+        return
+    with pytest.raises(ValueError, match="comm must be of an MPI that threads may call") as caught:
+        hosts._require_threads()
+    assert str(caught.value).endswith(f"got {level}")
+
+
+@pytest.mark.parametrize(("netmod", "warns"), [("ofi", False), ("ucx", True)])
+def test_a_netmod_that_ends_the_others_is_named(netmod, warns, monkeypatch, recwarn):
+    described = SimpleNamespace(get_vendor=lambda: ("MPICH",), Get_library_version=lambda: "Device: ch4:ucx,ofi\n")
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=described))
+    monkeypatch.setenv("MPIR_CVAR_CH4_NETMOD", netmod)
+    monkeypatch.setenv("FI_PROVIDER", "tcp")
+    if not warns:
+        hosts._warn_of_losses()
+        assert not recwarn.list
+        return
+    with pytest.warns(RuntimeWarning, match="ucx.*FI_PROVIDER=tcp"):
+        hosts._warn_of_losses()
