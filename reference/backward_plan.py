@@ -97,8 +97,7 @@ def working_bytes(config: MoEConfig, save: str) -> int:
     ups, shared_ups = c.ffn * c.expert_kind.num_ups, c.shared_ffn * c.shared_kind.num_ups
     row = (c.hidden * (1 + (save == "nothing")) + c.ffn + ups * (1 + again)) * element + (1 + tiles_n0(c)) * sums
     shared = (c.shared_ffn + shared_ups * (1 + again)) * element + (shared_tiles_n0(c) + c.shared_gate) * sums
-    logits = c.num_choices * (1 + c.router_kind.logit_bias)
-    token = shared + (c.num_topk + logits + c.hidden) * sums
+    token = shared + (c.num_choices * c.router_kind.logit_bias + c.hidden) * sums
     return hidden_rows(c) * row + c.num_tokens * token + COUNTERS * FLAG_BYTES
 
 

@@ -203,9 +203,9 @@ def test_a_lost_signal_of_the_kernel_is_reported_with_its_place(monkeypatch):
     kernel = interpreted("flashmoe_numba.kernel")
     tell = kernel.peers.tell_results
 
-    def forgets_one(p, segments, source, e, m, num_rows):
-        if not (p.epoch == 2 and e == m == 0):
-            tell(p, segments, source, e, m, num_rows)
+    def forgets_one(p, segments, source, e, m, slot, num_rows):
+        if not (p.epoch == 2 and p.rank_idx == e == m == 0):
+            tell(p, segments, source, e, m, slot, num_rows)
 
     with FlashMoE(config, weights, backend="fibers", lanes=2, num_processors=1) as layer:
         layer(x)

@@ -40,7 +40,8 @@ class Ranks:
         return SimpleNamespace(rank_idx=rank_idx, epoch=epoch, deadline_ns=DEADLINE, **sizes)
 
     def segments(self, rank_idx):
-        return SimpleNamespace(control=self.controls[rank_idx], address=self.addresses, remote=[0] * len(self.controls))
+        here = np.zeros(len(self.controls), np.int64)
+        return SimpleNamespace(control=self.controls[rank_idx], address=self.addresses, remote=here, wire=here[:0])
 
     def words(self, word):
         return [int(control[word]) for control in self.controls]

@@ -39,7 +39,7 @@ def come(p, subscriber, rank, packets):
     for source, rows in packets:
         subscriber.append_packet(p, rank.received, 0, source, rows)
         least = p.tile_m if subscriber.is_held_back(p, rank.received, 0) else 1
-        subscriber.cut_tiles(p, rank.received, rank.queue, 0, least)
+        subscriber.cut_tiles(p, rank.segments, rank.received, rank.queue, 0, least)
     return subscriber.queue_tiles(p, rank.received, rank.queue, 0)
 
 
@@ -55,7 +55,7 @@ def test_a_rest_goes_when_a_processor_has_a_ticket_without_a_task(rank, idle, cu
     p, subscriber, _ = waiting(rank, 9)
     counters = rank.queue.counters
     counters[counter.py_func(p, HEAD)] = counters[counter.py_func(p, TAIL)] + idle
-    assert on_a_fiber(lambda: subscriber.cut_rests(p, rank.received, rank.queue)) == cut
+    assert on_a_fiber(lambda: subscriber.cut_rests(p, rank.segments, rank.received, rank.queue)) == cut
     assert on_a_fiber(lambda: subscriber.rows_waiting(rank.received, 0)) == 1 - cut
 
 
