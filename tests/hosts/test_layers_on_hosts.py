@@ -151,5 +151,6 @@ def test_flashmoe_run_says_which_ranks_are_gone_without_power(hosts_of, tmp_path
     hosts.hosts.power_off(2)
     assert process.wait(60) == 1
     said = [line for line in stderr.read_text().splitlines() if "flashmoe: error: rank " in line]
-    assert {line.split("flashmoe: error: rank ")[1][0] for line in said} == {"0", "1"}, said
+    # Between calls, where ranks meet, the first of them to give up ends all, maybe before the other has said so.
+    assert said and {line.split("flashmoe: error: rank ")[1][0] for line in said} <= {"0", "1"}, said
     assert any("rank 2" in line or "rank 3" in line for line in said), said
