@@ -115,7 +115,7 @@ def read_facts(sass: str) -> Facts:
 
 def failures(kernel: Kernel, facts: Facts) -> list[str]:
     """What is wrong with a kernel, a line each: what its variant promises, read off the linker's log and the SASS."""
-    found, calls = [], kernel.variant.heap == "nvshmem"  # and what is called has a stack
+    found = []
     if kernel.variant.tensor_cores:
         found += [f"no {kind}" for kind in (TENSOR, TENSOR_LOAD) if not facts.counts[kind]]
     multiplying = (TENSOR,) if kernel.variant.tensor_cores else LANES
@@ -123,9 +123,9 @@ def failures(kernel: Kernel, facts: Facts) -> list[str]:
         found.append(f"no main loop with {' or '.join(multiplying)}")
     for loop in facts.main_loops:
         found += [f"main loop {loop.label} ({loop.shape}): {wrong}" for wrong in _wrong(loop)]
-    if kernel.spill_bytes or (kernel.stack_bytes and not calls):
-        found.append(f"{kernel.spill_bytes} bytes of registers spilled, {kernel.stack_bytes} bytes of stack")
-    if calls:
+    if kernel.spill_bytes:  # outside of main loops, too; a stack without spills is that of what is called
+        found.append(f"{kernel.spill_bytes} bytes of registers spilled")
+    if kernel.variant.heap == "nvshmem":
         missing = [part for part in (*CALLED, PUT_SIGNAL) if not any(part in name for name in facts.calls)]
         found += [f"no call of {part}" for part in missing]
     return found + [f"the linker warned: {warning}" for warning in kernel.warnings]
