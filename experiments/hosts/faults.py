@@ -24,9 +24,6 @@ class World:
     ranks_per_host: int
     deadline_s: float
 
-    def host_of(self, rank_idx: int) -> int:
-        return FIRST + rank_idx // self.ranks_per_host
-
     def ranks_of(self, host: int) -> set[int]:
         first = (host - FIRST) * self.ranks_per_host
         return set(range(first, first + self.ranks_per_host))

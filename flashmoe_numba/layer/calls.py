@@ -56,7 +56,7 @@ class Calls:
         """What each rank here returns, in this thread's turn.
 
         Args:
-            deadline_s: the call fails when no rank has finished any task for this long.
+            deadline_s: the call fails when nothing has moved on any rank for this long, as `FlashMoE` has it.
 
         Raises:
             FlashMoEError: the call was given up; the layer is closed.

@@ -45,13 +45,14 @@ class FlashMoE(Owned):
         config: sizes of the layer.
         weights: router and experts. With `comm` a rank may bring just its own experts (`weights.shard`). They are
             copied into the kernel's order; the layer does not keep the originals.
-        comm: an mpi4py communicator of `config.num_ranks` ranks on one machine.
+        comm: an mpi4py communicator of `config.num_ranks` ranks, on one machine or on several (docs/clusters.md).
         process_group: in its place, such a group of torch.distributed, of any backend that has a store. What is said of
-            `comm` holds for it. (`torch.distributed.group.WORLD` is None before `init_process_group`.)
+            `comm` holds for it, but all ranks must be on one machine. (`torch.distributed.group.WORLD` is None before
+            `init_process_group`.)
         backend: "cpu" or "cuda" (compiled), or "fibers" (interpreted, ranks of this process only).
         num_processors: blocks per rank beside the OS block; default: the cores, or the blocks that a GPU holds at a
             time, shared out among the ranks.
-        deadline_s: a call fails when no rank has finished any task for this long.
+        deadline_s: a call fails when no rank has finished any task, or got any rows from another host, for this long.
         setup_deadline_s: with `comm`, how long a rank waits for the others while they make their layers.
         trace: keep a record of every task of the last call (`layer.traces`).
         save: what `forward` keeps for `backward`. "rows+up": the rows that experts got, and their products with the up

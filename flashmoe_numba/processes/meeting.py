@@ -1,4 +1,4 @@
-"""Ranks as processes of one machine: how they agree while a layer is set up and taken down; never in a call.
+"""Ranks as processes, of one machine or several: how they agree while a layer is set up and taken down, not in calls.
 
 MPI's own collectives wait without a limit, so the ones here poll a non-blocking request until a deadline.
 """

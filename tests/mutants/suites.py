@@ -39,6 +39,13 @@ PRODUCTS = Stage(
     f"{UNIT}/test_tile_gemm.py {UNIT}/test_micro_kernels.py {UNIT}/test_guard_pages.py {UNIT}/test_arithmetics.py",
 )
 HOSTS = Stage(0, f"{UNIT}/test_puts.py {PROPERTY}/test_pretended_hosts.py {EXPLORE}/test_hosts_explored.py")
+CARRIERS = Stage(
+    0,
+    f"{UNIT}/test_carrier.py {UNIT}/test_carrier_messages.py tests/unit/test_hosts_heap.py "
+    "tests/mpi/test_carrier_mpi.py tests/mpi/test_hosts_mpi.py",
+)
+NETWORK_HEAP = Stage(0, f"tests/unit/test_nvshmem_heap.py {UNIT}/test_gpu_hosts.py")
+SUMS = Stage(0, f"{UNIT}/test_gradient_memory.py")
 ROUTERS_BACK = Stage(30, f"{UNIT}/test_router_gradient.py {UNIT}/test_router_gradient_limits.py")
 GRADIENTS = Stage(120, f"{UNIT}/test_weight_gradient.py {UNIT}/test_hidden_gradient.py")
 VERBS = Stage(30, f"{UNIT}/test_device_verbs.py {UNIT}/test_float_control.py")
@@ -62,6 +69,7 @@ SIMULATOR = Stage(
 
 SUITES = {
     "flashmoe_numba/kernel/*.py": [INTERPRETED, COMPILED],
+    "flashmoe_numba/kernel/carried.py": [CARRIERS],
     "flashmoe_numba/kernel/grid.py": [GRIDS],
     "flashmoe_numba/kernel/network.py": [HOSTS],
     "flashmoe_numba/kernel/peers.py": [INTERPRETED, HOSTS, COMPILED],
@@ -69,6 +77,11 @@ SUITES = {
     "flashmoe_numba/kernel/slopes.py": [ROUTERS_BACK],
     "flashmoe_numba/kernel/wire.py": [HOSTS],
     "flashmoe_numba/heap/*.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/heap/carrier*.py": [CARRIERS],
+    "flashmoe_numba/heap/hosts.py": [CARRIERS],
+    "flashmoe_numba/heap/messages.py": [CARRIERS],
+    "flashmoe_numba/heap/nvshmem.py": [NETWORK_HEAP],
+    "flashmoe_numba/heap/sums.py": [SUMS],
     "flashmoe_numba/layer/layer.py": [LAYERS, PROCESSES],
     "flashmoe_numba/layer/calls.py": [LAYERS, PROCESSES],
     "flashmoe_numba/layer/life.py": [LAYERS, PROCESSES],

@@ -9,6 +9,7 @@ import pytest
 
 from flashmoe_numba.commands.doctor import host
 from flashmoe_numba.commands.doctor.host import OK, WARN
+from flashmoe_numba.commands.doctor.hosts import lines
 
 CURE = "set MPIR_CVAR_CH4_NETMOD=ofi FI_PROVIDER=tcp"
 
@@ -47,3 +48,12 @@ def test_here_it_outlives_a_lost_rank(monkeypatch):
     for name in ("MPIR_CVAR_CH4_NETMOD", "FI_PROVIDER"):
         monkeypatch.delenv(name, raising=False)
     assert host.check_network().found == "ofi/tcp, outlives a lost rank, threads may call it"
+
+
+@pytest.mark.parametrize(("threads", "line"), [
+    (True, "ok    threads         may call it"),
+    (False, "warn  threads         may not call it"),
+])  # fmt: skip
+def test_the_table_between_hosts_says_whether_threads_may_call_mpi(threads, line):
+    report = {"survives_a_lost_rank": True, "netmod": "ofi/tcp", "fix": "", "threads": threads}
+    assert line in lines(report | {"hosts": [], "links": []}, None)

@@ -83,7 +83,7 @@ def lines(report: dict[str, Any], file: str | None) -> Iterator[str]:
     status = OK if report["survives_a_lost_rank"] else WARN
     outlives = "outlives a lost rank" if status == OK else f"may not outlive a lost rank; fix: {report['fix']}"
     yield f"{status:6}{'MPI uses':16}{report['netmod']}, {outlives}"
-    yield f"{OK:6}{'threads':16}may call it"
+    yield f"{OK:6}{'threads':16}may call it" if report["threads"] else f"{WARN:6}{'threads':16}may not call it"
     hosts = report["hosts"]
     for link in report["links"]:
         name = f"{hosts[link['source']]} to {hosts[link['target']]}"
