@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 from children import printed
-from stand_ins import ENTRY, PlainArena, make_stand_in, nothing, refused
+from stand_ins import ENTRY, TEXT, PlainArena, make_stand_in, nothing, refused
 
 from flashmoe_numba.ptx.stand_in import StandIn, modules
 
@@ -29,8 +29,7 @@ def test_launches_are_in_order_with_copies_and_in_graphs(arena):
         graph = stream.end_capture()
     function((1,), (32,), ())
     graph.launch()
-    text = f".visible .entry {ENTRY}("
-    assert seen == [((text, ENTRY, 1, 32, (), 0), 0), ((text, ENTRY, 4, 128, (array.data.ptr, -1), 64), 3)]
+    assert seen == [((TEXT, ENTRY, 1, 32, (), 0), 0), ((TEXT, ENTRY, 4, 128, (array.data.ptr, -1), 64), 3)]
 
 
 def test_all_get_the_same_function_on_a_device(cupy):
