@@ -19,6 +19,7 @@ SHORTEST_NAP_S, LONGEST_NAP_S = 2e-5, 1e-3
 BEATS_PER_DEADLINE = 32
 LOOK_S = 0.05
 LAST_WORDS_S = 2.0  # for what is still to be said where a call is given up
+_LEFT: list[Carrier] = []  # with messages under way for good: MPI may still read and write their memory
 
 
 class CarrierThread:
@@ -44,9 +45,11 @@ class CarrierThread:
         self._wanted = True
         self._stir.set()
         try:
-            yield
+            try:
+                yield
+            finally:
+                self._take_rest(deadline_s)
         finally:
-            self._take_rest(deadline_s)
             self._wanted = False
 
     def _take_rest(self, patience_s: float) -> None:
@@ -90,6 +93,8 @@ class CarrierThread:
         self._ending = True
         self._stir.set()
         self._thread.join(max(LONGEST_NAP_S, until - time.monotonic()))
+        if self._carrier.is_busy and self._carrier not in _LEFT:
+            _LEFT.append(self._carrier)
 
     def _wait(self, done: Callable[[], bool], patience_s: float) -> bool:
         """Did it come to that while the thread was at work?"""

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashmoe_numba.heap import hosts
+from flashmoe_numba.heap import carrier_thread, hosts
 
 LEVELS = {f"THREAD_{name}": number for number, name in enumerate(["SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE"])}
 
@@ -34,3 +34,27 @@ def test_a_netmod_that_ends_the_others_is_named(netmod, warns, monkeypatch, recw
         return
     with pytest.warns(RuntimeWarning, match="ucx.*FI_PROVIDER=tcp"):
         hosts._warn_of_losses()
+
+
+class Idle:
+    """A carrier that carries nothing."""
+
+    has_words, is_given_up = False, False
+
+    def __init__(self, is_busy):
+        self.is_busy = is_busy
+
+    def step(self):
+        return False
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_what_is_still_under_way_keeps_its_memory(is_busy, monkeypatch):
+    """MPI may read and write it as long as the process lives."""
+    kept = []
+    monkeypatch.setattr(carrier_thread, "_LEFT", kept)
+    carrier = Idle(is_busy)
+    thread = carrier_thread.CarrierThread(carrier)
+    thread.stop(0.05)
+    thread.stop(0.05)
+    assert kept == [carrier] * is_busy
