@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashmoe_numba.commands.doctor import host
+from flashmoe_numba.commands.doctor import host, hosts
 from flashmoe_numba.commands.doctor.host import OK, WARN
 
 CURE = "set MPIR_CVAR_CH4_NETMOD=ofi FI_PROVIDER=tcp"
@@ -47,3 +47,13 @@ def test_here_it_outlives_a_lost_rank(monkeypatch):
     for name in ("MPIR_CVAR_CH4_NETMOD", "FI_PROVIDER"):
         monkeypatch.delenv(name, raising=False)
     assert host.check_network().found == "ofi/tcp, outlives a lost rank, threads may call it"
+
+
+def test_a_machine_file_that_rank_0_cannot_read_costs_no_rank_its_end(capsys, tmp_path):
+    link = {"source": 0, "target": 1, "latency_ns": 9000.0, "gbps": 1.0}
+    report = {"netmod": "ofi/tcp", "survives_a_lost_rank": True, "fix": "", "hosts": ["a", "b"], "links": [link]}
+    args = SimpleNamespace(machine_file=str(tmp_path / "gone.toml"), json=None)
+    assert hosts._give(args, report) == 2
+    said = capsys.readouterr()
+    assert "a to b" in said.out and "--hardware" not in said.out
+    assert "argument --machine-file: hardware file" in said.err and "gone.toml: no such file" in said.err
