@@ -10,7 +10,7 @@ from reference import MoEConfig
 
 from ..errors import UsageError
 from ..processes import launch
-from ..processes.destinations import LAUNCHERS, Destinations, check_launcher
+from ..processes.destinations import LAUNCHERS, Destinations, check_launcher, check_starter
 from .flags import blaming
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def start_on_hosts(args: argparse.Namespace, config: MoEConfig, hosts: Destinati
 
 def started_on(hosts: Destinations, num_ranks: int, args: argparse.Namespace, deadline_s: float) -> int:
     """The exit status of this command as ranks on hosts."""
+    with blaming("argument --launcher"):
+        check_starter(hosts.launcher)
     command = [sys.executable, "-Pm", "flashmoe_numba", *args.argv]
     try:
         return launch.start(num_ranks, command, deadline_s, hosts)

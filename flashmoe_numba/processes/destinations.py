@@ -23,6 +23,7 @@ from .machine import machine_name
 
 SSH = ("ssh", "-x", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 ASKED = {"ssh": SSH, "rsh": ("rsh",)}
+STARTERS = {"ssh": "ssh", "rsh": "rsh", "slurm": "srun"}  # without its program mpirun waits for ever
 LAUNCHERS = (*ASKED, "slurm", "ll", "lsf", "sge")  # of mpich's mpirun, those that lead to other hosts
 ANSWER = "flashmoe_numba.processes.answer"
 ANSWER_PATIENCE_S = 30.0
@@ -145,3 +146,10 @@ def check_launcher(name: str) -> None:
     """Raise a ValueError if nothing is called so."""
     if name not in LAUNCHERS and shutil.which(name) is None:
         raise ValueError(f"launcher must be one of {', '.join(LAUNCHERS)} or a program, got {name!r}")
+
+
+def check_starter(name: str) -> None:
+    """Raise a ValueError if the program of a launcher that is known by name is not on this machine."""
+    starter = STARTERS.get(name, name)
+    if name in STARTERS and shutil.which(starter) is None:
+        raise ValueError(f"{name} needs {starter}, which is not in PATH here")

@@ -87,6 +87,14 @@ def test_what_is_wrong_with_a_host_is_said(launcher, monkeypatch, line, error, m
         Destinations(("a", "b"), launcher.path).ask()
 
 
+@pytest.mark.parametrize(("name", "program"), [("ssh", "ssh"), ("rsh", "rsh"), ("slurm", "srun")])
+def test_a_launcher_whose_program_is_not_here_is_named(capsys, monkeypatch, tmp_path, name, program):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main([*TINY, "--hosts", "a", "--launcher", name]) == 2
+    expected = f"flashmoe run: error: argument --launcher: {name} needs {program}, which is not in PATH here\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--hosts", "a,b,c,d"], "argument --ranks: must be a multiple of the 4 hosts, which get as many ranks each; g"),
     (["--hosts", "a,a"], "argument --hosts: each host must be named once, got a 2 times"),

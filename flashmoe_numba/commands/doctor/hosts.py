@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,14 @@ def _measure(world: MpiRanks) -> dict[str, Any]:
 
 
 def _give(args: argparse.Namespace, report: dict[str, Any]) -> int:
-    if args.machine_file is not None:
-        write_network(args.machine_file, report)
+    """The exit status; what is wrong with a file is said here, because the other ranks wait for it."""
+    try:
+        if args.machine_file is not None:
+            write_network(args.machine_file, report)
+    except (UsageError, OSError) as error:
+        give(args.json, lines(report, None), report)
+        print(f"flashmoe doctor: error: on {platform.node()}: {error}", file=sys.stderr, flush=True)
+        return 2
     give(args.json, lines(report, args.machine_file), report)
     return 0
 
