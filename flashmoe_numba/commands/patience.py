@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +20,8 @@ def shown_when_slow(policy: str, always: bool) -> Iterator[None]:
     if not (always or sys.stderr.isatty()):
         yield
         return
-    over = threading.Event()
-    thread = threading.Thread(target=_show, args=(policy, over), name="progress", daemon=True)
-    thread.start()
-    try:
+    with _beside(_show, policy):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 @contextmanager
@@ -36,14 +30,8 @@ def ticking(bar: Any) -> Iterator[None]:
     if bar.disable:
         yield
         return
-    over = threading.Event()
-    thread = threading.Thread(target=_tick, args=(bar, over), name="progress", daemon=True)
-    thread.start()
-    try:
+    with _beside(_tick, bar):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 @contextmanager
@@ -53,6 +41,19 @@ def clock(what: str) -> Iterator[None]:
 
     with tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar, ticking(bar):
         yield
+
+
+@contextmanager
+def _beside(show: Callable[[Any, threading.Event], None], what: Any) -> Iterator[None]:
+    """`show(what, over)` in a thread of its own, until `over` is set."""
+    over = threading.Event()
+    thread = threading.Thread(target=show, args=(what, over), name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _tick(bar: Any, over: threading.Event) -> None:
