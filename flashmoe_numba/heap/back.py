@@ -32,6 +32,28 @@ class Transposed(NamedTuple):
     shared_gate: Array
 
 
+class BackCall(NamedTuple):
+    """A backward of one rank.
+
+    Args:
+        dy: `[num_tokens, hidden]`, as `check_tokens` of the memory returns it.
+        said: gradients of logits by way of other losses, or None.
+        kept, forward: what was kept, and the epoch of the call that did.
+        experts, transposed: the weights that it had.
+        gradients: to be added to; empty: not wanted.
+        fresh: do their sums begin here, whatever there is where they lie?
+    """
+
+    dy: Any
+    said: Array | None
+    kept: Kept
+    forward: int
+    experts: Experts
+    transposed: Transposed
+    gradients: WeightGradients
+    fresh: bool = False
+
+
 def pack_transposed(
     config: MoEConfig,
     memory: Memory,

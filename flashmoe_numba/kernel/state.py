@@ -85,7 +85,7 @@ class Segments(NamedTuple):
     wire: np.ndarray  # int64: puts for those (wire.py), empty where there are none; uint64: heap/nvshmem.py
     dispatch: np.ndarray  # elements [num_ranks, experts_per_rank, slots, hidden]
     result: np.ndarray  # elements, likewise
-    dispatch_flag: np.ndarray  # int64 [num_experts]
+    dispatch_flag: np.ndarray  # int64 [num_ranks, experts_per_rank, 2]: of even calls and of odd ones
     result_flag: np.ndarray  # int64 [num_experts, row_blocks]
     control: np.ndarray  # int64 [CONTROL_WORDS]
     again: np.ndarray  # elements like dispatch: the forward's rows, in a backward that has not kept them; else empty

@@ -89,7 +89,7 @@ class Cells:
         self._axes: dict[str, tuple[tuple[str, ...], Sequence[int]]] = {
             "dispatch": (("source", "expert", "slot", "column"), rows),
             "result": (("owner", "expert", "slot", "column"), rows),
-            "dispatch_flag": (("source", "expert"), rows[:2]),
+            "dispatch_flag": (("source", "expert", "flag"), (*rows[:2], 2)),
             "result_flag": (("owner", "expert", "m"), (*rows[:2], layout.row_blocks)),
             "hidden": (("row", "column"), (-1, c.ffn)),
             "x": (("token", "column"), (-1, c.hidden)),
