@@ -124,7 +124,7 @@ def poll_packets(p, segments, received, queue, block, trace):
     if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
         gemms = ld_acquire(queue.counters, counter(p, GEMM_TASKS))
         total = num_gate_tasks(p) + p.num_experts + num_token_blocks(p) + gemms + num_shared_tasks(p)
-        total += p.router_weight_tasks + p.shared_weight_tasks
+        total += p.router_weight_tasks + p.shared_weight_tasks + p.norm_weight_tasks
         st_release(queue.counters, counter(p, TOTAL), total + 1)
     return seen
 

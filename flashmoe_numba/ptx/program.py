@@ -258,6 +258,17 @@ class _Loader:
         target, a, b, condition = (self._slot(i, operand) for operand in i.operands)
         self._emit(op.SELECT, target, a, b, condition)
 
+    def _insert(self, i: Instruction, match: re.Match[str]) -> None:
+        """9.7.1.20, of constant bits: so many of `a`, from the first one on, in the place of some of `b`."""
+        first, length = (int(operand) for operand in i.operands[3:])
+        taken = (1 << length) - 1
+        replaced = (taken << first) & (1 << 64) - 1
+        target, a, b = (self._slot(i, operand) for operand in i.operands[:3])
+        self._emit(op.AND, self.temporary, a, self._constant(taken))
+        self._emit(op.SHL64, self.temporary, self.temporary, self._constant(first))
+        self._emit(op.AND, target, b, self._constant(replaced ^ (1 << 64) - 1))
+        self._emit(op.OR, target, target, self.temporary)
+
     def _compare(self, i: Instruction, match: re.Match[str]) -> None:
         found = op.COMPARISONS.get((match[1], match[3]))
         if found is None:
@@ -371,6 +382,7 @@ class _Loader:
 
 _FORMS: list[tuple[re.Pattern[str], Callable[[_Loader, Instruction, re.Match[str]], None]]] = [
     (re.compile(r"selp\.\w+"), _Loader._select),
+    (re.compile(r"bfi\.b64"), _Loader._insert),
     (_COMPARISON, _Loader._compare),
     (re.compile(r"bra(\.uni)?"), _Loader._branch),
     (re.compile(r"ld\.param\.[bsu]64"), _Loader._load_parameter),
