@@ -57,7 +57,7 @@ hosts-soak: .venv/for-dev
 compare: .venv/for-dev
 	.venv/bin/python tests/compare_commits.py $(BASE) --speed 5
 
-# Compilers for GPUs are some 530 MB, so they come only here; `make test` skips what needs them.
+# Compilers for GPUs are some 530 MB and NVSHMEM 310, so they come only here; `make test` skips what needs them.
 compile-test: .venv/for-compile
 	.venv/bin/python -m pytest tests/compile
 
@@ -84,7 +84,7 @@ clean:
 	@touch $@ .venv/for-run
 
 .venv/for-compile: .venv/made setup.cfg pyproject.toml
-	$(PIP) install --editable '.[dev,compile]'
+	$(PIP) install --editable '.[dev,compile,nvshmem]'
 	@touch $@ .venv/for-run .venv/for-dev
 
 .venv/for-conformance: .venv/made setup.cfg pyproject.toml

@@ -5,6 +5,7 @@ what was put, and what a lost rank does to it, is not shown here.
 """
 
 import importlib.util
+import os
 
 import numpy as np
 import pytest
@@ -28,6 +29,9 @@ pytestmark = pytest.mark.timeout(600)  # the first one compiles the machine, a m
 
 LANES = Variant(dtype="float32", architecture="sm_80", tensor_cores=False, heap="nvshmem")
 TENSOR = Variant(dtype="float16", architecture="sm_90a", tensor_cores=True, heap="nvshmem")
+LAYERS, BACKWARDS = [(TENSOR, (0, 0, 1, 1)), (LANES, (0, 1, 0))], [(LANES, "nothing")]
+if os.environ.get("HYPOTHESIS_PROFILE", "fast") != "fast":
+    LAYERS, BACKWARDS = [*LAYERS, (TENSOR, (0, 1)), (LANES, (0, 1))], [*BACKWARDS, (TENSOR, "rows+up")]
 
 
 def config_for(variant, num_ranks, **sizes):
@@ -37,9 +41,7 @@ def config_for(variant, num_ranks, **sizes):
     return tiny_config(**sizes)
 
 
-@pytest.mark.parametrize(("variant", "of_rank"), [
-    (TENSOR, (0, 1)), (TENSOR, (0, 0, 1, 1)), (LANES, (0, 1)), (LANES, (0, 1, 0)),
-], ids=lambda part: getattr(part, "name", None))  # fmt: skip
+@pytest.mark.parametrize(("variant", "of_rank"), LAYERS, ids=lambda part: getattr(part, "name", None))
 def test_a_layer_equals_the_oracle_with_the_bits_of_one_host(variant, of_rank, folder):
     config = config_for(variant, len(of_rank), num_topk=2)
     weights, rng = Weights.random(config, 1, bias=True), np.random.default_rng(len(of_rank))
@@ -56,7 +58,7 @@ def test_a_layer_equals_the_oracle_with_the_bits_of_one_host(variant, of_rank, f
         assert_same_bits(y, one)
 
 
-@pytest.mark.parametrize(("variant", "save"), [(LANES, "nothing"), (TENSOR, "rows+up")], ids=lambda part: str(part))
+@pytest.mark.parametrize(("variant", "save"), BACKWARDS, ids=lambda part: getattr(part, "name", part))
 def test_gradients_equal_the_oracles(variant, save, folder):
     """Factors, dots and rows that are sent again go as puts without a flag."""
     config = config_for(variant, 3)
