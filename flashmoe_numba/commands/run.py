@@ -170,8 +170,6 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
         raise UsageError("the layer: router must choose its experts, got choice 'given': they come from token ids")
     if (args.processors or 1) > MOST_PROCESSORS:
         raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
-    if args.backward and config.expert_kind.norm_eps is not None:
-        raise UsageError("argument --backward: experts must have no norm (norm_eps): kernels have no backward of it")
     check_backend_flag(args.backend)
     _check_arithmetic(args, config)
     try:
