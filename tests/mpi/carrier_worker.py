@@ -3,11 +3,14 @@
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from layer_worker import main
 from losing import wait_for
 
+from flashmoe_numba.bench import carrying as bench
 from flashmoe_numba.heap import carrier
 from flashmoe_numba.heap.carrier import PIECE_BYTES
 from flashmoe_numba.heap.hosts import HostsHeap
@@ -148,6 +151,28 @@ def abort(comm, folder, ranks_per_host):
         comm.Barrier()
     assert side.control[ABORT] == culprit + 1
     side.heap.close(lambda: None)
+
+
+def carrying(comm, folder, ranks_per_host):
+    """Streams to measure by: all rows of all others come, and what all threads take of cores counts."""
+    bench.NUM_PUTS, bench.PUT_BYTES, bench.REPEATS = 20, 8192, 2
+    per_host, num_bytes = int(ranks_per_host), bench.NUM_PUTS * bench.PUT_BYTES
+    stream = bench.Stream(comm, per_host)
+    for number in range(3):
+        stream.run(number)
+        for other in stream.others:
+            peers = [rank for rank in range(comm.size) if stream.heap.hosts.are_apart(rank, other)]
+            mine = np.arange(bench.NUM_PUTS) % len(peers) == peers.index(comm.rank)
+            expected = np.repeat(mine * (number + other), bench.PUT_BYTES)
+            np.testing.assert_array_equal(stream.received[other], expected)
+        comm.Barrier()
+    stream.heap.close(lambda: None)
+    clock = iter(range(10**6))
+    bench.time = SimpleNamespace(
+        process_time=lambda: next(clock) * (comm.rank + 1) / 4, monotonic=time.monotonic, sleep=time.sleep
+    )
+    spent_s = sum(rank + 1 for rank in range(comm.size)) / 4
+    assert bench.measure_carrying(comm, per_host) == pytest.approx(comm.size * num_bytes / spent_s / 1e9)
 
 
 if __name__ == "__main__":
