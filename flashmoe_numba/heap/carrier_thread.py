@@ -1,7 +1,7 @@
 """The thread in which a rank's carrier works: during calls, and afterwards until all is carried; else it sleeps.
 
-While nothing moves it naps, longer and longer, so that a message waits for a small part of the time since the last one,
-and a long wait costs next to nothing.
+When nothing moves it naps, longer and longer. Each look takes a core for some 15 us, perhaps from a processor: where
+ranks share cores, shorter naps cost more than messages gain by them (experiments/06_two_hosts.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from ..errors import FlashMoEError
 from .carrier import Carrier
 
-NAP_PART = 8  # of the time since anything has moved
-SHORTEST_NAP_S, LONGEST_NAP_S = 2e-5, 1e-3
+NAP_PART = 2  # of the time since anything has moved
+SHORTEST_NAP_S, LONGEST_NAP_S = 5e-4, 2e-3
 BEATS_PER_DEADLINE = 32
 LOOK_S = 0.05
 LAST_WORDS_S = 2.0  # for what is still to be said where a call is given up
@@ -124,6 +124,5 @@ class CarrierThread:
             now = time.monotonic()
             if moved:
                 moved_at = now
-            nap_s = min((now - moved_at) / NAP_PART, LONGEST_NAP_S)
-            if nap_s > SHORTEST_NAP_S:
-                time.sleep(nap_s)
+            else:
+                time.sleep(min(max((now - moved_at) / NAP_PART, SHORTEST_NAP_S), LONGEST_NAP_S))
