@@ -31,7 +31,8 @@ class Soak:
     Args:
         load: the system's, of the last five minutes.
         kept: what the ranks have grown by between the ends of the first and of the last round, the most of each.
-        in_layer: likewise in the last two thirds of a layer's calls, from the second round on.
+        ends_kib: resident memory of the largest rank, at the end of each round.
+        in_layer: likewise in the last two thirds of a small layer's calls, from the second round on.
         problems: what is not as it should be, in words.
     """
 
@@ -41,12 +42,13 @@ class Soak:
     seconds: float = 0.0
     load: float = 0.0
     kept: Held = NOTHING
+    ends_kib: list[int] = field(default_factory=list)
     in_layer: Held = NOTHING
     problems: list[str] = field(default_factory=list)
 
     def row(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("layers", "calls", "wrong", "seconds", "load")}
-        grown = {**self.kept._asdict(), "layer_kib": self.in_layer.resident_kib}
+        grown = {**self.kept._asdict(), "layer_kib": self.in_layer.resident_kib, "ends_kib": self.ends_kib}
         return counts | grown | {"problems": len(self.problems)}
 
 
@@ -115,11 +117,13 @@ def compare(ranks: Started, layers: Sequence[tuple[Work, range]], found: Soak) -
 
 def look_for_growth(ranks: Started, found: Soak) -> None:
     """In what the ranks have said that they hold."""
-    kept, in_layers = [], []
+    kept, in_layers, at_ends = [], [], []
     for rank in range(ranks.num_ranks):
         lines = [json.loads(line) for line in (ranks.folder / f"{rank}.held").read_text().splitlines()]
         ends = [Held(*line["held"]) for line in lines if "held" in line]
         kept += [ends[-1].since(ends[0])] if ends else []
+        at_ends.append([end.resident_kib for end in ends])
         in_layers += [Held(*line["grown"]) for line in lines if "grown" in line and line["round"] > 0]
     found.kept, found.in_layer = most(kept), most(in_layers)
+    found.ends_kib = [max(of_ranks) for of_ranks in zip(*at_ends, strict=False)]
     found.problems += complaints(found.kept, found.calls)
