@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,14 +42,12 @@ class Harm:
         apart: {rank: those of which it must name one}. A rank that is neither here nor lost goes on.
         begun: when, by `time.monotonic`.
         at_once: mpirun may end all of them before they can say anything.
-        cut_off: hosts of whose processes mpirun hears no more, not even that they have ended.
     """
 
     lost: set[int]
     apart: dict[int, set[int]]
     begun: float
     at_once: bool = False
-    cut_off: set[int] = field(default_factory=set)
 
 
 def _lose(world: World, lost: set[int], begun: float, at_once: bool = False) -> Harm:
@@ -80,7 +78,7 @@ def _ranks_of_host(signum: int) -> Callable[[World, np.random.Generator], Harm]:
 def _power_off(world: World, rng: np.random.Generator) -> Harm:
     host, begun = _host(world, rng), time.monotonic()
     world.hosts.power_off(host)
-    return replace(_lose(world, world.ranks_of(host), begun), cut_off={host})
+    return _lose(world, world.ranks_of(host), begun)
 
 
 def _host_dies(world: World, rng: np.random.Generator) -> Harm:
@@ -94,8 +92,7 @@ def _cut(world: World, rng: np.random.Generator) -> Harm:
     host, begun = _host(world, rng), time.monotonic()
     world.hosts.cut(host)
     inside, everybody = world.ranks_of(host), set(range(len(world.pids)))
-    apart = {rank: everybody - inside if rank in inside else inside for rank in everybody}
-    return Harm(set(), apart, begun, cut_off={host})
+    return Harm(set(), {rank: everybody - inside if rank in inside else inside for rank in everybody}, begun)
 
 
 def _pause(world: World, rng: np.random.Generator) -> Harm:

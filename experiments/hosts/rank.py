@@ -18,6 +18,7 @@ if __name__ == "__main__":
     tell_stacks(Path(sys.argv[1]))  # what follows takes seconds
 
 from flashmoe_numba import FlashMoE
+from flashmoe_numba.processes.ending import end_all_ranks
 from flashmoe_numba.processes.launch import guard_this_rank
 from flashmoe_numba.processes.mpi_environment import begin_mpi
 from hosts.calls import Work, one_call
@@ -39,7 +40,7 @@ def main(folder: Path, num_tokens: int, deadline_s: float) -> None:
         until = time.monotonic() + 2 * deadline_s + 2
         while not (folder / "over").exists() and time.monotonic() < until:
             time.sleep(0.02)
-        os._exit(3)  # MPI may wait for the lost for ever
+        end_all_ranks(comm, 3)
 
 
 def make_calls(layer: FlashMoE, work: Work, rank_idx: int, folder: Path) -> None:

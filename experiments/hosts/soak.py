@@ -97,7 +97,7 @@ def _run(ranks: Started) -> list[str]:
     problems = [f"rank {rank}: {text}" for rank, (_, text) in sorted(ranks.errors().items())]
     if status := ranks.process.poll():
         problems.append(f"mpirun's status is {status}: {(ranks.folder / 'stderr').read_text()[-3000:]}")
-    return problems + left_behind(ranks, set())
+    return problems + left_behind(ranks)
 
 
 def compare(ranks: Started, layers: Sequence[tuple[Work, range]], found: Soak) -> None:

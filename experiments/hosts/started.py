@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flashmoe_numba.processes.launch import find_mpirun
-from flashmoe_numba.processes.netmod import SURVIVING
+from flashmoe_numba.processes.netmod import PREFERRED
 
 from .calls import DIGEST_BYTES
 from .faults import FIRST
@@ -105,7 +105,7 @@ def _environment(folder: Path) -> dict[str, str]:
     launchers = ("PMI_", "PMIX_", "OMPI_", "HYDRA_")
     own = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return own | SURVIVING | {"PYTHONPATH": path, "HWLOC_XMLFILE": "", "TMPDIR": str(folder / "tmp")}
+    return own | PREFERRED | {"PYTHONPATH": path, "HWLOC_XMLFILE": "", "TMPDIR": str(folder / "tmp")}
 
 
 def errors_in(folder: Path) -> dict[int, tuple[float, str]]:

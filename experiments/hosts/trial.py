@@ -65,7 +65,7 @@ def one_trial(fault: str | None, size: Size, rng: np.random.Generator, num_calls
             harm = _harm(fault, ranks, size, rng, num_calls)
             _await_ends(harm, ranks, size)
             _judge(harm, ranks, size, verdict)
-            verdict.problems += left_behind(ranks, harm.cut_off)
+            verdict.problems += left_behind(ranks)
         except TimeoutError as error:
             verdict.problems.append(str(error))
         finally:
@@ -106,19 +106,14 @@ def _await_ends(harm: Harm, ranks: Started, size: Size) -> None:
     (ranks.folder / "over").touch()
 
 
-def left_behind(ranks: Started, cut_off: set[int]) -> list[str]:
-    """What is there when all should have ended, in words.
-
-    Args:
-        cut_off: hosts that mpirun does not hear of any more: it waits for them, on host 0.
-    """
+def left_behind(ranks: Started) -> list[str]:
+    """What is there when all should have ended, in words."""
     hosts, limit = ranks.hosts, time.monotonic() + GONE_LIMIT_S
-    looked_at = range(FIRST if cut_off else 0, len(hosts.names))
-    while left := {hosts.names[i]: len(found) for i in looked_at if (found := hosts.processes(i))}:
+    while left := {name: len(found) for i, name in enumerate(hosts.names) if (found := hosts.processes(i))}:
         if time.monotonic() > limit:
             return [str(ranks.standstill(f"processes are left: {left}"))]
         time.sleep(0.05)
-    memory = {hosts.names[i]: names for i in looked_at if (names := hosts.shared_memory(i))}
+    memory = {name: names for i, name in enumerate(hosts.names) if (names := hosts.shared_memory(i))}
     files = [file.name for file in (ranks.folder / "tmp").iterdir()]
     return [f"shared memory is left: {memory}"] * bool(memory) + [f"files are left: {files}"] * bool(files)
 

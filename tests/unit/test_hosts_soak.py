@@ -11,7 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "experiments"))
 from hosts import soak
 from hosts.calls import BACKWARD_EVERY, DIGEST_BYTES, Work, expected, one_call, soak_layers, soak_works
-from hosts.held import NOTHING, Held, complaints, held, most
+from hosts.held import CHANCE_BLOCKS, CHANCE_KIB, NOTHING, Held, complaints, held, most
 from hosts.soak import Soak
 from hosts.started import Started
 
@@ -60,21 +60,22 @@ def test_calls_that_were_not_made_are_told(compared):
 
 
 def test_growth_is_told_by_rounds_and_within_layers(tmp_path):
-    rounds = [Held(100, 5000, 9, 3, 0), Held(120, 5010, 9, 3, 0), Held(130, 5040, 11, 3, 4)]
+    rounds = [Held(100, 5000, 9, 3, 0), Held(120, 5010, 9, 3, 0), Held(900, 5040, 11, 3, 4)]
     lines = []
     for number, at_end in enumerate(rounds):
         lines.append({"round": number, "grown": Held(0, 70 - number, 0, 0, 0)})
         lines.append({"round": number, "held": at_end})
     found = Soak(calls=200)
     soak.look_for_growth(Ended(tmp_path, [], lines), found)
-    assert found.kept == Held(30, 40, 2, 0, 4) and found.in_layer.resident_kib == 69  # not the first round's
+    assert found.kept == Held(800, 40, 2, 0, 4) and found.in_layer.resident_kib == 69  # not the first round's
     assert [text.split()[0] for text in found.problems] == ["blocks", "descriptors", "shared_kib"]
     assert found.row()["layer_kib"] == 69 and found.row()["problems"] == 3
 
 
 def test_what_grows_by_chance_is_no_complaint():
-    assert complaints(Held(99, 1000, 0, 0, 0), 1000) == []
-    grown = Held(101, 1001, 1, 1, 1)
+    most_blocks, most_kib = CHANCE_BLOCKS + 100, CHANCE_KIB + 1000
+    assert complaints(Held(most_blocks, most_kib, 0, 0, 0), 1000) == []
+    grown = Held(most_blocks + 1, most_kib + 1, 1, 1, 1)
     assert [text.split()[0] for text in complaints(grown, 1000)] == list(Held._fields)
     assert most([Held(1, 2, 3, 4, 5), Held(5, 4, 3, 2, 1)]) == Held(5, 4, 3, 4, 5) and most([]) == NOTHING
 

@@ -96,24 +96,23 @@ def test_ranks_that_end_without_an_error_have_not_gone_on(judge):
     assert judge(LOST, names({0: 3, 1: 3, 2: 3}), status=9).problems == []
 
 
-@pytest.mark.parametrize(("left", "cut_off", "problem"), [
-    ({}, set(), None),
-    ({"processes": [0]}, set(), "processes are left: {'host-1': 1}; calls [0, 0, 0, 0], errors {}\nload"),
-    ({"processes": [0]}, {2}, None),  # mpirun, which waits for host 2
-    ({"processes": [1, 2]}, {2}, "processes are left: {'host-2': 1, 'host-3': 1}; "),
-    ({"shared_memory": [2]}, set(), "shared memory is left: {'host-3': ['mpich_shm_x']}"),
+@pytest.mark.parametrize(("left", "problem"), [
+    ({}, None),
+    ({"processes": [0]}, "processes are left: {'host-1': 1}; calls [0, 0, 0, 0], errors {}\nload"),
+    ({"processes": [1, 2]}, "processes are left: {'host-2': 1, 'host-3': 1}; "),
+    ({"shared_memory": [2]}, "shared memory is left: {'host-3': ['mpich_shm_x']}"),
 ])  # fmt: skip
-def test_what_is_left_behind_is_told(tmp_path, monkeypatch, left, cut_off, problem):
+def test_what_is_left_behind_is_told(tmp_path, monkeypatch, left, problem):
     monkeypatch.setattr(trial, "GONE_LIMIT_S", 0.1)
     monkeypatch.setattr(stacks, "STACK_PATIENCE_S", 0.0)
-    found = trial.left_behind(Ended(tmp_path, **left), cut_off)
+    found = trial.left_behind(Ended(tmp_path, **left))
     assert len(found) == (problem is not None) and all(text.startswith(problem) for text in found)
 
 
 def test_temporary_files_are_told(tmp_path):
     ranks = Ended(tmp_path)
     (tmp_path / "tmp/hwloc").touch()
-    assert trial.left_behind(ranks, set()) == ["files are left: ['hwloc']"]
+    assert trial.left_behind(ranks) == ["files are left: ['hwloc']"]
 
 
 def test_mpirun_may_end_ranks_where_a_host_dies_with_its_part(judge):
@@ -140,7 +139,6 @@ def test_faults_say_whom_they_have_met(name, monkeypatch):
         assert all(names and rank not in names for rank, names in harm.apart.items())
         killed = {pid - 1000 for pid in met if isinstance(pid, int) and pid >= 1000}
         assert killed in (set(), harm.lost)
-        assert bool(harm.cut_off) == (name in ("cut", "power-off")) and harm.cut_off <= {1, 2, 3}
         told = {host for what in met if isinstance(what, tuple) for host in what[1:]} if name != "slow" else set()
         assert told <= {1, 2, 3}  # mpirun's host is left alone
         seen |= {frozenset(harm.lost), frozenset(told)}
