@@ -55,6 +55,11 @@ def missing_tools() -> str:
     return ", ".join(tool for tool in TOOLS if shutil.which(tool) is None)
 
 
+def lacking() -> str:
+    """What this machine lacks for it, programs included; "" if nothing."""
+    return why_not() or missing_tools()
+
+
 class Hosts:
     """`num_hosts` hosts called host-1, host-2, ...; they are numbered from 0.
 
@@ -238,8 +243,7 @@ def send(pids: Sequence[int], signum: int) -> None:
 @contextlib.contextmanager
 def some(num_hosts: int) -> Iterator[Hosts]:
     """Hosts, for who wants an error in words where they cannot be."""
-    lack = why_not() or missing_tools()
-    if lack:
+    if lack := lacking():
         raise OSError(lack)
     with Hosts(num_hosts) as hosts:
         yield hosts
