@@ -35,8 +35,7 @@ COLUMNS = {
 
 def main() -> int:
     args = arguments()
-    lack = namespaces.why_not() or namespaces.missing_tools()
-    if lack:
+    if lack := namespaces.lacking():
         leave(lack, args)
     if args.smoke:
         args.ranks_per_host, args.rounds, args.calls = 1, 2, 200

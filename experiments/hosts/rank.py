@@ -12,20 +12,20 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from flashmoe_numba.processes.launch import guard_this_rank
 from hosts.stacks import tell_stacks
 
-if __name__ == "__main__":
-    tell_stacks(Path(sys.argv[1]))  # what follows takes seconds
+if __name__ == "__main__":  # before the imports that take a second
+    guard_this_rank(float(sys.argv[3]))
+    tell_stacks(Path(sys.argv[1]))
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.processes.ending import end_all_ranks
-from flashmoe_numba.processes.launch import guard_this_rank
 from flashmoe_numba.processes.mpi_environment import begin_mpi
 from hosts.calls import Work, one_call
 
 
 def main(folder: Path, num_tokens: int, deadline_s: float) -> None:
-    guard_this_rank(deadline_s)
     comm = begin_mpi().COMM_WORLD
     (folder / f"{comm.rank}.pid").write_text(str(os.getpid()))
     work = Work(num_ranks=comm.size, num_tokens=num_tokens)

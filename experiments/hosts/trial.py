@@ -54,15 +54,15 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
 
 
-def one_trial(fault: str | None, size: Size, rng: np.random.Generator, num_calls: int = 0) -> Verdict:
-    """Run it, with a fault or for so many calls."""
+def one_trial(fault: str, size: Size, rng: np.random.Generator) -> Verdict:
+    """Run it."""
     _compile_for(size.work)
     verdict = Verdict()
     with Hosts(FIRST + size.num_hosts) as hosts, tempfile.TemporaryDirectory(prefix="flashmoe_trial_") as name:
         folder, spaces = Path(name), hosts.networks()
         ranks = Started(hosts, size.num_ranks, folder, "rank.py", size.num_tokens, size.deadline_s)
         try:
-            harm = _harm(fault, ranks, size, rng, num_calls)
+            harm = _harm(fault, ranks, size, rng)
             _await_ends(harm, ranks, size)
             _judge(harm, ranks, size, verdict)
             verdict.problems += left_behind(ranks)
@@ -81,17 +81,13 @@ def _compile_for(work: Work) -> None:
     next(expected(work))
 
 
-def _harm(fault: str | None, ranks: Started, size: Size, rng: np.random.Generator, num_calls: int) -> Harm:
+def _harm(fault: str, ranks: Started, size: Size, rng: np.random.Generator) -> Harm:
     """Do it when all ranks make calls. Where all can go on, they are to end some calls later."""
-    ranks.wait_for_calls(min(BEGIN_CALLS, num_calls or BEGIN_CALLS))
-    if fault is None:
-        harm = Harm(set(), {}, time.monotonic())
-    else:
-        time.sleep(rng.uniform(0, MOST_LATER_S))
-        harm = FAULTS[fault](World(ranks.hosts, ranks.pids, size.ranks_per_host, size.deadline_s), rng)
+    ranks.wait_for_calls(BEGIN_CALLS)
+    time.sleep(rng.uniform(0, MOST_LATER_S))
+    harm = FAULTS[fault](World(ranks.hosts, ranks.pids, size.ranks_per_host, size.deadline_s), rng)
     if not harm.apart:
-        last = max(num_calls, max(ranks.calls()) + MORE_CALLS if fault else 0)
-        (ranks.folder / "stop.new").write_text(str(last))
+        (ranks.folder / "stop.new").write_text(str(max(ranks.calls()) + MORE_CALLS))
         (ranks.folder / "stop.new").rename(ranks.folder / "stop")
     return harm
 

@@ -89,6 +89,12 @@ def paused(comm, folder):
     assert comm.rank != VICTIM or Carrier.was_paused
 
 
+def many_puts(comm, folder):
+    """More to each other rank in a call than libfabric keeps by default."""
+    config = make_config(comm.size, num_experts=70 * comm.size)
+    FlashMoE(config, make_weights(config), comm=comm, deadline_s=DEADLINE_S).close()
+
+
 def mixed(comm, folder):
     """The caller's own messages, and another layer, while calls are made."""
     config = make_config(comm.size)
