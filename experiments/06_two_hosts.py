@@ -54,8 +54,7 @@ COLUMNS = {
 
 def main() -> int:
     args = arguments()
-    lack = namespaces.why_not() or namespaces.missing_tools()
-    if lack:
+    if lack := namespaces.lacking():
         leave(lack, args)
     preset, tokens, repeats = ("laptop-tiny", 12, 1) if args.smoke else ("laptop-gemm", 256, args.repeats)
     layer = Layer(preset, tokens, args.iterations)

@@ -16,7 +16,6 @@ from .carrier import Carrier
 
 NAP_PART = 2  # of the time since anything has moved
 SHORTEST_NAP_S, LONGEST_NAP_S = 5e-4, 2e-3
-BEATS_PER_DEADLINE = 32
 LOOK_S = 0.05
 LAST_WORDS_S = 2.0  # for what is still to be said where a call is given up
 _LEFT: list[Carrier] = []  # with messages under way for good: MPI may still read and write their memory
@@ -35,20 +34,24 @@ class CarrierThread:
         self._thread.start()
 
     @contextmanager
-    def carrying(self, deadline_s: float) -> Iterator[None]:
+    def carrying(self, patience_s: float, beat_s: float | None = None) -> Iterator[None]:
         """Carry while this lasts, and take all puts that were posted in it.
 
+        Args:
+            beat_s: from news to news, from now on; None: as before.
+
         Raises:
-            FlashMoEError: MPI does not come back, or has failed.
+            FlashMoEError: MPI does not come back for `patience_s`, or has failed.
         """
-        self._carrier.beat_s = deadline_s / BEATS_PER_DEADLINE
+        if beat_s is not None:
+            self._carrier.beat_s = beat_s
         self._wanted = True
         self._stir.set()
         try:
             try:
                 yield
             finally:
-                self._take_rest(deadline_s)
+                self._take_rest(patience_s)
         finally:
             self._wanted = False
 

@@ -6,7 +6,7 @@ from test_layer_mpi import run
 pytestmark = pytest.mark.mpi
 pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
 
-TCP = dict(MPIR_CVAR_NOLOCAL="1", MPIR_CVAR_CH4_NETMOD="ofi", FI_PROVIDER="tcp")
+TCP = dict(MPIR_CVAR_NOLOCAL="1", MPIR_CVAR_CH4_NETMOD="ofi", FI_PROVIDER="tcp", FI_TCP_MAX_SAVED="4096")
 
 
 @pytest.mark.parametrize("environment", [{}, TCP], ids=["shared memory", "tcp"])
