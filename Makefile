@@ -72,7 +72,7 @@ compile-test: .venv/for-compile
 	.venv/bin/python -m pytest $(SPREAD) tests/compile
 
 ptx-worlds: .venv/for-compile
-	.venv/bin/python tests/run_ptx_worlds.py --json out/ptx-worlds.json
+	.venv/bin/python tests/run_ptx_worlds.py --json out/ptx-worlds.jsonl
 
 # Some hours on two processes. What out/ptx_faults.jsonl knows already is not done again.
 ptx-faults: .venv/for-compile

@@ -13,11 +13,11 @@ from .backward_tiles import GRADIENT_TILE
 from .config import MoEConfig
 from .layout import FLAG_BYTES, SAVES
 from .scalars import check_one_of
-from .sizes import hidden_rows, max_tasks, num_weights, weight_bytes
+from .sizes import hidden_rows, max_tasks, num_normed, num_weights, weight_bytes
 from .tiles import num_token_blocks, shared_tiles_n0, tiles_n0
 
 INDEX_BYTES = 4  # of what a rank notes of its own pairs
-COUNTERS = 4  # that tasks of a backward share
+COUNTERS = 5  # that tasks of a backward share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,8 @@ def kept_bytes(config: MoEConfig, save: str, num_tokens: int, num_rows: int) -> 
     token = c.hidden * element + c.num_choices * sums
     if c.shared_ffn:
         token += ups * c.shared_ffn * c.shared_kind.num_ups * element + sums
+    if num_normed(c):
+        token += c.num_topk * c.hidden * element
     row = (save != "nothing") * c.hidden + ups * c.ffn * c.expert_kind.num_ups
     return routing + c.num_experts * FLAG_BYTES + num_tokens * token + num_rows * row * element
 
@@ -98,11 +100,14 @@ def working_bytes(config: MoEConfig, save: str) -> int:
     row = (c.hidden * (1 + (save == "nothing")) + c.ffn + ups * (1 + again)) * element + (1 + tiles_n0(c)) * sums
     shared = (c.shared_ffn + shared_ups * (1 + again)) * element + (shared_tiles_n0(c) + c.shared_gate) * sums
     token = shared + (c.num_choices * c.router_kind.logit_bias + c.hidden) * sums
-    return hidden_rows(c) * row + c.num_tokens * token + COUNTERS * FLAG_BYTES
+    norms = 2 * num_normed(c) * sums
+    return hidden_rows(c) * row + c.num_tokens * token + norms + COUNTERS * FLAG_BYTES
 
 
 def gradient_shapes(config: MoEConfig) -> dict[str, list[tuple[int, int]]]:
-    """Rows and columns of the matrices whose gradients have tasks: of one expert, of the router, of the shared."""
+    """Rows and columns of the matrices whose gradients have tasks: of one expert, of the router, of the shared, and of
+    the norm of results, whose scale is a row.
+    """
     c = config
     ups, shared_ups = c.expert_kind.num_ups * c.ffn, c.shared_kind.num_ups * c.shared_ffn
     shared = [(shared_ups, c.hidden), (c.hidden, c.shared_ffn), *[(1, c.hidden)] * c.shared_gate]
@@ -110,6 +115,7 @@ def gradient_shapes(config: MoEConfig) -> dict[str, list[tuple[int, int]]]:
         "expert": [(ups, c.hidden), (c.hidden, c.ffn)],
         "router": [(c.num_choices, c.hidden)],
         "shared": shared if c.shared_ffn else [],
+        "norm": [(1, c.hidden)] if num_normed(c) else [],
     }
 
 
@@ -122,4 +128,5 @@ def gradient_tiles(shapes: Sequence[tuple[int, int]]) -> int:
 def max_weight_tasks(config: MoEConfig) -> int:
     """Most tasks of one backward of a rank, beside those that a forward has, too."""
     tiles = {name: gradient_tiles(shapes) for name, shapes in gradient_shapes(config).items()}
-    return config.num_experts_per_rank * tiles["expert"] + tiles["router"] + tiles["shared"]
+    here = config.num_experts_per_rank
+    return here * tiles["expert"] + tiles["router"] + tiles["shared"] + tiles["norm"]

@@ -10,10 +10,12 @@ rank, as the routing is known:
     WEIGHTS(rank, matrix, expert, m, n)    tile (m, n) of the gradient of a matrix of an expert
     ROUTER_WEIGHTS(rank, 0, 0, m, n)       tile of the router's
     SHARED_WEIGHTS(rank, matrix, 0, m, n)  tile of the shared expert's
+    NORM_WEIGHTS(rank, 0, 0, 0, n)         column tile of that of result_scale, where results go through a norm
 
 `matrix`, in the place of `peer`, is UP (all up matrices one below the other), DOWN, or of the shared expert GATED, that
 of its gate. WEIGHTS wait for all packets of the expert, also the empty ones, which say so, and for all its GEMM0; an
-expert without rows has none. ROUTER_WEIGHTS wait for all COMBINEs of the rank, SHARED_WEIGHTS for all its SHARED0.
+expert without rows has none. ROUTER_WEIGHTS wait for all COMBINEs of the rank, SHARED_WEIGHTS for all its SHARED0, and
+NORM_WEIGHTS for all its DISPATCHes, which go back through the norm.
 
 What a forward has kept (`layout.SAVES`) changes what tasks compute and store, and not what they wait for. Leaves out:
 gradients that nobody wants, which have no tasks.
@@ -28,7 +30,7 @@ from .layout import AGAIN, DISPATCH, DOTS, FACTORS, RESULT, SAVES, Write
 from .packets import Packets
 from .runs import expert_tiles
 from .scalars import check_one_of
-from .task_kinds import COMBINE, GATE, GEMM0, ROUTER_WEIGHTS, SHARED0, SHARED_WEIGHTS, WEIGHTS
+from .task_kinds import COMBINE, GATE, GEMM0, NORM_WEIGHTS, ROUTER_WEIGHTS, SHARED0, SHARED_WEIGHTS, WEIGHTS
 from .task_kinds import DISPATCH as DISPATCHED
 from .tiles import Task, Tiling, task_graph
 
@@ -87,9 +89,9 @@ def _expert_weights(
 def _dense_weights(
     graph: dict[Task, list[Task]], rank: int, config: MoEConfig, routed: bool, tile: Tile
 ) -> dict[Task, list[Task]]:
-    """Of the router and the shared expert, on a rank that has tokens."""
-    combines, hidden = (
-        [task for task in graph if (task.kind, task.rank) == (kind, rank)] for kind in (COMBINE, SHARED0)
+    """Of the router, the shared expert and the norm of results, on a rank that has tokens."""
+    combines, hidden, dispatches = (
+        [task for task in graph if (task.kind, task.rank) == (kind, rank)] for kind in (COMBINE, SHARED0, DISPATCHED)
     )
     found: dict[Task, list[Task]] = {}
     shapes: dict[int, Tile] = {}
@@ -100,6 +102,9 @@ def _dense_weights(
         ups = config.shared_ffn * config.shared_kind.num_ups
         shapes = {UP: (ups, config.hidden), DOWN: (config.hidden, config.shared_ffn)}
         shapes |= {GATED: (1, config.hidden)} if config.shared_gate else {}
+    if config.expert_kind.norm_eps is not None:
+        tasks = _gradient_tiles(Task(NORM_WEIGHTS, rank), (1, config.hidden), tile)
+        found |= dict.fromkeys(tasks, dispatches)
     for matrix, shape in shapes.items():
         found |= dict.fromkeys(_gradient_tiles(Task(SHARED_WEIGHTS, rank, matrix), shape, tile), hidden)
     return found

@@ -7,8 +7,8 @@ With A the hidden row of a pair, w its weight and dy the gradient of its token's
     dx = sum of dh W          over the up matrices
     dW_down = sum of dy (w A)^T, dW = sum of dh x^T over the rows; biases' are the sums of w dy and of dh
 
-so no result is needed but through a norm, which makes another dy of dy. A bound has slope 0 outside its limits and 1 at
-them, as PyTorch's clamp has; a NaN is not outside, so that it is seen.
+so no result is needed but through a norm, which makes another dy of dy, in the element type. A bound has slope 0
+outside its limits and 1 at them, as PyTorch's clamp has; a NaN is not outside, so that it is seen.
 
 As in `experts`, what leaves the range of the type that an implementation holds it in becomes infinite: products kept
 for the backward, w A, dh and dx in the element type's, dA in the accumulator's.
@@ -70,6 +70,7 @@ def expert_backward(
             result = overflowed(linear(hidden, weights.down_proj, weights.down_bias, expert_position), element)
             d_factors = (d_result * normalize(result, weights, kind)).sum(axis=1)
             d_result, arrays["result_scale"] = _norm_backward(result, d_result, factors, weights, kind)
+            d_result = overflowed(d_result, element)
         down, bias = weights.down_proj[expert_position].astype(np.float64), weights.down_bias
         d_hidden = overflowed(d_result @ down, config.accumulator)
         if d_factors is None:

@@ -14,15 +14,18 @@ of that interval, divided by that walk, is added to the slope's size. Where relu
 it is all of it. Below normal numbers a rounding is as large as at the smallest of these, which is added to what is
 rounded.
 
-Leaves out: norms of results; the router, whose gradients follow from those of the weights (`router_bounds`); sums whose
-terms are sorted by sign and cancel.
+Where results go through a norm, what an expert gets in the place of dy has a size as any sum has, with a part for how
+far it is off because the result is.
+
+Leaves out: the router, whose gradients follow from those of the weights (`router_bounds`); sums whose terms are sorted
+by sign and cancel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,12 +59,8 @@ def gradient_tolerance(
         x, dy, topk_idx, topk_weights: lists by rank, as `moe_layer_backward` has them.
 
     Raises:
-        TypeError, ValueError: as there; experts with a norm of their results.
+        TypeError, ValueError: as there.
     """
-    if config.expert_kind.norm_eps is not None:
-        raise ValueError(
-            f"experts must have norm_eps=None, got {config.expert_kind.norm_eps}: a norm has no bound here"
-        )
     exact = moe_layer_backward(list(x), list(dy), weights, config, list(topk_idx), list(topk_weights))
     tokens = sources(list(x), config)
     routings = source_routings(tokens, weights, config, list(topk_idx), list(topk_weights))
@@ -84,11 +83,15 @@ def _walks(config: MoEConfig, num_rows: int) -> dict[str, float]:
     """Of each gradient: the terms of the sums behind it, and the roundings to the element type."""
     hidden, ffn = config.hidden, max(config.ffn, config.shared_ffn)
     on_input = int(config.router_kind.weight_input)  # rows times their weights are rounded
-    row = 2 * hidden + config.expert_kind.num_ups * ffn, 4 + on_input  # by way of z, dA and dx: z, dy, dh and dx
-    up, down = (2 * hidden + num_rows, 3 + on_input), (hidden + num_rows, 3 + on_input)
-    factor = (row[0] + hidden, row[1]) if on_input else (2 * hidden + ffn, 2)
+    # what is sent in the place of dy, by way of z, a result, its norm and dot: hidden row, result, itself
+    normed, rounded = (3 * hidden + ffn, 3) if config.expert_kind.norm_eps is not None else (0, 0)
+    # by way of z, dA and dx: z, dy, dh and dx
+    row = 2 * hidden + config.expert_kind.num_ups * ffn + normed, 4 + on_input + rounded
+    up, down = ((terms + num_rows + normed, 3 + on_input + rounded) for terms in (2 * hidden, hidden))
+    factor = (row[0] + hidden, row[1]) if on_input else (2 * hidden + ffn + normed, 2 + rounded)
     found = dict.fromkeys(("up_proj", "gate_proj", "up_bias", "gate_bias"), up)
-    found |= {"down_proj": down, "down_bias": (num_rows, 1), "gate_weight": (3 * hidden + ffn + num_rows, 2)}
+    found |= {"down_proj": down, "down_bias": (num_rows + normed, 1 + rounded)}
+    found |= {"gate_weight": (3 * hidden + ffn + num_rows, 2), "result_scale": (num_rows + normed, on_input + rounded)}
     found |= {"x": (row[0], row[1] + 1), "topk_weights": factor}
     untouched = ("router", "router_bias", "selection_bias", "expert_scale")
     return {name: walk(config, *steps) for name, steps in found.items()} | dict.fromkeys(untouched, 0.0)
@@ -141,13 +144,20 @@ def expert_squares(
     ups, sizes = zip(*(sized(x, *up, place) for up in weights.ups), strict=True)
     sizes = tuple(size + tiny for size in sizes)
     (hidden,) = _sizes_of(lambda z: [activate(z, kind)], ups, sizes, step)
-    d_hidden, d_sizes = sized(dy, weights.down_proj.swapaxes(1, 2), None, place)
-    d_sizes += least(config.accumulator)
-    d_factors = (d_sizes**2 * hidden**2).sum(axis=1)
-    if weights.down_bias is not None:
-        d_factors += dy**2 @ weights.down_bias[place].astype(np.float64) ** 2
-    d_factors += (d_hidden * activate(ups, kind)).sum(axis=1) ** 2
-    arrays = {"down_proj": (dy**2).T @ (weighed * hidden + tiny) ** 2, "down_bias": (factors**2 * dy**2).sum(axis=0)}
+    down, bias, arrays = weights.down_proj[place].astype(np.float64), weights.down_bias, {}
+    d_result, d_results, d_factors = dy, dy**2, None
+    if kind.norm_eps is not None:
+        result = linear(activate(ups, kind), weights.down_proj, bias, place)
+        normed = _normed(dy, result, np.sqrt(hidden**2 @ down.T**2 + result**2) + tiny, weights, kind)
+        d_result, d_results, d_factors = normed.d_result, normed.squares + tiny**2, normed.d_factors
+        arrays["result_scale"] = (factors**2 * normed.d_scale).sum(axis=0)
+    d_hidden = d_result @ down
+    d_sizes = np.sqrt(d_results @ down**2 + d_hidden**2) + least(config.accumulator)
+    if d_factors is None:
+        d_factors = (d_sizes**2 * hidden**2).sum(axis=1) + (d_hidden * activate(ups, kind)).sum(axis=1) ** 2
+        d_factors += 0 if bias is None else dy**2 @ bias[place].astype(np.float64) ** 2
+    arrays |= {"down_proj": d_results.T @ (weighed * hidden + tiny) ** 2}
+    arrays |= {"down_bias": (factors**2 * d_results).sum(axis=0)}
     dx, squares = np.zeros(x.shape), np.full(x.shape, tiny**2)
     names, rises = ("gate", "up") if kind.gated else ("up",), _sizes_of(lambda z: slopes(z, kind), ups, sizes, step)
     for name, (matrices, _), slope, rise in zip(names, weights.ups, slopes(ups, kind), rises, strict=True):
@@ -156,6 +166,36 @@ def expert_squares(
         squares += d_up @ matrix**2
         arrays |= {f"{name}_proj": d_up.T @ square, f"{name}_bias": d_up.sum(axis=0)}
     return ExpertGradients(squares + dx**2, d_factors, arrays)
+
+
+class _Normed(NamedTuple):
+    """Of gradients through `normalize` of some rows: what an expert gets for dy, and squares of sizes."""
+
+    d_result: Array
+    squares: Array  # of d_result
+    d_factors: Array  # `[rows]`
+    d_scale: Array  # of what each row adds to the gradient of result_scale
+
+
+def _normed(dy: Array, result: Array, sizes: Array, weights: Weights, kind: ExpertKind) -> _Normed:
+    """With v = scale * result, n = v / root and m = mean(dy n), the gradient of v is d = (dy - n m) / root.
+
+    An error s of v changes d by ((3 n m - dy) mean(n s) - m s - n mean(dy s)) / root^2, taken as three terms.
+    """
+    assert weights.result_scale is not None and kind.norm_eps is not None
+    scale = weights.result_scale.astype(np.float64)
+    value, off = scale * result, (scale * sizes) ** 2
+    root = np.sqrt((value**2).mean(axis=1, keepdims=True) + kind.norm_eps)
+    n, columns = value / root, result.shape[1]
+    terms = dy * n
+    mean = terms.mean(axis=1, keepdims=True)
+    d = (dy - n * mean) / root
+    spread = [(part * off).sum(axis=1, keepdims=True) / columns**2 for part in (n**2, dy**2)]
+    moved = (3 * n * mean - dy) ** 2 * spread[0] + mean**2 * off + n**2 * spread[1]
+    summed = dy**2 + (n * mean) ** 2 + n**2 * (terms**2).sum(axis=1, keepdims=True) / columns**2
+    squares = d**2 + summed / root**2 + moved / root**4
+    factors = (terms**2).sum(axis=1) + terms.sum(axis=1) ** 2 + (d**2 * off).sum(axis=1)
+    return _Normed(scale * d, scale**2 * squares, factors, squares * result**2 + (d * sizes) ** 2)
 
 
 def sized(x: Array, matrices: Array, biases: Array | None, place: int) -> tuple[Array, Array]:

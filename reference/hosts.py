@@ -54,10 +54,6 @@ class Hosts:
         hosts = dict.fromkeys(self.of_rank)
         return [[rank for rank, host in enumerate(self.of_rank) if host == each] for each in hosts]
 
-    def num_apart(self, rank: int) -> int:
-        """Ranks on other hosts than this one."""
-        return sum(host != self.of_rank[rank] for host in self.of_rank)
-
     @property
     def most_apart(self) -> int:
         """The most that any rank has."""

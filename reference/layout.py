@@ -4,8 +4,8 @@ A segment has the same shape on every rank (FlashMoE, section 3):
 
     dispatch      [num_ranks, num_experts_per_rank, slots, hidden]   rows in: [source, expert here, slot]
     result        [num_ranks, num_experts_per_rank, slots, hidden]   rows back: [owner, expert there, slot]
-    dispatch_flag [num_ranks, num_experts_per_rank]                  8-byte words: (epoch << 32) | number of rows
-    result_flag   [num_experts, row_blocks]                          as dispatch_flag, of a result chunk (runs.py)
+    dispatch_flag [num_ranks, num_experts_per_rank, 2]               8-byte words: (epoch << 32) | number of rows
+    result_flag   [num_experts, row_blocks]                          likewise, of a result chunk (runs.py)
     control       [CONTROL_WORDS]                                    8-byte words: abort word, error record, progress
 
 and, where calls are kept for a backward, behind result:
@@ -166,7 +166,8 @@ class Layout:
 
     @property
     def num_dispatch_flags(self) -> int:
-        return self.config.num_experts
+        """Of each packet one for even epochs and one for odd ones."""
+        return 2 * self.config.num_experts
 
     @property
     def num_result_flags(self) -> int:

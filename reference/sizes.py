@@ -15,6 +15,11 @@ def hidden_rows(config: MoEConfig) -> int:
     return config.num_ranks * _source_rows(config)
 
 
+def num_normed(config: MoEConfig) -> int:
+    """Results that a rank keeps of a call for its backward: one of each pair, where they go through a norm."""
+    return config.num_tokens * config.num_topk if config.expert_kind.norm_eps is not None else 0
+
+
 def max_row_blocks(config: MoEConfig) -> int:
     """Bound on the row tiles of one rank, whatever the routing and whatever came when.
 

@@ -31,9 +31,14 @@ KIND_NAMES = tuple(kind.name for kind in KINDS)
 RECEIVE = len(KINDS)  # no tile task: the OS block saw a packet, as traces record it
 
 # A backward has these kinds, too: what they give are the gradients of what they give in a forward. And it has kinds of
-# its own, for the gradients of weights: of an expert's, the router's, the shared expert's.
-WEIGHTS, ROUTER_WEIGHTS, SHARED_WEIGHTS = range(RECEIVE + 1, RECEIVE + 4)
-BACKWARD_NAMES = {WEIGHTS: "WEIGHTS", ROUTER_WEIGHTS: "ROUTER_WEIGHTS", SHARED_WEIGHTS: "SHARED_WEIGHTS"}
+# its own, for the gradients of weights: of an expert's, the router's, the shared expert's, and the norm's of results.
+WEIGHTS, ROUTER_WEIGHTS, SHARED_WEIGHTS, NORM_WEIGHTS = range(RECEIVE + 1, RECEIVE + 5)
+BACKWARD_NAMES = {
+    WEIGHTS: "WEIGHTS",
+    ROUTER_WEIGHTS: "ROUTER_WEIGHTS",
+    SHARED_WEIGHTS: "SHARED_WEIGHTS",
+    NORM_WEIGHTS: "NORM_WEIGHTS",
+}
 
 
 def frees(kind: int) -> tuple[int, ...]:

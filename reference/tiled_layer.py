@@ -25,6 +25,7 @@ from .runs import RowTile, expert_tiles
 from .tiles import Task, num_token_blocks, shared_row_tiles, task_graph, tiles_n1
 from .weights import Weights
 
+EPOCH = 1  # there is one only
 ROWS_MASK = (1 << 32) - 1  # of a flag word; the epoch is above
 
 
@@ -96,10 +97,10 @@ class TiledLayer:
         return rows.reshape(c.num_ranks, c.num_experts_per_rank, c.slots, c.hidden)
 
     def _dispatch_flags(self, rank: int) -> Array:
-        """`[num_ranks, num_experts_per_rank]` words of a rank's segment."""
+        """`[num_ranks, num_experts_per_rank]` words of a rank's segment, for its only epoch."""
         start, c = self.layout.dispatch_flag, self.config
         words = self._segments[rank][start : start + 8 * self.layout.num_dispatch_flags].view(np.int64)
-        return words.reshape(c.num_ranks, c.num_experts_per_rank)
+        return words.reshape(c.num_ranks, c.num_experts_per_rank, 2)[..., EPOCH & 1]
 
     def run(self, order_rng: np.random.Generator) -> list[Array]:
         """Runs all tasks not yet done, each time a random one of those that are ready; returns `y`."""
@@ -177,7 +178,7 @@ class TiledLayer:
             factor = weights[token][self.topk_idx[task.rank][token] == expert]
             row = expert_input(self.x[task.rank][token], factor, c)
             self._store(write, 0, row.astype(c.numpy_dtype))
-        self._dispatch_flags(task.peer)[task.rank, task.expert] = 1 << 32 | len(pairs)
+        self._dispatch_flags(task.peer)[task.rank, task.expert] = EPOCH << 32 | len(pairs)
 
     def _gemm0(self, task: Task) -> None:
         c, tile = self.config, self._tiles[_tile_name(task)]

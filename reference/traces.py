@@ -20,6 +20,7 @@ from .task_kinds import (
     GEMM0,
     GEMM1,
     KIND_NAMES,
+    NORM_WEIGHTS,
     RECEIVE,
     ROUTER_WEIGHTS,
     SHARED0,
@@ -44,6 +45,7 @@ COLOURS = {
     WEIGHTS: "#332288",
     ROUTER_WEIGHTS: "#882255",
     SHARED_WEIGHTS: "#DDCC77",
+    NORM_WEIGHTS: "#117733",
 }
 
 Event = dict[str, Any]

@@ -10,7 +10,7 @@ from reference.backward import moe_layer_backward
 from reference.gradient_bounds import gradient_tolerance
 
 RELATIVE = 2e-12  # of float64, beside the largest number of an array: sums of some hundred terms of mixed signs
-REPLICATED = ("router", "router_bias", "expert_scale", "selection_bias")
+REPLICATED = ("router", "router_bias", "expert_scale", "selection_bias", "result_scale")
 
 
 class Call(NamedTuple):

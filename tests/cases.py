@@ -166,6 +166,11 @@ class Regions:
     def words(self, rank, start, num_words):
         return self.segments[rank][start : start + 8 * num_words].view(np.int64)
 
+    def packet_flags(self, rank, epoch):
+        """`[source, expert here]` of a call, by whether its number is odd."""
+        words = self.words(rank, self.layout.dispatch_flag, 2 * self.config.num_experts)
+        return words.reshape(self.config.num_ranks, -1, 2)[..., epoch % 2]
+
     def poison(self):
         """NaN wherever rows may lie: a row read before it was written, or one that was never sent, shows."""
         for segment in self.segments:
@@ -200,13 +205,12 @@ class Regions:
         for rank, segment in enumerate(self.segments):
             offset = words.ctypes.data - segment.ctypes.data
             if offset == self.layout.dispatch_flag:
-                source, local = divmod(i, c.num_experts_per_rank)
+                source, local = divmod(i // 2, c.num_experts_per_rank)
                 self._check_there(self.rows(rank, 0)[source, local, :rows], f"packet of rank {source}, expert {local}")
             if offset == self.layout.result_flag:
                 expert, m = divmod(i, self.layout.row_blocks)
                 owner, local = divmod(expert, c.num_experts_per_rank)
-                flags = self.words(owner, self.layout.dispatch_flag, c.num_experts)
-                sent = int(flags[rank * c.num_experts_per_rank + local]) & 0xFFFFFFFF
+                sent = int(self.packet_flags(owner, value >> 32)[rank, local]) & 0xFFFFFFFF
                 first = m * tile_height(sent, c.tile_m_min, c.tile_m)
                 tile = self.rows(rank, 1)[owner, local, first : first + rows]
                 self._check_there(tile, f"results for rank {rank} of expert {expert}, row tile {m}")
@@ -223,7 +227,7 @@ class Regions:
         assert_same_bits(there[:sent], rows_of_pairs[packet.pairs(expert)], f"{case}: dispatched rows")
         for name, rows in (("dispatch", there), ("result", back)):
             assert (rows[sent:].view(np.uint8) == 0xFF).all(), f"{case}: {name} region written beyond the packet"
-        flag = self.words(owner, self.layout.dispatch_flag, c.num_experts)[source * c.num_experts_per_rank + local]
+        flag = self.packet_flags(owner, epoch)[source, local]
         assert divmod(int(flag), 1 << 32) == (epoch, sent), f"{case}: flag {int(flag):#x}"
         flags = self.words(source, self.layout.result_flag, self.layout.num_result_flags)
         flags = flags.reshape(c.num_experts, self.layout.row_blocks)[expert].tolist()

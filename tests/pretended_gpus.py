@@ -12,11 +12,14 @@ class ImagesHeap(GpuHeap):
     """Segments with images behind them, as `NvshmemHeap` has them."""
 
     def allocate(self, num_bytes, memory):
-        self.taken = [memory.zeros(image_at(num_bytes, self.num_ranks), np.uint8) for _ in range(self.num_ranks)]
+        self.taken = self.take(image_at(num_bytes, self.num_ranks), memory)
         self.segments = [taken[:num_bytes] for taken in self.taken]
         self._seen = [
             [self._seen_by(rank, peer, num_bytes) for peer in range(self.num_ranks)] for rank in range(self.num_ranks)
         ]
+
+    def take(self, num_bytes, memory):
+        return [memory.zeros(num_bytes, np.uint8) for _ in range(self.num_ranks)]
 
     def _seen_by(self, rank, peer, num_bytes):
         if not self.hosts.are_apart(rank, peer):

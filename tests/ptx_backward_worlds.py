@@ -55,6 +55,9 @@ class BackwardWorld:
     def tf32(self):
         return self.variant.tensor_cores and self.variant.dtype == "float32"
 
+    def with_one_call(self, counts):
+        return replace(self, counts=(counts,))
+
     def __str__(self):
         return f"{self.variant.name} world {self.number} (seed {self.seed})"
 

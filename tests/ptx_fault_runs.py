@@ -51,7 +51,7 @@ class Healthy:
     lines: frozenset
     steps: int
     seconds: float
-    ys: list
+    results: list
 
 
 @contextlib.contextmanager
@@ -100,7 +100,7 @@ def healthy(name, number):
     text, world = text_of(name), world_of(name, number)
     outcomes = [without_plant(world, text, number + more, processors) for more, processors in TRIES]
     for other, (more, processors) in zip(outcomes, TRIES, strict=True):
-        if not all(same(*pair) for pair in zip(outcomes[0].ys, other.ys, strict=True)):
+        if not all(same(*pair) for pair in zip(outcomes[0].results, other.results, strict=True)):
             raise UnhealthyWorld(f"{_told(world, number + more, processors)}: bits differ from those of its own seed")
     program, executed = load(text), np.minimum.reduce([outcome.executed for outcome in outcomes])
     source = program.code[:, SOURCE]
@@ -109,7 +109,7 @@ def healthy(name, number):
         frozenset(program.instruction(k).line for k in np.flatnonzero(executed * w)) for w in (first, last)
     )
     return Healthy(
-        number=number, reached=reached, lines=lines, ys=outcomes[0].ys,
+        number=number, reached=reached, lines=lines, results=outcomes[0].results,
         steps=max(outcome.steps for outcome in outcomes), seconds=outcomes[0].seconds,
     )  # fmt: skip
 
@@ -175,13 +175,14 @@ def shows(plant, program, world, seed, num_processors, lonely_blocks):
         return HANG, f"the deadline: {error}"[:120]
     except Exception as error:  # a test's, or of a host that reads nonsense
         return WRONG, f"{type(error).__name__}: {error}".split("\n")[0][:120]
-    if any(not same(a, b) for a, b in zip(world.ys, outcome.ys, strict=True)):
+    if any(not same(a, b) for a, b in zip(world.results, outcome.results, strict=True)):
         return WRONG, "bits differ between schedules"
     return None
 
 
-def same(ys, others):
-    return all(y.tobytes() == other.tobytes() for y, other in zip(ys, others, strict=True))
+def same(results, others):
+    """Of all ranks of a call."""
+    return all(one["y"].tobytes() == other["y"].tobytes() for one, other in zip(results, others, strict=True))
 
 
 def can_show(plant, world):

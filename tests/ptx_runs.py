@@ -4,69 +4,41 @@ Calls that end badly must be given up, and say why.
 """
 
 import contextlib
-import time
-from dataclasses import dataclass, replace
 
 import numpy as np
 from cases import assert_equals_oracle, random_routing, random_tokens, with_no_choices
 from ptx_endings import ENDINGS, expect_given_up
+from ptx_simulated import DEADLINE_S, simulated
 from worlds import check_stats
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.ptx.simulated import simulated_gpu
 from flashmoe_numba.seeing.trace import decode
 from reference import GATE, KIND_NAMES, Task, make_packets, task_graph, tolerance
 
-DEADLINE_S = 20.0  # of the machine's time
 TF32_STEP = 2.0**-10  # of a mantissa of 10 bits: what cutting the others off may take, relatively
 STEEPEST = 1.13  # of all activations (gelu); none is further from 0 than its argument
-LATE_NS = 2000
-MULTIPROCESSORS = 16  # two blocks on each
 HUGE = 1 << 33
 HUGE_SIZES = ("token_block", "tile_m_min", "tile_m", "tile_ffn", "tile_hidden", "tile_experts")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run gave: y of every rank for every call that went well, and the machine's counts."""
-
-    ys: list[list[np.ndarray]]
-    text: str
-    executed: np.ndarray  # int64 [steps]: how often each ran
-    steps: int
-    poisoned_rows: int
-    seconds: float
-
-
-def run_world(world, *, text=None, seed=None, num_processors=None, own_gpus=None, late_ns=LATE_NS):
+def run_world(world, **how):
     """Run all calls of a world, each checked against the oracle.
 
     Args:
-        text: PTX to run in place of the variant's own.
-        seed, num_processors, own_gpus: in place of the world's.
+        how: of `simulated`.
 
     Raises:
         AssertionError: a result is wrong, or a call that should end badly did not.
         PtxFault: what the machine found wrong.
     """
-    started = time.monotonic()
-    world = replace(
-        world,
-        seed=world.seed if seed is None else seed,
-        num_processors=num_processors or world.num_processors,
-        own_gpus=world.own_gpus if own_gpus is None else own_gpus,
-    )
-    own = world.num_processors + 1 if world.own_gpus else None
-    how = dict(seed=world.seed, late_ns=late_ns, blocks_per_gpu=own, text=text, multiprocessors=MULTIPROCESSORS)
-    with simulated_gpu(world.variant.architecture, **how) as gpu:
-        ys = _run_calls(world, gpu)
-        for ending in world.endings:
-            _run_ending(world, gpu, ending)
-        ((text, executed),) = gpu.machine.executed.items()
-        return Outcome(
-            ys=ys, text=text, executed=executed, steps=gpu.machine.steps,
-            poisoned_rows=gpu.machine.poisoned_rows, seconds=time.monotonic() - started,
-        )  # fmt: skip
+    return simulated(world, _run, **how)
+
+
+def _run(world, gpu):
+    results = _run_calls(world, gpu)
+    for ending in world.endings:
+        _run_ending(world, gpu, ending)
+    return results
 
 
 @contextlib.contextmanager
@@ -82,7 +54,7 @@ def _layer(world, weights, deadline_s):
 
 
 def _run_calls(world, gpu):
-    weights, ys, epoch = world.weights, [], 0
+    weights, results, epoch = world.weights, [], 0
     with _layer(world, weights, DEADLINE_S) as layer:
         for call in world.calls:
             x, routing = _tokens(world.config, call), _routing(world.config, call)
@@ -90,8 +62,8 @@ def _run_calls(world, gpu):
             for y in (_replayed if call.captured else _called)(gpu, layer, tokens, routing):
                 epoch += 1
                 _check(world, weights, layer, x, y, call, epoch)
-                ys.append(y)
-    return ys
+                results.append([{"y": part} for part in y])
+    return results
 
 
 def _run_ending(world, gpu, ending):

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 from cases import assert_same_bits
-from ptx_runs import run_world
-from ptx_worlds import Call, make_world
+from ptx_passes import pass_of
 
 SCHEDULES = ((101, 1, True), (102, 3, False), (103, 2, True))  # seed, processors, a GPU for each rank
 RANKS = ((1, 1, False), (2, 2, True), (4, 1, True))  # ranks, processors, a GPU for each
@@ -17,12 +16,14 @@ def check_schedules(variant, text=None):
     Raises:
         AssertionError: naming world and schedule.
     """
-    world = make_world(variant, 2)
-    expected = run_world(world, text=text).ys
+    of = pass_of(variant)
+    world = of.make_world(variant, of.several_ranks)
+    expected = of.run_world(world, text=text).results
     for seed, num_processors, own_gpus in SCHEDULES:
         how = dict(seed=seed, num_processors=num_processors, own_gpus=own_gpus)
-        for got, wanted in zip(run_world(world, text=text, **how).ys, expected, strict=True):
-            assert_same_bits(got, wanted, f"{world}, {how}")
+        for call, (got, wanted) in enumerate(zip(of.run_world(world, text=text, **how).results, expected, strict=True)):
+            for rank, (one, other) in enumerate(zip(got, wanted, strict=True)):
+                _assert_same(one, other, f"{world}, {how}, call {call}, rank {rank}")
 
 
 def check_ranks(variant, text=None):
@@ -33,21 +34,25 @@ def check_ranks(variant, text=None):
     """
     expected, *others = (_eight_tokens(variant, text, *how) for how in RANKS)
     for got, (num_ranks, *_) in zip(others, RANKS[1:], strict=True):
-        assert_same_bits(got, expected, f"{variant.name} on {num_ranks} ranks, and on one")
+        _assert_same(got, expected, f"{variant.name} on {num_ranks} ranks, and on one")
 
 
 def _eight_tokens(variant, text, num_ranks, num_processors, own_gpus):
-    small, each = make_world(variant, 0), 8 // num_ranks
+    """What does not depend on ranks, of all of them."""
+    of, each = pass_of(variant), 8 // num_ranks
     tile_n = 128 if variant.tensor_cores else 64  # by which the variant is chosen
     sizes = dict(num_experts=4, num_topk=2, capacity=None, hidden=40, ffn=24, tile_n=tile_n)
-    world = replace(
-        small,
-        config=replace(small.config, num_ranks=num_ranks, num_tokens=each, **sizes),
-        calls=(Call(counts=(each,) * num_ranks, seed=3),),
-        num_processors=num_processors,
-        own_gpus=own_gpus,
-    )
-    return np.concatenate(run_world(world, text=text).ys[0])
+    small = of.make_world(variant, 0)
+    config = replace(small.config, num_ranks=num_ranks, num_tokens=each, **sizes)
+    world = replace(small, config=config, num_processors=num_processors, own_gpus=own_gpus)
+    (of_call,) = of.run_world(world.with_one_call((each,) * num_ranks), text=text).results
+    return {name: np.concatenate([of_rank[name] for of_rank in of_call]) for name in of.invariant}
+
+
+def _assert_same(got, wanted, case):
+    assert got.keys() == wanted.keys(), f"{case}: {sorted(got)} are not {sorted(wanted)}"
+    for name, array in wanted.items():
+        assert_same_bits(got[name], array, f"{case}: {name}")
 
 
 CHECKS = {"schedules": check_schedules, "ranks": check_ranks}

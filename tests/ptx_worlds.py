@@ -75,6 +75,9 @@ class World:
     def tf32(self):
         return self.variant.name.endswith("tf32")
 
+    def with_one_call(self, counts):
+        return replace(self, calls=(Call(counts=counts, seed=3),))
+
     def __str__(self):
         return f"{self.variant.name} world {self.number} (seed {self.seed})"
 

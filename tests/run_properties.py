@@ -105,7 +105,7 @@ def _wanted_packets(run):
         for source, packet in enumerate(packets):
             for e, sent in enumerate(packet.sent.tolist()):
                 owner, local = divmod(e, c.num_experts_per_rank)
-                i = source * c.num_experts_per_rank + local
+                i = 2 * (source * c.num_experts_per_rank + local) + call % 2
                 wanted[source, call, owner, i, call << 32 | sent] = x[source][packet.pairs(e) // c.num_topk]
     return wanted
 

@@ -1,4 +1,4 @@
-"""All variants on all their worlds, by several processes: `python tests/run_ptx_worlds.py [--json FILE] [--worlds N]`.
+"""All variants on all their worlds, by several processes: `python tests/run_ptx_worlds.py [--json FILE] [--pass PASS]`.
 
 Prints for each variant its worlds, steps, seconds and how many of its instructions ran, then the others by the reason
 why no world reaches them. Each must give the same bits on other schedules, processors, ranks and placements, too. Exits
@@ -7,20 +7,19 @@ if a reason is missing.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import ptx_backward_runs
-import ptx_backward_worlds
 from ptx_coverage import report
+from ptx_passes import PASSES, pass_of
 from ptx_processes import Processes
-from ptx_runs import LATE_NS, run_world
 from ptx_same_bits import CHECKS
-from ptx_worlds import WORLDS, make_world
+from ptx_simulated import LATE_NS
 
 from flashmoe_numba.build.variants import ARCHITECTURES, BACKWARD
 from flashmoe_numba.commands.compile import all_variants
@@ -30,19 +29,18 @@ from reference.cache_folder import usable_cache_folder
 LEAST_EXECUTED, LEAST_EXECUTED_BACKWARD = 0.95, 0.90
 
 
-def world_of(variant, number):
-    return (ptx_backward_worlds.make_world if variant.backward else make_world)(variant, number)
-
-
-def checks_of(variant):
-    return ptx_backward_runs.CHECKS if variant.backward else CHECKS
+def link(variant):
+    """Make its text, which all its worlds read, once; where that fails they say so."""
+    with contextlib.suppress(RuntimeError):
+        linked_ptx(variant, usable_cache_folder())
 
 
 def run(task):
     """(variant, number, what went wrong or None, outcome or None)"""
     variant, number = task
+    of = pass_of(variant)
     try:
-        outcome = (ptx_backward_runs.run_world if variant.backward else run_world)(world_of(variant, number))
+        outcome = of.run_world(of.make_world(variant, number))
     except Exception as error:
         return variant, number, f"{type(error).__name__}: {error}", None
     return variant, number, None, (outcome.executed > 0, outcome.steps, outcome.poisoned_rows, outcome.seconds)
@@ -52,7 +50,7 @@ def check(task):
     """(name, what went wrong or None) of a check of the variant's."""
     variant, name = task
     try:
-        checks_of(variant)[name](variant)
+        CHECKS[name](variant)
     except Exception as error:
         return name, f"{type(error).__name__}: {error}"
     return name, None
@@ -61,7 +59,7 @@ def check(task):
 def row_of(variant, results, checks):
     """What is told of a variant: by the results of `run` and of `check`."""
     good = [outcome for _, _, wrong, outcome in results if not wrong]
-    worlds = [world_of(variant, number) for _, number, _, _ in results]
+    worlds = [pass_of(variant).make_world(variant, number) for _, number, _, _ in results]
     row = dict(
         variant=variant.name,
         worlds=len(results),
@@ -106,32 +104,51 @@ def tell(row):
     sys.stdout.flush()
 
 
+def variants_of(arguments):
+    """Those that are asked for: all forwards, then all backwards."""
+    passes = [arguments.passes] if arguments.passes else PASSES
+    wanted = [(name == "backward", architecture) for name in passes for architecture in ARCHITECTURES]
+    every = [each for backward, architecture in wanted for each in all_variants(architecture, backward=backward)]
+    return [variant for variant in every if not arguments.variants or variant.name in arguments.variants]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="where to write all of it")
-    parser.add_argument("--worlds", type=int, default=WORLDS, help="of each variant, at most")
-    parser.add_argument("--variants", nargs="*", default=[], help="names; default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to append a row for each variant, as JSON")
+    parser.add_argument(
+        "--worlds", type=int, nargs="*", metavar="N", help="their numbers; default: all of each variant"
+    )
+    parser.add_argument("--pass", dest="passes", choices=PASSES, help="only kernels of these; default: both")
+    parser.add_argument("--variants", nargs="*", default=[], metavar="NAME", help="default: all")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    every = [variant for architecture in ARCHITECTURES for variant in all_variants(architecture)]
-    every += [replace(variant, backward=True) for variant in every]
-    variants = [variant for variant in every if not arguments.variants or variant.name in arguments.variants]
+    variants = variants_of(arguments)
+    if unknown := set(arguments.variants) - {variant.name for variant in variants}:
+        parser.error(f"--variants: must be names of kernels{' of this pass' * bool(arguments.passes)}, got {unknown}")
     started, rows = time.monotonic(), []
-    print(f"worlds 0 to {arguments.worlds - 1}, each on the seed of its number; stores are up to {LATE_NS} ns late")
+    print(f"worlds by number, each on the seed of its number; stores are up to {LATE_NS} ns late")
     with Processes(arguments.processes, "spawn") as processes:
+        list(processes.each(link, variants))
         for variant in variants:
-            most = min(arguments.worlds, ptx_backward_worlds.WORLDS) if variant.backward else arguments.worlds
-            tasks = [(variant, number) for number in range(most)]
-            results = sorted(processes.each(run, tasks), key=lambda result: result[1])
-            checks = sorted(processes.each(check, [(variant, name) for name in checks_of(variant)]))
+            numbers = arguments.worlds or range(pass_of(variant).num_worlds)
+            results = sorted(processes.each(run, [(variant, number) for number in numbers]), key=lambda each: each[1])
+            checks = sorted(processes.each(check, [(variant, name) for name in CHECKS]))
             rows.append(row_of(variant, results, checks))
             tell(rows[-1])
-    seconds = time.monotonic() - started
-    print(f"{sum(row['worlds'] for row in rows)} worlds in {seconds:.0f} s")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(dict(late_ns=LATE_NS, seconds=seconds, variants=rows), indent=1))
+            if arguments.json:
+                append(arguments.json, rows[-1], arguments.worlds)
+    print(f"{sum(row['worlds'] for row in rows)} worlds in {time.monotonic() - started:.0f} s")
     sys.exit(any(has_failed(row) for row in rows))
+
+
+def append(file, row, numbers):
+    """With the command that makes it again, and the day."""
+    command = f"python tests/run_ptx_worlds.py --variants {row['variant']}"
+    command += f" --worlds {' '.join(map(str, numbers))}" if numbers else ""
+    told = dict(command=command, date=f"{datetime.now(UTC):%Y-%m-%d}", late_ns=LATE_NS, **row)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as rows:
+        rows.write(json.dumps(told) + "\n")
 
 
 if __name__ == "__main__":

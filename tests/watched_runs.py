@@ -45,7 +45,7 @@ class Story:
         self.begun = [0] * self.config.num_ranks  # calls that each rank has begun
         self.most_apart = 0  # of them, at any moment
         self.ahead = False  # a rank was in a call after that of another
-        self.overtaken = 0  # signals that were one call ahead of their reader
+        self.overtaken = 0  # signals that were seen when the next call's was there, too
         self.signals = {"dispatch": [], "result": []}
         self.stamps = Counter()  # of (rank, call, place)
         self.last = {}  # value of each word: by the rank whose it is, call, array and index
@@ -60,7 +60,8 @@ class Story:
         owner, array = self.names[region]
         self._hear_call(actor)
         if verb == "acquires" and array == "segments.dispatch_flag":
-            self.overtaken += value >> 32 > actor.epoch
+            next_one = self.world.ranks[owner].segments.dispatch_flag[i ^ 1]
+            self.overtaken += next_one >> 32 > actor.epoch
         if verb not in STORES:
             return
         self.last[owner, actor.epoch, array, i] = value
@@ -84,7 +85,7 @@ class Story:
         region = getattr(segments, kind).view(c.numpy_dtype).reshape(c.num_experts, c.slots, c.hidden)
         num_rows = word & ROWS_MASK
         if kind == "dispatch":
-            return region[i, :num_rows].copy()
+            return region[i // 2, :num_rows].copy()
         e, m = divmod(i, Layout(c).row_blocks)
         height = tile_height(int(self.world.ranks[owner].tokens.sent[e]), c.tile_m_min, c.tile_m)
         return region[e, m * height : m * height + num_rows].copy()

@@ -86,8 +86,10 @@ def programs(draw, num_calls):
 
 @st.composite
 def specs_of_programs(draw, **options):
-    """The same layers and calls, of which some are backwards, of float64 so that all gradients are compared."""
-    spec = draw(specs(dtypes=("float64",), **options))
+    """The same layers and calls, some with a norm of results, of which some calls are backwards, of float64 so that all
+    gradients are compared.
+    """
+    spec = draw(specs(dtypes=("float64",), norms=True, **options))
     return replace(
         spec,
         program=draw(programs(spec.epochs)),

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from cases import Regions, assert_equals_oracle, random_routing, random_tokens, with_no_choices
@@ -50,9 +50,16 @@ def extras(draw, num_experts):
 
 @st.composite
 def configs(
-    draw, max_ranks=4, dtypes=("float32",) * 4 + ("float64",) * 2 + ("float16", "bfloat16"), kinds=False, **fixed
+    draw,
+    max_ranks=4,
+    dtypes=("float32",) * 4 + ("float64",) * 2 + ("float16", "bfloat16"),
+    kinds=False,
+    norms=False,
+    **fixed,
 ):
-    """With `kinds`, of any kind of router and experts, instead of softmax and plain experts."""
+    """With `kinds`, of any kind of router and experts, instead of softmax and plain experts; with `norms`, half of the
+    layers with a norm of results.
+    """
     num_ranks = draw(st.integers(1, max_ranks))
     num_experts = num_ranks * draw(st.integers(1, max(1, 8 // num_ranks)))
     num_tokens = draw(st.integers(1, 9))
@@ -80,7 +87,14 @@ def configs(
         expert = draw(expert_kinds())
         sizes |= dict(router=router, renormalize=router.renormalize)
         sizes |= dict(expert=expert, gated=expert.gated, activation=expert.activation)
-    return MoEConfig(**(sizes | fixed))
+    config = MoEConfig(**(sizes | fixed))
+    return with_norm(draw, config) if norms and draw(st.booleans()) else config
+
+
+def with_norm(draw, config):
+    """Of one column a norm leaves little but eps, and that after a difference of nearly equal numbers."""
+    eps = draw(st.sampled_from([1e-5, 0.1])) if config.hidden > 1 else 1.0
+    return replace(config, expert=replace(config.expert_kind, norm_eps=eps), shared_expert=config.shared_kind)
 
 
 def token_counts(config):

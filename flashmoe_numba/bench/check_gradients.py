@@ -7,7 +7,7 @@ layer's own gradients of the weights that its router made: so each step is judge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from reference.arrays import Array, overflowed
 from reference.router_gradients import router_backward
 from reference.routers import exact_logits
 from reference.tolerance import walk
-from reference.weights import EXPERT_ARRAYS
+from reference.weights import EXPERT_ARRAYS, SHARED_ARRAYS
 
 from .backward import RankGradients
 
@@ -41,6 +41,7 @@ def check_gradients(
     routing: Sequence[Routing],
     dy: Sequence[np.ndarray],
     found: Sequence[RankGradients],
+    tf32: bool = False,
 ) -> GradientVerdict:
     """Judge one backward.
 
@@ -50,20 +51,22 @@ def check_gradients(
         routing: that of the layer, one per rank.
         dy: gradients of the results, one per rank.
         found: gradients, one per rank.
+        tf32: were experts' float32 products made as TF32? Bounds are then those of float16, whose mantissa is as long.
 
     Raises:
         ValueError: the routing is none.
     """
     chosen = [part.topk_idx for part in routing], [part.topk_weights for part in routing]
     exact = moe_layer_backward(workload.x, list(dy), weights, config, *chosen)
-    bound = gradient_tolerance(workload.x, dy, weights, config, *chosen)
+    judged_as = replace(config, dtype="float16") if tf32 else config
+    bound = gradient_tolerance(workload.x, dy, _in_type_of(judged_as, weights), judged_as, *chosen)
     pairs = {name: (array, getattr(bound.weights, name)) for name, array in _arrays(exact.weights).items()}
     shares: dict[str, list[float]] = {name: [] for name in ("x", "topk_weights", "logits")}
     element, sums = config.numpy_dtype, config.accumulator
     for rank, (x, own) in enumerate(zip(workload.x, found, strict=True)):
         d_x, limit = exact.x[rank], bound.x[rank]
         if workload.topk_weights is None:
-            routers = _Router(x, routing[rank].topk_idx, own.topk_weights.astype(np.float64), weights, config)
+            routers = _Router(x, routing[rank].topk_idx, own.topk_weights.astype(np.float64), weights, judged_as)
             d_x, limit = d_x + routers.d_x, limit + routers.x_bound
             pairs |= {name: routers.added_to(name, *pairs[name]) for name in routers.arrays.keys() & pairs.keys()}
             assert own.logits is not None, "the router made them"
@@ -96,6 +99,13 @@ class _Router:
     def added_to(self, name: str, exact: Array, bound: Array) -> tuple[Array, Array]:
         with np.errstate(invalid="ignore"):
             return exact + self.arrays[name], bound + self.bound.arrays[name]
+
+
+def _in_type_of(config: MoEConfig, weights: Weights) -> Weights:
+    """Experts' arrays as this config has them; sizes of sums do not show what that rounds."""
+    given = {name: getattr(weights, name) for name in (*EXPERT_ARRAYS, *SHARED_ARRAYS)}
+    cast = {name: array.astype(config.numpy_dtype, copy=False) for name, array in given.items() if array is not None}
+    return replace(weights, **cast)
 
 
 def _of_all_ranks(name: str, found: Sequence[RankGradients]) -> Array:

@@ -9,8 +9,9 @@
 
 namespace {
 
-// Words of `wire` (heap/nvshmem.py). An image is what others have of a rank's control words.
-enum { LAST_NS, OWN, CONTROL_AT, CONTROL_BYTES, IMAGE_AT };
+// Words of `wire` (heap/nvshmem.py). An image is what others have of a rank's control words; some of them are shown
+// now and then, the record of an abort never: what is shown may come late.
+enum { LAST_NS, OWN, CONTROL_AT, CONTROL_BYTES, IMAGE_AT, SHOWN_AT, SHOWN_BYTES };
 
 using Word = unsigned long long;
 
@@ -49,7 +50,7 @@ extern "C" __device__ __noinline__ Word flashmoe_acquire(uint64_t *flag, Word wo
     return nvshmem_signal_wait_until(flag, NVSHMEM_CMP_GE, word);
 }
 
-// This rank's control words to all ranks of other hosts, if the last time is so long ago. Nobody waits for them.
+// How far this rank is to all ranks of other hosts, if the last time is so long ago. Nobody waits for it.
 extern "C" __device__ __noinline__ void flashmoe_push_control(Word *wire, const long long *remote,
                                                               long long num_ranks, Word every_ns) {
     char *own = (char *)wire[OWN];
@@ -58,7 +59,8 @@ extern "C" __device__ __noinline__ void flashmoe_push_control(Word *wire, const 
     if (now_ns - before < every_ns || atomicCAS(&wire[LAST_NS], before, now_ns) != before) return;
     for (int peer = 0; peer < num_ranks; peer++) {
         if (remote[peer]) {
-            nvshmem_putmem_nbi(own + wire[IMAGE_AT], own + wire[CONTROL_AT], wire[CONTROL_BYTES], peer);
+            nvshmem_putmem_nbi(own + wire[IMAGE_AT] + wire[SHOWN_AT], own + wire[CONTROL_AT] + wire[SHOWN_AT],
+                               wire[SHOWN_BYTES], peer);
         }
     }
 }

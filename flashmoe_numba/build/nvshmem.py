@@ -8,13 +8,17 @@ a thread of the host passes them on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 CUDA_SOURCE = Path(__file__).with_name("nvshmem.cu")
 CALLED = ("flashmoe_put_signal", "flashmoe_acquire", "flashmoe_push_control")  # by the kernel, of CUDA_SOURCE
 PUT_SIGNAL = "nvshmemi_transfer_put_signal"  # in the name of what the first of them calls in the end
 HEADERS = ("nvshmem", "cudart", "cccl")
+WHEEL, OLDEST = "nvidia-nvshmem-cu13", "3.8"
 FIX = "pip install 'flashmoe-numba[compile,nvshmem]'"
 
 
@@ -55,7 +59,7 @@ def header_folders() -> dict[str, Path]:
     """Where the headers of HEADERS are.
 
     Raises:
-        ImportError: of one of them they are not found; names the extra.
+        ImportError: of one of them they are not found, or NVSHMEM is too old; names the extra.
     """
     try:
         from cuda.pathfinder import find_nvidia_header_directory
@@ -65,4 +69,13 @@ def header_folders() -> dict[str, Path]:
     missing = [name for name, folder in found.items() if folder is None]
     if missing:
         raise ImportError(f"kernels for several hosts need the headers of {', '.join(missing)}, not found here: {FIX}")
+    with suppress(metadata.PackageNotFoundError):  # from elsewhere
+        version = metadata.version(WHEEL)
+        if numbers_of(version) < numbers_of(OLDEST):
+            raise ImportError(f"kernels for several hosts need NVSHMEM {OLDEST} or newer, found {version}: {FIX}")
     return {name: Path(folder) for name, folder in found.items()}
+
+
+def numbers_of(version: str) -> list[int]:
+    """The first two, by which versions are compared."""
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]

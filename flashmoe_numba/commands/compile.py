@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
     if args.run:
         check_sizes(config)
     if args.run and args.heap != HEAPS[0]:
-        raise UsageError(f"argument --run: --heap must be {HEAPS[0]}, because NVSHMEM is machine code and no PTX")
+        raise UsageError(f"argument --run: --heap must be {HEAPS[0]}, because nothing stands for a network there")
     if args.tf32 and config.dtype != "float32":
         raise UsageError(f"argument --tf32: --dtype must be float32, got {config.dtype!r}")
     check_outputs({"--sass": args.sass, "--json": args.json})

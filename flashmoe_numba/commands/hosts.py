@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from reference import MoEConfig
 
 from ..errors import UsageError
 from ..processes import launch
-from ..processes.destinations import LAUNCHERS, Destinations, check_launcher, check_starter
+from ..processes.destinations import LAUNCHERS, Destinations, check_launcher, find_starter
 from .flags import blaming
 
 if TYPE_CHECKING:
@@ -24,43 +25,63 @@ def add_hosts_arguments(where: Any, add: Any, what: str) -> None:
     add("--launcher", metavar="NAME", help=f"{ways} [ssh]")
 
 
-def hosts_from(args: argparse.Namespace) -> Destinations | None:
-    """Those of the flags, if there are any and this is no rank that was started there."""
+def hosts_from(
+    args: argparse.Namespace, inside: str = "the hosts are those of this mpirun: start this without --hosts"
+) -> Destinations | None:
+    """Those of the flags, if there are any and this is no rank that was started there.
+
+    Args:
+        inside: what is wrong with --hosts inside a user's own mpirun.
+    """
     if args.hosts is None:
         if args.launcher is not None:
-            raise UsageError(f"argument --launcher: goes with --hosts, got {args.launcher} without")
+            raise UsageError(f"argument --launcher: goes with --hosts, got {args.launcher!r} without")
         return None
     if launch.inside_mpirun():
         if not launch.started_by_us():
-            raise UsageError("argument --hosts: the hosts are those of this mpirun: start this without --hosts")
+            raise UsageError(f"argument --hosts: {inside}")
         return None
-    launcher = args.launcher or LAUNCHERS[0]
+    launcher = "ssh" if args.launcher is None else args.launcher
     with blaming("argument --launcher"):
         check_launcher(launcher)
     with blaming("argument --hosts"):
         return Destinations(tuple(name.strip() for name in args.hosts.split(",")), launcher)
 
 
-def start_on_hosts(args: argparse.Namespace, config: MoEConfig, hosts: Destinations) -> int:
-    """Start the ranks of `flashmoe run` there; each host finds out for itself whether it has the memory."""
+def check_run_on(hosts: Destinations, config: MoEConfig, args: argparse.Namespace) -> None:
+    """That `flashmoe run` can start its ranks there; each host finds out for itself whether it has the memory."""
     if args.backend != "cpu":
         raise UsageError(f"argument --hosts: goes with --backend cpu, got {args.backend}")
     if config.num_ranks % len(hosts.names):
         rule = f"must be a multiple of the {len(hosts.names)} hosts, which get as many ranks each"
         raise UsageError(f"argument --ranks: {rule}; got {config.num_ranks}")
     check_clocks(args)
-    return started_on(hosts, config.num_ranks, args, args.deadline_s)
+    require_answers(hosts)
 
 
-def started_on(hosts: Destinations, num_ranks: int, args: argparse.Namespace, deadline_s: float) -> int:
-    """The exit status of this command as ranks on hosts."""
+def require_answers(hosts: Destinations) -> None:
+    """That the launcher is here, and that the hosts answer, if they can be asked; else a UsageError that says why."""
     with blaming("argument --launcher"):
-        check_starter(hosts.launcher)
-    command = [sys.executable, "-Pm", "flashmoe_numba", *args.argv]
+        find_starter(hosts.launcher)
+    with blaming("argument --hosts"):
+        hosts.ask()
+
+
+def report_from(
+    hosts: Destinations, num_ranks: int, args: argparse.Namespace, deadline_s: float
+) -> tuple[int, dict[str, Any] | None]:
+    """(the exit status of this command as ranks on hosts, what rank 0 found), as it gives it by `--json -`.
+
+    So all that is written is written here, where the command was given. None, if it found nothing; what it said
+    instead is passed on.
+    """
+    command, said = [sys.executable, "-Pm", "flashmoe_numba", *args.argv, "--json", "-"], bytearray()
+    code = launch.start(num_ranks, command, deadline_s, hosts, said.extend)
     try:
-        return launch.start(num_ranks, command, deadline_s, hosts)
-    except (ConnectionError, ValueError) as error:
-        raise UsageError(f"argument --hosts: {error}") from None
+        return code, json.loads(said)
+    except ValueError:
+        sys.stdout.write(said.decode(errors="replace"))
+        return code, None
 
 
 def check_clocks(args: argparse.Namespace) -> None:

@@ -35,11 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the plan of the config that the flags describe."""
     config = config_from(args)
-    check_outputs({"--json": args.json})
     if config.num_ranks * config.num_experts > MOST_PACKETS:
         rule = f"--ranks x --experts, the packets, must be at most {MOST_PACKETS:,}"
         raise UsageError(f"{rule}, got {config.num_ranks:,} x {config.num_experts:,}")
-    hosts = Hosts.even(config.num_ranks, args.ranks_per_host or config.num_ranks)
+    ranks_per_host = args.ranks_per_host or config.num_ranks
+    if ranks_per_host > config.num_ranks:
+        raise UsageError(f"argument --ranks-per-host: must be at most --ranks={config.num_ranks}, got {ranks_per_host}")
+    hosts = Hosts.even(config.num_ranks, ranks_per_host)
+    check_outputs({"--json": args.json})
     plan = make_plan(config, save=args.save, hosts=hosts)
     value = {"preset": layer_name(args), "config": asdict(config), **asdict(plan)}
     give(args.json, lines(layer_name(args), config, plan), value)

@@ -89,8 +89,7 @@ def run_variant(variant: Variant, config: MoEConfig) -> dict[str, Any]:
         try:
             with FlashMoE(config, weights, **settings) as layer:
                 judge = _judge_backward if variant.backward else _judge
-                judged_as = replace(config, dtype="float16") if _is_tf32(variant) else config
-                failures = judge(layer, weights, workload, judged_as)
+                failures = judge(layer, weights, workload, _is_tf32(variant))
         except PtxFault as fault:
             failures = [str(fault)]
         seconds = time.perf_counter() - began
@@ -110,22 +109,18 @@ def _is_tf32(variant: Variant) -> bool:
     return variant.tensor_cores and variant.dtype == "float32"
 
 
-def _judge(layer: FlashMoE, weights: Weights, workload: Workload, judged_as: MoEConfig) -> list[str]:
-    """What is wrong with a call, against the oracle with the same routing.
-
-    Args:
-        judged_as: the config, but for TF32, which has the ten bits of float16's mantissa.
-    """
+def _judge(layer: FlashMoE, weights: Weights, workload: Workload, tf32: bool) -> list[str]:
+    """What is wrong with a call, against the oracle with the same routing; TF32 has float16's ten bits of mantissa."""
     memory = GpuArrays(layer.config)
     y = [memory.to_host(part) for part in layer([memory.to_device(part) for part in workload.x])]
     layer.synchronize()
     idx, factors = [part.topk_idx for part in layer.routing], [part.topk_weights for part in layer.routing]
     error = max_rel_error(y, moe_layer(workload.x, weights, layer.config, topk_idx=idx, topk_weights=factors))
-    limit = tolerance(judged_as)
+    limit = tolerance(replace(layer.config, dtype="float16") if tf32 else layer.config)
     return [] if error <= limit else [f"max_rel_error must be at most {limit:.2e}, got {error:.2e}"]
 
 
-def _judge_backward(layer: FlashMoE, weights: Weights, workload: Workload, judged_as: MoEConfig) -> list[str]:
+def _judge_backward(layer: FlashMoE, weights: Weights, workload: Workload, tf32: bool) -> list[str]:
     """The same of gradients, each by its own bound."""
     from ..bench.backward import of_ranks, random_gradients
     from ..bench.check_gradients import check_gradients
@@ -136,7 +131,7 @@ def _judge_backward(layer: FlashMoE, weights: Weights, workload: Workload, judge
     gradients = layer.backward(saved, [memory.to_device(part) for part in dy])
     layer.synchronize()
     found = of_ranks(gradients, list, memory.to_host)
-    return check_gradients(judged_as, weights, workload, routing, dy, found).failures
+    return check_gradients(layer.config, weights, workload, routing, dy, found, tf32).failures
 
 
 def table(variant: Variant, run: dict[str, Any]) -> Iterator[str]:

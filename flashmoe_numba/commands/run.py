@@ -24,8 +24,9 @@ from ..processes.mpi_environment import unless_left_over
 from ..processes.shared_memory import Shortage
 from ..tile_gemm.arithmetic import AUTO, NAMES, choose
 from .flags import blaming, check_backend_flag, in_flags, integer
-from .hosts import add_hosts_arguments, between, check_clocks, hosts_from, start_on_hosts
-from .outputs import add_json_argument, check_outputs
+from .hosts import add_hosts_arguments, between, check_clocks, check_run_on, hosts_from, report_from
+from .outputs import add_json_argument, check_outputs, give
+from .plan import describe
 from .sizes import (
     MODEL_TOKENS,
     add_size_arguments,
@@ -37,6 +38,7 @@ from .sizes import (
 )
 
 if TYPE_CHECKING:
+    from ..processes.destinations import Destinations
     from ..processes.together import LocalRanks, MpiRanks
 
 MOST_DEADLINE_S = 86400.0
@@ -98,8 +100,7 @@ def main(args: argparse.Namespace) -> int:
     config = _validate(args, args.ranks)
     in_process = args.threads or args.backend == "fibers" or (config.num_ranks == 1 and not args.mpi)
     if hosts is not None:
-        _check_outputs(args)
-        return start_on_hosts(args, config, hosts)
+        return _run_on(hosts, args, config)
     if args.backend == "cuda" and not in_process:
         _check_gpus(config.num_ranks)
     if not in_process:
@@ -120,6 +121,18 @@ def _run_under_mpirun(args: argparse.Namespace, config: MoEConfig) -> int:
             return launch.start(config.num_ranks, command, args.deadline_s)
     except Shortage as error:
         raise UsageError(str(error)) from None
+
+
+def _run_on(hosts: Destinations, args: argparse.Namespace, config: MoEConfig) -> int:
+    """Start the ranks there, and say here what they found."""
+    from ..bench.report import table
+
+    check_run_on(hosts, config, args)
+    _check_outputs(args)
+    code, report = report_from(hosts, config.num_ranks, args, args.deadline_s)
+    if report is not None:
+        give(args.json, table(report, describe(config)), report)
+    return code
 
 
 def _take_virtual_ranks(args: argparse.Namespace) -> None:
@@ -157,8 +170,6 @@ def _validate(args: argparse.Namespace, num_ranks: int | None) -> MoEConfig:
         raise UsageError("the layer: router must choose its experts, got choice 'given': they come from token ids")
     if (args.processors or 1) > MOST_PROCESSORS:
         raise UsageError(f"argument --processors: must be in [1, {MOST_PROCESSORS}], got {args.processors}")
-    if args.backward and config.expert_kind.norm_eps is not None:
-        raise UsageError("argument --backward: experts must have no norm (norm_eps): kernels have no backward of it")
     check_backend_flag(args.backend)
     _check_arithmetic(args, config)
     try:

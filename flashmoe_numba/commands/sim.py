@@ -41,6 +41,8 @@ from .simulation_flags import (
 )
 from .sizes import layer_name
 
+OUTPUTS = ("json", "trace", "plot", "html")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `flashmoe sim`."""
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--html", metavar="FILE", help="write all simulations as one page for a browser, with timelines")
     add("--new-policy", metavar="FILE.py", help="write a schedule to begin with, for --policy FILE.py; no simulation")
     there = "say what there is, with all knobs, or where the values of a policy, a machine, ... are from; no simulation"
-    add("--list", nargs="?", const="", metavar="NAME", help=there)
+    add("--list", nargs="?", const=True, metavar="NAME", help=there)
     parser.epilog = "\n".join(["columns:", *column_lines()])
 
 
@@ -64,9 +66,11 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     if args.list is not None:
-        print("\n".join(details(args.list) if args.list else catalogue()))
+        _require_no_outputs(args, "--list")
+        print("\n".join(catalogue() if args.list is True else details(args.list)))
         return 0
-    if args.new_policy:
+    if args.new_policy is not None:
+        _require_no_outputs(args, "--new-policy")
         return _write_policy(Path(args.new_policy))
     policies = _able(args.passes) if args.policy == "all" else args.policy.split(",")
     asked = ask(args, policies)
@@ -113,7 +117,13 @@ def _check_files(args: argparse.Namespace, num_points: int) -> None:
     for flag in ("trace", "plot"):
         if getattr(args, flag) and num_points > 1:
             raise UsageError(f"argument --{flag}: needs one policy and one --tokens, got {num_points} combinations")
-    check_outputs({f"--{flag}": getattr(args, flag) for flag in ("json", "trace", "plot", "html")})
+    check_outputs({f"--{flag}": getattr(args, flag) for flag in OUTPUTS})
+
+
+def _require_no_outputs(args: argparse.Namespace, instead: str) -> None:
+    for flag in OUTPUTS:
+        if getattr(args, flag) is not None:
+            raise UsageError(f"argument --{flag}: is of simulations, of which {instead} makes none")
 
 
 def _check_overlap(args: argparse.Namespace) -> None:

@@ -4,8 +4,9 @@ Together they have: every kind of saving; two calls open at once, and gradients 
 backward; a rank that is a call ahead; row tiles of several sources, also of kept rows, and tiles of their own; several
 column tiles of hidden rows; shared experts with a gate and without; zero-computation experts; drops; k = E; routings
 from outside, without gradients of a router; a router whose logits have a bias, and its experts scales; weights that are
-applied to what goes in; gradients of logits by way of other losses; frozen experts, and a frozen router; grids; ranks
-without tokens; three lanes; a rank that is lost in a backward; and ranks that make different calls.
+applied to what goes in; a norm of results; gradients of logits by way of other losses; frozen experts, and a frozen
+router; grids; ranks without tokens; three lanes; a rank that is lost in a backward; and ranks that make different
+calls.
 
 All but one are of float64, whose gradients are all compared with the reference's.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reference import MoEConfig, RouterKind
+from reference import ExpertKind, MoEConfig, RouterKind
 
 from .run.program import Astray
 from .run.spec import GivenCall, Lost, WorldSpec
@@ -25,6 +26,7 @@ BASE: dict[str, Any] = dict(
 )  # fmt: skip
 WIDE: dict[str, Any] = BASE | dict(num_tokens=3, ffn=3, num_topk=2)  # two column tiles of hidden rows
 SCALED = RouterKind(score="sigmoid", renormalize=True, norm_eps=1e-3, scale=2.5, logit_bias=True, expert_scale=True)
+NORMED = ExpertKind(activation="silu", gated=True, norm_eps=1e-2)
 OUTSIDE = ((0, 1), (1, -1)), ((-1, 0), (1, 0))  # experts of each rank's tokens
 
 
@@ -53,6 +55,9 @@ BACKWARD_WORLDS: dict[str, WorldSpec] = {
     ),
     "scaled router": world(BASE | dict(num_experts=4, num_topk=2, router=SCALED), (0, 1), lanes=2),
     "weights on rows": world(WIDE | dict(router=RouterKind(weight_input=True)), (0, 1), "rows", lanes=3),
+    "back through a norm": world(
+        WIDE | dict(num_experts=4, num_zero=1, expert=NORMED), (0, 0, 2, 1), "rows", processors=2, lanes=2
+    ),
     "logits of other losses": world(
         BASE | dict(num_experts=4, num_topk=2), (0, 0, 2, 1), processors=2, logits_gradient=True, data_seed=4
     ),

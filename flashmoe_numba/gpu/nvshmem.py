@@ -13,13 +13,18 @@ from ..processes.ownership import Owned
 from .gpu import Gpu
 
 FIX = "pip install 'flashmoe-numba[nvshmem]'"
+OF_CORE = (
+    "InitStatus", "NvshmemError", "SignalOp", "buffer", "free", "get_peer_buffer", "get_unique_id", "init", "my_pe",
+    "n_pes",
+)  # fmt: skip
+OF_BINDINGS = ("cumodule_init", "init_status", "putmem_signal_on_stream")  # what is used of nvshmem4py
 
 
 class Nvshmem(Owned):
     """One allocation of symmetric memory, on this process's GPU.
 
     Raises:
-        ImportError: nvshmem4py or NVSHMEM is missing; names the extra.
+        ImportError: nvshmem4py or NVSHMEM is missing or too old; names the extra.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -28,6 +33,10 @@ class Nvshmem(Owned):
             from nvshmem import bindings, core
         except ImportError as error:
             raise ImportError(f"GPUs on several hosts need NVSHMEM and nvshmem4py: {FIX} ({error})") from error
+        missing = [name for name in OF_CORE if not hasattr(core, name)]
+        missing += [name for name in OF_BINDINGS if not hasattr(bindings, name)]
+        if missing:
+            raise ImportError(f"nvshmem4py must be 0.4 or newer, and this one has no {', '.join(missing)}: {FIX}")
         self._gpu, self._cuda, self._core, self._bindings = gpu, cuda_core, core, bindings
         self._buffer: Any = None
 
@@ -98,7 +107,8 @@ class Nvshmem(Owned):
         """
         with self._gpu.here:
             if status := self._bindings.cumodule_init(module):
-                raise RuntimeError(f"NVSHMEM refused the kernel that was loaded: nvshmemx_cumodule_init gave {status}")
+                rule = "its library must be of the version whose headers kernels are built with: `flashmoe doctor`"
+                raise RuntimeError(f"NVSHMEM refused the kernel, nvshmemx_cumodule_init gave {status}; {rule}")
 
     def put_signal(self, target: int, source: int, num_bytes: int, flag: int, word: int, rank_idx: int) -> None:
         """Put bytes into a rank's memory and then a word, beside whatever kernel runs; addresses are this rank's."""

@@ -68,6 +68,7 @@ def make_tokens(config: MoEConfig, memory: Memory) -> Tokens:
         y=empty,
         logits=memory.empty(c.num_tokens * c.num_choices, c.accumulator),
         kept_logits=memory.empty(0, c.accumulator),
+        kept_results=empty,
         values=memory.empty(num_values(c), c.accumulator),
         topk_idx=integers(pairs),
         topk_weights=memory.zeros(pairs, c.accumulator),

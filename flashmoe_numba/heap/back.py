@@ -9,7 +9,7 @@ import numpy as np
 from reference import MoEConfig, Weights
 from reference.arrays import Array
 from reference.backward_plan import gradient_shapes, gradient_tiles
-from reference.sizes import hidden_rows
+from reference.sizes import hidden_rows, num_normed
 from reference.tiles import shared_tiles_n0, tiles_n0
 
 from ..kernel.backward.state import Back, WeightGradients
@@ -30,6 +30,28 @@ class Transposed(NamedTuple):
     down_bias: Array
     shared_down_bias: Array
     shared_gate: Array
+
+
+class BackCall(NamedTuple):
+    """A backward of one rank.
+
+    Args:
+        dy: `[num_tokens, hidden]`, as `check_tokens` of the memory returns it.
+        said: gradients of logits by way of other losses, or None.
+        kept, forward: what was kept, and the epoch of the call that did.
+        experts, transposed: the weights that it had.
+        gradients: to be added to; empty: not wanted.
+        fresh: do their sums begin here, whatever there is where they lie?
+    """
+
+    dy: Any
+    said: Array | None
+    kept: Kept
+    forward: int
+    experts: Experts
+    transposed: Transposed
+    gradients: WeightGradients
+    fresh: bool = False
 
 
 def pack_transposed(
@@ -89,6 +111,8 @@ class Working(NamedTuple):
     """Arrays that all backwards of a rank use in turn; on a CPU only what was used takes memory."""
 
     bias_rows: Array
+    norms: Array
+    norm_dots: Array
     router_rows: Array
     dy_rows: Array
     factors: Array
@@ -115,6 +139,8 @@ def make_working(config: MoEConfig, save: str, memory: Memory) -> Working:
     shared = tokens * c.shared_ffn
     return Working(
         bias_rows=memory.empty(logits if c.router_kind.logit_bias else 0, sums),
+        norms=memory.empty(num_normed(c), sums),
+        norm_dots=memory.empty(num_normed(c), sums),
         router_rows=memory.empty(tokens * c.hidden, sums),
         dy_rows=memory.empty(rows * c.hidden, element),
         factors=memory.empty(rows, sums),
@@ -126,7 +152,7 @@ def make_working(config: MoEConfig, save: str, memory: Memory) -> Working:
         shared_active=memory.empty(shared, element),
         shared_dots=memory.empty(tokens * shared_tiles_n0(c), sums),
         gate_gradients=memory.empty(tokens if c.shared_gate else 0, sums),
-        done=memory.zeros(2, np.int64),
+        done=memory.zeros(3, np.int64),
         no_first=memory.zeros(1, np.int64),
         num_rows=memory.zeros(1, np.int64),
         kept_rows=memory.empty(rows * c.hidden if save == "nothing" else 0, element),
@@ -158,7 +184,7 @@ def gradient_sizes(config: MoEConfig, weights: Weights, experts: bool = True, ro
 
     Args:
         weights: those that there are; which experts' biases, say.
-        experts: are gradients of the experts' own weights wanted, the shared one's among them?
+        experts: are gradients of the experts' own weights wanted, the shared one's and their norm's among them?
         router: are those of the router, its biases and scales?
     """
     c = config
@@ -170,6 +196,7 @@ def gradient_sizes(config: MoEConfig, weights: Weights, experts: bool = True, ro
         router=choices * c.hidden,
         logit_bias=choices if c.router_kind.logit_bias else 0,
         expert_scale=choices if c.router_kind.expert_scale else 0,
+        result_scale=c.hidden if experts and c.expert_kind.norm_eps is not None else 0,
         up=here * ups * c.hidden,
         up_bias=here * ups if weights.up_bias is not None or weights.gate_bias is not None else 0,
         down=here * c.hidden * c.ffn,
@@ -192,4 +219,5 @@ def num_weight_tasks(config: MoEConfig, gradients: WeightGradients, kept: Kept) 
         "weight_tasks": (gradients.up.size > 0) * gradient_tiles(shapes["expert"]),
         "router_weight_tasks": router * gradient_tiles(shapes["router"]),
         "shared_weight_tasks": (gradients.shared_up.size > 0 and has_tokens) * gradient_tiles(shapes["shared"]),
+        "norm_weight_tasks": (gradients.result_scale.size > 0 and has_tokens) * gradient_tiles(shapes["norm"]),
     }

@@ -9,7 +9,7 @@ import numpy as np
 from reference import MoEConfig
 from reference.arrays import Array
 from reference.backward_plan import kept_bytes
-from reference.sizes import hidden_rows
+from reference.sizes import hidden_rows, num_normed
 
 from ..kernel.state import Received, Tokens
 from .protocols import Memory
@@ -90,6 +90,7 @@ def make_arrays(config: MoEConfig, save: str, memory: Memory, tokens: Tokens) ->
     own |= {
         "x": memory.empty(c.num_tokens * c.hidden, element),
         "kept_logits": memory.empty(c.num_tokens * c.num_choices, sums),
+        "kept_results": memory.empty(num_normed(c) * c.hidden, element),
         "shared_ups": memory.empty(shared_ups, element),
         "shared_factors": memory.empty(c.num_tokens if c.shared_ffn else 0, sums),
     }

@@ -3,7 +3,8 @@
 Where all ranks are on one host, they are mapped by IPC, without NVSHMEM.
 
 A rank reaches the segments of its own host, as by IPC. Into those of other hosts its kernel puts rows. There it shows
-its control words, too: behind each segment lie *images* of them, one for every rank.
+its control words, too, some of them now and then and all of them when it gives up: behind each segment lie *images* of
+them, one for every rank.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from reference import Hosts, Layout
-from reference.layout import CONTROL_BYTES
+from reference.layout import CONTROL_BYTES, FLAG_BYTES
 
 from ..gpu.nvshmem import Nvshmem
+from ..kernel.control import PROGRESS, SILENT
 from .gpus import GpuIpcHeap, OnGpu
 from .protocols import Memory
 
@@ -33,7 +35,7 @@ class OnNetwork(OnGpu, Protocol):
 
 
 # words of `wire`, in place of a ring of puts (build/nvshmem.cu)
-LAST_NS, OWN, CONTROL_AT, CONTROL_SIZE, IMAGE_AT = range(5)
+LAST_NS, OWN, CONTROL_AT, CONTROL_SIZE, IMAGE_AT, SHOWN_AT, SHOWN_SIZE = range(7)
 
 
 def wire_words(address: int, layout: Layout, rank_idx: int) -> np.ndarray:
@@ -42,10 +44,11 @@ def wire_words(address: int, layout: Layout, rank_idx: int) -> np.ndarray:
     Args:
         address: of its segment.
     """
-    words = np.zeros(5, np.uint64)
+    words = np.zeros(SHOWN_SIZE + 1, np.uint64)
     words[OWN] = address
     words[CONTROL_AT], words[CONTROL_SIZE] = layout.control, CONTROL_BYTES
     words[IMAGE_AT] = image_at(layout.num_bytes, rank_idx)
+    words[SHOWN_AT], words[SHOWN_SIZE] = FLAG_BYTES * PROGRESS, FLAG_BYTES * (SILENT + 1 - PROGRESS)
     return words
 
 

@@ -15,7 +15,11 @@ from .rules import fill_kinds, make_kinds
 
 
 class Packing:
-    """Of one rank, whose arrays these are: they hold the rows that the weights will multiply."""
+    """Of one rank, whose arrays these are: they hold the rows that the weights will multiply.
+
+    Attributes:
+        memory: the rank's.
+    """
 
     def __init__(
         self,
@@ -26,7 +30,7 @@ class Packing:
         received: Received,
         working: Working | None,
     ) -> None:
-        self._config, self._memory, self._kinds = config, memory, make_kinds(config)
+        self._config, self.memory, self._kinds = config, memory, make_kinds(config)
         self._dispatch, self._hidden, self._shared_hidden = segments.dispatch, received.hidden, tokens.shared_hidden
         self._working = working
 
@@ -52,12 +56,12 @@ class Packing:
             shared_up=shared_up,
             shared_down=shared_down,
             shared_gate=shared_gate,
-            **fill_kinds(self._kinds, weights, self._memory, into)._asdict(),
+            **fill_kinds(self._kinds, weights, self.memory, into)._asdict(),
         )
 
     def _pack(self, weights: Weights, rows: Any, hidden: Any, into: tuple[Any, Any] | None) -> tuple[Any, Any]:
         """(up, down) of these experts, and what they multiply."""
-        c, pack = self._config, self._memory.pack
+        c, pack = self._config, self.memory.pack
         old_up, old_down = into or (None, None)
         ups, up_biases = zip(*weights.ups, strict=True)
         up = pack(ups, up_biases, c.tile_ffn, c.accumulator, rows, old_up)
@@ -66,7 +70,7 @@ class Packing:
     def _factors(self, matrix: np.ndarray, into: Any) -> Any:
         """A matrix whose products stay in the accumulator's type."""
         c = self._config
-        return self._memory.pack([matrix.astype(c.accumulator)[None]], [None], c.tile_n, c.accumulator, None, into)
+        return self.memory.pack([matrix.astype(c.accumulator)[None]], [None], c.tile_n, c.accumulator, None, into)
 
     def transpose(self, weights: Weights, experts: Experts, into: Transposed | None = None) -> Transposed:
         """The same as a backward multiplies by them.
@@ -75,12 +79,13 @@ class Packing:
             experts: what `pack` returned for them.
         """
         assert self._working is not None, "the layer was made for it"
-        return pack_transposed(self._config, self._memory, weights, experts, self._dispatch, self._working, into)
+        return pack_transposed(self._config, self.memory, weights, experts, self._dispatch, self._working, into)
 
-    def unpack(self, experts: Experts, weights: Weights) -> None:
-        """The matrices of what `pack` returned, but for the router, written into those of `weights`."""
-        self._memory.unpack(experts.up, [matrix for matrix, _ in weights.ups])
-        self._memory.unpack(experts.down, [weights.down_proj])
-        if weights.shared is not None:
-            self._memory.unpack(experts.shared_up, [matrix for matrix, _ in weights.shared.ups])
-            self._memory.unpack(experts.shared_down, [weights.shared.down_proj])
+
+def unpack(memory: Memory, experts: Experts, weights: Weights) -> None:
+    """The matrices of what `Packing.pack` returned, but for the router, written into those of `weights`."""
+    memory.unpack(experts.up, [matrix for matrix, _ in weights.ups])
+    memory.unpack(experts.down, [weights.down_proj])
+    if weights.shared is not None:
+        memory.unpack(experts.shared_up, [matrix for matrix, _ in weights.shared.ups])
+        memory.unpack(experts.shared_down, [weights.shared.down_proj])

@@ -29,6 +29,7 @@ def fixed_problem(
         weight_tasks=0,
         router_weight_tasks=0,
         shared_weight_tasks=0,
+        norm_weight_tasks=0,
         rank_idx=rank_idx,
         num_ranks=c.num_ranks,
         num_processors=num_processors,

@@ -15,13 +15,12 @@ from reference.backward_plan import max_weight_tasks
 from reference.runs import RowTile
 
 from ..kernel.backward.arguments import BackwardArguments
-from ..kernel.backward.state import WeightGradients
 from ..kernel.grid import RankArguments
 from ..kernel.signals import backward_of
 from ..kernel.state import Experts, Problem, Received, Segments, Tokens
 from ..processes.ownership import Owned
 from .arrays import make_queue, make_received, make_segments, make_tokens, make_traces
-from .back import Transposed, back_of, make_working, num_weight_tasks, zero_gradients
+from .back import BackCall, Transposed, Working, back_of, make_working, num_weight_tasks, zero_gradients
 from .cut import read_tiles
 from .kept import Keeping, Kept
 from .packing import Packing
@@ -117,72 +116,66 @@ class Rank(Owned):
         return y, self._arguments(problem, tokens, received, experts)
 
     def call_back(
-        self,
-        dy: Any,
-        said: Array | None,
-        kept: Kept,
-        forward: int,
-        epoch: int,
-        deadline_ns: int,
-        experts: Experts,
-        transposed: Transposed,
-        gradients: WeightGradients,
-        fresh: bool = False,
+        self, call: BackCall, epoch: int, deadline_ns: int
     ) -> tuple[tuple[Any, Array, Array | None], BackwardArguments]:
-        """((dx, gradients of the pairs' weights, of logits), what the blocks are given): filled once all have run.
+        """((dx, gradients of the pairs' weights, of logits), what the blocks are given): filled once all have run."""
+        c, memory, kept = self.config, self._memory, call.kept
+        assert self.working is not None, "the layer was made for it"
+        tokens, received = self._kept_or_again(kept, self.working)
+        self.last_tokens = tokens
+        dy, dx_storage, dx = memory.adopt(call.dy)
+        pairs, logits = (memory.empty(kept.num_tokens * width, c.accumulator) for width in (c.num_topk, c.num_choices))
+        self._store(self.working.num_rows, np.array([kept.num_tokens]))
+        self._aim_back(call, tokens, received, dy)
+        back = back_of(
+            self.working, call.transposed, dy=dy, dx=dx_storage, said=self._said(call), kept_logits=tokens.kept_logits,
+            weight_gradients=pairs, logits_gradient=logits,
+        )  # fmt: skip
+        arguments = self._arguments(self._problem_back(call, epoch, deadline_ns), tokens, received, call.experts)
+        of_logits = None if kept.routed else logits.reshape(kept.num_tokens, c.num_choices)
+        found = dx, pairs.reshape(kept.num_tokens, c.num_topk), of_logits
+        return found, BackwardArguments(arguments, back, call.gradients)
 
-        Args:
-            dy: `[num_tokens, hidden]`, as `check_tokens` of the memory returns it.
-            said: gradients of logits by way of other losses, or None.
-            kept: of the forward, which had epoch `forward`.
-            experts, transposed: the weights that it had.
-            gradients: to be added to; empty: not wanted.
-        """
-        c, memory, working = self.config, self._memory, self.working
-        assert self.save is not None and working is not None, "the layer was made for it"
+    def _kept_or_again(self, kept: Kept, working: Working) -> tuple[Tokens, Received]:
+        """What the forward left, and room for what it did not keep."""
         tokens, received = kept.in_tokens(self.tokens), kept.in_received(self.received)
         if self.save != "rows+up":
             tokens = tokens._replace(shared_ups=working.shared_ups)
             received = received._replace(kept_ups=working.kept_ups)
         if self.save == "nothing":
             received = received._replace(kept_rows=working.kept_rows)
-        self.last_tokens = tokens
-        dy_storage, dx_storage, dx = memory.adopt(dy)
-        pairs, logits = (memory.empty(kept.num_tokens * width, c.accumulator) for width in (c.num_topk, c.num_choices))
-        others = memory.empty(0 if said is None else said.size, c.accumulator)
-        if said is not None:
-            self._store(others, said)
-        self._store(working.num_rows, np.array([kept.num_tokens]))
-        self._aim_back(experts, transposed, tokens, received, dy_storage)
-        back = back_of(
-            working, transposed, dy=dy_storage, dx=dx_storage, said=others, kept_logits=tokens.kept_logits,
-            weight_gradients=pairs, logits_gradient=logits,
-        )  # fmt: skip
-        problem = self.problem._replace(
+        return tokens, received
+
+    def _said(self, call: BackCall) -> Array:
+        """Gradients of logits by way of other losses, in this memory; empty, if there are none."""
+        said = self._memory.empty(0 if call.said is None else call.said.size, self.config.accumulator)
+        if call.said is not None:
+            self._store(said, call.said)
+        return said
+
+    def _problem_back(self, call: BackCall, epoch: int, deadline_ns: int) -> Problem:
+        kept = call.kept
+        return self.problem._replace(
             epoch=epoch,
-            call=backward_of(forward),
+            call=backward_of(call.forward),
             num_tokens=kept.num_tokens,
             deadline_ns=deadline_ns,
             routed=kept.routed,
             has_logits=kept.has_logits,
             recomputes=self.save != "rows+up",
             resends=self.save == "nothing",
-            fresh=fresh,
-            **num_weight_tasks(c, gradients, kept),
+            fresh=call.fresh,
+            **num_weight_tasks(self.config, call.gradients, kept),
         )
-        arguments = BackwardArguments(self._arguments(problem, tokens, received, experts), back, gradients)
-        of_logits = None if kept.routed else logits.reshape(kept.num_tokens, c.num_choices)
-        return (dx, pairs.reshape(kept.num_tokens, c.num_topk), of_logits), arguments
 
-    def _aim_back(
-        self, experts: Experts, transposed: Transposed, tokens: Tokens, received: Received, dy: Array
-    ) -> None:
+    def _aim_back(self, call: BackCall, tokens: Tokens, received: Received, dy: Array) -> None:
         """Say of weights that multiply other rows in each backward which."""
         if self.save != "rows+up":
-            self._memory.aim(transposed.up_again, received.kept_rows if self.save == "rows" else self.segments.again)
+            rows = received.kept_rows if self.save == "rows" else self.segments.again
+            self._memory.aim(call.transposed.up_again, rows)
         if self.config.shared_ffn:
-            self._memory.aim(transposed.shared_down, dy)
-            self._memory.aim(experts.shared_up, tokens.x)
+            self._memory.aim(call.transposed.shared_down, dy)
+            self._memory.aim(call.experts.shared_up, tokens.x)
 
     def idle_experts(self) -> Array:
         """`[experts_per_rank]`: which of them had no rows in the last call?"""
@@ -213,7 +206,7 @@ class Rank(Owned):
         gradients = zero_gradients(self.config, weights, self._memory)
         assert self.keeping is not None, "the layer was made for it"
         self.keeping.give_back(self.kept)
-        return self.call_back(none, None, self.kept, 0, 0, 0, self.experts, transposed, gradients)[1]
+        return self.call_back(BackCall(none, None, self.kept, 0, self.experts, transposed, gradients), 0, 0)[1]
 
     def _arguments(
         self, problem: Problem, tokens: Tokens, received: Received, experts: Experts | None = None

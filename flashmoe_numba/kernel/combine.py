@@ -10,6 +10,7 @@ import numpy as np
 from flashmoe_numba.device import (
     add_part,
     block_sync,
+    copy_row,
     fetch_add,
     jit,
     lane,
@@ -90,6 +91,8 @@ def combine(p, tokens, segments, norm, scratch, token_block):
         factors = tokens.factors
         make_factors(p, tokens, result, norm, choices, first * num_topk, rows * num_topk)
         block_sync()
+    if tokens.kept_results.size > 0:
+        keep_results(p, tokens, result, choices, first * num_topk, rows * num_topk)
     width = part_columns(y, result, hidden)
     if adds_input:
         width = min(width, part_columns(y, x, hidden))
@@ -114,6 +117,15 @@ def combine(p, tokens, segments, norm, scratch, token_block):
         if shares and shared_factors[token] != 0:
             add_part(sums, columns, shared_results, token * hidden + column, shared_factors[token])
         store_part(y, token * hidden + column, sums, columns)
+
+
+@jit
+def keep_results(p, tokens, result, choices, first, num_pairs):
+    """For a backward through their norm: results are at home now, and the next call's come to the same place."""
+    for pair in range(first, first + num_pairs):
+        row = result_row(choices, pair)
+        if row >= 0:
+            copy_row(tokens.kept_results, pair * p.hidden, result, row * p.hidden, p.hidden)
 
 
 @jit

@@ -2,9 +2,9 @@
 
 A *channel* carries one rank's puts to one peer, as any network may that keeps the promise of wire.py. It takes them out
 of the ring late, and knows nothing of other channels. It reads rows when it lands them, not before; it lands them in
-pieces, and those of later puts among those of earlier ones. A signal comes after all rows of its put and of those
-before it. Now and then a channel pushes its rank's control words into the peer's image of them, and always before it
-tells the peer that the rank gave up.
+pieces, and those of later puts among those of earlier ones. A signal comes after all rows of its put, and of puts
+without a signal before it; else signals overtake each other, also those of several calls. Now and then a channel pushes
+its rank's control words into the peer's image of them, and always before it tells the peer that the rank gave up.
 
 Nothing here is compiled: between processes puts are carried by heap/.
 """
@@ -23,20 +23,30 @@ from .wire import NO_FLAG, PEER, STAMP, WORD, Put, place_at
 PIECE = 4  # elements that land together
 WINDOW = 3  # puts whose rows land in turns
 TAKES_MORE = 0.5  # how often a put is taken while others are under way
-MOST_LATE = 80  # steps of a put before its rows are looked at; most have a few
+MOST_LATE = 80  # steps of a put before its rows are looked at, and before its signal; most have a few
 PUSHES_PER_DEADLINE = 32
 
 
 class Flight:
-    """A put under way; `late` is how many steps it still takes before its rows are looked at."""
+    """A put under way.
 
-    def __init__(self, put: Put, late: int) -> None:
-        self.put, self.late, self.landed = put, late, 0
+    Attributes:
+        late: steps that it still takes before its rows are looked at or, behind these, before its signal.
+        landed: bytes of its rows.
+    """
+
+    def __init__(self, put: Put, late: int, lag: int) -> None:
+        self.put, self.late, self.landed, self._lag = put, late, 0, lag
 
     @property
     def has_landed(self) -> bool:
-        """All of its rows."""
+        """Is nothing left to do but its signal?"""
         return self.late == 0 and self.landed == self.put.num_bytes
+
+    def land(self, num_bytes: int) -> None:
+        self.landed += num_bytes
+        if self.landed == self.put.num_bytes:
+            self.late = self._lag
 
 
 class Channel:
@@ -82,20 +92,27 @@ class Channel:
             put = Put(*(int(wire[i]) for i in range(at + PEER, at + WORD + 1)))
             self.taken += 1
             if put.peer == self.peer:
-                self._flights.append(Flight(put, int(self._draw() ** 3 * MOST_LATE) if self._draw else 0))
+                self._flights.append(Flight(put, self._lateness(), self._lateness()))
                 return self._flights[-1]
             at = place_at(wire, self.taken)
         return None
 
+    def _lateness(self) -> int:
+        return int(self._draw() ** 3 * MOST_LATE) if self._draw else 0
+
     def next(self) -> Flight | None:
-        """A put that can go on: the first one, if all its rows are there, else any one with rows that are not."""
-        if not self._flights or self._flights[0].has_landed:
-            return next(iter(self._flights), None)
-        late = [flight for flight in self._flights[:WINDOW] if not flight.has_landed]
-        return late[int(self._draw() * len(late)) if self._draw else 0]
+        """A put that can go on: any one whose rows are not there, or whose signal waits for no others."""
+        able, others = [], False
+        for flight in self._flights[:WINDOW]:
+            if not (flight.has_landed and others):
+                able.append(flight)
+            others |= flight.put.flag_at == NO_FLAG
+        if not able:
+            return None
+        return able[int(self._draw() * len(able)) if self._draw else 0]
 
     def move(self, flight: Flight) -> None:
-        """One step of a put: nothing, while it is late, then a piece of its rows; when none is left, its signal."""
+        """One step of a put: nothing, while it is late, else a piece of its rows; when none is left, its signal."""
         if flight.late > 0:
             flight.late -= 1
             ld_relaxed(self.source.wire, 0)
@@ -112,7 +129,7 @@ class Channel:
         size = rows.dtype.itemsize
         elements = min(PIECE, (put.num_bytes - at) // size)
         copy_row(room, room_first, rows, first, elements)
-        flight.landed += elements * size
+        flight.land(elements * size)
 
     def _signal(self, put: Put) -> None:
         if put.flag_at == NO_FLAG:

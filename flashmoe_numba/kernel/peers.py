@@ -22,7 +22,7 @@ from flashmoe_numba.tile_gemm import IN_ORDER, PLACE_WORDS, RANK, ROW_OUT, Rooms
 
 from .control import ABORT, PROGRESS, SILENT
 from .row_tiles import is_one_run, room_row, word_of
-from .signals import signal_word
+from .signals import packet_flag, signal_word
 from .wire import NO_FLAG, PutRows, first_row, is_remote, put_rows, put_signal
 
 SHOWN_PER_DEADLINE = 32
@@ -49,12 +49,13 @@ def packet_room(p, segments, owner):
 @jit
 def tell_packet(p, segments, owner, expert, num_rows):
     """Publish a packet's rows, which may be none."""
-    packet, word = p.rank_idx * p.experts_per_rank + expert, signal_word(p.epoch, p.call, num_rows)
+    flag = packet_flag(p, p.rank_idx * p.experts_per_rank + expert)
+    word = signal_word(p.epoch, p.call, num_rows)
     if is_remote(segments, owner):
-        put_packet(p, segments, PutRows(owner, expert, 0, num_rows), p.dispatch_flag_at + 8 * packet, word)
+        put_packet(p, segments, PutRows(owner, expert, 0, num_rows), p.dispatch_flag_at + 8 * flag, word)
     else:
         flags = of_peer(segments, owner, p.dispatch_flag_at, segments.dispatch_flag)
-        st_release(flags, packet, word)
+        st_release(flags, flag, word)
 
 
 @jit

@@ -50,7 +50,7 @@ def queue_shared(p, queue, first, end):
             fill(p, queue, place + i - first, QueueTask(SHARED0, 0, 0, m, n))
 
 
-@jit
+@jit(large=True)
 def shared0(p, tokens, experts, queue, scratch, task):
     """One column tile of the up projections; the last one of a row tile lets the down projection begin."""
     first = task.m * p.tile_m

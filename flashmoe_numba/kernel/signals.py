@@ -46,3 +46,17 @@ word_call = jit(call_in)
 @jit
 def word_rows(word):
     return word & ROWS_MASK
+
+
+@jit
+def packet_flag(p, packet):
+    """Index of a packet's flag. Odd and even calls have their own: who replaces a word, two calls on, knows by then
+    that it was seen. So none is lost, in whatever order signals come.
+    """
+    return 2 * packet + (p.epoch & 1)
+
+
+@jit
+def last_packet_flag(p, packet):
+    """The same of the call before."""
+    return 2 * packet + 1 - (p.epoch & 1)

@@ -33,6 +33,7 @@ class Problem(NamedTuple):
     weight_tasks: int  # of a backward: of each expert that has rows, for the gradients of its weights
     router_weight_tasks: int  # of a backward, for the gradients of the router
     shared_weight_tasks: int  # likewise of the shared expert
+    norm_weight_tasks: int  # likewise of the norm of experts' results
     rank_idx: int
     num_ranks: int
     num_processors: int
@@ -84,7 +85,7 @@ class Segments(NamedTuple):
     wire: np.ndarray  # int64: puts for those (wire.py), empty where there are none; uint64: heap/nvshmem.py
     dispatch: np.ndarray  # elements [num_ranks, experts_per_rank, slots, hidden]
     result: np.ndarray  # elements, likewise
-    dispatch_flag: np.ndarray  # int64 [num_experts]
+    dispatch_flag: np.ndarray  # int64 [num_ranks, experts_per_rank, 2]: of even calls and of odd ones
     result_flag: np.ndarray  # int64 [num_experts, row_blocks]
     control: np.ndarray  # int64 [CONTROL_WORDS]
     again: np.ndarray  # elements like dispatch: the forward's rows, in a backward that has not kept them; else empty
@@ -115,6 +116,7 @@ class Tokens(NamedTuple):
     y: np.ndarray  # elements [num_tokens, hidden]
     logits: np.ndarray  # accumulator [num_tokens, num_choices]
     kept_logits: np.ndarray  # accumulator, likewise, as they were before routing spent them; or empty
+    kept_results: np.ndarray  # elements [pairs, hidden]: of experts whose results have a norm, before it; or empty
     values: np.ndarray  # accumulator [num_tokens, num_choices + num_groups], or empty: choice.py
     topk_idx: np.ndarray  # int32 [num_tokens, num_topk]; -1: no choice; from num_experts on: zero-computation experts
     topk_weights: np.ndarray  # accumulator [num_tokens, num_topk]; that of no choice is 0

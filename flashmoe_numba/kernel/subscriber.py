@@ -39,7 +39,7 @@ from .row_tiles import (
     tile_name,
 )
 from .shared import queue_early_shared
-from .signals import word_call, word_epoch, word_rows
+from .signals import last_packet_flag, packet_flag, word_call, word_epoch, word_rows
 from .sizes import (
     down_tiles,
     num_gate_tasks,
@@ -108,7 +108,7 @@ def poll_packets(p, segments, received, queue, block, trace):
         before = seen
         for source in range(p.num_ranks):
             packet = source * p.experts_per_rank + expert
-            if received.seen[packet] != p.epoch and word_epoch(ld_relaxed(segments.dispatch_flag, packet)) >= p.epoch:
+            if received.seen[packet] != p.epoch and has_come(p, segments, packet):
                 start = now()
                 if not open_packet(p, segments, received, queue, expert, source):
                     refuse_packet(block, p, segments, expert, source)
@@ -124,20 +124,25 @@ def poll_packets(p, segments, received, queue, block, trace):
     if seen > 0 and fetch_add(queue.counters, counter(p, PACKETS_SEEN), seen) + seen == p.num_experts:
         gemms = ld_acquire(queue.counters, counter(p, GEMM_TASKS))
         total = num_gate_tasks(p) + p.num_experts + num_token_blocks(p) + gemms + num_shared_tasks(p)
-        total += p.router_weight_tasks + p.shared_weight_tasks
+        total += p.router_weight_tasks + p.shared_weight_tasks + p.norm_weight_tasks
         st_release(queue.counters, counter(p, TOTAL), total + 1)
     return seen
+
+
+@jit
+def has_come(p, segments, packet):
+    """Is this call's packet here?"""
+    return word_epoch(ld_relaxed(segments.dispatch_flag, packet_flag(p, packet))) == p.epoch
 
 
 @jit
 def open_packet(p, segments, received, queue, expert, source):
     """Take note of a packet that is here: its rows join the expert's stream. False: it is of another call than ours."""
     packet = source * p.experts_per_rank + expert
-    word = acquire_flag(segments, source, segments.dispatch_flag, packet)
-    # A word of the next epoch: its sender has left this one, so its packet held nothing that we had to answer.
-    rows = word_rows(word) if word_epoch(word) == p.epoch else 0
-    if word_epoch(word) == p.epoch and word_call(word) != p.call:
+    word = acquire_flag(segments, source, segments.dispatch_flag, packet_flag(p, packet))
+    if word_call(word) != p.call:
         return False
+    rows = word_rows(word)
     received.seen[packet] = p.epoch
     if p.keeps:
         received.first[packet] = fetch_add(queue.counters, counter(p, KEPT_ROWS), rows)
@@ -148,7 +153,7 @@ def open_packet(p, segments, received, queue, expert, source):
 @jit
 def refuse_packet(block, p, segments, expert, source):
     """Ranks make different calls: that ends them all."""
-    found = ld_relaxed(segments.dispatch_flag, source * p.experts_per_rank + expert)
+    found = ld_relaxed(segments.dispatch_flag, packet_flag(p, source * p.experts_per_rank + expert))
     give_up(
         p, segments,
         AbortRecord(block, SUBSCRIBER, OTHER_CALL, source, expert, p.call, p.epoch, found, 1, p.deadline_ns),
@@ -267,7 +272,7 @@ def blame(block, rank, packets_left, results_left):
     packet = overdue_packet(p, segments, rank.received)
     if packet >= 0:
         source, expert = packet // p.experts_per_rank, packet % p.experts_per_rank
-        found = ld_relaxed(segments.dispatch_flag, packet)
+        found = ld_relaxed(segments.dispatch_flag, last_packet_flag(p, packet))
         record = AbortRecord(
             block, SUBSCRIBER, DISPATCH_FLAG, source, expert, 0, p.epoch, found, missing, p.deadline_ns
         )

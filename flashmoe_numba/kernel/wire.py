@@ -6,7 +6,8 @@ ring of puts, out of which whoever carries puts between hosts takes them in orde
 were given out. A place holds its number plus one as a stamp, which is released after the fields of the put. The ring
 has room for all puts of a call, and all have been taken when the call ends, so nobody waits for a place.
 
-A put's rows land before its signal, and before the signals of all later puts to the same peer.
+A put's rows land before its signal. Those of a put without one land before the signal of the next that has one, of the
+same block to the same peer. No more is relied on: signals may come in any order.
 """
 
 from __future__ import annotations

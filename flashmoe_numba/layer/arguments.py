@@ -75,7 +75,8 @@ class LayerSettings:
             _check_processors(self.num_processors)
         check_flags(trace=self.trace)
         check_name("packing", self.packing, PACKINGS)
-        self._check_save()
+        if self.save is not None:
+            check_name("save", self.save, SAVES)
         _check_seconds("deadline_s", self.deadline_s)
         _check_seconds("setup_deadline_s", self.setup_deadline_s)
         self._check_comm()
@@ -83,14 +84,6 @@ class LayerSettings:
             raise ValueError(f"heap must have config.num_ranks={self.config.num_ranks} ranks, got {heap.num_ranks}")
         for rank_idx in range(self.config.num_ranks) if self.comm is None else [self.comm.rank]:
             self.weights.shard(rank_idx, self.config.num_ranks)  # raises if its experts are not there
-
-    def _check_save(self) -> None:
-        """Can calls have a backward, if they are to?"""
-        if self.save is None:
-            return
-        check_name("save", self.save, SAVES)
-        if self.config.expert_kind.norm_eps is not None:
-            raise ValueError("save must be None for experts with a norm (norm_eps): kernels have no backward of it")
 
     def _check_comm(self) -> None:
         if self.comm is None:

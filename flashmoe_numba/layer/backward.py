@@ -10,6 +10,7 @@ import numpy as np
 
 from reference.arrays import Array, check_array, check_floating
 
+from ..heap.back import BackCall
 from ..heap.kept import Kept
 from ..heap.rank import Rank
 from ..heap.tensors import as_array
@@ -41,10 +42,17 @@ class Backward:
     fresh: bool
 
     def begin(self, position: int, rank: Rank, epoch: int, deadline_ns: int) -> tuple[Any, BackwardArguments]:
-        return rank.call_back(
-            self.tokens[position], self.said[position], self.kept[position], self.epoch, epoch, deadline_ns,
-            self.packed.of_ranks[position], self.packed.transposed[position], self.gradients[position], self.fresh,
-        )  # fmt: skip
+        call = BackCall(
+            dy=self.tokens[position],
+            said=self.said[position],
+            kept=self.kept[position],
+            forward=self.epoch,
+            experts=self.packed.of_ranks[position],
+            transposed=self.packed.transposed[position],
+            gradients=self.gradients[position],
+            fresh=self.fresh,
+        )
+        return rank.call_back(call, epoch, deadline_ns)
 
 
 def check_gradients(

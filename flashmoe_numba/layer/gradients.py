@@ -139,6 +139,7 @@ def as_weights(arrays: WeightGradients, weights: Weights, config: MoEConfig) -> 
         shared = a.shared_up, a.shared_up_bias, a.shared_down, a.shared_down_bias
         found |= _matrices(weights, "shared_", shared, c.shared_kind, ())
     others = {"router_bias": a.logit_bias, "expert_scale": a.expert_scale, "shared_gate_weight": a.shared_gate}
+    others |= {"result_scale": a.result_scale}
     found |= {name: array for name, array in others.items() if getattr(weights, name) is not None and array.size}
     return Weights(**found, first_expert=weights.first_expert, num_zero=c.num_zero)
 

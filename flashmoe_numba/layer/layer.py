@@ -169,7 +169,9 @@ class FlashMoE(Owned):
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
         self._require_open()
-        return PackedWeights(self.config, self._ranks, weights)
+        packed = PackedWeights(self.config, self._ranks, weights)
+        self._parts.held.add(packed)
+        return packed
 
     def load(self, weights: Weights, into: PackedWeights | None = None) -> None:
         """Repack weights that have changed, in the memory that the old ones had; calls of other threads wait.
@@ -220,7 +222,9 @@ class FlashMoE(Owned):
             replays of a call that was captured in a CUDA graph.
 
         Raises:
-            TypeError, ValueError: before any rank starts.
+            TypeError, ValueError: before any rank starts. With `comm` the others wait for this rank, which may make the
+                call with other arguments; at the latest they give up at their deadline, and if it leaves the layer's
+                `with`, closes the layer, or ends, at once.
             FlashMoEError: the call was given up (see the message); the layer is closed.
         """
         y, _ = self._forward(x, weights, False, topk_idx=topk_idx, topk_weights=topk_weights, logits=logits)
@@ -237,8 +241,14 @@ class FlashMoE(Owned):
         with self._calls.turn():
             packed = self._parts.own("weights", weights)
             ys = self._calls.run(Forward(tokens, given, packed.of_ranks, keep), self.deadline_s)
-            saved = SavedCall(self._ranks, packed, self._life.epoch) if keep else None
+            saved = self._saved(packed) if keep else None
         return like_given(x, self._backend.join(x, ys) if self._parts.all_here else ys[0]), saved
+
+    def _saved(self, packed: PackedWeights) -> SavedCall:
+        """What the call that was just made has kept."""
+        saved = SavedCall(self._ranks, packed, self._life.epoch)
+        self._parts.held.add(saved)
+        return saved
 
     def forward(
         self,
@@ -289,7 +299,7 @@ class FlashMoE(Owned):
             retain: may `saved` have another backward?
 
         Raises:
-            TypeError, ValueError: before any rank starts.
+            TypeError, ValueError: before any rank starts, as `__call__` has it; `saved` can still be used.
             FlashMoEError: the call was given up, say because another rank made another call; the layer is closed.
         """
         self._require_backward()
@@ -385,6 +395,9 @@ class FlashMoE(Owned):
 
     def close(self) -> None:
         """Give memory and threads back. With `comm`, every rank must close, and waits for the others.
+
+        What users still have of it holds less then: calls that `forward` kept are closed, and packed weights have what
+        `unpack` needs.
 
         In a process that was forked from the one that made the layer it does nothing: all is the parent's.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from reference import MoEConfig, Weights
 
+from ..heap.packing import unpack
 from ..heap.rank import Rank
 from ..heap.sums import Sums
 from ..kernel.state import Experts
@@ -18,6 +19,8 @@ from ..processes.ownership import Owned
 
 class PackedWeights(Owned):
     """Router and experts of a layer's ranks in this process.
+
+    When the layer is closed they remain, for `unpack`; what its calls had beside them goes.
 
     Attributes:
         of_ranks: of each rank, as its kernel multiplies by them.
@@ -39,14 +42,16 @@ class PackedWeights(Owned):
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
         self._config, self._ranks, self.version = config, ranks, 0
-        shards = _shards(config, ranks, weights)
-        self.of_ranks = of_ranks or [rank.packing.pack(of_rank) for rank, of_rank in shards]
+        self._rank_indices, self._memory = [rank.rank_idx for rank in ranks], ranks[0].packing.memory
+        shards = self._shards(weights)
+        pairs = list(zip(ranks, shards, strict=True))
+        self.of_ranks = of_ranks or [rank.packing.pack(of_rank) for rank, of_rank in pairs]
         self.transposed = [
             rank.packing.transpose(of_rank, experts)
-            for (rank, of_rank), experts in zip(shards, self.of_ranks, strict=True)
+            for (rank, of_rank), experts in zip(pairs, self.of_ranks, strict=True)
             if rank.save is not None
         ]
-        self.outlines = [outline(of_rank) for _, of_rank in shards]
+        self.outlines = [outline(of_rank) for of_rank in shards]
         self.sums = [Sums() for _ in shards]
 
     def load(self, weights: Weights) -> None:
@@ -55,10 +60,10 @@ class PackedWeights(Owned):
         Raises:
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
-        shards = _shards(self._config, self._ranks, weights)
-        for (rank, of_rank), experts in zip(shards, self.of_ranks, strict=True):
+        pairs = list(zip(self._ranks, self._shards(weights), strict=True))
+        for (rank, of_rank), experts in zip(pairs, self.of_ranks, strict=True):
             rank.packing.pack(of_rank, experts)
-        for (rank, of_rank), experts, transposed in zip(shards, self.of_ranks, self.transposed, strict=False):
+        for (rank, of_rank), experts, transposed in zip(pairs, self.of_ranks, self.transposed, strict=False):
             rank.packing.transpose(of_rank, experts, transposed)
         self.version += 1
 
@@ -68,19 +73,23 @@ class PackedWeights(Owned):
         Raises:
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
-        for (rank, of_rank), experts in zip(_shards(self._config, self._ranks, weights), self.of_ranks, strict=True):
-            rank.packing.unpack(experts, of_rank)
+        for of_rank, experts in zip(self._shards(weights), self.of_ranks, strict=True):
+            unpack(self._memory, experts, of_rank)
+
+    def let_go(self) -> None:
+        """The layer is closed: there are no more calls."""
+        self.transposed, self.sums = [], []
 
     def fits(self, ranks: Sequence[Rank]) -> bool:
         """Are they of the layer that has these ranks?"""
         return ranks is self._ranks
 
-
-def _shards(config: MoEConfig, ranks: Sequence[Rank], weights: Weights) -> list[tuple[Rank, Weights]]:
-    if not isinstance(weights, Weights):
-        raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
-    weights.check(config)
-    return [(rank, weights.shard(rank.rank_idx, config.num_ranks)) for rank in ranks]
+    def _shards(self, weights: Weights) -> list[Weights]:
+        """Of each rank here."""
+        if not isinstance(weights, Weights):
+            raise TypeError(f"weights must be Weights, got {type(weights).__name__}")
+        weights.check(self._config)
+        return [weights.shard(rank_idx, self._config.num_ranks) for rank_idx in self._rank_indices]
 
 
 def outline(weights: Weights) -> Weights:

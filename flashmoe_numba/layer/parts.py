@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..heap.protocols import Heap
 from ..heap.rank import Rank
 from .arguments import LayerSettings
 from .packed import PackedWeights
+from .saved import SavedCall
 
 
 class Parts:
@@ -29,6 +31,7 @@ class Parts:
         ranks: those of this process.
         num_processors: of each rank.
         packed: the weights that the layer was made with.
+        held: what users have of this layer, some of which goes with it.
     """
 
     def __init__(self, settings: LayerSettings, heap: Heap, backend: Backend) -> None:
@@ -36,6 +39,7 @@ class Parts:
         self.config, self.backend = settings.config, backend
         self.layout = Layout(settings.config, settings.save, not heap.hosts.is_one)
         self.heap: Heap | None = heap
+        self.held: weakref.WeakSet[PackedWeights | SavedCall] = weakref.WeakSet()
         self.all_here = heap.all_here
         folder = Path(heap.from_first(lambda: str(usable_cache_folder())))
         _one_first(heap, lambda: backend.load(folder, settings.save is not None))
@@ -49,6 +53,7 @@ class Parts:
         self.packed: PackedWeights | None = heap.together(
             lambda: PackedWeights(self.config, self.ranks, settings.weights, experts)
         )
+        self.held.add(self.packed)
         if settings.save is not None:
             first = self.ranks[0].first_backward(self.packed.outlines[0], self.packed.transposed[0])
             _one_first(heap, lambda: backend.prepare_backward(first, folder))
@@ -81,8 +86,11 @@ class Parts:
         return packed
 
     def drop(self) -> None:
-        """Keep nothing of what ranks and heap hold."""
-        self.ranks, self.heap, self.packed = [], None, None
+        """Keep nothing of what ranks and heap hold, here or where users hold parts of it."""
+        for part in self.held:
+            part.let_go()
+        self.ranks.clear()  # those parts have this list, too
+        self.heap, self.packed = None, None
 
 
 def set_up(settings: LayerSettings, heap: Heap, backend: Backend | None = None) -> Parts:

@@ -15,7 +15,7 @@ from .packed import PackedWeights
 class SavedCall(Owned):
     """What a forward kept for its backward, in this process: `FlashMoE.forward` returns it, `backward` takes it once.
 
-    Its arrays are views of what is kept: after the backward, or `close`, they are the next calls'.
+    What is kept goes with the layer: when that is closed, so is this.
 
     Attributes:
         epoch: number of the call.
@@ -70,6 +70,10 @@ class SavedCall(Owned):
             assert rank.keeping is not None
             rank.keeping.give_back(of_rank)
 
+    def let_go(self) -> None:
+        """The layer is closed: there are no next calls."""
+        self._kept = None
+
     def peek(self, ranks: Sequence[Rank]) -> list[Kept]:
         """What each of these ranks kept.
 
@@ -79,7 +83,8 @@ class SavedCall(Owned):
         if ranks is not self._ranks:
             raise ValueError("saved must be what forward() of this layer returned, got that of another layer")
         if self._kept is None:
-            raise ValueError(f"saved must not have been used before: call {self.epoch} had its backward, or was closed")
+            why = f"call {self.epoch} had its backward, or was closed, or its layer was"
+            raise ValueError(f"saved must not have been used before: {why}")
         if self.packed.version != self._version:
             rule = "saved must be of the weights that there are"
             raise ValueError(

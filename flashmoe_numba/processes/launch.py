@@ -20,24 +20,25 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from . import shared_memory
-from .destinations import Destinations
-from .machine import machine_name
 from .mpi_environment import RANK_VARIABLES, find_mpirun, has_launcher, rank_variable
 from .netmod import PREFERRED
+from .relay import Relay, mark, writer_to
+
+if TYPE_CHECKING:
+    from .destinations import Destinations
 
 COMMAND_VARIABLE = "FLASHMOE_RANK_COMMAND"  # not in the guards' arguments, so that these do not look like ranks
 TERMINAL_VARIABLE = "FLASHMOE_TERMINAL"  # stderr of a rank is a pipe; this says that it ends at a terminal
-BEGUN_VARIABLE = "FLASHMOE_BEGUN"  # a file into which each guard writes a letter, and each rank once all have begun
+MARKS_VARIABLE = "FLASHMOE_MARKS"  # that each guard, and each rank once all have begun, is to leave a mark (relay.py)
 GUARD = """trap '' INT
-[ ! -w "$FLASHMOE_BEGUN" ] || printf g >> "$FLASHMOE_BEGUN" # on another host there is no such file
+[ -z "$FLASHMOE_MARKS" ] || printf '\\036g' >&2
 eval "$FLASHMOE_RANK_COMMAND"
 code=$?
 if [ $code -ge 128 ] && [ $code -ne 130 ]; then
@@ -69,62 +70,73 @@ def is_first_rank() -> bool:
     return not has_launcher() or all((os.environ.get(name) or "0") == "0" for name in RANK_VARIABLES)
 
 
-def start(num_ranks: int, command: list[str], deadline_s: float, hosts: Destinations | None = None) -> int:
+def start(
+    num_ranks: int,
+    command: list[str],
+    deadline_s: float,
+    hosts: Destinations | None = None,
+    write: Callable[[bytes], object] | None = None,
+) -> int:
     """Run `command` as each of `num_ranks` ranks; returns mpirun's exit status, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         hosts: where they run, as many on each, in a folder of this one's name; None: all on this machine.
+        write: takes what they say on stdout; None: it goes to ours.
 
     Raises:
-        ConnectionError, ValueError: a host cannot be reached, or is there twice.
-        TimeoutError: no further rank of this machine began for `START_PATIENCE_S`.
+        TimeoutError: no further rank began for `START_PATIENCE_S`.
         UsageError: mpirun or mpi4py is missing.
     """
     mpirun = find_mpirun()
-    where, num_here = ([], num_ranks) if hosts is None else (hosts.flags(num_ranks), _num_here(num_ranks, hosts))
-    with tempfile.NamedTemporaryFile(prefix="flashmoe_") as begun, _sigterm_as_exit():
+    where = [] if hosts is None else hosts.flags(num_ranks)
+    with _sigterm_as_exit():
         process = subprocess.Popen(
             [mpirun, *where, "-n", str(num_ranks), *_guard(deadline_s)],
-            env=_environment(command, hosts) | {BEGUN_VARIABLE: begun.name},
+            env=_environment(command, hosts),
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             start_new_session=True,  # a terminal's Ctrl-C comes here once, and mpirun gets it from here once
             preexec_fn=functools.partial(_die_with_parent, signal.SIGTERM),
         )
+        assert process.stdout is not None and process.stderr is not None
+        said = Relay(process.stdout, write or writer_to(1)), Relay(process.stderr, writer_to(2))
         before, code = _startup_segments(), 1
         try:
-            code = _wait(process, lambda: _wait_for_ranks(process, mpirun, Path(begun.name), num_here))
+            code = _wait(process, said, lambda: _wait_for_ranks(process, said[1], num_ranks, hosts))
         finally:
+            for relay in said:
+                relay.end()
             if code != 0:
                 _remove_unmapped(before)
     return code
 
 
-def _num_here(num_ranks: int, hosts: Destinations) -> int:
-    """Ranks that will run on this machine."""
-    return num_ranks // len(hosts.names) if machine_name() in hosts.ask().values() else 0
-
-
-def _wait_for_ranks(process: subprocess.Popen[bytes], mpirun: str, begun: Path, num_ranks: int) -> None:
-    """Until MPI has begun in all ranks of this machine, or mpirun is over; as long as further ones come."""
+def _wait_for_ranks(process: subprocess.Popen[bytes], said: Relay, num_ranks: int, hosts: Destinations | None) -> None:
+    """Until MPI has begun in all ranks, or mpirun is over; as long as further ones come."""
     patience_s = START_PATIENCE_S * -(-num_ranks // 64)
     seen, since = "", time.monotonic()
     while process.poll() is None and seen.count("r") < num_ranks:
-        letters = begun.read_text()
-        if letters != seen:
-            seen, since = letters, time.monotonic()
+        if said.marks != seen:
+            seen, since = said.marks, time.monotonic()
         elif time.monotonic() - since > patience_s:
             far = f"{seen.count('g')} of {num_ranks} ranks started, MPI began in {seen.count('r')}"
-            cure = "see what `flashmoe doctor` says of mpirun, or run all ranks in one process with --threads"
-            raise TimeoutError(f"{mpirun} was ended: {far}, and no more for {patience_s:g} s: {cure}")
+            raise TimeoutError(f"{find_mpirun()} was ended: {far}, and no more for {patience_s:g} s: {_cure(hosts)}")
         time.sleep(START_NAP_S)
+
+
+def _cure(hosts: Destinations | None) -> str:
+    """What to do about ranks that do not begin."""
+    if hosts is None:
+        return "see what `flashmoe doctor` says of mpirun, or run all ranks in one process with --threads"
+    there = ", ".join(hosts.names)
+    return f"see whether {hosts.launcher} starts programs on {there}, and whether these reach each other on all ports"
 
 
 def tell_begun() -> None:
     """MPI has begun in all ranks: tell whoever has started this one."""
-    name = os.environ.pop(BEGUN_VARIABLE, None)
-    if name and os.path.exists(name):  # it is on the host of mpirun
-        with contextlib.suppress(OSError), open(name, "a") as begun:
-            begun.write("r")
+    if os.environ.pop(MARKS_VARIABLE, None):
+        mark("r")
 
 
 def _startup_segments() -> set[Path]:
@@ -150,6 +162,7 @@ def _environment(command: list[str], hosts: Destinations | None) -> dict[str, st
     defaults = PREFERRED | {  # mpich's start-up segment is small then, too: 1 MB per rank instead of 5
         "HWLOC_XMLFILE": "",  # or mpirun leaves files in /tmp when it is interrupted
         TERMINAL_VARIABLE: "1" if sys.stderr.isatty() else "",
+        MARKS_VARIABLE: "1",
     }
     not_own = ELSEWHERE if hosts is None else ELSEWHERE[:1]
     own = {name: value for name, value in os.environ.items() if name not in not_own}
@@ -229,21 +242,23 @@ def _sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _wait(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> int:
+def _wait(process: subprocess.Popen[bytes], said: Sequence[Relay], begin: Callable[[], None]) -> int:
     try:
         begin()
         code = process.wait()
         return code if code >= 0 else 128 - code
     except KeyboardInterrupt:
-        _stop(process)
+        _stop(process, said)
         return 128 + signal.SIGINT
     except BaseException:
-        _stop(process)
+        _stop(process, said)
         raise
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], said: Sequence[Relay]) -> None:
     """Interrupt mpirun, then insist; another Ctrl-C makes it insist at once."""
+    for relay in said:
+        relay.interrupted = True
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.send_signal(signum)

@@ -27,11 +27,6 @@ class SendLimit:
         if library is not None and self._find(library):
             self._library = library
 
-    @property
-    def is_known(self) -> bool:
-        """Has this MPI the variable?"""
-        return self._library is not None
-
     def _find(self, library: Any) -> bool:
         """The variable and its value."""
         index, number, given = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()

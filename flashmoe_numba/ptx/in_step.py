@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from reference.task_kinds import SHARED_WEIGHTS
+from reference.task_kinds import NORM_WEIGHTS
 
 from ..kernel.queue import KIND_BITS
 from . import faults, state
@@ -32,7 +32,7 @@ from .watch import fault
     GLOBAL_REQUESTS, GLOBAL_SECTORS, GLOBAL_BYTES, SHARED_REQUESTS, SHARED_TURNS, NUM_COUNTERS,
 ) = range(12)  # fmt: skip
 WAITING, OS_BLOCK, FIRST_KIND = range(3)  # what a block is at; kinds of tasks from there on
-NUM_ACTIVITIES = FIRST_KIND + SHARED_WEIGHTS + 1  # the last kind
+NUM_ACTIVITIES = FIRST_KIND + NORM_WEIGHTS + 1  # the last kind
 KIND_MASK = (1 << KIND_BITS) - 1
 REQUESTS, SECTORS, EXCESS, STEP_COUNTERS = range(4)  # of one step of the program
 SECTOR_BYTES, BANKS, BANK_BYTES = 32, 32, 4

@@ -1,6 +1,7 @@
 """The text of a linked kernel as a list of instructions (PTX ISA 4, syntax).
 
-What nvJitLink emits for one entry without calls is understood; anything else is an error that quotes the line.
+What nvJitLink emits for one entry is understood, where that calls no functions but such as can be put in their place
+(calls.py); anything else is an error that quotes the line.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from .calls import without_calls
 
 _GUARD = re.compile(r"@(!?)([%$\w]+)\s+")
 _LABEL = re.compile(r"([$\w]+):(?!:)\s*")
@@ -83,7 +86,7 @@ def parse(text: str) -> Listing:
         PtxSyntaxError: a statement that is not understood, or a second entry.
     """
     parser = _Parser()
-    for line, statement, end in statements(text):
+    for line, statement, end in without_calls(statements(text)):
         parser.take(line, statement, end)
     parser.listing.is_whole = bool(parser.listing.entry) and not parser.is_inside
     return parser.listing
@@ -95,7 +98,7 @@ def statements(text: str) -> Iterator[tuple[int, str, str]]:
     begin, counted, line, operand = 0, 0, 1, False
     for match in re.finditer(r"[;{}]", text):
         statement, end = text[begin : match.start()].strip(), match[0]
-        if end == "{" and statement and not statement.startswith(".visible") and not statement.endswith(":"):
+        if end == "{" and statement and not statement.startswith((".visible", ".func")) and not statement.endswith(":"):
             operand = True
         elif end == "}" and operand:
             operand = False

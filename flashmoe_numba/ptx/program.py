@@ -40,6 +40,9 @@ _UNARY, _TERNARY = (
 )  # others have two values
 _SPACES = {None: op.GENERIC, "global": op.GLOBAL, "shared": op.SHARED}
 _ATOMICS = {"ld": op.LOAD_WORD, "st": op.STORE_WORD, "atom.add": op.ATOMIC_ADD, "atom.cas": op.ATOMIC_CAS}
+_SAME_AS = {  # where no order or scope is said
+    "ld.volatile.global.u64": "ld.relaxed.sys.b64", "atom.global.cas.b64": "atom.cas.relaxed.gpu.b64",
+}  # fmt: skip
 _LONE = {
     "wgmma.fence.sync.aligned": op.WGMMA_FENCE, "wgmma.commit_group.sync.aligned": op.WGMMA_COMMIT,
     "fence.proxy.async": op.FENCE_ASYNC, "fence.mbarrier_init.release.cluster": op.FENCE_MBARRIER_INIT,
@@ -199,8 +202,10 @@ class _Loader:
     def _step(self, i: Instruction) -> None:
         if i.name in op.PLAIN:
             return self._plain(i)
+        if i.name == "membar.sys":  # nothing is taken for ordered by it: more races than there are, none fewer
+            return None
         for pattern, method in _FORMS:
-            if match := pattern.fullmatch(i.name):
+            if match := pattern.fullmatch(_SAME_AS.get(i.name, i.name)):
                 return method(self, i, match)
         raise PtxSyntaxError(i.line, i.text, "an instruction that the machine does not know")
 

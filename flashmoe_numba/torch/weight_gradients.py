@@ -14,7 +14,7 @@ from ..heap.tensors import as_tensor
 from ..layer.gradients import Gradients
 from .description import views
 
-OF_EXPERTS = {*EXPERT_ARRAYS, *SHARED_ARRAYS, "shared_gate_weight"}
+OF_EXPERTS = {*EXPERT_ARRAYS, *SHARED_ARRAYS, "shared_gate_weight", "result_scale"}
 OF_ROUTER = {"router", "router_bias", "expert_scale"}
 
 

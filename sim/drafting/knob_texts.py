@@ -24,10 +24,6 @@ class KnobText(NamedTuple):
     meaning: str
     default: str
 
-    @property
-    def is_assumption(self) -> bool:
-        return self.default.startswith("assumption")
-
 
 def knob_texts(kind: type[PolicyKnobs]) -> dict[str, KnobText]:
     """By name, of all knobs of a policy; those of `PolicyKnobs` first. Nothing is missing, if need be `NOT_STATED`."""

@@ -14,8 +14,9 @@ if not importlib.util.find_spec("numba_cuda"):
     pytest.skip("numba-cuda is not installed: pip install 'flashmoe-numba[compile]'", allow_module_level=True)
 
 from kinds import ROUTERS
-from ptx_backward_runs import CHECKS, run_world
+from ptx_backward_runs import run_world
 from ptx_backward_worlds import TALL, WORLDS, make_world
+from ptx_same_bits import CHECKS
 
 from flashmoe_numba.build.variants import Variant
 from flashmoe_numba.ptx.faults import PtxFault

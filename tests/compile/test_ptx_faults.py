@@ -69,7 +69,7 @@ def test_a_world_that_is_not_healthy_is_an_error_that_names_it_and_its_schedule(
     def run(world, text, seed, num_processors):
         if what == "fails" and num_processors == 3:
             raise AssertionError("another y")
-        return SimpleNamespace(ys=[[np.zeros(1) + (num_processors == 3)]])
+        return SimpleNamespace(results=[[{"y": np.zeros(1) + (num_processors == 3)}]])
 
     monkeypatch.setattr(ptx_fault_runs, "run_world", run)
     monkeypatch.setattr(ptx_fault_runs, "text_of", lambda name: "")

@@ -26,6 +26,7 @@ import ptx_same_bits
 import run_ptx_worlds
 from kinds import EXPERTS, ROUTERS
 from ptx_coverage import COLUMN, DIVISION, OTHER, report
+from ptx_passes import FORWARD
 from ptx_runs import run_world
 from ptx_same_bits import CHECKS
 from ptx_worlds import WORLDS, Call, make_world
@@ -118,9 +119,9 @@ def test_other_bits_are_noticed(what, monkeypatch):
 
     def run(world, **how):
         runs.append((world, how))
-        return SimpleNamespace(ys=[[np.zeros(2) + (len(runs) == 3)]])
+        return SimpleNamespace(results=[[{"y": np.zeros(2) + (len(runs) == 3)}]])
 
-    monkeypatch.setattr(ptx_same_bits, "run_world", run)
+    monkeypatch.setattr(ptx_same_bits, "pass_of", lambda variant: replace(FORWARD, run_world=run))
     with pytest.raises(AssertionError, match="2 elements differ" if what == "schedules" else "on 4 ranks, and on one"):
         CHECKS[what](LANES)
 

@@ -18,9 +18,11 @@ with warnings.catch_warnings():
     from golden.make_golden import cases
 from golden.tensors import state, tokens
 
+from flashmoe_numba import FlashMoE
 from flashmoe_numba.checkpoints import from_state_dict
-from reference import moe_layer_backward, tolerance
+from reference import Weights, moe_layer_backward, tolerance
 from reference.families import read_family
+from reference.families.layer_config import layer_config
 
 EXACT = 1e-11
 # Blocks whose routers compute in the type of their tokens; others compute in float32.
@@ -116,6 +118,48 @@ def test_gradients_end_to_end(name):
     found = errors(ours.weights, weights, without=("selection_bias",)) | {"x": error(ours.x, dx)}
     exact = name in ROUTED_IN_FLOAT64
     assert max(found.values()) <= (EXACT if exact else tolerance(replace(made.config, dtype="float32"))), found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_of_experts_whose_results_have_a_norm(monkeypatch):
+    """Of muse_spark's, which compute their norm in float32 whatever they are given: here in float64. Its router sees
+    other rows, so the routing is given. By the reference, and by the kernel.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    family, options = cases()["muse_spark"]
+    block = Block(read_family(family), options)
+    config = layer_config(block.family, block.model, num_ranks=1, num_tokens=NUM_TOKENS, layer=1, dtype="float64")
+    experts, rng = block.module.experts.double(), np.random.default_rng(0)
+    for name, value in state(block.shapes, EXPERTS).items():
+        if name.startswith("experts."):
+            experts.get_parameter(name.removeprefix("experts.")).data.copy_(torch.from_numpy(value))
+    x, dy = tokens(NUM_TOKENS, config.hidden), tokens(NUM_TOKENS, config.hidden, "dy")
+    idx = np.argsort(rng.random((NUM_TOKENS, config.num_experts)), axis=1)[:, : config.num_topk]
+    factors = rng.uniform(0.1, 1, idx.shape)
+
+    leaves = torch.from_numpy(x).requires_grad_(), torch.from_numpy(factors).requires_grad_()
+    (experts(leaves[0], torch.from_numpy(idx), leaves[1]) * torch.from_numpy(dy)).sum().backward()
+    theirs = norm_weights(config, {name: p.grad.numpy() for name, p in experts.named_parameters()})
+    own = {name: p.detach().numpy() for name, p in experts.named_parameters()}
+    own["post_expert_norm.weight"] = 1 + own["post_expert_norm.weight"]
+    weights = norm_weights(config, own)
+    with FlashMoE(config, weights, backend="fibers", save="rows") as layer:
+        _, saved = layer.forward([x], topk_idx=[idx], topk_weights=[factors])
+        ours = layer.backward(saved, [dy])
+    exact = moe_layer_backward([x], [dy], weights, config, [idx], [factors])
+    for made, of_weights in ((exact, exact.weights), (ours, ours.weights[0])):
+        found = errors(of_weights, theirs, without=("router", "selection_bias"))
+        found |= {"x": error(made.x[0], leaves[0].grad.numpy())}
+        found |= {"topk_weights": error(made.topk_weights[0], leaves[1].grad.numpy())}
+        assert found.keys() >= {"result_scale", "gate_proj"} and max(found.values()) <= EXACT, found
+
+
+def norm_weights(config, arrays):
+    """Of muse_spark's experts, behind a router that is not asked."""
+    made = dict(zip(("gate_proj", "up_proj"), np.split(arrays["gate_up_proj"], 2, axis=1), strict=True))
+    made |= {"down_proj": arrays["down_proj"], "result_scale": arrays["post_expert_norm.weight"]}
+    choices = config.num_choices
+    return Weights(router=np.zeros((choices, config.hidden)), selection_bias=np.zeros(choices), **made)
 
 
 @pytest.mark.filterwarnings("ignore")

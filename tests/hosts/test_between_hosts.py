@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from meeting_worker import DEADLINE_S, SILENT, VICTIM
 from running_on_hosts import ROOT
 
-from flashmoe_numba.processes.launch import find_mpirun
+from flashmoe_numba.processes.launch import TERMINAL_VARIABLE, find_mpirun
 from sim import load_hardware
 from sim.world.machine_files import to_toml
 
@@ -118,3 +119,36 @@ def test_a_host_that_cannot_be_reached_is_named(hosts_of, command):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     reason = f"host-9 cannot be reached by {hosts.hosts.launcher}: there is no host host-9"
     assert done.stderr == f"flashmoe {command[0]}: error: argument --hosts: {reason}\n"
+
+
+@pytest.mark.parametrize(("cut", "on", "said"), [
+    (1, 0, "host-2 does not reach host-3 at 10.77.0.3"),
+    (0, 0, "host-2 does not reach this machine at 10.77.0.1"),
+])  # fmt: skip
+def test_hosts_without_a_common_network_are_named_before_anything_starts(hosts_of, cut, on, said):
+    """The launcher still gets there: it is none of the network's."""
+    hosts = hosts_of(3)
+    hosts.hosts.cut(cut)
+    command = ["run", "--preset", "laptop-tiny", "--ranks", "2", "--experts", "4", "--hosts", "host-2,host-3"]
+    done = hosts.flashmoe(*command, on=on)
+    assert (done.returncode, done.stdout) == (2, "")
+    rule = "MPI and mpirun need all TCP ports between all of them"
+    assert done.stderr == f"flashmoe run: error: argument --hosts: {said}: {rule}\n"
+
+
+def test_an_interrupted_run_on_hosts_says_only_that(hosts_of, tmp_path):
+    hosts, said = hosts_of(2), tmp_path / "stderr"
+    hosts.environment[TERMINAL_VARIABLE] = "1"  # shows when the ranks are at work
+    command = ["run", "--preset", "laptop-tiny", "--ranks", "2", "--experts", "4", "--iterations", "1000000"]
+    where = ["--hosts", "host-1,host-2", "--launcher", hosts.hosts.launcher]
+    with said.open("w") as stderr:
+        process = hosts.start([sys.executable, "-m", "flashmoe_numba", *command, *where], stderr=stderr)
+    limit = time.monotonic() + 60
+    while "layer and BLAS" not in said.read_text():
+        assert process.poll() is None and time.monotonic() < limit, said.read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    *_, last, end = re.split("[\r\n]", said.read_text().replace("\x1b[K", ""))
+    assert (process.returncode, out, last, end) == (130, "", "flashmoe: interrupted", "")
+    assert not re.search(r"mpiexec|proxy|Abort|Traceback", said.read_text())

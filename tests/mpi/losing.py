@@ -73,9 +73,9 @@ def lose(moment, folder, signum):
 
 
 def end_after_dispatch(problem, segments, signum):
-    words, addresses = ctypes.c_int64 * problem.num_experts, segments.address[segments.remote == 0]
+    words, addresses = ctypes.c_int64 * (2 * problem.num_experts), segments.address[segments.remote == 0]
     flags = [np.ctypeslib.as_array(words.from_address(a + problem.dispatch_flag_at)) for a in addresses.tolist()]
-    mine = slice(VICTIM * problem.experts_per_rank, (VICTIM + 1) * problem.experts_per_rank)
+    mine = slice(2 * VICTIM * problem.experts_per_rank + EPOCH % 2, 2 * (VICTIM + 1) * problem.experts_per_rank, 2)
     wait_for(lambda: all((there[mine] >> 32 == EPOCH).all() for there in flags))
     if segments.remote.any():
         time.sleep(TRAVEL_S)

@@ -239,6 +239,7 @@ def test_an_interrupted_run_ends_cleanly(start, signum, to_group):
     assert code == 128 + signum
     assert "Traceback" not in err
     assert err.count("flashmoe: interrupted") == 1
+    assert not re.search(r"mpiexec|proxy|Abort", err)
 
 
 @pytest.mark.parametrize("victim", ["command", "mpirun", "guard"])

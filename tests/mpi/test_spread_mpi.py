@@ -95,7 +95,7 @@ def start(tmp_path):
 
 
 def test_the_same_is_found_as_in_one_process(tmp_path):
-    flags = ["explore", "--world", "plain", "--plant", "overtaken-signal-missed", "--strategy", "pct"]
+    flags = ["explore", "--world", "plain", "--plant", "one-flag-for-all-calls", "--strategy", "pct"]
     flags += ["--processors", "1", "--epochs", "3", "--topk", "1", "--tokens", "2", "--seeds", "40"]
     assert main([*flags, "--jobs", "1", "--json", str(tmp_path / "one")]) == 1
     command = mpirun(*flags, "--json", str(tmp_path / "three"))

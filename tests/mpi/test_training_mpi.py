@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from backward_cases import arrays_of, is_replicated
 from cases import bits
-from losing import last_words
+from losing import VICTIM, last_words
 from nightly import at_night_only
 from test_layer_mpi import GUARDED, assert_named, run
-from training_worker import NUM_GLOBAL, make_layer, tokens
+from training_worker import NUM_GLOBAL, REFUSED, make_layer, tokens
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.kernel.signals import LAST_CALL
@@ -80,6 +80,24 @@ def test_ranks_that_make_other_calls_are_told_which(scenario, theirs, others, tm
         assert_named(
             message, "FlashMoEError", "gave up in epoch", theirs, others, "every rank must make the same calls"
         )
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_rank_whose_call_was_refused_may_make_it_again(what, tmp_path):
+    status, err, errors = run("refused", 3, tmp_path, what, "again", worker=WORKER)
+    assert (status, errors) == (0, {}), err
+
+
+@pytest.mark.parametrize(("ending", "why"), [
+    ("leaves", f"rank {VICTIM} left in epoch 1 because of an error of its own"),
+    ("closes", f"rank {VICTIM} closed its layer after 1 calls, and another rank made one more; every rank must make"),
+])  # fmt: skip
+def test_a_rank_that_leaves_after_its_call_was_refused_is_named_at_once(ending, why, tmp_path):
+    """The deadline is longer than `run` waits."""
+    status, err, errors = run("refused", 3, tmp_path, "dy", ending, worker=WORKER)
+    assert status != 0 and sorted(errors) == [0, 1, 2], f"{errors}\n{err}"
+    for rank in {0, 1, 2} - {VICTIM}:
+        assert_named(errors[rank], "FlashMoEError", why)
 
 
 @pytest.mark.parametrize("signum", ["SIGKILL", "SIGSTOP"])

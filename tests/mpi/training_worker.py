@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from backward_cases import arrays_of
-from cases import bits, random_tokens, tiny_config
+from cases import assert_same_bits, bits, random_tokens, tiny_config
 from layer_worker import DEADLINE_S, main, make_config, make_weights
 from losing import VICTIM, lose
 
@@ -65,6 +66,32 @@ def other_handles(comm, folder):
     with FlashMoE(config, make_weights(config), comm=comm, save="nothing", deadline_s=100) as layer:
         saved = [layer.forward(x)[1] for _ in range(3)]
         layer.backward(saved[2 if comm.rank == VICTIM else 0], x)
+
+
+REFUSED = {
+    "tokens": lambda layer, saved, other, x: layer.forward(x[:, 1:]),
+    "dy": lambda layer, saved, other, x: layer.backward(saved, x[1:]),
+    "another layer's call": lambda layer, saved, other, x: layer.backward(other, x),
+}
+
+
+def refused(comm, folder, what, ending):
+    """One rank's call is refused before it begins. It makes it "again", or "leaves" with its error, or "closes"."""
+    config = make_config(comm.size)
+    weights, how = make_weights(config), dict(comm=comm, save="rows", deadline_s=1000)
+    x = random_tokens(config, [3] * comm.size)[comm.rank]
+    with FlashMoE(config, weights, **how) as one, FlashMoE(config, weights, **how) as layer:
+        other, first = (one.forward(x)[1] for _ in range(2))
+        expected = one.backward(first, x).x
+        _, saved = layer.forward(x)
+        if comm.rank == VICTIM:
+            with pytest.raises(ValueError, match="must") as caught:
+                REFUSED[what](layer, saved, other, x)
+            if ending == "leaves":
+                raise caught.value
+            if ending == "closes":
+                layer.close()
+        assert_same_bits(layer.backward(saved, x).x, expected)
 
 
 def lost_in_a_backward(comm, folder, moment, signum):

@@ -13,15 +13,18 @@ from backward_cases import arrays_of, is_replicated
 from cases import arithmetic_setting, assert_same_bits, random_tokens, tiny_config, usable_arithmetics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import NORMED
 from test_layer_invariance import NUM_GLOBAL, dropless_layers, split, tilings
-from worlds import configs
+from worlds import configs, with_norm
 
 from flashmoe_numba import FlashMoE
 from reference import Weights
 from reference.layout import SAVES
+from reference.router_extras import random_extras
 from reference.runs import PACKINGS
 
 BY_NO_DOTS = {"up_proj", "gate_proj", "down_proj", "up_bias", "gate_bias", "down_bias"}
+OF_PAIRS = {"topk_weights of call 0", "topk_weights of call 1"}  # with a norm, whose dots are each of one lane
 few = settings(max_examples=max(6, settings().max_examples // 2))
 
 
@@ -54,9 +57,19 @@ def assert_same_gradients(got, expected, case):
         assert_same_bits(got[name], array, f"{case}: {name}")
 
 
+@st.composite
+def layers(draw):
+    """Half of them with a norm of results."""
+    config, weights = draw(dropless_layers(max_hidden=33))
+    if draw(st.booleans()):
+        return config, weights
+    config = with_norm(draw, config)
+    return config, replace(weights, **random_extras(config, 0))
+
+
 @few
 @given(
-    dropless_layers(max_hidden=33),
+    layers(),
     st.lists(
         st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.sampled_from(PACKINGS), st.sampled_from(SAVES)),
         min_size=2,
@@ -79,7 +92,7 @@ def test_ranks_processors_packing_and_what_is_kept_do_not_matter(layer, variants
 
 
 @few
-@given(dropless_layers(max_hidden=33), tilings(), tilings(), st.integers(0, 2**32))
+@given(layers(), tilings(), tilings(), st.integers(0, 2**32))
 def test_the_sizes_of_tiles_matter_to_dots_only(layer, sizes, others, seed):
     config, weights = layer
     (tokens,), dys = random_tokens(config, seed=seed), random_tokens(config, seed=seed + 1)
@@ -88,13 +101,14 @@ def test_the_sizes_of_tiles_matter_to_dots_only(layer, sizes, others, seed):
     got = gradients(replace(config, **of_rows), weights, tokens, dys)
     assert_same_gradients(got, expected, f"{config}: {sizes}, {of_rows}")
     got = gradients(replace(config, **others), weights, tokens, dys)
-    for name in BY_NO_DOTS & expected.keys():
+    exact = BY_NO_DOTS if config.expert_kind.norm_eps is None else BY_NO_DOTS | OF_PAIRS
+    for name in exact & expected.keys():
         assert_same_bits(got[name], expected[name], f"{config}: {sizes}, {others}: {name}")
 
 
 @few
 @given(
-    configs(max_ranks=3, dtypes=("float32", "bfloat16"), capacity=None),
+    configs(norms=True, max_ranks=3, dtypes=("float32", "bfloat16"), capacity=None),
     st.lists(
         st.tuples(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 4), st.sampled_from(PACKINGS)),
         min_size=2,
@@ -116,10 +130,11 @@ def test_fibers_give_the_same_gradients_in_every_interleaving(config, variants):
         assert_same_gradients(arrays, runs[0][1], f"{config}: {how} against {runs[0][0]}")
 
 
+@pytest.mark.parametrize("expert", [None, NORMED])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_long_call_and_several_short_ones_add_up_alike(dtype):
+def test_one_long_call_and_several_short_ones_add_up_alike(dtype, expert):
     """A chain of multiply-adds goes on where the last call ended, so micro-batches are one batch."""
-    config = tiny_config(num_ranks=1, num_tokens=NUM_GLOBAL, dtype=dtype, num_topk=2)
+    config = tiny_config(num_ranks=1, num_tokens=NUM_GLOBAL, dtype=dtype, num_topk=2, expert=expert)
     weights, (x,), (dy,) = Weights.random(config, bias=True), random_tokens(config), random_tokens(config, seed=1)
     with FlashMoE(config, weights, save="rows+up", num_processors=2) as layer:
         whole = layer.backward(layer.forward([x])[1], [dy])

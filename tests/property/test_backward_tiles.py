@@ -1,5 +1,7 @@
 """The tasks of a backward wait for what they use, and what they store at peers meets nowhere."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from reference.task_kinds import (
     GATE,
     GEMM0,
     GEMM1,
+    NORM_WEIGHTS,
     ROUTER_WEIGHTS,
     SHARED0,
     SHARED1,
@@ -46,6 +49,9 @@ def routed_layers(draw):
         tile_n=draw(st.sampled_from([1, 8, 100])),
         token_block=draw(st.sampled_from([1, 4, 32])),
     )
+    if draw(st.booleans()):
+        normed = replace(config.expert_kind, norm_eps=1e-5)
+        config = replace(config, expert=normed, shared_expert=config.shared_kind)
     rng, counts = np.random.default_rng(draw(st.integers(0, 2**32))), st.integers(0, num_tokens)
     packets = []
     for _ in range(num_ranks):
@@ -126,7 +132,7 @@ def test_tasks_wait_for_all_that_they_use(layer, routed):
     tokens = [len(packet.slot) for packet in packets]
     here, ups = config.num_experts_per_rank, config.ffn * config.expert_kind.num_ups
     tiles = expert_tiles(packets, config)
-    of_kind = {kind: [task for task in graph if task.kind == kind] for kind in range(11)}
+    of_kind = {kind: [task for task in graph if task.kind == kind] for kind in range(12)}
     ranks = range(config.num_ranks)
     assert of_kind[GATE] == [Task(GATE, rank) for rank in ranks] and not any(graph[task] for task in of_kind[GATE])
     assert len(of_kind[DISPATCHED]) == config.num_ranks * config.num_experts
@@ -157,6 +163,10 @@ def test_tasks_wait_for_all_that_they_use(layer, routed):
         mine = [task for task in of_kind[SHARED_WEIGHTS] if task.rank == rank]
         assert all(set(graph[task]) == shared for task in mine) and bool(mine) == bool(shared)
         assert all(not graph[task] for task in shared)
+        norm = [task for task in of_kind[NORM_WEIGHTS] if task.rank == rank]
+        assert all(set(graph[task]) == {t for t in of_kind[DISPATCHED] if t.rank == rank} for task in norm)
+        scaled = {0: (1, config.hidden)} if tokens[rank] and config.expert_kind.norm_eps is not None else {}
+        assert sorted((task.peer, task.m, task.n) for task in norm) == _matrix_tiles(scaled)
 
 
 @fixed

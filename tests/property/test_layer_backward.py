@@ -27,43 +27,45 @@ def run_backwards(world, save, data_seed, **settings):
         assert_gradients_equal(call, x, world.weights, world.config, given_routing)
 
 
-@given(worlds(dtypes=("float64",)), st.sampled_from(SAVES), st.integers(0, 99))
+@given(worlds(norms=True, dtypes=("float64",)), st.sampled_from(SAVES), st.integers(0, 99))
 def test_gradients_on_threads_equal_the_reference(world, save, seed):
     run_backwards(world, save, seed)
 
 
-@given(worlds(dtypes=("float64",), max_calls=2), st.sampled_from(SAVES), st.integers(0, 99), fibers)
+@given(worlds(norms=True, dtypes=("float64",), max_calls=2), st.sampled_from(SAVES), st.integers(0, 99), fibers)
 def test_gradients_on_fibers_equal_the_reference(world, save, seed, fibers):
     run_backwards(world, save, seed, backend="fibers", **fibers)
 
 
-@given(worlds(kinds=True, dtypes=("float64",)), st.sampled_from(SAVES), st.integers(0, 99))
+@given(worlds(kinds=True, norms=True, dtypes=("float64",)), st.sampled_from(SAVES), st.integers(0, 99))
 def test_gradients_of_any_kind_on_threads_equal_the_reference(world, save, seed):
     run_backwards(world, save, seed)
 
 
 @few
-@given(worlds(kinds=True, dtypes=("float64",), max_calls=1), st.sampled_from(SAVES), st.integers(0, 99), fibers)
+@given(
+    worlds(kinds=True, norms=True, dtypes=("float64",), max_calls=1), st.sampled_from(SAVES), st.integers(0, 99), fibers
+)
 def test_gradients_of_any_kind_on_fibers_equal_the_reference(world, save, seed, fibers):
     run_backwards(world, save, seed, backend="fibers", **fibers)
 
 
 @few
-@given(worlds(dtypes=("float32",), max_calls=2), st.sampled_from(SAVES), st.integers(0, 99))
+@given(worlds(norms=True, dtypes=("float32",), max_calls=2), st.sampled_from(SAVES), st.integers(0, 99))
 def test_gradients_on_threads_are_within_the_derived_bounds(world, save, seed):
     for call, (x, _) in gradients_of(world, save, seed, outside=True):
         assert_within_bounds(call, x, world.weights, world.config)
 
 
 @few
-@given(worlds(max_calls=1), st.sampled_from(SAVES), st.integers(0, 99), fibers)
+@given(worlds(norms=True, max_calls=1), st.sampled_from(SAVES), st.integers(0, 99), fibers)
 def test_gradients_of_every_type_on_fibers_are_within_the_derived_bounds(world, save, seed, fibers):
     for call, (x, _) in gradients_of(world, save, seed, outside=True, backend="fibers", **fibers):
         assert_within_bounds(call, x, world.weights, world.config)
 
 
 @few
-@given(worlds(dtypes=("float64",), max_calls=3), st.sampled_from(SAVES), st.integers(0, 99))
+@given(worlds(norms=True, dtypes=("float64",), max_calls=3), st.sampled_from(SAVES), st.integers(0, 99))
 def test_sums_for_weights_go_on_from_call_to_call(world, save, seed):
     """Gradients of all calls in one array are the sums of those of each call."""
     world = replace(world, routings=[None if r is None else r for r in world.routings])

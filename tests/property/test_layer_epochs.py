@@ -121,14 +121,14 @@ def test_ranks_run_ahead_on_threads(history, num_processors, naps):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "fibers"])
-def test_an_empty_packets_signal_is_overtaken(backend):
+def test_the_next_call_tells_before_an_empty_packet_is_seen(backend):
     """Rank 1 looks for the first time when rank 0, which it owes nothing, tells of 3 rows in the second epoch."""
     config = replace(tiny_config(), num_tokens=3)
     none = random_tokens(config, [0])[0]
     with FlashMoE(config, Weights.random(config), num_processors=1, backend=backend) as layer:
         rank, back = layer._ranks[1], layer._ranks[0].segments.result_flag
-        from_0 = rank.segments.dispatch_flag[:2]
-        from_0[:] = [2 << 32 | 3, 2 << 32 | 0]
+        from_0 = rank.segments.dispatch_flag.reshape(2, -1, 2)[0]
+        from_0[:, 1], from_0[:, 0] = 1 << 32, [2 << 32 | 3, 2 << 32 | 0]
         for epoch, rows in ((1, 0), (2, 3)):
             _, record = rank.call(none, None, epoch, DEADLINE_NS)
             layer._backend.run([record], layer._life.leave)

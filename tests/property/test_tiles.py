@@ -372,7 +372,7 @@ def test_plan_of_a_case_worked_out_by_hand():
     counts = np.array([[9, 1, 4, 4], [0, 0, 3, 3]])  # sent: 5 1 4 4 and 0 0 3 3
     plan = make_plan(config, counts)
     assert plan.segment_bytes == {
-        "dispatch": 400, "result": 400, "dispatch_flag": 32, "result_flag": 64, "control": 256,
+        "dispatch": 400, "result": 400, "dispatch_flag": 64, "result_flag": 64, "control": 256,
     }  # fmt: skip
     assert plan.segment_total_bytes == 512 + 512 + 128 + 128 + 256
     assert plan.weight_bytes == 2 * 3 * 60 * 2 + 40 * 4

@@ -1,17 +1,16 @@
 """`MoE` with gradients: checked by differences, against the oracle, and as PyTorch's own machinery asks for them."""
 
 import gc
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from cases import random_routing, tiny_config
+from kinds import NORMED
 from tiny_modules import CONFIG, make_module, tokens
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from flashmoe_numba.heap.tensors import as_tensor
 from flashmoe_numba.torch import MoE, release
 from flashmoe_numba.torch.kept_calls import KEPT
 from flashmoe_numba.torch.session import SESSION
@@ -29,6 +28,7 @@ KINDS = {
     "biases_and_scales": tiny_config(**SMALL, router=RouterKind(logit_bias=True, expert_scale=True)),
     "weight_on_input": tiny_config(**SMALL, router=RouterKind(score="sigmoid", weight_input=True)),
     "not_gated": tiny_config(**SMALL, gated=False, activation="gelu"),
+    "normed": tiny_config(**SMALL, expert=NORMED, num_zero=1),
 }
 
 
@@ -354,6 +354,3 @@ def test_says_what_is_wrong():
     half = tiny_config(num_ranks=1, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"fused_accumulation must be False .*gate_proj has bfloat16"):
         make_module(half, train=True, fused_accumulation=True)
-    kind = replace(CONFIG.expert_kind, norm_eps=1e-6)
-    with pytest.raises(ValueError, match="norm_eps"):
-        make_module(replace(CONFIG, expert=kind), train=True)(as_tensor(np.zeros((1, 9), np.float32)))

@@ -24,7 +24,7 @@ from reference import Weights
 
 NUM_WORLDS, NUM_WORLDS_OF_A_BUG = 30, 600
 NO_CHANGE = Plant("no-change", "", "dispatch.py", "import annotations", "import annotations  # no change", ())
-OVERTAKEN = ("overtaken-signal-used", "overtaken-signal-missed")  # all ranks of a world are in the same epoch
+OVERTAKEN = ("one-flag-for-all-calls",)  # all ranks of a world are in the same epoch
 ABORTED = ("abort-ignored",)  # no rank of a world gives up
 BLAMED = [name for name, plant in PLANTS.items() if "blame" in plant.found_by]  # nor two of them
 ELSEWHERE = (
@@ -74,12 +74,13 @@ def run_worlds(num_worlds):
 
 
 def overtake():
-    """Rank 0 has no rows for rank 1 in epoch 1, and three in epoch 2; rank 1 looks when it has dispatched both."""
+    """Rank 0 has no rows for rank 1 in epoch 1, and three in epoch 2; rank 1 looks when it has told of both."""
     config = tiny_config(num_tokens=3)
     none = random_tokens(config, [0])[0]
     with FlashMoE(config, Weights.random(config), num_processors=1, backend="fibers") as layer:
         rank = layer._ranks[1]
-        rank.segments.dispatch_flag[:2] = [2 << 32 | 3, 2 << 32 | 0]
+        from_0 = rank.segments.dispatch_flag.reshape(2, -1, 2)[0]
+        from_0[:, 1], from_0[:, 0] = 1 << 32, [2 << 32 | 3, 2 << 32 | 0]
         for epoch, rows in ((1, 0), (2, 3)):
             _, record = rank.call(none, None, epoch, 1 << 62)
             layer._backend.run([record], layer._life.leave)
@@ -115,7 +116,7 @@ def test_a_planted_bug_is_found(name):
 
 
 @pytest.mark.parametrize("name", OVERTAKEN)
-def test_a_wrong_rule_for_overtaken_signals_is_found(name):
+def test_a_signal_that_replaces_one_that_was_not_seen_is_found(name):
     with planted(PLANTS[name]), finds:
         overtake()
 

@@ -337,6 +337,9 @@ def test_plan_of_ranks_on_several_hosts(capsys):
     assert "puts" not in (one := capsys.readouterr().out) and "stage" not in one
     assert cli.main(["plan", *flags, "--ranks-per-host", "0"]) == 2
     assert "argument --ranks-per-host: " in capsys.readouterr().err
+    assert cli.main(["plan", *flags, "--ranks-per-host", "5"]) == 2
+    expected = "flashmoe plan: error: argument --ranks-per-host: must be at most --ranks=4, got 5\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_plan_counts_all_ranks(capsys):

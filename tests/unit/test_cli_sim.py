@@ -483,11 +483,24 @@ def test_list_has_policies_and_machines_of_ones_own(capsys, tmp_path, monkeypatc
     for name, text in (("model", "bytes that a multiprocessor draws"), ("nvfp4", "weight 0.5625, token 0.5625")):
         assert cli.main(["sim", "--list", name]) == 0
         assert text in capsys.readouterr().out
-    wrong = {"H999": "must be a policy (flashmoe, ", "no.py": "policy file no.py: no such file"}
+    wrong = {
+        "H999": "must be a policy (flashmoe, ",
+        "": "must be a policy (flashmoe, ",
+        "no.py": "policy file no.py: no such file",
+    }
     wrong |= {"no.toml": "hardware file no.toml: no such file", "99xh100": "hardware '99xh100': H100 has at least"}
     for name, text in wrong.items():
         assert cli.main(["sim", "--list", name]) == 2
         assert capsys.readouterr().err.startswith(f"flashmoe sim: error: argument --list: {text}")
+
+
+@pytest.mark.parametrize("instead", [["--list"], ["--list", "H100"], ["--new-policy", "my.py"]])
+@pytest.mark.parametrize(("flag", "file"), [("json", "-"), ("trace", "a"), ("plot", "a.png"), ("html", "a.html")])
+def test_what_makes_no_simulation_writes_none(capsys, monkeypatch, tmp_path, instead, flag, file):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sim", *instead, f"--{flag}", file]) == 2
+    expected = f"flashmoe sim: error: argument --{flag}: is of simulations, of which {instead[0]} makes none\n"
+    assert capsys.readouterr() == ("", expected) and not list(tmp_path.iterdir())
 
 
 def test_files_are_written_into_new_folders(capsys, tmp_path):

@@ -56,14 +56,3 @@ def test_here_it_outlives_a_lost_rank(monkeypatch):
 def test_the_table_between_hosts_says_whether_threads_may_call_mpi(threads, line):
     report = {"survives_a_lost_rank": True, "netmod": "ofi/tcp", "fix": "", "threads": threads}
     assert line in hosts.lines(report | {"hosts": [], "links": []}, None)
-
-
-def test_a_machine_file_that_rank_0_cannot_read_costs_no_rank_its_end(capsys, tmp_path):
-    link = {"source": 0, "target": 1, "latency_ns": 9000.0, "gbps": 1.0}
-    report = {"netmod": "ofi/tcp", "survives_a_lost_rank": True, "fix": "", "threads": True}
-    report |= {"hosts": ["a", "b"], "links": [link]}
-    args = SimpleNamespace(machine_file=str(tmp_path / "gone.toml"), json=None)
-    assert hosts._give(args, report) == 2
-    said = capsys.readouterr()
-    assert "a to b" in said.out and "--hardware" not in said.out
-    assert "argument --machine-file: hardware file" in said.err and "gone.toml: no such file" in said.err

@@ -9,6 +9,7 @@ import pytest
 
 from flashmoe_numba import cli
 from flashmoe_numba.processes import launch
+from flashmoe_numba.processes.destinations import Destinations
 from flashmoe_numba.processes.pools import process_pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,48 +50,54 @@ def test_ranks_start_here_whatever_a_batch_system_says(monkeypatch, tmp_path, va
     assert sorted(ranks.read_text().split()) == ["0", "1", "2"]
 
 
-def popen_of(letters, command, started):
-    """A Popen whose ranks have written these letters when it returns, and which runs this command."""
+def popen_of(letters, then, started):
+    """A Popen that is an mpirun whose ranks leave these marks at once, and which does this then."""
     popen = subprocess.Popen
 
     def start(_, **settings):
-        Path(settings["env"][launch.BEGUN_VARIABLE]).write_text(letters)
-        started.append(popen(command, **settings))
+        assert settings["env"][launch.MARKS_VARIABLE]
+        marks = "".join(rf"\036{letter}" for letter in letters)
+        started.append(popen(["sh", "-c", f"printf '{marks}' >&2; {then}"], **settings))
         return started[-1]
 
     return start
 
 
+HERE = "see what `flashmoe doctor` says of mpirun, or run all ranks in one process with --threads"
+THERE = "see whether true starts programs on a, b, and whether these reach each other on all ports"
+
+
+@pytest.mark.parametrize("hosts", [None, Destinations(("a", "b"), "true")])
 @pytest.mark.parametrize(("letters", "far"), [
-    ("", "0 of 3 ranks started, MPI began in 0, and no more for 0.1 s"),
-    ("gg", "2 of 3 ranks started, MPI began in 0"),
-    ("gggr", "3 of 3 ranks started, MPI began in 1"),
+    ("", "0 of 4 ranks started, MPI began in 0, and no more for 0.3 s"),
+    ("gg", "2 of 4 ranks started, MPI began in 0"),
+    ("ggggr", "4 of 4 ranks started, MPI began in 1"),
 ])  # fmt: skip
-def test_ranks_that_do_not_begin_are_ended(monkeypatch, capsys, letters, far):
+def test_ranks_that_do_not_begin_are_ended(monkeypatch, capfd, letters, far, hosts):
     started = []
-    monkeypatch.setattr(launch, "START_PATIENCE_S", 0.1)
+    monkeypatch.setattr(launch, "START_PATIENCE_S", 0.3)
     monkeypatch.setattr(launch, "find_mpirun", lambda: "/some/mpirun")
-    monkeypatch.setattr(launch.subprocess, "Popen", popen_of(letters, ["sleep", "100"], started))
-    assert cli.main(["run", "--preset", "laptop-tiny", "--ranks", "3", "--experts", "3"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"flashmoe run: error: /some/mpirun was ended: {far}")
-    assert error.count("\n") == 1
-    assert [process.poll() for process in started] != [None]
+    monkeypatch.setattr(launch.subprocess, "Popen", popen_of(letters, "exec sleep 100", started))
+    with pytest.raises(TimeoutError) as error:
+        launch.start(4, ["/some/mpirun"], 1.0, hosts)
+    assert str(error.value).startswith(f"/some/mpirun was ended: {far}")
+    assert str(error.value).endswith(HERE if hosts is None else THERE)
+    assert [process.poll() for process in started] != [None] and capfd.readouterr().err == ""
 
 
 def test_what_has_begun_is_waited_for_however_long_it_takes(monkeypatch):
-    monkeypatch.setattr(launch, "START_PATIENCE_S", 0.05)
+    monkeypatch.setattr(launch, "START_PATIENCE_S", 0.2)
     monkeypatch.setattr(launch, "find_mpirun", lambda: "/some/mpirun")
-    monkeypatch.setattr(launch.subprocess, "Popen", popen_of("grgr", ["sh", "-c", "sleep 0.2; exit 7"], []))
+    monkeypatch.setattr(launch.subprocess, "Popen", popen_of("grgr", "sleep 0.6; exit 7", []))
     assert launch.start(2, [], 1.0) == 7
 
 
-def test_a_rank_tells_when_mpi_has_begun(monkeypatch, tmp_path):
-    monkeypatch.setenv("FLASHMOE_BEGUN", str(tmp_path / "begun"))
-    (tmp_path / "begun").write_text("gg")
+def test_a_rank_tells_once_when_mpi_has_begun(monkeypatch, capfd):
+    launch.tell_begun()  # nobody asked
+    monkeypatch.setenv(launch.MARKS_VARIABLE, "1")
     launch.tell_begun()
-    launch.tell_begun()  # once only
-    assert (tmp_path / "begun").read_text() == "ggr"
+    launch.tell_begun()
+    assert capfd.readouterr().err == "\x1er"
 
 
 def test_the_python_of_ranks_imports_nothing_from_the_current_folder(folder, monkeypatch):

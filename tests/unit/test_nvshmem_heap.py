@@ -3,6 +3,7 @@
 NVSHMEM is a stand-in, ranks are threads, and addresses are numbers: rank r's memory is mapped from MEMORY * (1 + r) on.
 """
 
+import re
 import sys
 import threading
 from contextlib import nullcontext
@@ -16,7 +17,17 @@ from flashmoe_numba.backends import make_backend
 from flashmoe_numba.gpu.nvshmem import Nvshmem
 from flashmoe_numba.heap import make_heap
 from flashmoe_numba.heap.gpus import GpuIpcHeap
-from flashmoe_numba.heap.nvshmem import CONTROL_AT, CONTROL_SIZE, IMAGE_AT, OWN, NvshmemHeap, wire_words
+from flashmoe_numba.heap.nvshmem import (
+    CONTROL_AT,
+    CONTROL_SIZE,
+    IMAGE_AT,
+    OWN,
+    SHOWN_AT,
+    SHOWN_SIZE,
+    NvshmemHeap,
+    wire_words,
+)
+from flashmoe_numba.kernel import control as s
 from reference import Hosts, Layout, MoEConfig
 from reference.layout import CONTROL_BYTES
 
@@ -37,6 +48,7 @@ class Processes:
     def __init__(self, hosts, fails=None, apart=()):
         self.hosts, self.fails, self.apart, self.log = hosts, fails or {}, apart, []
         self.here = threading.local()
+        self.status = 0  # that a kernel is admitted with
         self.InitStatus = SimpleNamespace(STATUS_IS_INITIALIZED=2)
         self.SignalOp = SimpleNamespace(SIGNAL_SET=9)
         self.NvshmemError = NvshmemError
@@ -81,7 +93,10 @@ class Processes:
 
     def cumodule_init(self, module):
         self._do("module", RuntimeError)
-        return None
+        return self.status
+
+    def putmem_signal_on_stream(self, *put):
+        raise AssertionError("kernels put, and hosts that leave")
 
     def _start(self, rank):
         return MEMORY * (1 + rank)
@@ -169,6 +184,19 @@ def test_what_a_rank_shows_lands_where_its_peers_look(monkeypatch):
         for peer in range(CONFIG.num_ranks):
             if TWO_HOSTS.are_apart(rank, peer):
                 assert MEMORY * (1 + peer) + int(words[IMAGE_AT]) == seen[peer][rank][0] + LAYOUT.control
+
+
+def test_what_is_shown_late_leaves_the_record_of_who_gave_up_as_it_is():
+    """It was taken before there was a record, and lands behind it."""
+    words, control = wire_words(MEMORY, LAYOUT, 0), np.zeros(CONTROL_BYTES // 8, np.int64)
+    shown = slice(int(words[SHOWN_AT]) // 8, int(words[SHOWN_AT] + words[SHOWN_SIZE]) // 8)
+    late = control[shown].copy()
+    for word, value in s.record_stores(s.departure(1, 3, s.FAILED, 7)):
+        control[word] = value
+    control[s.ABORT] = 2
+    control[shown] = late
+    assert s.record_in(control) == s.departure(1, 3, s.FAILED, 7)
+    assert {s.PROGRESS, s.SILENT} == set(range(shown.start, shown.stop)), "what others look at"
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -264,6 +292,26 @@ def test_without_nvshmem_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvshmem", None)
     with pytest.raises(ImportError, match=r"need NVSHMEM and nvshmem4py: pip install 'flashmoe-numba\[nvshmem\]'"):
         Nvshmem(SimpleNamespace())
+
+
+def test_bindings_that_are_too_old_are_named_before_anything_begins(monkeypatch):
+    processes = Processes(TWO_HOSTS)
+    install(monkeypatch, processes)
+    monkeypatch.delattr(Processes, "get_peer_buffer")
+    monkeypatch.delattr(Processes, "cumodule_init")
+    said = r"must be 0.4 or newer, and this one has no get_peer_buffer, cumodule_init: pip install"
+    for result in on_all_ranks(TWO_HOSTS, take):
+        assert isinstance(result, ImportError)
+        assert re.search(said, str(result))
+    assert processes.log == []
+
+
+def test_a_library_of_another_version_than_the_kernels_headers(monkeypatch):
+    processes = Processes(TWO_HOSTS)
+    processes.status = 7
+    install(monkeypatch, processes)
+    for result in on_all_ranks(TWO_HOSTS, take):
+        assert "nvshmemx_cumodule_init gave 7; its library must be of the version" in str(result)
 
 
 def test_memory_that_is_on_no_gpu_is_refused():

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from reference import Layout, load_preset
 from reference.cache_folder import VARIABLE, cache_folder, try_folder
 from reference.code_cache import compiler_is_off
 
+from ...build.nvshmem import numbers_of
 from ...errors import UsageError
 from ...processes import launch, mpi_environment, netmod, shared_memory
 from ...tile_gemm.arithmetic import ARITHMETICS, by_instruction, fastest, tiles_refused
@@ -94,7 +94,7 @@ def check_package(name: str, oldest: str, needed_for: tuple[str, ...], fix: str,
     """Is it installed, new enough, and can it (or the module of another name) be imported?"""
     try:
         found = metadata.version(name)
-        if _numbers(found) < _numbers(oldest):
+        if numbers_of(found) < numbers_of(oldest):
             return judged(name, needed_for, f"{found}, older than {oldest}", fix)
         importlib.import_module(module or name.replace("-", "_"))
         return judged(name, needed_for, found)
@@ -196,7 +196,3 @@ def version_of(package: str) -> str:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)[:2]]

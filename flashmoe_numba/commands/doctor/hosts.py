@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from ...processes import launch
-from ..hosts import hosts_from, started_on
+from ..hosts import hosts_from, report_from, require_answers
 from ..network import load_machine, write_network
 from ..outputs import check_outputs, give
 from .host import OK, WARN
@@ -25,15 +24,21 @@ def examine_hosts(args: argparse.Namespace) -> int:
     """The exit status: 0 if messages went everywhere."""
     if args.hosts is None:
         raise UsageError(f"argument --machine-file: goes with --hosts, got {args.machine_file} without")
-    hosts = hosts_from(args)
+    hosts = hosts_from(args, "flashmoe doctor starts a rank on each host itself: start this without mpirun")
     if hosts is None:
         return _measure_as_rank(args)
     if len(hosts.names) < 2:
         raise UsageError(f"argument --hosts: needs two hosts or more to measure between them, got {hosts.names[0]}")
-    check_outputs({"--json": args.json})
     if args.machine_file is not None:
         load_machine(args.machine_file)
-    return started_on(hosts, len(hosts.names), args, DEADLINE_S)
+    require_answers(hosts)
+    check_outputs({"--json": args.json})
+    code, report = report_from(hosts, len(hosts.names), args, DEADLINE_S)
+    if report is not None:
+        if args.machine_file is not None:
+            write_network(args.machine_file, report)
+        give(args.json, lines(report, args.machine_file), report)
+    return code
 
 
 def _measure_as_rank(args: argparse.Namespace) -> int:
@@ -45,7 +50,9 @@ def _measure_as_rank(args: argparse.Namespace) -> int:
         if len(world.machines) < 2:
             raise UsageError(f"argument --hosts: all ranks are on one machine, {platform.node()}")
         report = _measure(world)
-        return world.agree(_give(args, report) if world.rank_idx == 0 else 0)
+        if world.rank_idx == 0:
+            give(args.json, lines(report, None), report)
+        return world.agree(0)
     except UsageError:
         raise  # all ranks have it
     except BaseException as error:
@@ -70,19 +77,6 @@ def _measure(world: MpiRanks) -> dict[str, Any]:
         "hosts": names,
         "links": [link._asdict() for link in links],
     }
-
-
-def _give(args: argparse.Namespace, report: dict[str, Any]) -> int:
-    """The exit status; what is wrong with a file is said here, because the other ranks wait for it."""
-    try:
-        if args.machine_file is not None:
-            write_network(args.machine_file, report)
-    except (UsageError, OSError) as error:
-        give(args.json, lines(report, None), report)
-        print(f"flashmoe doctor: error: on {platform.node()}: {error}", file=sys.stderr, flush=True)
-        return 2
-    give(args.json, lines(report, args.machine_file), report)
-    return 0
 
 
 def lines(report: dict[str, Any], file: str | None) -> Iterator[str]:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ...build.nvshmem import header_folders
+from ...build.nvshmem import OLDEST, WHEEL, header_folders
 from .gpus import dotted
 from .host import Check, check_package, judged, one_line
 
@@ -16,7 +16,7 @@ FIX = "pip install 'flashmoe-numba[cuda,nvshmem]'"
 
 def check_nvshmem() -> Iterator[Check]:
     """The library and its bindings, and what kernels are built with."""
-    yield replace(check_package("nvidia-nvshmem-cu13", "3.8", USE, FIX, "nvidia.nvshmem"), name="NVSHMEM")
+    yield replace(check_package(WHEEL, OLDEST, USE, FIX, "nvidia.nvshmem"), name="NVSHMEM")
     yield replace(check_package("nvshmem4py-cu13", "0.4", USE, FIX, "nvshmem.bindings"), name="nvshmem4py")
     yield check_headers()
     yield check_nvrtc()

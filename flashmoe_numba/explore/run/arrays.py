@@ -17,7 +17,7 @@ from reference.backward_plan import max_weight_tasks
 from reference.sizes import max_tasks
 
 from ...backends.protocols import Arguments
-from ...heap.back import Transposed, zero_gradients
+from ...heap.back import BackCall, Transposed, zero_gradients
 from ...heap.kept import Keeping, Kept
 from ...heap.rank import Rank
 from ...heap.sums import LARGE
@@ -182,7 +182,8 @@ class Arrays:
         assert rank.keeping is not None, "its layer has a backward"
         rank.keeping.give_back(kept[forward])  # for the next forward
         said, fresh = self.said(rank.rank_idx, call), self.spec.begins_sums(rank.rank_idx, call)
-        return rank.call_back(tokens, said, kept[forward], forward, call, deadline, rank.experts, *own, fresh)
+        back = BackCall(tokens, said, kept[forward], forward, rank.experts, *own, fresh)
+        return rank.call_back(back, call, deadline)
 
     def said(self, rank_idx: int, call: int) -> np.ndarray | None:
         """Gradients of logits that a rank's backward is given."""

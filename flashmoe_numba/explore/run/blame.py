@@ -219,10 +219,9 @@ class Blame:
         peer, flag = record.peer, record.flag
         if not self._hosts[peer].is_lost:
             return f"rank {rank} blames rank {peer} for flag {flag} in call {record.epoch}, which was not lost"
-        word = self._flag(rank, record)
-        ahead = (word >> EPOCH_SHIFT) - record.epoch
-        if ahead == 0 or (ahead > 0 and flag == s.DISPATCH_FLAG) or record.found != word:
-            return f"rank {rank} blames rank {peer} for flag {flag} of {record.found}, but it is {word}"
+        word, last = self._flags(rank, record)
+        if word >> EPOCH_SHIFT == record.epoch or record.found != last:
+            return f"rank {rank} blames rank {peer} for flag {flag} of {record.found}, but it is {word}, before {last}"
         return None
 
     def _a_lost_one_waited_itself(self, epoch: int) -> bool:
@@ -230,9 +229,11 @@ class Blame:
         lost = [control for rank, control in enumerate(self._controls) if self._hosts[rank].is_lost]
         return any(control.array[s.SILENT] >= max(1, epoch - 1) for control in lost)
 
-    def _flag(self, rank: int, record: s.AbortRecord) -> int:
-        """The word that the record says was waited for."""
+    def _flags(self, rank: int, record: s.AbortRecord) -> tuple[int, int]:
+        """The flag that the record says was waited for, and the last call's, which may be the same."""
         packet = record.peer * self._spec.config.num_experts_per_rank + record.expert
         if record.flag == s.DISPATCH_FLAG:
-            return int(self._segments[rank].dispatch_flag.array[packet])
-        return int(self._segments[rank].result_flag.array[packet * Layout(self._spec.config).row_blocks + record.m])
+            words = self._segments[rank].dispatch_flag.array[2 * packet : 2 * packet + 2]
+            return int(words[record.epoch & 1]), int(words[1 - (record.epoch & 1)])
+        word = int(self._segments[rank].result_flag.array[packet * Layout(self._spec.config).row_blocks + record.m])
+        return word, word

@@ -20,6 +20,7 @@ from reference.task_kinds import (
     GEMM0,
     GEMM1,
     KIND_NAMES,
+    NORM_WEIGHTS,
     ROUTER_WEIGHTS,
     SHARED0,
     SHARED1,
@@ -88,7 +89,7 @@ class Cells:
         self._axes: dict[str, tuple[tuple[str, ...], Sequence[int]]] = {
             "dispatch": (("source", "expert", "slot", "column"), rows),
             "result": (("owner", "expert", "slot", "column"), rows),
-            "dispatch_flag": (("source", "expert"), rows[:2]),
+            "dispatch_flag": (("source", "expert", "flag"), (*rows[:2], 2)),
             "result_flag": (("owner", "expert", "m"), (*rows[:2], layout.row_blocks)),
             "hidden": (("row", "column"), (-1, c.ffn)),
             "x": (("token", "column"), (-1, c.hidden)),
@@ -159,6 +160,7 @@ def _backward_axes(c: MoEConfig) -> dict[str, tuple[tuple[str, ...], Sequence[in
     """Of what only calls that are kept, and backwards, have."""
     slots = c.num_ranks, c.num_experts_per_rank, c.slots
     ups, shared, shared_ups = c.expert_kind.num_ups * c.ffn, c.shared_ffn, c.shared_kind.num_ups * c.shared_ffn
+    of_pairs = ("token", "choice"), (-1, c.num_topk)
     of_rows = {"kept_rows": c.hidden, "dy_rows": c.hidden, "kept_ups": ups, "up_gradients": ups, "active": c.ffn}
     of_tokens = {"dy": c.hidden, "dx": c.hidden, "router_rows": c.hidden, "shared_active": shared}
     of_tokens |= {"shared_ups": shared_ups, "shared_up_gradients": shared_ups}
@@ -170,7 +172,10 @@ def _backward_axes(c: MoEConfig) -> dict[str, tuple[tuple[str, ...], Sequence[in
         "row_dots": (("row", "n"), (-1, tiles_n0(c))),
         "shared_dots": (("token", "n"), (-1, shared_tiles_n0(c))),
         "gate_gradients": (("token",), (-1,)),
-        "weight_gradients": (("token", "choice"), (-1, c.num_topk)),
+        "weight_gradients": of_pairs,
+        "norms": of_pairs,
+        "norm_dots": of_pairs,
+        "kept_results": (("token", "choice", "column"), (-1, c.num_topk, c.hidden)),
         "logits_gradient": (("token", "expert"), (-1, c.num_choices)),
         "weights_left": (("expert",), (-1,)),
         **{name: (("row", "column"), (-1, columns)) for name, columns in of_rows.items()},
@@ -193,7 +198,7 @@ def task_text(kind: int, peer: int, expert: int, m: int, n: int) -> str:
         return f"{KIND_NAMES[kind]}(m {m}, n {n})"
     if kind in BACKWARD_NAMES:
         of = f"expert {expert}'s {MATRICES[peer]}" if kind == WEIGHTS else MATRICES[peer]
-        return f"{BACKWARD_NAMES[kind]}({'' if kind == ROUTER_WEIGHTS else f'{of}, '}m {m}, n {n})"
+        return f"{BACKWARD_NAMES[kind]}({'' if kind in (ROUTER_WEIGHTS, NORM_WEIGHTS) else f'{of}, '}m {m}, n {n})"
     return f"a task of kind {kind}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from reference import MoEConfig, Packets, Routing, Workload, make_packets
+from reference import MoEConfig, Packets, Routing, Weights, Workload, make_packets
 from reference.runs import result_chunks
 
 from ...bench.check import check_layer
@@ -91,7 +91,7 @@ class Checker:
         packets = [make_packets(call.routing.topk_idx, config) for call in calls]
         for rank, (case, call) in enumerate(zip(cases, calls, strict=True)):
             x = self.world.data[epoch - 1][0][rank]
-            wrong = np.argwhere(bits(call.y) != bits(ordered_sums(call, x, packets[rank], config)))
+            wrong = np.argwhere(bits(call.y) != bits(ordered_sums(call, x, packets[rank], self.world.weights, config)))
             if len(wrong):
                 text = f"{case} y{wrong[0].tolist()} is not the sum of its results in the order of choices"
                 reports.append(Report(WRONG, text))
@@ -174,23 +174,47 @@ class Checker:
         return [Report(WRONG, f"call {epoch}: {failure}") for failure in verdict.failures]
 
 
-def ordered_sums(call: Call, x: np.ndarray, packets: Packets, config: MoEConfig) -> np.ndarray:
+def ordered_sums(call: Call, x: np.ndarray, packets: Packets, weights: Weights, config: MoEConfig) -> np.ndarray:
     """`[num_tokens, hidden]`: results summed in the accumulator's type in the order of choices, rounded once.
 
-    The shared expert's come last, and a zero-computation expert's are the tokens `x` themselves.
+    The shared expert's come last, and a zero-computation expert's are the tokens `x` themselves. Where results have a
+    norm, their sum is scaled as a whole, and those of zero-computation experts follow.
     """
-    sums, one = np.zeros((len(call.y), config.hidden), config.accumulator), config.accumulator.type(1)
-    for token, (experts, factors) in enumerate(zip(call.routing.topk_idx, call.routing.topk_weights, strict=True)):
-        for j, (expert, factor) in enumerate(zip(experts.tolist(), factors, strict=True)):
-            if packets.slot[token, j] >= 0 and factor != 0:
-                owner, local = divmod(expert, config.num_experts_per_rank)
-                row = call.results[owner, local, packets.slot[token, j]]
-                sums[token] += (one if config.router_kind.weight_input else factor) * row.astype(config.accumulator)
-            elif expert >= config.num_experts and factor != 0 and config.zero == "identity":
-                sums[token] += factor * x[token].astype(config.accumulator)
+    sums, scale = np.zeros((len(call.y), config.hidden), config.accumulator), weights.result_scale
+    for token in range(len(sums)):
+        pairs = list(_added(call, x, packets, config, token))
+        if scale is not None:
+            for factor, row, is_result in pairs:
+                sums[token] += factor / _norm(row, scale, config) * row if is_result else 0
+            sums[token] *= scale
+            pairs = [pair for pair in pairs if not pair[2]]
+        for factor, row, _ in pairs:
+            sums[token] += factor * row
     if config.shared_ffn:
         sums += call.factors[:, None] * call.shared.astype(config.accumulator)
     return sums.astype(config.numpy_dtype)
+
+
+def _added(
+    call: Call, x: np.ndarray, packets: Packets, config: MoEConfig, token: int
+) -> Iterator[tuple[Any, np.ndarray, bool]]:
+    """(factor, row, is it a result?) of each choice of a token that adds something, in order."""
+    one, choices = config.accumulator.type(1), (call.routing.topk_idx[token], call.routing.topk_weights[token])
+    for j, (expert, factor) in enumerate(zip(*choices, strict=True)):
+        if packets.slot[token, j] >= 0 and factor != 0:
+            owner, local = divmod(int(expert), config.num_experts_per_rank)
+            row = call.results[owner, local, packets.slot[token, j]].astype(config.accumulator)
+            yield one if config.router_kind.weight_input else factor, row, True
+        elif expert >= config.num_experts and factor != 0 and config.zero == "identity":
+            yield factor, x[token].astype(config.accumulator), False
+
+
+def _norm(row: np.ndarray, scale: np.ndarray, config: MoEConfig) -> Any:
+    """Of a result, summed in the order of columns."""
+    total, number = config.accumulator.type(0), config.accumulator.type
+    for value in scale * row:
+        total += value * value
+    return np.sqrt(total / number(config.hidden) + number(config.expert_kind.norm_eps))
 
 
 def bits(array: np.ndarray) -> np.ndarray:

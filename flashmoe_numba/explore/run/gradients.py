@@ -101,9 +101,9 @@ def _of_experts(weights: Weights) -> Arrays:
 
 
 def _of_all(weights: Weights) -> Arrays:
-    """Of the router and the shared expert, which every rank has."""
+    """Of the router, the shared expert and the norm of results, which every rank has."""
     extras = {"logit_bias": weights.router_bias, "expert_scale": weights.expert_scale}
-    extras |= {"shared_gate": weights.shared_gate_weight}
+    extras |= {"shared_gate": weights.shared_gate_weight, "result_scale": weights.result_scale}
     shared = {} if weights.shared is None else _of_experts(weights.shared)
     found = {"router": weights.router} | {f"shared_{name}": array for name, array in shared.items()}
     return found | {name: array for name, array in extras.items() if array is not None}

@@ -73,11 +73,10 @@ class WatchedChannel:
                 attempt = pause(attempt)
 
     def _take(self, host: Sender) -> bool:
-        epoch = min(host.epoch, self._world.spec.epochs)
-        current().actor = taker = self._as(TAKES, epoch)
+        current().actor = taker = self._as(TAKES, self._call_of(host))
         before, flight = self.channel.taken, self.channel.take()
-        if flight is not None:
-            self._of[flight] = epoch, taker.clock
+        if flight is not None:  # while it looked, the host may have come to the call that this is of
+            self._of[flight] = self._call_of(host), taker.clock
         if self.channel.taken != before:
             self.known = taker.clock
             taker.tick()  # what it does from now on is not known
@@ -95,6 +94,9 @@ class WatchedChannel:
     def _push(self) -> bool:
         current().actor = self._actors[CARRIES]
         return bool(self.channel.beat())
+
+    def _call_of(self, host: Sender) -> int:
+        return min(host.epoch, self._world.spec.epochs)
 
     def _as(self, role: int, epoch: int) -> Actor:
         """This actor, at work for a call of its rank."""

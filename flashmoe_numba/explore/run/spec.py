@@ -12,7 +12,7 @@ import numpy as np
 from reference import Hosts, Layout, MoEConfig, Routing, Weights, external_routing
 from reference.runs import PACKINGS
 from reference.scalars import check_one_of
-from reference.task_kinds import ROUTER_WEIGHTS, SHARED_WEIGHTS, WEIGHTS
+from reference.task_kinds import NORM_WEIGHTS, ROUTER_WEIGHTS, SHARED_WEIGHTS, WEIGHTS
 
 from .program import FORWARD, Astray, Program, check_program
 
@@ -142,8 +142,6 @@ class WorldSpec:
 
     def _check_size(self) -> None:
         c = self.config
-        if c.expert_kind.norm_eps is not None:  # sums of results are compared bit for bit
-            raise ValueError(f"config.expert must have no norm_eps in a world, got {c.expert_kind.norm_eps}")
         fibers = c.num_ranks * (self.num_processors + 1) * self.lanes
         if fibers > MOST_FIBERS:
             rule = f"num_ranks * (num_processors + 1) * lanes must be at most {MOST_FIBERS}"
@@ -192,7 +190,7 @@ class WorldSpec:
     @property
     def frozen_kinds(self) -> set[int]:
         """Kinds of tasks that its backwards have not."""
-        of_experts = {WEIGHTS, SHARED_WEIGHTS} if self.frozen_experts else set()
+        of_experts = {WEIGHTS, SHARED_WEIGHTS, NORM_WEIGHTS} if self.frozen_experts else set()
         return of_experts | ({ROUTER_WEIGHTS} if self.frozen_router else set())
 
     def logits_gradients(self, call: int, routing: Routing | None, rank: int, num_tokens: int) -> np.ndarray | None:

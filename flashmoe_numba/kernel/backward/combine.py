@@ -36,7 +36,7 @@ def combine(p, tokens, segments, experts, back, gradients, queue, scratch, token
     rows = min(p.token_block, p.num_tokens - first)
     choices = choices_of(p, tokens, token_block)
     for pair in range(first * p.num_topk + lane(), (first + rows) * p.num_topk, lanes()):
-        back.weight_gradients[pair] = weight_gradient_of(p, tokens, segments, experts.rule, back, choices, pair)
+        back.weight_gradients[pair] = weight_gradient_of(p, tokens, segments, experts, back, choices, pair)
     block_sync()
     if not p.routed:
         for token in range(first + lane(), first + rows, lanes()):
@@ -69,13 +69,14 @@ def make_logits_gradient(p, tokens, rule, back, token):
 
 
 @jit
-def weight_gradient_of(p, tokens, segments, rule, back, choices, pair):
+def weight_gradient_of(p, tokens, segments, experts, back, choices, pair):
     """dy times what the pair's weight was applied to; 0 where it added nothing."""
-    x_at, row, zero = pair // p.num_topk * p.hidden, result_row(choices, pair), rule.one - rule.one
+    x_at, row = pair // p.num_topk * p.hidden, result_row(choices, pair)
+    zero = experts.rule.one - experts.rule.one
     if row >= 0 and p.weight_input:
         return product(p, tokens.x, x_at, segments.result, row * p.hidden, zero)
     if row >= 0:
-        return segments.dots[row]
+        return back.norm_dots[pair] if experts.norm.scale.size > 0 else segments.dots[row]
     if p.adds_input and chose_zero(choices, pair):
         return product(p, tokens.x, x_at, back.dy, x_at, zero)
     return zero

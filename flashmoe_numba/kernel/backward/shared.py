@@ -16,7 +16,7 @@ from ..weights import DOWN, GATE, UP, fill_weights
 from .state import SHARED_TILES
 
 
-@jit
+@jit(large=True)
 def shared0(p, tokens, experts, back, queue, scratch, box, task):
     """One column tile of gradients of its hidden rows; the last one of a row tile makes those of the gate."""
     first = task.m * p.tile_m

@@ -21,6 +21,8 @@ class Back(NamedTuple):
     bias_rows: np.ndarray  # accumulator, likewise: those by way of weights, where logits have a bias
     kept_logits: np.ndarray  # accumulator, likewise: the logits, before routing spent them
     weight_gradients: np.ndarray  # accumulator [pairs]: of topk_weights
+    norms: np.ndarray  # accumulator [pairs]: what results were divided by in the forward; or empty
+    norm_dots: np.ndarray  # accumulator, likewise: dy times what results were then, before their weights
     router_rows: np.ndarray  # accumulator [num_tokens, hidden]: the part of dx that comes by the router
     up_again: Any  # the up matrices as a forward has them, for rows that were kept or are sent again
     up: Any  # [experts, hidden, parts * ffn]: the up matrices transposed, side by side
@@ -41,7 +43,7 @@ class Back(NamedTuple):
     shared_active: np.ndarray  # elements [num_tokens, shared_ffn]
     shared_dots: np.ndarray  # accumulator [num_tokens, shared up tiles]
     gate_gradients: np.ndarray  # accumulator [num_tokens]: of the logits of the shared expert's gate
-    done: np.ndarray  # int64 [2]: COMBINEs, and row tiles of the shared expert, that have ended
+    done: np.ndarray  # int64 [3]: COMBINEs, row tiles of the shared expert, and DISPATCHes that have ended
     no_first: np.ndarray  # int64 [1]: 0, and
     num_rows: np.ndarray  # int64 [1]: the number of tokens: all of them as one run of rows
 
@@ -52,6 +54,7 @@ class WeightGradients(NamedTuple):
     router: np.ndarray  # [num_choices, hidden]
     logit_bias: np.ndarray  # [num_choices]
     expert_scale: np.ndarray  # [num_choices]
+    result_scale: np.ndarray  # [hidden]
     up: np.ndarray  # [experts_per_rank, parts * ffn, hidden]
     up_bias: np.ndarray  # [experts_per_rank, parts * ffn]
     down: np.ndarray  # [experts_per_rank, hidden, ffn]
@@ -63,4 +66,4 @@ class WeightGradients(NamedTuple):
     shared_gate: np.ndarray  # [hidden]
 
 
-COMBINES, SHARED_TILES = range(2)  # indices of `Back.done`
+COMBINES, SHARED_TILES, DISPATCHES = range(3)  # indices of `Back.done`

@@ -13,6 +13,7 @@ from reference.task_kinds import (
     GATE,
     GEMM0,
     GEMM1,
+    NORM_WEIGHTS,
     ROUTER_WEIGHTS,
     SHARED0,
     SHARED1,
@@ -23,6 +24,7 @@ from reference.task_kinds import (
 from .combine import combine
 from .dispatch import dispatch, reopen_gate
 from .gemms import gemm0, gemm1
+from .norm import norm_weights
 from .shared import shared0, shared1
 from .weights import router_weights, shared_weights, weights
 
@@ -35,7 +37,7 @@ def run_backward_task(rank, back, gradients, scratch, box, task):
     if task.kind == GATE:
         reopen_gate(p, tokens, queue)
     elif task.kind == DISPATCH:
-        dispatch(p, tokens, segments, experts, back, task.peer, task.expert)
+        dispatch(p, tokens, segments, experts, back, queue, task.peer, task.expert)
     elif task.kind == GEMM0:
         gemm0(p, segments, experts, received, back, queue, scratch, box, task)
     elif task.kind == GEMM1:
@@ -52,3 +54,5 @@ def run_backward_task(rank, back, gradients, scratch, box, task):
         router_weights(p, tokens, experts, back, gradients, scratch, task)
     elif task.kind == SHARED_WEIGHTS:
         shared_weights(p, tokens, back, gradients, scratch, task)
+    elif task.kind == NORM_WEIGHTS:
+        norm_weights(p, tokens, experts, back, gradients, task)

@@ -73,7 +73,7 @@ def told(recorder, report=None):
 
 def test_a_signal():
     zero, one = "block 0 lane 0", "block 1 lane 0"
-    flag = "dispatch_flag(source 0, expert 0)"
+    flag = "dispatch_flag(source 0, expert 0, flag 0)"
     assert tell(signal)[0] == [
         Line(
             one, 1, at(signal, "2)"),
@@ -98,8 +98,8 @@ def test_a_race_is_marked_and_the_history_ends_there():
         ("block 1 lane 0", "", missing),
     ]
     assert [line.what for line in lines if not line.marked] == [
-        "releases rank 0's dispatch_flag(source 0, expert 0) = (call 1, 2 rows)",
-        "acquires dispatch_flag(source 0, expert 0) = (call 1, 2 rows), polled 2 times",
+        "releases rank 0's dispatch_flag(source 0, expert 0, flag 0) = (call 1, 2 rows)",
+        "acquires dispatch_flag(source 0, expert 0, flag 0) = (call 1, 2 rows), polled 2 times",
     ]
 
 
@@ -114,8 +114,8 @@ def test_an_atomic_access_may_be_the_last_one():
     report = tell(signal_plainly)[1][0]
     lines, _ = tell(signal_plainly, report=report)
     assert [(line.who, line.what, line.marked) for line in lines[:-1]] == [
-        ("block 0 lane 0", "writes dispatch_flag(source 0, expert 0)", True),
-        ("block 1 lane 0", "adds to rank 0's dispatch_flag(source 0, expert 0), now (call 1, 1 rows)", True),
+        ("block 0 lane 0", "writes dispatch_flag(source 0, expert 0, flag 0)", True),
+        ("block 1 lane 0", "adds to rank 0's dispatch_flag(source 0, expert 0, flag 0), now (call 1, 1 rows)", True),
     ]
 
 
@@ -125,8 +125,8 @@ def test_a_deadlock_ends_with_what_all_wait_for():
     with pytest.raises(Deadlock):
         bench.run(wait_for_ever, recorder)
     assert [line.what for line in told(recorder, Report("deadlock", ""))] == [
-        "still polls dispatch_flag(source 0, expert 0) = (call 0, 0 rows)",
-        "still polls rank 0's dispatch_flag(source 0, expert 1) = (call 0, 0 rows)",
+        "still polls dispatch_flag(source 0, expert 0, flag 0) = (call 0, 0 rows)",
+        "still polls rank 0's dispatch_flag(source 0, expert 0, flag 1) = (call 0, 0 rows)",
     ]
 
 
@@ -138,7 +138,9 @@ def test_a_late_load_says_what_it_missed():
             ld_relaxed(flag, 0)
 
     bench = Bench(blocks=2, **{FLAG: 4, DATA: 80, COUNTERS: 256})
-    late = "loads rank 0's dispatch_flag(source 0, expert 0) = (call 0, 0 rows), late: (call 1, 2 rows) is there"
+    late = (
+        "loads rank 0's dispatch_flag(source 0, expert 0, flag 0) = (call 0, 0 rows), late: (call 1, 2 rows) is there"
+    )
     for seed in range(100):
         recorder = Recorder(Scheduled(), bench.memory)
         bench.run(look, recorder, late_seed=seed)
@@ -167,7 +169,7 @@ def test_only_the_last_round_before_a_pause_found_nothing():
             ld_relaxed(flag, i)
         pause(0)
 
-    what = [f"loads dispatch_flag(source 0, expert {i}) = (call 0, 0 rows)" for i in (0, 1)]
+    what = [f"loads dispatch_flag(source 0, expert 0, flag {i}) = (call 0, 0 rows)" for i in (0, 1)]
     assert [line.what for line in tell(look)[0] if line.who == "block 0 lane 0"] == what
 
 
@@ -176,6 +178,7 @@ def test_only_the_last_round_before_a_pause_found_nothing():
     [
         ("rank 1 segments.dispatch", range(40, 50), "dispatch(source 1, expert 0, slots 0-1)"),
         ("rank 1 segments.result", [61, 62], "result(owner 1, expert 1, slot 0, columns 1-2)"),
+        ("rank 0 segments.dispatch_flag", [3], "dispatch_flag(source 0, expert 1, flag 1)"),
         ("rank 0 segments.result_flag", [3], "result_flag(owner 1, expert 1, m 0)"),
         ("rank 0 received.hidden", range(3, 9), "hidden(rows 1-2)"),
         ("rank 0 tokens.x of call 2", [5], "x(token 1, column 0)"),

@@ -16,6 +16,7 @@ from flashmoe_numba.explore.tell.cases import Case, load, save
 from flashmoe_numba.explore.tell.shrink import smaller
 from flashmoe_numba.explore.worlds import WORLDS
 from flashmoe_numba.kernel.control import PROGRESS
+from flashmoe_numba.kernel.signals import EPOCH_SHIFT
 from flashmoe_numba.kernel.wire import FIRST, PUT_WORDS, STAMP
 from reference import Hosts, MoEConfig
 from reference.layout import SAVES
@@ -158,15 +159,33 @@ def test_a_network_carries_rows_before_their_signals_and_late(kernel):
         per_expert = spec.config.slots * spec.config.hidden
         channel, region = "rank 0 network to rank 2", "rank 2 segments.dispatch"
         order = [(i // per_expert, told) for name, where, i, told in heard.rows if (name, where) == (channel, region)]
-        flags = [i for name, where, i, _ in heard.signals if (name, where) == (channel, f"{region}_flag")]
-        at = {
-            i: k for k, (name, where, i, _) in enumerate(heard.signals) if (name, where) == (channel, f"{region}_flag")
-        }
+        told = [k for k, signal in enumerate(heard.signals) if signal[:2] == (channel, f"{region}_flag")]
+        flags = [heard.signals[k][2] // 2 for k in told]
+        at = dict(zip(flags, told, strict=True))
         assert len(flags) == len(set(flags)) == 2
         assert all(told <= at[packet] for packet, told in order), "rows after their own signal"
         first = min(at, key=lambda packet: at[packet])
         early += any(packet != first and told <= at[first] for packet, told in order)
     assert early > 0, "no rows of the later packet were early in any run"
+
+
+def test_signals_of_two_calls_come_in_either_order(kernel):
+    """An empty packet's, which nobody answers, behind that of the same packet in the next call."""
+    search, overtaken = Search(spec=HOST_WORLDS["ahead across hosts"], strategy="pct"), 0
+    for seed in range(40):
+        explorer = Explorer(search, kernel)
+        heard = Heard(explorer.world)
+        run = explorer.world.run(explorer.strategy(seed), explorer.late_seed(seed), with_places=True)
+        assert run.reports == []
+        last = {}
+        for _, flags, i, word in heard.signals:
+            if flags.endswith("dispatch_flag"):
+                packet, call = (flags, i // 2), word >> EPOCH_SHIFT
+                assert call % 2 == i % 2
+                assert call > last.get((*packet, i), 0), "in one flag they come in the order of calls"
+                overtaken += call < last.get(packet, 0)
+                last[packet], last[*packet, i] = max(call, last.get(packet, 0)), call
+    assert overtaken > 0, "no signal was late enough in any run"
 
 
 def test_each_put_has_its_place(kernel):

@@ -8,6 +8,7 @@ import pytest
 from backward_cases import arrays_of
 from cases import random_routing, random_tokens, tiny_config
 from children import printed
+from kinds import NORMED
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.kernel.queue import TASK_WORDS
@@ -22,6 +23,7 @@ CONFIGS = {
     "plain": tiny_config(gated=False, activation="relu", dtype="float64"),
     "gated": tiny_config(capacity=3, dtype="bfloat16"),
     "shared": tiny_config(shared_ffn=5, shared_gate=True, num_zero=2),
+    "normed": tiny_config(expert=NORMED, num_zero=2, dtype="bfloat16"),
     "logit bias": tiny_config(shared_ffn=3, router=RouterKind(score="softmax", logit_bias=True)),
 }
 WHOLE = tiny_config(hidden=16, ffn=8, tile_n=16, shared_ffn=8, shared_gate=True)  # whole panels: nothing is padded
@@ -51,10 +53,11 @@ def test_the_plan_counts_the_arrays_of_a_layer(name, save):
             assert kept_bytes(config, save, config.num_tokens, hidden_rows(config)) == sum(a.nbytes for a in room)
 
 
+@pytest.mark.parametrize("changes", [dict(shared_ffn=5), dict(expert=NORMED)])
 @pytest.mark.parametrize("save", SAVES)
-def test_the_plan_of_a_routing_has_the_bytes_that_a_call_keeps(save):
+def test_the_plan_of_a_routing_has_the_bytes_that_a_call_keeps(save, changes):
     """Ranks without tokens and with few, most of which go to one rank; pairs dropped, pairs that choose nothing."""
-    config = tiny_config(num_ranks=4, num_experts=8, capacity=3, shared_ffn=5)
+    config = tiny_config(num_ranks=4, num_experts=8, capacity=3, **changes)
     counts = [7, 0, 2, 6]
     topk_idx, topk_weights = random_routing(config, counts, bias=2.0)
     topk_idx[3][:2] = -1
@@ -95,14 +98,18 @@ def test_no_backward_has_more_tasks_than_the_plan_says(name):
 
 PROCESS = """
 import json, sys
+from dataclasses import replace
 import numpy as np
 from cases import random_tokens
+from kinds import NORMED
 from flashmoe_numba import FlashMoE
 from reference import MoEConfig, Weights, make_plan
 
 save = sys.argv[1]
 config = MoEConfig(num_ranks=2, num_tokens=4096, hidden=512, ffn=256, num_experts=8, num_topk=2, gated=True,
                    activation="silu", tile_m=192, tile_m_min=3)
+if "normed" in sys.argv:
+    config = replace(config, expert=NORMED)
 x = random_tokens(config)
 
 def resident():
@@ -120,9 +127,11 @@ with FlashMoE(config, Weights.random(config), save=save) as layer:
 OWN_PAGES = dict(MALLOC_MMAP_THRESHOLD_="65536", NUMPY_MADVISE_HUGEPAGE="0")  # of every array that is not small
 
 
-@pytest.mark.parametrize("save", SAVES)
-def test_a_process_grows_by_what_a_call_keeps(save):
-    """Room is made for twice the rows that come, and memory is taken for those that did."""
-    grown, saved, planned = json.loads(printed("-c", PROCESS, save, timeout=500, **OWN_PAGES))
+@pytest.mark.parametrize("case", [*[(save,) for save in SAVES], ("nothing", "normed")])
+def test_a_process_grows_by_what_a_call_keeps(case):
+    """Room is made for twice the rows that come, and memory is taken for those that did; and for all results that go
+    through a norm.
+    """
+    grown, saved, planned = json.loads(printed("-c", PROCESS, *case, timeout=500, **OWN_PAGES))
     assert saved == planned
     assert grown == pytest.approx(planned, rel=0.02)

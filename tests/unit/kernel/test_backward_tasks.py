@@ -1,9 +1,8 @@
 """The tasks that a backward runs are those of the reference's graph, under their names."""
 
-from dataclasses import replace
-
 import pytest
 from cases import random_tokens, tiny_config
+from kinds import NORMED
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.seeing.trace import decode
@@ -13,11 +12,13 @@ from reference.backward_tiles import backward_task_graph
 from reference.task_kinds import RECEIVE
 
 CALLS = [("rows+up", "sources", (7, 7)), ("rows", "none", (0, 5)), ("nothing", "sources", (0, 5))]
+LAYERS = {"shared": dict(shared_ffn=5), "normed": dict(expert=NORMED)}
 
 
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(("save", "packing", "counts"), CALLS)
-def test_a_backward_runs_the_tasks_of_the_graph(save, packing, counts):
-    config = replace(tiny_config(), shared_ffn=5)
+def test_a_backward_runs_the_tasks_of_the_graph(save, packing, counts, layer):
+    config = tiny_config(**LAYERS[layer])
     x, dy = random_tokens(config, counts), random_tokens(config, counts, seed=1)
     with FlashMoE(config, Weights.random(config), backend="fibers", save=save, packing=packing, trace=True) as layer:
         _, saved = layer.forward(x)

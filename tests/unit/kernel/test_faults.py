@@ -36,7 +36,8 @@ def run_until_silence(layer, blocks, missing):
     So on a busy machine, too, nothing but what that rank owes is missing when the time for the deadline begins.
     """
     present = [rank for rank in range(layer.config.num_ranks) if rank != missing]
-    flags = [rank.segments.dispatch_flag.reshape(layer.config.num_ranks, -1) for rank in layer._ranks]
+    odd, num_ranks = layer._life.epoch % 2, layer.config.num_ranks
+    flags = [rank.segments.dispatch_flag[odd::2].reshape(num_ranks, -1) for rank in layer._ranks]
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(layer._backend.run_blocks, blocks, layer._life.leave)
         dispatched = False
@@ -121,7 +122,7 @@ def call_without_results(layer, x, routing):
         rank.call(part, given, layer._life.epoch, int(DEADLINE_S * 1e9))
         for rank, part, given in zip(layer._ranks, x, routing, strict=True)
     )
-    layer._ranks[0].segments.dispatch_flag[2:] = layer._life.epoch << 32
+    layer._ranks[0].segments.dispatch_flag[2 * 2 :] = layer._life.epoch << 32
     run_until_silence(layer, layer._backend.blocks(record), missing=1)
     return [rank.control for rank in layer._ranks]
 

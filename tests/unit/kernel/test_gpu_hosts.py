@@ -18,11 +18,11 @@ from flashmoe_numba.device import fibers, vocabulary
 from flashmoe_numba.device.compilation import interpreted
 from flashmoe_numba.device.fibers import memory_view
 from flashmoe_numba.errors import FlashMoEError
-from flashmoe_numba.heap.nvshmem import CONTROL_AT, CONTROL_SIZE, IMAGE_AT, OWN
+from flashmoe_numba.heap.nvshmem import CONTROL_AT, CONTROL_SIZE, IMAGE_AT, OWN, SHOWN_AT, SHOWN_SIZE
 from flashmoe_numba.kernel import control as s
 from reference import Hosts, Weights
 
-SEGMENTS = IMAGE_AT + 1
+SEGMENTS = SHOWN_SIZE + 1
 PIECE = 16  # bytes
 WORD = np.dtype(np.int64)
 
@@ -38,7 +38,7 @@ class Network:
             return False
         there = int(wire[SEGMENTS + put.peer])
         if put.flag_at == wire[CONTROL_AT]:
-            self._show(wire, put.peer)
+            self._show(wire, put.peer, 0, wire[CONTROL_SIZE])
         self._copy(int(wire[OWN]) + put.source_at, there + put.target_at, put.num_bytes)
         self.puts += put.num_bytes > 0
         self.fences += put.flag_at < 0
@@ -55,11 +55,11 @@ class Network:
         if wire.dtype == np.uint64:
             self.shown += 1
             for peer in np.flatnonzero(remote):
-                self._show(wire, peer)
+                self._show(wire, peer, wire[SHOWN_AT], wire[SHOWN_SIZE])
 
-    def _show(self, wire, peer):
+    def _show(self, wire, peer, first, num_bytes):
         control, image = int(wire[OWN] + wire[CONTROL_AT]), int(wire[SEGMENTS + peer] + wire[IMAGE_AT])
-        self._copy(control, image, int(wire[CONTROL_SIZE]))
+        self._copy(control + int(first), image + int(first), int(num_bytes))
 
     def _copy(self, source, target, num_bytes):
         for at in range(0, num_bytes, PIECE):

@@ -99,7 +99,7 @@ def test_regions_do_not_overlap_and_fill_the_segment():
         layout.control,
         layout.num_bytes,
     ]
-    sizes = [3 * 2 * 7 * 5 * 4, 3 * 2 * 7 * 5 * 4, 3 * 2 * 8, 6 * 2 * 8, 32 * 8]
+    sizes = [3 * 2 * 7 * 5 * 4, 3 * 2 * 7 * 5 * 4, 3 * 2 * 2 * 8, 6 * 2 * 8, 32 * 8]
     assert layout.row_blocks == 2 and all(start % 128 == 0 for start in starts)
     for start, size, end in zip(starts[:-1], sizes, starts[1:], strict=True):
         assert start + size <= end < start + size + 128

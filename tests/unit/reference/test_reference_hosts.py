@@ -13,10 +13,10 @@ from reference.layout import DISPATCH, RESULT, SAVES, Write, staged_writes
 def test_ranks_on_hosts_worked_out_by_hand():
     hosts = Hosts.even(5, 2)
     assert hosts.of_rank == (0, 0, 1, 1, 2) and hosts.most_apart == 4 and not hosts.is_one
-    assert [hosts.num_apart(rank) for rank in range(5)] == [3, 3, 3, 3, 4]
+    assert [hosts.sharing(rank) for rank in range(5)] == [[0, 1], [0, 1], [2, 3], [2, 3], [4]]
     assert hosts.are_apart(1, 2) and not hosts.are_apart(2, 3)
-    assert Hosts.one(3).is_one and Hosts.even(3, 4).is_one and Hosts.one(3).num_apart(1) == 0
-    assert Hosts((7, 0, 7)).num_apart(0) == 1 and Hosts((7, 0, 7)).are_apart(0, 1)
+    assert Hosts.one(3).is_one and Hosts.even(3, 4).is_one
+    assert Hosts((7, 0, 7)).sharing(2) == [0, 2] and Hosts((7, 0, 7)).are_apart(0, 1)
 
 
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])

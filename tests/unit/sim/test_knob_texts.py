@@ -53,7 +53,6 @@ def test_entries_by_hand():
 
     texts = knob_texts(Knobs)
     assert texts["one"] == texts["two"] == KnobText("of a: thing, and more", "assumption: as others do")
-    assert texts["one"].is_assumption and not texts["three"].is_assumption
     assert texts["three"] == KnobText("bare", NOT_STATED)
     assert texts["rate"] == KnobText("told again", "choice")
     assert texts["four"] == KnobText("", NOT_STATED)
