@@ -9,6 +9,7 @@ from cases import DTYPES, assert_kept_nothing, bits, counts_memory, random_token
 from hosts_worker import RANKS_PER_HOST, changing_calls, large_config
 from layer_worker import make_config, make_weights
 from losing import VICTIM, last_words
+from nightly import at_night_only
 from test_carrier_mpi import TCP
 from test_layer_mpi import GUARDED, assert_named, assert_results_of_threads, run
 from test_training_mpi import assert_gradients_of_one_rank, one_rank  # noqa: F401 (a fixture)
@@ -19,7 +20,7 @@ from reference import Weights
 pytestmark = pytest.mark.mpi
 pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
 
-HOSTS = [(4, 2), (6, 2), (8, 4)]  # (ranks, ranks of a host)
+HOSTS = [(6, 2), *at_night_only((4, 2), (8, 4))]  # (ranks, ranks of a host); (4, 2) by day in tests/hosts
 MOMENTS = ["before its blocks", "after its dispatch"]
 
 
