@@ -41,7 +41,8 @@ _UNARY, _TERNARY = (
 _SPACES = {None: op.GENERIC, "global": op.GLOBAL, "shared": op.SHARED}
 _ATOMICS = {"ld": op.LOAD_WORD, "st": op.STORE_WORD, "atom.add": op.ATOMIC_ADD, "atom.cas": op.ATOMIC_CAS}
 _SAME_AS = {  # where no order or scope is said
-    "ld.volatile.global.u64": "ld.relaxed.sys.b64", "atom.global.cas.b64": "atom.cas.relaxed.gpu.b64",
+    "ld.volatile.u64": "ld.relaxed.sys.b64", "ld.volatile.global.u64": "ld.relaxed.sys.b64",
+    "atom.cas.b64": "atom.cas.relaxed.gpu.b64", "atom.global.cas.b64": "atom.cas.relaxed.gpu.b64",
 }  # fmt: skip
 _LONE = {
     "wgmma.fence.sync.aligned": op.WGMMA_FENCE, "wgmma.commit_group.sync.aligned": op.WGMMA_COMMIT,
