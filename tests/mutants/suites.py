@@ -54,6 +54,7 @@ BACKWARDS = Stage(
     f"{PROPERTY}/test_backward_invariance.py::test_fibers_give_the_same_gradients_in_every_interleaving "
     f"{PROPERTY}/test_explored_worlds.py::test_backwards_are_clean_and_have_the_same_bits_under_every_schedule",
 )
+NORMS = Stage(90, f"{UNIT}/test_norm_backward.py")
 GPUS = Stage(
     0,
     f"{UNIT}/test_gpu_calls.py {UNIT}/test_gpu_backward.py {UNIT}/test_grid.py {UNIT}/test_gpu_hosts.py "
@@ -85,6 +86,7 @@ SUITES = {
     "flashmoe_numba/kernel/*.py": [INTERPRETED, COMPILED],
     "flashmoe_numba/kernel/backward/*.py": [BACKWARDS],
     "flashmoe_numba/kernel/backward/grid.py": [GPUS],
+    "flashmoe_numba/kernel/backward/norm.py": [BACKWARDS, NORMS],
     "flashmoe_numba/kernel/carried.py": [CARRIERS],
     "flashmoe_numba/kernel/grid.py": [GRIDS],
     "flashmoe_numba/kernel/network.py": [HOSTS],
