@@ -5,14 +5,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from backward_cases import arrays_of
 from cases import random_tokens, tiny_config
 from losing import wait_for, write
 from mpi4py import MPI
 
 from flashmoe_numba import FlashMoE
-from flashmoe_numba.bench.backward import of_ranks
-from flashmoe_numba.bench.memory import GpuArrays
 from flashmoe_numba.errors import FlashMoEError
 from flashmoe_numba.ptx.simulated import simulated_gpu
 from reference import Weights
@@ -41,25 +38,6 @@ def results(gpu, layer, config, rank, folder):
         np.savez(folder / f"{call}-{rank}.npz", y=y, idx=routing.topk_idx, weights=routing.topk_weights)
 
 
-def make_gradients(config):
-    """dy of all ranks, by calls."""
-    return [random_tokens(config, [len(part) for part in x], seed=9 + i) for i, x in enumerate(make_calls(config))]
-
-
-def gradients(gpu, layer, config, rank, folder):
-    """All calls are kept before the first backward, which is that of the last call."""
-    memory, kept = GpuArrays(config), []
-    for x in make_calls(config):
-        kept.append((layer.forward(memory.to_device(x[rank]))[1], layer.routing))
-    for call in reversed(range(NUM_CALLS)):
-        saved, routing = kept[call]
-        found = layer.backward(saved, memory.to_device(make_gradients(config)[call][rank]))
-        (own,) = of_ranks(found, lambda value: [value], memory.to_host)
-        arrays = dict(d_x=own.x.astype(np.float64), d_factors=own.topk_weights, d_logits=own.logits)
-        arrays |= arrays_of(own.weights)
-        np.savez(folder / f"{call}-{rank}.npz", idx=routing.topk_idx, weights=routing.topk_weights, **arrays)
-
-
 def alone(gpu, layer, config, rank, folder):
     """Rank 0 calls; rank 1 does not until that has given up. Both keep after how long and what they were told."""
     begin = time.monotonic()
@@ -76,11 +54,9 @@ def alone(gpu, layer, config, rank, folder):
 
 def main(kind, folder, scenario):
     comm, config = MPI.COMM_WORLD, make_config(kind)
-    how = dict(
-        deadline_s=DEADLINE_S if scenario is alone else FOREVER_S, save="rows" if scenario is gradients else None
-    )
+    deadline_s = DEADLINE_S if scenario is alone else FOREVER_S
     with simulated_gpu("sm_90a", seed=comm.rank) as gpu, gpu.cupy.cuda.Device(comm.rank):
-        layer = FlashMoE(config, Weights.random(config), comm=comm, backend="cuda", **how)
+        layer = FlashMoE(config, Weights.random(config), comm=comm, backend="cuda", deadline_s=deadline_s)
         assert len(gpu.cupy.foreign) == config.num_ranks
         scenario(gpu, layer, config, comm.rank, folder)
         layer.close()

@@ -3,18 +3,14 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from backward_cases import arrays_of
 from cases import assert_equals_oracle
 
-from flashmoe_numba.bench.backward import RankGradients
-from flashmoe_numba.bench.check_gradients import check_gradients
 from flashmoe_numba.processes import launch
-from reference import Routing, Weights, Workload
+from reference import Routing, Weights
 
 pytestmark = pytest.mark.mpi
 pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
@@ -22,7 +18,7 @@ pytest.importorskip("numba_cuda", reason="the extra `compile` is not installed")
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))
-from ptx_worker import DEADLINE_S, KINDS, make_calls, make_config, make_gradients  # noqa: E402
+from ptx_worker import DEADLINE_S, KINDS, make_calls, make_config  # noqa: E402
 
 
 def run(kind, folder, scenario):
@@ -42,25 +38,6 @@ def test_ranks_on_machines_of_their_own_equal_the_oracle(kind, tmp_path, outside
         routings = [Routing(file["idx"], file["weights"]) for file in files]
         y = [file["y"].view(config.numpy_dtype) for file in files]
         assert_equals_oracle(y, x, Weights.random(config), config, routings)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_ranks_on_machines_of_their_own_are_within_their_bounds(kind, tmp_path, outside_mpirun):
-    run(kind, tmp_path, "gradients")
-    config = make_config(kind)
-    weights = Weights.random(config)
-    shards = [weights.shard(rank, config.num_ranks) for rank in range(config.num_ranks)]
-    for call, (x, dy) in enumerate(zip(make_calls(config), make_gradients(config), strict=True)):
-        files = [np.load(tmp_path / f"{call}-{rank}.npz") for rank in range(config.num_ranks)]
-        routings = [Routing(file["idx"], file["weights"]) for file in files]
-        found = [gradients_in(*each, config) for each in zip(files, shards, strict=True)]
-        assert check_gradients(config, weights, Workload(x), routings, dy, found).failures == []
-
-
-def gradients_in(file, shard, config):
-    """What a rank's file has, with the names of its weights."""
-    weights = replace(shard, **{name: file[name] for name in arrays_of(shard)})
-    return RankGradients(file["d_x"].astype(config.numpy_dtype), file["d_factors"], file["d_logits"], weights)
 
 
 def test_a_rank_that_never_comes_is_named_when_the_deadline_is_over(tmp_path, outside_mpirun):
