@@ -4,10 +4,11 @@ import os
 import subprocess
 
 import pytest
+from nightly import at_night_only
 from test_ranks import HERE, ROOT, command
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [*at_night_only(2), 4])
 def test_ranks_have_the_gradients_of_one(num_ranks, tmp_path):
     line = [*command("mpirun", num_ranks), str(HERE / "training_worker.py"), str(tmp_path)]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE)))
