@@ -1,4 +1,4 @@
-"""Gradients on several ranks, under mpirun; what a rank has to find is in training_worker.py."""
+"""Gradients on several ranks, under mpirun and torchrun; what a rank has to find is in training_worker.py."""
 
 import os
 import subprocess
@@ -7,9 +7,9 @@ import pytest
 from test_ranks import HERE, ROOT, command
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_ranks_have_the_gradients_of_one(num_ranks, tmp_path):
-    line = [*command("mpirun", num_ranks), str(HERE / "training_worker.py"), str(tmp_path)]
+@pytest.mark.parametrize(("launcher", "num_ranks"), [("mpirun", 2), ("mpirun", 4), ("torchrun", 2)])
+def test_ranks_have_the_gradients_of_one(launcher, num_ranks, tmp_path):
+    line = [*command(launcher, num_ranks), str(HERE / "training_worker.py"), launcher, str(tmp_path)]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE)))
     environment = dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1")
     done = subprocess.run(line, capture_output=True, text=True, timeout=250, env=environment, stdin=subprocess.DEVNULL)
