@@ -1,19 +1,24 @@
-# make run | test | lint | smoke | conformance | mutants | hosts-soak | compare | compile-test | ptx-worlds | ptx-faults | clean
+# make run | test | lint | smoke | conformance | nightly | mutants | hosts-soak | compare | compile-test | ptx-worlds
+#      | ptx-faults | clean
 # Everything is installed into .venv and nothing outside this folder is changed.
 PYTHON ?= python3
 PRESET ?= laptop-text
 RANKS ?= 8
 WORKLOAD ?= text
 SEED ?= 0
+PROCESSES ?= 2
 
+# Tests of a file run in one process, whose fixtures they share.
+SPREAD := --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: help run test lint smoke conformance mutants hosts-soak compare compile-test ptx-worlds ptx-faults clean
+.PHONY: help run test lint smoke conformance nightly mutants hosts-soak compare compile-test ptx-worlds ptx-faults clean
 
 help:
 	@echo "make run    one MoE layer on $(RANKS) ranks of this machine (PRESET=$(PRESET) RANKS=$(RANKS) WORKLOAD=$(WORKLOAD))"
-	@echo "make test   all tests            make lint    ruff and mypy"
+	@echo "make test   all tests, in PROCESSES=$(PROCESSES)           make lint    ruff and mypy"
 	@echo "make smoke  every experiment, small              make clean   remove what make made"
+	@echo "make nightly   every target for a night, and all tests on more worlds, sizes and kernels (as root)"
 	@echo "make mutants   small faults in copies of the source, which tests must notice (SEED=$(SEED); for a night)"
 	@echo "make hosts-soak   layers on hosts that lose ranks, hosts and cables, and 10,000 calls there (as root; for a night)"
 	@echo "make compare BASE=COMMIT   do HEAD and that commit compute the same? with their lines of code, and speeds in turn"
@@ -28,7 +33,8 @@ run: .venv/for-run
 	    --trace out/trace.json --plot out/timeline.png --json out/run.json
 
 test: .venv/for-dev
-	.venv/bin/python -m pytest
+	.venv/bin/python tests/compile_ahead.py layers
+	.venv/bin/python -m pytest $(SPREAD)
 
 lint: .venv/for-dev
 	.venv/bin/ruff check .
@@ -43,23 +49,29 @@ smoke: .venv/for-dev
 
 # PyTorch and transformers are some 1.5 GB, so they come only here; `make test` skips what needs them.
 conformance: .venv/for-conformance
-	.venv/bin/python -m pytest tests/pytorch tests/conformance
+	.venv/bin/python -m pytest $(SPREAD) tests/pytorch tests/conformance
 	.venv/bin/python experiments/40_model.py --smoke
 	.venv/bin/python experiments/43_train.py --smoke
+
+nightly:
+	.ci/nightly
 
 mutants: .venv/for-dev
 	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED)
 
 hosts-soak: .venv/for-dev
 	HYPOTHESIS_PROFILE=nightly .venv/bin/python -m pytest tests/hosts
-	.venv/bin/python experiments/34_lost_hosts.py --runs 200 --calls 10000
+	.venv/bin/python experiments/34_lost_hosts.py --runs 200
+	.venv/bin/python experiments/35_hosts_soak.py --hosts 2 --ranks-per-host 4 --load 2
+	.venv/bin/python experiments/35_hosts_soak.py --hosts 3 --ranks-per-host 2 --load 2
 
 compare: .venv/for-dev
 	.venv/bin/python tests/compare_commits.py $(BASE) --speed 5
 
-# Compilers for GPUs are some 530 MB, so they come only here; `make test` skips what needs them.
+# Compilers for GPUs are some 530 MB and NVSHMEM 310, so they come only here; `make test` skips what needs them.
 compile-test: .venv/for-compile
-	.venv/bin/python -m pytest tests/compile
+	.venv/bin/python tests/compile_ahead.py gpu
+	.venv/bin/python -m pytest $(SPREAD) tests/compile
 
 ptx-worlds: .venv/for-compile
 	.venv/bin/python tests/run_ptx_worlds.py --json out/ptx-worlds.jsonl
@@ -84,7 +96,7 @@ clean:
 	@touch $@ .venv/for-run
 
 .venv/for-compile: .venv/made setup.cfg pyproject.toml
-	$(PIP) install --editable '.[dev,compile]'
+	$(PIP) install --editable '.[dev,compile,nvshmem]'
 	@touch $@ .venv/for-run .venv/for-dev
 
 .venv/for-conformance: .venv/made setup.cfg pyproject.toml

@@ -25,14 +25,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from common import Row, machine, parser_of, show, store
+from common import Row, show, store
 from lost import mpi
 from lost.faults import FAULTS
 from lost.lose import lose_one
 from lost.memory import PLACES
 from lost.verdict import Verdict
 from lost.world import make_trial
+from lost_common import lost_parser, row_of, show_rows, tell, terms
 
+from flashmoe_numba.commands.flags import integer
 from reference.layout import SAVES
 
 RANKS = (2, 3, 4)
@@ -56,51 +58,31 @@ def main() -> int:
             world = worlds[int(rng.choice(RANKS[1:] if name == "kill-two" else RANKS))]
             verdict = lose_one(world, FAULTS[name], rng, args.slack_s)
         verdicts[name].append(verdict)
-        for problem in verdict.problems:
-            print(f"run {number}, {name}: {problem}", flush=True)
-        for text in verdict.other:
-            print(f"run {number}, {name}, other: {text}", flush=True)
+        tell(number, name, verdict)
     rows = [row(name, of_fault) for name, of_fault in verdicts.items()]
     report(rows)
-    store([row | terms(args) for row in rows], args.json)
+    how = terms(args, "backward", "calls", "slack_s")
+    store([row | how for row in rows], args.json)
     return 1 if any(row["problems"] for row in rows) else 0
 
 
 def arguments() -> argparse.Namespace:
-    parser = parser_of(__doc__)
-    parser.add_argument("--runs", type=int, default=400, help="of forked ranks, over all faults [400]")
+    parser = lost_parser(__doc__, FAULTS, runs=400, of_what="of forked ranks, ", deadline_s=0.5)
     parser.add_argument("--backward", action="store_true", help="every other call is a backward")
-    parser.add_argument("--mpirun", type=int, default=0, metavar="N", help="runs under mpirun [0]")
-    parser.add_argument("--calls", type=int, default=20, help="of each rank in a run [20]")
-    parser.add_argument("--deadline-s", type=float, default=0.5, help="of a call [0.5]")
+    parser.add_argument("--mpirun", type=integer(0), default=0, metavar="N", help="runs under mpirun [0]")
+    parser.add_argument("--calls", type=integer(1), default=20, help="of each rank in a run [20]")
     parser.add_argument("--slack-s", type=float, default=0.2, help="what an error may take beyond the deadline [0.2]")
-    parser.add_argument("--fault", choices=FAULTS, action="append", help="only this one; may be repeated")
-    parser.add_argument("--seed", type=int, default=0)
     args: argparse.Namespace = parser.parse_args()
     return args
 
 
-def terms(args: argparse.Namespace) -> Row:
-    """What a row was measured on, and how."""
-    return machine() | {name: getattr(args, name) for name in ("backward", "calls", "deadline_s", "slack_s", "seed")}
-
-
 def row(fault: str, verdicts: Sequence[Verdict]) -> Row:
-    return {
-        "fault": fault,
-        "runs": len(verdicts),
-        "right": sum(verdict.right for verdict in verdicts),
-        "named": sum(verdict.named for verdict in verdicts),
-        "other": sum(len(verdict.other) for verdict in verdicts),
-        "over_ms": max((ms for verdict in verdicts for ms in verdict.over_ms), default=None),
-        "problems": sum(len(verdict.problems) for verdict in verdicts),
-        "fell": dict(Counter(place for verdict in verdicts for place in verdict.fell)),
-    }
+    return row_of(fault, verdicts) | {"fell": dict(Counter(place for verdict in verdicts for place in verdict.fell))}
 
 
 def report(rows: Sequence[Row]) -> None:
     """Both tables."""
-    show([row | {"over_ms": "" if row["over_ms"] is None else f"{row['over_ms']:.0f}"} for row in rows], COLUMNS)
+    show_rows(rows, COLUMNS)
     print()
     where = [{"fault": row["fault"]} | {place: row["fell"].get(place, 0) for place in PLACES} for row in rows]
     show([row for row in where if any(row[place] for place in PLACES)], {"fault": ""} | dict.fromkeys(PLACES, "d"))

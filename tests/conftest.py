@@ -8,6 +8,7 @@ import os
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from nightly import IS_NIGHT
 
 # A world is slow to draw and to run on a loaded machine; that says nothing about its strategy.
 common = dict(database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -17,15 +18,16 @@ settings.register_profile("nightly", max_examples=1000, derandomize=False, **com
 settings.register_profile("mutants", settings.get_profile("fast"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
-COMPILES_S = 600  # the first test that runs a kernel compiles it, half a minute for each element type
+COMPILES_S = 600  # the first test that runs a kernel compiles it, a minute for each element type
+NIGHT_S = 4 * 3600  # of a test that draws some thousand worlds
 RUN_KERNELS = {"property", "kernel", "mpi", "hosts", "ptx", "test_cli.py", "test_trace.py"}  # folders and files
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         parts = item.path.relative_to(item.config.rootpath).parts
-        if RUN_KERNELS.intersection(parts) and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(COMPILES_S))
+        if (IS_NIGHT or RUN_KERNELS.intersection(parts)) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(NIGHT_S if IS_NIGHT else COMPILES_S))
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 import numpy as np
 
-from flashmoe_numba.ptx.machine import Machine
+from flashmoe_numba.ptx import in_step, state
+from flashmoe_numba.ptx.in_step import NUM_ACTIVITIES, NUM_COUNTERS, OS_BLOCK, WAITING, Profile
+from flashmoe_numba.ptx.machine import Machine, run_to_end
 from flashmoe_numba.ptx.memory import Arena
 
 FAMILIES = {"p": "pred", "rs": "b16", "r": "b32", "f": "f32", "rd": "b64", "fd": "f64"}
 COUNT = 40  # registers of each family
 MOST_STEPS = 2_000_000  # each late store that a loop waits for may take 256,000
+QUEUE_BYTES = 1024
 
 PROLOGUE = """
 ld.param.u64 %rd0, [kernel_param_0];
@@ -63,3 +66,20 @@ class Bench:
         """Launch; the kernel's arguments are the addresses of the arrays."""
         arguments = [array if isinstance(array, int) else array.ctypes.data for array in arrays]
         self.machine.launch(text_of(body, shared), "kernel", blocks, threads, arguments, dynamic_bytes)
+
+
+class Counting(Machine):
+    """Runs warps in step; block 1 is an OS block, and the queue is the first argument's array."""
+
+    def execute(self, S, arguments):
+        self.profile = Profile(
+            counts=np.zeros((NUM_ACTIVITIES, NUM_COUNTERS), np.int64),
+            steps=np.zeros((S.executed.size, in_step.STEP_COUNTERS), np.int64),
+            activity=np.array([WAITING, OS_BLOCK][: S.blocks.size]),
+            queues=np.array([[arguments[0], QUEUE_BYTES]]),
+            task_bytes=np.array([64, 8]),
+            together=np.zeros(state.WARP, np.int64),
+            seen=np.zeros(8 * state.WARP, np.int64),
+            banks=np.zeros(in_step.BANKS, np.int64),
+        )
+        run_to_end(in_step.run_in_step, S, self.profile)

@@ -95,22 +95,19 @@ def _cut(world: World, rng: np.random.Generator) -> Harm:
     return Harm(set(), {rank: everybody - inside if rank in inside else inside for rank in everybody}, begun)
 
 
-def _pause(world: World, rng: np.random.Generator) -> Harm:
-    """A host stands still for longer than carriers are silent between two signs of life, and less than the deadline."""
-    host, begun = _host(world, rng), time.monotonic()
-    world.hosts.stop(host)
-    time.sleep(rng.uniform(0.1, 0.5) * world.deadline_s)
-    world.hosts.go_on(host)
-    return Harm(set(), {}, begun)
+def _for_a_moment(
+    begin: Callable[[Hosts, int], None], end: Callable[[Hosts, int], None], least: float, most: float
+) -> Callable[[World, np.random.Generator], Harm]:
+    """It befalls a host, and passes after a part of the deadline between these."""
 
+    def harm(world: World, rng: np.random.Generator) -> Harm:
+        host, begun = _host(world, rng), time.monotonic()
+        begin(world.hosts, host)
+        time.sleep(rng.uniform(least, most) * world.deadline_s)
+        end(world.hosts, host)
+        return Harm(set(), {}, begun)
 
-def _blink(world: World, rng: np.random.Generator) -> Harm:
-    """A cable is out for a moment."""
-    host, begun = _host(world, rng), time.monotonic()
-    world.hosts.cut(host)
-    time.sleep(rng.uniform(0.05, 0.15) * world.deadline_s)
-    world.hosts.mend(host)
-    return Harm(set(), {}, begun)
+    return harm
 
 
 def _slow(world: World, rng: np.random.Generator) -> Harm:
@@ -131,7 +128,8 @@ FAULTS: dict[str, Callable[[World, np.random.Generator], Harm]] = {
     "power-off": _power_off,
     "host-dies": _host_dies,
     "cut": _cut,
-    "pause": _pause,
-    "blink": _blink,
+    # It stands still for longer than carriers are silent between two signs of life; a cable is out.
+    "pause": _for_a_moment(lambda hosts, i: hosts.stop(i), lambda hosts, i: hosts.go_on(i), 0.1, 0.5),
+    "blink": _for_a_moment(lambda hosts, i: hosts.cut(i), lambda hosts, i: hosts.mend(i), 0.05, 0.15),
     "slow": _slow,
 }

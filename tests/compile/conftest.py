@@ -1,19 +1,17 @@
-"""Kernels built without a GPU, each once a session: into $FLASHMOE_CACHE_DIR if that is set, else a temporary folder.
+"""Kernels built without a GPU, each once: they are kept in the folder of compiled code, under a hash of their sources.
 
 The fast profile builds one of each kind and architecture (some 30 s each); with HYPOTHESIS_PROFILE=ci or nightly all.
 """
 
-import os
-from pathlib import Path
-
 import pytest
 from built_variants import VARIANTS
 
+from reference.cache_folder import usable_cache_folder
+
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    explicit = os.environ.get("FLASHMOE_CACHE_DIR")
-    return Path(explicit) if explicit else tmp_path_factory.mktemp("kernels")
+def folder():
+    return usable_cache_folder()
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)

@@ -26,10 +26,7 @@ STATE, VERSION = (
     b"nvshmemi_device_state_d",
     b"nvshmemi_device_lib_version_d",
 )  # NVSHMEM fills the first as it admits a kernel
-FAST = [
-    Variant(dtype="float16", architecture="sm_90a", tensor_cores=True, heap="nvshmem"),
-    Variant(dtype="float16", architecture="sm_100a", tensor_cores=False, heap="nvshmem"),
-]
+FAST = [Variant(dtype="float16", architecture="sm_90a", tensor_cores=True, heap="nvshmem")]
 ALL = [
     variant
     for architecture in ARCHITECTURES

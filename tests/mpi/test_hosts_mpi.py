@@ -9,6 +9,7 @@ from cases import DTYPES, assert_kept_nothing, bits, counts_memory, random_token
 from hosts_worker import RANKS_PER_HOST, changing_calls, large_config
 from layer_worker import make_config, make_weights
 from losing import VICTIM, last_words
+from nightly import at_night_only
 from test_carrier_mpi import TCP
 from test_layer_mpi import GUARDED, assert_named, assert_results_of_threads, run
 from test_training_mpi import assert_gradients_of_one_rank, one_rank  # noqa: F401 (a fixture)
@@ -19,7 +20,7 @@ from reference import Weights
 pytestmark = pytest.mark.mpi
 pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
 
-HOSTS = [(4, 2), (6, 2), (8, 4)]  # (ranks, ranks of a host)
+HOSTS = [(6, 2), *at_night_only((4, 2), (8, 4))]  # (ranks, ranks of a host); (4, 2) by day in tests/hosts
 MOMENTS = ["before its blocks", "after its dispatch"]
 
 
@@ -101,6 +102,16 @@ def test_an_error_on_one_rank_is_raised_on_all(scenario, own, others, tmp_path):
     assert sorted(errors) == [0, 1, 2, 3], f"{errors}\n{err}"
     for rank, message in errors.items():
         assert_named(message, *(own if rank == VICTIM or others is None else others))
+
+
+@pytest.mark.parametrize("saved", [None, "4096"])
+def test_a_layer_is_refused_where_mpi_does_not_keep_its_messages(saved, tmp_path, monkeypatch):
+    monkeypatch.delenv("FI_TCP_MAX_SAVED", raising=False)
+    environment = TCP | {"FI_TCP_MAX_SAVED": saved} if saved else {n: TCP[n] for n in TCP if n != "FI_TCP_MAX_SAVED"}
+    status, err, errors = run_on_hosts("many_puts", (2, 1), tmp_path, **environment)
+    assert (status == 0) == (saved is not None) and sorted(errors) == ([] if saved else [0, 1]), f"{errors}\n{err}"
+    for message in errors.values():
+        assert_named(message, "ValueError: FI_TCP_MAX_SAVED must be more than", "got none, which is 64")
 
 
 def test_a_rank_that_comes_too_late_is_named_by_all_others_and_told(tmp_path):

@@ -22,6 +22,7 @@ from cases import (
     random_tokens,
     tiny_config,
 )
+from nightly import at_night_only
 from published import make_folder
 
 from flashmoe_numba import FlashMoE
@@ -92,7 +93,7 @@ def assert_named(message, *parts):
     assert not missing, f"{message!r} does not say {missing}"
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+@pytest.mark.parametrize("num_ranks", [2, *at_night_only(4), 8])
 def test_results_are_those_of_threads(num_ranks, tmp_path):
     status, err, errors = run("results", num_ranks, tmp_path)
     assert status == 0 and not errors, f"{errors}\n{err}"

@@ -7,6 +7,7 @@ import pytest
 from backward_cases import arrays_of, is_replicated
 from cases import bits
 from losing import VICTIM, last_words
+from nightly import at_night_only
 from test_layer_mpi import GUARDED, assert_named, run
 from training_worker import NUM_GLOBAL, REFUSED, make_layer, tokens
 
@@ -35,7 +36,7 @@ def one_rank():
     return found
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+@pytest.mark.parametrize("num_ranks", [2, *at_night_only(4), 8])
 def test_gradients_have_the_bits_of_one_rank(num_ranks, one_rank, tmp_path):
     status, err, errors = run("gradients", num_ranks, tmp_path, worker=WORKER)
     assert status == 0 and not errors, f"{errors}\n{err}"
@@ -55,9 +56,10 @@ def assert_gradients_of_one_rank(one_rank, num_ranks, folder):
 
 
 def test_the_router_of_a_rank_sees_its_own_tokens(one_rank, tmp_path):
-    """Its parts add up to one rank's, but for the order of the sum."""
+    """Its parts add up to one rank's, but for the order of the sum; all else has the bits of one rank's."""
     status, err, errors = run("gradients", 4, tmp_path, worker=WORKER)
     assert status == 0 and not errors, f"{errors}\n{err}"
+    assert_gradients_of_one_rank(one_rank, 4, tmp_path)
     saved = [np.load(tmp_path / f"rank{rank}.npz")["float64 rows router"].view(np.float64) for rank in range(4)]
     assert all(part.any() for part in saved[1:])
     np.testing.assert_allclose(sum(saved), one_rank["float64"]["router"].view(np.float64), rtol=0, atol=1e-13)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nightly import at_night_only
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 SCENARIOS = ("modules", "layers", "nobody_here", "models")
@@ -27,9 +28,13 @@ def command(launcher, num_ranks):
     ]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
-def test_ranks_compute_what_one_rank_does(launcher, num_ranks, tmp_path):
+BY_DAY = [("mpirun", 2), ("torchrun", 4)]
+BY_NIGHT = at_night_only(("mpirun", 1), ("mpirun", 4), ("torchrun", 1), ("torchrun", 2))
+
+
+@pytest.mark.parametrize("ranks", [*BY_DAY, *BY_NIGHT], ids=lambda ranks: "-".join(map(str, ranks)))
+def test_ranks_compute_what_one_rank_does(ranks, tmp_path):
+    launcher, num_ranks = ranks
     scenarios = [*SCENARIOS, *(["expert_parallel"] if launcher == "torchrun" and num_ranks > 1 else [])]
     line = [*command(launcher, num_ranks), str(HERE / "ranks_worker.py"), launcher, str(tmp_path), *scenarios]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE)))

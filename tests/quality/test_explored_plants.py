@@ -5,6 +5,7 @@ import random
 import pytest
 import run_properties as properties
 from hypothesis import HealthCheck, Phase, find, settings
+from nightly import at_night
 from run_properties import broken
 from watched_runs import watch_run
 from world_strategies import EXAMPLES, explored_worlds, search, to
@@ -30,7 +31,6 @@ DRAWN = (
 )  # fmt: skip
 SHRINKS = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 FINDS = settings(SHRINKS, phases=[Phase.generate])
-nightly = pytest.mark.skipif(settings().max_examples < 1000, reason="shrinks for half a minute: a nightly test")
 
 
 def test_each_property_can_be_broken():
@@ -58,7 +58,7 @@ def test_drawn_worlds_find_a_planted_bug(plant):
     assert world.spec.given
 
 
-@nightly
+@at_night("shrinks for half a minute")
 def test_a_bad_world_shrinks_to_little():
     """The wrong expert's weights need two experts on a rank, and a token that goes to the second."""
     world, seed = first_bad("first-experts-weights", SHRINKS)

@@ -8,6 +8,7 @@ import pytest
 from greenlet import getcurrent
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from nightly import at_night
 
 from flashmoe_numba.device.fibers import Deadlock, RandomStrategy, Scheduler, current
 from flashmoe_numba.explore.choose.choice_tree import COMPLETE, ChoiceTree
@@ -312,7 +313,7 @@ def test_the_kernel_is_clean_whatever_the_interleaving(spec):
     assert len(met) > len(covered) / 4
 
 
-@pytest.mark.skipif(settings().max_examples < 1000, reason="ten thousand runs: a nightly test")
+@at_night("ten thousand runs")
 def test_two_sources_in_a_row_tile_whatever_the_interleaving():
     """Both tokens go to expert 1: their rows share a tile, or idle processors get each in a tile of its own."""
     spec, met = replace(small_world(num_ranks=2), data_seed=2), Counter()

@@ -1,34 +1,14 @@
 """What a profile counts, on kernels whose accesses can be counted by hand."""
 
-import numpy as np
 import pytest
-from ptx_kernels import Bench
+from ptx_kernels import QUEUE_BYTES, Bench, Counting
 
-from flashmoe_numba.ptx import in_step, state
-from flashmoe_numba.ptx.in_step import FIRST_KIND, NUM_ACTIVITIES, NUM_COUNTERS, OS_BLOCK, WAITING, Profile
-from flashmoe_numba.ptx.machine import Machine, run_to_end
+from flashmoe_numba.ptx import in_step
+from flashmoe_numba.ptx.in_step import FIRST_KIND, NUM_ACTIVITIES, OS_BLOCK, WAITING
 from reference import COMBINE, GEMM0
 
 pytestmark = pytest.mark.timeout(600)  # the first run compiles the machine
 ROOM = ".shared .align 8 .b8 room[32768];\n"
-QUEUE_BYTES = 1024
-
-
-class Counting(Machine):
-    """Runs warps in step; block 1 is an OS block, and the queue is the first argument's array."""
-
-    def execute(self, S, arguments):
-        self.profile = Profile(
-            counts=np.zeros((NUM_ACTIVITIES, NUM_COUNTERS), np.int64),
-            steps=np.zeros((S.executed.size, in_step.STEP_COUNTERS), np.int64),
-            activity=np.array([WAITING, OS_BLOCK][: S.blocks.size]),
-            queues=np.array([[arguments[0], QUEUE_BYTES]]),
-            task_bytes=np.array([64, 8]),
-            together=np.zeros(state.WARP, np.int64),
-            seen=np.zeros(8 * state.WARP, np.int64),
-            banks=np.zeros(in_step.BANKS, np.int64),
-        )
-        run_to_end(in_step.run_in_step, S, self.profile)
 
 
 def count(body, *arrays, **how):

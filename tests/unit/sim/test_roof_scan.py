@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from nightly import at_night
 
 from sim import POLICY_NAMES
 
@@ -42,8 +42,7 @@ def test_a_few_cells_are_above_the_roof_and_do_not_jump(scan):
     check(rows, most=1)
 
 
-@pytest.mark.skipif(settings().max_examples < 1000, reason="1,500 cells: a nightly test")
-@pytest.mark.timeout(3600)
+@at_night("1,500 cells")
 def test_fifteen_hundred_cells_are_above_the_roof_and_few_jump(scan):
     cells = itertools.product(scan.MODELS, scan.MACHINES, scan.TOKENS, scan.ROUTINGS)
     rows = [row for cell in cells for row in scan.measured(*cell)]
