@@ -8,7 +8,11 @@ from nightly import at_night_only
 from test_ranks import HERE, ROOT, command
 
 
-@pytest.mark.parametrize("where", [*at_night_only(("mpirun", 2)), ("mpirun", 4), ("torchrun", 2)])
+@pytest.mark.parametrize(
+    "where",
+    [*at_night_only(("mpirun", 2)), ("mpirun", 4), ("torchrun", 2)],
+    ids=lambda where: "-".join(map(str, where)),
+)
 def test_ranks_have_the_gradients_of_one(where, tmp_path):
     launcher, num_ranks = where
     line = [*command(launcher, num_ranks), str(HERE / "training_worker.py"), launcher, str(tmp_path)]
