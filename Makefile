@@ -61,12 +61,14 @@ mutants: .venv/for-dev
 
 hosts-soak: .venv/for-dev
 	HYPOTHESIS_PROFILE=nightly .venv/bin/python -m pytest tests/hosts
-	.venv/bin/python experiments/34_lost_hosts.py --runs 200 --calls 10000
+	.venv/bin/python experiments/34_lost_hosts.py --runs 200
+	.venv/bin/python experiments/35_hosts_soak.py --hosts 2 --ranks-per-host 4 --load 2
+	.venv/bin/python experiments/35_hosts_soak.py --hosts 3 --ranks-per-host 2 --load 2
 
 compare: .venv/for-dev
 	.venv/bin/python tests/compare_commits.py $(BASE) --speed 5
 
-# Compilers for GPUs are some 700 MB, so they come only here; `make test` skips what needs them.
+# Compilers for GPUs are some 530 MB and NVSHMEM 310, so they come only here; `make test` skips what needs them.
 compile-test: .venv/for-compile
 	.venv/bin/python tests/compile_ahead.py gpu
 	.venv/bin/python -m pytest $(SPREAD) tests/compile

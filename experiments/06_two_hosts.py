@@ -12,8 +12,8 @@ runs.
 
 `link` is bytes of rows and results that leave the busier host, over what a stream of large messages had; `allowed` is
 the longer of that and of the time on one host, and `share` how much of it was reached. `simulated` is the policy
-flashmoe on this machine as `flashmoe calibrate` measures it, with the network of `flashmoe doctor`; where there are
-fewer cores than processors each has its part of one.
+flashmoe on this machine as `flashmoe calibrate` measures it, with the network of `flashmoe doctor`, and what cores
+carry there; where there are fewer cores than processors each has its part of one, for products and for carrying.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def shared_cores(hardware: sim.Hardware) -> sim.Hardware:
     """With what processors have of their cores where there are fewer of these."""
     part = min(1.0, count_cores() / RANKS)
     tflops = {name: rate * part for name, rate in hardware.tflops.items()}
-    return replace(hardware, tflops=tflops, hbm_gbps=hardware.hbm_gbps * part, l2_gbps=hardware.l2_gbps * part)
+    rates = {name: getattr(hardware, name) * part for name in ("hbm_gbps", "l2_gbps", "core_gbps")}
+    return replace(hardware, tflops=tflops, **rates)
 
 
 def measure(layer: Layer, local: sim.Hardware, knobs: sim.PolicyKnobs, repeats: int) -> list[Row]:

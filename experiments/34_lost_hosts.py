@@ -1,17 +1,17 @@
 """Question: what do the ranks of a layer on several hosts get when a rank, a host or a cable is lost at any moment?
 
-Command:  python experiments/34_lost_hosts.py [--runs N] [--calls N] [--json FILE]     as root, on Linux with iproute2
+Command:  python experiments/34_lost_hosts.py [--runs N] [--json FILE]     as root, on Linux with iproute2
 Expected: the results of one process, bit for bit, or an error that names who was lost, not later than the deadline and
           a slack; never anything else. Exit status 1 if there was anything else.
 
 A run is 2 hosts of 2 ranks, or as --hosts and --ranks-per-host say, made of network namespaces (hosts/namespaces.py);
-mpirun runs on one more. The ranks make calls with other numbers of tokens each time. At a moment drawn from the seed
-one of the faults of hosts/faults.py befalls them. --calls adds a run without a fault, of so many calls.
+mpirun runs on one more. The ranks make calls with other numbers of tokens each time, every third one with its backward.
+At a moment drawn from the seed one of the faults of hosts/faults.py befalls them.
 
 `right` and `named` count ranks: all its results were right, or its error names who was lost. `other`: it names a rank
 that waited itself. `ended`: by mpirun, which gives up where a whole host's processes die. `over_ms` is the longest time
 from a fault to an error, less the deadline. `problems` are hangs, wrong results, crashes, late errors, errors without a
-name, ranks that should have gone on, and processes that are left.
+name, ranks that should have gone on, and processes, shared memory and files that are left.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from lost_common import lost_parser, row_of, show_rows, tell, terms
 
 from flashmoe_numba.commands.flags import integer
 
-NONE = "none"
 COLUMNS = {
     "fault": "", "runs": "d", "calls": "d", "right": "d", "named": "d", "other": "d", "ended": "d", "over_ms": "",
     "problems": "d",
@@ -49,9 +48,6 @@ def main() -> int:
         for number, name in runs:
             verdicts[name].append(one_trial(name, size, np.random.default_rng([args.seed, number])))
             tell(number, name, verdicts[name][-1])
-        if args.calls and not args.smoke:
-            verdicts[NONE] = [one_trial(None, size, np.random.default_rng(args.seed), args.calls)]
-            tell(len(runs), NONE, verdicts[NONE][0])
     except KeyboardInterrupt:
         print("interrupted: what was done until then", flush=True)
     rows = [row(name, of_fault) for name, of_fault in verdicts.items() if of_fault]
@@ -63,7 +59,6 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = lost_parser(__doc__, FAULTS, runs=200, of_what="", deadline_s=2.0)
-    parser.add_argument("--calls", type=integer(0), default=0, help="of one more run, without a fault [0]")
     parser.add_argument("--hosts", type=integer(2), default=2, help="of a run [2]")
     parser.add_argument("--ranks-per-host", type=integer(1), default=2, help="[2]")
     args: argparse.Namespace = parser.parse_args()

@@ -141,6 +141,14 @@ class Hosts:
         """Of host `i`, without its keeper's own."""
         return processes_beside(self._keepers[i].pid)
 
+    def networks(self) -> set[str]:
+        """Names of the hosts' networks, by which their processes are known."""
+        return {os.readlink(f"/proc/{keeper.pid}/ns/net") for keeper in self._keepers}
+
+    def shared_memory(self, i: int) -> list[str]:
+        """What lies in the /dev/shm of host `i`."""
+        return os.listdir(f"/proc/{self._keepers[i].pid}/root/dev/shm")
+
     def kill(self, i: int) -> None:
         """All processes die; the system goes on, and tells their peers so."""
         kill_beside(self._keepers[i].pid)
@@ -204,10 +212,14 @@ def keep(name: str, folder: Path) -> None:
 
 def processes_beside(keeper: int) -> list[int]:
     """All of a keeper's host but itself."""
-    mine, found = os.readlink(f"/proc/{keeper}/ns/net"), []
+    return [pid for pid in processes_in({os.readlink(f"/proc/{keeper}/ns/net")}) if pid != keeper]
+
+
+def processes_in(networks: set[str]) -> list[int]:
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone, or a zombie
-            if os.readlink(folder / "ns/net") == mine and int(folder.name) != keeper:
+            if os.readlink(folder / "ns/net") in networks:
                 found.append(int(folder.name))
     return found
 

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import functools
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from lost.verdict import named_ranks
 
-from flashmoe_numba.processes.launch import find_mpirun
-from flashmoe_numba.processes.netmod import SURVIVING
-
-from .calls import DIGEST_BYTES, expected
+from .calls import Work, expected
 from .faults import FAULTS, FIRST, Harm, World
-from .namespaces import Hosts
+from .namespaces import Hosts, processes_in
+from .started import Started
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-START_LIMIT_S = 300.0
 BEGIN_CALLS = 5  # before anything is done
 MORE_CALLS = 60  # after what does no lasting harm
 MOST_LATER_S = 1.0
@@ -44,6 +36,10 @@ class Size:
     def num_ranks(self) -> int:
         return self.num_hosts * self.ranks_per_host
 
+    @property
+    def work(self) -> Work:
+        return Work(num_ranks=self.num_ranks, num_tokens=self.num_tokens)
+
 
 @dataclass
 class Verdict:
@@ -58,96 +54,71 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
 
 
-def one_trial(fault: str | None, size: Size, rng: np.random.Generator, num_calls: int = 0) -> Verdict:
-    """Run it, with a fault or for so many calls."""
+def one_trial(fault: str, size: Size, rng: np.random.Generator) -> Verdict:
+    """Run it."""
+    _compile_for(size.work)
+    verdict = Verdict()
     with Hosts(FIRST + size.num_hosts) as hosts, tempfile.TemporaryDirectory(prefix="flashmoe_trial_") as name:
-        folder, verdict = Path(name), Verdict()
-        with (folder / "stderr").open("w") as stderr:
-            process = _start(hosts, size, folder, stderr)
-            try:
-                harm = _harm(fault, hosts, size, folder, process, rng, num_calls)
-                _await_ends(harm, size, folder, process)
-                _judge(harm, size, folder, verdict)
-                _await_silence(hosts, harm, verdict)
-            except TimeoutError as error:
-                said = (folder / "stderr").read_text()[-3000:]
-                verdict.problems.append(f"{error}; calls {_calls(folder, size)}, errors {_errors(folder)}\n{said}")
-            finally:
-                hosts.close()
-                process.wait()
-        return verdict
+        folder, spaces = Path(name), hosts.networks()
+        ranks = Started(hosts, size.num_ranks, folder, "rank.py", size.num_tokens, size.deadline_s)
+        try:
+            harm = _harm(fault, ranks, size, rng)
+            _await_ends(harm, ranks, size)
+            _judge(harm, ranks, size, verdict)
+            verdict.problems += left_behind(ranks)
+        except TimeoutError as error:
+            verdict.problems.append(str(error))
+        finally:
+            ranks.close()
+    if alive := processes_in(spaces):
+        verdict.problems.append(f"processes outlive their hosts: {alive}")
+    return verdict
 
 
-def _start(hosts: Hosts, size: Size, folder: Path, stderr: object) -> subprocess.Popen[bytes]:
-    where = hosts.where(size.num_ranks, range(FIRST, FIRST + size.num_hosts))
-    own = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PMI_", "PMIX_", "OMPI_", "HYDRA_"))
-    }
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    rank = [sys.executable, "-P", str(HERE / "rank.py"), str(folder), str(size.num_tokens), str(size.deadline_s)]
-    return subprocess.Popen(
-        [*hosts.on(0), find_mpirun(), *where, *rank],
-        env=own | SURVIVING | {"PYTHONPATH": path, "HWLOC_XMLFILE": ""},
-        stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
-    )  # fmt: skip
+@functools.cache
+def _compile_for(work: Work) -> None:
+    """The kernels are in the disk cache, so that no rank compiles while others wait."""
+    next(expected(work))
 
 
-def _harm(
-    fault: str | None,
-    hosts: Hosts,
-    size: Size,
-    folder: Path,
-    process: subprocess.Popen[bytes],
-    rng: np.random.Generator,
-    num_calls: int,
-) -> Harm:
+def _harm(fault: str, ranks: Started, size: Size, rng: np.random.Generator) -> Harm:
     """Do it when all ranks make calls. Where all can go on, they are to end some calls later."""
-    first = min(BEGIN_CALLS, num_calls or BEGIN_CALLS)
-    _wait_for(lambda: min(_calls(folder, size)) >= first, START_LIMIT_S, process, "ranks do not begin")
-    pids = [int((folder / f"{rank}.pid").read_text()) for rank in range(size.num_ranks)]
-    if fault is None:
-        harm = Harm(set(), {}, time.monotonic())
-    else:
-        time.sleep(rng.uniform(0, MOST_LATER_S))
-        harm = FAULTS[fault](World(hosts, pids, size.ranks_per_host, size.deadline_s), rng)
+    ranks.wait_for_calls(BEGIN_CALLS)
+    time.sleep(rng.uniform(0, MOST_LATER_S))
+    harm = FAULTS[fault](World(ranks.hosts, ranks.pids, size.ranks_per_host, size.deadline_s), rng)
     if not harm.apart:
-        last = max(num_calls, max(_calls(folder, size)) + MORE_CALLS if fault else 0)
-        (folder / "stop.new").write_text(str(last))
-        (folder / "stop.new").rename(folder / "stop")
+        (ranks.folder / "stop.new").write_text(str(max(ranks.calls()) + MORE_CALLS))
+        (ranks.folder / "stop.new").rename(ranks.folder / "stop")
     return harm
 
 
-def _await_ends(harm: Harm, size: Size, folder: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until every rank that can has said how it ended, or mpirun is over; as long as calls are made."""
+def _await_ends(harm: Harm, ranks: Started, size: Size) -> None:
+    """Until every rank that can has said how it ended, or mpirun is over; then nobody waits for the others' words."""
 
-    def ended() -> bool:
-        return process.poll() is not None or (bool(harm.apart) and set(_errors(folder)) >= set(harm.apart))
+    def all_said() -> bool:
+        return bool(harm.apart) and set(ranks.errors()) >= set(harm.apart)
 
-    calls, limit_s = -1, 2 * size.deadline_s + size.slack_s + 5
-    since = time.monotonic()
-    while not ended():
-        if (now := sum(_calls(folder, size))) != calls:
-            calls, since = now, time.monotonic()
-        if time.monotonic() - since > limit_s:
-            raise TimeoutError(f"not all ranks have ended, and no call was made for {limit_s:g} s")
-        time.sleep(0.02)
+    ranks.wait_for_end(2 * size.deadline_s + size.slack_s + 5, all_said)
+    (ranks.folder / "over").touch()
 
 
-def _await_silence(hosts: Hosts, harm: Harm, verdict: Verdict) -> None:
-    """Where all can end by themselves, or mpirun ends them, nothing is left soon after."""
-    if harm.apart and not harm.at_once:
-        return
-    limit = time.monotonic() + GONE_LIMIT_S
-    while left := {hosts.names[i]: len(found) for i in range(len(hosts.names)) if (found := hosts.processes(i))}:
+def left_behind(ranks: Started) -> list[str]:
+    """What is there when all should have ended, in words."""
+    hosts, limit = ranks.hosts, time.monotonic() + GONE_LIMIT_S
+    while left := {name: len(found) for i, name in enumerate(hosts.names) if (found := hosts.processes(i))}:
         if time.monotonic() > limit:
-            verdict.problems.append(f"processes are left: {left}")
-            return
+            return [str(ranks.standstill(f"processes are left: {left}"))]
         time.sleep(0.05)
+    memory = {name: names for i, name in enumerate(hosts.names) if (names := hosts.shared_memory(i))}
+    files = [file.name for file in (ranks.folder / "tmp").iterdir()]
+    return [f"shared memory is left: {memory}"] * bool(memory) + [f"files are left: {files}"] * bool(files)
 
 
-def _judge(harm: Harm, size: Size, folder: Path, verdict: Verdict) -> None:
-    errors = _errors(folder)
-    _compare(size, folder, verdict)
+def _judge(harm: Harm, ranks: Started, size: Size, verdict: Verdict) -> None:
+    errors = ranks.errors()
+    _compare(ranks, size, verdict)
+    if not harm.apart and (status := ranks.process.poll()) != 0:
+        verdict.problems.append(f"all should have gone on, and mpirun's status is {status}")
     for rank in sorted(set(range(size.num_ranks)) - harm.lost):
         if rank in errors:
             _judge_error(rank, *errors[rank], harm, size, verdict)
@@ -176,37 +147,12 @@ def _judge_error(rank: int, when: float, text: str, harm: Harm, size: Size, verd
         verdict.other.append(f"rank {rank}: {text}")
 
 
-def _compare(size: Size, folder: Path, verdict: Verdict) -> None:
+def _compare(ranks: Started, size: Size, verdict: Verdict) -> None:
     """Every result that there is with that of one process."""
-    saved = [(folder / f"{rank}.digests").read_bytes() for rank in range(size.num_ranks)]
-    counts = [len(part) // DIGEST_BYTES for part in saved]
-    verdict.calls = max(counts)
-    for call, digests in zip(range(max(counts)), expected(size.num_ranks, size.num_tokens), strict=False):
+    saved = [ranks.digests(rank) for rank in range(size.num_ranks)]
+    verdict.calls = max(map(len, saved))
+    for call, digests in zip(range(verdict.calls), expected(size.work), strict=False):
         for rank, want in enumerate(digests):
-            if call < counts[rank] and saved[rank][call * DIGEST_BYTES :][:DIGEST_BYTES] != want:
+            if call < len(saved[rank]) and saved[rank][call] != want:
                 verdict.problems.append(f"rank {rank}: wrong result of call {call}")
                 return
-
-
-def _calls(folder: Path, size: Size) -> list[int]:
-    """That each rank has made."""
-    files = [folder / f"{rank}.digests" for rank in range(size.num_ranks)]
-    return [file.stat().st_size // DIGEST_BYTES if file.exists() else 0 for file in files]
-
-
-def _errors(folder: Path) -> dict[int, tuple[float, str]]:
-    """rank -> when, what."""
-    return {int(file.stem): _parse(file.read_text()) for file in folder.glob("*.error")}
-
-
-def _parse(text: str) -> tuple[float, str]:
-    when, _, what = text.partition(" ")
-    return float(when), what
-
-
-def _wait_for(condition: Callable[[], bool], limit_s: float, process: subprocess.Popen[bytes], what: str) -> None:
-    limit = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > limit or process.poll() is not None:
-            raise TimeoutError(f"{what}: mpirun's status is {process.poll()}")
-        time.sleep(0.02)

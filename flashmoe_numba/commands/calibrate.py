@@ -122,6 +122,8 @@ def hardware_of(found: Rates, settings: Settings) -> sim.Hardware:
         "graph_launch_ns": (max(1, round(found.outside_ns)), "assumption: as launch_ns"),
         "host_sync_ns": (max(1, round(found.outside_ns)), "assumption: as launch_ns"),
     }
+    if settings.backend == "cpu":
+        values["core_gbps"] = (1.0, UNUSED)
     values = {name: (_short(value), text) for name, (value, text) in values.items()}
     rate = f"least squares over tiles, for all blocks, with knob rate=1; {measured}"
     return sim.Hardware(

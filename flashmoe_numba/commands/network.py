@@ -25,13 +25,18 @@ def load_machine(file: str) -> sim.Hardware:
 
 
 def write_network(file: str, report: dict[str, Any]) -> None:
-    """Give a machine's file these hosts as nodes, whose ranks share a NIC each, and medians over links as network."""
+    """Give a machine's file these hosts as nodes, whose ranks share a NIC each, and medians over links as network.
+
+    What a core carries counts where cores do: GPUs' NICs read memory by themselves.
+    """
     before, links, num_hosts = load_machine(file), report["links"], len(report["hosts"])
     date = datetime.now(UTC).date().isoformat()
     source = (
         f"measured {date} by flashmoe doctor --hosts between {num_hosts} hosts, {report['netmod']}, median of links"
     )
-    ranks = before.gpus_per_node
+    ranks, sources = before.gpus_per_node, {"nic_gbps": source, "nic_latency_ns": f"half of a round trip; {source}"}
+    if before.core_gbps is not None:
+        sources["core_gbps"] = f"bytes over the time of carriers at both ends; {source}"
     after = replace(
         before,
         name=_name(before, num_hosts),
@@ -39,7 +44,8 @@ def write_network(file: str, report: dict[str, Any]) -> None:
         nic_gbps=float(f"{median(link['gbps'] for link in links):.4g}"),
         nic_latency_ns=max(1, round(median(link["latency_ns"] for link in links))),
         gpus_per_nic=ranks,
-        sources={**before.sources, "nic_gbps": source, "nic_latency_ns": f"half of a round trip; {source}"},
+        core_gbps=None if before.core_gbps is None else float(f"{report['core_gbps']:.4g}"),
+        sources={**before.sources, **sources},
     )
     comments = _comments(Path(file).read_text(encoding="utf-8").splitlines())
     Path(file).write_text("".join(f"{line}\n" for line in comments) + to_toml(after), encoding="utf-8")

@@ -87,7 +87,7 @@ def at_capacity_factor(args: argparse.Namespace, config: MoEConfig) -> MoEConfig
 
 
 def _config_without_factor(args: argparse.Namespace, given: dict[str, Any]) -> MoEConfig:
-    if args.model_config:
+    if args.model_config is not None:
         family = family_from(args)
         with blaming("argument --model-config"):
             fields = {"num_tokens": MODEL_TOKENS} | given

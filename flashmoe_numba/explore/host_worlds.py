@@ -42,7 +42,7 @@ HOST_WORLDS: dict[str, WorldSpec] = {
     "back across hosts": world(WIDE | dict(num_ranks=4, num_experts=4), (0, 1), hosts=2),
     "again across hosts": world(WIDE | dict(num_ranks=3, num_experts=3), (0, 1), "nothing", lanes=2, hosts=2),
     "two handles across hosts": world(BASE | dict(num_experts=4, num_topk=2), (0, 0, 2, 1), "rows", hosts=2),
-    "leaving two hosts": WorldSpec(config=MoEConfig(**THREE), epochs=2, leavers=(0, 1, 2), hosts=2),
+    "leaving two hosts": WorldSpec(config=MoEConfig(**FOUR), num_processors=1, leavers=(0, 1, 2, 3), hosts=2),
     "one leaves two hosts": WorldSpec(config=MoEConfig(**FOUR), num_processors=1, leavers=(1,), hosts=2),
     "never comes across hosts": WorldSpec(
         config=MoEConfig(**ALONE), num_processors=1, epochs=2, lost=(Lost(1, 2),), deadline=2000, hosts=2

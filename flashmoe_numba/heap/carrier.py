@@ -7,7 +7,7 @@ puts from the same rank are here, too.
 
 Why rows come first: libfabric keeps a message that nobody has asked for, and forgets it if its sender dies in the
 middle of it; one that was asked for is an error then, upon which MPI ends the receiver. With the letter they are here
-as a whole. But it keeps 64 of a rank, and reads no further: so a letter has fewer pieces.
+as a whole. But it keeps so many of a rank (FI_TCP_MAX_SAVED), and reads no further: `most_messages`.
 
 Nothing here waits. A rank that gives up says why before its abort, and in any case each rank tells its *news* now and
 then (kernel/carried.py).
@@ -35,6 +35,7 @@ WORD_BYTES = 8
 MOST_PUTS = 64  # that are taken at a time
 PIECE_BYTES = 2**20
 MOST_PIECES = 24  # of a letter
+OTHERS = 8  # news, goodbyes, and what ranks say to each other outside of calls
 
 
 class Piece(NamedTuple):
@@ -55,6 +56,14 @@ def pieces(puts: Array) -> Iterator[Piece]:
             yield Piece(source_at + first, target_at + first, PIECE_BYTES, NO_FLAG, 0)
             first += PIECE_BYTES
         yield Piece(source_at + first, target_at + first, num_bytes - first, flag_at, word)
+
+
+def most_messages(num_puts: int) -> int:
+    """That so many puts to one peer are at most, of rows that are a piece each, and what else is under way then.
+
+    Of longer rows only some pieces come between two looks at what has come.
+    """
+    return num_puts + -(-num_puts // MOST_PIECES) + OTHERS
 
 
 class Carrier:

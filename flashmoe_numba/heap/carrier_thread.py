@@ -1,7 +1,7 @@
 """The thread in which a rank's carrier works: during calls, and afterwards until all is carried; else it sleeps.
 
-While nothing moves it naps, longer and longer, so that a message waits for a small part of the time since the last one,
-and a long wait costs next to nothing.
+When nothing moves it naps, longer and longer. Each look takes a core for some 15 us, perhaps from a processor: where
+ranks share cores, shorter naps cost more than messages gain by them (experiments/06_two_hosts.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from ..errors import FlashMoEError
 from .carrier import Carrier
 
-NAP_PART = 8  # of the time since anything has moved
-SHORTEST_NAP_S, LONGEST_NAP_S = 2e-5, 1e-3
-BEATS_PER_DEADLINE = 32
+NAP_PART = 2  # of the time since anything has moved
+SHORTEST_NAP_S, LONGEST_NAP_S = 5e-4, 2e-3
 LOOK_S = 0.05
 LAST_WORDS_S = 2.0  # for what is still to be said where a call is given up
 _LEFT: list[Carrier] = []  # with messages under way for good: MPI may still read and write their memory
@@ -35,20 +34,24 @@ class CarrierThread:
         self._thread.start()
 
     @contextmanager
-    def carrying(self, deadline_s: float) -> Iterator[None]:
+    def carrying(self, patience_s: float, beat_s: float | None = None) -> Iterator[None]:
         """Carry while this lasts, and take all puts that were posted in it.
 
+        Args:
+            beat_s: from news to news, from now on; None: as before.
+
         Raises:
-            FlashMoEError: MPI does not come back, or has failed.
+            FlashMoEError: MPI does not come back for `patience_s`, or has failed.
         """
-        self._carrier.beat_s = deadline_s / BEATS_PER_DEADLINE
+        if beat_s is not None:
+            self._carrier.beat_s = beat_s
         self._wanted = True
         self._stir.set()
         try:
             try:
                 yield
             finally:
-                self._take_rest(deadline_s)
+                self._take_rest(patience_s)
         finally:
             self._wanted = False
 
@@ -124,6 +127,5 @@ class CarrierThread:
             now = time.monotonic()
             if moved:
                 moved_at = now
-            nap_s = min((now - moved_at) / NAP_PART, LONGEST_NAP_S)
-            if nap_s > SHORTEST_NAP_S:
-                time.sleep(nap_s)
+            else:
+                time.sleep(min(max((now - moved_at) / NAP_PART, SHORTEST_NAP_S), LONGEST_NAP_S))

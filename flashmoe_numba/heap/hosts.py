@@ -16,9 +16,11 @@ import numpy as np
 from reference.arrays import Array
 from reference.hosts import Hosts
 
+from ..kernel.peers import SHOWN_PER_DEADLINE
+from ..kernel.wire import FIRST, PUT_WORDS
 from ..processes.meeting import CLOSE_DEADLINE_S, SETUP_DEADLINE_S
-from ..processes.netmod import netmod
-from .carrier import Carrier
+from ..processes.netmod import netmod, require_saved
+from .carrier import Carrier, most_messages
 from .carrier_thread import CarrierThread
 from .mpi import MpiHeap
 from .protocols import Memory
@@ -67,6 +69,7 @@ class HostsHeap(MpiHeap):
     def carry(self, control_at: int, wires: Sequence[Array]) -> None:
         if self.hosts.is_one:
             return
+        _require_saved(wires[0], self.hosts)
         rank_idx = self.rank_indices[0]
         others = [rank for rank in range(self.num_ranks) if self.hosts.are_apart(rank, rank_idx)]
         letters, rows = self._comms
@@ -75,7 +78,9 @@ class HostsHeap(MpiHeap):
         weakref.finalize(self, self._carrier.stop)  # at the latest before the interpreter, and MPI with it, ends
 
     def carrying(self, deadline_s: float) -> AbstractContextManager[None]:
-        return super().carrying(deadline_s) if self._carrier is None else self._carrier.carrying(deadline_s)
+        if self._carrier is None:
+            return super().carrying(deadline_s)
+        return self._carrier.carrying(deadline_s, deadline_s / SHOWN_PER_DEADLINE)
 
     def close(self, check: Callable[[], None] | None) -> None:
         try:
@@ -109,6 +114,14 @@ def _require_threads() -> None:
         names = {MPI.THREAD_SINGLE: "SINGLE", MPI.THREAD_FUNNELED: "FUNNELED", MPI.THREAD_SERIALIZED: "SERIALIZED"}
         rule = "comm must be of an MPI that threads may call where its ranks lie on several hosts (THREAD_MULTIPLE"
         raise ValueError(f"{rule}, mpi4py's default), got THREAD_{names[level]}")
+
+
+def _require_saved(wire: Array, hosts: Hosts) -> None:
+    """That MPI keeps all messages of a call, whose puts have room in the ring."""
+    from mpi4py import MPI
+
+    puts_to_all = (wire.size - FIRST) // PUT_WORDS
+    require_saved(MPI, most_messages(-(-puts_to_all // hosts.most_apart)))
 
 
 def _warn_of_losses() -> None:

@@ -30,7 +30,9 @@ def describe(rank_idx: int, control: np.ndarray) -> str | None:
     }[r.flag]
     last = r.found >> EPOCH_SHIFT
     holds = f"; it holds epoch {last}" if r.flag in (c.DISPATCH_FLAG, c.RESULT_FLAG) else ""
-    absent = _absent(r.peer, last, r.epoch) if r.flag == c.DISPATCH_FLAG and last < r.epoch else ""
+    absent = _absent(r.peer, last, r.epoch) if r.flag == c.DISPATCH_FLAG else ""
+    if last > r.epoch:  # which came before it
+        holds, absent = f"; that of epoch {last} is here", ""
     return (
         f"rank {rank_idx}, block {r.block} ({ROLES[r.role]}) gave up in epoch {r.epoch}: "
         f"waited for {waited_for}{holds}; {r.missing} flags missing, "

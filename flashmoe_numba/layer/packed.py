@@ -10,6 +10,7 @@ import numpy as np
 
 from reference import MoEConfig, Weights
 
+from ..errors import FlashMoEError
 from ..heap.packing import unpack
 from ..heap.rank import Rank
 from ..heap.sums import Sums
@@ -55,11 +56,14 @@ class PackedWeights(Owned):
         self.sums = [Sums() for _ in shards]
 
     def load(self, weights: Weights) -> None:
-        """Fill this with other weights, where it is. No call may be under way.
+        """Fill this with other weights, where it is, while its layer is open. No call may be under way.
 
         Raises:
+            FlashMoEError: the layer is closed.
             TypeError, ValueError: naming the array, what it is and what the config asks for.
         """
+        if not self._ranks:
+            raise FlashMoEError("the layer that packed these weights is closed: they can be unpacked, but not loaded")
         pairs = list(zip(self._ranks, self._shards(weights), strict=True))
         for (rank, of_rank), experts in zip(pairs, self.of_ranks, strict=True):
             rank.packing.pack(of_rank, experts)

@@ -11,7 +11,8 @@ import re
 from typing import Any, NamedTuple
 
 SURVIVING = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}  # before MPI begins
-PREFERRED = SURVIVING | {"FI_TCP_MAX_SAVED": "4096"}  # messages that a rank may have sent before they are asked for
+SAVED_VARIABLE, SAVED_BY_DEFAULT = "FI_TCP_MAX_SAVED", 64  # libfabric's
+PREFERRED = SURVIVING | {SAVED_VARIABLE: "4096"}  # messages that a rank may have sent before they are asked for
 PROVIDER_VARIABLES = ("FI_PROVIDER", "MPIR_CVAR_OFI_USE_PROVIDER")
 CURE = " ".join(f"{name}={value}" for name, value in SURVIVING.items())
 
@@ -51,6 +52,23 @@ def prefer_surviving() -> None:
     """Where the user has chosen nothing: what outlives a lost rank. To be called before MPI begins."""
     for name, value in PREFERRED.items():
         os.environ.setdefault(name, value)
+
+
+def require_saved(MPI: Any, most: int) -> None:
+    """That libfabric over TCP keeps the messages that a rank may send another in a call.
+
+    Of a rank from which more have come than it keeps it reads no further, and does not find those that it has.
+
+    Raises:
+        ValueError: it keeps `most` or fewer.
+    """
+    given = os.environ.get(SAVED_VARIABLE, "")
+    saved = int(given) if given.isdecimal() else SAVED_BY_DEFAULT
+    if netmod(MPI).name == "ofi/tcp" and saved <= most:
+        rule = f"{SAVED_VARIABLE} must be more than {most} before MPI begins"
+        why = "a rank may send another so many messages in a call of this layer"
+        cure = f"export {SAVED_VARIABLE}={max(int(PREFERRED[SAVED_VARIABLE]), 2 * most)}"
+        raise ValueError(f"{rule}, got {given or f'none, which is {saved}'}: {why}; {cure}")
 
 
 if __name__ == "__main__":  # in a process of its own, because MPI begins: name, survives, may threads call it

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import sys
 import threading
 import time
 import traceback
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import FlashMoEError
+from .ending import LAST_WORDS_S, end_all_ranks
 from .launch import TERMINAL_VARIABLE, answer_ctrl_c, tell_begun
 from .machine import machine_name
 from .meeting import SETUP_DEADLINE_S, unlink_startup_segment, wait_for
@@ -32,7 +32,6 @@ GAVE_UP, FAILED = 1, 2  # values of LEFT: another rank is to blame, or this one
 SPINS = 20
 NAP_S = 5e-4
 HEADSTART_NS = 2_000_000  # from the last arrival at a meeting to the common start: several naps
-LAST_WORDS_S = 0.5  # for the messages of the other ranks, before everything ends
 
 
 class LocalRanks:
@@ -148,11 +147,8 @@ class MpiRanks:
         if message:
             over = "\r\x1b[K" if os.environ.get(TERMINAL_VARIABLE) else ""  # the progress bar
             os.write(2, f"{over}flashmoe: {message}\n".encode())  # at once, so that ranks do not cut each other's lines
-        sys.stdout.flush()
         time.sleep(LAST_WORDS_S)
-        threading.Thread(target=self.comm.Abort, args=(code,), daemon=True).start()
-        time.sleep(LAST_WORDS_S)
-        os._exit(code)  # without MPI, which a lost rank may hold up
+        end_all_ranks(self.comm, code)
 
     def _finish(self, begin: Callable[[], Any], what: str, deadline_s: float | None = None) -> None:
         """Wait for a collective that `begin` begins: in a thread, as a lost rank may hold up a call of MPI for ever."""

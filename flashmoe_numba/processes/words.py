@@ -21,7 +21,8 @@ LINE_WORDS = 8  # on a cache line of its own
 MINE_AGAIN_S = 0.05  # a line that has changed without a word is sent so often
 GOODBYE_S = 2.0  # for messages that are under way when Python ends
 LINE, GOODBYE = range(2)  # tags
-HURRY_S, NO_HURRY_S = 2e-4, 5e-3  # between looks at what has come, while somebody waits for it and while nobody does
+HURRY_S = 2e-4  # between looks at what has come, while somebody waits for it
+AWAITED_S = 2e-3  # so long after a nap somebody may still wait: several naps, and little of what they time then
 
 
 class Words(Protocol):
@@ -85,6 +86,7 @@ class SentWords:
         self._on_their_way: list[Any] = []
         self._staying = set(range(comm.size)) - {comm.rank}
         self._told, self._news, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._stir = threading.Event()  # of the thread that carries: there is something to do
         self._awaited_at = 0.0
 
     def begin(self) -> SentWords:
@@ -97,16 +99,24 @@ class SentWords:
     def _end(self, carrier: threading.Thread) -> None:
         """MPI does not end well while messages are under way."""
         self._ended.set()
-        self._told.set()
+        self._stir.set()
         carrier.join(GOODBYE_S + 1)
 
     def tell(self) -> None:
         self._told.set()
+        self._stir.set()
 
     def nap(self, seconds: float) -> None:
-        self._awaited_at = time.monotonic()
+        was_awaited, self._awaited_at = self._is_awaited, time.monotonic()
+        if not was_awaited:
+            self._stir.set()
         self._news.wait(seconds)
         self._news.clear()
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Does somebody wait for news, as far as naps tell?"""
+        return time.monotonic() - self._awaited_at < AWAITED_S
 
     def _carry(self) -> None:
         from mpi4py import MPI
@@ -114,8 +124,8 @@ class SentWords:
         while not self._ended.is_set():
             with contextlib.suppress(MPI.Exception):  # a rank is lost: the others may still speak
                 self.exchange()
-            waits = time.monotonic() - self._awaited_at < MINE_AGAIN_S
-            self._told.wait(HURRY_S if waits else NO_HURRY_S)
+            self._stir.wait(HURRY_S if self._is_awaited else MINE_AGAIN_S)
+            self._stir.clear()
         with contextlib.suppress(MPI.Exception):
             self.part(GOODBYE_S)
 

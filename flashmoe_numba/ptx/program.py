@@ -41,7 +41,8 @@ _UNARY, _TERNARY = (
 _SPACES = {None: op.GENERIC, "global": op.GLOBAL, "shared": op.SHARED}
 _ATOMICS = {"ld": op.LOAD_WORD, "st": op.STORE_WORD, "atom.add": op.ATOMIC_ADD, "atom.cas": op.ATOMIC_CAS}
 _SAME_AS = {  # where no order or scope is said
-    "ld.volatile.global.u64": "ld.relaxed.sys.b64", "atom.global.cas.b64": "atom.cas.relaxed.gpu.b64",
+    "ld.volatile.u64": "ld.relaxed.sys.b64", "ld.volatile.global.u64": "ld.relaxed.sys.b64",
+    "atom.cas.b64": "atom.cas.relaxed.gpu.b64", "atom.global.cas.b64": "atom.cas.relaxed.gpu.b64",
 }  # fmt: skip
 _LONE = {
     "wgmma.fence.sync.aligned": op.WGMMA_FENCE, "wgmma.commit_group.sync.aligned": op.WGMMA_COMMIT,
@@ -257,6 +258,17 @@ class _Loader:
         target, a, b, condition = (self._slot(i, operand) for operand in i.operands)
         self._emit(op.SELECT, target, a, b, condition)
 
+    def _insert(self, i: Instruction, match: re.Match[str]) -> None:
+        """9.7.1.20, of constant bits: so many of `a`, from the first one on, in the place of some of `b`."""
+        first, length = (int(operand) for operand in i.operands[3:])
+        taken = (1 << length) - 1
+        replaced = (taken << first) & (1 << 64) - 1
+        target, a, b = (self._slot(i, operand) for operand in i.operands[:3])
+        self._emit(op.AND, self.temporary, a, self._constant(taken))
+        self._emit(op.SHL64, self.temporary, self.temporary, self._constant(first))
+        self._emit(op.AND, target, b, self._constant(replaced ^ (1 << 64) - 1))
+        self._emit(op.OR, target, target, self.temporary)
+
     def _compare(self, i: Instruction, match: re.Match[str]) -> None:
         found = op.COMPARISONS.get((match[1], match[3]))
         if found is None:
@@ -370,6 +382,7 @@ class _Loader:
 
 _FORMS: list[tuple[re.Pattern[str], Callable[[_Loader, Instruction, re.Match[str]], None]]] = [
     (re.compile(r"selp\.\w+"), _Loader._select),
+    (re.compile(r"bfi\.b64"), _Loader._insert),
     (_COMPARISON, _Loader._compare),
     (re.compile(r"bra(\.uni)?"), _Loader._branch),
     (re.compile(r"ld\.param\.[bsu]64"), _Loader._load_parameter),

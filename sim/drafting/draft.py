@@ -103,16 +103,17 @@ class Draft(RankDraft):
         flops = 2 * columns / tiles * depth
         tile = self._tile(kind, blocks.expert, blocks.height, blocks.rows, blocks, tile_n)
         usual: dict[str, ArrayLike] = {"peer": blocks.sources(owner), "count": tiles}
+        usual |= self.cost.node_of_tile(*tile)
         if source is not None:
             nbytes = blocks.rows * columns / tiles * self.world.precision.result_bytes
             usual |= {"peer": source} | self.machine.transfer(owner, source, nbytes)
+            usual["duration_ns"] = np.asarray(usual["duration_ns"]) + self.machine.carried_ns(owner, source, nbytes)
         return self.builder.add(
             kind,
             owner,
             expert=self.local[blocks.expert],
             m=blocks.m,
             server=self.machine.sm[owner],
-            **self.cost.node_of_tile(*tile),
             flops=flops * blocks.height,
             useful_flops=flops * blocks.rows,
             **(usual | fields),

@@ -49,6 +49,14 @@ class Machine:
         path = self.path(source, target)
         return path | {"nbytes": np.where(path["egress"] == NONE, 0, np.ceil(np.asarray(nbytes)).astype(np.int64))}
 
+    def carried_ns(self, source: ArrayLike, target: ArrayLike, nbytes: ArrayLike) -> Array:
+        """What cores take to carry bytes between nodes: nothing within one, or where NICs do it by themselves."""
+        hardware = self.world.hardware
+        far = np.asarray(source) // hardware.gpus_per_node != np.asarray(target) // hardware.gpus_per_node
+        ns_per_byte = 0.0 if hardware.core_gbps is None else 1 / hardware.core_gbps
+        time: Array = np.ceil(far * np.asarray(nbytes) * ns_per_byte).astype(np.int64)
+        return time
+
 
 def link_names(name: str) -> tuple[str, str]:
     """What links of this kind are called: those out of a GPU, and those into it."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..engine.graph import Array, GraphBuilder
+from ..engine.graph import NONE, Array, GraphBuilder
 from ..engine.kinds import BARRIER, COMBINE, GATE, JOIN, LAUNCH, PERMUTE, SEND
 from ..world.routing import ZERO
 from ..world.world import World
@@ -241,5 +241,12 @@ class RankDraft:
         self.builder.edge(nodes[before[same]], nodes[after[same]])
 
     def send(self, kind: int, source: Array, target: Array, nbytes: ArrayLike, **fields: ArrayLike) -> Array:
-        """Tasks of `source` after which `nbytes` each go to `target`; they take no slots, unless fields say so."""
+        """Tasks of `source` after which `nbytes` each go to `target`.
+
+        They take no slots, unless fields say so, or cores have to carry the bytes.
+        """
+        carried = self.machine.carried_ns(source, target, nbytes)
+        if carried.any():
+            fields = {"server": np.where(carried > 0, self.machine.sm[source], NONE)} | fields
+            fields["duration_ns"] = np.asarray(fields.get("duration_ns", 0)) + carried
         return self.builder.add(kind, source, peer=target, **fields, **self.machine.transfer(source, target, nbytes))

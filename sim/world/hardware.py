@@ -47,6 +47,9 @@ class Hardware:
         nvlink_gbps, nvlink_latency_ns: of one link, achieved to all peers together; a small one-sided put.
         sm_write_gbps, sm_read_gbps: the most that one SM stores to peers and loads from them.
         nic_gbps, nic_latency_ns: of one NIC, achieved between nodes; a small put.
+        core_gbps: what a core carries between nodes, where blocks have none beside theirs and so wait meanwhile: bytes
+            over the time of cores at both ends, for all of which the sender's are taken. None: NICs read and write
+            memory by themselves, as those of GPUs.
         flag_ns: from the store of a signal until a spinning reader on a peer has seen it.
         barrier_ns: a barrier over the GPUs of a node inside a kernel.
         launch_ns, graph_launch_ns: the host submits one kernel; the gap between two nodes of a CUDA graph.
@@ -85,6 +88,7 @@ class Hardware:
     gpus_per_link: int = 1
     gpus_per_nic: int = 1
     clock_ghz: float | None = None
+    core_gbps: float | None = None
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -98,8 +102,9 @@ class Hardware:
             _check_value(name, getattr(self, name), whole)
         if self.hbm_achieved > 1:
             raise ValueError(f"hbm_achieved must be a share in (0, 1], got {self.hbm_achieved}")
-        if self.clock_ghz is not None:
-            _check_value("clock_ghz", self.clock_ghz)
+        for name in SOURCED:
+            if getattr(self, name) is not None:
+                _check_value(name, getattr(self, name))
         self._check_links()
         self._check_tflops()
         self._check_sources()

@@ -2,7 +2,8 @@
 
 Presets are TOML files in presets/, one per GPU kind; a machine is named by it: "8xH100" is one node, "2x8xH100" two. A
 file of the user's own has the same schema, and "2xmy.toml" is two of its nodes, "2x4xmy.toml" two of 4 GPUs. Optional
-keys: `chip`, [gpu] `clock_ghz`, [node] `link` and `gpus_per_link`, [network] `link` and `gpus_per_nic`; see `Hardware`.
+keys: `chip`, [gpu] `clock_ghz`, [node] `link` and `gpus_per_link`, [network] `link`, `gpus_per_nic` and `core_gbps`;
+see `Hardware`.
 """
 
 from __future__ import annotations

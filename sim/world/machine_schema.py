@@ -21,8 +21,9 @@ OPTIONAL = {  # (table, key) of a file: the field of `Hardware`, whose default c
     ("node", "gpus_per_link"): "gpus_per_link",
     ("network", "link"): "network_link",
     ("network", "gpus_per_nic"): "gpus_per_nic",
+    ("network", "core_gbps"): "core_gbps",
 }
-SOURCED = ("clock_ghz",)  # of these, those whose source a file must have if it has them
+SOURCED = ("clock_ghz", "core_gbps")  # of these, those whose source a file must have if it has them
 VALUES = tuple(name for names in TABLES.values() for name in names)
 
 

@@ -31,9 +31,9 @@ class Running:
         path = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/mpi")]
         left_over = ("PMI_", "PMIX_", "OMPI_", "HYDRA_")
         own = {name: value for name, value in os.environ.items() if not name.startswith(left_over)}
-        chosen = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "HWLOC_XMLFILE": ""}
+        chosen = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_MAX_SAVED": "4096"}
         self.started = []
-        self.environment = own | chosen | {"PYTHONPATH": os.pathsep.join(path)}
+        self.environment = own | chosen | {"HWLOC_XMLFILE": "", "PYTHONPATH": os.pathsep.join(path)}
 
     def start(self, command, on=0, **settings):
         pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | settings

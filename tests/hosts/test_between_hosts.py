@@ -96,6 +96,7 @@ def test_doctor_measures_the_limits_of_cables_and_writes_them(hosts_of, tmp_path
     assert [(link["source"], link["target"]) for link in report["links"]] == [(0, 1), (1, 0)]
     for link in report["links"]:  # what buffers take at the begin is some percent of a stream
         assert 0.25 * mbit / 8e3 < link["gbps"] < 1.15 * mbit / 8e3
+    assert 0.01 < report["core_gbps"] < 100
     assert "host-2 to host-3" in done.stdout and "ofi/tcp, outlives a lost rank" in done.stdout
     machine = load_hardware(str(file))
     assert (machine.num_nodes, machine.gpus_per_nic) == (2, 2)

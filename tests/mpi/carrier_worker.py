@@ -2,12 +2,16 @@
 
 import sys
 import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from layer_worker import main
 from losing import wait_for
 
+from flashmoe_numba.bench import carrying as bench
 from flashmoe_numba.heap import carrier
 from flashmoe_numba.heap.carrier import PIECE_BYTES
 from flashmoe_numba.heap.hosts import HostsHeap
@@ -148,6 +152,28 @@ def abort(comm, folder, ranks_per_host):
         comm.Barrier()
     assert side.control[ABORT] == culprit + 1
     side.heap.close(lambda: None)
+
+
+def carrying(comm, folder, ranks_per_host):
+    """Streams to measure by: all rows of all others come, and what other threads take of cores counts."""
+    bench.NUM_PUTS, bench.PUT_BYTES, bench.REPEATS = 5, 8192, 2
+    per_host = int(ranks_per_host)
+    stream = bench.Stream(comm, per_host)
+    for number in range(3):
+        stream.run(number)
+        for other in stream.others:
+            assert (stream.received[other] == number + other).all()
+        comm.Barrier()
+    stream.heap.close(lambda: None)
+    all_threads, this_one = count(), count()  # each look finds that time has passed
+    bench.time = SimpleNamespace(
+        process_time=lambda: next(all_threads) * (comm.rank + 1) / 4, thread_time=lambda: next(this_one) / 8,
+        monotonic=time.monotonic, sleep=time.sleep,
+    )  # fmt: skip
+    spent_s = sum((rank + 1) / 4 - 1 / 8 for rank in range(comm.size))
+    pairs = sum(stream.heap.hosts.are_apart(a, b) for a in range(comm.size) for b in range(comm.size))
+    expected = pairs * 5 * 8192 / spent_s / 1e9
+    assert bench.measure_carrying(comm, per_host) == pytest.approx(expected)
 
 
 if __name__ == "__main__":

@@ -59,15 +59,17 @@ def changing(comm, folder):
 
 def late_carriers(comm, folder):
     """Of every other rank: puts and messages pile up."""
-    step = Carrier.step
+    step, piles = Carrier.step, []
 
     def late_step(self):
         time.sleep(0.03)
+        piles.append(int(self._wire[0]) - self._taken)
         return step(self)
 
     if comm.rank % 2:
         Carrier.step = late_step
     changing(comm, folder)
+    assert comm.rank % 2 == 0 or max(piles) > 2, f"{max(piles)} puts at a time"
 
 
 def paused(comm, folder):
@@ -85,6 +87,12 @@ def paused(comm, folder):
         Carrier.send_puts = send_puts
     changing(comm, folder)
     assert comm.rank != VICTIM or Carrier.was_paused
+
+
+def many_puts(comm, folder):
+    """More to each other rank in a call than libfabric keeps by default."""
+    config = make_config(comm.size, num_experts=70 * comm.size)
+    FlashMoE(config, make_weights(config), comm=comm, deadline_s=DEADLINE_S).close()
 
 
 def mixed(comm, folder):

@@ -104,6 +104,16 @@ def test_an_error_on_one_rank_is_raised_on_all(scenario, own, others, tmp_path):
         assert_named(message, *(own if rank == VICTIM or others is None else others))
 
 
+@pytest.mark.parametrize("saved", [None, "4096"])
+def test_a_layer_is_refused_where_mpi_does_not_keep_its_messages(saved, tmp_path, monkeypatch):
+    monkeypatch.delenv("FI_TCP_MAX_SAVED", raising=False)
+    environment = TCP | {"FI_TCP_MAX_SAVED": saved} if saved else {n: TCP[n] for n in TCP if n != "FI_TCP_MAX_SAVED"}
+    status, err, errors = run_on_hosts("many_puts", (2, 1), tmp_path, **environment)
+    assert (status == 0) == (saved is not None) and sorted(errors) == ([] if saved else [0, 1]), f"{errors}\n{err}"
+    for message in errors.values():
+        assert_named(message, "ValueError: FI_TCP_MAX_SAVED must be more than", "got none, which is 64")
+
+
 def test_a_rank_that_comes_too_late_is_named_by_all_others_and_told(tmp_path):
     status, err, errors = run_on_hosts("late", (4, 2), tmp_path)
     assert status != 0, err

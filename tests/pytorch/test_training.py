@@ -262,6 +262,24 @@ def test_forward_mode_derivatives_are_refused(train):
 # weights
 
 
+def test_a_layer_with_a_norm_of_results_learns():
+    """To give the results of another one."""
+    config = KINDS["normed"]
+    teacher, module, x = make_module(config, seed=1), make_module(config, train=True), tokens(config, 3)
+    with torch.no_grad():
+        wanted, before = teacher(x), module.result_scale.clone()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = (module(x) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 5
+    assert (module.result_scale != before).all()
+
+
 def test_a_step_of_an_optimizer_reaches_both_copies():
     module, x = make_module(train=True), tokens()
     gradients(module, x)

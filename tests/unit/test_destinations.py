@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -243,7 +244,7 @@ def test_run_starts_the_ranks_there(launcher, mpirun, capfd):
 
 LINK = {"source": 0, "target": 1, "latency_ns": 9000.0, "gbps": 1.0}
 MEASURED = {"netmod": "ofi/tcp", "survives_a_lost_rank": True, "fix": "", "threads": True, "hosts": ["a", "b"]}
-MEASURED |= {"links": [LINK]}
+MEASURED |= {"links": [LINK], "core_gbps": 0.5}
 
 
 def test_what_ranks_found_is_written_where_the_command_was_given(launcher, mpirun, capfd, monkeypatch, tmp_path):
@@ -287,7 +288,7 @@ def test_what_was_measured_becomes_the_network_of_a_machine(tmp_path):
     file.write_text(f"# simulate with --set rate=1.0\n{to_toml(load_hardware('4xH100'))}")
     speeds = [(5000.0, 0.5), (7000.0, 0.7), (6000.0, 0.65)]
     links = [{"source": 0, "target": 1, "latency_ns": latency, "gbps": gbps} for latency, gbps in speeds]
-    report = {"hosts": ["a", "b", "c"], "links": links, "netmod": "ofi/tcp"}
+    report = {"hosts": ["a", "b", "c"], "links": links, "netmod": "ofi/tcp", "core_gbps": 0.87654}
     for _ in range(2):  # once more changes nothing
         write_network(str(file), report)
         before, after = load_hardware("4xH100"), load_hardware(str(file))
@@ -297,3 +298,9 @@ def test_what_was_measured_becomes_the_network_of_a_machine(tmp_path):
         assert (after.name, after.chip, after.nvlink_gbps) == ("3 x 4xH100", before.chip, before.nvlink_gbps)
         assert "flashmoe doctor --hosts between 3 hosts, ofi/tcp" in after.sources["nic_gbps"]
         assert after.sources["nvlink_gbps"] == before.sources["nvlink_gbps"]
+        assert after.core_gbps is None, "of a GPU no core carries anything"
+    cores = replace(before, core_gbps=9.0, sources={**before.sources, "core_gbps": "a test"})
+    file.write_text(to_toml(cores))
+    write_network(str(file), report)
+    after = load_hardware(str(file))
+    assert after.core_gbps == 0.8765 and "flashmoe doctor --hosts" in after.sources["core_gbps"]

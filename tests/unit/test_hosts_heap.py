@@ -3,9 +3,12 @@
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from flashmoe_numba.heap import carrier_thread, hosts
+from reference import Hosts
+from reference.sizes import PUT_BYTES, RING_HEAD_BYTES
 
 LEVELS = {f"THREAD_{name}": number for number, name in enumerate(["SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE"])}
 
@@ -34,6 +37,18 @@ def test_a_netmod_that_ends_the_others_is_named(netmod, warns, monkeypatch, recw
         return
     with pytest.warns(RuntimeWarning, match="ucx.*FI_PROVIDER=tcp"):
         hosts._warn_of_losses()
+
+
+@pytest.mark.parametrize(("puts_to_a_peer", "most"), [(24, 24 + 1 + 8), (25, 25 + 2 + 8), (64, 64 + 3 + 8)])
+@pytest.mark.parametrize("of_rank", [(0, 1), (0, 0, 1, 1), (0, 1, 1, 2)])  # 1, 2 and 3 ranks apart from one
+def test_mpi_must_keep_all_messages_of_a_call_to_one_peer(puts_to_a_peer, most, of_rank, monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI="MPI"))
+    monkeypatch.setattr(hosts, "require_saved", lambda *arguments: asked.append(arguments))
+    there = Hosts(of_rank)
+    apart = len(of_rank) - min(of_rank.count(host) for host in of_rank)
+    hosts._require_saved(np.zeros((RING_HEAD_BYTES + apart * puts_to_a_peer * PUT_BYTES) // 8, np.int64), there)
+    assert asked == [("MPI", most)]
 
 
 class Idle:

@@ -4,7 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashmoe_numba.processes.netmod import PROVIDER_VARIABLES, SURVIVING, netmod
+from flashmoe_numba.processes.netmod import (
+    PREFERRED,
+    PROVIDER_VARIABLES,
+    SAVED_VARIABLE,
+    SURVIVING,
+    netmod,
+    require_saved,
+)
 
 BOTH = "MPICH Version:      5.0.2\nMPICH Device:       ch4:ucx ofi\nMPICH configure:    --with-device=ch4:ucx,ofi\n"
 
@@ -28,3 +35,27 @@ def test_the_netmod_is_named(monkeypatch, vendor, said, variables, name, survive
     found = netmod(SimpleNamespace(get_vendor=lambda: (vendor, (5, 0)), Get_library_version=lambda: said))
     assert found == (name, survives)
     assert (name in found.warning() and "MPIR_CVAR_CH4_NETMOD=ofi FI_PROVIDER=tcp" in found.warning()) != survives
+
+
+@pytest.mark.parametrize(("variables", "most", "refused"), [
+    (SURVIVING, 63, None),
+    (SURVIVING, 64, "64 before MPI begins, got none, which is 64: "),
+    (SURVIVING | {SAVED_VARIABLE: "lots"}, 70, "70 before MPI begins, got lots: "),  # libfabric keeps its default
+    (SURVIVING | {SAVED_VARIABLE: "100"}, 70, None),
+    (SURVIVING | {SAVED_VARIABLE: "100"}, 100, "100 before MPI begins, got 100: "),
+    (PREFERRED, 4095, None),
+    ({"MPIR_CVAR_CH4_NETMOD": "ucx"}, 5000, None),
+])  # fmt: skip
+def test_as_many_messages_must_be_kept_as_a_call_has(monkeypatch, variables, most, refused):
+    for variable in (*PREFERRED, *PROVIDER_VARIABLES):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    mpi = SimpleNamespace(get_vendor=lambda: ("MPICH", (5, 0)), Get_library_version=lambda: BOTH)
+    if refused is None:
+        require_saved(mpi, most)
+        return
+    with pytest.raises(ValueError, match="so many messages in a call of this layer") as caught:
+        require_saved(mpi, most)
+    assert str(caught.value).startswith(f"FI_TCP_MAX_SAVED must be more than {refused}")
+    assert str(caught.value).endswith("export FI_TCP_MAX_SAVED=4096")

@@ -1,6 +1,7 @@
 """Words that are sent instead of shared: the last line of each rank arrives, and none that is late holds anybody up."""
 
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,7 +35,7 @@ class Post:
 
 
 def lines_of(post, monkeypatch):
-    fake = SimpleNamespace(ANY_SOURCE=-1, ANY_TAG=-1, Status=SimpleNamespace)
+    fake = SimpleNamespace(ANY_SOURCE=-1, ANY_TAG=-1, Status=SimpleNamespace, Exception=OSError)
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=fake))
     return [SentWords(post.of(rank)) for rank in range(len(post.boxes))]
 
@@ -81,6 +82,23 @@ def test_who_naps_is_woken_by_news(monkeypatch):
     lines[0].exchange()
     lines[1].exchange()
     lines[1].nap(1000.0)
+
+
+def test_who_naps_wakes_the_thread_that_looks_for_news(monkeypatch):
+    monkeypatch.setattr(words, "MINE_AGAIN_S", 1000.0)  # by itself it does not look again
+    lines = lines_of(Post(2), monkeypatch)
+    asleep, stir = threading.Event(), lines[0]._stir
+    monkeypatch.setattr(stir, "wait", lambda seconds, wait=stir.wait: (asleep.set(), wait(seconds)))
+    thread = threading.Thread(target=lines[0]._carry, daemon=True)
+    thread.start()
+    asleep.wait()
+    lines[1].mine[0] = 5
+    lines[1].tell()
+    lines[1].exchange()
+    lines[0].nap(20.0)
+    assert lines[0].all[1, 0] == 5
+    monkeypatch.setattr(words, "GOODBYE_S", 0.0)
+    lines[0]._end(thread)
 
 
 def test_who_parts_takes_all_that_is_under_way(monkeypatch):

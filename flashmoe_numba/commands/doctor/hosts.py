@@ -63,6 +63,7 @@ def _measure(world: MpiRanks) -> dict[str, Any]:
     """The JSON object, on rank 0."""
     from mpi4py import MPI
 
+    from ...bench.carrying import measure_carrying
     from ...processes.links import measure_links
     from ...processes.netmod import CURE, netmod
 
@@ -76,6 +77,7 @@ def _measure(world: MpiRanks) -> dict[str, Any]:
         "threads": MPI.Query_thread() == MPI.THREAD_MULTIPLE,
         "hosts": names,
         "links": [link._asdict() for link in links],
+        "core_gbps": measure_carrying(world.comm),
     }
 
 
@@ -89,5 +91,6 @@ def lines(report: dict[str, Any], file: str | None) -> Iterator[str]:
     for link in report["links"]:
         name = f"{hosts[link['source']]} to {hosts[link['target']]}"
         yield f"{OK:6}{name:24}{link['latency_ns'] / 1e3:8.1f} us  {link['gbps']:8.3f} GB/s"
+    yield f"{OK:6}{'a core carries':24}{report['core_gbps']:23.3f} GB/s, where the time of both ends counts"
     if file is not None:
         yield f"\nsimulate on them with\nflashmoe sim --hardware {file}"

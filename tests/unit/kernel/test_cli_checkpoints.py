@@ -86,6 +86,7 @@ def test_a_router_with_sigmoid_scores_and_a_bias_is_run(tmp_path, capsys):
     (["run", "--layer", "7"], "argument --layer: goes with --model-config or --checkpoint, got 7 without"),
     (["run", "--layer", "0"], "argument --layer: goes with --model-config or --checkpoint, got 0 without"),
     (["plan", "--layer", "7"], "argument --layer: goes with --model-config, got 7 without"),
+    (["plan", "--model-config", ""], "argument --model-config: .: must be a JSON file, got a folder"),
     (["sim", "--family", "mixtral"], "argument --family: goes with --model-config, got 'mixtral' without"),
 ])  # fmt: skip
 def test_flags_of_a_model_without_one_are_refused(capsys, flags, message):

@@ -61,10 +61,13 @@ def test_a_call_that_was_kept_is_closed_with_its_layer():
     x = [part[:3] for part in random_tokens(CONFIG)]
     with FlashMoE(CONFIG, WEIGHTS, backend="fibers", save="rows") as layer:
         _, saved = layer.forward(x)
+        packed = layer.packed
         assert not saved.closed and [len(idx) for idx in saved.topk_idx] == [3, 3]
     assert saved.closed
     with pytest.raises(ValueError, match=r"^saved must not have been used before: call 1 .* or its layer was$"):
         saved.topk_idx  # noqa: B018
     with pytest.raises(FlashMoEError, match=r"^this layer is closed: close\(\) was called$"):
         layer.backward(saved, x)
+    with pytest.raises(FlashMoEError, match=r"^the layer that packed these weights is closed: they can be unpacked"):
+        packed.load(WEIGHTS)
     saved.close()  # once more does nothing

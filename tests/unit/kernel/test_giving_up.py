@@ -228,6 +228,10 @@ def test_the_os_block_names_what_it_waits_for(results_left, missing):
             f"{GAVE_UP}the dispatch flag of rank 5 for expert 6 here; it holds epoch 8; {SILENCE}; {ABSENT}",
         ),
         (
+            dict(flag=DISPATCH_FLAG, found=10 << 32),
+            f"{GAVE_UP}the dispatch flag of rank 5 for expert 6 here; that of epoch 10 is here; {SILENCE}",
+        ),
+        (
             dict(flag=RESULT_FLAG),
             f"{GAVE_UP}the result flag of rank 5, its expert 6, row tile 7; it holds epoch 8; {SILENCE}",
         ),
@@ -246,7 +250,7 @@ def test_the_os_block_names_what_it_waits_for(results_left, missing):
             f"rank 2 closed its layer after 9 calls, and another rank made one more; {SAME_CALLS}",
         ),
     ],
-    ids=["dispatch", "result", "gate", "task", "failed", "closed by a thread", "closed early"],
+    ids=["dispatch", "dispatch of the next", "result", "gate", "task", "failed", "closed by a thread", "closed early"],
 )
 def test_a_record_in_words(fields, said):
     assert describe(2, control(**(WAITED | fields))) == said

@@ -227,6 +227,13 @@ def test_a_choice_takes_the_first_where_the_predicate_holds():
         )
 
 
+@pytest.mark.parametrize(("first", "length"), [(1, 63), (0, 5), (60, 8), (0, 64), (64, 3), (7, 0)])
+def test_bits_are_put_in_the_place_of_others(first, length):
+    place = ((1 << length) - 1) << first & (1 << 64) - 1
+    instruction = f"bfi.b64 {{d}}, {{a}}, {{b}}, {first}, {length}"
+    assert_means(instruction, ["b64", "b64"], "b64", lambda a, b: a << first & place | b & ~place)
+
+
 def test_halves_are_packed_and_taken_apart():
     assert_means("mov.b64 {d}, {{{a}, {b}}}", ["b32", "b32"], "b64", lambda a, b: a | b << 32)
     assert_means("mov.b64 {{{d}, _}}, {a}", ["b64"], "b32", lambda a: a & (1 << 32) - 1)

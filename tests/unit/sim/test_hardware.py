@@ -365,6 +365,8 @@ def test_a_changed_machine_keeps_its_chip_and_a_file_may_name_one(tmp_path):
     ({"gpus_per_link": 3}, "gpus_per_link must divide gpus_per_node=8, got 3"),
     ({"gpus_per_nic": 16}, "gpus_per_nic must divide gpus_per_node=8, got 16"),
     ({"gpus_per_nic": 0}, "gpus_per_nic must be positive and finite, got 0"),
+    ({"core_gbps": 0.0}, "core_gbps must be positive and finite, got 0.0"),
+    ({"core_gbps": 1.5}, "sources must have .*; missing: core_gbps"),
 ])  # fmt: skip
 def test_rules_of_links(change, message):
     with pytest.raises(ValueError, match=message):
@@ -376,3 +378,8 @@ def test_links_of_a_file(tmp_path):
         load_hardware("2x8xH100"), node_link='PCIe "5"', network_link="RoCE", gpus_per_link=4, gpus_per_nic=2
     )
     assert load_hardware(write(tmp_path, text=to_toml(machine))) == machine
+    carried = replace(machine, core_gbps=1.5, sources={**machine.sources, "core_gbps": "a test"})
+    text = to_toml(carried)
+    assert load_hardware(write(tmp_path, text=text)) == carried
+    with pytest.raises(ValueError, match=r"missing: \[sources\] core_gbps"):
+        load_hardware(write(tmp_path, text=text.replace('"core_gbps" = "a test"\n', "")))

@@ -8,6 +8,7 @@ from policy_worlds import run_both, run_policy, small_world
 
 import sim
 from flashmoe_numba import cli
+from sim.drafting.draft import Draft
 from sim.drafting.machine import add_machine
 from sim.drafting.rates import fitted_rate, fitted_rates
 from sim.engine.graph import NONE, GraphBuilder
@@ -47,6 +48,42 @@ def test_gpus_that_share_a_link_share_its_bandwidth(hardware, field, rate):
     assert together_ns(shared, [(0, 2), (1, 3)]) == [2 * alone, 2 * alone], "both ends are shared"
     assert together_ns(shared, [(0, 2)]) == [alone], "one GPU has it all"
     assert together_ns(shared, [(0, 2), (3, 1)]) == [alone, alone], "the ways out and in are two"
+
+
+def with_cores(world, gbps):
+    """What leaves a node is carried by cores."""
+    return changed(world, core_gbps=gbps, sources={**world.hardware.sources, "core_gbps": "a test"})
+
+
+def test_what_cores_carry_takes_their_time():
+    """One slot sends 1 MB within its node, and 2 MB to another, of which cores then carry 4 bytes in a ns."""
+    world = changed(small_world(num_ranks=4, hardware="2x2xH100"), nvlink_gbps=10.0, nic_gbps=5.0)
+    hardware = world.hardware
+    latency_ns = np.array([hardware.nvlink_latency_ns, hardware.nic_latency_ns]) + hardware.flag_ns
+    for far_ns, carrying in ((400_000, world), (500_000 + 400_000, with_cores(world, 4.0))):
+        draft = Draft(carrying, sim.make_knobs("flashmoe", {}), "flashmoe", 1)
+        ends = draft.send(SEND, np.array([0, 0]), np.array([1, 2]), np.array([10**6, 2 * 10**6]))
+        done_ns = run_both(draft.builder.build()).done_ns[ends] - latency_ns
+        assert done_ns.tolist() == [100_000, far_ns]
+
+
+def task_ns(graph):
+    """The time of all tasks together."""
+    return int((graph.nodes["count"] * graph.nodes["duration_ns"]).sum())
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_every_schedule_pays_cores_for_what_leaves_a_node(policy):
+    world, fixed = small_world(num_ranks=4, hardware="2x2xH100"), {}
+    if policy == "flashmoe":
+        fixed = {"packing": "per_source"}  # else row blocks are cut by when rows come
+    before, _ = run_policy(policy, world, **fixed)
+    graph, _ = run_policy(policy, with_cores(world, 1.0), **fixed)
+    nics = [i for i, link in enumerate(graph.links) if link.name == "NIC out"]
+    far = np.isin(graph.nodes["egress"], nics)
+    far_bytes = int((graph.nodes["count"] * graph.nodes["nbytes"])[far].sum())
+    assert task_ns(graph) - task_ns(before) == far_bytes > 0
+    assert (graph.nodes["server"][far] != NONE).all()
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
