@@ -44,11 +44,10 @@ def config_for(variant, num_ranks, **sizes):
     return tiny_config(**sizes)
 
 
-@pytest.mark.parametrize("which", [
+@pytest.mark.parametrize(("variant", "of_rank"), [
     (TENSOR, (0, 0, 1, 1)), (LANES, (0, 1, 0)), *at_night_only((TENSOR, (0, 1)), (LANES, (0, 1)))
 ], ids=str)  # fmt: skip
-def test_a_layer_equals_the_oracle_with_the_bits_of_one_host(which, folder):
-    variant, of_rank = which
+def test_a_layer_equals_the_oracle_with_the_bits_of_one_host(variant, of_rank, folder):
     config = config_for(variant, len(of_rank), num_topk=2)
     weights, rng = Weights.random(config, 1, bias=True), np.random.default_rng(len(of_rank))
     calls = [random_tokens(config, rng.integers(0, 6, len(of_rank)), call) for call in range(3)]
