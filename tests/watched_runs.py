@@ -36,8 +36,8 @@ class Story:
 
     @staticmethod
     def _name(region):
-        """(rank, array)"""
-        _, rank, array = region.name.split(" ", 2)
+        """(rank, array); the table of a grid is no rank's."""
+        _, rank, array = region.name.split(" ", 2) if " " in region.name else ("", -1, region.name)
         return int(rank), array
 
     def begin(self):

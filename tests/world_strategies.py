@@ -62,6 +62,7 @@ def specs(draw, max_ranks=4, max_calls=3, max_tokens=4, **fixed):
     )
     config = draw(configs(max_ranks=max_ranks, **(sizes | fixed)))
     calls = draw(st.lists(given_calls(config), min_size=1, max_size=max_calls))
+    hosts = min(draw(st.sampled_from([1, 1, 2, 3])), config.num_ranks)
     return WorldSpec(
         config=config,
         num_processors=draw(st.integers(1, 3)),
@@ -70,7 +71,8 @@ def specs(draw, max_ranks=4, max_calls=3, max_tokens=4, **fixed):
         data_seed=draw(st.integers(0, 9)),
         given=tuple(calls),
         packing=draw(st.sampled_from(PACKINGS)),
-        hosts=min(draw(st.sampled_from([1, 1, 2, 3])), config.num_ranks),
+        hosts=hosts,
+        grid=hosts == 1 and draw(st.sampled_from([False, False, True])),
     )
 
 

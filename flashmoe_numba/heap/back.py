@@ -71,40 +71,53 @@ def pack_transposed(
         working: has the rows that the up matrices multiply.
         into: what this returned for other weights, to be filled anew.
     """
-    c = config
-
-    def pack(matrix: Array, tile_n: int, rows: Array | None, old: Any) -> Any:
-        return memory.pack([matrix], [None], tile_n, c.accumulator, rows, old)
-
-    def numbers(values: Array | None, old: Array | None) -> Array:
-        array = np.array([] if values is None else values.reshape(-1), c.accumulator)
-        if old is None:
-            return memory.array(array)
-        memory.store(old, array)
-        return old
-
-    def both(of: Weights, up_gradients: Array, old: tuple[Any, Any]) -> tuple[Any, Any]:
-        ups = np.concatenate([matrix.transpose(0, 2, 1) for matrix, _ in of.ups], axis=2)
-        up = pack(ups, c.tile_n, up_gradients, old[0])
-        return up, pack(of.down_proj.transpose(0, 2, 1), c.tile_ffn, dy, old[1])
-
     old = into or Transposed(*[None] * len(Transposed._fields))  # type: ignore[arg-type]
-    up, down = both(weights, working.up_gradients, (old.up, old.down))
+    made = _Transposing(config, memory, dy)
+    up, down = made.both(weights, working.up_gradients, (old.up, old.down))
     shared_up, shared_down = up, down
     if weights.shared is not None:
-        shared_up, shared_down = both(weights.shared, working.shared_up_gradients, (old.shared_up, old.shared_down))
-    router = np.ascontiguousarray(weights.router.T.astype(c.accumulator))[None]
+        rows = working.shared_up_gradients
+        shared_up, shared_down = made.both(weights.shared, rows, (old.shared_up, old.shared_down))
     return Transposed(
         up_again=memory.beside(experts.up) if into is None else into.up_again,
         up=up,
         down=down,
         shared_up=shared_up,
         shared_down=shared_down,
-        router=pack(router, c.tile_n, None, old.router),
-        down_bias=numbers(weights.down_bias, old.down_bias),
-        shared_down_bias=numbers(weights.shared_down_bias, old.shared_down_bias),
-        shared_gate=numbers(weights.shared_gate_weight, old.shared_gate),
+        router=made.router(weights.router, old.router),
+        down_bias=made.numbers(weights.down_bias, old.down_bias),
+        shared_down_bias=made.numbers(weights.shared_down_bias, old.shared_down_bias),
+        shared_gate=made.numbers(weights.shared_gate_weight, old.shared_gate),
     )
+
+
+class _Transposing:
+    """What makes the parts of `Transposed`, each in the memory that an old one had, if there is one."""
+
+    def __init__(self, config: MoEConfig, memory: Memory, dy: Array) -> None:
+        self._config, self._memory, self._dy = config, memory, dy
+
+    def both(self, of: Weights, up_gradients: Array, old: tuple[Any, Any]) -> tuple[Any, Any]:
+        """(up, down) of these experts."""
+        c = self._config
+        ups = np.concatenate([matrix.transpose(0, 2, 1) for matrix, _ in of.ups], axis=2)
+        up = self._pack(ups, c.tile_n, up_gradients, old[0])
+        return up, self._pack(of.down_proj.transpose(0, 2, 1), c.tile_ffn, self._dy, old[1])
+
+    def router(self, router: Array, old: Any) -> Any:
+        matrix = np.ascontiguousarray(router.T.astype(self._config.accumulator))[None]
+        return self._pack(matrix, self._config.tile_n, None, old)
+
+    def _pack(self, matrix: Array, tile_n: int, rows: Array | None, old: Any) -> Any:
+        return self._memory.pack([matrix], [None], tile_n, self._config.accumulator, rows, old)
+
+    def numbers(self, values: Array | None, old: Array | None) -> Array:
+        """In the type of sums; empty, if there are none."""
+        array = np.array([] if values is None else values.reshape(-1), self._config.accumulator)
+        if old is None:
+            return self._memory.array(array)
+        self._memory.store(old, array)
+        return old
 
 
 class Working(NamedTuple):

@@ -79,6 +79,7 @@ def run(
     if ranks is None:
         return _in_calls(SESSION.entry(description, tensors, num_topk), x, given, num_calls, keep)
     ranks.num_topk[fields["module"]] = num_topk
+    ranks.mark(fields["module"], tensors, description)
     calls = ranks.call(fields["module"], num_calls, KEPT_FORWARD if keep else FORWARD)
     with SESSION.ending(ranks), calls as num_calls:
         return _in_calls(SESSION.entry(description, tensors, num_topk), x, given, num_calls, keep)
@@ -91,6 +92,7 @@ def serve(ranks: Ranks, number: int, num_calls: int) -> None:
         FlashMoEError: this rank does not have the module.
     """
     tensors, description = operands(*ranks.member(number), ranks.name)
+    ranks.mark(number, tensors, description)
     entry = SESSION.entry(description, tensors, ranks.num_topk.get(number))
     config = entry.shared.layer.config
     x = torch.empty((0, config.hidden), dtype=getattr(torch, config.dtype), device=tensors[0].device)

@@ -7,18 +7,23 @@ every rank tells which module it calls, whether forward or backward, and how man
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import FlashMoEError
+from ..layer.arguments import communicator
 from ..processes.meeting import SETUP_DEADLINE_S
+from .description import read
 from .rounds import DONE, FORWARD, LAST_MODULE, MAKING, MOST_CALLS, RELEASING, Rounds, Step
 
 Member = tuple[Callable[[], nn.Module | None], Sequence[str], str]
 NOBODY: Member = (lambda: None, (), "")
+ROUTER = "router"  # of a description's tensors
 
 
 class Ranks(Rounds):
@@ -39,6 +44,7 @@ class Ranks(Rounds):
         self.num_topk: dict[int, int | None] = {}  # of modules by number, where a routing comes with each call
         self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._members: list[Member] = []
+        self._marks: dict[int, int] = {}  # of routers, when the module was first called
 
     def is_of(self, comm: Any, process_group: Any) -> bool:
         return self.given["comm"] is comm and self.given["process_group"] is process_group
@@ -56,6 +62,13 @@ class Ranks(Rounds):
             self._numbers[module] = len(self._members)
             self._members.append((weakref.ref(module), paths, description))
         return self._numbers[module]
+
+    def mark(self, number: int, tensors: Sequence[torch.Tensor], description: str) -> None:
+        """A module of this number is called, with these operands: at the first call all ranks have the same router."""
+        if number not in self._marks:
+            fields = [name.partition(":")[0] for name in read(description)[0]]
+            routers = [tensor for field, tensor in zip(fields, tensors, strict=True) if field == ROUTER]
+            self._marks[number] = mark_of(routers[0]) if routers else 0
 
     def member(self, number: int) -> tuple[nn.Module, Sequence[str], str]:
         """(module, paths, description) of a number.
@@ -91,7 +104,7 @@ class Ranks(Rounds):
         if num_calls > MOST_CALLS:
             raise FlashMoEError(f"at most {MOST_CALLS} calls for one of a module, got {num_calls}")
         with self.calling:
-            told = self.tell(Step(kind, module, num_calls))
+            told = self.tell(Step(kind, module, num_calls, self._marks.get(module, 0)))
             self.require(told, self.rank_idx, *([DONE] if kind == FORWARD else []))
             yield max(step.number for step in told)
 
@@ -115,6 +128,7 @@ class Ranks(Rounds):
             FlashMoEError: a rank is missing, has left because of an error, or does something else.
         """
         with self.calling:
+            communicator(**self.given)  # raises if the group was destroyed, and then this rank does not come
             self.require(self.tell(Step(MAKING), SETUP_DEADLINE_S), self.rank_idx)
 
     def all_can_release(self, unused: bool) -> bool:
@@ -127,3 +141,8 @@ class Ranks(Rounds):
             told = self.tell(Step(RELEASING, number=int(unused)))
             self.require(told, self.rank_idx)
         return all(step.number for step in told)
+
+
+def mark_of(router: torch.Tensor) -> int:
+    """A number that another router hardly has; not 0."""
+    return 1 + zlib.crc32(router.detach().cpu().contiguous().view(torch.uint8).numpy())

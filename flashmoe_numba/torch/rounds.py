@@ -30,9 +30,10 @@ DOES = {
     ADDING: "adds up gradients",
 }
 # Of a rank's words the first two are "round, kind, module, number" of a round each, in turn: who comes to a round has
-# read all words of the round before the last. The third says that the rank left.
-LEFT = 2
-NUM_WORDS = 3
+# read all words of the round before the last. The third says that the rank left; the last are of a round each again:
+# the router's mark (see `Step`).
+LEFT, MARKS = 2, 3
+NUM_WORDS = 5
 ROUND_SHIFT, KIND_SHIFT, MODULE_SHIFT = 33, 30, 14
 LAST_ROUND, LAST_KIND, LAST_MODULE, MOST_CALLS = (1 << 31) - 1, (1 << 3) - 1, (1 << 16) - 1, (1 << 14) - 1
 ROOM = 1 << 18  # bytes of a rank that others may read in a round
@@ -40,17 +41,22 @@ SPINS, LONGEST_NAP_S = 20, 1e-3
 MISSING = (
     "every rank must call the same modules equally often (see flashmoe_numba.torch.join, for calls without gradients)"
 )
+OTHER_ROUTER = "with another router: every rank must make the same modules, with the same routers, in the same order"
 
 
 class Step(NamedTuple):
     """What a rank does in a round: a kind of DOES, and of calls the module's number and how many of a layer it needs.
 
     Of other kinds the module is 0, and the number what the kind says.
+
+    Args:
+        mark: of the module's router, by which ranks know that they mean the same module; 0: it has none.
     """
 
     kind: int
     module: int = 0
     number: int = 0
+    mark: int = 0
 
     @property
     def does(self) -> str:
@@ -92,6 +98,7 @@ class Rounds(Owned):
         self._round += 1
         self._num_calls += step.kind <= DONE
         slot = self._round % LEFT
+        self._words[self.rank_idx][MARKS + slot] = step.mark
         self._words[self.rank_idx][slot] = _word_of(self._round, step)
         patience_s = DEADLINE_S if patience_s is None else patience_s
         since, looks, nap = time.monotonic(), 0, 1e-5
@@ -101,7 +108,8 @@ class Rounds(Owned):
             if looks > SPINS:
                 time.sleep(nap)
                 nap = min(2 * nap, LONGEST_NAP_S)
-        return [_step_of(self._word(rank, slot)) for rank in range(self.num_ranks)]
+        marks = [self._word(rank, MARKS + slot) for rank in range(self.num_ranks)]
+        return [_step_of(self._word(rank, slot))._replace(mark=mark) for rank, mark in enumerate(marks)]
 
     def require(self, told: list[Step], who: int, *kinds: int) -> None:
         """Give up if a rank does something else than rank `who`, and none of these kinds.
@@ -112,6 +120,8 @@ class Rounds(Owned):
         for rank, step in enumerate(told):
             if step[:2] != told[who][:2] and step.kind not in kinds:
                 self._give_up(f"rank {who} {told[who].does}, rank {rank} {step.does}: {MISSING}")
+            if step[:2] == told[who][:2] and step.mark != told[who].mark:
+                self._give_up(f"rank {who} {told[who].does}, and rank {rank} one of this number {OTHER_ROUTER}")
 
     def exchange(self, mine: Array | None, count: int, dtype: Any) -> list[Array | None]:
         """What each rank brings to this round, `[count]` numbers of a type in at most ROOM bytes, or None.

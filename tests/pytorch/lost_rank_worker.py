@@ -69,6 +69,32 @@ def in_making(group, folder):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def in_another_order(group, folder):
+    """Its modules are the others', of one shape, made in another order."""
+    first, second = (1, 0) if group.rank() == VICTIM else (0, 1)
+    modules = {seed: MoE(CONFIG, Weights.random(CONFIG, seed), process_group=group) for seed in (first, second)}
+    try:
+        modules[first](as_tensor(random_tokens(CONFIG)[group.rank()]))
+    finally:
+        if group.rank() == VICTIM:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def without_its_group(group, folder):
+    """It has destroyed its group, and the next layer cannot be made: the others do not wait for it."""
+    module, x = make_module(group)
+    module(x)
+    other = tiny_config(num_ranks=NUM_RANKS, num_experts=NUM_RANKS)
+    module = MoE(other, Weights.random(other), process_group=group)
+    try:
+        if group.rank() == VICTIM:
+            dist.destroy_process_group()
+        module(x)
+    finally:
+        if group.rank() == VICTIM:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def in_adding(group, folder):
     """It has a gradient that cannot be added up: the others do not wait for it."""
     module = make_module(group)[0].requires_grad_()

@@ -122,6 +122,10 @@ def nobody_here(rank, size, among):
     with join(**among):
         if rank == size - 1:
             assert torch.equal(generated(model, make_ids()), text)
+    for name, parameter in model.named_parameters():  # since all have other routers, which those who served know
+        if name.endswith("mlp.gate.weight"):
+            parameter.neg_()
+    model(make_ids())
 
 
 def layers(rank, size, among):

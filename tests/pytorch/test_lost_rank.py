@@ -16,6 +16,10 @@ SAID = {
     "in_setup": r"TimeoutError: not all ranks came to a collective of the layer within 3 s \(setup_deadline_s\): .*",
     "in_making": r"FlashMoEError: rank [02] gave up at call 1: it makes a layer, rank [012] left because of an error "
     r"of its own",
+    "in_another_order": r"FlashMoEError: rank [02] calls module 0 of these ranks, and rank 1 one of this number with "
+    r"another router: every rank must make the same modules, with the same routers, in the same order",
+    "without_its_group": r"FlashMoEError: rank [02] gave up at call 2: it makes a layer, rank [012] left because of an "
+    r"error of its own",
     "in_adding": r"FlashMoEError: rank [02] gave up at call 0: it adds up gradients, rank [012] left because of an "
     r"error of its own",
     "between_calls": r"FlashMoEError: rank [02] gave up at call 2: it calls module 0 of these ranks, (rank 1 did not "

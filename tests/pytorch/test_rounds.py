@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -115,6 +116,25 @@ def test_ranks_that_call_a_module_in_other_ways_are_told_so(kinds, words):
     first, second = found(*(call(kind) for kind in kinds))
     assert str(first) == f"rank 0 {words[0]}, rank 1 {words[1]}: {MISSING}"
     assert str(second) == f"rank 1 {words[1]}, rank 0 {words[0]}: {MISSING}"
+
+
+def test_ranks_whose_routers_differ_do_not_mean_the_same_module():
+    def calling(*routers):
+        def step(ranks):
+            for number, router in enumerate(routers):
+                for _ in range(2):  # what it is at the first call counts: later it may be trained
+                    ranks.mark(number, [torch.zeros(1), torch.tensor(router)], "tensors=('up_proj', 'router: hidden')")
+                    with ranks.call(number, 1):
+                        router = [0.0]
+
+        return step
+
+    same = [[1.0, 2.0], [3.0]]
+    assert found(calling(*same), calling(*same)) == [None, None]
+    errors = found(calling(*same), calling(same[0], [3.5]), calling(*same))
+    said = "rank {} calls module 1 of these ranks, and rank {} one of this number with another router: every rank must "
+    for who, error in zip([(0, 1), (1, 0), (2, 1)], errors, strict=True):
+        assert str(error).startswith(said.format(*who))
 
 
 def test_a_rank_that_left_join_has_no_part_in_a_training():

@@ -1,4 +1,4 @@
-"""Gradients on several ranks, under mpirun; what a rank has to find is in training_worker.py."""
+"""Gradients on several ranks, under mpirun and torchrun; what a rank has to find is in training_worker.py."""
 
 import os
 import subprocess
@@ -8,9 +8,14 @@ from nightly import at_night_only
 from test_ranks import HERE, ROOT, command
 
 
-@pytest.mark.parametrize("num_ranks", [*at_night_only(2), 4])
-def test_ranks_have_the_gradients_of_one(num_ranks, tmp_path):
-    line = [*command("mpirun", num_ranks), str(HERE / "training_worker.py"), str(tmp_path)]
+@pytest.mark.parametrize(
+    "where",
+    [*at_night_only(("mpirun", 2)), ("mpirun", 4), ("torchrun", 2)],
+    ids=lambda where: "-".join(map(str, where)),
+)
+def test_ranks_have_the_gradients_of_one(where, tmp_path):
+    launcher, num_ranks = where
+    line = [*command(launcher, num_ranks), str(HERE / "training_worker.py"), launcher, str(tmp_path)]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE)))
     environment = dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1")
     done = subprocess.run(line, capture_output=True, text=True, timeout=250, env=environment, stdin=subprocess.DEVNULL)

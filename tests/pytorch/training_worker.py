@@ -1,4 +1,4 @@
-"""One rank of the tests in test_training_ranks.py, under mpirun: `training_worker.py FOLDER`.
+"""One rank of the tests in test_training_ranks.py: `training_worker.py LAUNCHER FOLDER`.
 
 It leaves `rank0.txt` in the folder: what it found wrong, or "ok".
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from cases import random_tokens, tiny_config
-from mpi4py import MPI
+from ranks_worker import begin
 from tiny_models import make_ids, make_model
 
 from flashmoe_numba.heap.tensors import as_tensor
@@ -87,17 +87,17 @@ def micro_batches(rank, size, among):
 
 
 def step(model, sequences, rank, size, among):
-    for begin in range(0, len(sequences), size):
-        ids = sequences[begin + rank]
+    for first in range(0, len(sequences), size):
+        ids = sequences[first + rank]
         model(ids, labels=ids, output_router_logits=True).loss.backward()
-        sum_replicated_gradients(model, more=begin + size < len(sequences), **among)
+        sum_replicated_gradients(model, more=first + size < len(sequences), **among)
 
 
-def main(folder):
-    rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+def main(launcher, folder):
+    rank, size, among = begin(launcher)
     try:
         for scenario in (modules, micro_batches):
-            scenario(rank, size, dict(comm=MPI.COMM_WORLD))
+            scenario(rank, size, among)
             print(f"rank {rank}: {scenario.__name__}", flush=True)
         said = "ok"
     except BaseException:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flashmoe_numba import cli
+from flashmoe_numba.commands.doctor import hosts as doctor_hosts
 from flashmoe_numba.commands.network import write_network
 from flashmoe_numba.processes import asking, launch
 from flashmoe_numba.processes.description import describe, source_of
@@ -259,6 +260,17 @@ def test_what_ranks_found_is_written_where_the_command_was_given(launcher, mpiru
     assert re.search(r"ok +a to b +9\.0 us", capfd.readouterr().out)
     assert cli.main(["doctor", *flags[:4], "--json", "-"]) == 0
     assert json.loads(capfd.readouterr().out) == MEASURED
+
+
+def test_what_was_measured_is_shown_also_where_it_cannot_be_written(launcher, mpirun, capfd, monkeypatch, tmp_path):
+    mpirun(json.dumps(MEASURED))
+    (tmp_path / "my.toml").write_text(to_toml(load_hardware("2xH100")))
+    monkeypatch.setattr(doctor_hosts, "require_answers", lambda hosts: (tmp_path / "my.toml").unlink())
+    flags = ["--hosts", "a,b", "--launcher", launcher.path, "--machine-file", str(tmp_path / "my.toml")]
+    assert cli.main(["doctor", *flags]) == 2
+    said = capfd.readouterr()
+    assert "a to b" in said.out and "--hardware" not in said.out
+    assert re.search(r"argument --machine-file: hardware file \S+my.toml: no such file", said.err)
 
 
 def test_no_folder_is_made_before_hosts_have_answered(launcher, capsys, monkeypatch, tmp_path):

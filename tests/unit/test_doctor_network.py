@@ -55,4 +55,4 @@ def test_here_it_outlives_a_lost_rank(monkeypatch):
 ])  # fmt: skip
 def test_the_table_between_hosts_says_whether_threads_may_call_mpi(threads, line):
     report = {"survives_a_lost_rank": True, "netmod": "ofi/tcp", "fix": "", "threads": threads}
-    assert line in hosts.lines(report | {"hosts": [], "links": [], "core_gbps": 0.5}, None)
+    assert line in hosts.lines(report | {"hosts": [], "links": [], "core_gbps": 0.5})

@@ -35,10 +35,16 @@ def examine_hosts(args: argparse.Namespace) -> int:
     check_outputs({"--json": args.json})
     code, report = report_from(hosts, len(hosts.names), args, DEADLINE_S)
     if report is not None:
+        give(args.json, lines(report), report)
         if args.machine_file is not None:
-            write_network(args.machine_file, report)
-        give(args.json, lines(report, args.machine_file), report)
+            _write_network(args, report)
     return code
+
+
+def _write_network(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    write_network(args.machine_file, report)
+    if args.json != "-":
+        print(f"\nsimulate on them with\nflashmoe sim --hardware {args.machine_file}")
 
 
 def _measure_as_rank(args: argparse.Namespace) -> int:
@@ -51,7 +57,7 @@ def _measure_as_rank(args: argparse.Namespace) -> int:
             raise UsageError(f"argument --hosts: all ranks are on one machine, {platform.node()}")
         report = _measure(world)
         if world.rank_idx == 0:
-            give(args.json, lines(report, None), report)
+            give(args.json, lines(report), report)
         return world.agree(0)
     except UsageError:
         raise  # all ranks have it
@@ -81,7 +87,7 @@ def _measure(world: MpiRanks) -> dict[str, Any]:
     }
 
 
-def lines(report: dict[str, Any], file: str | None) -> Iterator[str]:
+def lines(report: dict[str, Any]) -> Iterator[str]:
     """The table that people read."""
     status = OK if report["survives_a_lost_rank"] else WARN
     outlives = "outlives a lost rank" if status == OK else f"may not outlive a lost rank; fix: {report['fix']}"
@@ -92,5 +98,3 @@ def lines(report: dict[str, Any], file: str | None) -> Iterator[str]:
         name = f"{hosts[link['source']]} to {hosts[link['target']]}"
         yield f"{OK:6}{name:24}{link['latency_ns'] / 1e3:8.1f} us  {link['gbps']:8.3f} GB/s"
     yield f"{OK:6}{'a core carries':24}{report['core_gbps']:23.3f} GB/s, where the time of both ends counts"
-    if file is not None:
-        yield f"\nsimulate on them with\nflashmoe sim --hardware {file}"
