@@ -96,7 +96,7 @@ clean:
 	@touch $@ .venv/for-run
 
 .venv/for-compile: .venv/made setup.cfg pyproject.toml
-	$(PIP) install --editable '.[dev,compile,nvshmem]'
+	$(PIP) install --editable '.[dev,compile]' nvidia-nvshmem-cu13 # whose headers are all that building needs
 	@touch $@ .venv/for-run .venv/for-dev
 
 .venv/for-conformance: .venv/made setup.cfg pyproject.toml

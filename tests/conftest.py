@@ -30,6 +30,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(NIGHT_S if IS_NIGHT else COMPILES_S))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files that start many processes go to one of xdist's, one after the other: deadlines run in them."""
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "of many processes" if file.startswith(("tests/hosts/", "tests/mpi/")) else file
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture
 def outside_mpirun(monkeypatch):
     """An environment in which this process is no rank of an mpirun."""

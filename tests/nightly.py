@@ -13,5 +13,6 @@ def at_night(reason):
 
 
 def at_night_only(*values):
-    """Parameters of a test that also has others."""
-    return [pytest.param(value, marks=at_night("a size more")) for value in values]
+    """Parameters of a test that also has others; a tuple is several of them."""
+    mark = at_night("a size more")
+    return [pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=mark) for value in values]

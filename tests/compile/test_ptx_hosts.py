@@ -38,6 +38,11 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("kernels")
 
 
+def name_of(part):
+    """Of a variant, or of what else a test is given."""
+    return getattr(part, "name", str(part))
+
+
 def config_for(variant, num_ranks, **sizes):
     """Rows of whole 16 bytes for tensor cores, which choose a variant; others for lanes."""
     columns = dict(hidden=24, ffn=16, tile_n=128, tile_m=16, tile_m_min=8) if variant.tensor_cores else {}
@@ -45,11 +50,10 @@ def config_for(variant, num_ranks, **sizes):
     return tiny_config(**sizes)
 
 
-@pytest.mark.parametrize("which", [
+@pytest.mark.parametrize(("variant", "of_rank"), [
     (TENSOR, (0, 0, 1, 1)), (LANES, (0, 1, 0)), *at_night_only((TENSOR, (0, 1)), (LANES, (0, 1)))
-], ids=str)  # fmt: skip
-def test_a_layer_equals_the_oracle_with_the_bits_of_one_host(which, folder):
-    variant, of_rank = which
+], ids=name_of)  # fmt: skip
+def test_a_layer_equals_the_oracle_with_the_bits_of_one_host(variant, of_rank, folder):
     config = config_for(variant, len(of_rank), num_topk=2)
     weights, rng = Weights.random(config, 1, bias=True), np.random.default_rng(len(of_rank))
     calls = [random_tokens(config, rng.integers(0, 6, len(of_rank)), call) for call in range(3)]
@@ -67,7 +71,7 @@ def test_a_layer_equals_the_oracle_with_the_bits_of_one_host(which, folder):
 
 @pytest.mark.parametrize(("variant", "save"), [
     (LANES, "nothing"), pytest.param(TENSOR, "rows+up", marks=at_night("links for half a minute"))
-], ids=str)  # fmt: skip
+], ids=name_of)  # fmt: skip
 def test_gradients_equal_the_oracles(variant, save, folder):
     """Factors, dots and rows that are sent again go as puts without a flag."""
     config = config_for(variant, 3)

@@ -1,6 +1,7 @@
 """Puts between hosts under mpirun, posted by hand: hosts are pretended, messages go as MPI likes, or by TCP."""
 
 import pytest
+from nightly import at_night_only
 from test_layer_mpi import run
 
 pytestmark = pytest.mark.mpi
@@ -10,7 +11,7 @@ TCP = dict(MPIR_CVAR_NOLOCAL="1", MPIR_CVAR_CH4_NETMOD="ofi", FI_PROVIDER="tcp",
 
 
 @pytest.mark.parametrize("environment", [{}, TCP], ids=["shared memory", "tcp"])
-@pytest.mark.parametrize(("num_ranks", "ranks_per_host"), [(2, 1), (3, 2), (4, 2)])
+@pytest.mark.parametrize(("num_ranks", "ranks_per_host"), [(4, 2), *at_night_only((2, 1), (3, 2))])
 @pytest.mark.parametrize("scenario", ["puts", "puts_pile_up", "news", "abort", "carrying"])
 def test_puts_land(scenario, num_ranks, ranks_per_host, environment, tmp_path):
     status, err, errors = run(

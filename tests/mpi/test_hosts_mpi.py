@@ -20,7 +20,7 @@ from reference import Weights
 pytestmark = pytest.mark.mpi
 pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
 
-HOSTS = [(6, 2), *at_night_only((4, 2), (8, 4))]  # (ranks, ranks of a host); (4, 2) by day in tests/hosts
+HOSTS = [(4, 2), *at_night_only(((6, 2),), ((8, 4),))]  # (ranks, ranks of a host); (6, 2) by day in tests/hosts
 MOMENTS = ["before its blocks", "after its dispatch"]
 
 
@@ -66,12 +66,16 @@ def test_packets_of_several_megabytes(environment, tmp_path):
         np.testing.assert_array_equal(part["y"], bits(expected[rank]))
 
 
-@pytest.mark.parametrize("scenario", ["changing", "late_carriers", "paused", "mixed"])
-@pytest.mark.parametrize("environment", [{}, TCP], ids=["shared memory", "tcp"])
-def test_calls_with_other_numbers_of_tokens(scenario, environment, tmp_path):
+WAYS = {"tcp": TCP, "shared memory": {}}  # of messages
+CALLS = ["changing", "late_carriers", "paused", "mixed"]
+IN_MEMORY = [("shared memory", "changing"), *at_night_only(*(("shared memory", name) for name in CALLS[1:]))]
+
+
+@pytest.mark.parametrize(("way", "scenario"), [*(("tcp", name) for name in CALLS), *IN_MEMORY])
+def test_calls_with_other_numbers_of_tokens(scenario, way, tmp_path):
     """Also if carriers are late, a rank is stopped for a while, or the caller has messages of its own."""
     hosts = (4, 2)
-    status, err, errors = run_on_hosts(scenario, hosts, tmp_path, **environment)
+    status, err, errors = run_on_hosts(scenario, hosts, tmp_path, **WAYS[way])
     assert status == 0 and not errors, f"{errors}\n{err}"
     config, saved = make_config(hosts[0]), saved_by(hosts, tmp_path)
     with FlashMoE(config, make_weights(config)) as layer:

@@ -32,9 +32,8 @@ BY_DAY = [("mpirun", 2), ("torchrun", 4)]
 BY_NIGHT = at_night_only(("mpirun", 1), ("mpirun", 4), ("torchrun", 1), ("torchrun", 2))
 
 
-@pytest.mark.parametrize("ranks", [*BY_DAY, *BY_NIGHT], ids=lambda ranks: "-".join(map(str, ranks)))
-def test_ranks_compute_what_one_rank_does(ranks, tmp_path):
-    launcher, num_ranks = ranks
+@pytest.mark.parametrize(("launcher", "num_ranks"), [*BY_DAY, *BY_NIGHT])
+def test_ranks_compute_what_one_rank_does(launcher, num_ranks, tmp_path):
     scenarios = [*SCENARIOS, *(["expert_parallel"] if launcher == "torchrun" and num_ranks > 1 else [])]
     line = [*command(launcher, num_ranks), str(HERE / "ranks_worker.py"), launcher, str(tmp_path), *scenarios]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE)))
