@@ -4,7 +4,7 @@ import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
-from kinds import EXPERTS, ROUTERS
+from kinds import EXPERTS, NORMED, ROUTERS
 
 from flashmoe_numba.build.variants import choose_variant
 from reference import ACTIVATIONS, ExpertKind, MoEConfig, RouterKind, Weights
@@ -13,6 +13,7 @@ from reference.layout import SAVES
 
 WORLDS = 32
 PLAIN = RouterKind(renormalize=True)
+KINDS_OF_EXPERTS = [EXPERTS["gpt_oss"], NORMED, EXPERTS["step3p7"], EXPERTS["inkling2"]]
 KINDS_OF_ROUTERS = [kind for kind in ROUTERS.values() if kind.choice != "given"]  # for 12 experts
 # Worlds with tiles of every height, of one source or several: (ranks, tokens of each), which all go to all experts.
 TALL = {3: (1, 140), 13: (1, 24), 28: (1, 50), 8: (2, 35), 18: (3, 14), 22: (2, 12), 26: (4, 4)}
@@ -91,7 +92,7 @@ def _sizes(variant, rng, number):
         num_tokens=int(rng.integers(2, 9)), dtype=variant.dtype, router=router, renormalize=router.renormalize,
         capacity=None if number % 4 else 2, token_block=int(rng.choice([1, 2, 3, 32])),
     )  # fmt: skip
-    expert = [*EXPERTS.values()][number // 4 % len(EXPERTS)]
+    expert = KINDS_OF_EXPERTS[number // 4 % len(KINDS_OF_EXPERTS)]
     if number % 4 != 1:
         expert = ExpertKind(activation=ACTIVATIONS[number % len(ACTIVATIONS)], gated=number % 4 < 2)
     sizes |= dict(expert=expert, gated=expert.gated, activation=expert.activation)

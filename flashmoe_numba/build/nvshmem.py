@@ -29,6 +29,7 @@ def network_codes(architecture: str) -> list[tuple[str, bytes]]:
         ImportError: NVSHMEM or what compiles its headers is missing; names the extra.
         RuntimeError: what the compiler said.
     """
+    check_version()
     return [("ltoir", compile_cuda(CUDA_SOURCE, architecture, header_folders().values()))]
 
 
@@ -59,7 +60,7 @@ def header_folders() -> dict[str, Path]:
     """Where the headers of HEADERS are.
 
     Raises:
-        ImportError: of one of them they are not found, or NVSHMEM is too old; names the extra.
+        ImportError: of one of them they are not found; names the extra.
     """
     try:
         from cuda.pathfinder import find_nvidia_header_directory
@@ -69,11 +70,15 @@ def header_folders() -> dict[str, Path]:
     missing = [name for name, folder in found.items() if folder is None]
     if missing:
         raise ImportError(f"kernels for several hosts need the headers of {', '.join(missing)}, not found here: {FIX}")
+    return {name: Path(folder) for name, folder in found.items()}
+
+
+def check_version() -> None:
+    """Raise an ImportError that names the extra, if NVSHMEM is too old, such as what comes with PyTorch."""
     with suppress(metadata.PackageNotFoundError):  # from elsewhere
         version = metadata.version(WHEEL)
         if numbers_of(version) < numbers_of(OLDEST):
             raise ImportError(f"kernels for several hosts need NVSHMEM {OLDEST} or newer, found {version}: {FIX}")
-    return {name: Path(folder) for name, folder in found.items()}
 
 
 def numbers_of(version: str) -> list[int]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from reference import DTYPES, MoEConfig
 
-from ..build.nvshmem import CALLED, header_folders
+from ..build.nvshmem import CALLED, check_version, header_folders
 from ..build.sass import TENSOR_LOAD, Facts, MainLoop, disassemble, failures, find_nvdisasm, read_facts
 from ..build.variants import ARCHITECTURES, HEAPS, Variant, choose_variant, has_tensor_cores
 from ..errors import UsageError
@@ -124,6 +124,7 @@ def _check_installed(heap: str) -> None:
     try:
         find_nvdisasm()
         if heap == "nvshmem":
+            check_version()
             header_folders()
     except (FileNotFoundError, ImportError) as error:
         raise UsageError(str(error)) from None

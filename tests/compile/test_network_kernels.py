@@ -10,13 +10,14 @@ if not importlib.util.find_spec("numba_cuda"):
     pytest.skip(reason, allow_module_level=True)
 
 from flashmoe_numba.build.build import build
-from flashmoe_numba.build.nvshmem import CALLED, PUT_SIGNAL, header_folders
+from flashmoe_numba.build.nvshmem import CALLED, PUT_SIGNAL, check_version, header_folders
 from flashmoe_numba.build.sass import disassemble, failures, read_facts
 from flashmoe_numba.build.variants import ARCHITECTURES, Variant
 from flashmoe_numba.commands.compile import all_variants
 from flashmoe_numba.tile_gemm.hopper import ROWS
 
 try:
+    check_version()
     header_folders()
 except ImportError as error:
     pytest.skip(str(error), allow_module_level=True)

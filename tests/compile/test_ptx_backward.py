@@ -59,6 +59,8 @@ def test_what_the_worlds_of_a_variant_have(variant):
     assert {config.activation for config in configs} == set(ACTIVATIONS)
     assert {config.router_kind for config in configs} >= {k for k in ROUTERS.values() if k.choice != "given"}
     assert {config.expert_kind.bound for config in configs} >= {"none", "clamp", "clamp_activated", "softcap"}
+    normed = [config.num_ranks for config in configs if config.expert_kind.norm_eps is not None]
+    assert max(normed) > 1, "what a norm takes away comes home from another rank"
     assert any(config.capacity for config in configs) and any(config.zero == "identity" for config in configs)
     assert any(world.routed for world in worlds) and not all(world.experts and world.router for world in worlds)
     assert any(0 in counts for world in worlds for counts in world.counts)

@@ -9,7 +9,7 @@ from cases import bits
 from losing import VICTIM, last_words
 from nightly import at_night_only
 from test_layer_mpi import GUARDED, assert_named, run
-from training_worker import NUM_GLOBAL, REFUSED, make_layer, tokens
+from training_worker import LAYERS, NUM_GLOBAL, REFUSED, make_layer, tokens
 
 from flashmoe_numba import FlashMoE
 from flashmoe_numba.kernel.signals import LAST_CALL
@@ -22,17 +22,17 @@ WORKER = "training_worker.py"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    """Gradients on one rank of this process, by dtype and name; and the kernels are in the disk cache."""
+    """Gradients on one rank of this process, by layer and name; and the kernels are in the disk cache."""
     found = {}
-    for dtype in ("float32", "float64"):
-        config, weights = make_layer(1, dtype)
+    for layer_name in LAYERS:
+        config, weights = make_layer(1, layer_name)
         x, dy = tokens(config)
         with FlashMoE(config, weights, save="rows+up", num_processors=2) as layer:
             first, second = (layer.forward([part])[1] for part in (x, -x))
             gradients = layer.backward(second, [dy], into=layer.backward(first, [dy]))
         arrays = {"x": gradients.x[0], "topk_weights": gradients.topk_weights[0], "logits": gradients.logits[0]}
         arrays |= arrays_of(gradients.weights[0])
-        found[dtype] = {name: bits(array) for name, array in arrays.items()}
+        found[layer_name] = {name: bits(array) for name, array in arrays.items()}
     return found
 
 
@@ -47,12 +47,12 @@ def assert_gradients_of_one_rank(one_rank, num_ranks, folder):
     """What ranks have saved of "gradients"."""
     saved = [np.load(folder / f"rank{rank}.npz") for rank in range(num_ranks)]
     assert sum(len(part["float32 rows x"]) for part in saved) == NUM_GLOBAL
-    for dtype, expected in one_rank.items():
+    for layer_name, expected in one_rank.items():
         for save in SAVES:
             for name, array in expected.items():
-                parts = [part[f"{dtype} {save} {name}"] for part in saved]
+                parts = [part[f"{layer_name} {save} {name}"] for part in saved]
                 if not is_replicated(name):  # those are each rank's own
-                    np.testing.assert_array_equal(np.concatenate(parts), array, err_msg=f"{dtype} {save} {name}")
+                    np.testing.assert_array_equal(np.concatenate(parts), array, err_msg=f"{layer_name} {save} {name}")
 
 
 def test_the_router_of_a_rank_sees_its_own_tokens(one_rank, tmp_path):

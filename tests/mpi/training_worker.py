@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from backward_cases import arrays_of
 from cases import assert_same_bits, bits, random_tokens, tiny_config
+from kinds import NORMED
 from layer_worker import DEADLINE_S, main, make_config, make_weights
 from losing import VICTIM, lose
 
@@ -16,11 +17,14 @@ from reference import Weights
 from reference.layout import SAVES
 
 NUM_GLOBAL = 24
+LAYERS = {"float32": {}, "float64": {}, "normed": dict(expert=NORMED)}
 
 
-def make_layer(num_ranks, dtype):
+def make_layer(num_ranks, name):
     """(config, weights): the same layer and tokens, on any number of ranks."""
-    config = tiny_config(num_ranks=num_ranks, num_tokens=NUM_GLOBAL, num_experts=8, num_topk=3, dtype=dtype)
+    dtype = name if name == "float64" else "float32"
+    sizes = dict(num_tokens=NUM_GLOBAL, num_experts=8, num_topk=3)
+    config = tiny_config(num_ranks=num_ranks, **sizes, dtype=dtype, **LAYERS[name])
     return config, Weights.random(config, seed=4, bias=True)
 
 
@@ -32,8 +36,8 @@ def tokens(config):
 def gradients(comm, folder):
     """Two calls that are kept at the same time, and one sum of gradients, for each of SAVES."""
     saved = {}
-    for dtype in ("float32", "float64"):
-        config, weights = make_layer(comm.size, dtype)
+    for name in LAYERS:
+        config, weights = make_layer(comm.size, name)
         ends = np.linspace(0, NUM_GLOBAL, comm.size + 1).astype(int) ** 2 // NUM_GLOBAL  # uneven
         own = slice(ends[comm.rank], ends[comm.rank + 1])
         x, dy = (part[own] for part in tokens(config))
@@ -44,7 +48,7 @@ def gradients(comm, folder):
                 found = layer.backward(second, dy, into=found)
             arrays = {"x": found.x, "topk_weights": found.topk_weights, "logits": found.logits}
             arrays |= arrays_of(found.weights)
-            saved |= {f"{dtype} {save} {name}": bits(array) for name, array in arrays.items()}
+            saved |= {f"{name} {save} {key}": bits(array) for key, array in arrays.items()}
     np.savez(folder / f"rank{comm.rank}.npz", **saved)
 
 

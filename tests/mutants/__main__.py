@@ -39,7 +39,9 @@ Results = list[tuple[Mutant, Verdict]]
 def main() -> int:
     flags = parse()
     stages = files_with_suites(ROOT)
-    mutants = sample([m for m in find_mutants(list(stages), ROOT) if flags.only in m.name], flags.number, flags.seed)
+    mutants = sample(
+        [m for m in find_mutants(list(stages), ROOT) if flags.only in f"{m.file} {m.name}"], flags.number, flags.seed
+    )
     if flags.list:
         print(*(mutant.name for mutant in mutants), sep="\n")
         return 0
@@ -56,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which mutants are drawn")
     parser.add_argument("--number", type=int, default=300, help="how many; default: %(default)s")
     parser.add_argument("--jobs", type=int, default=2, help="copies that work side by side; default: %(default)s")
-    parser.add_argument("--only", default="", metavar="TEXT", help="draw from those with this in their name")
+    parser.add_argument("--only", default="", metavar="TEXT", help="draw from those with this in their file or name")
     parser.add_argument("--again", action="store_true", help="try also those that docs/mutants.md explains")
     parser.add_argument("--list", action="store_true", help="print names, try nothing")
     return parser.parse_args()

@@ -45,6 +45,21 @@ CARRIERS = Stage(
     "tests/mpi/test_carrier_mpi.py tests/mpi/test_hosts_mpi.py",
 )
 NETWORK_HEAP = Stage(0, f"tests/unit/test_nvshmem_heap.py {UNIT}/test_gpu_hosts.py")
+BACKWARDS = Stage(
+    0,
+    f"{UNIT}/test_backward_tasks.py {UNIT}/test_backward_calls.py {EXPLORE}/test_programs.py "
+    f"{PROPERTY}/test_layer_backward.py::test_gradients_on_fibers_equal_the_reference "
+    f"{PROPERTY}/test_layer_backward.py::test_gradients_of_any_kind_on_fibers_equal_the_reference "
+    f"{PROPERTY}/test_layer_backward.py::test_gradients_of_every_type_on_fibers_are_within_the_derived_bounds "
+    f"{PROPERTY}/test_backward_invariance.py::test_fibers_give_the_same_gradients_in_every_interleaving "
+    f"{PROPERTY}/test_explored_worlds.py::test_backwards_are_clean_and_have_the_same_bits_under_every_schedule",
+)
+NORMS = Stage(90, f"{UNIT}/test_norm_backward.py")
+GPUS = Stage(
+    0,
+    f"{UNIT}/test_gpu_calls.py {UNIT}/test_gpu_backward.py {UNIT}/test_grid.py {UNIT}/test_gpu_hosts.py "
+    "tests/unit/ptx/test_layer_without_gpu.py tests/unit/ptx/test_run_without_gpu.py",
+)
 SUMS = Stage(0, f"{UNIT}/test_gradient_memory.py")
 ROUTERS_BACK = Stage(30, f"{UNIT}/test_router_gradient.py {UNIT}/test_router_gradient_limits.py")
 GRADIENTS = Stage(120, f"{UNIT}/test_weight_gradient.py {UNIT}/test_hidden_gradient.py")
@@ -69,12 +84,16 @@ SIMULATOR = Stage(
 
 SUITES = {
     "flashmoe_numba/kernel/*.py": [INTERPRETED, COMPILED],
+    "flashmoe_numba/kernel/backward/*.py": [BACKWARDS],
+    "flashmoe_numba/kernel/backward/grid.py": [GPUS],
+    "flashmoe_numba/kernel/backward/norm.py": [BACKWARDS, NORMS],
     "flashmoe_numba/kernel/carried.py": [CARRIERS],
     "flashmoe_numba/kernel/grid.py": [GRIDS],
     "flashmoe_numba/kernel/network.py": [HOSTS],
     "flashmoe_numba/kernel/peers.py": [INTERPRETED, HOSTS, COMPILED],
     "flashmoe_numba/kernel/router_gradient.py": [ROUTERS_BACK],
     "flashmoe_numba/kernel/slopes.py": [ROUTERS_BACK],
+    "flashmoe_numba/kernel/weights.py": [BACKWARDS],
     "flashmoe_numba/kernel/wire.py": [HOSTS],
     "flashmoe_numba/heap/*.py": [LAYERS, PROCESSES],
     "flashmoe_numba/heap/carrier*.py": [CARRIERS],
@@ -86,6 +105,7 @@ SUITES = {
     "flashmoe_numba/layer/calls.py": [LAYERS, PROCESSES],
     "flashmoe_numba/layer/life.py": [LAYERS, PROCESSES],
     "flashmoe_numba/layer/parts.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/backends/cuda*.py": [GPUS],
     "flashmoe_numba/backends/host.py": [LAYERS, PROCESSES],
     "flashmoe_numba/processes/meeting.py": [LAYERS, PROCESSES],
     "flashmoe_numba/tile_gemm/cpu.py": [PRODUCTS, COMPILED],

@@ -78,7 +78,7 @@ def run_json(capsys, *argv):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--arch", "sm_70"], "argument --arch: invalid choice: 'sm_70'"),
     (["--heap", "mpi"], "argument --heap: invalid choice: 'mpi'"),
-    (["--run", "--heap", "nvshmem"], "argument --run: --heap must be ipc, because NVSHMEM"),
+    (["--run", "--heap", "nvshmem"], "argument --run: --heap must be ipc, because nothing stands for a network"),
     (["--tf32", "--all"], "argument --all: not allowed with argument --tf32"),
     (["--tf32", "--dtype", "float16"], "argument --tf32: --dtype must be float32, got 'float16'"),
     (["--dtype", "int8"], "--dtype must be one of float32, float64, float16, bfloat16; got 'int8'"),

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from flashmoe_numba.build.nvshmem import HEADERS, header_folders
+from flashmoe_numba.build.nvshmem import HEADERS, check_version, header_folders
 from flashmoe_numba.commands.doctor import nvshmem as doctor
 from flashmoe_numba.commands.doctor.host import NO, OK, can_run
 
@@ -76,3 +76,16 @@ def test_headers_that_are_missing_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
     with pytest.raises(ImportError, match=r"found by cuda.pathfinder: .*'flashmoe-numba\[compile,nvshmem\]'"):
         header_folders()
+
+
+@pytest.mark.parametrize("version", ["3.7.9", "2.10"])
+def test_nvshmem_that_is_too_old_for_kernels_is_named(monkeypatch, version):
+    install(monkeypatch, {"nvidia-nvshmem-cu13": version})
+    with pytest.raises(ImportError, match=rf"need NVSHMEM 3.8 or newer, found {version}: .*compile,nvshmem"):
+        check_version()
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.10.1", None])
+def test_nvshmem_that_is_new_enough_or_of_elsewhere(monkeypatch, version):
+    install(monkeypatch, {"nvidia-nvshmem-cu13": version})
+    check_version()
