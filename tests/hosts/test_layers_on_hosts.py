@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from cases import DTYPES, bits, random_tokens, tiny_config
+from nightly import IS_NIGHT, at_night_only
 from running_on_hosts import ROOT, require_hosts
 
 from flashmoe_numba import FlashMoE
@@ -28,9 +29,8 @@ from layer_worker import make_config, make_weights  # noqa: E402
 from test_layer_mpi import assert_results_of_threads  # noqa: E402
 from test_training_mpi import assert_gradients_of_one_rank, one_rank  # noqa: E402, F401 (a fixture)
 
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-SIZES = [(2, 2), (3, 2), *([(2, 4)] if NIGHTLY else [])]  # (hosts, ranks of each)
-FAULT_RUNS = 5 if NIGHTLY else 1
+SIZES = [(2, 2), (3, 2), *at_night_only((2, 4))]  # (hosts, ranks of each)
+FAULT_RUNS = 5 if IS_NIGHT else 1
 SLOW_MBIT = 30
 
 
