@@ -55,6 +55,13 @@ def max_puts(config: MoEConfig, hosts: Hosts, save: str | None = None) -> int:
     return hosts.most_apart * puts
 
 
+def max_put_bytes(config: MoEConfig, save: str | None = None) -> int:
+    """Bound on the bytes of rows that a rank puts to another in one call: tokens, results, and what is beside them."""
+    row = config.hidden * config.numpy_dtype.itemsize * (2 + (save == "nothing"))
+    beside = 2 * config.accumulator.itemsize if save is not None else 0
+    return _source_rows(config) * (row + beside)
+
+
 def ring_bytes(config: MoEConfig, hosts: Hosts, save: str | None = None) -> int:
     """Bytes of one rank's ring of puts, which has room for all of a call."""
     return RING_HEAD_BYTES + max_puts(config, hosts, save) * PUT_BYTES if not hosts.is_one else 0

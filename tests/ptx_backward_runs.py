@@ -92,7 +92,7 @@ def _check(world, kept, found):
 
 def _is_frozen(world, name):
     """Are these weights ones whose gradients are not wanted?"""
-    if name in (*EXPERT_ARRAYS, *SHARED_ARRAYS, "shared_gate_weight"):
+    if name in (*EXPERT_ARRAYS, *SHARED_ARRAYS, "shared_gate_weight", "result_scale"):
         return not world.experts
     return name in ("router", "router_bias", "expert_scale") and not world.router
 

@@ -45,7 +45,7 @@ class Story:
         self.begun = [0] * self.config.num_ranks  # calls that each rank has begun
         self.most_apart = 0  # of them, at any moment
         self.ahead = False  # a rank was in a call after that of another
-        self.overtaken = 0  # signals that were seen when the next call's was there, too
+        self.at_a_time = 0  # signals that were seen when the next call's was there, too
         self.signals = {"dispatch": [], "result": []}
         self.stamps = Counter()  # of (rank, call, place)
         self.last = {}  # value of each word: by the rank whose it is, call, array and index
@@ -61,7 +61,7 @@ class Story:
         self._hear_call(actor)
         if verb == "acquires" and array == "segments.dispatch_flag":
             next_one = self.world.ranks[owner].segments.dispatch_flag[i ^ 1]
-            self.overtaken += next_one >> 32 > actor.epoch
+            self.at_a_time += next_one >> 32 > actor.epoch
         if verb not in STORES:
             return
         self.last[owner, actor.epoch, array, i] = value
@@ -136,7 +136,7 @@ CASES = (
     "a rank sends nothing", "a rank receives nothing", "nobody sends anything", "token counts change",
     "all tokens go to one expert", "pairs are dropped", "a token loses all its experts",
     "a packet has several row tiles", "a row tile has rows of several sources", "a rest is cut with the last packet",
-    "a rest is cut for idle processors", "a rank is a call ahead of another", "an empty packet's signal is overtaken",
+    "a rest is cut for idle processors", "a rank is a call ahead of another", "two calls tell of an empty packet",
 )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def happened(run):
     found |= {"a rank is a call ahead of another"} if run.story.ahead else set()
     if run.spec.packing == "sources":
         found |= {REASONS[why] for why in run.story.reasons if why in REASONS}
-    return found | ({"an empty packet's signal is overtaken"} if run.story.overtaken else set())
+    return found | ({"two calls tell of an empty packet"} if run.story.at_a_time else set())
 
 
 def _cases(run, calls, packets):

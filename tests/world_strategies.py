@@ -142,7 +142,7 @@ EXAMPLES = {
     "a rest is cut with the last packet": search(to((1, 2), 2, 1), num_processors=1),
     "a rest is cut for idle processors": search(to((1, 2), 1, 2), num_processors=3),
     "a rank is a call ahead of another": search(to((3, 2), 0, 2), GivenCall((3, 1)), num_processors=1),
-    "an empty packet's signal is overtaken": search(
+    "two calls tell of an empty packet": search(
         to((3, 2), 0, 2), GivenCall((3, 1)), to((3, 2), 0, 1), strategy="pct", num_processors=1
     ),
 }

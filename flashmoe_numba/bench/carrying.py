@@ -62,7 +62,7 @@ class Stream:
         hosts = self.heap.hosts
         self.others = [rank for rank in range(comm.size) if hosts.are_apart(rank, comm.rank)]
         self._ring = np.zeros(FIRST + PUT_WORDS * NUM_PUTS * len(self.others), np.int64)
-        self.heap.carry(control_at, [self._ring])
+        self.heap.carry(control_at, [self._ring], num_bytes)
         words = self.heap.segments[comm.rank].view(np.int64)
         self._flags = words[self._flag_at // 8 : control_at // 8]
         self.received = self.heap.segments[comm.rank][num_bytes : self._flag_at].reshape(comm.size, num_bytes)

@@ -1,9 +1,9 @@
 """Small worlds of ranks on several hosts, between which a network carries puts (run/network.py); worlds.py has them.
 
 Together they have: two hosts and three, of as many ranks or not; row tiles of several sources, on this host and on
-others; results of several chunks; drops; ranks without tokens, so that empty packets are overtaken; a shared expert;
-three lanes; backwards of every kind of saving; a rank that is a call ahead; hosts that leave; ranks that are lost, with
-deadlines running, also alone on their hosts; and ranks that make different calls.
+others; results of several chunks; drops; ranks without tokens, of whose empty packets two calls tell at a time; a
+shared expert; three lanes; backwards of every kind of saving; a rank that is a call ahead; hosts that leave; ranks that
+are lost, with deadlines running, also alone on their hosts; and ranks that make different calls.
 """
 
 from __future__ import annotations

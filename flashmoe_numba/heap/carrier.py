@@ -58,12 +58,13 @@ def pieces(puts: Array) -> Iterator[Piece]:
         yield Piece(source_at + first, target_at + first, num_bytes - first, flag_at, word)
 
 
-def most_messages(num_puts: int) -> int:
-    """That so many puts to one peer are at most, of rows that are a piece each, and what else is under way then.
+def most_messages(num_puts: int, num_bytes: int) -> int:
+    """That so many puts to one peer with so many bytes of rows are at most, and what else is under way then.
 
-    Of longer rows only some pieces come between two looks at what has come.
+    Each put may come alone, with a letter of its own; and the peer's process may stand still meanwhile.
     """
-    return num_puts + -(-num_puts // MOST_PIECES) + OTHERS
+    num_pieces = num_puts + num_bytes // PIECE_BYTES
+    return num_pieces + num_puts + num_pieces // MOST_PIECES + OTHERS
 
 
 class Carrier:

@@ -66,10 +66,10 @@ class HostsHeap(MpiHeap):
         ]
         self.barrier()
 
-    def carry(self, control_at: int, wires: Sequence[Array]) -> None:
+    def carry(self, control_at: int, wires: Sequence[Array], most_bytes: int) -> None:
         if self.hosts.is_one:
             return
-        _require_saved(wires[0], self.hosts)
+        _require_saved(wires[0], most_bytes, self.hosts)
         rank_idx = self.rank_indices[0]
         others = [rank for rank in range(self.num_ranks) if self.hosts.are_apart(rank, rank_idx)]
         letters, rows = self._comms
@@ -116,12 +116,12 @@ def _require_threads() -> None:
         raise ValueError(f"{rule}, mpi4py's default), got THREAD_{names[level]}")
 
 
-def _require_saved(wire: Array, hosts: Hosts) -> None:
-    """That MPI keeps all messages of a call, whose puts have room in the ring."""
+def _require_saved(wire: Array, most_bytes: int, hosts: Hosts) -> None:
+    """That MPI keeps all messages of a call to a rank, whose puts have room in the ring, and so many bytes of rows."""
     from mpi4py import MPI
 
     puts_to_all = (wire.size - FIRST) // PUT_WORDS
-    require_saved(MPI, most_messages(-(-puts_to_all // hosts.most_apart)))
+    require_saved(MPI, most_messages(-(-puts_to_all // hosts.most_apart), most_bytes))
 
 
 def _warn_of_losses() -> None:

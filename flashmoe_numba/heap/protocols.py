@@ -168,12 +168,13 @@ class Heap(Protocol):
         Of images only control words are kept fresh, by whoever carries puts between hosts.
         """
 
-    def carry(self, control_at: int, wires: Sequence[Array]) -> None:
+    def carry(self, control_at: int, wires: Sequence[Array], most_bytes: int) -> None:
         """Be ready to bring puts to other hosts; nothing, where all ranks share one.
 
         Args:
             control_at: where the control words begin in a segment, in bytes.
             wires: of each rank of this process, the ring into which it posts puts (kernel/wire.py).
+            most_bytes: of rows that a rank puts to one other in a call.
         """
 
     def carrying(self, deadline_s: float) -> AbstractContextManager[None]:

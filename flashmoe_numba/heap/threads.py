@@ -71,7 +71,7 @@ class ThreadHeap(Owned):
     def segments_of(self, rank_idx: int) -> list[Array]:
         return self.segments if self.hosts.is_one else self._seen[rank_idx]
 
-    def carry(self, control_at: int, wires: Sequence[Array]) -> None:
+    def carry(self, control_at: int, wires: Sequence[Array], most_bytes: int) -> None:
         """Nothing is carried."""
 
     def carrying(self, deadline_s: float) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from reference import Layout, Weights
 from reference.backward_plan import max_weight_tasks
 from reference.cache_folder import usable_cache_folder
-from reference.sizes import max_tasks
+from reference.sizes import max_put_bytes, max_tasks
 
 from ..backends import make_backend
 from ..backends.protocols import Backend
@@ -46,7 +46,8 @@ class Parts:
         self.num_processors = heap.together(lambda: self._processors(settings.num_processors, heap))
         heap.allocate(self.layout.num_bytes, backend)
         self.ranks = heap.together(lambda: self._make_ranks(settings, heap))
-        heap.together(lambda: heap.carry(self.layout.control, [rank.segments.wire for rank in self.ranks]))
+        wires, most_bytes = [rank.segments.wire for rank in self.ranks], max_put_bytes(settings.config, settings.save)
+        heap.together(lambda: heap.carry(self.layout.control, wires, most_bytes))
         of_ranks = [rank.first_arguments() for rank in self.ranks]
         _one_first(heap, lambda: backend.prepare(self.config, of_ranks, folder))
         experts = [rank.experts for rank in self.ranks]

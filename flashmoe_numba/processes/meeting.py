@@ -142,7 +142,7 @@ class Meeting(Owned):
                 "`mpirun -n N python -m mpi4py SCRIPT` and torchrun end all ranks when one fails"
             ) from None
 
-    def carry(self, control_at: int, wires: Sequence[Array]) -> None:
+    def carry(self, control_at: int, wires: Sequence[Array], most_bytes: int) -> None:
         """Nothing is carried between ranks that share memory."""
 
     def carrying(self, deadline_s: float) -> contextlib.AbstractContextManager[None]:

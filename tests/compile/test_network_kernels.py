@@ -1,9 +1,9 @@
 """Kernels for GPUs on several hosts: what the linker and the disassembler say of them. Nothing here runs one."""
 
 import importlib.util
-import os
 
 import pytest
+from built_variants import IS_FAST
 
 if not importlib.util.find_spec("numba_cuda"):
     reason = "numba-cuda is not installed: pip install 'flashmoe-numba[compile]'"
@@ -34,7 +34,7 @@ ALL = [
     for backward in (False, True)
     for variant in all_variants(architecture, backward=backward, heap="nvshmem")
 ]
-VARIANTS = FAST if os.environ.get("HYPOTHESIS_PROFILE", "fast") == "fast" else ALL
+VARIANTS = FAST if IS_FAST else ALL
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)

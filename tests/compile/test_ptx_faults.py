@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from built_variants import IS_FAST
 
 if not importlib.util.find_spec("numba_cuda"):
     pytest.skip("numba-cuda is not installed: pip install 'flashmoe-numba[compile]'", allow_module_level=True)
@@ -34,7 +35,7 @@ FAST_RULES = (
     "an `expect_tx` count changed",
     "a `wait_group` number raised",
 )
-CHOSEN = FAST_RULES if os.environ.get("HYPOTHESIS_PROFILE", "fast") == "fast" else tuple(RULES)
+CHOSEN = FAST_RULES if IS_FAST else tuple(RULES)
 WORLDS = (1, 10, MANY_TILES)  # quick ones, and one in which several blocks meet
 
 

@@ -37,7 +37,7 @@ class Side:
         self.own, self.words = heap.segments[self.rank], heap.segments[self.rank].view(np.int64)
         self.control = self.words[self.control_at // 8 :]
         self.ring = np.zeros(FIRST + PUT_WORDS * comm.size * MOST, np.int64)
-        heap.carry(self.control_at, [self.ring])
+        heap.carry(self.control_at, [self.ring], MOST * self.room)
         self.others = [rank for rank in range(comm.size) if heap.hosts.are_apart(rank, self.rank)]
 
     def room_at(self, half, peer, put):

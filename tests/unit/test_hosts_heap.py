@@ -39,15 +39,19 @@ def test_a_netmod_that_ends_the_others_is_named(netmod, warns, monkeypatch, recw
         hosts._warn_of_losses()
 
 
-@pytest.mark.parametrize(("puts_to_a_peer", "most"), [(24, 24 + 1 + 8), (25, 25 + 2 + 8), (64, 64 + 3 + 8)])
+@pytest.mark.parametrize(("puts_to_a_peer", "num_bytes", "most"), [
+    (10, 2**20 - 1, 10 + 10 + 0 + 8), (24, 0, 24 + 24 + 1 + 8), (3, 50 * 2**20, 53 + 3 + 2 + 8),
+])  # fmt: skip
 @pytest.mark.parametrize("of_rank", [(0, 1), (0, 0, 1, 1), (0, 1, 1, 2)])  # 1, 2 and 3 ranks apart from one
-def test_mpi_must_keep_all_messages_of_a_call_to_one_peer(puts_to_a_peer, most, of_rank, monkeypatch):
+def test_mpi_must_keep_all_messages_of_a_call_to_one_peer(puts_to_a_peer, num_bytes, most, of_rank, monkeypatch):
+    """Rows in pieces of 1 MiB, a letter for each put and each 24 pieces, and what is beside them."""
     asked = []
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI="MPI"))
     monkeypatch.setattr(hosts, "require_saved", lambda *arguments: asked.append(arguments))
     there = Hosts(of_rank)
     apart = len(of_rank) - min(of_rank.count(host) for host in of_rank)
-    hosts._require_saved(np.zeros((RING_HEAD_BYTES + apart * puts_to_a_peer * PUT_BYTES) // 8, np.int64), there)
+    ring = np.zeros((RING_HEAD_BYTES + apart * puts_to_a_peer * PUT_BYTES) // 8, np.int64)
+    hosts._require_saved(ring, num_bytes, there)
     assert asked == [("MPI", most)]
 
 

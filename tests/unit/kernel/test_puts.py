@@ -18,7 +18,7 @@ from flashmoe_numba.kernel.network import Channel
 from reference import Hosts, Layout, Weights, make_packets, make_plan
 from reference.layout import SAVES
 from reference.runs import result_chunks
-from reference.sizes import PUT_BYTES, RING_HEAD_BYTES, max_puts
+from reference.sizes import PUT_BYTES, RING_HEAD_BYTES, max_put_bytes, max_puts
 
 TWO = Hosts.even(4, 2)
 FOUR_RANKS = dict(num_ranks=4, num_experts=8)
@@ -88,6 +88,23 @@ def test_the_bound_of_puts_is_reached(save):
     puts = puts_of(config, hosts, routings, of_packet, 1 if save is None else 2)
     packets_to_others = 2 - 1  # rank 0's own packets to others are empty here, and could have rows
     assert puts[0] == max_puts(config, hosts, save) - 2 - 2 * (of_packet - 1) * packets_to_others
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+@pytest.mark.parametrize("save", [None, *SAVES])
+def test_the_bound_of_bytes_to_a_rank_is_reached(save, dtype):
+    """Every token goes to all experts, in the last call, which is a backward if there is one."""
+    config = tiny_config(num_ranks=2, num_experts=4, num_topk=4, num_tokens=7, capacity=None, dtype=dtype)
+    x, weights = random_tokens(config), Weights.random(config)
+    with apart(Hosts((0, 1)))(config, weights, num_processors=1, save=save) as layer:
+        _, saved = (layer(x), None) if save is None else layer.forward(x)
+        first = [0, 0] if save is None else posted(layer)
+        if save is not None:
+            layer.backward(saved, x)
+        for rank, begin, end in zip(layer._ranks, first, posted(layer), strict=True):
+            places = rank.segments.wire[wire.FIRST :].reshape(-1, wire.PUT_WORDS)
+            put_bytes = [int(places[number % len(places), wire.NUM_BYTES]) for number in range(begin, end)]
+            assert sum(put_bytes) == max_put_bytes(config, save)
 
 
 def test_a_plan_has_the_bytes_of_stage_and_ring():
