@@ -84,6 +84,7 @@ def start(
         write: takes what they say on stdout; None: it goes to ours.
 
     Raises:
+        KeyboardInterrupt: by Ctrl-C before MPI had begun: ranks did not hear of it.
         TimeoutError: no further rank began for `START_PATIENCE_S`.
         UsageError: mpirun or mpi4py is missing.
     """
@@ -249,6 +250,8 @@ def _wait(process: subprocess.Popen[bytes], said: Sequence[Relay], begin: Callab
         return code if code >= 0 else 128 - code
     except KeyboardInterrupt:
         _stop(process, said)
+        if "r" not in said[1].marks:  # no rank has said so
+            raise
         return 128 + signal.SIGINT
     except BaseException:
         _stop(process, said)
