@@ -8,8 +8,8 @@ WORKLOAD ?= text
 SEED ?= 0
 PROCESSES ?= 2
 
-# Tests of a file run in one process, whose fixtures they share.
-SPREAD := --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+# Tests of a file run in one process, whose fixtures they share. One that dies, as at a test's time limit, ends the run.
+SPREAD := --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
 
 .PHONY: help run test lint smoke conformance nightly mutants hosts-soak compare compile-test ptx-worlds ptx-faults clean

@@ -14,7 +14,7 @@ SURVIVING = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}  # before MPI 
 SAVED_VARIABLE, SAVED_BY_DEFAULT = "FI_TCP_MAX_SAVED", 64  # libfabric's
 PREFERRED = SURVIVING | {SAVED_VARIABLE: "4096"}  # messages that a rank may have sent before they are asked for
 PROVIDER_VARIABLES = ("FI_PROVIDER", "MPIR_CVAR_OFI_USE_PROVIDER")
-CURE = " ".join(f"{name}={value}" for name, value in SURVIVING.items())
+CURE = " ".join(f"{name}={value}" for name, value in PREFERRED.items())
 
 
 class Netmod(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 from flashmoe_numba.commands.doctor import host, hosts
 from flashmoe_numba.commands.doctor.host import OK, WARN
 
-CURE = "set MPIR_CVAR_CH4_NETMOD=ofi FI_PROVIDER=tcp"
+CURE = "set MPIR_CVAR_CH4_NETMOD=ofi FI_PROVIDER=tcp FI_TCP_MAX_SAVED=4096"
 
 
 @pytest.mark.parametrize(("status", "said", "expected"), [
