@@ -249,8 +249,9 @@ def _wait(process: subprocess.Popen[bytes], said: Sequence[Relay], begin: Callab
         code = process.wait()
         return code if code >= 0 else 128 - code
     except KeyboardInterrupt:
+        ranks_hear = "r" in said[1].marks  # and say so
         _stop(process, said)
-        if "r" not in said[1].marks:  # no rank has said so
+        if not ranks_hear:
             raise
         return 128 + signal.SIGINT
     except BaseException:

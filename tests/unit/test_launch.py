@@ -93,14 +93,15 @@ def test_what_has_begun_is_waited_for_however_long_it_takes(monkeypatch):
     assert launch.start(2, [], 1.0) == 7
 
 
-@pytest.mark.parametrize(("letters", "said"), [
-    ("gg", "flashmoe run: interrupted\n"),
-    ("grgr", ""),  # ranks say it
+@pytest.mark.parametrize(("letters", "at_interrupt", "said"), [
+    ("gg", "exit", "flashmoe run: interrupted\n"),
+    ("gg", r"printf '\036r' >&2", "flashmoe run: interrupted\n"),  # a rank begins that has not heard of it
+    ("grgr", "exit", ""),  # ranks say it
 ])  # fmt: skip
-def test_somebody_says_that_a_run_was_interrupted(monkeypatch, capfd, letters, said):
+def test_somebody_says_that_a_run_was_interrupted(monkeypatch, capfd, letters, at_interrupt, said):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs tests may ignore it
     monkeypatch.setattr(launch, "find_mpirun", lambda: "/some/mpirun")
-    then = f"sleep 0.5; kill -INT {os.getpid()}; exec sleep 100"
+    then = f'trap "{at_interrupt}" INT; sleep 0.5; kill -INT {os.getpid()}; while sleep 0.05; do :; done'
     monkeypatch.setattr(launch.subprocess, "Popen", popen_of(letters, then, []))
     try:
         assert cli.main(["run", "--preset", "laptop-tiny", "--ranks", "2"]) == 130
