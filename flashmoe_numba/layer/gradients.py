@@ -32,9 +32,9 @@ class Gradients:
             a pair that added nothing.
         logits: `[num_tokens, num_choices]`, likewise, of the logits as the product with the router makes them, or as
             they were given; None where topk_weights were given.
-        weights: of this rank's experts, and of the router and the shared expert by way of this rank's tokens: `Weights`
-            whose arrays are in the type of sums; without experts, where these are frozen. They are views of `arrays`:
-            `FlashMoE.backward(..., into=gradients)` goes on with these sums where they are.
+        weights: of this rank's experts, and of the router, the shared expert and the scale of a norm by way of this
+            rank's tokens: `Weights` whose arrays are in the type of sums; without experts, where these are frozen. They
+            are views of `arrays`: `FlashMoE.backward(..., into=gradients)` goes on with these sums where they are.
         arrays: the sums as the kernel has them.
     """
 

@@ -170,7 +170,8 @@ class FlashMoE(Owned):
         """
         self._require_open()
         packed = PackedWeights(self.config, self._ranks, weights)
-        self._parts.held.add(packed)
+        with self._calls.turn():  # another thread may have closed the layer meanwhile
+            self._parts.held.add(packed)
         return packed
 
     def load(self, weights: Weights, into: PackedWeights | None = None) -> None:
@@ -285,7 +286,8 @@ class FlashMoE(Owned):
 
         They have the same bits for any number of processors, any packing and in every run. On other numbers of ranks,
         too, where the tokens of all ranks follow each other in the same order and none are dropped, but for those of
-        router and shared expert, which each rank makes of its own tokens: add them up in the order of ranks.
+        router, shared expert and the scale of a norm of results, which each rank makes of its own tokens: add them up
+        in the order of ranks.
 
         Args:
             saved: what `forward` returned with y.
@@ -293,8 +295,8 @@ class FlashMoE(Owned):
             logits_gradient: `[..., num_choices]` for each token: added to the gradient of the logits as the product
                 with the router makes them, for losses that read these.
             into: gradients of an earlier backward, whose sums for weights this one goes on with, call after call.
-            experts: are the gradients of the experts' weights wanted, the shared one's among them? Without, they are
-                frozen, and no task is made for them.
+            experts: are the gradients of the experts' weights wanted, the shared one's and their norm's scale among
+                them? Without, they are frozen, and no task is made for them.
             router: likewise those of the router, its biases and scales.
             retain: may `saved` have another backward?
 

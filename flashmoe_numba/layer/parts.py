@@ -81,10 +81,11 @@ class Parts:
             ValueError: it is not of this layer; calls it `name`.
         """
         packed = self.packed if packed is None else packed
-        if not (isinstance(packed, PackedWeights) and packed.fits(self.ranks)):
-            hint = ": layer.pack(weights)?" if isinstance(packed, Weights) else ""
-            raise ValueError(f"{name} must be what pack() of this layer returned, got {type(packed).__name__}{hint}")
-        return packed
+        if isinstance(packed, PackedWeights) and packed.fits(self.ranks):
+            return packed
+        found = "that of another layer" if isinstance(packed, PackedWeights) else type(packed).__name__
+        hint = ": layer.pack(weights)?" if isinstance(packed, Weights) else ""
+        raise ValueError(f"{name} must be what pack() of this layer returned, got {found}{hint}")
 
     def drop(self) -> None:
         """Keep nothing of what ranks and heap hold, here or where users hold parts of it."""

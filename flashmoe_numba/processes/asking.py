@@ -140,6 +140,7 @@ class _Asked:
 
     def _why(self, said: Sequence[str]) -> str:
         """It has not answered."""
+        self._end()  # what a launcher left behind, such as a connection to be shared, may hold stderr open
         errors, code = self._process.stderr.read().strip().splitlines(), self._process.returncode
         last = (errors or said or [f"status {code}"])[-1]
         if code == -signal.SIGKILL:

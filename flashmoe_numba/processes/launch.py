@@ -84,6 +84,7 @@ def start(
         write: takes what they say on stdout; None: it goes to ours.
 
     Raises:
+        KeyboardInterrupt: by Ctrl-C before MPI had begun: ranks did not hear of it.
         TimeoutError: no further rank began for `START_PATIENCE_S`.
         UsageError: mpirun or mpi4py is missing.
     """
@@ -248,7 +249,10 @@ def _wait(process: subprocess.Popen[bytes], said: Sequence[Relay], begin: Callab
         code = process.wait()
         return code if code >= 0 else 128 - code
     except KeyboardInterrupt:
+        ranks_hear = "r" in said[1].marks  # and say so
         _stop(process, said)
+        if not ranks_hear:
+            raise
         return 128 + signal.SIGINT
     except BaseException:
         _stop(process, said)

@@ -15,6 +15,8 @@ from typing import IO
 MARK = b"\x1e"
 OWN_LINES = re.compile(  # of mpich's mpirun, of its parts on hosts, and of MPI
     rb"(?:\[(?:mpiexec|proxy:[^\]@]*)@[^\]]*\]|Abort\(\d+\) on node )[^\n]*\n"
+    rb"|(?m:^)(?:={79}|=   [A-Z]|YOUR APPLICATION TERMINATED WITH |This typically refers to a problem with your app"
+    rb"|Please see the FAQ page for debugging sugg|\n)(?:(?<=\n)|[^\n]*\n)"  # where ranks end by its signal, on stdout
 )
 END_PATIENCE_S = 2.0  # for what is still in a pipe that somebody beside mpirun may hold
 

@@ -101,6 +101,8 @@ def test_hosts_say_which_machine_they_are(launcher):
     (None, ConnectionError, r"b cannot be reached by \S+/launcher: no route to b"),
     ("exit 127", ConnectionError, "b cannot run .*python.*processes.answer, which must be there as here: status 127"),
     ("echo first >&2; echo last >&2; exit 1", ConnectionError, "b cannot run .*, which must be there as here: last"),
+    pytest.param("sleep 1000 > /dev/null & echo last >&2; exit 1", ConnectionError,
+     "b cannot run .*, which must be there as here: last", marks=pytest.mark.timeout(120)),
     ("echo hello", ConnectionError, r"b, asked by \S+/launcher, gave no answer that can be read: \['hello'\]"),
     ("true", ConnectionError, r"b, asked by \S+/launcher, gave no answer that can be read: \[\]"),
     (answer("two", package="flashmoe-numba of source 123"), ConnectionError,

@@ -1,6 +1,7 @@
 """mpirun starts ranks here, whatever a batch system says, within a limit, and without the caller's folder."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,23 @@ def test_what_has_begun_is_waited_for_however_long_it_takes(monkeypatch):
     monkeypatch.setattr(launch, "find_mpirun", lambda: "/some/mpirun")
     monkeypatch.setattr(launch.subprocess, "Popen", popen_of("grgr", "sleep 0.6; exit 7", []))
     assert launch.start(2, [], 1.0) == 7
+
+
+@pytest.mark.parametrize(("letters", "at_interrupt", "said"), [
+    ("gg", "exit", "flashmoe run: interrupted\n"),
+    ("gg", r"printf '\036r' >&2", "flashmoe run: interrupted\n"),  # a rank begins that has not heard of it
+    ("grgr", "exit", ""),  # ranks say it
+])  # fmt: skip
+def test_somebody_says_that_a_run_was_interrupted(monkeypatch, capfd, letters, at_interrupt, said):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs tests may ignore it
+    monkeypatch.setattr(launch, "find_mpirun", lambda: "/some/mpirun")
+    then = f'trap "{at_interrupt}" INT; sleep 0.5; kill -INT {os.getpid()}; while sleep 0.05; do :; done'
+    monkeypatch.setattr(launch.subprocess, "Popen", popen_of(letters, then, []))
+    try:
+        assert cli.main(["run", "--preset", "laptop-tiny", "--ranks", "2"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err == said
 
 
 def test_a_rank_tells_once_when_mpi_has_begun(monkeypatch, capfd):

@@ -57,6 +57,28 @@ def test_after_an_interrupt_mpiruns_own_lines_are_left_out(size):
     assert pipe.end() == PROXY + b"\r 50%|##flashmoe: interrupted\nnot [mpi@x] this\nno newline"
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_after_an_interrupt_mpiruns_words_about_ranks_that_it_ended_are_left_out(size):
+    """As mpich 5.0 prints them on stdout."""
+    block = f"""
+{"=" * 79}
+=   BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES
+=   PID 4931 RUNNING AT vm
+=   EXIT CODE: 15
+=   CLEANING UP REMAINING PROCESSES
+=   YOU CAN IGNORE THE BELOW CLEANUP MESSAGES
+{"=" * 79}
+YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Terminated (signal 15)
+This typically refers to a problem with your application.
+Please see the FAQ page for debugging suggestions
+""".encode()
+    pipe = Pipe()
+    pipe.relay.interrupted = True
+    rest = b"latency = 3 ms\n" + block + b"a = b\nThis is said\n"
+    pipe.write(*(rest[i : i + size] for i in range(0, len(rest), size)))
+    assert pipe.end() == b"latency = 3 ms\na = b\nThis is said\n"
+
+
 def test_a_relay_reads_until_the_end_and_knows_when_nobody_listens(tmp_path):
     reading, writing = os.pipe()
     with open(tmp_path / "said", "wb") as file:

@@ -72,3 +72,18 @@ def test_a_call_that_was_kept_is_closed_with_its_layer():
     with pytest.raises(FlashMoEError, match=r"^the layer that packed these weights is closed: they can be unpacked"):
         packed.load(WEIGHTS)
     saved.close()  # once more does nothing
+
+
+def test_a_layer_that_is_closed_while_weights_are_packed_has_none_of_them(monkeypatch):
+    """By another thread, say."""
+    layer = FlashMoE(CONFIG, WEIGHTS, backend="fibers", save="rows")
+    packing = layer._ranks[1].packing
+    pack = packing.pack
+
+    def closed_meanwhile(weights):
+        layer.close()
+        return pack(weights)
+
+    monkeypatch.setattr(packing, "pack", closed_meanwhile)
+    with pytest.raises(FlashMoEError, match=r"^this layer is closed: close\(\) was called$"):
+        layer.pack(WEIGHTS)
