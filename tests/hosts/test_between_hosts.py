@@ -59,9 +59,15 @@ def test_who_does_not_come_is_named_by_all_others(hosts_of, how, reason):
 
 
 def who_waited(err):
-    """rank -> why it ended, of those that say they waited for the victim, and maybe for others on their way."""
-    said = r"rank (\d) (?:gave up|stopped) before step 3, while it waited for rank ([\d, ]+) to come to meeting 4: (.*)"
-    return {int(rank): why for rank, late, why in re.findall(said, err) if str(VICTIM) in late}
+    """rank -> why it ended, of those that say they waited for the victim, and maybe for others on their way.
+
+    Who hears why the victim left may still be on its way to where that was.
+    """
+    said = (
+        r"rank (\d) (?:gave up|stopped) before step \d, while it waited for rank ([\d, ]+) to come to meeting \d: (.*)"
+    )
+    named = {int(rank): (late, why) for rank, late, why in re.findall(said, err)}
+    return {rank: why for rank, (late, why) in named.items() if str(VICTIM) in late or f"rank {VICTIM}" in why}
 
 
 def is_silent(pid):

@@ -23,7 +23,7 @@ LAYERS = {"float32": {}, "float64": {}, "normed": dict(expert=NORMED)}
 def make_layer(num_ranks, name):
     """(config, weights): the same layer and tokens, on any number of ranks."""
     dtype = name if name == "float64" else "float32"
-    sizes = dict(num_tokens=NUM_GLOBAL, num_experts=8, num_topk=3)
+    sizes = dict(num_tokens=NUM_GLOBAL, num_experts=24, num_topk=3)  # of 1, 2, 4, 6 and 8 ranks
     config = tiny_config(num_ranks=num_ranks, **sizes, dtype=dtype, **LAYERS[name])
     return config, Weights.random(config, seed=4, bias=True)
 

@@ -24,15 +24,16 @@ def size(spec):
 
 
 @pytest.mark.parametrize(
-    ("plant", "kind", "wanted"),
+    ("plant", "kind", "num_ranks", "wanted"),
     [
-        ("gemm1-early", "poison", dict(num_processors=2, epochs=1)),
-        ("epoch-not-compared", "deadlock", dict(num_processors=1, epochs=2)),
-        ("first-experts-weights", "wrong result", dict(num_processors=1, epochs=1)),
+        ("gemm1-early", "poison", 1, dict(num_processors=2, epochs=1)),
+        ("last-finisher-late", "deadlock", 1, dict(num_processors=1, epochs=1)),
+        ("epoch-not-compared", "race", 2, dict(num_processors=1, epochs=3)),
+        ("first-experts-weights", "wrong result", 1, dict(num_processors=1, epochs=1)),
     ],
 )
-def test_a_planted_bug_becomes_small_and_is_replayed(tmp_path, capsys, plant, kind, wanted):
-    search, file = Search(spec=spec(), plant=plant), tmp_path / "case.json"
+def test_a_planted_bug_becomes_small_and_is_replayed(tmp_path, capsys, plant, kind, num_ranks, wanted):
+    search, file = Search(spec=spec(epochs=3), plant=plant), tmp_path / "case.json"
     with watched_kernel(plant) as kernel:
         explorer = Explorer(search, kernel)
         bad = next(outcome for outcome in map(explorer.run, range(20)) if outcome.reports)
@@ -41,7 +42,7 @@ def test_a_planted_bug_becomes_small_and_is_replayed(tmp_path, capsys, plant, ki
     assert shrunk.complete
     assert len(shrunk.case.schedule) <= FEW, f"{shrunk.case.schedule}"
     assert all(now <= before for now, before in zip(size(shrunk.case.spec), size(search.spec), strict=True))
-    assert shrunk.case.spec.config.num_ranks == shrunk.case.spec.config.num_topk == 1
+    assert (shrunk.case.spec.config.num_ranks, shrunk.case.spec.config.num_topk) == (num_ranks, 1)
     assert {name: getattr(shrunk.case.spec, name) for name in wanted} == wanted
     assert finding(shrunk.story.reports[0]) == finding(bad.reports[0])
 
