@@ -72,19 +72,23 @@ def test_processes_of_one_host_are_stopped_and_killed(hosts_of):
     while [len(hosts.hosts.processes(i)) for i in range(2)] != [1, 1] or not all(map(sleeps, hosts.hosts.processes(0))):
         time.sleep(0.01)
 
-    def states():
-        return [Path(f"/proc/{pid}/stat").read_text().split()[2] for i in range(2) for pid in hosts.hosts.processes(i)]
+    def await_states(*wanted):
+        """A signal comes when a process is next on a core."""
+        limit, states = time.monotonic() + 20, []
+        while states != [*wanted]:
+            assert time.monotonic() < limit, states
+            time.sleep(0.01)
+            pids = [pid for i in range(2) for pid in hosts.hosts.processes(i)]
+            states = [Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in pids]
 
-    assert states() == ["S", "S"]
+    await_states("S", "S")
     hosts.hosts.stop(0)
-    limit = time.monotonic() + 20
-    while states() != ["T", "S"]:  # a signal comes when the process is next on a core
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+    await_states("T", "S")
     hosts.hosts.go_on(0)
     hosts.hosts.kill(1)
     assert running[1].wait(10) in (-signal.SIGKILL, 128 + signal.SIGKILL)
-    assert running[0].poll() is None and states() == ["S"]
+    await_states("S")
+    assert running[0].poll() is None
 
 
 def sleeps(pid):
