@@ -9,10 +9,11 @@ Hosts are network namespaces of this machine (hosts/namespaces.py). In each roun
 one of each element type, with every `save`, whose calls have other numbers of tokens each time and every third one its
 backward; and one whose packets have several megabytes. --load adds so many processes that keep cores busy.
 
-`wrong` counts results of ranks. `blocks` of Python, `resident_kib`, `descriptors` and `threads` of a process and
-`shared_kib` of its host's shared memory are what the rank that grew most grew by between the ends of the first and of
-the last round, when no layer is open; `layer_kib` likewise resident memory, in the last two thirds of the calls of a
-layer, of the layer of a later round that grew most. `load` is the system's over the last five minutes.
+`wrong` counts results of ranks. `blocks` of Python, `allocated_kib` by the C allocator, `resident_kib` without what it
+keeps free, `free_kib`, `descriptors` and `threads` of a process and `shared_kib` of its host's shared memory are what
+the rank that grew most grew by between the ends of the first and of the last round, when no layer is open; `layer_kib`
+likewise `allocated_kib`, in the last two thirds of the calls of a layer, of the layer of a later round that grew most.
+`load` is the system's over the last five minutes.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from flashmoe_numba.commands.flags import integer
 
 COLUMNS = {
     "hosts": "d", "ranks_per_host": "d", "layers": "d", "calls": "d", "wrong": "d", "seconds": ".0f", "load": ".1f",
-    "blocks": "+d", "resident_kib": "+d", "descriptors": "+d", "threads": "+d", "shared_kib": "+d", "layer_kib": "+d",
-    "problems": "d",
+    "blocks": "+d", "allocated_kib": "+d", "free_kib": "+d", "resident_kib": "+d", "descriptors": "+d", "threads": "+d",
+    "shared_kib": "+d", "layer_kib": "+d", "problems": "d",
 }  # fmt: skip
 
 

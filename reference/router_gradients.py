@@ -94,10 +94,10 @@ def _normalize_backward(scores: Array, d_factors: Array, kind: RouterKind) -> Ar
     """Through `normalized`; where the norm is less than norm_min, it has no part in it."""
     norm, order = norm_of(scores, kind), kind.norm_order
     divisor = np.maximum(norm + kind.norm_eps, kind.norm_min)
-    d_norm = -(d_factors * scores).sum(axis=1, keepdims=True) / divisor**2
+    d_norm = -(d_factors * (scores / divisor)).sum(axis=1, keepdims=True)
     d_norm = np.where(norm + kind.norm_eps >= kind.norm_min, d_norm, 0.0)
     share = np.where(scores > 0, (scores / norm) ** (order - 1), 0.0) if order != 1 else 1.0
-    return d_factors / divisor + d_norm * share
+    return (d_factors + d_norm * share) / divisor
 
 
 def _score_backward(z: Array, scores: Array, d_scores: Array, kind: RouterKind) -> Array:

@@ -42,6 +42,12 @@ class Work:
         experts = dict(num_ranks=self.num_ranks, num_experts=2 * self.num_ranks, activation="silu")
         return MoEConfig(**sizes, **experts, dtype=self.dtype)
 
+    @property
+    def call_kib(self) -> int:
+        """As much as a call brings to a rank: its choices' results, and as many rows for its experts."""
+        config = self.config
+        return 2 * config.num_tokens * config.num_topk * config.hidden * config.numpy_dtype.itemsize // 1024
+
     def make(self, **where: Any) -> FlashMoE:
         """The layer; `where` its ranks are."""
         config = self.config

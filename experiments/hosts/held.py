@@ -12,31 +12,56 @@ from typing import NamedTuple
 
 
 class Held(NamedTuple):
-    """Resident memory moves by what lies beside free memory of the allocator; the others are exact."""
+    """Of one process, but for `shared_kib`.
 
-    blocks: int  # of Python's objects
+    Args:
+        blocks: of Python's objects.
+        allocated_kib: what the C allocator has given out.
+        free_kib: what it keeps for later. Each thread that lives at the same time has a store of its own, so this grows
+            until all have once held as many messages as come early.
+        resident_kib: without `free_kib`.
+        shared_kib: of the host.
+    """
+
+    blocks: int
+    allocated_kib: int
+    free_kib: int
     resident_kib: int
     descriptors: int
     threads: int
-    shared_kib: int  # of the host
+    shared_kib: int
 
     def since(self, before: Held) -> Held:
         return Held(*(now - then for now, then in zip(self, before, strict=True)))
 
 
-NOTHING = Held(0, 0, 0, 0, 0)
-CHANCE_BLOCKS, CHANCE_KIB = 500, 8192  # free lists and fragments, however many calls
+NOTHING = Held(*[0] * len(Held._fields))
+CHANCE_BLOCKS, CHANCE_KIB = 500, 2048  # free lists, and pages that are free in part
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`, in bytes: of all its stores."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
 
 
 def held() -> Held:
     gc.collect()
+    libc, malloc = ctypes.CDLL(None), _Mallinfo()
     with contextlib.suppress(AttributeError):  # glibc's
-        ctypes.CDLL(None).malloc_trim(0)
+        libc.malloc_trim(0)
+        libc.mallinfo2.restype = _Mallinfo
+        malloc = libc.mallinfo2()
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     memory = os.statvfs("/dev/shm")
     return Held(
         blocks=sys.getallocatedblocks(),
-        resident_kib=resident_pages * os.sysconf("SC_PAGE_SIZE") // 1024,
+        allocated_kib=(malloc.uordblks + malloc.hblkhd) // 1024,
+        free_kib=malloc.fordblks // 1024,
+        resident_kib=(resident_pages * os.sysconf("SC_PAGE_SIZE") - malloc.fordblks) // 1024,
         descriptors=len(os.listdir("/proc/self/fd")),
         threads=len(os.listdir("/proc/self/task")),
         shared_kib=(memory.f_blocks - memory.f_bfree) * memory.f_frsize // 1024,
@@ -48,12 +73,16 @@ def most(grown: list[Held]) -> Held:
     return Held(*map(max, zip(*grown, strict=True))) if grown else NOTHING
 
 
-def complaints(grown: Held, num_calls: int) -> list[str]:
-    """What has grown by more in so many calls than chance explains."""
-    kept = dict(blocks=CHANCE_BLOCKS + num_calls // 10, resident_kib=CHANCE_KIB + num_calls)
-    limits = Held(**kept, descriptors=0, threads=0, shared_kib=0)
+def complaints(grown: Held, early_kib: int) -> list[str]:
+    """What has grown by more than chance explains, however many calls there were.
+
+    Args:
+        early_kib: messages of so many bytes may be here before they are asked for.
+    """
+    memory = dict(allocated_kib=CHANCE_KIB, free_kib=CHANCE_KIB + early_kib, resident_kib=CHANCE_KIB)
+    limits = Held(blocks=CHANCE_BLOCKS, **memory, descriptors=0, threads=0, shared_kib=0)
     return [
-        f"{name} grew by {getattr(grown, name)} in {num_calls} calls"
-        for name in Held._fields
-        if getattr(grown, name) > getattr(limits, name)
+        f"{name} grew by {amount}, more than {limit}"
+        for name, amount, limit in zip(Held._fields, grown, limits, strict=True)
+        if amount > limit
     ]

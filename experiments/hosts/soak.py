@@ -31,7 +31,7 @@ class Soak:
     Args:
         load: the system's, of the last five minutes.
         kept: what the ranks have grown by between the ends of the first and of the last round, the most of each.
-        ends_kib: resident memory of the largest rank, at the end of each round.
+        ends_kib: resident memory of the largest rank at the end of each round, without what its allocator has free.
         in_layer: likewise in the last two thirds of a small layer's calls, from the second round on.
         problems: what is not as it should be, in words.
     """
@@ -48,7 +48,7 @@ class Soak:
 
     def row(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("layers", "calls", "wrong", "seconds", "load")}
-        grown = {**self.kept._asdict(), "layer_kib": self.in_layer.resident_kib, "ends_kib": self.ends_kib}
+        grown = {**self.kept._asdict(), "layer_kib": self.in_layer.allocated_kib, "ends_kib": self.ends_kib}
         return counts | grown | {"problems": len(self.problems)}
 
 
@@ -68,7 +68,7 @@ def one_soak(num_hosts: int, ranks_per_host: int, rounds: int, calls: int, load:
             found.seconds, found.load = time.monotonic() - begun, os.getloadavg()[1]
             if min(ranks.calls()) > 0:
                 compare(ranks, layers, found)
-                look_for_growth(ranks, found)
+                look_for_growth(ranks, max(work.call_kib for work, _ in layers), found)
         finally:
             ranks.close()
     return found
@@ -115,8 +115,8 @@ def compare(ranks: Started, layers: Sequence[tuple[Work, range]], found: Soak) -
         found.problems.append(f"{found.calls} calls of {asked} were made")
 
 
-def look_for_growth(ranks: Started, found: Soak) -> None:
-    """In what the ranks have said that they hold."""
+def look_for_growth(ranks: Started, early_kib: int, found: Soak) -> None:
+    """In what the ranks have said that they hold; `early_kib` as `complaints` has it."""
     kept, in_layers, at_ends = [], [], []
     for rank in range(ranks.num_ranks):
         lines = [json.loads(line) for line in (ranks.folder / f"{rank}.held").read_text().splitlines()]
@@ -126,4 +126,4 @@ def look_for_growth(ranks: Started, found: Soak) -> None:
         in_layers += [Held(*line["grown"]) for line in lines if "grown" in line and line["round"] > 0]
     found.kept, found.in_layer = most(kept), most(in_layers)
     found.ends_kib = [max(of_ranks) for of_ranks in zip(*at_ends, strict=False)]
-    found.problems += complaints(found.kept, found.calls)
+    found.problems += complaints(found.kept, early_kib)

@@ -60,24 +60,29 @@ def test_calls_that_were_not_made_are_told(compared):
 
 
 def test_growth_is_told_by_rounds_and_within_layers(tmp_path):
-    rounds = [Held(100, 5000, 9, 3, 0), Held(120, 5010, 9, 3, 0), Held(900, 5040, 11, 3, 4)]
+    rounds = [Held(100, 90, 9, 50, 9, 3, 0), Held(120, 99, 0, 51, 9, 3, 0), Held(900, 92, 12, 54, 11, 3, 4)]
     lines = []
     for number, at_end in enumerate(rounds):
-        lines.append({"round": number, "grown": Held(0, 70 - number, 0, 0, 0)})
+        lines.append({"round": number, "grown": NOTHING._replace(allocated_kib=70 - number)})
         lines.append({"round": number, "held": at_end})
     found = Soak(calls=200)
-    soak.look_for_growth(Ended(tmp_path, [], lines), found)
-    assert found.kept == Held(800, 40, 2, 0, 4) and found.in_layer.resident_kib == 69  # not the first round's
+    soak.look_for_growth(Ended(tmp_path, [], lines), 10, found)
+    assert found.kept == Held(800, 2, 3, 4, 2, 0, 4) and found.in_layer.allocated_kib == 69  # not the first round's
+    assert found.ends_kib == [50, 51, 54]
     assert [text.split()[0] for text in found.problems] == ["blocks", "descriptors", "shared_kib"]
     assert found.row()["layer_kib"] == 69 and found.row()["problems"] == 3
 
 
 def test_what_grows_by_chance_is_no_complaint():
-    most_blocks, most_kib = CHANCE_BLOCKS + 100, CHANCE_KIB + 1000
-    assert complaints(Held(most_blocks, most_kib, 0, 0, 0), 1000) == []
-    grown = Held(most_blocks + 1, most_kib + 1, 1, 1, 1)
-    assert [text.split()[0] for text in complaints(grown, 1000)] == list(Held._fields)
-    assert most([Held(1, 2, 3, 4, 5), Held(5, 4, 3, 2, 1)]) == Held(5, 4, 3, 4, 5) and most([]) == NOTHING
+    by_chance = Held(CHANCE_BLOCKS, CHANCE_KIB, CHANCE_KIB + 1000, CHANCE_KIB, 0, 0, 0)
+    assert complaints(by_chance, early_kib=1000) == []
+    grown = Held(*(amount + 1 for amount in by_chance))
+    assert [text.split()[0] for text in complaints(grown, early_kib=1000)] == list(Held._fields)
+
+
+def test_the_most_that_grew_is_told_of_each_thing():
+    up = Held(*range(7))
+    assert most([up, Held(*reversed(up))]) == Held(6, 5, 4, 3, 4, 5, 6) and most([]) == NOTHING
 
 
 def test_held_counts_what_there_is(tmp_path):
@@ -90,7 +95,7 @@ def test_held_counts_what_there_is(tmp_path):
     done.set()
     thread.join()
     assert grown.threads == 1 and grown.descriptors >= 1 and grown.blocks >= len(kept[0])
-    assert grown.resident_kib > 20_000
+    assert grown.resident_kib > 30_000 and grown.allocated_kib > 39_000 and len(kept[1]) == 5_000_000
 
 
 def test_rounds_go_through_all_types_and_calls_follow_each_other():

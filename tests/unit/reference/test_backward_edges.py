@@ -39,6 +39,17 @@ def test_what_a_loss_reads_of_logits_goes_through_the_router():
     np.testing.assert_array_equal(case.gradients(logits_gradient=[more]).x[0], case.gradients().x[0])
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_only_choice_that_is_divided_by_itself_has_no_gradient(score):
+    """Its weight is 1; not the largest logit, so that its score is not 1."""
+    router = RouterKind(choice="given", score=score, renormalize=True)
+    case = Case(make_config(num_topk=1, router=router), [7, 5])
+    case.routing = dict(topk_idx=[np.argmin(x @ case.weights.router.T, axis=1)[:, None] for x in case.x])
+    found = case.gradients()
+    assert all(part.any() for part in found.topk_weights)
+    assert not any(part.any() for part in found.logits) and not found.weights.router.any()
+
+
 def test_forms_of_x_agree():
     case = Case(make_config(), [7, 7])
     listed = case.gradients()
