@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from reference import MoEConfig, Weights
 
@@ -60,6 +61,7 @@ class Session:
         self._shared: dict[tuple[MoEConfig, str, str | None, str | None], Shared] = {}
         self._ranks: dict[str, Ranks] = {}
         self._lock = threading.RLock()
+        self._hears_of_steps = False
 
     def ranks(self, comm: Any, process_group: Any) -> Ranks | None:
         """Those of a communicator or a process group, made where there are none or where a call failed.
@@ -122,11 +124,23 @@ class Session:
 
     def _keep(self, place: Place, tensors: Sequence[torch.Tensor], entry: Entry) -> Entry:
         """Have the entry found by these tensors, for as long as the memory of all of them is there."""
+        if not self._hears_of_steps:
+            register_optimizer_step_post_hook(self._count_step)
+            self._hears_of_steps = True
         entry.stamp = _stamp(tensors)
         self._entries[place] = entry
         for tensor in tensors:
             weakref.finalize(tensor.untyped_storage(), self._drop, place).atexit = False
         return entry
+
+    @torch.compiler.disable
+    def _count_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """After any optimizer's step: count it as a change of the tensors here, which PyTorch's fused ones do not."""
+        places = {address for _, _, addresses in list(self._entries) for address in addresses}
+        parameters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        stepped = [tensor for tensor in parameters if type(tensor) in PLAIN and tensor.grad is not None]
+        changed = [tensor for tensor in stepped if tensor.data_ptr() in places and not tensor.is_inference()]
+        torch.autograd.graph.increment_version(changed)
 
     def _make(self, fields: Mapping[str, Any], tensors: dict[str, torch.Tensor], num_topk: int | None) -> Entry:
         ranks = self.ranks_of(fields)
@@ -182,6 +196,7 @@ class Session:
             raise
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 NOT_HERE = (
     'the weights of a module with own="packed" are not here: it was copied or moved. Make the copy before its weights '
     'are handed over, or load its state_dict into a module of its own'

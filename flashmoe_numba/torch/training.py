@@ -18,7 +18,7 @@ from .description import FUSED, read
 from .kept_calls import KeptCalls, kept_for, ticket_for
 from .operator import moe_layer, parts_of, run
 from .rounds import BACKWARD
-from .session import SESSION
+from .session import PLAIN, SESSION
 from .weight_gradients import begin_from, fill, groups, is_of_experts
 
 Tensors = Sequence[torch.Tensor]
@@ -257,5 +257,4 @@ def _into_grad(
     return left
 
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 moe_layer_kept.register_autograd(_backward, setup_context=_set_up)

@@ -280,10 +280,24 @@ def test_a_layer_with_a_norm_of_results_learns():
     assert (module.result_scale != before).all()
 
 
-def test_a_step_of_an_optimizer_reaches_both_copies():
+class ByData(torch.optim.SGD):
+    """Writes to `.data`, as optimizers did once."""
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(parameter.grad, alpha=-0.5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("kind", "how"), [(torch.optim.SGD, {}), (torch.optim.SGD, dict(fused=True)), (ByData, {})])
+def test_a_step_of_an_optimizer_reaches_both_copies(kind, how, compiled):
+    """Also where PyTorch itself counts no version: its fused optimizers do not."""
     module, x = make_module(train=True), tokens()
     gradients(module, x)
-    torch.optim.SGD(module.parameters(), lr=0.5).step()
+    before, optimizer = module.up_proj.detach().clone(), kind(module.parameters(), lr=0.5, **how)
+    torch._dynamo.reset()
+    (torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step)()
+    assert not torch.equal(module.up_proj, before)
     fresh = MoE(CONFIG, {name: p.detach().clone() for name, p in module.named_parameters()}, train=True)
     assert torch.equal(module(x), fresh(x))
     assert equal(gradients(module, x), gradients(fresh, x))
@@ -321,6 +335,23 @@ def test_a_backward_of_tensors_that_went_is_that_of_what_there_was():
     gc.collect()
     release()
     assert shared.layer.closed
+
+
+def test_a_fused_step_before_a_backward_is_an_error_too():
+    module, x = make_module(train=True), tokens()
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    (first := module(x)).sum().backward(retain_graph=True)
+    other = torch.nn.Parameter(torch.ones(3))
+    (beside := other.square().sum()).backward(retain_graph=True)
+    optimizer.add_param_group(dict(params=[other]))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.sum().backward()
+    beside.backward()  # what is not a layer's is left to PyTorch
+    module.router.grad = None
+    version = module.router._version
+    optimizer.step()
+    assert module.router._version == version
 
 
 @pytest.mark.parametrize("frozen", ["experts", "router"])
