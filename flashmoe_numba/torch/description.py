@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -115,12 +116,19 @@ def _entry(text: str) -> Entry:
 
 
 def _arrange(entry: Entry, tensor: torch.Tensor, fields: Mapping[str, Any]) -> torch.Tensor:
-    """Axes in the order of STORED, those of length 1 left out, and only the rows of experts."""
+    """Axes in the order of STORED, those of length 1 left out, and only the rows of experts.
+
+    Raises:
+        ValueError: the tensor has another shape than its text says.
+    """
     num_experts, num_present = fields["num_experts"], fields.get("num_present", fields["num_experts"])
     sizes = {"expert": num_present, "hidden": fields["hidden"], "ffn": fields["ffn"], "2": 2, "1": 1}
     sizes |= {"choice": num_experts + fields.get("num_zero", 0), "shared": fields.get("shared_ffn", 0)}
     if entry.field == "selection_bias":  # none is of experts that every token chooses
         sizes["choice"] -= fields.get("router", {}).get("num_always", 0)
+    shape = [math.prod(sizes[name] for name in axis) for axis in entry.axes]
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{entry.field} must have shape {shape}, got {list(tensor.shape)}")
     stored, wanted = ([name for axis in axes for name in axis if name != "1"] for axes in _axes(entry))
     whole = tensor.reshape([sizes[name] for name in stored])
     if entry.field in OF_EXPERTS:

@@ -17,6 +17,7 @@ from ..layer.gradients import Gradients
 from .description import FUSED, read
 from .kept_calls import KeptCalls, kept_for, ticket_for
 from .operator import moe_layer, parts_of, run
+from .ownership import check_sums
 from .rounds import BACKWARD
 from .session import PLAIN, SESSION
 from .weight_gradients import begin_from, fill, groups, is_of_experts
@@ -78,6 +79,8 @@ def moe_layer_kept(
         were given, `[num_tokens, 0]` where topk_weights were given; the choices, int64 `[num_tokens, num_topk]`; the
         ticket.
     """
+    names, fields = read(description)
+    check_sums(fields.get(FUSED, False), {name.partition(":")[0]: of for name, of in zip(names, tensors, strict=True)})
     y, entry, saved = run(x, topk_idx, topk_weights, logits, tensors, description, keep=True)
     made = torch.cat([as_tensor(call.logits[0]) for call in saved])
     idx = torch.cat([as_tensor(call.topk_idx[0]) for call in saved]).long()

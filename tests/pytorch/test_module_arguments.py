@@ -1,5 +1,7 @@
 """What `MoE` refuses, and in which words."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,18 @@ def test_a_capacity_is_that_of_one_call():
 def test_refuses_weights_by_name(weights, kind, words):
     with pytest.raises(kind, match=words):
         MoE(CONFIG, weights)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("router", (9, 4)), ("up_proj", (4, 9, 6)), ("down_proj", (4 * 9 * 6,))])
+@pytest.mark.parametrize("train", [False, True])
+def test_refuses_a_parameter_in_another_order(name, shape, train):
+    """As many numbers as it should have would be read as if they were in the right one."""
+    module = make_module(train=train)
+    right = module.get_parameter(name)
+    assert right.numel() == torch.Size(shape).numel()
+    module.register_parameter(name, torch.nn.Parameter(torch.ones(shape), requires_grad=train))
+    with pytest.raises(ValueError, match=rf"{name} must have shape {re.escape(str(list(right.shape)))}, got"):
+        module(tokens())
 
 
 def test_refuses_arguments_of_other_types():

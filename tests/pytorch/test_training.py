@@ -403,3 +403,6 @@ def test_says_what_is_wrong():
     half = tiny_config(num_ranks=1, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"fused_accumulation must be False .*gate_proj has bfloat16"):
         make_module(half, train=True, fused_accumulation=True)
+    module = make_module(train=True, fused_accumulation=True).bfloat16()
+    with pytest.raises(ValueError, match=r"fused_accumulation must be False .*gate_proj has bfloat16"):
+        module(tokens().bfloat16())
