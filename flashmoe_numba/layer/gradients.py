@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,17 +81,26 @@ def call_sums(parts: Parts, packed: PackedWeights, into: Gradients | None, exper
     if not isinstance(into, Gradients):
         raise TypeError(f"into must be what backward() returned, got {type(into).__name__}")
     wanted = _weights(parts, packed, _zeros(parts, packed, experts, router))
-    found = into.weights if parts.all_here else [into.weights]
+    found = into.weights if isinstance(into.weights, list) else [into.weights]
     if list(map(_outline, found)) != list(map(_outline, wanted)):
         raise ValueError("into must be gradients of the same arrays as this call's weights have, got those of others")
-    if not all(_are_views(parts.backend, *of_rank) for of_rank in zip(found, into.arrays, strict=True)):
+    whole = len(found) == len(into.arrays)
+    if not (whole and all(map(_are_views, repeat(parts.backend), found, into.arrays))):
         raise ValueError("into must be what backward() returned, got a copy, whose weights are not where its sums are")
+    if not all(_can_grow(weights, arrays) for weights, arrays in zip(found, into.arrays, strict=True)):
+        raise ValueError("into must be gradients that can be written to, got some that are read-only")
     return CallSums(into.arrays, False, [False] * len(into.arrays))
 
 
 def _are_views(memory: Memory, weights: Weights, arrays: WeightGradients) -> bool:
     pairs = (weights.router, arrays.router), (weights.down_proj, arrays.down)
     return all(memory.address(view) == memory.address(array) for view, array in pairs if array.size)
+
+
+def _can_grow(weights: Weights, arrays: WeightGradients) -> bool:
+    """On GPUs nothing is read-only."""
+    views = [array for array in vars(weights).values() if hasattr(array, "dtype")]
+    return all(getattr(array.flags, "writeable", True) for array in (*views, *arrays))
 
 
 def _outline(weights: Weights) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,6 +128,34 @@ def test_copies_of_gradients_are_not_gone_on_with(layer):
     for copied in (copy.deepcopy(layer.no_gradients()), pickle.loads(pickle.dumps(layer.no_gradients()))):
         with pytest.raises(ValueError, match=r"into must be what backward\(\) returned, got a copy"):
             layer.backward(saved, DY, into=copied)
+
+
+def test_sums_of_one_rank_go_on_whether_it_is_here_alone_or_has_comm():
+    """With `comm` gradients are one rank's, not a list over ranks."""
+    config = tiny_config(num_ranks=1)
+    with FlashMoE(config, Weights.random(config), backend="fibers", save="rows") as alone:
+        _, saved = alone.forward(X[:1])
+        first = alone.backward(saved, DY[:1], retain=True)
+        once = arrays_of(first.weights[0])["up_proj"].copy()
+        alone.backward(saved, DY[:1], into=replace(first, weights=first.weights[0]), retain=True)
+        assert np.allclose(first.weights[0].up_proj, 2 * once) and once.any()
+        with pytest.raises(ValueError, match="into must be what backward"):
+            alone.backward(saved, DY[:1], into=replace(first, arrays=[]))
+        with FlashMoE(CONFIG, WEIGHTS, backend="fibers", save="rows") as two:
+            _, saved = two.forward(X)
+            with pytest.raises(ValueError, match="into must be gradients of the same arrays"):
+                two.backward(saved, DY, into=replace(first, weights=first.weights[0]))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_sums_that_are_read_only_stay_as_they_are(layer, whole):
+    """Compiled code would write to them in any case."""
+    _, saved = layer.forward(X)
+    sums = layer.backward(saved, DY, retain=True)
+    (sums.arrays[1].down if whole else sums.weights[1].down_proj).setflags(write=False)
+    with pytest.raises(ValueError, match="into must be gradients that can be written to, got some that are read-only"):
+        layer.backward(saved, DY, into=sums)
+    assert not saved.closed and not layer.closed
 
 
 def test_logits_and_choices_stay_when_their_call_is_over(layer):
