@@ -7,7 +7,7 @@ import math
 import torch
 
 from reference import MoEConfig
-from reference.scalars import number
+from reference.scalars import check_name, number
 
 SCORES = ("softmax", "sigmoid")
 
@@ -41,9 +41,17 @@ def load_balancing_loss(logits: torch.Tensor, choices: torch.Tensor, score: str 
         score: "softmax", or "sigmoid", whose scores are divided by their sum, as DeepSeek-V3 does.
 
     Returns:
-        One number, in the logits' type; 0 without tokens.
+        One number, in the logits' type, of sums in float32 at least; 0 without tokens.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
     """
+    check_name("score", score, SCORES)
+    kind, logits = logits.dtype, _rows_of(logits)
     num_tokens, n = logits.shape
+    if choices.dim() != 2 or len(choices) != num_tokens:
+        rule = f"choices must have shape [{num_tokens}, num_topk], a row for each of logits"
+        raise ValueError(f"{rule}; got {list(choices.shape)}")
     scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
     if score != "softmax":
         scores = scores / scores.sum(-1, keepdim=True)
@@ -51,7 +59,7 @@ def load_balancing_loss(logits: torch.Tensor, choices: torch.Tensor, score: str 
     counts = torch.zeros(n + 1, dtype=logits.dtype, device=logits.device)
     counts = counts.index_add(0, flat, torch.ones_like(flat, dtype=logits.dtype))[1:]
     per_token = 1 / max(num_tokens, 1)
-    return n * (counts * per_token * (scores.sum(0) * per_token)).sum()
+    return (n * (counts * per_token * (scores.sum(0) * per_token)).sum()).to(kind)
 
 
 def router_z_loss(logits: torch.Tensor) -> torch.Tensor:
@@ -59,5 +67,16 @@ def router_z_loss(logits: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: `[num_tokens, num_choices]`.
+
+    Returns, Raises: as `load_balancing_loss` has them.
     """
-    return logits.logsumexp(-1).square().sum() / max(len(logits), 1)
+    kind, logits = logits.dtype, _rows_of(logits)
+    return (logits.logsumexp(-1).square().sum() / max(len(logits), 1)).to(kind)
+
+
+def _rows_of(logits: torch.Tensor) -> torch.Tensor:
+    """In a type that can count tokens: bfloat16 ends at 256."""
+    if logits.dim() != 2 or not logits.is_floating_point():
+        got = f"{list(logits.shape)} of {str(logits.dtype).removeprefix('torch.')}"
+        raise ValueError(f"logits must have shape [num_tokens, num_choices] and a floating dtype, got {got}")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -158,10 +158,12 @@ def _check_present(weights: Weights, config: MoEConfig, ranks: Ranks | None) -> 
     return weights.num_experts
 
 
-def _rows(name: str, tensor: torch.Tensor | None, width: int) -> torch.Tensor | None:
+def _rows(name: str, tensor: Any, width: int) -> torch.Tensor | None:
     """`[num_tokens, width]` of `[..., width]`: reshaping alone would take any shape with as many elements."""
     if tensor is None:
         return None
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dim() == 0 or tensor.shape[-1] != width:
         raise ValueError(f"{name} must have shape [..., {width}], got {list(tensor.shape)}")
     return tensor.reshape(-1, width)

@@ -74,6 +74,10 @@ def test_refuses_a_parameter_in_another_order(name, shape, train):
 
 
 def test_refuses_arguments_of_other_types():
+    with pytest.raises(TypeError, match="hidden_states must be a tensor, got ndarray"):
+        make_module()(tokens().numpy())
+    with pytest.raises(TypeError, match="topk_idx must be a tensor, got list"):
+        make_module()(tokens(), [[0, 1]])
     with pytest.raises(TypeError, match="config must be a MoEConfig, got dict"):
         MoE(vars(CONFIG), Weights.random(CONFIG))
     with pytest.raises(TypeError, match="model must be a module of PyTorch, got NoneType"):

@@ -50,6 +50,40 @@ def test_router_z_by_its_formula():
     assert float(router_z_loss(logits[:0].detach())) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_many_tokens_in_a_narrow_type(dtype):
+    """Whose own sums of ones end at 256 and at 2,048: models that compute in it show such logits."""
+    logits, choices = torch.zeros(9000, 4, dtype=dtype, requires_grad=True), torch.arange(18000).reshape(9000, 2) % 4
+    balancing, router_z = load_balancing_loss(logits, choices), router_z_loss(logits)
+    assert (balancing.dtype, router_z.dtype) == (dtype, dtype)
+    assert balancing.item() == pytest.approx(2, rel=0.01) and router_z.item() == pytest.approx(1.922, rel=0.01)
+    (balancing + router_z).backward()
+    assert logits.grad.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("logits", "choices", "score", "words"),
+    [
+        (
+            torch.ones(3),
+            torch.ones(3, 2),
+            "softmax",
+            r"logits must have shape \[num_tokens, num_choices\] .* got \[3\] of",
+        ),
+        (torch.ones(3, 4).int(), torch.ones(3, 2), "softmax", r"a floating dtype, got \[3, 4\] of int32"),
+        (torch.ones(3, 4), torch.ones(2, 2), "softmax", r"choices must have shape \[3, num_topk\].* got \[2, 2\]"),
+        (torch.ones(3, 4), torch.ones(3), "softmax", r"choices must have shape \[3, num_topk\].* got \[3\]"),
+        (torch.ones(3, 4), torch.ones(3, 2), "soft", r"score must be one of softmax, sigmoid; got 'soft'"),
+    ],
+)
+def test_losses_say_what_is_wrong(logits, choices, score, words):
+    with pytest.raises(ValueError, match=words):
+        load_balancing_loss(logits, choices.long(), score)
+    if "logits" in words:
+        with pytest.raises(ValueError, match=words):
+            router_z_loss(logits)
+
+
 def test_a_module_returns_the_loss_and_its_gradients():
     config = tiny_config(num_ranks=1, dtype="float64", router=RouterKind(logit_bias=True))
     how = dict(train=True, load_balancing=0.3, router_z=0.2)
