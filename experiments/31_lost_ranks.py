@@ -34,7 +34,7 @@ from lost.verdict import Verdict
 from lost.world import make_trial
 from lost_common import lost_parser, row_of, show_rows, tell, terms
 
-from flashmoe_numba.commands.flags import integer
+from flashmoe_numba.commands.flags import integer, seconds
 from reference.layout import SAVES
 
 RANKS = (2, 3, 4)
@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backward", action="store_true", help="every other call is a backward")
     parser.add_argument("--mpirun", type=integer(0), default=0, metavar="N", help="runs under mpirun [0]")
     parser.add_argument("--calls", type=integer(1), default=20, help="of each rank in a run [20]")
-    parser.add_argument("--slack-s", type=float, default=0.2, help="what an error may take beyond the deadline [0.2]")
+    parser.add_argument("--slack-s", type=seconds, default=0.2, help="what an error may take beyond the deadline [0.2]")
     args: argparse.Namespace = parser.parse_args()
     return args
 

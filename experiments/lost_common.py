@@ -8,7 +8,7 @@ from typing import Protocol
 
 from common import Row, machine, parser_of, show
 
-from flashmoe_numba.commands.flags import integer
+from flashmoe_numba.commands.flags import integer, seconds
 
 
 class Verdict(Protocol):
@@ -27,7 +27,7 @@ def lost_parser(
     """The flags of both, with these defaults."""
     parser = parser_of(description)
     parser.add_argument("--runs", type=integer(0), default=runs, help=f"{of_what}over all faults [{runs}]")
-    parser.add_argument("--deadline-s", type=float, default=deadline_s, help=f"of a call [{deadline_s:g}]")
+    parser.add_argument("--deadline-s", type=seconds, default=deadline_s, help=f"of a call [{deadline_s:g}]")
     parser.add_argument("--fault", choices=faults, action="append", help="only this one; may be repeated")
     parser.add_argument("--seed", type=integer(0), default=0)
     return parser

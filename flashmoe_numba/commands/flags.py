@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from ..backends import check_backend
 from ..errors import UsageError
 
+MOST_SECONDS = 86400.0
 # The flag of each field, where it is not the field's own name.
 FLAGS = {
     "num_ranks": "ranks",
@@ -44,6 +46,17 @@ def integers(minimum: int) -> Callable[[str], list[int]]:
     """An argparse type: integers of at least `minimum` with commas between them."""
     one = integer(minimum)
     return lambda text: [one(part) for part in text.split(",")]
+
+
+def seconds(text: str) -> float:
+    """An argparse type: how long to wait at most."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, {MOST_SECONDS:g}], got {text!r}")
+    return value
 
 
 def in_flags(message: str) -> str:

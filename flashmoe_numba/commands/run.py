@@ -9,7 +9,6 @@ routing, the results and the gradients are right and all calls gave the same bit
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from ..processes import launch
 from ..processes.mpi_environment import unless_left_over
 from ..processes.shared_memory import Shortage
 from ..tile_gemm.arithmetic import AUTO, NAMES, choose
-from .flags import blaming, check_backend_flag, in_flags, integer
+from .flags import blaming, check_backend_flag, in_flags, integer, seconds
 from .hosts import add_hosts_arguments, between, check_clocks, check_run_on, hosts_from, report_from
 from .outputs import add_json_argument, check_outputs, give
 from .plan import describe
@@ -40,8 +39,6 @@ from .sizes import (
 if TYPE_CHECKING:
     from ..processes.destinations import Destinations
     from ..processes.together import LocalRanks, MpiRanks
-
-MOST_DEADLINE_S = 86400.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--iterations", type=integer(1), default=10, metavar="N", help="measured calls, after one that warms up [10]")
     add("--seed", type=integer(0), default=0, metavar="N", help="of weights, tokens and fibers [0]")
     patience = "give up after S seconds without progress, once ranks run [30]"
-    add("--deadline-s", type=_deadline, default=30.0, metavar="S", help=patience)
+    add("--deadline-s", type=seconds, default=30.0, metavar="S", help=patience)
     interpreted = "interpreted in this process, for tiny sizes: try --preset laptop-tiny"
     backends = f"compiled for CPUs, compiled for GPUs, or {interpreted} [cpu]"
     add("--backend", choices=("cpu", "cuda", "fibers"), default="cpu", help=backends)
@@ -76,16 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     last = "the last call, which is a backward if there are any"
     add("--trace", metavar="FILE", help=f"write {last}, for https://ui.perfetto.dev; costs a little time")
     add("--plot", metavar="FILE", help=f"draw {last}; as PNG, or .pdf, .svg")
-
-
-def _deadline(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= MOST_DEADLINE_S:
-        raise argparse.ArgumentTypeError(f"must be a number in (0, {MOST_DEADLINE_S:g}], got {text!r}")
-    return value
 
 
 def main(args: argparse.Namespace) -> int:

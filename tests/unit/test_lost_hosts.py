@@ -14,6 +14,7 @@ from hosts.calls import DIGEST_BYTES, Work, digest
 from hosts.faults import FAULTS, Harm, World
 from hosts.started import Started
 from hosts.trial import Size, Verdict
+from lost_common import lost_parser
 
 SIZE, BEGUN = Size(deadline_s=2.0, slack_s=3.0), 100.0
 WAITED = (
@@ -163,3 +164,13 @@ def test_a_digest_is_of_all_arrays_and_of_all_that_weights_have():
         changed[1] += 1
         assert digest(x, weights) != first
         changed[1] -= 1
+
+
+@pytest.mark.parametrize("deadline", ["0", "-1", "nan", "inf", "soon"])
+def test_a_deadline_that_no_layer_takes_is_refused_before_anything_runs(deadline, capsys):
+    """Ranks that could make no layer were waited for."""
+    parser = lost_parser("", FAULTS, runs=1, of_what="", deadline_s=2.0)
+    assert parser.parse_args(["--deadline-s", "0.5"]).deadline_s == 0.5
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--deadline-s", deadline])
+    assert f"must be a number in (0, 86400], got '{deadline}'" in capsys.readouterr().err
