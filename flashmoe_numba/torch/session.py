@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -231,7 +232,7 @@ def as_weights(tensors: dict[str, torch.Tensor], config: MoEConfig, ranks: Ranks
     """
     arrays: dict[str, Any] = {name: as_array(name, tensor.cpu()) for name, tensor in tensors.items()}
     if "router" not in arrays:
-        arrays["router"] = as_array("router", torch.zeros(config.num_choices, config.hidden))
+        arrays["router"] = np.zeros((config.num_choices, config.hidden), config.numpy_dtype)
     all_here = ranks is None or len(arrays["up_proj"]) == config.num_experts
     first = 0 if all_here or ranks is None else ranks.rank_idx * config.num_experts_per_rank
     return Weights(num_zero=config.num_zero, first_expert=first, **arrays)

@@ -101,6 +101,23 @@ def test_every_activation(act_fn):
     assert error < 1e-6
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_experts_of_another_type_than_new_tensors_have(default, dtype):
+    """A router that nobody has is none of PyTorch's new tensors."""
+    torch.manual_seed(0)
+    experts, (x, idx, factors) = make_experts().to(dtype), make_batch()
+    expected = eager_sum(experts, x.to(dtype), idx, factors)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        y = flashmoe_experts(experts, x.to(dtype), idx, factors)
+    finally:
+        torch.set_default_dtype(before)
+    error = (y.double() - expected).abs().max() / expected.abs().max()
+    assert y.dtype == dtype and error < {torch.bfloat16: 0.02}.get(dtype, 1e-6)
+
+
 def test_no_choice_adds_nothing():
     """Frameworks pad with the number of experts and with -1."""
     experts, (x, idx, factors) = make_experts(), make_batch()
