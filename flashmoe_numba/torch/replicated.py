@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,8 @@ def sum_replicated_gradients(
 
     Of a model these are its routers, its shared experts, and all that is none of FlashMoE's. Sums are made as
     `((rank 0 + rank 1) + rank 2) + ...`, in float32 where the parameter's type is shorter, and every rank gets the same
-    bits. A rank without a gradient adds none; where no rank has one, none has one afterwards. All ranks call it.
+    bits. A rank without a gradient adds none, as where it has frozen a parameter; where no rank has one, none has one
+    afterwards. All ranks call it, with the same parameters in the same order.
 
     Args:
         module: a `MoE`, a model with swapped blocks, or one whose experts were called by `register`'s name.
@@ -41,14 +43,16 @@ def sum_replicated_gradients(
     if ranks is None:
         raise ValueError("comm or process_group must be given: gradients of one rank are whole")
     with SESSION.ending(ranks):
-        for parameter in _replicated(module, ranks):
-            total = _total(parameter, ranks)
-            parameter.grad = None if more and ranks.rank_idx > 0 else total
+        add_up(module, ranks, more)
 
 
-def _replicated(module: nn.Module, ranks: Ranks) -> Iterator[torch.Tensor]:
+def add_up(module: nn.Module, ranks: Ranks, more: bool) -> None:
+    """The same among these ranks."""
     own = {id(parameter) for parameter in _of_experts(module, ranks)}
-    return (parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in own)
+    for name, parameter in module.named_parameters():  # frozen ones, too: other ranks may have frozen others
+        if id(parameter) not in own:
+            total = _total(name, parameter, ranks)
+            parameter.grad = None if more and ranks.rank_idx > 0 else total
 
 
 def _of_experts(module: nn.Module, ranks: Ranks) -> Iterator[torch.Tensor]:
@@ -62,18 +66,19 @@ def _of_experts(module: nn.Module, ranks: Ranks) -> Iterator[torch.Tensor]:
                     yield tensor_at(part, path)
 
 
-def _total(parameter: torch.Tensor, ranks: Ranks) -> torch.Tensor | None:
+def _total(name: str, parameter: torch.Tensor, ranks: Ranks) -> torch.Tensor | None:
     """The sum of all ranks' gradients of a parameter, if any has one."""
     sums = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     gradient = None if parameter.grad is None else parameter.grad.detach().cpu().to(sums).reshape(-1)
     mine: Any = as_array("gradient", gradient)
     total = np.zeros(parameter.numel(), np.float64 if sums == torch.float64 else np.float32)
-    step, some = ROOM // total.itemsize, False
+    step, mark = ROOM // total.itemsize, zlib.crc32(f"{name} {parameter.shape} {parameter.dtype}".encode())
     for first in range(0, len(total), step):
         part = total[first : first + step]
-        given = ranks.exchange(None if mine is None else mine[first : first + step], len(part), total.dtype)
+        given = ranks.exchange(None if mine is None else mine[first : first + step], len(part), total.dtype, mark)
         there = [values for values in given if values is not None]
-        some = bool(there)
+        if not there:
+            return None
         for rank, values in enumerate(there):
             part[:] = values if rank == 0 else part + values
-    return as_tensor(total).reshape(parameter.shape).to(parameter.device, parameter.dtype) if some else None
+    return as_tensor(total).reshape(parameter.shape).to(parameter.device, parameter.dtype) if len(total) else None

@@ -31,7 +31,7 @@ DOES = {
 }
 # Of a rank's words the first two are "round, kind, module, number" of a round each, in turn: who comes to a round has
 # read all words of the round before the last. The third says that the rank left; the last are of a round each again:
-# the router's mark (see `Step`).
+# a mark (see `Step`).
 LEFT, MARKS = 2, 3
 NUM_WORDS = 5
 ROUND_SHIFT, KIND_SHIFT, MODULE_SHIFT = 33, 30, 14
@@ -41,7 +41,11 @@ SPINS, LONGEST_NAP_S = 20, 1e-3
 MISSING = (
     "every rank must call the same modules equally often (see flashmoe_numba.torch.join, for calls without gradients)"
 )
-OTHER_ROUTER = "with another router: every rank must make the same modules, with the same routers, in the same order"
+OTHER_ROUTER = (
+    "one of this number with another router: every rank must make the same modules, with the same routers, in the same "
+    "order"
+)
+OTHER_PARAMETER = "those of another parameter: every rank must have the same ones, in the same order"
 
 
 class Step(NamedTuple):
@@ -50,7 +54,8 @@ class Step(NamedTuple):
     Of other kinds the module is 0, and the number what the kind says.
 
     Args:
-        mark: of the module's router, by which ranks know that they mean the same module; 0: it has none.
+        mark: of the module's router, or of the parameter whose gradients are added up, by which ranks know that they
+            mean the same; 0: there is none.
     """
 
     kind: int
@@ -121,12 +126,16 @@ class Rounds(Owned):
             if step[:2] != told[who][:2] and step.kind not in kinds:
                 self._give_up(f"rank {who} {told[who].does}, rank {rank} {step.does}: {MISSING}")
             if step[:2] == told[who][:2] and step.mark != told[who].mark:
-                self._give_up(f"rank {who} {told[who].does}, and rank {rank} one of this number {OTHER_ROUTER}")
+                other = OTHER_PARAMETER if step.kind == ADDING else OTHER_ROUTER
+                self._give_up(f"rank {who} {told[who].does}, and rank {rank} {other}")
 
-    def exchange(self, mine: Array | None, count: int, dtype: Any) -> list[Array | None]:
+    def exchange(self, mine: Array | None, count: int, dtype: Any, mark: int = 0) -> list[Array | None]:
         """What each rank brings to this round, `[count]` numbers of a type in at most ROOM bytes, or None.
 
         They are theirs, and may change from the next round but one on.
+
+        Args:
+            mark: of the parameter whose gradients these are, the same on all ranks.
 
         Raises:
             FlashMoEError: a rank is missing, or does something else.
@@ -136,7 +145,7 @@ class Rounds(Owned):
             rooms = [room[half, : count * np.dtype(dtype).itemsize].view(dtype) for room in self._rooms]
             if mine is not None:
                 rooms[self.rank_idx][:] = mine
-            told = self.tell(Step(ADDING, number=int(mine is not None)))
+            told = self.tell(Step(ADDING, 0, int(mine is not None), mark))
             self.require(told, self.rank_idx)
         return [room if step.number else None for room, step in zip(rooms, told, strict=True)]
 

@@ -14,6 +14,7 @@ from flashmoe_numba import FlashMoEError
 from flashmoe_numba.processes.process_group import Duplicate
 from flashmoe_numba.torch import rounds
 from flashmoe_numba.torch.ranks import Ranks
+from flashmoe_numba.torch.replicated import add_up
 from flashmoe_numba.torch.rounds import (
     ADDING,
     BACKWARD,
@@ -170,6 +171,41 @@ def test_a_rank_that_adds_nothing_up_is_told_of():
     adding, calling = found(add, lambda ranks: calls(ranks, [1]))
     assert str(adding) == f"rank 0 adds up gradients, rank 1 calls module 0 of these ranks: {MISSING}"
     assert str(calling) == f"rank 1 calls module 0 of these ranks, rank 0 adds up gradients: {MISSING}"
+
+
+def gradients_of(*frozen):
+    """On each rank: gradients of two matrices after they were added up, of which it has frozen those of this name."""
+
+    def step(name):
+        def of_rank(ranks):
+            model = nn.ModuleDict({key: nn.Linear(3, 2, bias=False) for key in ("a", "b")})
+            model[name].requires_grad_(False)
+            for number, key in enumerate(("a", "b")):
+                if key != name:
+                    model[key].weight.grad = torch.full((2, 3), 10.0 * number + ranks.rank_idx + 1)
+            add_up(model, ranks, False)
+            return [None if one.weight.grad is None else one.weight.grad[0, 0].item() for one in model.values()]
+
+        return of_rank
+
+    return found(*map(step, frozen))
+
+
+def test_ranks_may_have_frozen_other_parameters():
+    assert gradients_of("a", "b") == [[2.0, 11.0]] * 2
+    assert gradients_of("b", "b", "b") == [[6.0, None]] * 3
+
+
+def test_ranks_that_add_up_other_parameters_are_told_so():
+    def step(*shapes):
+        model = nn.ParameterList([nn.Parameter(torch.ones(shape)) for shape in shapes])
+        for parameter in model:
+            parameter.grad = torch.ones_like(parameter)
+        return lambda ranks: add_up(model, ranks, False)
+
+    first, second = found(step((3,), (2, 3)), step((3,), (3, 2)))
+    said = "rank {} adds up gradients, and rank {} those of another parameter: every rank must have the same ones"
+    assert str(first).startswith(said.format(0, 1)) and str(second).startswith(said.format(1, 0))
 
 
 def test_adding_is_no_call(monkeypatch):
