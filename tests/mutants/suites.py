@@ -77,6 +77,7 @@ KEPT = Stage(
     f"{UNIT}/test_backward_calls.py {UNIT}/test_packed_weights.py {UNIT}/test_loaded_layers.py "
     f"{UNIT}/test_closed_layers.py {UNIT}/test_gradient_memory.py {UNIT}/test_backward_tasks.py",
 )
+TRAINED = Stage(0, "tests/mpi/test_training_mpi.py")
 PROCESSES = Stage(
     0,
     f"{UNIT}/test_faults.py {UNIT}/test_lost_ranks.py tests/mpi/test_layer_mpi.py tests/mpi/test_small_memory.py",
@@ -116,10 +117,10 @@ SUITES = {
     "flashmoe_numba/heap/nvshmem.py": [NETWORK_HEAP],
     "flashmoe_numba/heap/sums.py": [SUMS],
     "flashmoe_numba/layer/*.py": [LAYERS, KEPT, PROCESSES],
-    "flashmoe_numba/layer/backward.py": [KEPT, LAYERS],
-    "flashmoe_numba/layer/gradients.py": [KEPT, LAYERS],
-    "flashmoe_numba/layer/packed.py": [KEPT, LAYERS],
-    "flashmoe_numba/layer/saved.py": [KEPT, LAYERS],
+    "flashmoe_numba/layer/backward.py": [KEPT, TRAINED],
+    "flashmoe_numba/layer/gradients.py": [KEPT, TRAINED],
+    "flashmoe_numba/layer/packed.py": [KEPT, TRAINED],
+    "flashmoe_numba/layer/saved.py": [KEPT, TRAINED],
     "flashmoe_numba/backends/cuda*.py": [GPUS],
     "flashmoe_numba/backends/host.py": [LAYERS, PROCESSES],
     "flashmoe_numba/processes/*.py": [STARTS, ENDS],
