@@ -75,7 +75,8 @@ LAYERS = Stage(
 KEPT = Stage(
     0,
     f"{UNIT}/test_backward_calls.py {UNIT}/test_packed_weights.py {UNIT}/test_loaded_layers.py "
-    f"{UNIT}/test_closed_layers.py {UNIT}/test_gradient_memory.py {UNIT}/test_backward_tasks.py",
+    f"{UNIT}/test_closed_layers.py {UNIT}/test_gradient_memory.py {UNIT}/test_backward_tasks.py "
+    f"{UNIT}/test_gpu_backward.py",
 )
 TRAINED = Stage(0, "tests/mpi/test_training_mpi.py")
 PROCESSES = Stage(
