@@ -28,9 +28,9 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from common import Row, leave, machine, parser_of, show, store
-from hosts import namespaces
+from common import Row, machine, parser_of, show, store
 from hosts.namespaces import Hosts
+from hosts_common import require_hosts
 
 import sim
 from flashmoe_numba import FlashMoE
@@ -54,8 +54,7 @@ COLUMNS = {
 
 def main() -> int:
     args = arguments()
-    if lack := namespaces.lacking():
-        leave(lack, args)
+    require_hosts(args)
     preset, tokens, repeats = ("laptop-tiny", 12, 1) if args.smoke else ("laptop-gemm", 256, args.repeats)
     layer = Layer(preset, tokens, args.iterations)
     local, knobs = calibrated(layer.config.dtype, repeats=1 if args.smoke else 5)

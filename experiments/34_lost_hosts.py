@@ -22,13 +22,11 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from common import Row, leave, store
-from hosts import namespaces
+from common import Row, store
 from hosts.faults import FAULTS
 from hosts.trial import Size, Verdict, one_trial
+from hosts_common import add_hosts, require_hosts
 from lost_common import lost_parser, row_of, show_rows, tell, terms
-
-from flashmoe_numba.commands.flags import integer
 
 COLUMNS = {
     "fault": "", "runs": "d", "calls": "d", "right": "d", "named": "d", "other": "d", "ended": "d", "over_ms": "",
@@ -38,8 +36,7 @@ COLUMNS = {
 
 def main() -> int:
     args = arguments()
-    if lack := namespaces.lacking():
-        leave(lack, args)
+    require_hosts(args)
     size = Size(num_hosts=args.hosts, ranks_per_host=args.ranks_per_host, deadline_s=args.deadline_s)
     names = args.fault or list(FAULTS)
     runs: list[tuple[int, str]] = list(zip(range(1 if args.smoke else args.runs), itertools.cycle(names), strict=False))
@@ -59,8 +56,7 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = lost_parser(__doc__, FAULTS, runs=200, of_what="", deadline_s=2.0)
-    parser.add_argument("--hosts", type=integer(2), default=2, help="of a run [2]")
-    parser.add_argument("--ranks-per-host", type=integer(1), default=2, help="[2]")
+    add_hosts(parser, ranks_per_host=2)
     args: argparse.Namespace = parser.parse_args()
     return args
 

@@ -21,9 +21,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from common import leave, machine, parser_of, program, show, store
-from hosts import namespaces
+from common import machine, parser_of, program, show, store
 from hosts.soak import one_soak
+from hosts_common import add_hosts, require_hosts
 
 from flashmoe_numba.commands.flags import integer
 
@@ -36,8 +36,7 @@ COLUMNS = {
 
 def main() -> int:
     args = arguments()
-    if lack := namespaces.lacking():
-        leave(lack, args)
+    require_hosts(args)
     if args.smoke:
         args.ranks_per_host, args.rounds, args.calls = 1, 2, 200
     found = one_soak(args.hosts, args.ranks_per_host, args.rounds, args.calls, args.load)
@@ -51,8 +50,7 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--hosts", type=integer(2), default=2, help="[2]")
-    parser.add_argument("--ranks-per-host", type=integer(1), default=4, help="[4]")
+    add_hosts(parser, ranks_per_host=4)
     parser.add_argument("--rounds", type=integer(2), default=5, help="of layers that are made anew [5]")
     parser.add_argument("--calls", type=integer(1), default=10_000, help="over all layers [10000]")
     parser.add_argument("--load", type=integer(0), default=0, help="processes that keep cores busy meanwhile [0]")

@@ -99,10 +99,13 @@ def _cpuinfo() -> str:
 
 
 def program(packages: Iterable[str]) -> Row:
-    """What a row was measured with: the command, the commit, and versions of those packages that are installed."""
+    """What a row was measured with: the command, the commit, and versions of those packages that are installed.
+
+    The command without --json, which says only where the row is kept.
+    """
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": re.sub(r" --json[ =]\S+", "", " ".join(["python", *sys.argv])),
         "commit": commit.stdout.strip(),
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name))},

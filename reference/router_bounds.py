@@ -17,7 +17,7 @@ from .arrays import Array
 from .config import MoEConfig
 from .gradient_bounds import least, sized
 from .router_gradients import row_gradients
-from .routers import exact_logits, route_logits
+from .routers import exact_logits, prepared_logits, route_logits, scale_free, scores_of
 from .tolerance import walk
 from .weights import Weights
 
@@ -81,11 +81,15 @@ def _parts(
     logits: Array, topk_idx: Array, d_weights: Array, weights: Weights, config: MoEConfig
 ) -> tuple[Array, Array]:
     """The squares of the parts that `row_gradients` are sums of."""
+    kind = config.router_kind
     factors = np.where(topk_idx >= 0, route_logits(logits, config, weights, topk_idx).topk_weights, 0.0)
-    whole = config.router_kind.logit_scale * factors * d_weights
-    if config.router_kind.renormalize:  # the norm takes parts of all choices away
-        whole = np.broadcast_to(np.sqrt((whole**2).sum(axis=1, keepdims=True)), whole.shape)
+    whole = kind.logit_scale * factors * d_weights
     squares, scale_squares = np.zeros(logits.shape), np.zeros(topk_idx.shape)
+    if kind.renormalize:  # the norm takes parts of all choices away
+        whole = np.broadcast_to(np.sqrt((whole**2).sum(axis=1, keepdims=True)), whole.shape)
+        if kind.score == "softmax" and not scale_free(kind):  # of what is left softmax takes a part from every logit
+            scores = scores_of(prepared_logits(logits, kind, weights, config.accumulator), kind)
+            squares += scores**2 * (whole**2).sum(axis=1, keepdims=True)
     np.add.at(squares, (np.arange(len(logits))[:, None], np.maximum(topk_idx, 0)), whole**2)
     for j in range(config.num_topk):
         alone = np.where(np.arange(config.num_topk) == j, d_weights, 0.0)

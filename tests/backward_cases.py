@@ -1,5 +1,6 @@
 """What tests of the backward share: calls that are kept and run backwards, and the comparison with the reference."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +9,9 @@ from cases import random_tokens
 from flashmoe_numba import FlashMoE
 from reference.backward import moe_layer_backward
 from reference.gradient_bounds import gradient_tolerance
+from reference.router_bounds import router_tolerance
+from reference.router_gradients import router_backward
+from reference.routers import exact_logits
 
 RELATIVE = 2e-12  # of float64, beside the largest number of an array: sums of some hundred terms of mixed signs
 REPLICATED = ("router", "router_bias", "expert_scale", "selection_bias", "result_scale")
@@ -66,25 +70,43 @@ def assert_gradients_equal(call, x, weights, config, given):
     outside = given if "topk_weights" in given or "topk_idx" in given else {}
     right = moe_layer_backward(x, call.dy, weights, config, logits_gradient=call.said, **outside)
     of_terms = bounds_of_terms(call, x, weights, config)
-    for rank in range(config.num_ranks):
-        assert_close(f"{case}: x[{rank}]", call.gradients.x[rank], right.x[rank], of_terms and of_terms.x[rank])
-        assert_close(f"{case}: topk_weights[{rank}]", call.gradients.topk_weights[rank], right.topk_weights[rank])
-        if right.logits is not None:
-            assert_close(f"{case}: logits[{rank}]", call.gradients.logits[rank], right.logits[rank])
-        else:
-            assert call.gradients.logits[rank] is None
-    assert_weights_equal(case, call.gradients.weights, right.weights, config, of_terms and of_terms.weights)
+    if right.logits is None:
+        assert all(found is None for found in call.gradients.logits)
+    else:
+        add_bounds_of_router(of_terms, call, x, weights, config)
+    for name in ("x", "topk_weights", "logits"):
+        if getattr(right, name) is not None:
+            for rank in range(config.num_ranks):
+                found, wanted, most = (getattr(g, name)[rank] for g in (call.gradients, right, of_terms))
+                assert_close(f"{case}: {name}[{rank}]", found, wanted, most)
+    assert_weights_equal(case, call.gradients.weights, right.weights, config, of_terms.weights)
 
 
 def bounds_of_terms(call, x, weights, config):
-    """How far gradients may be off that are much smaller than their terms; None where no norm makes them so.
+    """How far gradients may be off that are much smaller than their terms: those of experts, and what follows them.
 
     With one hidden column, say, an expert's result has one direction, of which a norm leaves next to nothing.
     """
-    if config.expert_kind.norm_eps is None:
-        return None
     idx, factors = [r.topk_idx for r in call.routings], [r.topk_weights for r in call.routings]
-    return gradient_tolerance(x, call.dy, weights, config, idx, factors)
+    return replace(gradient_tolerance(x, call.dy, weights, config, idx, factors), logits=[])
+
+
+def add_bounds_of_router(bounds, call, x, weights, config):
+    """What the router's gradients may be off by, on their own and with those of the weights that it made."""
+    for rank, (tokens, routing) in enumerate(zip(x, call.routings, strict=True)):
+        own = router_tolerance(tokens, routing.topk_idx, call.gradients.topk_weights[rank], weights, config)
+        logits, scales = np.zeros(own.logits.shape), np.zeros(config.num_choices)
+        for choice in range(config.num_topk):
+            off = np.where(np.arange(config.num_topk) == choice, bounds.topk_weights[rank], 0.0)
+            of_rows = exact_logits(tokens, weights), routing.topk_idx, off, weights, config
+            d_logits, arrays = router_backward(*of_rows)
+            logits, scales = logits + np.abs(d_logits), scales + np.abs(arrays["expert_scale"])
+        bounds.logits.append(own.logits + logits)
+        bounds.x[rank] += own.x + logits @ np.abs(weights.router)
+        arrays = dict(router=logits.T @ np.abs(tokens), router_bias=logits.sum(axis=0), expert_scale=scales)
+        for name, bound in arrays.items():
+            if getattr(bounds.weights, name) is not None:
+                getattr(bounds.weights, name)[...] += own.arrays[name] + bound
 
 
 def assert_weights_equal(case, of_ranks, right, config, of_terms=None):
@@ -95,10 +117,10 @@ def assert_weights_equal(case, of_ranks, right, config, of_terms=None):
     here = config.num_experts_per_rank
     for name in found[0]:
         if is_replicated(name):
-            assert_close(f"{case}: {name}", sum(arrays[name] for arrays in found), wanted[name], most.get(name))
+            assert_close(f"{case}: {name}", sum(arrays[name] for arrays in found), wanted[name], most.get(name, 0.0))
         else:
             of_all = np.concatenate([arrays[name] for arrays in found])
-            assert_close(f"{case}: {name}", of_all, wanted[name], most.get(name))
+            assert_close(f"{case}: {name}", of_all, wanted[name], most.get(name, 0.0))
             assert all(len(arrays[name]) == here for arrays in found)
 
 
@@ -127,11 +149,9 @@ def assert_within(case, got, wanted, bound):
         raise AssertionError(f"{case}: {got[at]!r} at {at}, wanted {wanted[at]!r} +- {bound[at]:.1e}")
 
 
-def assert_close(case, got, wanted, of_terms=None):
+def assert_close(case, got, wanted, of_terms=0.0):
     assert got.shape == wanted.shape, f"{case}: {got.shape}, wanted {wanted.shape}"
-    error, bound = np.abs(got - wanted), RELATIVE * np.abs(wanted).max(initial=0)
-    if of_terms is not None:
-        bound = bound + of_terms
+    error, bound = np.abs(got - wanted), RELATIVE * np.abs(wanted).max(initial=0) + of_terms
     if not (error <= bound).all():
         at = np.unravel_index(np.argmax(error - bound), error.shape)
         most = np.broadcast_to(bound, error.shape)[at]

@@ -42,9 +42,8 @@ CHANCE_BLOCKS, CHANCE_KIB = 500, 2048  # free lists, and pages that are free in 
 class _Mallinfo(ctypes.Structure):
     """glibc's `struct mallinfo2`, in bytes: of all its stores."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    _fields_ = [(f"other{i}", ctypes.c_size_t) for i in range(4)] + [
+        (name, ctypes.c_size_t) for name in ("hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
     ]
 
 

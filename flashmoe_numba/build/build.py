@@ -24,6 +24,7 @@ from reference.code_cache import compiler_is_off, gpu_settings
 
 from ..device.compilation import source_hash
 from ..tile_gemm.hopper import THREADS
+from .likeness import like_arguments, types_in
 from .nvshmem import network_codes
 from .variants import ARCHITECTURES, Variant
 
@@ -116,16 +117,15 @@ def _write(path: Path, data: bytes) -> None:
 
 def _stamp(variant: Variant) -> str:
     packages = COMPILERS if variant.heap == "ipc" else COMPILERS + NETWORK
-    facts = f"{source_hash()} {_entry_hash()} {variant} {_versions(packages)} {gpu_settings()}"
+    record = types_in(like_arguments(variant))
+    facts = f"{source_hash()} {_entry_hash()} {variant} {record} {_versions(packages)} {gpu_settings()}"
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
 @cache
 def _entry_hash() -> str:
-    """Of the sources that only GPU kernels depend on: the entry, its options, and what makes the record's type."""
-    folder = Path(__file__).parent
-    sources = sorted(file for file in folder.iterdir() if file.suffix in (".py", ".cu"))
-    files = [*sources, *(folder.parent / "heap" / name for name in ("host.py", "rank.py"))]
+    """Of the sources that only GPU kernels depend on: the entry and its options."""
+    files = sorted(file for file in Path(__file__).parent.iterdir() if file.suffix in (".py", ".cu"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ..errors import FlashMoEError
 from .carrier import Carrier
@@ -50,8 +50,11 @@ class CarrierThread:
         try:
             try:
                 yield
-            finally:
-                self._take_rest(patience_s)
+            except BaseException:
+                with suppress(FlashMoEError):  # what has happened is the error
+                    self._take_rest(patience_s)
+                raise
+            self._take_rest(patience_s)
         finally:
             self._wanted = False
 

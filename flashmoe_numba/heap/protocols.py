@@ -178,7 +178,11 @@ class Heap(Protocol):
         """
 
     def carrying(self, deadline_s: float) -> AbstractContextManager[None]:
-        """While this lasts puts come and go. Its end takes all that were posted in it, however it ends."""
+        """While this lasts puts come and go. Its end takes all that were posted in it, however it ends.
+
+        Raises:
+            FlashMoEError: they could not be taken.
+        """
 
     def close(self, check: Callable[[], None] | None) -> None:
         """Give everything back, which takes all ranks, or with `check=None` leave it to the end of the process.

@@ -68,14 +68,24 @@ class Calls:
             raise FlashMoEError(f"a layer makes at most {LAST_EPOCH} calls, because flags count them: make a new one")
         life.epoch += 1
         self._num_tokens = [len(x) for x in call.tokens]
-        assert parts.heap is not None, "it goes when the layer is closed"
-        with parts.heap.carrying(deadline_s):
-            begun = self._run(call, parts.backend.deadline_ns(deadline_s))
+        begun = self._carried(call, deadline_s)
         life.raise_if_known()
         return [result for result, _ in begun]
 
+    def _carried(self, call: Call, deadline_s: float) -> list[tuple[Any, Arguments]]:
+        """What each rank here returns, and what its blocks were given; all that it sent to other hosts was taken."""
+        parts, life = self._parts, self._life
+        assert parts.heap is not None, "it goes when the layer is closed"
+        try:
+            with parts.heap.carrying(deadline_s):
+                return self._run(call, parts.backend.deadline_ns(deadline_s))
+        except FlashMoEError as error:
+            if not life.closed:  # the heap's own: others wait for what was not carried
+                life.raise_if_given_up()  # which says more: maybe of the same loss
+                life.interrupt(error)
+            raise
+
     def _run(self, call: Call, deadline_ns: int) -> list[tuple[Any, Arguments]]:
-        """What each rank here returns, and what its blocks were given."""
         parts, life = self._parts, self._life
         try:
             begun = [call.begin(i, rank, life.epoch, deadline_ns) for i, rank in enumerate(parts.ranks)]

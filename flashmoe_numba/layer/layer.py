@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from reference import MoEConfig, Weights
 from reference.runs import PACKINGS
@@ -14,22 +11,21 @@ from ..backends.protocols import Backend
 from ..heap import make_heap
 from ..heap.protocols import Heap
 from ..heap.rank import Rank
-from ..heap.stats import Stats
 from ..heap.tensors import like_given
 from ..processes.meeting import SETUP_DEADLINE_S
-from ..processes.ownership import Owned
 from .arguments import DEADLINE_S, LayerSettings, check_flags, communicator
 from .backward import Backward, check_gradients
 from .calls import Calls
 from .forward import Forward, check_beside, check_tokens
 from .gradients import Gradients, call_sums, make_gradients, no_gradients
+from .last_call import LastCall
 from .life import Life
 from .packed import PackedWeights
 from .parts import set_up
 from .saved import SavedCall
 
 
-class FlashMoE(Owned):
+class FlashMoE(LastCall):
     """One distributed MoE layer: gate, dispatch, experts and combine as one persistent kernel per rank.
 
     Without `comm` all ranks live in this process and a call takes and returns the tokens of all of them. With `comm`
@@ -360,40 +356,6 @@ class FlashMoE(Owned):
     def _require_open(self) -> None:
         self.require_maker()
         self._life.require_open()
-
-    @property
-    def routing(self) -> Any:
-        """`Routing` of the last call: of this rank with `comm`, else a list over ranks."""
-        return self._of_last_call(lambda rank, _, num_tokens: rank.routing(num_tokens))
-
-    @property
-    def stats(self) -> Stats | list[Stats]:
-        """`Stats` of the last call: of this rank with `comm`, else a list over ranks."""
-        stats: Stats | list[Stats] = self._of_last_call(Rank.stats)
-        return stats
-
-    @property
-    def row_tiles(self) -> Any:
-        """`RowTile`s of the last call, for each expert of this rank with `comm`, else a list over ranks of these.
-
-        Which rows share a tile depends on what came when, unless each source's rows have tiles of their own.
-        """
-        return self._of_last_call(lambda rank, epoch, _: rank.row_tiles(epoch))
-
-    def _of_last_call(self, read: Callable[[Rank, int, int], Any]) -> Any:
-        self.require_maker()
-        found = [read(*of_rank) for of_rank in self._calls.last()]
-        return found if self._parts.all_here else found[0]
-
-    @property
-    def traces(self) -> dict[tuple[int, int], np.ndarray]:
-        """Raw events of the last call, by (rank, block); decoded by `flashmoe_numba.seeing.trace`."""
-        self.require_maker()
-        return {
-            (rank.rank_idx, block): trace
-            for rank, _, _ in self._calls.last()
-            for block, trace in enumerate(np.split(self._backend.to_host(rank.traces), self.num_processors + 1))
-        }
 
     def close(self) -> None:
         """Give memory and threads back. With `comm`, every rank must close, and waits for the others.

@@ -21,6 +21,7 @@ NO_GRADIENT = (
     "train=True (MoE, replace_moe_blocks, register); or call it under torch.no_grad() or torch.inference_mode(), or "
     "take the parameters out of training with requires_grad_(False)"
 )
+NOT_KEPT = "gradients are asked of moe_layer, which keeps nothing for them: call the module, or moe_layer_kept"
 Calls = tuple[torch.Tensor, Entry, list[SavedCall]]  # y, the weights, and what was kept
 
 
@@ -157,5 +158,4 @@ def _no_backward(ctx: Any, grad: Any) -> None:
     raise RuntimeError(NO_GRADIENT)
 
 
-NOT_KEPT = "gradients are asked of moe_layer, which keeps nothing for them: call the module, or moe_layer_kept"
 moe_layer.register_autograd(_no_backward, setup_context=_refuse)

@@ -52,7 +52,8 @@ BACKWARDS = Stage(
     f"{PROPERTY}/test_layer_backward.py::test_gradients_of_any_kind_on_fibers_equal_the_reference "
     f"{PROPERTY}/test_layer_backward.py::test_gradients_of_every_type_on_fibers_are_within_the_derived_bounds "
     f"{PROPERTY}/test_backward_invariance.py::test_fibers_give_the_same_gradients_in_every_interleaving "
-    f"{PROPERTY}/test_explored_worlds.py::test_backwards_are_clean_and_have_the_same_bits_under_every_schedule",
+    f"{PROPERTY}/test_explored_worlds.py::test_backwards_are_clean_and_have_the_same_bits_under_every_schedule "
+    "tests/quality/test_barriers_of_backwards.py::test_with_all_barriers_there_is_nothing_to_find",
 )
 NORMS = Stage(90, f"{UNIT}/test_norm_backward.py")
 GPUS = Stage(
@@ -71,10 +72,25 @@ LAYERS = Stage(
     f"tests/unit/test_gpu_host.py tests/unit/test_trace.py "
     f"{PROPERTY}/test_layer.py::test_kernel_on_fibers_equals_the_oracle",
 )
+KEPT = Stage(
+    0,
+    f"{UNIT}/test_backward_calls.py {UNIT}/test_packed_weights.py {UNIT}/test_loaded_layers.py "
+    f"{UNIT}/test_closed_layers.py {UNIT}/test_gradient_memory.py {UNIT}/test_backward_tasks.py "
+    f"{UNIT}/test_gpu_backward.py",
+)
+TRAINED = Stage(0, "tests/mpi/test_training_mpi.py")
 PROCESSES = Stage(
     0,
     f"{UNIT}/test_faults.py {UNIT}/test_lost_ranks.py tests/mpi/test_layer_mpi.py tests/mpi/test_small_memory.py",
 )
+STARTS = Stage(
+    0,
+    "tests/unit/test_cores.py tests/unit/test_netmod.py tests/unit/test_relay.py tests/unit/test_ending.py "
+    "tests/unit/test_words_between_ranks.py tests/unit/test_launch.py tests/unit/test_destinations.py "
+    "tests/unit/test_shared_memory.py tests/unit/test_mpi_environment.py",
+)
+ENDS = Stage(0, "tests/mpi/test_cli_mpi.py")
+SPREAD = Stage(0, "tests/unit/test_spread.py tests/unit/test_launch.py tests/mpi/test_spread_mpi.py")
 ENGINES = Stage(30, "tests/unit/sim/test_engine.py")
 SIMULATOR = Stage(
     30,
@@ -101,13 +117,20 @@ SUITES = {
     "flashmoe_numba/heap/messages.py": [CARRIERS],
     "flashmoe_numba/heap/nvshmem.py": [NETWORK_HEAP],
     "flashmoe_numba/heap/sums.py": [SUMS],
-    "flashmoe_numba/layer/layer.py": [LAYERS, PROCESSES],
-    "flashmoe_numba/layer/calls.py": [LAYERS, PROCESSES],
-    "flashmoe_numba/layer/life.py": [LAYERS, PROCESSES],
-    "flashmoe_numba/layer/parts.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/layer/*.py": [LAYERS, KEPT, PROCESSES],
+    "flashmoe_numba/layer/backward.py": [KEPT, TRAINED],
+    "flashmoe_numba/layer/gradients.py": [KEPT, TRAINED],
+    "flashmoe_numba/layer/packed.py": [KEPT, TRAINED],
+    "flashmoe_numba/layer/saved.py": [KEPT, TRAINED],
     "flashmoe_numba/backends/cuda*.py": [GPUS],
     "flashmoe_numba/backends/host.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/processes/*.py": [STARTS, ENDS],
+    "flashmoe_numba/processes/links.py": [],  # on hosts alone (tests/hosts), as root
     "flashmoe_numba/processes/meeting.py": [LAYERS, PROCESSES],
+    "flashmoe_numba/processes/ownership.py": [LAYERS],
+    "flashmoe_numba/processes/pools.py": [SPREAD],
+    "flashmoe_numba/processes/process_group.py": [],  # with PyTorch alone (tests/pytorch)
+    "flashmoe_numba/processes/send_limit.py": [CARRIERS],
     "flashmoe_numba/tile_gemm/cpu.py": [PRODUCTS, COMPILED],
     "flashmoe_numba/tile_gemm/cpu_gradients.py": [GRADIENTS],
     "flashmoe_numba/tile_gemm/micro_kernel.py": [PRODUCTS],
@@ -122,11 +145,11 @@ SUITES = {
 
 
 def files_with_suites(root: Path) -> dict[Path, list[Stage]]:
-    """{file below `root`: its stages}; the last pattern that fits a file decides."""
+    """{file below `root`: its stages, if it has any}; the last pattern that fits a file decides."""
     found: dict[Path, list[Stage]] = {}
     for pattern, stages in SUITES.items():
         files = sorted(root.glob(pattern))
         if not files:
             raise FileNotFoundError(f"no {pattern} in {root}: was it moved? then say so here")
         found |= {file.relative_to(root): stages for file in files}
-    return found
+    return {file: stages for file, stages in found.items() if stages}

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from mutants.__main__ import EXPLAINED, explanations
 from mutants.bench import HUNG, Bench
 from mutants.rules import find_mutants, mutants_of
 from mutants.suites import Stage, files_with_suites
@@ -113,6 +114,12 @@ def test_every_mutant_of_the_project_is_a_program_under_a_name_of_its_own():
     for stage in {stage for stages in files.values() for stage in stages}:
         paths = [test.split("::")[0] for test in stage.tests.split() if not test.startswith("-")]
         assert all((ROOT / path).exists() for path in paths), f"{stage.tests}"
+
+
+def test_every_mutant_that_is_explained_is_there():
+    explained = explanations(EXPLAINED.read_text(encoding="utf-8"))
+    assert len(explained) > 20
+    assert explained.keys() <= {mutant.name for mutant in find_mutants(list(files_with_suites(ROOT)), ROOT)}
 
 
 TOY = """

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from flashmoe_numba import cli
@@ -24,6 +25,7 @@ from flashmoe_numba.commands.doctor.gpus import check_gpus
 from flashmoe_numba.commands.doctor.host import NO, OK, WARN
 from flashmoe_numba.gpu import driver
 from flashmoe_numba.gpu.driver import Device, Driver, ask_driver
+from flashmoe_numba.heap import rank
 from flashmoe_numba.ptx import linked as linked_text
 from reference import MoEConfig
 from sim.engine import loop
@@ -417,6 +419,16 @@ def test_settings_are_in_the_name_of_a_kernel_for_gpus(monkeypatch):
     variant = next(all_variants("sm_80"))
     usual = build._stamp(variant)
     monkeypatch.setenv("NUMBA_CUDA_DEBUGINFO", "1")
+    assert build._stamp(variant) != usual
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_types_of_arguments_are_in_the_name_of_a_kernel_for_gpus_and_nothing_else_of_them(monkeypatch, backward):
+    variant = replace(next(all_variants("sm_80")), backward=backward)
+    usual, make = build._stamp(variant), rank.make_traces
+    monkeypatch.setattr(rank, "make_traces", lambda *of: np.append(make(*of), 5))
+    assert build._stamp(variant) == usual
+    monkeypatch.setattr(rank, "make_traces", lambda *of: make(*of).astype(np.int32))
     assert build._stamp(variant) != usual
 
 

@@ -1,6 +1,8 @@
 """What a heap of several hosts asks of MPI before anything starts, and what it warns of."""
 
+import re
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,6 +68,9 @@ class Idle:
     def step(self):
         return False
 
+    def send_puts(self):
+        """None are there."""
+
 
 @pytest.mark.parametrize("is_busy", [False, True])
 def test_what_is_still_under_way_keeps_its_memory(is_busy, monkeypatch):
@@ -77,3 +82,57 @@ def test_what_is_still_under_way_keeps_its_memory(is_busy, monkeypatch):
     thread.stop(0.05)
     thread.stop(0.05)
     assert kept == [carrier] * is_busy
+
+
+def carried(carrier, body, patience_s=5.0):
+    """The error that a call with this carrier ends with; its body is given the carrier's thread."""
+    thread = carrier_thread.CarrierThread(carrier)
+    try:
+        with thread.carrying(patience_s):
+            body(thread._thread)
+    except BaseException as error:
+        return error
+    return None
+
+
+class Broken(Idle):
+    """MPI fails."""
+
+    def step(self):
+        raise RuntimeError("no fabric")
+
+
+def interrupted(thread):
+    thread.join()
+    raise KeyboardInterrupt
+
+
+def test_a_call_ends_with_the_error_of_its_carrier_and_with_its_own_first():
+    error = carried(Broken(is_busy=False), threading.Thread.join)
+    assert re.fullmatch("messages .* were not: RuntimeError: no fabric", str(error))
+    assert isinstance(carried(Broken(is_busy=False), interrupted), KeyboardInterrupt)
+
+
+class Stuck(Idle):
+    """MPI does not come back."""
+
+    def __init__(self, is_given_up):
+        super().__init__(is_busy=False)
+        self.is_given_up = is_given_up
+        self.is_in, self.over = threading.Event(), threading.Event()
+
+    def step(self):
+        self.is_in.set()
+        self.over.wait()
+        return False
+
+
+@pytest.mark.parametrize("is_given_up", [False, True])
+def test_a_call_waits_for_mpi_no_longer_than_it_is_patient(is_given_up, monkeypatch):
+    """And where it was given up, for its last words only: there may be a rank that does not answer."""
+    monkeypatch.setattr(carrier_thread, "LOOK_S", 0.01)
+    monkeypatch.setattr(carrier_thread, "LAST_WORDS_S", 0.03)
+    carrier = Stuck(is_given_up)
+    error = carried(carrier, lambda _: carrier.is_in.wait(), 1000.0 if is_given_up else 0.05)
+    carrier.over.set()
+    assert error is None if is_given_up else "MPI must come back from messages to ranks" in str(error)

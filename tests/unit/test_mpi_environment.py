@@ -65,6 +65,9 @@ def test_the_sentence_names_variable_mpirun_and_cure(monkeypatch):
         "PMI_SIZE=4 in the environment is not of an mpirun of MPICH, which mpi4py uses: "
         "start ranks by /venv/bin/mpirun, or unset PMI_RANK PMI_SIZE if left over"
     )
+    mpi = SimpleNamespace(get_vendor=lambda: ("MPICH", (5, 0)))
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
+    assert why_alone(4) == f": {say_strange('PMI_SIZE', 'MPICH')}"
     monkeypatch.delenv("PMI_SIZE")
     assert why_alone(4) == ": start 4 ranks by /venv/bin/mpirun -n 4"
 

@@ -1,6 +1,6 @@
 """When a call is given up: may it be, do all ranks hear of it, and is the right one named?
 
-What a host does when its blocks have ended is done here in the order of `FlashMoE._raise_if_given_up` and
+What a host does when its blocks have ended is done here in the order of `Life.raise_if_given_up` and
 `failures.explain`: it loads its own rank's abort word, then looks for its own rank's record, which there may be, and
 for the one of the rank that the word names, which must be complete.
 

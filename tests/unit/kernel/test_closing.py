@@ -287,6 +287,36 @@ def test_close_inside_a_call_is_refused_and_ends_the_call(monkeypatch):
     layer.close()
 
 
+class Uncarried(ThreadHeap):
+    """What a call sent to other hosts is not carried."""
+
+    @contextlib.contextmanager
+    def carrying(self, deadline_s):
+        yield
+        raise FlashMoEError("messages must be carried, and were not")
+
+
+@pytest.mark.parametrize(("given_up", "said"), [(False, "must be carried, and were not"), (True, "rank 1 left in epo")])
+def test_a_call_that_was_not_carried_closes_the_layer_and_tells_the_others(given_up, said, monkeypatch):
+    """Unless it was given up: the record says who is to blame."""
+    config = tiny_config()
+    heap, backend = Uncarried(config.num_ranks), cpu.CpuBackend()
+    layer = FlashMoE.from_parts(config, Weights.random(config), heap, backend, num_processors=1)
+    controls, run = [rank.control for rank in layer._ranks], backend.run
+
+    def run_and_leave(of_ranks, stop):
+        run(of_ranks, stop)
+        if given_up:
+            backend.leave(*layer._ranks[1].leaving(1), s.FAILED)
+
+    monkeypatch.setattr(backend, "run", run_and_leave)
+    with pytest.raises(FlashMoEError, match=said):
+        layer(random_tokens(config))
+    assert layer.closed
+    assert [int(control[s.ABORT]) for control in controls] == [1 + given_up] * config.num_ranks
+    layer.close()
+
+
 @pytest.mark.parametrize(("closed", "leaves"), [(None, 1), ("a call was given up", 0)])
 def test_a_rank_that_was_told_to_stop_does_not_seem_to_be_the_first(closed, leaves):
     """Ranks of other hosts hear of whoever was, and not all at the same time."""
