@@ -26,6 +26,7 @@ from ..layer.packed import PackedWeights
 from .description import TICKET, TRAINING, config_of, read, views
 from .ranks import Ranks
 
+PLAIN = torch.Tensor, torch.nn.Parameter  # tensors that no graph is traced with
 Place = tuple[str, int | None, tuple[int, ...]]  # description, num_topk, addresses
 
 
@@ -197,7 +198,6 @@ class Session:
             raise
 
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 NOT_HERE = (
     'the weights of a module with own="packed" are not here: it was copied or moved. Make the copy before its weights '
     'are handed over, or load its state_dict into a module of its own'

@@ -23,7 +23,6 @@ from .session import PLAIN, SESSION
 from .weight_gradients import begin_from, fill, groups, is_of_experts
 
 Tensors = Sequence[torch.Tensor]
-PLAIN = torch.Tensor, torch.nn.Parameter  # tensors that no graph is traced with
 FIRST_ONLY = (
     "create_graph must be False: a MoE layer has no second derivatives, and without an error those by way of its "
     "tokens and its routing would be zero"
