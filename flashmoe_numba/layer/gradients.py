@@ -98,9 +98,9 @@ def _are_views(memory: Memory, weights: Weights, arrays: WeightGradients) -> boo
 
 
 def _can_grow(weights: Weights, arrays: WeightGradients) -> bool:
-    """On GPUs nothing is read-only."""
-    views = [array for array in vars(weights).values() if hasattr(array, "dtype")]
-    return all(getattr(array.flags, "writeable", True) for array in (*views, *arrays))
+    """No array of NumPy's is read-only; on GPUs none can be."""
+    there = [array for array in (*vars(weights).values(), *arrays) if isinstance(array, np.ndarray)]
+    return all(array.flags.writeable for array in there)
 
 
 def _outline(weights: Weights) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
