@@ -24,7 +24,6 @@ from reference.code_cache import compiler_is_off, gpu_settings
 
 from ..device.compilation import source_hash
 from ..tile_gemm.hopper import THREADS
-from .likeness import like_arguments, types_in
 from .nvshmem import network_codes
 from .variants import ARCHITECTURES, Variant
 
@@ -117,15 +116,19 @@ def _write(path: Path, data: bytes) -> None:
 
 def _stamp(variant: Variant) -> str:
     packages = COMPILERS if variant.heap == "ipc" else COMPILERS + NETWORK
-    record = types_in(like_arguments(variant))
-    facts = f"{source_hash()} {_entry_hash()} {variant} {record} {_versions(packages)} {gpu_settings()}"
+    facts = f"{source_hash()} {_entry_hash()} {variant} {_versions(packages)} {gpu_settings()}"
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
 @cache
 def _entry_hash() -> str:
-    """Of the sources that only GPU kernels depend on: the entry and its options."""
-    files = sorted(file for file in Path(__file__).parent.iterdir() if file.suffix in (".py", ".cu"))
+    """Of the sources that only GPU kernels depend on: the entry, its options, and what makes the record's type.
+
+    Heaps make that; of their sources all count, for a list of some would fall behind.
+    """
+    folder = Path(__file__).parent
+    sources = [*folder.iterdir(), *(folder.parent / "heap").iterdir()]
+    files = sorted(file for file in sources if file.suffix in (".py", ".cu"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

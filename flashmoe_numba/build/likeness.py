@@ -37,16 +37,6 @@ def forward_of(arguments: RankArguments | BackwardArguments) -> RankArguments:
     return arguments.forward if isinstance(arguments, BackwardArguments) else arguments
 
 
-def types_in(value: Any) -> str:
-    """What kernels are compiled for, of a record: names and types of its parts, and nothing of what they hold."""
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype}[{value.ndim}]"
-    if not hasattr(value, "_fields"):
-        return type(value).__name__
-    parts = (f"{name}: {types_in(part)}" for name, part in zip(value._fields, value, strict=True))
-    return f"{type(value).__name__}({', '.join(parts)})"
-
-
 class _Likeness(HostMemory):
     """A rank's memory, of which only the types matter."""
 

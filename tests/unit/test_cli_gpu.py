@@ -4,12 +4,12 @@ import configparser
 import ctypes.util
 import json
 import re
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from flashmoe_numba import cli
@@ -25,7 +25,6 @@ from flashmoe_numba.commands.doctor.gpus import check_gpus
 from flashmoe_numba.commands.doctor.host import NO, OK, WARN
 from flashmoe_numba.gpu import driver
 from flashmoe_numba.gpu.driver import Device, Driver, ask_driver
-from flashmoe_numba.heap import rank
 from flashmoe_numba.ptx import linked as linked_text
 from reference import MoEConfig
 from sim.engine import loop
@@ -422,16 +421,6 @@ def test_settings_are_in_the_name_of_a_kernel_for_gpus(monkeypatch):
     assert build._stamp(variant) != usual
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_types_of_arguments_are_in_the_name_of_a_kernel_for_gpus_and_nothing_else_of_them(monkeypatch, backward):
-    variant = replace(next(all_variants("sm_80")), backward=backward)
-    usual, make = build._stamp(variant), rank.make_traces
-    monkeypatch.setattr(rank, "make_traces", lambda *of: np.append(make(*of), 5))
-    assert build._stamp(variant) == usual
-    monkeypatch.setattr(rank, "make_traces", lambda *of: make(*of).astype(np.int32))
-    assert build._stamp(variant) != usual
-
-
 # doctor
 
 
@@ -567,3 +556,17 @@ def test_a_driver_that_is_none_is_no_crash():
     assert "no-such-library" in ask_driver("no-such-library.so").error
     libm = ctypes.util.find_library("m")
     assert "cuDriverGetVersion" in ask_driver(libm).error
+
+
+@pytest.mark.parametrize("source", ["build/nvshmem.cu", "build/entry.py", "heap/arrays.py", "heap/rules.py"])
+def test_a_kernel_is_linked_anew_when_its_entry_or_what_makes_its_record_changes(source, tmp_path, monkeypatch):
+    package = Path(build.__file__).parents[1]
+    for folder in ("build", "heap"):
+        shutil.copytree(package / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build" / "build.py"))
+    hash_now = build._entry_hash.__wrapped__
+    before = hash_now()
+    assert before == build._entry_hash(), "the copy is the original"
+    with (tmp_path / source).open("a") as file:
+        file.write("\n")
+    assert hash_now() != before
