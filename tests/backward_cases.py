@@ -95,11 +95,10 @@ def add_bounds_of_router(bounds, call, x, weights, config):
     """What the router's gradients may be off by, on their own and with those of the weights that it made."""
     for rank, (tokens, routing) in enumerate(zip(x, call.routings, strict=True)):
         own = router_tolerance(tokens, routing.topk_idx, call.gradients.topk_weights[rank], weights, config)
-        logits, scales = np.zeros(own.logits.shape), np.zeros(config.num_choices)
+        exact, logits, scales = exact_logits(tokens, weights), np.zeros(own.logits.shape), np.zeros(config.num_choices)
         for choice in range(config.num_topk):
             off = np.where(np.arange(config.num_topk) == choice, bounds.topk_weights[rank], 0.0)
-            of_rows = exact_logits(tokens, weights), routing.topk_idx, off, weights, config
-            d_logits, arrays = router_backward(*of_rows)
+            d_logits, arrays = router_backward(exact, routing.topk_idx, off, weights, config)
             logits, scales = logits + np.abs(d_logits), scales + np.abs(arrays["expert_scale"])
         bounds.logits.append(own.logits + logits)
         bounds.x[rank] += own.x + logits @ np.abs(weights.router)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..checkpoints.folder import read_json
 from ..checkpoints.models import find_families
 from ..errors import UsageError
 from .columns import Rows
-from .flags import blaming, integer
+from .flags import blaming, integer, positive
 
 CONTEXT = 4096
 MOST = 1e9  # watts or dollars, so that sums of any run are numbers
@@ -37,9 +36,10 @@ def add_beside_arguments(parser: argparse.ArgumentParser) -> None:
     whole = "a step of the model's first N layers that decodes: attention, dense parts and head by roofline"
     add("--layers", type=_layers, metavar=f"N|{ALL}", help=f"{whole} (sim/studies/whole_model.py)")
     add("--context", type=integer(1), metavar="N", help=f"tokens that each sequence has already [{CONTEXT}]")
-    add("--watts", type=_positive, metavar="W", help="of a GPU: energy = W R T; J for a million tokens = 1e6 W T / N")
+    amount = positive(MOST, f"a positive number of at most {MOST:g}")
+    add("--watts", type=amount, metavar="W", help="of a GPU: energy = W R T; J for a million tokens = 1e6 W T / N")
     money = "dollars for a million tokens = 1e6 (D / 3600 s) T / N"
-    add("--dollars-per-gpu-hour", type=_positive, metavar="D", help=money)
+    add("--dollars-per-gpu-hour", type=amount, metavar="D", help=money)
 
 
 def shape_from(args: argparse.Namespace) -> Shape | None:
@@ -95,13 +95,3 @@ def notes(rows: Rows) -> Iterator[str]:
 
 def _layers(text: str) -> int | str:
     return text if text == ALL else integer(1)(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= MOST:
-        raise argparse.ArgumentTypeError(f"must be a positive number of at most {MOST:g}, got {text!r}")
-    return value

@@ -48,15 +48,22 @@ def integers(minimum: int) -> Callable[[str], list[int]]:
     return lambda text: [one(part) for part in text.split(",")]
 
 
-def seconds(text: str) -> float:
-    """An argparse type: how long to wait at most."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= MOST_SECONDS:
-        raise argparse.ArgumentTypeError(f"must be a number in (0, {MOST_SECONDS:g}], got {text!r}")
-    return value
+def positive(most: float, rule: str) -> Callable[[str], float]:
+    """An argparse type: a number above 0 and at most `most`, as the rule says."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
+        return value
+
+    return parse
+
+
+seconds = positive(MOST_SECONDS, f"a number in (0, {MOST_SECONDS:g}]")  # how long to wait at most
 
 
 def in_flags(message: str) -> str:

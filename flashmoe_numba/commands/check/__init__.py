@@ -27,7 +27,7 @@ from reference import ACTIVATIONS, DTYPES
 from reference.arrays import stream
 
 from ...errors import UsageError
-from ..flags import integer
+from ..flags import integer, seconds
 from ..outputs import add_json_argument, check_outputs, make_folder, write_json
 from ..spread import progress
 from .inputs import MOST_COLUMNS, Kind, draw_case, make_inputs
@@ -40,7 +40,6 @@ from .target import Target, TargetError
 
 NAMES = tuple(each.name for each in PROPERTIES)
 ASKED_FOR = "padding"  # not every layer claims to take such choices
-MOST_LIMIT_S = 86400.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=integer(1), default=20, metavar="N", help="cases of each property [20]")
     add("--seed", type=integer(0), default=0, metavar="N", help="of the cases and what they hold [0]")
     what = "the longest that a few calls may take; to load the target and for a first call 10 times as long [30]"
-    add("--limit-s", type=_seconds, default=30.0, metavar="S", help=what)
+    add("--limit-s", type=seconds, default=30.0, metavar="S", help=what)
     what = "where the inputs of what fails go, each with a script that calls the target again [flashmoe-check]"
     add("--save", type=Path, default=Path("flashmoe-check"), metavar="FOLDER", help=what)
     add_json_argument(parser)
@@ -72,16 +71,6 @@ def _names(text: str) -> list[str]:
         if name not in NAMES:
             raise argparse.ArgumentTypeError(f"must be of {', '.join(NAMES)}, got {name!r}")
     return names
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= MOST_LIMIT_S:
-        raise argparse.ArgumentTypeError(f"must be a number in (0, {MOST_LIMIT_S:g}], got {text!r}")
-    return value
 
 
 def main(args: argparse.Namespace) -> int:
